@@ -1,0 +1,1 @@
+"""Where things run: a function over items, each with its resources. Knows nothing of tensors."""

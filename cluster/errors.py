@@ -1,0 +1,7 @@
+"""What can go wrong in running work, as opposed to in the work itself."""
+
+from raymerge import RaymergeError
+
+
+class StoppedError(RaymergeError):
+    """The run was told to stop while this item was in work."""

@@ -1,0 +1,61 @@
+"""The seam between what is done and where it runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one item needs while it runs."""
+
+    mem_nbytes: int
+    """Memory for tensors and scratch, in bytes."""
+    cost: int
+    """Any measure of how long it takes; the largest start first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What an item has done since its last report."""
+
+    read_nbytes: int = 0
+    """Bytes read from the inputs."""
+    written_nbytes: int = 0
+    """Bytes handed to the output."""
+
+
+Report = Callable[[Progress], None]
+"""Called by the work, often; raises `StoppedError` once the run is to end."""
+
+Work = Callable[[Item, Report], Result]
+"""A picklable function of one picklable item; its result is picklable and small."""
+
+
+class Runner(ABC):
+    """Runs one function over many items.
+
+    The driver calls `run` once per phase and consumes the iterator to its end; the runner calls `work`
+    once per item, wherever it likes, and `on_progress` in the driver's process. Leaving the iterator
+    early stops the run: items in work end at their next report, and no further item starts.
+    """
+
+    @abstractmethod
+    def run(
+        self,
+        work: Work[Item, Result],
+        items: Sequence[Item],
+        resources: Sequence[Resources],
+        on_progress: Report,
+    ) -> Iterator[Result]:
+        """Yield each item's result as it comes, in no fixed order.
+
+        Raises:
+            Exception: what the first failing item raised; the other items have ended by then.
+        """

@@ -1,0 +1,1 @@
+"""Merge arithmetic on blocks of tensors. Knows nothing of files."""

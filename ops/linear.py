@@ -1,0 +1,73 @@
+"""Weighted sums of the inputs themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raymerge.ops.errors import OpParameterError
+from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
+from raymerge.ops.registry import Base, PerModel, merge_op
+
+if TYPE_CHECKING:
+    import torch
+
+
+@merge_op(title="Linear", base=Base.INPUT, reference="https://arxiv.org/abs/2203.05482")
+def linear(weight: PerModel[float], normalize: bool = True) -> Kernel:
+    """Weighted average of the models (a model soup).
+
+    Raises:
+        OpParameterError: the weights sum to zero and are to be normalized.
+
+    Source: Wortsman et al. 2022, "Model soups": y = sum(w_i * x_i) / sum(w_i).
+    """
+    total = sum(weight)
+    if normalize and total == 0:
+        raise OpParameterError(
+            f"the weights {', '.join(map(str, weight))} sum to 0, so they cannot be normalized; "
+            "change a weight or set normalize: false"
+        )
+    return LinearCombination(weight, divisor=total if normalize else 1.0)
+
+
+@dataclass(frozen=True)
+class LinearCombination(Kernel):
+    """y = sum(coefficients_i * x_i) / divisor, in config order."""
+
+    coefficients: tuple[float, ...]
+    divisor: float = 1.0
+    num_passes: int = 0
+
+    def num_scratch(self, num_sources: int) -> int:
+        """One, to convert a source in."""
+        return min(1, num_sources - 1)
+
+    def start(self, site: Site) -> KernelRun:
+        """Begin; nothing is kept between blocks."""
+        return _LinearRun(self)
+
+
+@dataclass(frozen=True)
+class _LinearRun(KernelRun):
+    kernel: LinearCombination
+
+    def combine(self, block: Block, out: torch.Tensor) -> None:
+        combine_linearly(block, self.kernel.coefficients, out)
+        if self.kernel.divisor != 1:
+            out.div_(self.kernel.divisor)
+
+
+def combine_linearly(block: Block, coefficients: tuple[float, ...], out: torch.Tensor) -> None:
+    """Write sum(coefficients_i * x_i) to `out`.
+
+    Products and sums are rounded one after the other: a fused multiply-add would give other bits on other processors.
+    """
+    block.load(0, out)
+    if coefficients[0] != 1:
+        out.mul_(coefficients[0])
+    for source, coefficient in enumerate(coefficients[1:], start=1):
+        x = block.load(source, block.scratch[0])
+        if coefficient != 1:
+            x.mul_(coefficient)
+        out.add_(x)

@@ -1,0 +1,1 @@
+"""What to do: config, index, plan, task, stitch; the CLI and the public API."""

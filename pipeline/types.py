@@ -1,0 +1,164 @@
+"""The nouns of a merge: what a plan is made of, and what comes back. Frozen, picklable, without handles or tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raymerge.ops.registry import Value
+
+ParameterValue = Value | tuple[Value, ...]
+"""A shared parameter's value, or one value for each model."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A checkpoint as the config names it; equal references are read once."""
+
+    path: str
+    """A directory, or the name of a Hub repository."""
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file as it was when the plan was made."""
+
+    url: str
+    nbytes: int
+    etag: str
+    """Changes when the content does; for local files made of size, time of change and inode."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One input tensor: where its bytes lie."""
+
+    model: str
+    """The model reference, for messages."""
+    name: str
+    dtype: str
+    """As in a safetensors header."""
+    shape: tuple[int, ...]
+    file: StoredFile
+    start: int
+    """Offset of the first byte in the file."""
+    stop: int
+    """Offset after the last byte: the tensor is [start, stop) of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMerge:
+    """One output tensor and how it comes about."""
+
+    name: str
+    shape: tuple[int, ...]
+    out_dtype: str
+    """As in a safetensors header."""
+    op: str
+    """A registered op, or `copy`: the sources must be equal, and the first one's bytes are written."""
+    parameters: tuple[tuple[str, ParameterValue], ...]
+    """Every parameter of the op, by name; a per-model parameter has one value for each source that it belongs to."""
+    sources: tuple[StoredTensor, ...]
+    """In config order; where the op requires a base, that comes first."""
+    num_elements: int
+    nbytes: int
+    """Of the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """One output file; all that a worker needs to know."""
+
+    file: str
+    """Its final name, relative to the output directory."""
+    header: bytes
+    """The file's first bytes: the length, and the JSON padded to a multiple of 8."""
+    merges: tuple[TensorMerge, ...]
+    """In the order in which they are written."""
+    nbytes: int
+    """Of the finished file, header included."""
+    read_nbytes: int
+    """Bytes read once for each tensor; see `reread_nbytes`."""
+    reread_nbytes: int
+    """Bytes read again because a tensor does not fit in memory between its passes."""
+    buffer_nbytes: int
+    """Size of one input buffer; two are in use, one being filled and one being merged."""
+    projected_mem: int
+    """Peak memory for tensors and scratch, in bytes."""
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Everything that will happen, decided."""
+
+    tasks: tuple[ShardTask, ...]
+    donor: ModelRef
+    """Whose config.json, tokenizer and other files the output gets."""
+    config_json: str
+    """The output's config.json."""
+    side_files: tuple[tuple[str, StoredFile], ...]
+    """Files copied from the donor: name in the output, source."""
+    models: tuple[ModelRef, ...]
+    """Base first, then in order of appearance."""
+    method: str
+    config_text: str
+    """The YAML as given."""
+    seed: int
+    warnings: tuple[str, ...]
+    dropped: tuple[str, ...]
+    """Input tensors that are not in the output, grouped, each with the rule that says so."""
+    num_threads: int
+    """Workers that the memory allows at once."""
+    allowed_mem: int
+    """For tensors and scratch of all workers together, in bytes."""
+    total_nbytes: int
+    """Of the output's tensors."""
+    fingerprint: str
+    """Hash of everything that decides the output's bytes."""
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Which file each output tensor is in."""
+        return {merge.name: task.file for task in self.tasks for merge in task.merges}
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """One finished output file; also its record in the journal."""
+
+    file: str
+    nbytes: int
+    sha256: str
+    nonfinite: tuple[str, ...]
+    """Tensors with NaN or infinity in the output."""
+    read_nbytes: int
+    """Bytes read in fact, rereads included."""
+    seconds: float
+    peak_rss: int
+    """Of the whole process when the shard was done, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did."""
+
+    out: str
+    num_tensors: int
+    num_shards: int
+    num_resumed: int
+    """Shards that an earlier run had finished."""
+    read_nbytes: int
+    written_nbytes: int
+    seconds: float
+    peak_rss: int
+    """Of this process, in bytes."""
+    warnings: tuple[str, ...]
