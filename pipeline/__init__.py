@@ -1,1 +1,6 @@
 """What to do: config, index, plan, task, stitch; the CLI and the public API."""
+
+from raymerge.pipeline.driver import Listener, merge, plan
+from raymerge.pipeline.verify import verify
+
+__all__ = ["Listener", "merge", "plan", "verify"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 
+from raymerge import RaymergeError
+from raymerge.pipeline.errors import FetchError
 from raymerge.pipeline.types import StoredFile
 
 Buffer = memoryview
@@ -97,6 +101,11 @@ class Storage(ABC):
     def delete(self, url: str) -> None:
         """Delete a file; one that is not there is as good as deleted."""
 
+    def delete_tree(self, url: str) -> None:
+        """Delete every file below a directory."""
+        for name in self.list(url):
+            self.delete(f"{url}/{name}")
+
     @abstractmethod
     def lock(self, url: str) -> AbstractContextManager[None]:
         """Hold a lock that ends with this process at the latest.
@@ -105,6 +114,10 @@ class Storage(ABC):
             OutputError: another run holds it.
         """
 
+    def close(self) -> None:
+        """Let go of open files and connections; the storage can still be used, and opens them again."""
+        return
+
     def read(self, url: str, max_nbytes: int) -> bytes:
         """Return a small file's content.
 
@@ -112,8 +125,6 @@ class Storage(ABC):
             FileNotFoundError: there is no such file.
             FetchError: it is larger than `max_nbytes`.
         """
-        from raymerge.pipeline.errors import FetchError
-
         file = self.stat(url)
         if file.nbytes > max_nbytes:
             raise FetchError(f"{url}: {file.nbytes:,} bytes, at most {max_nbytes:,} expected in such a file")
@@ -132,8 +143,25 @@ class Storage(ABC):
         writer.commit()
 
 
+_SCHEME = re.compile("([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
 def storage_for(url: str) -> Storage:
-    """Return the storage that serves a URL."""
+    """Return the storage that serves a path or URL; one for the whole process, so that open files are shared.
+
+    Raises:
+        RaymergeError: the URL's scheme is not supported.
+    """
+    scheme = _SCHEME.match(url)
+    if scheme and not url.startswith("file:///"):
+        raise RaymergeError(
+            f"{scheme[1]}: URLs are not supported yet; give a directory on this machine (as a path, or file:///path)"
+        )
+    return _local_storage()
+
+
+@cache
+def _local_storage() -> Storage:
     from raymerge.pipeline.local_storage import LocalStorage
 
     return LocalStorage()

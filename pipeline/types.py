@@ -148,6 +148,14 @@ class ShardResult:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One finished file that is not a shard."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class MergeReport:
     """What a merge did."""
 

@@ -1,0 +1,89 @@
+"""Measure raymerge, mergekit and the floor, and print the table of figures.
+
+`python benchmarks/run.py --help` lists the options; README.md beside this file says how to read the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from accuracy import measure_accuracy
+from memory import measure_big_tensor, measure_many_models
+from merges import DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Bench
+from processes import CommandFailedError
+from report import Row, describe_machine, to_markdown, write_json
+from sameness import measure_sameness
+from speed import measure_speed
+from startup import measure_help, measure_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
+    "linear": partial(measure_speed, merge=LINEAR, at_least=2.5, floor_at_most=1.5),
+    "task_arithmetic": partial(measure_speed, merge=TASK_ARITHMETIC, at_least=2.5, floor_at_most=1.5),
+    "slerp": partial(measure_speed, merge=SLERP, at_least=4, floor_at_most=1.5),
+    "ties": partial(measure_speed, merge=TIES, at_least=15, floor_at_most=None),
+    "dare_ties": partial(measure_speed, merge=DARE_TIES, at_least=6, floor_at_most=None),
+    "many-models": measure_many_models,
+    "big-tensor": measure_big_tensor,
+    "accuracy": measure_accuracy,
+    "sameness": measure_sameness,
+    "help": measure_help,
+    "plan": measure_plan,
+}
+"""In the order of the table."""
+
+
+def main() -> int:
+    """Run the chosen benchmarks; return 1 if a figure was missed or could not be taken."""
+    arguments = parse_arguments()
+    bench = Bench(
+        workdir=arguments.workdir.resolve(),
+        raymerge=arguments.raymerge,
+        mergekit=arguments.mergekit if arguments.mergekit.exists() else None,
+        repeats=arguments.repeats,
+        peer_repeats=arguments.peer_repeats or arguments.repeats,
+    )
+    bench.checkpoints.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for name in arguments.only or BENCHMARKS:
+        print(f"measuring {name}", file=sys.stderr, flush=True)
+        try:
+            new = BENCHMARKS[name](bench)
+        except CommandFailedError as error:
+            print(error, file=sys.stderr)
+            new = [Row(name, "", "failed", False, str(error).splitlines()[-1])]
+        except Exception as error:
+            traceback.print_exc()
+            new = [Row(name, "", "failed", False, repr(error))]
+        rows += new
+        write_json(bench.workdir / "results.json", new)
+    print("; ".join(describe_machine().values()), end="\n\n")
+    print(to_markdown(rows))
+    return int(any(row.is_met is False for row in rows))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each command (default %(default)s)")
+    parser.add_argument("--peer-repeats", type=int, help="runs of mergekit, if fewer")
+    parser.add_argument(
+        "--mergekit",
+        type=Path,
+        default=ROOT / ".venv-mergekit/bin/mergekit-yaml",
+        help="mergekit-yaml of an environment of its own; without it, only raymerge and the floor are measured",
+    )
+    parser.add_argument("--raymerge", type=Path, default=Path(sys.executable).with_name("raymerge"))
+    parser.add_argument("--workdir", type=Path, default=ROOT / "build/benchmarks", help="needs 30 GB")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

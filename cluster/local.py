@@ -1,0 +1,95 @@
+"""Runs work in this process, on a few threads."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic
+
+from raymerge.cluster.errors import StoppedError
+from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
+
+
+@dataclass(frozen=True, slots=True)
+class _Done(Generic[Result]):
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    error: BaseException
+
+
+class _Ended:
+    """A thread has no more work."""
+
+
+class LocalRunner(Runner):
+    """A few threads, each running one item after the other, the costliest items first.
+
+    Right for work that leaves the interpreter lock alone most of the time, as torch, hashing and I/O do.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+
+    def run(
+        self,
+        work: Work[Item, Result],
+        items: Sequence[Item],
+        resources: Sequence[Resources],
+        on_progress: Report,
+    ) -> Iterator[Result]:
+        """Yield each item's result as it comes; see `Runner.run`."""
+        order = sorted(range(len(items)), key=lambda i: (-resources[i].cost, i))
+        waiting = deque(order)
+        events: queue.SimpleQueue[Progress | _Done[Result] | _Failed | _Ended] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def report(progress: Progress) -> None:
+            if stop.is_set():
+                raise StoppedError("stopped")
+            events.put(progress)
+
+        def work_off() -> None:
+            while waiting and not stop.is_set():
+                try:
+                    item = items[waiting.popleft()]
+                except IndexError:  # another thread took the last one
+                    break
+                try:
+                    events.put(_Done(work(item, report)))
+                except BaseException as error:  # raised in the driver
+                    events.put(_Failed(error))
+                    break
+            events.put(_Ended())
+
+        threads = [
+            threading.Thread(target=work_off, name=f"worker-{i}", daemon=True)
+            for i in range(min(self.num_threads, len(items)))
+        ]
+        for thread in threads:
+            thread.start()
+        error: BaseException | None = None
+        num_running = len(threads)
+        try:
+            while num_running:
+                event = events.get()
+                if isinstance(event, Progress):
+                    on_progress(event)
+                elif isinstance(event, _Done):
+                    yield event.result
+                elif isinstance(event, _Failed):
+                    stop.set()
+                    error = error or event.error
+                else:
+                    num_running -= 1
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        if error is not None:
+            raise error

@@ -1,0 +1,25 @@
+"""Linear DARE: randomly chosen differences, added."""
+
+from __future__ import annotations
+
+from raymerge.ops.kernel import Kernel
+from raymerge.ops.registry import Base, PerModel, merge_op
+from raymerge.ops.sparse_deltas import SparseDeltas
+
+
+@merge_op(title="Linear DARE", base=Base.REQUIRED, reference="https://arxiv.org/abs/2311.03099", min_models=0)
+def dare_linear(
+    weight: PerModel[float],
+    density: PerModel[float] = (1.0,),
+    normalize: bool = False,
+    rescale: bool = True,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    """Keeps randomly chosen differences, rescales them to the sum of absolute values they had, and adds them.
+
+    `int8_mask` is accepted and changes nothing: it saved memory for masks, which there are none of here.
+
+    Source: Yu et al. 2024, "Language Models are Super Mario", section 3.2; the rescaling is mergekit's.
+    """
+    return SparseDeltas(weight, density, "random", "none", normalize, rescale, lambda_)

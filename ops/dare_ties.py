@@ -1,0 +1,25 @@
+"""DARE TIES: randomly chosen differences, where they agree in sign."""
+
+from __future__ import annotations
+
+from raymerge.ops.kernel import Kernel
+from raymerge.ops.registry import Base, PerModel, merge_op
+from raymerge.ops.sparse_deltas import SparseDeltas
+
+
+@merge_op(title="DARE TIES", base=Base.REQUIRED, reference="https://arxiv.org/abs/2311.03099", min_models=0)
+def dare_ties(
+    weight: PerModel[float],
+    density: PerModel[float] = (1.0,),
+    normalize: bool = False,
+    rescale: bool = True,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    """Keeps randomly chosen differences, rescaled, and adds those that agree with the elected sign.
+
+    `int8_mask` is accepted and changes nothing: it saved memory for masks, which there are none of here.
+
+    Source: Yu et al. 2024, "Language Models are Super Mario", section 3.2, with the election of Yadav et al. 2023.
+    """
+    return SparseDeltas(weight, density, "random", "sum", normalize, rescale, lambda_)

@@ -1,0 +1,113 @@
+"""Exact selection of the largest elements by the bits of their floats."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from raymerge.ops.sparsifier import Sparsifier
+
+if TYPE_CHECKING:
+    import torch
+
+_HALF = 16
+_NUM_LOW = 2**16
+_NUM_HIGH = 2**15
+"""Without the sign, 15 high bits are left."""
+
+
+class MagnitudeSparsifier(Sparsifier):
+    """Keeps the k elements with the largest absolute values; of equal ones at the threshold those of lowest index.
+
+    The bits of non-negative floats order as their values do. The first pass counts by the 15 high bits, which gives the
+    threshold's bin; the second counts that bin by the 16 low bits, which gives the threshold itself.
+    """
+
+    num_passes = 2
+
+    def __init__(self, num_kept: int) -> None:
+        """Select the largest `num_kept` elements of a tensor; at least 1, at most all."""
+        self._num_kept = num_kept
+        self._counts: torch.Tensor | None = None
+        self._bin = 0
+        self._num_above = 0
+        self._threshold = 0.0
+        self._below_threshold = 0.0
+        self._quota = 0
+        self._has_ties = False
+        self._left = 0
+
+    @property
+    def threshold(self) -> float:
+        """The smallest absolute value that is kept; known after both passes."""
+        return self._threshold
+
+    def measure(self, index: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Count one block, by high bits or by low ones."""
+        import torch
+
+        if delta.dtype != torch.float32:
+            raise TypeError(f"selection by magnitude works on float32, not on {delta.dtype}")
+        bits = delta.abs_().view(torch.int32)
+        if index == 0:
+            counts = bits.bitwise_right_shift_(_HALF).bincount(minlength=_NUM_HIGH)
+        else:
+            lowest = self._bin << _HALF
+            bits.sub_(lowest - 1).clamp_(0, _NUM_LOW + 1)
+            counts = bits.bincount(minlength=_NUM_LOW + 2)[1 : _NUM_LOW + 1]
+        self._counts = counts if self._counts is None else self._counts.add_(counts)
+
+    def end_pass(self, index: int) -> None:
+        """Find the bin that holds the threshold."""
+        assert self._counts is not None, "a tensor has at least one block"
+        chosen, num_above, num_equal = _find_bin(self._counts, self._num_kept - self._num_above)
+        self._counts = None
+        self._num_above += num_above
+        if index == 0:
+            self._bin = chosen
+            return
+        bits = self._bin << _HALF | chosen
+        self._threshold = _float_of_bits(bits)
+        self._below_threshold = _float_of_bits(max(0, bits - 1))
+        self._quota = self._num_kept - self._num_above
+        self._has_ties = num_equal > self._quota
+
+    def trim(self, start: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Set what lies below the threshold to zero, and what lies on it once as many are kept as may be."""
+        import torch
+
+        if self._threshold == 0:
+            return
+        if start == 0:
+            self._left = self._quota
+        largest_dropped = self._below_threshold
+        if self._has_ties:
+            if self._left == 0:
+                largest_dropped = self._threshold
+            else:
+                self._drop_ties(delta, spares[0])
+        torch.ops.aten.hardshrink.out(delta, largest_dropped, out=delta)
+
+    def _drop_ties(self, delta: torch.Tensor, spare: torch.Tensor) -> None:
+        """Set elements at the threshold to zero once as many were kept as may be."""
+        import torch
+
+        is_equal = torch.eq(torch.abs(delta, out=spare), self._threshold, out=spare)
+        num_equal = int(is_equal.sum().item())
+        if num_equal > self._left:
+            delta[is_equal.nonzero()[self._left :, 0]] = 0
+        self._left -= min(self._left, num_equal)
+
+
+def _find_bin(counts: torch.Tensor, rank: int) -> tuple[int, int, int]:
+    """Return the bin that holds the element of this rank (1 is the largest), the number above it, and in it."""
+    from_top = counts.flip(0).cumsum(0)
+    place = int((from_top < rank).sum().item())
+    num_equal = int(counts[-1 - place].item())
+    return counts.numel() - 1 - place, int(from_top[place].item()) - num_equal, num_equal
+
+
+def _float_of_bits(bits: int) -> float:
+    """Return the float32 that has these bits."""
+    value: float = struct.unpack("<f", struct.pack("<I", bits))[0]
+    return value

@@ -1,0 +1,94 @@
+"""Spherical interpolation between a base and one model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
+from raymerge.ops.linear import combine_linearly
+from raymerge.ops.registry import Base, merge_op
+from raymerge.ops.sums import sum_exactly
+
+if TYPE_CHECKING:
+    import torch
+
+SMALLEST_NORM = 1e-8
+"""A vector that is no longer than this counts as a unit vector."""
+PARALLEL = 0.9995
+"""Above this cosine, in size, the arc counts as its chord."""
+
+
+@merge_op(
+    title="SLERP", base=Base.REQUIRED, reference="https://en.wikipedia.org/wiki/Slerp", min_models=1, max_models=1
+)
+def slerp(t: float) -> Kernel:
+    """Spherical interpolation: t = 0 gives the base, t = 1 the other model.
+
+    Source: Shoemake 1985, "Animating rotation with quaternion curves", section 3.3, with the angle taken between the
+    whole tensors and the formula applied to the tensors themselves, not to their unit vectors.
+    """
+    return Slerp(t)
+
+
+@dataclass(frozen=True)
+class Slerp(Kernel):
+    """y = c_0 * base + c_1 * x, with coefficients that follow from the angle between the two."""
+
+    t: float
+    num_passes: int = 1
+    block_elements = 2**16
+
+    def num_scratch(self, num_sources: int) -> int:
+        """Three to measure: both sources, and their products."""
+        return 3
+
+    def start(self, site: Site) -> KernelRun:
+        """Begin; norms and inner product are summed over the blocks."""
+        return _SlerpRun(self.t)
+
+
+class _SlerpRun(KernelRun):
+    def __init__(self, t: float) -> None:
+        self._t = t
+        self._aa = self._bb = self._ab = 0.0
+        self._coefficients = (1.0, 0.0)
+
+    def measure(self, index: int, block: Block) -> None:
+        import torch
+
+        a, b, product = block.scratch[:3]
+        block.load(0, a)
+        block.load(1, b)
+        self._ab += sum_exactly(torch.mul(a, b, out=product))
+        self._aa += sum_exactly(a.mul_(a))
+        self._bb += sum_exactly(b.mul_(b))
+
+    def end_pass(self, index: int) -> None:
+        self._coefficients = slerp_coefficients(self._t, self._aa, self._bb, self._ab)
+
+    def combine(self, block: Block, out: torch.Tensor) -> None:
+        combine_linearly(block, self._coefficients, out)
+
+
+def slerp_coefficients(t: float, aa: float, bb: float, ab: float) -> tuple[float, float]:
+    """Return (c_a, c_b) of the interpolation c_a * a + c_b * b.
+
+    Args:
+        t: 0 is a, 1 is b; outside of [0, 1] it goes on along the arc.
+        aa: the square of a's norm.
+        bb: the square of b's norm.
+        ab: the inner product of a and b.
+
+    >>> slerp_coefficients(0.5, 1.0, 1.0, 1.0)
+    (0.5, 0.5)
+    >>> [round(c, 4) for c in slerp_coefficients(0.5, 1.0, 1.0, 0.0)]
+    [0.7071, 0.7071]
+    """
+    norms = [norm if norm > SMALLEST_NORM else 1.0 for norm in (math.sqrt(aa), math.sqrt(bb))]
+    cosine = max(-1.0, min(1.0, ab / norms[0] / norms[1]))
+    if abs(cosine) > PARALLEL:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)

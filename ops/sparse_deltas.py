@@ -1,0 +1,204 @@
+"""Task arithmetic on thinned-out deltas: one kernel for the whole family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
+from raymerge.ops.random import RandomSparsifier
+from raymerge.ops.select import MagnitudeSparsifier
+from raymerge.ops.sparsifier import Sparsifier
+from raymerge.ops.sums import sum_exactly
+
+if TYPE_CHECKING:
+    import torch
+
+SMALLEST_SUM = 1e-7
+"""A delta with a smaller sum of absolute values is not rescaled."""
+SMALLEST_DIVISOR = 1e-8
+"""A smaller sum of all weights does not divide."""
+
+
+@dataclass(frozen=True)
+class SparseDeltas(Kernel):
+    """y = base + scale * consensus(w_i * mask_i * (x_i - base)).
+
+    Deltas are formed in the compute dtype, in which the difference of two bfloat16 numbers of similar size is exact.
+    """
+
+    weights: tuple[float, ...]
+    densities: tuple[float, ...]
+    """Share of each delta that is kept; 1 and more keep all, 0 and less nothing. One value holds for all models."""
+    sparsifier: Literal["none", "magnitude", "random"]
+    """Which elements are kept: all, the largest, or randomly chosen ones."""
+    consensus: Literal["none", "sum"]
+    """Add all that is kept, or only what has the sign of the sum."""
+    normalize: bool
+    """Divide by the weights that took part."""
+    rescale: bool
+    """Give each thinned delta the sum of absolute values that it had before."""
+    scale: float
+    """What the YAML calls lambda."""
+    block_elements = 2**16
+
+    @property
+    def num_passes(self) -> int:
+        """What the sparsifier needs, and one more to rescale."""
+        if not any(0 < density < 1 for density in self._densities()):
+            return 0
+        return (2 if self.sparsifier == "magnitude" else 0) + self.rescale
+
+    def num_scratch(self, num_sources: int) -> int:
+        """The base, two spares, and one delta; all deltas if they are to agree on a sign."""
+        return 3 + max(1, num_sources - 1 if self.consensus == "sum" else 1)
+
+    def start(self, site: Site) -> KernelRun:
+        """Begin with one tensor."""
+        models = [
+            _Model(source, weight, self._make_sparsifier(site, source - 1, density))
+            for source, (weight, density) in enumerate(zip(self.weights, self._densities(), strict=True), start=1)
+            if weight != 0 and density > 0
+        ]
+        return _SparseDeltasRun(self, models)
+
+    def _densities(self) -> tuple[float, ...]:
+        if self.sparsifier == "none":
+            return (1.0,) * len(self.weights)
+        return self.densities * len(self.weights) if len(self.densities) == 1 else self.densities
+
+    def _make_sparsifier(self, site: Site, position: int, density: float) -> Sparsifier | None:
+        if density >= 1:
+            return None
+        if self.sparsifier == "magnitude":
+            return MagnitudeSparsifier(max(1, int(density * site.num_elements)))
+        return RandomSparsifier(density, seed=site.seed, name=site.name, position=position)
+
+
+class _Model:
+    """One model's delta: how much of it there is, and which elements."""
+
+    def __init__(self, source: int, weight: float, sparsifier: Sparsifier | None) -> None:
+        self.source = source
+        self.weight = weight
+        self.sparsifier = sparsifier
+        self.full_sum = self.kept_sum = 0.0
+
+    @property
+    def rescaling(self) -> float:
+        """Source: L1 rescaling as mergekit has it, sum |d| / sum |mask * d|."""
+        if self.full_sum < SMALLEST_SUM or self.kept_sum < SMALLEST_SUM:
+            return 1.0
+        return self.full_sum / self.kept_sum
+
+
+class _SparseDeltasRun(KernelRun):
+    def __init__(self, kernel: SparseDeltas, models: list[_Model]) -> None:
+        self._kernel = kernel
+        self._models = models
+
+    def measure(self, index: int, block: Block) -> None:
+        base, first, second, delta = block.scratch[:4]
+        is_loaded = False
+        for model in self._models:
+            sparsifier = model.sparsifier
+            if sparsifier is None:
+                continue
+            if not is_loaded:
+                block.load(0, base)
+                is_loaded = True
+            block.load(model.source, delta).sub_(base)
+            if index < sparsifier.num_passes:
+                sparsifier.measure(index, delta, (first, second))
+            else:
+                model.full_sum += sum_exactly(delta.abs_())
+                sparsifier.trim(block.start, delta, (first, second))
+                model.kept_sum += sum_exactly(delta)
+
+    def end_pass(self, index: int) -> None:
+        for model in self._models:
+            if model.sparsifier is not None and index < model.sparsifier.num_passes:
+                model.sparsifier.end_pass(index)
+
+    def combine(self, block: Block, out: torch.Tensor) -> None:
+        if not self._models:
+            block.load(0, out)
+        elif self._kernel.consensus == "sum":
+            self._combine_agreeing(block, out)
+        else:
+            self._combine_all(block, out)
+
+    def _combine_all(self, block: Block, out: torch.Tensor) -> None:
+        """Source: Ilharco et al. 2023, "Editing Models with Task Arithmetic", section 2."""
+        base = block.load(0, block.scratch[0])
+        scale = self._kernel.scale
+        if self._kernel.normalize:
+            total = sum(self._kernel.weights)
+            scale /= total if abs(total) >= SMALLEST_DIVISOR else 1.0
+        coefficients = [model.weight * model.rescaling * scale for model in self._models]
+        common = coefficients[0] if len(set(coefficients)) == 1 else 1.0
+        for model, coefficient in zip(self._models, coefficients, strict=True):
+            is_first = model is self._models[0]
+            delta = self._load_delta(model, block, out if is_first else block.scratch[3])
+            if coefficient != common:
+                delta.mul_(coefficient)
+            if not is_first:
+                out.add_(delta)
+        if common != 1:
+            out.mul_(common)
+        out.add_(base)
+
+    def _combine_agreeing(self, block: Block, out: torch.Tensor) -> None:
+        """Source: Yadav et al. 2023, "TIES-Merging", algorithm 1, steps 2 and 3."""
+        import torch
+
+        base = block.load(0, block.scratch[0])
+        weights = [model.weight for model in self._models]
+        common = weights[0] if weights[0] > 0 and len(set(weights)) == 1 else 1.0
+        deltas = []
+        for model, delta in zip(self._models, block.scratch[3:], strict=False):
+            coefficient = model.weight / common * model.rescaling
+            self._load_delta(model, block, delta)
+            if coefficient != 1:
+                delta.mul_(coefficient)
+            deltas.append(delta)
+        signs, divisor = block.scratch[1:3]
+        total = deltas[0]
+        for delta in deltas[1:]:
+            total = torch.add(total, delta, out=signs)
+        torch.ge(total, 0, out=signs).mul_(2).sub_(1)
+        for model, delta in zip(self._models, deltas, strict=True):
+            delta.mul_(signs).clamp_(min=0)
+            is_first = model is self._models[0]
+            if is_first:
+                out.copy_(delta)
+            else:
+                out.add_(delta)
+            if self._kernel.normalize:
+                if is_first:
+                    torch.sign(delta, out=divisor)
+                    took_part = divisor
+                else:
+                    took_part = delta.sign_()
+                if model.weight != common:
+                    took_part.mul_(model.weight / common)
+                if not is_first:
+                    divisor.add_(took_part)
+        scale = self._kernel.scale
+        if self._kernel.normalize:
+            divisor.add_(torch.eq(divisor, 0, out=deltas[0]))
+            out.div_(divisor)
+        else:
+            scale *= common
+        out.mul_(signs)
+        if scale != 1:
+            out.mul_(scale)
+        out.add_(base)
+
+    def _load_delta(self, model: _Model, block: Block, delta: torch.Tensor) -> torch.Tensor:
+        """Write one model's thinned delta to `delta`, with the base in the first scratch block."""
+        base, first, second = block.scratch[:3]
+        block.load(model.source, delta).sub_(base)
+        if model.sparsifier is not None:
+            model.sparsifier.trim(block.start, delta, (first, second))
+        return delta

@@ -1,0 +1,40 @@
+"""The seam between task arithmetic and the rules that thin out a delta."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Sparsifier(ABC):
+    """Decides which elements of one model's delta are kept; the state for one tensor.
+
+    Order of calls: for each of `num_passes`, `measure` for all blocks in order and `end_pass`; then any number of times
+    `trim` for all blocks in order, from the block that starts at 0.
+    """
+
+    num_passes: int = 0
+    """How often the delta is measured before it can be trimmed."""
+
+    def measure(self, index: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Take the figures of pass `index` from one block; overwrites `delta` and `spares`."""
+        raise AssertionError("this sparsifier measures nothing")
+
+    def end_pass(self, index: int) -> None:
+        """Evaluate pass `index`, after its last block."""
+        raise AssertionError("this sparsifier measures nothing")
+
+    @abstractmethod
+    def trim(self, start: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Set what is not kept to zero, in place; overwrites `spares`.
+
+        What is kept depends on the size of the values only, not on their sign.
+
+        Args:
+            start: index of the block's first element in the tensor.
+            delta: the block's values, or their absolute values.
+            spares: two blocks of scratch.
+        """

@@ -1,0 +1,25 @@
+"""Task Arithmetic: the base plus weighted differences to it."""
+
+from __future__ import annotations
+
+from raymerge.ops.kernel import Kernel
+from raymerge.ops.registry import Base, PerModel, merge_op
+from raymerge.ops.sparse_deltas import SparseDeltas
+
+
+@merge_op(title="Task Arithmetic", base=Base.REQUIRED, reference="https://arxiv.org/abs/2212.04089", min_models=0)
+def task_arithmetic(
+    weight: PerModel[float],
+    density: PerModel[float] = (1.0,),
+    normalize: bool = False,
+    rescale: bool = False,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    """The base plus the weighted sum of the models' differences to it.
+
+    `density` and `rescale` are accepted and change nothing, for nothing is dropped; nor does `int8_mask`.
+
+    Source: Ilharco et al. 2023, "Editing Models with Task Arithmetic", section 2.
+    """
+    return SparseDeltas(weight, density, "none", "none", normalize, rescale, lambda_)

@@ -1,0 +1,25 @@
+"""TIES: the largest differences, where they agree in sign."""
+
+from __future__ import annotations
+
+from raymerge.ops.kernel import Kernel
+from raymerge.ops.registry import Base, PerModel, merge_op
+from raymerge.ops.sparse_deltas import SparseDeltas
+
+
+@merge_op(title="TIES", base=Base.REQUIRED, reference="https://arxiv.org/abs/2306.01708", min_models=0)
+def ties(
+    weight: PerModel[float],
+    density: PerModel[float] = (1.0,),
+    normalize: bool = True,
+    rescale: bool = False,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    """Keeps each model's largest differences, elects a sign for each element, and averages what agrees with it.
+
+    `int8_mask` is accepted and changes nothing: it saved memory for masks, which there are none of here.
+
+    Source: Yadav et al. 2023, "TIES-Merging", algorithm 1.
+    """
+    return SparseDeltas(weight, density, "magnitude", "sum", normalize, rescale, lambda_)

@@ -1,0 +1,34 @@
+"""Memory that is used again: fresh pages cost more than reading a file does."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections import defaultdict
+
+
+class BufferPool:
+    """Page-aligned buffers, kept by size when they are given back. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
+
+    def acquire(self, nbytes: int) -> mmap.mmap:
+        """Return a buffer of this size, with whatever it holds."""
+        with self._lock:
+            if self._free[nbytes]:
+                return self._free[nbytes].pop()
+        buffer = mmap.mmap(-1, nbytes)
+        if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 2**21:
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        return buffer
+
+    def release(self, buffer: mmap.mmap) -> None:
+        """Give a buffer back; nothing may look at it any more."""
+        with self._lock:
+            self._free[len(buffer)].append(buffer)
+
+
+POOL = BufferPool()
+"""Shared by all tasks of this process; it holds at most what the plan gives to the workers that run at once."""

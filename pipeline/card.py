@@ -1,0 +1,64 @@
+"""The model card: README.md of the output, with the front matter that the Hub reads."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+from raymerge import __version__
+from raymerge.ops.registry import Base, find_op
+from raymerge.pipeline.types import MergePlan
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def make_card(plan: MergePlan, name: str) -> str:
+    """Return the text of the card.
+
+    Args:
+        plan: what was done.
+        name: of the output, for the title.
+    """
+    op = find_op(plan.method)
+    front = {
+        "base_model": [model.path for model in plan.models if _HUB_NAME.fullmatch(model.path)],
+        "library_name": "transformers",
+        "tags": ["merge", "mergekit", "raymerge"],
+    }
+    if not front["base_model"]:
+        del front["base_model"]
+    method = f"[{op.title}]({op.reference})" if op.reference else op.title
+    base = plan.models[0] if op.base is Base.REQUIRED else None
+    others = [model for model in plan.models if model != base] or list(plan.models)
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        f"# {name}",
+        "",
+        f"A merge of language models, made with raymerge {__version__}.",
+        "",
+        f"Method: {method}{f', with {base} as base' if base else ''}.",
+        "",
+        "Models:",
+        "",
+        *(f"- {_link(str(model))}" for model in others),
+        "",
+        "Config:",
+        "",
+        *_fenced(plan.config_text),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _link(model: str) -> str:
+    return f"[{model}](https://huggingface.co/{model})" if _HUB_NAME.fullmatch(model) else f"`{model}`"
+
+
+def _fenced(text: str) -> list[str]:
+    """A YAML block whose fence is longer than any in the text."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}yaml", text.rstrip(), fence]

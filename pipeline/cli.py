@@ -1,0 +1,189 @@
+"""The `raymerge` command: a thin shell over the public API."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from raymerge import RaymergeError, __version__
+
+# Each command imports what it needs when it runs: --help and --version have to be quick.
+
+_DEFAULT_MEMORY = "4GiB"
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """Run the command line; exit with 2 where the user can put it right, with 130 when interrupted."""
+    try:
+        commands(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except RaymergeError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. What is finished is kept: run the same command again to go on.", err=True)
+        sys.exit(130)
+
+
+def _merge_options(command: _F) -> _F:
+    """Add the options that plan and merge share."""
+    for option in (
+        click.option("--strict", is_flag=True, help="Make doubtful settings errors instead of warnings."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For random methods."),
+        click.option(
+            "--shard-size", metavar="SIZE", help="Largest output file, such as 5GB. [default: by output size]"
+        ),
+        click.option(
+            "--threads", type=click.IntRange(min=1), metavar="N", help="Shards in work at once. [default: cores]"
+        ),
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            default=_DEFAULT_MEMORY,
+            show_default=True,
+            help="For tensors and scratch of all threads together.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="raymerge")
+def commands() -> None:
+    """Merge LLM checkpoints: a mergekit YAML in, a Hugging Face checkpoint out."""
+
+
+@commands.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_merge_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the tensor table as Parquet.")
+@click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
+def plan(
+    config: Path,
+    memory: str,
+    threads: int | None,
+    shard_size: str | None,
+    seed: int,
+    strict: bool,
+    as_json: bool,
+    save: Path | None,
+    verbose: bool,
+) -> None:
+    """Say what a merge will read, do and write, or what is wrong with it. Reads headers only."""
+    from raymerge.pipeline import driver
+    from raymerge.pipeline.plan_report import format_plan, plan_json, save_table
+
+    result = driver.plan(config, memory=memory, threads=threads, shard_size=shard_size, seed=seed, strict=strict)
+    if save is not None:
+        save_table(result, save)
+    if as_json:
+        click.echo(plan_json(result))
+        return
+    click.echo(format_plan(result, verbose=verbose))
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+@commands.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@_merge_options
+@click.option("--overwrite", is_flag=True, help="Replace a model that is in OUT.")
+@click.option("--dry-run", is_flag=True, help="Plan, print, and stop.")
+@click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.pass_context
+def merge(
+    context: click.Context,
+    config: Path,
+    out: Path,
+    memory: str,
+    threads: int | None,
+    shard_size: str | None,
+    seed: int,
+    strict: bool,
+    overwrite: bool,
+    dry_run: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Merge the models of CONFIG into the directory OUT; run it again to finish an interrupted merge."""
+    if dry_run:
+        context.invoke(
+            plan,
+            config=config,
+            memory=memory,
+            threads=threads,
+            shard_size=shard_size,
+            seed=seed,
+            strict=strict,
+            as_json=False,
+            save=None,
+            verbose=verbose,
+        )
+        return
+    from raymerge.pipeline import driver
+    from raymerge.pipeline.display import Display
+    from raymerge.pipeline.sizes import format_nbytes
+
+    with Display(verbose=verbose, quiet=quiet) as display:
+        report = driver.merge(
+            config,
+            out,
+            memory=memory,
+            threads=threads,
+            shard_size=shard_size,
+            seed=seed,
+            strict=strict,
+            overwrite=overwrite,
+            listener=display,
+        )
+    if quiet:
+        return
+    for warning in report.warnings:
+        if "NaN or infinite" in warning:
+            click.echo(f"warning: {warning}", err=True)
+    if report.num_resumed == report.num_shards and not report.written_nbytes:
+        click.echo(f"{out} was complete already: {report.num_tensors} tensors in {report.num_shards} shards")
+        return
+    click.echo(
+        f"{out}: {report.num_tensors} tensors in {report.num_shards} shards; read {format_nbytes(report.read_nbytes)}, "
+        f"wrote {format_nbytes(report.written_nbytes)} in {report.seconds:.1f} s; "
+        f"peak memory {format_nbytes(report.peak_rss)}"
+    )
+
+
+@commands.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Files read at once."
+)
+def verify(out: Path, threads: int) -> None:
+    """Compare every file of a merged model with its checksum, and the index with the shards."""
+    from raymerge.pipeline.sizes import format_nbytes
+    from raymerge.pipeline.verify import verify as check
+
+    report = check(str(out.absolute()), threads=threads)
+    click.echo(
+        f"{out} is sound: {report.num_files} files, {report.num_tensors} tensors, {format_nbytes(report.nbytes)}"
+    )
+
+
+@commands.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the merge methods, or show one with its parameters."""
+    from raymerge.ops.registry import find_op, load_ops
+    from raymerge.pipeline.method_report import format_method
+
+    for op in [find_op(name)] if name else load_ops().values():
+        click.echo(format_method(op))

@@ -1,0 +1,180 @@
+"""What a worker does: one output shard, block by block."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from raymerge.cluster.runner import Progress, Report
+from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
+from raymerge.ops.registry import find_op
+from raymerge.pipeline.dtypes import DTYPES
+from raymerge.pipeline.errors import TensorMismatchError
+from raymerge.pipeline.fetch import Fetcher, Filled
+from raymerge.pipeline.journal import Journal
+from raymerge.pipeline.memory import measure_demand
+from raymerge.pipeline.shard_writer import ShardWriter
+from raymerge.pipeline.storage import storage_for
+from raymerge.pipeline.tensor_merge import COPY
+from raymerge.pipeline.types import ShardResult, ShardTask, TensorMerge
+from raymerge.pipeline.windows import make_fetches
+
+COMPUTE_DTYPE = torch.float32
+
+
+def run_shard(task: ShardTask, report: Report, *, journal: Journal) -> ShardResult:
+    """Make one output file and enter it in the journal.
+
+    Args:
+        task: what to make.
+        report: called often; raises if the run is to end.
+        journal: of the output.
+
+    Raises:
+        FetchError: an input could not be read, or has changed.
+        OutputError: the output could not be written.
+        TensorMismatchError: tensors that are not floating-point differ between the inputs.
+    """
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    storage = storage_for(task.merges[0].sources[0].file.url)
+    writer = journal.open_shard(task)
+    shard = ShardWriter(writer)
+    try:
+        shard.append_bytes(task.header)
+        merger = _ShardMerger(task, shard)
+        read_nbytes = 0
+        with Fetcher(storage, make_fetches(task), task.buffer_nbytes) as windows:
+            for filled in windows:
+                before = shard.nbytes
+                merger.add(filled)
+                progress = Progress(sum(len(view) for view in filled.views), shard.nbytes - before)
+                read_nbytes += progress.read_nbytes
+                report(progress)
+        sha256 = shard.finish()
+        for file in dict.fromkeys(source.file for merge in task.merges for source in merge.sources):
+            storage.check_unchanged(file)
+    except BaseException:
+        shard.abort()
+        raise
+    writer.commit()
+    result = ShardResult(
+        file=task.file,
+        nbytes=task.nbytes,
+        sha256=sha256,
+        nonfinite=tuple(merger.nonfinite),
+        read_nbytes=read_nbytes,
+        seconds=time.perf_counter() - start,
+        peak_rss=peak_rss(),
+    )
+    journal.record(result)
+    return result
+
+
+def peak_rss() -> int:
+    """Return the largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _ShardMerger:
+    """Turns windows into output, in the order in which they come."""
+
+    def __init__(self, task: ShardTask, shard: ShardWriter) -> None:
+        self.task = task
+        self.shard = shard
+        self.nonfinite: list[str] = []
+        demands = [measure_demand(merge) for merge in task.merges]
+        self._scratch = torch.empty(
+            max(d.scratch_nbytes for d in demands) // COMPUTE_DTYPE.itemsize, dtype=COMPUTE_DTYPE
+        )
+        self._merge: TensorMerge | None = None
+        self._kernel: Kernel
+        self._run: KernelRun
+        self._sum = 0.0
+
+    def add(self, filled: Filled) -> None:
+        """Work off one window."""
+        merge = filled.window.merge
+        if merge.op == COPY:
+            self._copy(merge, filled.views)
+            return
+        if merge is not self._merge:
+            self._begin(merge)
+        sources = [
+            torch.frombuffer(view, dtype=getattr(torch, DTYPES[source.dtype].torch_name)) if view else torch.empty(0)
+            for source, view in zip(merge.sources, filled.views, strict=True)
+        ]
+        for index in filled.window.passes:
+            if index == self._kernel.num_passes:
+                self._combine(merge, filled, sources)
+            else:
+                for block in self._blocks(filled, sources):
+                    self._run.measure(index, block)
+                if filled.window.stop == merge.num_elements:
+                    self._run.end_pass(index)
+
+    def _begin(self, merge: TensorMerge) -> None:
+        self._merge = merge
+        self._sum = 0.0
+        self._kernel = find_op(merge.op).kernel(dict(merge.parameters))
+        self._run = self._kernel.start(Site(merge.name, merge.num_elements, len(merge.sources), self.task.seed))
+
+    def _combine(self, merge: TensorMerge, filled: Filled, sources: Sequence[torch.Tensor]) -> None:
+        dtype: torch.dtype = getattr(torch, DTYPES[merge.out_dtype].torch_name)
+        for block in self._blocks(filled, sources):
+            out = block.out
+            self._run.combine(block, out)
+            self.shard.append(out, dtype)
+            # A sum is finite only if all values are; float16 may overflow where float32 does not.
+            self._sum += float((out.to(dtype) if dtype is torch.float16 else out).sum(dtype=torch.float32))
+        if filled.window.stop == merge.num_elements and not abs(self._sum) < float("inf"):
+            self.nonfinite.append(merge.name)
+
+    def _blocks(self, filled: Filled, sources: Sequence[torch.Tensor]) -> Sequence[_WindowBlock]:
+        size = self._kernel.block_elements
+        window = filled.window
+        num_scratch = self._kernel.num_scratch(len(sources))
+        return [
+            _WindowBlock(start, min(start + size, window.stop), window.start, sources, self._scratch, num_scratch)
+            for start in range(window.start, window.stop, size)
+        ]
+
+    def _copy(self, merge: TensorMerge, views: Sequence[memoryview]) -> None:
+        for source, view in zip(merge.sources[1:], views[1:], strict=True):
+            if view != views[0]:
+                raise TensorMismatchError(
+                    f"{merge.name} ({source.dtype}, not floating-point) differs between {merge.sources[0].model} and "
+                    f"{source.model}; such tensors cannot be merged, only copied from equal inputs"
+                )
+        self.shard.append_bytes(views[0])
+
+
+class _WindowBlock(Block):
+    """One block of a window, with its share of the task's scratch."""
+
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        window_start: int,
+        sources: Sequence[torch.Tensor],
+        scratch: torch.Tensor,
+        num_scratch: int,
+    ) -> None:
+        self.start = start
+        self.stop = stop
+        num_elements = stop - start
+        pieces = [scratch[k * num_elements : (k + 1) * num_elements] for k in range(num_scratch + 1)]
+        self.out = pieces[0]
+        self.scratch = pieces[1:]
+        self._sources = sources
+        self._offset = start - window_start
+
+    def load(self, source: int, out: torch.Tensor) -> torch.Tensor:
+        """Convert one source's values into `out`."""
+        return out.copy_(self._sources[source][self._offset : self._offset + self.stop - self.start])

@@ -1,0 +1,74 @@
+"""What is finished, kept beside the output while it is being made, so that a killed merge can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raymerge import __version__
+from raymerge.pipeline.storage import Writer, storage_for
+from raymerge.pipeline.types import ShardResult, ShardTask
+
+DIRECTORY = ".raymerge"
+"""In the output directory; gone once the merge is complete."""
+
+_PLAN = f"{DIRECTORY}/plan.json"
+_MAX_RECORD_NBYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """The journal of one output directory; picklable, so that workers can write to it."""
+
+    out: str
+    """The output directory."""
+    fingerprint: str
+    """Of the plan that is being carried out."""
+
+    def begin(self) -> None:
+        """Note which plan this output is made by."""
+        plan = {"fingerprint": self.fingerprint, "raymerge": __version__}
+        self._write(_PLAN, plan)
+
+    def open_shard(self, task: ShardTask) -> Writer:
+        """Begin an output file; until it is committed it lies in the journal's directory."""
+        storage = storage_for(self.out)
+        return storage.open_writer(
+            f"{self.out}/{task.file}", task.nbytes, f"{self.out}/{DIRECTORY}/{task.file}.partial"
+        )
+
+    def record(self, result: ShardResult) -> None:
+        """Note that an output file is finished."""
+        self._write(f"{DIRECTORY}/{result.file}.json", {"fingerprint": self.fingerprint, **dataclasses.asdict(result)})
+
+    def read_records(self, tasks: Sequence[ShardTask]) -> list[ShardResult]:
+        """Return the records of finished files that belong to this plan and whose files are there in full size."""
+        storage = storage_for(self.out)
+        results = []
+        for task in tasks:
+            try:
+                content = storage.read(f"{self.out}/{DIRECTORY}/{task.file}.json", _MAX_RECORD_NBYTES)
+                record = json.loads(content)
+                if record.pop("fingerprint") != self.fingerprint:
+                    continue
+                result = ShardResult(**{**record, "nonfinite": tuple(record["nonfinite"])})
+                if storage.stat(f"{self.out}/{task.file}").nbytes == result.nbytes == task.nbytes:
+                    results.append(result)
+            except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+                continue  # no record, or one that is damaged: the file is made again
+        return results
+
+    def _write(self, name: str, content: object) -> None:
+        storage_for(self.out).write(f"{self.out}/{name}", json.dumps(content, indent=1).encode())
+
+
+def read_fingerprint(out: str) -> str | None:
+    """Return the fingerprint of the plan that an unfinished output is made by; None where there is none."""
+    try:
+        plan = json.loads(storage_for(out).read(f"{out}/{_PLAN}", _MAX_RECORD_NBYTES))
+    except (FileNotFoundError, ValueError):
+        return None
+    fingerprint = plan.get("fingerprint") if isinstance(plan, dict) else None
+    return fingerprint if isinstance(fingerprint, str) else ""

@@ -1,0 +1,114 @@
+"""How much memory a task takes, added up before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from raymerge.ops.kernel import BLOCK_ELEMENTS
+from raymerge.ops.registry import find_op
+from raymerge.pipeline.dtypes import DTYPES
+from raymerge.pipeline.errors import MemoryLimitError
+from raymerge.pipeline.sizes import format_memory
+from raymerge.pipeline.tensor_merge import COPY
+from raymerge.pipeline.types import TensorMerge
+
+COMPUTE_NBYTES = 4
+"""Bytes of a float32."""
+
+NUM_BUFFERS = 2
+"""Input buffers of a task: one is filled while the other is merged."""
+
+MAX_BUFFER_NBYTES = 16 * 2**20
+"""Reading a file again from the page cache is cheaper than fresh memory, so larger buffers do not pay."""
+
+OUTPUT_BUFFER_NBYTES = 4 * 2**20
+"""Merged values on their way out; two are in use, one being filled and one being hashed and written."""
+
+ALIGNMENT = 64
+"""Each source's bytes start at a multiple of this in an input buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one output tensor needs at least."""
+
+    block_elements: int
+    """Of its grid."""
+    num_passes: int
+    """How often it is measured before it is combined."""
+    block_nbytes: int
+    """One block of every source, as stored."""
+    scratch_nbytes: int
+    """Blocks in the compute dtype, the result among them."""
+
+
+def measure_demand(merge: TensorMerge) -> Demand:
+    """Return what a tensor needs."""
+    if merge.op == COPY:
+        block_elements, num_passes, num_scratch = BLOCK_ELEMENTS, 0, 0
+    else:
+        kernel = find_op(merge.op).kernel(dict(merge.parameters))
+        block_elements, num_passes = kernel.block_elements, kernel.num_passes
+        num_scratch = 1 + kernel.num_scratch(len(merge.sources))
+    num_elements = min(block_elements, merge.num_elements)
+    return Demand(
+        block_elements,
+        num_passes,
+        sum(aligned(stored_nbytes(source.dtype, num_elements)) for source in merge.sources),
+        num_scratch * num_elements * COMPUTE_NBYTES,
+    )
+
+
+def choose_buffer_nbytes(demands: Iterable[Demand], worker_mem: int) -> int:
+    """Return the size of one input buffer for tensors with these demands.
+
+    Args:
+        demands: of the tensors of one task.
+        worker_mem: what one worker may use, in bytes.
+
+    Returns:
+        As much as is useful and fits; less than `max(block_nbytes)` where the memory does not suffice.
+    """
+    scratch = max(demand.scratch_nbytes for demand in demands)
+    return min(MAX_BUFFER_NBYTES, (worker_mem - scratch - 2 * OUTPUT_BUFFER_NBYTES) // NUM_BUFFERS)
+
+
+def project_mem(demands: Iterable[Demand], buffer_nbytes: int) -> int:
+    """Return the peak memory of a task for tensors and scratch, in bytes."""
+    scratch = max(demand.scratch_nbytes for demand in demands)
+    return NUM_BUFFERS * buffer_nbytes + scratch + 2 * OUTPUT_BUFFER_NBYTES
+
+
+def smallest_mem(demand: Demand) -> int:
+    """Return the least memory with which one worker can merge a tensor, in bytes."""
+    return project_mem([demand], demand.block_nbytes)
+
+
+def check_fits(name: str, demand: Demand, allowed_mem: int) -> None:
+    """Refuse a tensor that one worker cannot merge with all of the memory.
+
+    Raises:
+        MemoryLimitError: naming the tensor, both figures and the smallest limit that works.
+    """
+    needed = smallest_mem(demand)
+    if needed > allowed_mem:
+        raise MemoryLimitError(
+            f"{name} needs {format_memory(needed)} for one block of each source with scratch and output buffers, "
+            f"and {format_memory(allowed_mem)} are allowed; "
+            f"the smallest limit that works is --memory {format_memory(needed)}"
+        )
+
+
+def aligned(nbytes: int) -> int:
+    """Round up to where the next source may start in a buffer.
+
+    >>> aligned(1), aligned(64)
+    (64, 64)
+    """
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def stored_nbytes(dtype: str, num_elements: int) -> int:
+    """Return the size of so many elements in a dtype of whole bytes, in bytes."""
+    return num_elements * DTYPES[dtype].num_bits // 8

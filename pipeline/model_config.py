@@ -1,0 +1,160 @@
+"""config.json: what a merge reads from it, and what it changes in the output's."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raymerge.pipeline.types import ModelRef
+
+Json = dict[str, Any]
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attention_layers", "fixed_layers")
+"""Lists of layer numbers, as opposed to lists with one entry for each layer."""
+
+_DEPTH_FIELDS = (
+    "first_k_dense_replace", "sliding_window_pattern", "decoder_sparse_step", "interleave_moe_layer_step",
+    "attn_layer_period", "attn_layer_offset", "no_rope_layer_interval", "num_nextn_predict_layers",
+)  # fmt: skip
+"""Fields that tie a layer's kind to its number in a way that no rule of ours can move."""
+
+_MEANING_FIELDS = (
+    "model_type", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_dim", "rotary_pct", "alibi",
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps",
+    "hidden_act", "hidden_activation", "activation_function",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "multi_query",
+    "sliding_window", "layer_types", "use_parallel_residual", "parallel_attn",
+    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale",
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
+    "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "scoring_func", "n_group", "topk_group",
+)  # fmt: skip
+"""Fields that give the same weights another meaning."""
+
+
+def text_part(config: Json) -> Json:
+    """Return the part of a config.json that describes the language model: a sub-config, or the whole."""
+    for key in _TEXT_PARTS:
+        part = config.get(key)
+        if isinstance(part, dict) and _layer_count_key(part):
+            return part
+    return config
+
+
+def count_layers(config: Json) -> int | None:
+    """Return the number of layers that config.json states, if it does."""
+    part = text_part(config)
+    key = _layer_count_key(part)
+    return part[key] if key else None
+
+
+def ties_embeddings(config: Json) -> bool | None:
+    """Return what config.json says of `tie_word_embeddings`; None where it is silent."""
+    for part in (config, text_part(config)):
+        if isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
+def set_tied(config: Json, tied: bool) -> None:
+    """State `tie_word_embeddings`, wherever the config has it already, and at the top."""
+    part = text_part(config)
+    if "tie_word_embeddings" in part:
+        part["tie_word_embeddings"] = tied
+    config["tie_word_embeddings"] = tied
+
+
+def set_dtype(config: Json, dtype: str) -> None:
+    """State the weights' dtype, under the keys that the config uses.
+
+    Args:
+        config: changed in place, sub-configs included.
+        dtype: torch's word for it, such as `bfloat16`.
+    """
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["torch_dtype"] = dtype
+
+
+def stack_layers(config: Json, origins: Sequence[tuple[Json, int]]) -> tuple[Json, list[str]]:
+    """Return a copy of a config.json for a new stack of layers, and warnings.
+
+    Args:
+        config: the donor's.
+        origins: for each output layer, the config.json of the model that it comes from and its number there.
+    """
+    result = copy.deepcopy(config)
+    part = text_part(result)
+    old = count_layers(config)
+    key = _layer_count_key(part)
+    if key is None:
+        return result, [f"config.json has no layer count; the output has {len(origins)} layers"]
+    part[key] = len(origins)
+    warnings = []
+    for name, value in list(part.items()):
+        if name in _INDEX_LISTS and isinstance(value, list):
+            part[name] = [k for k, (origin, layer) in enumerate(origins) if layer in text_part(origin).get(name, [])]
+        elif "layer" in name and isinstance(value, list) and len(value) == old:
+            part[name] = [_entry(text_part(origin).get(name), layer, value) for origin, layer in origins]
+        elif name == "max_window_layers" and value == old:
+            part[name] = len(origins)
+        elif name in _DEPTH_FIELDS and value and len(origins) != old:
+            warnings.append(
+                f"config.json: {name} = {value} ties layers to their number and stays as it is; "
+                f"check it against the new stack of {len(origins)} layers"
+            )
+    return result, warnings
+
+
+def dump_config(config: Json) -> str:
+    """Return the text of a config.json."""
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def compare_configs(configs: Sequence[tuple[ModelRef, Json]]) -> list[str]:
+    """Return a warning for each field that gives the weights another meaning and differs between the inputs."""
+    warnings = []
+    for field in _MEANING_FIELDS:
+        values = [(model, _meaning(config, field)) for model, config in configs]
+        first = values[0][1]
+        if any(value != first for _, value in values[1:]):
+            given = "; ".join(f"{model}: {'not given' if value is None else value}" for model, value in values)
+            warnings.append(
+                f"config.json: {field} differs, so the same weights mean different things in the inputs ({given}); "
+                f"the output gets {values[0][0]}'s"
+            )
+    return warnings
+
+
+def _layer_count_key(part: Json) -> str | None:
+    return next((key for key in _LAYER_COUNTS if type(part.get(key)) is int), None)
+
+
+def _entry(values: object, layer: int, fallback: list[Any]) -> Any:
+    if isinstance(values, list) and layer < len(values):
+        return values[layer]
+    return fallback[min(layer, len(fallback) - 1)]
+
+
+def _meaning(config: Json, field: str) -> object:
+    """A field's effective value: newer configs nest the rotary fields, and switch sliding windows off by a flag."""
+    part = text_part(config)
+    rope = part.get("rope_parameters")
+    rope = rope if isinstance(rope, Mapping) else {}
+    if field in ("rope_theta", "partial_rotary_factor"):
+        return rope.get(field, part.get(field))
+    if field == "rope_scaling":
+        scaling = part.get(field) or {
+            key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")
+        }
+        kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, Mapping) else scaling
+        return None if kind in (None, "default") and "mrope_section" not in scaling else scaling
+    if field == "sliding_window" and part.get("use_sliding_window") is False:
+        return None
+    return part.get(field)

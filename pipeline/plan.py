@@ -1,0 +1,147 @@
+"""From a recipe to a plan: shards with their headers, memory, and the fingerprint. Pure, without I/O."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from raymerge import __version__
+from raymerge.pipeline.dtypes import DTYPES
+from raymerge.pipeline.header import make_header
+from raymerge.pipeline.memory import Demand, check_fits, choose_buffer_nbytes, measure_demand, project_mem
+from raymerge.pipeline.types import ShardTask, TensorMerge
+from raymerge.pipeline.windows import is_resident
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the user allows."""
+
+    allowed_mem: int
+    """For tensors and scratch of all workers together, in bytes."""
+    num_threads: int
+    shard_nbytes: int | None
+    """Largest output file, unless one tensor is larger; None for the default."""
+
+
+def default_shard_nbytes(total_nbytes: int) -> int:
+    """Return the default size of output files; it follows from the output's size alone, to be the same everywhere.
+
+    It grows with the cube root of the output: 1 GB gives 8 files, enough for a laptop's cores, 140 GB about 200, enough
+    for a hundred workers, and 1.3 TB files of 1.4 GB.
+
+    >>> [default_shard_nbytes(n) // 10**6 for n in (10**6, 10**9, 15 * 10**9, 140 * 10**9, 1340 * 10**9)]
+    [12, 128, 315, 664, 1411]
+    """
+    return max(1, int(128 * (total_nbytes / 10**9) ** (1 / 3))) * 10**6
+
+
+def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tuple[tuple[ShardTask, ...], int]:
+    """Cut the output into files and decide how each is made.
+
+    Args:
+        merges: in natural order of names.
+        seed: of the merge.
+        limits: what the user allows.
+
+    Returns:
+        The tasks, and how many workers the memory allows at once.
+
+    Raises:
+        MemoryLimitError: a tensor does not fit even for one worker.
+    """
+    demands = {merge.name: measure_demand(merge) for merge in merges}
+    for merge in merges:
+        check_fits(merge.name, demands[merge.name], limits.allowed_mem)
+    shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
+    shards = list(split_shards(merges, shard_nbytes))
+    num_threads = next(
+        n
+        for n in range(min(limits.num_threads, len(shards)), 0, -1)
+        if n == 1 or _all_fit(shards, demands, limits.allowed_mem // n)
+    )
+    tasks = tuple(
+        _make_task(shard, file, demands, limits.allowed_mem // num_threads, seed)
+        for shard, file in zip(shards, shard_names(len(shards)), strict=True)
+    )
+    return tasks, num_threads
+
+
+def split_shards(merges: Sequence[TensorMerge], shard_nbytes: int) -> Iterator[tuple[TensorMerge, ...]]:
+    """Yield the tensors of each output file: in order, until the next would exceed the size."""
+    shard: list[TensorMerge] = []
+    nbytes = 0
+    for merge in merges:
+        if shard and nbytes + merge.nbytes > shard_nbytes:
+            yield tuple(shard)
+            shard, nbytes = [], 0
+        shard.append(merge)
+        nbytes += merge.nbytes
+    if shard:
+        yield tuple(shard)
+
+
+def shard_names(num_shards: int) -> list[str]:
+    """Return the names of the output files, as Hugging Face loaders expect them.
+
+    >>> shard_names(1), shard_names(2)
+    (['model.safetensors'], ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'])
+    """
+    if num_shards == 1:
+        return ["model.safetensors"]
+    return [f"model-{k:05d}-of-{num_shards:05d}.safetensors" for k in range(1, num_shards + 1)]
+
+
+def make_fingerprint(tasks: Sequence[ShardTask], config_json: str) -> str:
+    """Return a hash of everything that decides the output's bytes: recipes, inputs as they are, seed, layout, version.
+
+    Where the inputs lie does not matter, nor do memory and workers.
+    """
+    digest = hashlib.sha256(f"{__version__}\n{config_json}\n".encode())
+    for task in tasks:
+        digest.update(json.dumps([task.file, task.seed], ensure_ascii=False).encode())
+        digest.update(task.header)
+        for merge in task.merges:
+            sources = [
+                [s.name, s.dtype, s.start, s.stop, s.file.url.rpartition("/")[2], s.file.nbytes, s.file.etag]
+                for s in merge.sources
+            ]
+            record = [merge.name, merge.op, merge.parameters, sources]
+            digest.update(json.dumps(record, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def _all_fit(shards: Sequence[Sequence[TensorMerge]], demands: dict[str, Demand], worker_mem: int) -> bool:
+    return all(
+        choose_buffer_nbytes([demands[merge.name] for merge in shard], worker_mem)
+        >= max(demands[merge.name].block_nbytes for merge in shard)
+        for shard in shards
+    )
+
+
+def _make_task(
+    merges: Sequence[TensorMerge], file: str, demands: dict[str, Demand], worker_mem: int, seed: int
+) -> ShardTask:
+    own = [demands[merge.name] for merge in merges]
+    buffer_nbytes = choose_buffer_nbytes(own, worker_mem)
+    # Wide dtypes first, so that every tensor is aligned to its own dtype in the file.
+    ordered = tuple(sorted(merges, key=lambda merge: -DTYPES[merge.out_dtype].num_bits))
+    header = make_header([(merge.name, merge.out_dtype, merge.shape, merge.nbytes) for merge in ordered])
+    read = {merge.name: sum(source.nbytes for source in merge.sources) for merge in merges}
+    return ShardTask(
+        file=file,
+        header=header,
+        merges=ordered,
+        nbytes=len(header) + sum(merge.nbytes for merge in merges),
+        read_nbytes=sum(read.values()),
+        reread_nbytes=sum(
+            read[merge.name] * demand.num_passes
+            for merge, demand in zip(merges, own, strict=True)
+            if not is_resident(merge, buffer_nbytes)
+        ),
+        buffer_nbytes=buffer_nbytes,
+        projected_mem=project_mem(own, buffer_nbytes),
+        seed=seed,
+    )

@@ -1,0 +1,119 @@
+"""Streams one output file: header, then tensors in order, hashed and written on a thread of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+from raymerge.pipeline.buffers import POOL
+from raymerge.pipeline.memory import OUTPUT_BUFFER_NBYTES
+from raymerge.pipeline.storage import Writer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ShardWriter:
+    """Collects bytes in buffers and hands each full one to a thread that hashes and writes it.
+
+    `append` any number of times, then `finish`, then `commit` on the writer beneath; on an error, `abort`.
+    """
+
+    nbytes: int
+    """Appended so far."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.nbytes = 0
+        self._writer = writer
+        self._digest = hashlib.sha256()
+        self._empty: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[tuple[mmap.mmap, int] | None] = queue.SimpleQueue()
+        self._buffers = [POOL.acquire(OUTPUT_BUFFER_NBYTES) for _ in range(2)]
+        self._empty.put(self._buffers[1])
+        self._current = self._buffers[0]
+        self._num_used = 0
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._write_all, name="write", daemon=True)
+        self._thread.start()
+
+    def append_bytes(self, data: bytes | memoryview) -> None:
+        """Append bytes as they are.
+
+        Raises:
+            OutputError: an earlier write failed.
+        """
+        data = memoryview(data)
+        while data:
+            num_bytes = min(len(data), OUTPUT_BUFFER_NBYTES - self._num_used)
+            self._current[self._num_used : self._num_used + num_bytes] = data[:num_bytes]
+            self._advance(num_bytes)
+            data = data[num_bytes:]
+
+    def append(self, values: torch.Tensor, dtype: torch.dtype) -> None:
+        """Append a tensor's values, rounded to a dtype.
+
+        Args:
+            values: flat.
+            dtype: of whole bytes; everything appended before ends at a multiple of its size.
+
+        Raises:
+            OutputError: an earlier write failed.
+        """
+        import torch
+
+        while len(values):
+            num_values = min(len(values), (OUTPUT_BUFFER_NBYTES - self._num_used) // dtype.itemsize)
+            torch.frombuffer(self._current, dtype=dtype, count=num_values, offset=self._num_used).copy_(
+                values[:num_values]
+            )
+            self._advance(num_values * dtype.itemsize)
+            values = values[num_values:]
+
+    def finish(self) -> str:
+        """Write what is left and return the sha256 of everything, in hex.
+
+        Raises:
+            OutputError: a write failed.
+        """
+        self._full.put((self._current, self._num_used))
+        self._end()
+        if self._error is not None:
+            raise self._error
+        return self._digest.hexdigest()
+
+    def abort(self) -> None:
+        """Stop, and forget what was written."""
+        self._end()
+        self._writer.abort()
+
+    def _advance(self, num_bytes: int) -> None:
+        self.nbytes += num_bytes
+        self._num_used += num_bytes
+        if self._num_used == OUTPUT_BUFFER_NBYTES:
+            self._full.put((self._current, self._num_used))
+            self._current = self._empty.get()
+            self._num_used = 0
+            if self._error is not None:
+                raise self._error
+
+    def _end(self) -> None:
+        if self._thread.is_alive():
+            self._full.put(None)
+            self._thread.join()
+        while self._buffers:
+            POOL.release(self._buffers.pop())
+
+    def _write_all(self) -> None:
+        while (item := self._full.get()) is not None:
+            buffer, num_bytes = item
+            if self._error is None:
+                try:
+                    with memoryview(buffer)[:num_bytes] as data:
+                        self._digest.update(data)
+                        self._writer.write(data)
+                except BaseException as error:  # raised at the next append, or by finish
+                    self._error = error
+            self._empty.put(buffer)

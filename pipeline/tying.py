@@ -1,0 +1,40 @@
+"""Output heads that share their matrix with the embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from raymerge.pipeline.layers import split_name
+from raymerge.pipeline.model_config import Json, ties_embeddings
+
+_HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embed_in.weight",
+)
+
+
+def find_head(names: Iterable[str]) -> str | None:
+    """Return the name of a checkpoint's output head, if it is among its tensors."""
+    return next((name for name in names if name.endswith(_HEADS) and split_name(name) is None), None)
+
+
+def find_embedding(names: Iterable[str]) -> str | None:
+    """Return the name of a checkpoint's token embedding, if it can be told by its name."""
+    found = [name for name in names if name.endswith(_EMBEDDINGS) and split_name(name) is None]
+    return found[0] if len(found) == 1 else None
+
+
+def is_tied(config: Json, names: Collection[str]) -> bool:
+    """Return whether a checkpoint's head is its embedding.
+
+    config.json decides, for loaders ignore a stored head if it says so. Where it is silent, its default depends on the
+    architecture, but a checkpoint that needs a head of its own has one stored.
+    """
+    stated = ties_embeddings(config)
+    if find_embedding(names) is None:
+        return False
+    return find_head(names) is None if stated is None else stated

@@ -1,0 +1,137 @@
+"""Checks a finished model against its manifest, its index and its own headers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
+
+from raymerge.cluster.local import LocalRunner
+from raymerge.cluster.runner import Progress, Report, Resources
+from raymerge.pipeline.buffers import POOL
+from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.header import read_header
+from raymerge.pipeline.journal import read_fingerprint
+from raymerge.pipeline.output import MANIFEST, MAX_MANIFEST_NBYTES
+from raymerge.pipeline.sources import INDEX
+from raymerge.pipeline.storage import ByteRange, storage_for
+from raymerge.pipeline.types import OutputFile, ShardResult, StoredFile
+
+_CHUNK_NBYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was found sound."""
+
+    num_files: int
+    num_tensors: int
+    nbytes: int
+
+
+def verify(
+    out: str, *, threads: int = 2, on_progress: Callable[[Progress], None] = lambda progress: None
+) -> VerifyReport:
+    """Read a whole model and compare it with what was written.
+
+    Args:
+        out: the model's directory.
+        threads: files read at once.
+        on_progress: told of the bytes read.
+
+    Raises:
+        OutputError: the model is unfinished, or was not made by raymerge, or a file is missing, extra, or has changed;
+            the message lists every case.
+    """
+    files = _read_manifest(out)
+    storage = storage_for(out)
+    shards = [name for name in files if name.endswith(".safetensors")]
+    problems = [
+        f"{name}: a file of weights that the manifest does not list"
+        for name in storage.list(out)
+        if name.endswith(".safetensors") and name not in files
+    ]
+    checks = LocalRunner(threads).run(
+        partial(_check_file, out=out),
+        list(files.items()),
+        [Resources(mem_nbytes=_CHUNK_NBYTES, cost=file.nbytes) for file in files.values()],
+        on_progress,
+    )
+    problems += sorted(problem for problem in checks if problem)
+    num_tensors = 0
+    if not problems:
+        tensors = {}
+        for shard in shards:
+            for entry in read_header(storage, storage.stat(f"{out}/{shard}")):
+                tensors[entry.name] = shard
+        num_tensors = len(tensors)
+        if INDEX in files:
+            weight_map = json.loads(storage.read(f"{out}/{INDEX}", MAX_MANIFEST_NBYTES))["weight_map"]
+            problems += _compare_index(weight_map, tensors)
+    if problems:
+        raise OutputError(f"{out} is not what was written:\n  " + "\n  ".join(problems))
+    return VerifyReport(len(files), num_tensors, sum(file.nbytes for file in files.values()))
+
+
+def hash_shard(result: ShardResult, report: Report, *, out: str) -> tuple[ShardResult, str]:
+    """Return a recorded shard and the sha256 of the file that is there."""
+    storage = storage_for(out)
+    return result, _hash_file(storage.stat(f"{out}/{result.file}"), report)
+
+
+def _check_file(item: tuple[str, OutputFile], report: Report, *, out: str) -> str:
+    """Return what is wrong with one file, or nothing."""
+    name, expected = item
+    try:
+        file = storage_for(out).stat(f"{out}/{name}")
+    except FileNotFoundError:
+        return f"{name}: missing"
+    if file.nbytes != expected.nbytes:
+        return f"{name}: {file.nbytes} bytes, {expected.nbytes} were written"
+    found = _hash_file(file, report)
+    return "" if found == expected.sha256 else f"{name}: sha256 is {found}, {expected.sha256} was written"
+
+
+def _hash_file(file: StoredFile, report: Report) -> str:
+    storage = storage_for(file.url)
+    digest = hashlib.sha256()
+    buffer = POOL.acquire(_CHUNK_NBYTES)
+    try:
+        for start in range(0, file.nbytes, _CHUNK_NBYTES):
+            piece = ByteRange(file, start, min(start + _CHUNK_NBYTES, file.nbytes))
+            view = memoryview(buffer)[: piece.nbytes]
+            storage.read_into([piece], [view])
+            digest.update(view)
+            report(Progress(read_nbytes=piece.nbytes))
+    finally:
+        POOL.release(buffer)
+    return digest.hexdigest()
+
+
+def _read_manifest(out: str) -> dict[str, OutputFile]:
+    try:
+        content = storage_for(out).read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES)
+    except FileNotFoundError:
+        if read_fingerprint(out) is not None:
+            raise OutputError(f"{out} is unfinished; run the same `raymerge merge` again to finish it") from None
+        raise OutputError(f"{out} has no {MANIFEST}: it was not made by raymerge, or is not a model") from None
+    try:
+        files = {name: OutputFile(**file) for name, file in json.loads(content)["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OutputError(f"{out}/{MANIFEST} is damaged: {error}") from error
+    for name in files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise OutputError(f"{out}/{MANIFEST} names a file outside the directory: {name}")
+    return files
+
+
+def _compare_index(weight_map: dict[str, str], tensors: dict[str, str]) -> Iterator[str]:
+    for name in sorted(weight_map.keys() | tensors.keys()):
+        if weight_map.get(name) != tensors.get(name):
+            yield (
+                f"{name}: the index says {weight_map.get(name, 'nothing')}, the headers {tensors.get(name, 'nothing')}"
+            )

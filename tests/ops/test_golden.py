@@ -1,0 +1,81 @@
+"""Worked examples, computed with mergekit 0.1.5 in float32, to six significant digits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from raymerge.ops.registry import find_op
+from tests.ops.engine import run_kernel
+
+B = torch.tensor([[1, -2, 3, 0.5], [0, 0.25, -1, 2]])
+M1 = B + torch.tensor([[0.4, -0.1, 0.02, 0], [0.3, -0.6, 0.05, 0.2]])
+M2 = B + torch.tensor([[-0.2, -0.3, 0.5, 0.1], [0.3, 0.6, 0.01, -0.2]])
+M3 = B + torch.tensor([[0.1, 0, -0.4, 0.2], [-0.05, 0.9, 0, 0.25]])
+Z = torch.tensor([[-1, 2, 0.5, 3], [2, 0.1, 1, -0.5]])
+
+MODELS = [M1, M2, M3]
+WITH_BASE = [B, *MODELS]
+WEIGHTS = {"weight": (1.0, 0.5, 0.5)}
+HALF = {"density": (0.5, 0.5, 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("op", "parameters", "tensors", "expected"),
+    [
+        (
+            "linear",
+            {"weight": (1.0, 2.0, -0.5)},
+            MODELS,
+            [0.98, -2.28, 3.488, 0.54, 0.37, 0.31, -0.972, 1.87],
+        ),
+        (
+            "linear",
+            {"weight": (0.3, 0.3, 0.3), "normalize": False},
+            MODELS,
+            [0.99, -1.92, 2.736, 0.54, 0.165, 0.495, -0.882, 1.875],
+        ),
+        (
+            "slerp",
+            {"t": 0.25},
+            [B, M1],
+            [1.10319, -2.03058, 3.01322, 0.501367, 0.0753418, 0.0999997, -0.990176, 2.05569],
+        ),
+        (
+            "slerp",
+            {"t": 0.25},
+            [B, Z],
+            [0.553753, -1.10751, 3.19809, 1.81371, 0.878189, 0.292121, -0.553753, 1.76615],
+        ),
+        ("task_arithmetic", WEIGHTS, WITH_BASE, [1.35, -2.25, 3.07, 0.65, 0.425, 0.4, -0.945, 2.225]),
+        (
+            "task_arithmetic",
+            WEIGHTS | {"normalize": True},
+            WITH_BASE,
+            [1.175, -2.125, 3.035, 0.575, 0.2125, 0.325, -0.9725, 2.1125],
+        ),
+        ("ties", WEIGHTS | {"density": (0.5, 0.5, 0.75)}, WITH_BASE, [1.3, -2.3, 3.5, 0.7, 0.3, 1, -1, 2.21667]),
+        (
+            "ties",
+            WEIGHTS | {"lambda": 0.5},
+            WITH_BASE,
+            [1.15, -2.08333, 3.09, 0.575, 0.15, 0.625, -0.981667, 2.10833],
+        ),
+        (
+            "ties",
+            WEIGHTS | HALF | {"rescale": True},
+            WITH_BASE,
+            [1.44533, -2.39, 3.65, 0.717143, 0.352667, 1.12857, -1, 2.23892],
+        ),
+        ("dare_ties", WEIGHTS, WITH_BASE, [1.45, -2.25, 3.27, 0.65, 0.45, 1, -0.945, 2.325]),
+        ("dare_linear", WEIGHTS, WITH_BASE, [1.35, -2.25, 3.07, 0.65, 0.425, 0.4, -0.945, 2.225]),
+        ("passthrough", {"scale": (2.0,)}, [M1], [2.8, -4.2, 6.04, 1, 0.6, -0.7, -1.9, 4.4]),
+    ],
+)
+def test_agrees_with_mergekit(
+    op: str, parameters: dict[str, Any], tensors: list[torch.Tensor], expected: list[float]
+) -> None:
+    merged = run_kernel(find_op(op).kernel(parameters), tensors)
+    torch.testing.assert_close(merged, torch.tensor(expected).reshape(2, 4), rtol=5e-6, atol=1e-7)
