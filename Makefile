@@ -8,7 +8,7 @@ PEER_VENV := .venv-mergekit
 # The environments are complete in themselves; nothing from outside may leak in.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-PIP := bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off
+PIP := bin/python -m pip --disable-pip-version-check install -qq --progress-bar off
 TYPED := pipeline ops cluster tests $(wildcard docs/demo/*.py) $(wildcard benchmarks/*.py)
 
 .DEFAULT_GOAL := help

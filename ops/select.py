@@ -29,6 +29,8 @@ class MagnitudeSparsifier(Sparsifier):
         """Select the largest `num_kept` elements of a tensor; at least 1, at most all."""
         self._num_kept = num_kept
         self._counts: torch.Tensor | None = None
+        self._pending: list[torch.Tensor] = []
+        self._num_pending = 0
         self._bin = 0
         self._num_above = 0
         self._threshold = 0.0
@@ -50,15 +52,17 @@ class MagnitudeSparsifier(Sparsifier):
             raise TypeError(f"selection by magnitude works on float32, not on {delta.dtype}")
         bits = delta.abs_().view(torch.int32)
         if index == 0:
-            counts = bits.bitwise_right_shift_(_HALF).bincount(minlength=_NUM_HIGH)
-        else:
-            lowest = self._bin << _HALF
-            bits.sub_(lowest - 1).clamp_(0, _NUM_LOW + 1)
-            counts = bits.bincount(minlength=_NUM_LOW + 2)[1 : _NUM_LOW + 1]
-        self._counts = counts if self._counts is None else self._counts.add_(counts)
+            self._count(bits.bitwise_right_shift_(_HALF), _NUM_HIGH)
+            return
+        self._pending.append(_low_bits_in_bin(bits, self._bin, spares[0]))
+        self._num_pending += self._pending[-1].numel()
+        if self._num_pending >= _NUM_LOW:
+            self._count_pending()
 
     def end_pass(self, index: int) -> None:
         """Find the bin that holds the threshold."""
+        if index == 1:
+            self._count_pending()
         assert self._counts is not None, "a tensor has at least one block"
         chosen, num_above, num_equal = _find_bin(self._counts, self._num_kept - self._num_above)
         self._counts = None
@@ -88,6 +92,18 @@ class MagnitudeSparsifier(Sparsifier):
                 self._drop_ties(delta, spares[0])
         torch.ops.aten.hardshrink.out(delta, largest_dropped, out=delta)
 
+    def _count(self, values: torch.Tensor, num_values: int) -> None:
+        counts = values.bincount(minlength=num_values)
+        self._counts = counts if self._counts is None else self._counts.add_(counts)
+
+    def _count_pending(self) -> None:
+        """Count what several blocks had in the bin: rarely, for the table is as large as a block."""
+        import torch
+
+        self._count(torch.cat(self._pending), _NUM_LOW)
+        self._pending = []
+        self._num_pending = 0
+
     def _drop_ties(self, delta: torch.Tensor, spare: torch.Tensor) -> None:
         """Set elements at the threshold to zero once as many were kept as may be."""
         import torch
@@ -97,6 +113,21 @@ class MagnitudeSparsifier(Sparsifier):
         if num_equal > self._left:
             delta[is_equal.nonzero()[self._left :, 0]] = 0
         self._left -= min(self._left, num_equal)
+
+
+def _low_bits_in_bin(bits: torch.Tensor, high_bits: int, spare: torch.Tensor) -> torch.Tensor:
+    """Return the low bits of the numbers with these high bits, in a tensor of their own; overwrites its arguments."""
+    import torch
+
+    bits.sub_(high_bits << _HALF)
+    if bits.device.type != "cpu":
+        return bits[(bits >= 0) & (bits < _NUM_LOW)]
+    import numpy as np
+
+    unsigned = bits.numpy().view(np.uint32)
+    is_inside = spare.view(torch.uint8)[: bits.numel()].numpy().view(np.bool_)
+    np.less(unsigned, np.uint32(_NUM_LOW), out=is_inside)
+    return torch.from_numpy(bits.numpy()[np.flatnonzero(is_inside)])
 
 
 def _find_bin(counts: torch.Tensor, rank: int) -> tuple[int, int, int]:

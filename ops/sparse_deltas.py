@@ -162,32 +162,22 @@ class _SparseDeltasRun(KernelRun):
             if coefficient != 1:
                 delta.mul_(coefficient)
             deltas.append(delta)
-        signs, divisor = block.scratch[1:3]
+        normalize = self._kernel.normalize
+        signs, spare = block.scratch[1:3]
         total = deltas[0]
         for delta in deltas[1:]:
             total = torch.add(total, delta, out=signs)
         torch.ge(total, 0, out=signs).mul_(2).sub_(1)
-        for model, delta in zip(self._models, deltas, strict=True):
-            delta.mul_(signs).clamp_(min=0)
-            is_first = model is self._models[0]
-            if is_first:
-                out.copy_(delta)
-            else:
-                out.add_(delta)
-            if self._kernel.normalize:
-                if is_first:
-                    torch.sign(delta, out=divisor)
-                    took_part = divisor
-                else:
-                    took_part = delta.sign_()
-                if model.weight != common:
-                    took_part.mul_(model.weight / common)
-                if not is_first:
-                    divisor.add_(took_part)
+        torch.mul(deltas[0], signs, out=out).clamp_(min=0)
+        if normalize:
+            torch.sign(out, out=deltas[0])
+        for delta in deltas[1:]:
+            out.add_(delta.mul_(signs).clamp_(min=0))
+            if normalize:
+                delta.sign_()
         scale = self._kernel.scale
-        if self._kernel.normalize:
-            divisor.add_(torch.eq(divisor, 0, out=deltas[0]))
-            out.div_(divisor)
+        if normalize:
+            out.div_(_sum_weights(deltas, [weight / common for weight in weights], spare))
         else:
             scale *= common
         out.mul_(signs)
@@ -202,3 +192,24 @@ class _SparseDeltasRun(KernelRun):
         if model.sparsifier is not None:
             model.sparsifier.trim(block.start, delta, (first, second))
         return delta
+
+
+def _sum_weights(took_part: list[torch.Tensor], weights: list[float], spare: torch.Tensor) -> torch.Tensor:
+    """Return the weights of the models that took part in each element, 1 where they sum to 0; overwrites its arguments.
+
+    Args:
+        took_part: for each model, 1 where it took part and 0 elsewhere.
+        weights: one for each model.
+        spare: a block of scratch.
+    """
+    import torch
+
+    for ones, weight in zip(took_part, weights, strict=True):
+        if weight != 1:
+            ones.mul_(weight)
+    total = took_part[0]
+    for ones in took_part[1:]:
+        total.add_(ones)
+    if min(weights) > 0:
+        return total.clamp_(min=min(weights))
+    return total.add_(torch.eq(total, 0, out=spare))

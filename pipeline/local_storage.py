@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from raymerge.pipeline.errors import FetchError, OutputError
-from raymerge.pipeline.local_writer import LocalWriter, make_parents, output_error
+from raymerge.pipeline.local_writer import LocalWriter, is_at, make_parents, output_error
 from raymerge.pipeline.ranges import coalesce
 from raymerge.pipeline.storage import Buffer, ByteRange, Storage, Writer
 from raymerge.pipeline.types import StoredFile
@@ -110,7 +110,7 @@ class LocalStorage(Storage):
         try:
             yield
         finally:
-            if _is_at(path, descriptor):
+            if is_at(path, descriptor):
                 path.unlink(missing_ok=True)
             os.close(descriptor)
             _remove_if_spent(path.parent)
@@ -233,7 +233,7 @@ def _lock(path: Path) -> int:
             raise output_error(error, path, "cannot be created") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(path, descriptor):
+            if is_at(path, descriptor):
                 since = datetime.now(UTC).astimezone().isoformat(sep=" ", timespec="seconds")
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"pid {os.getpid()}, since {since}".encode(), 0)
@@ -249,14 +249,6 @@ def _lock(path: Path) -> int:
         except OSError as error:
             os.close(descriptor)
             raise output_error(error, path, "cannot be locked") from error
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Tell whether an open file is still the one that has this name."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _remove_if_spent(directory: Path) -> None:

@@ -53,7 +53,8 @@ class LocalWriter(Writer):
         try:
             make_parents(path)
             make_parents(partial)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            partial.unlink(missing_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._descriptor = os.open(partial, flags, 0o644)
         except OSError as error:
             raise output_error(error, path, "cannot be created", nbytes) from error
@@ -102,9 +103,10 @@ class LocalWriter(Writer):
             return
         with suppress(OSError):
             self._wait()
-        self._close()
         with suppress(OSError):
-            self._partial.unlink(missing_ok=True)
+            if is_at(self._partial, self._descriptor):
+                self._partial.unlink()
+        self._close()
 
     def _flush(self) -> None:
         """Have what is staged written, and go on with the other buffer."""
@@ -151,6 +153,14 @@ class LocalWriter(Writer):
 def make_parents(path: Path) -> None:
     """Make the directories that a file is to be in."""
     path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Tell whether an open file is still the one that has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def output_error(error: OSError, path: Path, what: str, nbytes: int = 0) -> OutputError:

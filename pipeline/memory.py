@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS
@@ -64,7 +64,7 @@ def choose_buffer_nbytes(demands: Iterable[Demand], worker_mem: int) -> int:
     """Return the size of one input buffer for tensors with these demands.
 
     Args:
-        demands: of the tensors of one task.
+        demands: of all tensors.
         worker_mem: what one worker may use, in bytes.
 
     Returns:
@@ -80,19 +80,19 @@ def project_mem(demands: Iterable[Demand], buffer_nbytes: int) -> int:
     return NUM_BUFFERS * buffer_nbytes + scratch + 2 * OUTPUT_BUFFER_NBYTES
 
 
-def smallest_mem(demand: Demand) -> int:
-    """Return the least memory with which one worker can merge a tensor, in bytes."""
-    return project_mem([demand], demand.block_nbytes)
+def check_fits(demands: Mapping[str, Demand], allowed_mem: int) -> None:
+    """Refuse tensors that even one worker cannot merge with all of the memory.
 
-
-def check_fits(name: str, demand: Demand, allowed_mem: int) -> None:
-    """Refuse a tensor that one worker cannot merge with all of the memory.
+    Args:
+        demands: by the tensor's name.
+        allowed_mem: in bytes.
 
     Raises:
-        MemoryLimitError: naming the tensor, both figures and the smallest limit that works.
+        MemoryLimitError: naming the most demanding tensor, both figures and the smallest limit that works.
     """
-    needed = smallest_mem(demand)
+    needed = project_mem(demands.values(), max(demand.block_nbytes for demand in demands.values()))
     if needed > allowed_mem:
+        name = max(demands, key=lambda name: project_mem([demands[name]], demands[name].block_nbytes))
         raise MemoryLimitError(
             f"{name} needs {format_memory(needed)} for one block of each source with scratch and output buffers, "
             f"and {format_memory(allowed_mem)} are allowed; "

@@ -134,7 +134,8 @@ def _explain_unknown(name: str, op: Op) -> str:
     if not users:
         return f"unknown parameter, ignored; {suggest(name, allowed)}"
     has = f"its parameters are: {', '.join(allowed)}" if allowed else "it has no parameters"
-    return f"{op.name} does not use {name!r} ({', '.join(users)} would), ignored; {has}"
+    names = ", ".join(users if len(users) < 4 else [*users[:3], "..."])
+    return f"ignored, because {op.name} does not use {name!r} (it belongs to {names}); {has}"
 
 
 def _check_density(place: Place, setting: Setting) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from raymerge import __version__
@@ -53,17 +53,16 @@ def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tupl
         MemoryLimitError: a tensor does not fit even for one worker.
     """
     demands = {merge.name: measure_demand(merge) for merge in merges}
-    for merge in merges:
-        check_fits(merge.name, demands[merge.name], limits.allowed_mem)
+    check_fits(demands, limits.allowed_mem)
+    largest_block = max(demand.block_nbytes for demand in demands.values())
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
     shards = list(split_shards(merges, shard_nbytes))
-    num_threads = next(
-        n
-        for n in range(min(limits.num_threads, len(shards)), 0, -1)
-        if n == 1 or _all_fit(shards, demands, limits.allowed_mem // n)
-    )
+    num_threads = min(limits.num_threads, len(shards))
+    while num_threads > 1 and _buffer_nbytes(demands, limits, num_threads) < largest_block:
+        num_threads -= 1
+    buffer_nbytes = _buffer_nbytes(demands, limits, num_threads)
     tasks = tuple(
-        _make_task(shard, file, demands, limits.allowed_mem // num_threads, seed)
+        _make_task(shard, file, demands, buffer_nbytes, seed)
         for shard, file in zip(shards, shard_names(len(shards)), strict=True)
     )
     return tasks, num_threads
@@ -113,19 +112,15 @@ def make_fingerprint(tasks: Sequence[ShardTask], config_json: str) -> str:
     return digest.hexdigest()
 
 
-def _all_fit(shards: Sequence[Sequence[TensorMerge]], demands: dict[str, Demand], worker_mem: int) -> bool:
-    return all(
-        choose_buffer_nbytes([demands[merge.name] for merge in shard], worker_mem)
-        >= max(demands[merge.name].block_nbytes for merge in shard)
-        for shard in shards
-    )
+def _buffer_nbytes(demands: Mapping[str, Demand], limits: Limits, num_threads: int) -> int:
+    """One size for all tasks, so that buffers are used again."""
+    return choose_buffer_nbytes(demands.values(), limits.allowed_mem // num_threads)
 
 
 def _make_task(
-    merges: Sequence[TensorMerge], file: str, demands: dict[str, Demand], worker_mem: int, seed: int
+    merges: Sequence[TensorMerge], file: str, demands: Mapping[str, Demand], buffer_nbytes: int, seed: int
 ) -> ShardTask:
     own = [demands[merge.name] for merge in merges]
-    buffer_nbytes = choose_buffer_nbytes(own, worker_mem)
     # Wide dtypes first, so that every tensor is aligned to its own dtype in the file.
     ordered = tuple(sorted(merges, key=lambda merge: -DTYPES[merge.out_dtype].num_bits))
     header = make_header([(merge.name, merge.out_dtype, merge.shape, merge.nbytes) for merge in ordered])

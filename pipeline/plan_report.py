@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.memory import measure_demand
 from raymerge.pipeline.sizes import format_memory, format_nbytes
 from raymerge.pipeline.types import MergePlan
 
@@ -27,6 +28,7 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
         f"  tensors  {len(plan.weight_map)}",
         f"  read     {format_nbytes(read)}{again}",
         f"  write    {format_nbytes(plan.total_nbytes)} in {shards}",
+        f"  passes   {_num_passes(plan)} to measure, 1 to merge",
         f"  memory   {format_memory(projected)} for each of {plan.num_threads} threads, at most; "
         f"{format_memory(plan.allowed_mem)} are allowed in all",
     ]
@@ -38,6 +40,10 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
         ]
     lines += [f"  not in the output: {line}" for line in plan.dropped]
     return "\n".join(lines)
+
+
+def _num_passes(plan: MergePlan) -> int:
+    return max(measure_demand(merge).num_passes for task in plan.tasks for merge in task.merges)
 
 
 def plan_json(plan: MergePlan) -> str:
@@ -53,6 +59,7 @@ def plan_json(plan: MergePlan) -> str:
             "read_nbytes": sum(task.read_nbytes for task in plan.tasks),
             "reread_nbytes": sum(task.reread_nbytes for task in plan.tasks),
             "write_nbytes": sum(task.nbytes for task in plan.tasks),
+            "num_passes": _num_passes(plan),
             "num_threads": plan.num_threads,
             "allowed_mem": plan.allowed_mem,
             "shards": [

@@ -9,7 +9,7 @@ base and than either fine-tune.
 from __future__ import annotations
 
 import math
-import shutil
+import os
 import subprocess
 import sys
 import time
@@ -36,13 +36,13 @@ def main(directory: Path) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
 
     print("Training a base on code and prose, then a fine-tune on each", flush=True)
     train_models(directory)
     for merge in MERGES:
-        run_raymerge("merge", str(CONFIGS / f"{merge}.yml"), merge, cwd=directory)
+        config = os.path.relpath(CONFIGS / f"{merge}.yml", directory)
+        run_raymerge("merge", config, merge, "--overwrite", cwd=directory)
         run_raymerge("verify", merge, cwd=directory)
     print("Measuring every model on text that none has seen", flush=True)
     texts = {name: text.held_out for name, text in read_texts().items()}
@@ -105,7 +105,8 @@ def mean(by_text: dict[str, float]) -> float:
 
 def print_table(losses: Losses) -> None:
     """Print every model's loss on both texts, and the mean."""
-    table = Table(title="Loss on held-out text (nats per byte, lower is better)", title_justify="left")
+    print("Loss on held-out text, in nats per byte; lower is better")
+    table = Table()
     table.add_column("model")
     for text in losses["base"]:
         table.add_column(text, justify="right")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,27 @@ def make_file(text: str | bytes, num_data: int = 4) -> bytes:
     return struct.pack("<Q", len(header)) + header + bytes(num_data)
 
 
+def make_two(first: list[int], second: list[int]) -> bytes:
+    """Return a file with two tensors of bytes at these offsets."""
+    offsets = {"a": first, "b": second}
+    entries = {
+        name: {"dtype": "U8", "shape": [stop - start], "data_offsets": [start, stop]}
+        for name, (start, stop) in offsets.items()
+    }
+    return make_file(json.dumps(entries))
+
+
 def parse(data: bytes) -> tuple[TensorEntry, ...]:
     return parse_header(data, StoredFile("dir/x.safetensors", len(data), ""))
 
 
+def load_with_library(data: bytes) -> dict[str, dict[str, Any]]:
+    return dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
+
+
 def library_accepts(data: bytes) -> bool:
     try:
-        safetensors.deserialize(data)
+        load_with_library(data)
     except safetensors.SafetensorError:
         return False
     return True
@@ -56,9 +71,11 @@ WELL_FORMED = {
         + "}"
     ),
     "half a byte each": make_file('{"a":{"dtype":"F4","shape":[2,4],"data_offsets":[0,4]}}'),
-    "odd names": make_file('{"":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"\\u0000 \\ud83d\\ude00":'
-        '{"dtype":"U8","shape":[3],"data_offsets":[1,4]}}'),
-}  # fmt: skip
+    "odd names": make_file(
+        '{"":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"\\u0000 \\ud83d\\ude00":'
+        '{"dtype":"U8","shape":[3],"data_offsets":[1,4]}}'
+    ),
+}
 
 MALFORMED = {
     "empty file": (b"", "0 bytes are too few"),
@@ -77,9 +94,9 @@ MALFORMED = {
     "NaN": (make_file('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":NaN}}'), "NaN is not JSON"),
     "-Infinity": (make_file('{"a":-Infinity}'), "-Infinity is not JSON"),
     "1e999": (make_file('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1e999}}'), "1e999 is too large"),
-    "5,000 digits": (make_file('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,' + "9" * 5000 + "]}}"), "4300 digits"),
+    "5,000 digits": (make_file('{"a":' + "9" * 5000 + "}"), "4300 digits"),
     "4,300 digits": (
-        make_file('{"a":{"dtype":"F32","shape":[0],"data_offsets":[%s,%s]}}' % (("9" * 4300,) * 2)),  # noqa: UP031
+        make_file('{"a":{"dtype":"F32","shape":[0],"data_offsets":[%s,%s]}}' % (("9" * 4300,) * 2)),
         "past the end; the file has",
     ),
     "deep nesting": (make_file('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"), "nested too deeply"),
@@ -123,21 +140,21 @@ MALFORMED = {
         "tensor 'a' leaves a gap after the header",
     ),
     "hole": (
-        make_file('{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}}'),
+        make_two([0, 1], [2, 4]),
         "tensor 'b' leaves a gap after tensor 'a'",
     ),
     "overlap": (
-        make_file('{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"b":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}}'),
+        make_two([0, 3], [2, 4]),
         "tensor 'b' overlaps tensor 'a'",
     ),
     "same place": (
-        make_file('{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'),
+        make_two([0, 4], [0, 4]),
         "tensor 'b' overlaps tensor 'a'",
     ),
     "cut short": (make_file("{" + TWO + "}", 7), "past the end; the file has"),
-    "bytes at the end": (make_file("{" + ONE + "}", 5), "has bytes after the last tensor: the header says 66 bytes, the file has 67"),
+    "bytes at the end": (make_file("{" + ONE + "}", 5), "the header says 66 bytes, the file has 67"),
     "no tensors but bytes": (make_file("{}", 1), "has bytes after the last tensor"),
-}  # fmt: skip
+}
 
 STRICTER = {
     "tensor twice": (make_file("{" + ONE + "," + ONE + "}"), "'a' is there twice"),
@@ -254,16 +271,14 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(la
     )
 )
 def test_the_library_reads_what_we_write(tensors: dict[str, tuple[str, list[int]]]) -> None:
-    written = []
-    for name, (dtype, shape) in tensors.items():
-        num_elements = 1
-        for size in shape:
-            num_elements *= size
-        written.append((name, dtype, tuple(shape), num_elements * DTYPES[dtype].num_bits // 8))
+    written = [
+        (name, dtype, tuple(sizes), prod(sizes) * DTYPES[dtype].num_bits // 8)
+        for name, (dtype, sizes) in tensors.items()
+    ]
     header = make_header(written)
     assert len(header) % 8 == 0
     body = b"".join(bytes([position % 251]) * nbytes for position, (*_, nbytes) in enumerate(written))
-    found = dict(safetensors.deserialize(header + body))
+    found = load_with_library(header + body)
     assert list(tensors) == [name for name, *_ in written]
     for position, (name, dtype, shape, nbytes) in enumerate(written):
         assert found[name]["dtype"] == dtype
@@ -346,10 +361,10 @@ def test_any_field(field: str, value: Any) -> None:
 
 def test_speed_of_large_headers() -> None:
     tensors = [
-        (f"model.layers.{i // 9}.mlp.experts.{i % 256}.w{i}.weight", "BF16", (64, 8), 1024) for i in range(90_000)
+        (f"model.layers.{i // 9}.mlp.experts.{i % 256}.w{i}.weight", "BF16", (64, 8), 1024) for i in range(20_000)
     ]
     header = make_header(tensors)
-    file = StoredFile("x", len(header) + 90_000 * 1024, "")
+    file = StoredFile("x", len(header) + 20_000 * 1024, "")
     begin = time.process_time()
-    assert len(parse_header(header, file)) == 90_000
-    assert time.process_time() - begin < 5
+    assert len(parse_header(header, file)) == 20_000
+    assert time.process_time() - begin < 2

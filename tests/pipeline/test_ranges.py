@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,13 +71,13 @@ def test_every_range_is_in_one_group_and_no_byte_in_two(ranges: list[ByteRange],
             assert len(covered) < sum(item.nbytes for item in items) or len([i for i in items if i.nbytes]) == 1
     for file in FILES:
         of_file = [group for group in groups if group.file == file]
-        assert all(one.stop <= other.start for one, other in zip(of_file, of_file[1:], strict=False))
+        assert all(one.stop <= other.start for one, other in pairwise(of_file))
 
 
 @given(RANGES, st.integers(0, 20), st.integers(1, 200))
 def test_neighbours_that_fit_are_joined(ranges: list[ByteRange], max_gap: int, max_nbytes: int) -> None:
     groups = coalesce(ranges, max_gap=max_gap, max_nbytes=max_nbytes)
-    for one, other in zip(groups, groups[1:], strict=False):
+    for one, other in pairwise(groups):
         if one.file == other.file and other.start - one.stop <= max_gap:
             first = ranges[other.members[0]]
             assert first.stop - one.start > max_nbytes

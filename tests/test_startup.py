@@ -1,0 +1,41 @@
+"""Nothing heavy is imported before it is needed: the help and the planner's parts come up at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "ray", "pyarrow", "transformers", "numpy"}
+
+
+def run_and_list_imports(*arguments: str) -> tuple[str, set[str]]:
+    """Run Python with these arguments; return what it prints and the top-level packages that it imports."""
+    command = [sys.executable, "-X", "importtime", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return done.stdout, {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+def test_imports_are_seen() -> None:
+    assert "numpy" in run_and_list_imports("-c", "import numpy")[1]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    printed, imported = run_and_list_imports("-m", "raymerge", "--help")
+    assert "merge" in printed
+    assert not imported & HEAVY
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param("import raymerge.pipeline", id="pipeline"),
+        pytest.param("from raymerge.ops.registry import load_ops; print(*load_ops())", id="ops"),
+        pytest.param("import raymerge.pipeline.types, raymerge.cluster.runner", id="seams"),
+    ],
+)
+def test_importing_the_package_leaves_torch_out(code: str) -> None:
+    assert not run_and_list_imports("-c", code)[1] & {"torch", "ray", "transformers"}
