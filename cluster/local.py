@@ -34,6 +34,8 @@ class LocalRunner(Runner):
     """
 
     def __init__(self, num_threads: int) -> None:
+        if num_threads < 1:
+            raise ValueError(f"{num_threads} threads are given, at least 1 is needed")
         self.num_threads = num_threads
 
     def run(
@@ -71,11 +73,11 @@ class LocalRunner(Runner):
             threading.Thread(target=work_off, name=f"worker-{i}", daemon=True)
             for i in range(min(self.num_threads, len(items)))
         ]
-        for thread in threads:
-            thread.start()
         error: BaseException | None = None
         num_running = len(threads)
         try:
+            for thread in threads:
+                thread.start()
             while num_running:
                 event = events.get()
                 if isinstance(event, Progress):
@@ -90,6 +92,7 @@ class LocalRunner(Runner):
         finally:
             stop.set()
             for thread in threads:
-                thread.join()
+                if thread.is_alive():
+                    thread.join()
         if error is not None:
             raise error

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from functools import lru_cache
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raymerge.ops.sparsifier import Sparsifier
 
 if TYPE_CHECKING:
     import torch
 
-STREAM_ELEMENTS = 2**31
-"""A stream of counters ends here; the next elements of a tensor get keys of their own."""
+PAGE_ELEMENTS = 2**16
+"""Elements of a tensor that share their keys. Part of the masks' definition; blocks may be cut elsewhere."""
 
-_FIRST, _SECOND, _THIRD = 0xED5AD4BB, 0xAC4C1B51, 0x31848BAB
-_SHIFT, _SECOND_SHIFT = 11, 15
+_ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+_LAST_SHIFT = 14
+_SHIFT, _FACTOR = 15, 0xAC4C1B51
 
 
 class RandomSparsifier(Sparsifier):
@@ -33,106 +34,102 @@ class RandomSparsifier(Sparsifier):
             name: the output tensor's name.
             position: index of the model among those that are not the base.
         """
-        self._density = density
-        self._identity = (seed, name, position)
+        self._limit = int(density * 2**32)
+        self._stream = RandomBits(seed, name, position)
 
     def trim(self, start: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Set what the mask drops to zero."""
-        write_random_bits(*self._identity, start, spares)
-        delta.mul_(_compare(spares, int(self._density * 2**32)))
+        self._stream.write(start, spares)
+        delta.mul_(_are_below(self._limit, spares))
 
 
-def write_random_bits(
-    seed: int, name: str, position: int, start: int, spares: tuple[torch.Tensor, torch.Tensor]
-) -> None:
-    """Write 32 random bits for each element of a block into the first bytes of `spares[0]`.
+class RandomBits:
+    """32 random bits for each element of a tensor, drawn for one model.
 
-    The element's index is hashed with the two keys of its stream. All is integer arithmetic modulo 2^32, so every
+    A fixed table holds a random word for each place in a page; each page has two keys of its own, made from its number
+    and from seed, name and position, to turn these words into others. All is integer arithmetic modulo 2^32, so every
     device draws the same bits.
 
-    Args:
-        seed: the merge's seed.
-        name: the output tensor's name.
-        position: index of the model among those that are not the base.
-        start: index of the block's first element; a multiple of a power of two that is no smaller than the block.
-        spares: two blocks of scratch of the block's size; overwritten.
-
-    Source: triple32 (Wellons 2018, "Prospecting for Hash Functions") without its first and its last shift: the first
-    would be the same for all elements of a block, the last would only change the low bits. The first key goes to the
-    index, the second between the rounds.
+    Source: the table is triple32 of 0, 1, 2, ... (Wellons 2018, "Prospecting for Hash Functions"); a page's bits are
+    the first round of a multiplicative hash with a random odd factor (Dietzfelbinger et al. 1997, "A reliable
+    randomized algorithm for the closest-pair problem"), one xor-shift and one more product.
     """
-    stream, offset = divmod(start, STREAM_ELEMENTS)
-    first_key, second_key = _stream_keys(seed, name, position, stream)
-    num_elements = spares[0].numel()
-    if spares[0].device.type == "cpu":
-        _hash_on_cpu(_counters(num_elements, "cpu"), offset ^ first_key, second_key, spares)
-    else:
-        _hash(_counters(num_elements, spares[0].device), offset ^ first_key, second_key, spares)
+
+    def __init__(self, seed: int, name: str, position: int) -> None:
+        self._hasher = blake2b(f"{seed}\0{position}\0{name}".encode(), digest_size=8, person=b"raymerge mask")
+
+    def write(self, start: int, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Write the bits of a block, as int32, into the first bytes of `spares[0]`.
+
+        Args:
+            start: index of the block's first element in the tensor.
+            spares: two blocks of scratch of the block's size; overwritten.
+        """
+        bits, shifted = (_words(spare) for spare in spares)
+        table = _table(bits.device)
+        hash_words = _hash_words_on_cpu if bits.device.type == "cpu" else _hash_words
+        stop = start + bits.numel()
+        for page in range(start // PAGE_ELEMENTS, -(-stop // PAGE_ELEMENTS)):
+            first = max(start, page * PAGE_ELEMENTS)
+            last = min(stop, (page + 1) * PAGE_ELEMENTS)
+            words = table[first - page * PAGE_ELEMENTS : last - page * PAGE_ELEMENTS]
+            piece = slice(first - start, last - start)
+            hash_words(words, *self._keys(page), bits[piece], shifted[piece])
+
+    def _keys(self, page: int) -> tuple[int, int]:
+        """Return two 32-bit keys, the second one odd."""
+        hasher = self._hasher.copy()
+        hasher.update(page.to_bytes(8, "little"))
+        keys = int.from_bytes(hasher.digest(), "little")
+        return keys % 2**32, keys >> 32 | 1
 
 
-def _hash(counters: torch.Tensor, first_key: int, second_key: int, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _hash_words(words: torch.Tensor, key: int, factor: int, bits: torch.Tensor, shifted: torch.Tensor) -> None:
     """Hash with torch, which has no logical shift: the bits that an arithmetic one brings in are masked out."""
     import torch
 
-    bits, shifted = (_words(spare) for spare in spares)
-    torch.bitwise_xor(counters, _as_int32(first_key), out=bits).mul_(_as_int32(_FIRST))
+    torch.bitwise_xor(words, _as_int32(key), out=bits).mul_(_as_int32(factor))
     torch.bitwise_right_shift(bits, _SHIFT, out=shifted).bitwise_and_(2 ** (32 - _SHIFT) - 1)
-    bits.bitwise_xor_(shifted).mul_(_as_int32(_SECOND)).add_(_as_int32(second_key))
-    torch.bitwise_right_shift(bits, _SECOND_SHIFT, out=shifted).bitwise_and_(2 ** (32 - _SECOND_SHIFT) - 1)
-    bits.bitwise_xor_(shifted).mul_(_as_int32(_THIRD))
+    bits.bitwise_xor_(shifted).mul_(_as_int32(_FACTOR))
 
 
-def _hash_on_cpu(
-    counters: torch.Tensor, first_key: int, second_key: int, spares: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def _hash_words_on_cpu(words: torch.Tensor, key: int, factor: int, bits: torch.Tensor, shifted: torch.Tensor) -> None:
     """Hash with numpy, whose unsigned integers take half the time of torch's signed ones."""
     import numpy as np
 
-    bits, shifted = (_words(spare).numpy().view(np.uint32) for spare in spares)
-    np.bitwise_xor(counters.numpy().view(np.uint32), np.uint32(first_key), out=bits)
-    np.multiply(bits, np.uint32(_FIRST), out=bits)
-    np.right_shift(bits, np.uint32(_SHIFT), out=shifted)
-    np.bitwise_xor(bits, shifted, out=bits)
-    np.multiply(bits, np.uint32(_SECOND), out=bits)
-    np.add(bits, np.uint32(second_key), out=bits)
-    np.right_shift(bits, np.uint32(_SECOND_SHIFT), out=shifted)
-    np.bitwise_xor(bits, shifted, out=bits)
-    np.multiply(bits, np.uint32(_THIRD), out=bits)
+    table, out, spare = (tensor.numpy().view(np.uint32) for tensor in (words, bits, shifted))
+    np.bitwise_xor(table, np.uint32(key), out=out)
+    np.multiply(out, np.uint32(factor), out=out)
+    np.right_shift(out, np.uint32(_SHIFT), out=spare)
+    np.bitwise_xor(out, spare, out=out)
+    np.multiply(out, np.uint32(_FACTOR), out=out)
 
 
-def _compare(spares: tuple[torch.Tensor, torch.Tensor], limit: int) -> torch.Tensor:
-    """Return 1 where the unsigned bits in `spares[0]` are below the limit and 0 elsewhere, in one of the spares."""
+def _are_below(limit: int, spares: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Return 1 where the unsigned words in `spares[0]` are below the limit and 0 elsewhere, in one of the spares."""
     import torch
 
-    bits, mask = spares
-    words = _words(bits)
-    if bits.device.type != "cpu":
-        return torch.lt(words.bitwise_xor_(-(2**31)), limit - 2**31, out=mask)
+    words = _words(spares[0])
+    if words.device.type != "cpu":
+        return torch.lt(words.bitwise_xor_(-(2**31)), limit - 2**31, out=spares[1])
     import numpy as np
 
-    flags = mask.view(torch.uint8)[: mask.numel()]
+    flags = spares[1].view(torch.uint8)[: words.numel()]
     np.less(words.numpy().view(np.uint32), np.uint32(limit), out=flags.numpy().view(np.bool_))
-    return bits.copy_(flags)
+    return spares[0].copy_(flags)
 
 
-@lru_cache(maxsize=1024)
-def _stream_keys(seed: int, name: str, position: int, stream: int) -> tuple[int, int]:
-    """Return two 32-bit keys that share nothing with those of another seed, tensor, model or stream."""
-    identity = f"{seed}\0{position}\0{stream}\0{name}".encode()
-    digest = blake2b(identity, digest_size=8, person=b"raymerge mask").digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
-
-def _counters(num_elements: int, device: Any) -> torch.Tensor:
-    """Return 0, 1, 2, ...; shared, never written to."""
-    return _counter_table(1 << (num_elements - 1).bit_length(), device)[:num_elements]
-
-
-@lru_cache(maxsize=32)
-def _counter_table(num_elements: int, device: Any) -> torch.Tensor:
+@lru_cache(maxsize=16)
+def _table(device: torch.device) -> torch.Tensor:
+    """Return a random word for each place in a page, as int32; shared, never written to."""
+    import numpy as np
     import torch
 
-    return torch.arange(num_elements, dtype=torch.int32, device=device)
+    words = np.arange(PAGE_ELEMENTS, dtype=np.uint32)
+    for shift, factor in _ROUNDS:
+        words = (words ^ words >> np.uint32(shift)) * np.uint32(factor)
+    words ^= words >> np.uint32(_LAST_SHIFT)
+    return torch.from_numpy(words.view(np.int32)).to(device)
 
 
 def _words(scratch: torch.Tensor) -> torch.Tensor:

@@ -203,8 +203,7 @@ def _parse_slice(place: Place, root: Place, op: Op, base: ModelRef | None) -> Ou
                 f"[{start}, {stop}] is {stop - start} layers, but the first source of this slice, "
                 f"[{first[0]}, {first[1]}], is {first[1] - first[0]}; give all sources of a slice the same length"
             )
-    base_place = (place if own_base else root).get("base_model")
-    check_sources(base_place, written, op, [source.model for source in sources], holds)
+    check_sources(root.get("base_model"), written, op, [source.model for source in sources], holds)
     return OutputSlice(sources, own_base, parse_settings(place.get("parameters"), op, of_model=False))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from raymerge.pipeline.output import OutputState, check_apart, open_output
 from raymerge.pipeline.plan import Limits, make_fingerprint, make_tasks
 from raymerge.pipeline.recipe import expand
 from raymerge.pipeline.sizes import parse_nbytes
-from raymerge.pipeline.sources import resolve_models
+from raymerge.pipeline.sources import Checkpoint, resolve_models
 from raymerge.pipeline.types import MergePlan, MergeReport, ShardResult, ShardTask
 
 Config = Path | str | Mapping[str, Any]
@@ -131,7 +131,7 @@ def _plan(
         config_text=merge_config.text,
         seed=seed,
         warnings=(*merge_config.warnings, *recipe.warnings),
-        dropped=recipe.dropped,
+        dropped=(*recipe.dropped, *_other_weights(checkpoints)),
         num_threads=num_threads,
         allowed_mem=limits.allowed_mem,
         total_nbytes=sum(merge.nbytes for merge in recipe.merges),
@@ -186,6 +186,14 @@ def _report(
         peak_rss=max((result.peak_rss for result in results), default=0),
         warnings=(*plan.warnings, *warnings),
     )
+
+
+def _other_weights(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    return [
+        f"{c.model}: {name}: weights that are not part of the checkpoint; neither merged nor copied"
+        for c in checkpoints
+        for name in c.other_weights
+    ]
 
 
 def _resources(task: ShardTask) -> Resources:

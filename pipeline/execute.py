@@ -100,6 +100,8 @@ class _ShardMerger:
     def add(self, filled: Filled) -> None:
         """Work off one window."""
         merge = filled.window.merge
+        if not merge.num_elements:
+            return  # no bytes to write, and no block for a kernel to see
         if merge.op == COPY:
             self._copy(merge, filled.views)
             return

@@ -124,9 +124,7 @@ def _parse_json(data: bytes, file: StoredFile) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         _refuse(file, f"offset {_LENGTH_NBYTES + error.start}: the header is not UTF-8")
     try:
-        header = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_parse_float
-        )
+        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_parse_float)
         if "\\u" in text:
             json.dumps(header, ensure_ascii=False).encode()
     except RecursionError:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
-_DIGITS = re.compile(r"(\d+)")
+_NUMBER = re.compile(r"(?:^|\.)(0|[1-9][0-9]{0,5})\.")
+"""A layer's number as checkpoints write it; with leading zeros it is a name like any other."""
+_DIGITS = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +67,13 @@ def split_name(name: str) -> LayerName | None:
     return LayerName(name[: match.start(1)], int(match[1]), name[match.end() :])
 
 
-def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
-    """Return a sorting key that counts layers as numbers.
+def natural_key(name: str) -> tuple[tuple[tuple[bool, int, str], ...], str]:
+    """Return a sorting key that counts layers as numbers, and never is the same for two names.
 
     >>> sorted(["h.10.w", "h.2.w", "a"], key=natural_key)
     ['a', 'h.2.w', 'h.10.w']
     """
-    return tuple((False, int(part), "") if part.isdigit() else (True, 0, part) for part in _DIGITS.split(name) if part)
+    return tuple(_natural_part(part) for part in _DIGITS.split(name) if part), name
 
 
 def find_layers(nbytes_by_name: Iterable[tuple[str, int]], num_hidden_layers: int | None) -> Layers:
@@ -94,3 +95,11 @@ def find_layers(nbytes_by_name: Iterable[tuple[str, int]], num_hidden_layers: in
     main = max(counted or stacks, key=lambda stack: (nbytes[stack], stack), default="")
     num_layers = num_hidden_layers if main in counted and num_hidden_layers else stacks.get(main, 0)
     return Layers(stacks, main, num_layers)
+
+
+def _natural_part(part: str) -> tuple[bool, int, str]:
+    """Numbers before text, and by size: of two without leading zeros, the longer one is the larger one."""
+    if _DIGITS.fullmatch(part) is None:
+        return True, 0, part
+    digits = part.lstrip("0")
+    return False, len(digits), digits

@@ -5,18 +5,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.storage import Buffer, Writer
-
-STAGING_NBYTES = 4 * 2**20
-"""Size of a staging buffer; a file being written has two, or less for a small one."""
 
 _DIRECT_NBYTES = 2**20
 _ALIGNMENT = 4096
@@ -39,17 +34,15 @@ _NEXT_STEP = {
 class LocalWriter(Writer):
     """Writes a file under another name, and gives it its own at the end.
 
-    Bytes are collected in one staging buffer while a thread writes the other. A file of 1 MiB or more bypasses the page
-    cache where the file system allows it: a buffered write costs ten times as much CPU.
+    A file of 1 MiB or more bypasses the page cache where the file system allows it, as long as it comes in whole disk
+    blocks from page-aligned memory: a write through the cache costs several times as much CPU.
     """
 
     def __init__(self, path: Path, partial: Path, nbytes: int) -> None:
         self._path = path
         self._partial = partial
         self._nbytes = nbytes
-        self._num_given = 0
-        self._num_staged = 0
-        self._offset = 0
+        self._num_written = 0
         try:
             make_parents(path)
             make_parents(partial)
@@ -58,10 +51,6 @@ class LocalWriter(Writer):
             self._descriptor = os.open(partial, flags, 0o644)
         except OSError as error:
             raise output_error(error, path, "cannot be created", nbytes) from error
-        staging_nbytes = max(1, min(STAGING_NBYTES, nbytes))
-        self._staging, self._spare = (memoryview(mmap.mmap(-1, staging_nbytes)) for _ in range(2))
-        self._thread = ThreadPoolExecutor(1, "raymerge-write")
-        self._pending: Future[None] | None = None
         try:
             _reserve(self._descriptor, nbytes)
         except OSError as error:
@@ -70,27 +59,22 @@ class LocalWriter(Writer):
 
     def write(self, data: Buffer | bytes) -> None:  # noqa: D102
         todo = memoryview(data).cast("B")
-        self._num_given += todo.nbytes
-        if self._num_given > self._nbytes:
-            raise OutputError(f"{self._path}: {self._num_given:,} bytes given, {self._nbytes:,} were announced")
-        while todo:
-            count = min(todo.nbytes, self._staging.nbytes - self._num_staged)
-            self._staging[self._num_staged : self._num_staged + count] = todo[:count]
-            self._num_staged += count
-            todo = todo[count:]
-            if self._num_staged == self._staging.nbytes:
-                try:
-                    self._flush()
-                except OSError as error:
-                    raise self._failed(error) from error
+        if self._num_written + todo.nbytes > self._nbytes:
+            given = self._num_written + todo.nbytes
+            raise OutputError(f"{self._path}: {given:,} bytes given, {self._nbytes:,} were announced")
+        try:
+            while todo:
+                count = self._write_some(todo)
+                self._num_written += count
+                todo = todo[count:]
+        except OSError as error:
+            raise self._failed(error) from error
 
     def commit(self) -> None:  # noqa: D102
-        if self._num_given != self._nbytes:
+        if self._num_written != self._nbytes:
             self.abort()
-            raise OutputError(f"{self._path}: {self._num_given:,} bytes given, {self._nbytes:,} were announced")
+            raise OutputError(f"{self._path}: {self._num_written:,} bytes given, {self._nbytes:,} were announced")
         try:
-            self._flush()
-            self._wait()
             os.fsync(self._descriptor)
             self._partial.replace(self._path)
             _sync_directory(self._path.parent)
@@ -102,41 +86,22 @@ class LocalWriter(Writer):
         if self._descriptor < 0:
             return
         with suppress(OSError):
-            self._wait()
-        with suppress(OSError):
             if is_at(self._partial, self._descriptor):
                 self._partial.unlink()
         self._close()
 
-    def _flush(self) -> None:
-        """Have what is staged written, and go on with the other buffer."""
-        self._wait()
-        data = self._staging[: self._num_staged]
-        self._pending = self._thread.submit(self._write_at, data, self._offset)
-        self._offset += data.nbytes
-        self._num_staged = 0
-        self._staging, self._spare = self._spare, self._staging
-
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def _write_at(self, data: Buffer, offset: int) -> None:
-        """Write it all; the last bytes of a file, less than a disk's block, go through the page cache."""
-        while data:
-            part = data[: data.nbytes // _ALIGNMENT * _ALIGNMENT or data.nbytes] if self._is_direct else data
-            if self._is_direct and part.nbytes % _ALIGNMENT:
-                self._is_direct = _set_direct(self._descriptor, False)
+    def _write_some(self, data: Buffer) -> int:
+        """Write what one call takes; once a piece is not in whole disk blocks, through the page cache."""
+        if self._is_direct:
+            whole = data[: data.nbytes // _ALIGNMENT * _ALIGNMENT]
             try:
-                num_written = os.pwrite(self._descriptor, part, offset)
+                if whole:
+                    return os.pwrite(self._descriptor, whole, self._num_written)
             except OSError as error:
-                if not self._is_direct or error.errno != errno.EINVAL:
+                if error.errno != errno.EINVAL:
                     raise
-                self._is_direct = _set_direct(self._descriptor, False)
-                continue
-            offset += num_written
-            data = data[num_written:]
+            self._is_direct = _set_direct(self._descriptor, False)
+        return os.pwrite(self._descriptor, data, self._num_written)
 
     def _failed(self, error: OSError) -> OutputError:
         """Return what to raise, and leave nothing behind."""
@@ -145,7 +110,6 @@ class LocalWriter(Writer):
         return failure
 
     def _close(self) -> None:
-        self._thread.shutdown()
         os.close(self._descriptor)
         self._descriptor = -1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS
@@ -20,7 +20,8 @@ NUM_BUFFERS = 2
 """Input buffers of a task: one is filled while the other is merged."""
 
 MAX_BUFFER_NBYTES = 16 * 2**20
-"""Reading a file again from the page cache is cheaper than fresh memory, so larger buffers do not pay."""
+"""Reading a file again from the page cache is cheaper than fresh memory, so larger buffers do not pay (but a block of
+every source has to fit, also of a hundred)."""
 
 OUTPUT_BUFFER_NBYTES = 4 * 2**20
 """Merged values on their way out; two are in use, one being filled and one being hashed and written."""
@@ -60,7 +61,7 @@ def measure_demand(merge: TensorMerge) -> Demand:
     )
 
 
-def choose_buffer_nbytes(demands: Iterable[Demand], worker_mem: int) -> int:
+def choose_buffer_nbytes(demands: Collection[Demand], worker_mem: int) -> int:
     """Return the size of one input buffer for tensors with these demands.
 
     Args:
@@ -71,7 +72,8 @@ def choose_buffer_nbytes(demands: Iterable[Demand], worker_mem: int) -> int:
         As much as is useful and fits; less than `max(block_nbytes)` where the memory does not suffice.
     """
     scratch = max(demand.scratch_nbytes for demand in demands)
-    return min(MAX_BUFFER_NBYTES, (worker_mem - scratch - 2 * OUTPUT_BUFFER_NBYTES) // NUM_BUFFERS)
+    useful = max(MAX_BUFFER_NBYTES, *(demand.block_nbytes for demand in demands))
+    return min(useful, (worker_mem - scratch - 2 * OUTPUT_BUFFER_NBYTES) // NUM_BUFFERS)
 
 
 def project_mem(demands: Iterable[Demand], buffer_nbytes: int) -> int:

@@ -89,7 +89,7 @@ def check_sources(base_place: Place, place: Place, op: Op, sources: Sequence[Mod
     """Check the sources of one output slice against what the op takes.
 
     Args:
-        base_place: the slice's `base_model`, or the one at the top.
+        base_place: `base_model` at the top.
         place: the slice's `sources`.
         op: the method.
         sources: the models as listed.

@@ -119,23 +119,23 @@ def _parse(text: str) -> dict[str, object]:
         loader.dispose()
 
 
-def _check(node: yaml.Node, loader: _Loader, counts: dict[int, int], unfinished: set[int]) -> int:
+def _check(node: yaml.Node, loader: _Loader, counts: dict[int, int], begun: set[int]) -> int:
     """Return how many nodes there are from here on with all aliases written out.
 
     Args:
         node: where to begin.
         loader: makes values of scalars.
         counts: what is known already, by node identity; added to.
-        unfinished: the nodes that this one lies in.
+        begun: what is begun; those not in `counts` are what this node lies in. Added to.
     """
     if id(node) in counts:
         return counts[id(node)]
-    if id(node) in unfinished:
+    if id(node) in begun:
         raise _problem(node, "an alias refers to what contains it")
     if node.tag not in _PLAIN_TAGS:
         tag = node.tag.replace(_TAG, "!!")
         raise _problem(node, f"the tag {tag} is not allowed; a config holds plain values only")
-    unfinished.add(id(node))
+    begun.add(id(node))
     total = 1
     if isinstance(node, yaml.ScalarNode):
         try:
@@ -143,7 +143,7 @@ def _check(node: yaml.Node, loader: _Loader, counts: dict[int, int], unfinished:
         except (ValueError, LookupError) as error:
             raise _problem(node, f"{node.value[:40]!r} is not a value of its type; put it in quotes") from error
     elif isinstance(node, yaml.SequenceNode):
-        total += sum(_check(child, loader, counts, unfinished) for child in node.value)
+        total += sum(_check(child, loader, counts, begun) for child in node.value)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -152,10 +152,9 @@ def _check(node: yaml.Node, loader: _Loader, counts: dict[int, int], unfinished:
             if key.value in lines:
                 raise _problem(key, f"the key {key.value!r} is there already, on line {lines[key.value]}; keep one")
             lines[key.value] = key.start_mark.line + 1
-            total += 1 + _check(value, loader, counts, unfinished)
+            total += 1 + _check(value, loader, counts, begun)
     if total > MAX_NODES:
         raise _problem(node, f"with all aliases written out there are more than {MAX_NODES} values")
-    unfinished.remove(id(node))
     counts[id(node)] = total
     return total
 

@@ -203,6 +203,10 @@ def test_what_is_probably_a_mistake_warns_and_is_refused_when_strict(
     assert given in str(refused.value)
 
 
+def test_a_density_of_1_is_fine() -> None:
+    load_config(changed("ties", ("parameters.density", [0.2, 1])), strict=True)
+
+
 def test_strict_names_everything_at_once() -> None:
     with pytest.raises(ConfigError, match=r"(?s)bogus: .*models\[0\]\.more: "):
         load_config(changed("linear", ("bogus", 1), ("models.0.more", 2)), strict=True)

@@ -66,7 +66,7 @@ def test_a_gradient_is_interpolated_linearly(value: object, position: float, exp
         (str, ["a", "b", "c"], 0.99, "b"),
         (str, ["a", "b", "c"], 1.0, "c"),
         (int, [10, 20], 0.5, 15),
-        (int, [10, 21], 0.3, 13),
+        (int, [10, 21], 0.35, 14),
     ],
 )
 def test_what_is_no_number_changes_in_steps(kind: type[Value], value: object, position: float, expected: Value) -> None:

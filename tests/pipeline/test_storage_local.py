@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 import signal
@@ -255,10 +256,15 @@ def test_an_error_in_mid_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_in_the_last_write(storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_at_second(monkeypatch, errno.ENOSPC)
-    writer = storage.open_writer(str(tmp_path / "a"), 6 * MIB)
-    writer.write(bytes(6 * MIB))
+def test_an_error_while_making_it_durable(
+    storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = storage.open_writer(str(tmp_path / "a"), 3)
+    writer.write(b"abc")
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OutputError, match="No space left"):
         writer.commit()
     writer.abort()
@@ -270,7 +276,20 @@ def test_direct_writes_that_are_refused(storage: LocalStorage, tmp_path: Path, m
     monkeypatch.setattr(local_writer, "_set_direct", lambda _, is_direct: is_direct)
     data = make_bytes(13 * MIB + 5)
     writer = storage.open_writer(str(tmp_path / "a"), len(data))
-    writer.write(data)
+    writer.write(data[: 8 * MIB])
+    writer.write(data[8 * MIB :])
+    writer.commit()
+    assert (tmp_path / "a").read_bytes() == data
+
+
+def test_direct_writes_from_aligned_memory(storage: LocalStorage, tmp_path: Path) -> None:
+    data = make_bytes(9 * MIB + 5)
+    buffer = mmap.mmap(-1, 4 * MIB)
+    writer = storage.open_writer(str(tmp_path / "a"), len(data))
+    for start in range(0, len(data), 4 * MIB):
+        piece = data[start : start + 4 * MIB]
+        buffer[: len(piece)] = piece
+        writer.write(memoryview(buffer)[: len(piece)])
     writer.commit()
     assert (tmp_path / "a").read_bytes() == data
 
