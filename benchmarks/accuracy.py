@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -25,16 +26,19 @@ MERGES = (
     replace(PASSTHROUGH, shared={"scale": 0.7}),
 )
 """Of the random methods what is not random: density 1."""
+_NOTHING = {"decided": dict.fromkeys(("excess", "excess_of_result"), math.nan)}
 ALLOWED = 1e-6
+DTYPES = ("float32", "bfloat16")
+"""The config's `dtype`: mergekit computes in it, raymerge in float32 either way."""
 
 
 def measure_accuracy(bench: Bench) -> list[Row]:
-    """Return a row for each dtype to compute in: the largest error beyond rounding, over all methods."""
-    rows = []
-    for dtype in ("bfloat16", "float32"):
-        found = {merge.method: _measure_method(bench, merge, dtype) for merge in MERGES}
-        rows.append(_make_row(dtype, found))
-    return rows
+    """Return the largest errors over all methods, relative to the operands and relative to the result."""
+    found = {dtype: {merge.method: _measure_method(bench, merge, dtype) for merge in MERGES} for dtype in DTYPES}
+    return [
+        _make_row("relative to the largest operand", found, "error", "excess"),
+        _make_row("relative to the result", found, "error_of_result", "excess_of_result"),
+    ]
 
 
 def _measure_method(bench: Bench, merge: Merge, dtype: str) -> dict[str, Any]:
@@ -56,24 +60,34 @@ def _compare(bench: Bench, merge: Merge, out: Path) -> dict[str, Any]:
     return result
 
 
-def _make_row(dtype: str, found: dict[str, dict[str, Any]]) -> Row:
-    worst = max(each["raymerge"]["excess"] for each in found.values())
-    above = [
-        method
-        for method, each in found.items()
-        if "mergekit" in each and each["raymerge"]["decided"]["error"] > each["mergekit"]["decided"]["error"]
+def _make_row(name: str, found: dict[str, dict[str, dict[str, Any]]], error: str, excess: str) -> Row:
+    worst = max(each["raymerge"][excess] for methods in found.values() for each in methods.values())
+    errors_above = _above_mergekit(found, error)
+    excesses_above = _above_mergekit(found, excess)
+    measured = f"half an ulp + {worst:.1e}; error above mergekit's: {', '.join(errors_above) or 'none'}"
+    if excesses_above:
+        measured += f"; what exceeds half an ulp above mergekit's: {', '.join(excesses_above)}"
+    how = [
+        f"{method} {found[DTYPES[0]][method]['raymerge'][excess]:.1e}"
+        + "".join(f" : {found[dtype][method].get('mergekit', _NOTHING)['decided'][excess]:.1e}" for dtype in DTYPES)
+        for method in found[DTYPES[0]]
     ]
-    per_method = "; ".join(
-        f"{method} {each['raymerge']['excess']:.1e}"
-        + (f" : {each['mergekit']['decided']['excess']:.1e}" if "mergekit" in each else "")
-        for method, each in found.items()
-    )
-    measured = f"half an ulp + {worst:.1e}" + (f"; above mergekit's: {', '.join(above)}" if above else "")
     return Row(
-        f"largest error against float64, bf16 output, dtype: {dtype}",
+        f"largest error against float64, bf16 output, {name}",
         "at most half an ulp + 1e-6, never above mergekit's",
         measured,
-        worst <= ALLOWED and not above,
-        f"beyond half an ulp, relative to the largest operand, raymerge : mergekit: {per_method}",
+        worst <= ALLOWED and not errors_above,
+        f"beyond half an ulp, raymerge : mergekit with dtype {' : with '.join(DTYPES)}: {'; '.join(how)}",
         found,
     )
+
+
+def _above_mergekit(found: dict[str, dict[str, dict[str, Any]]], figure: str) -> list[str]:
+    """Return where raymerge's figure is above mergekit's, and by how much."""
+    return [
+        f"{method} ({dtype}) by {difference:.1e}"
+        for dtype, methods in found.items()
+        for method, each in methods.items()
+        if "mergekit" in each
+        and (difference := each["raymerge"]["decided"][figure] - each["mergekit"]["decided"][figure]) > 0
+    ]

@@ -113,15 +113,19 @@ class Bench:
         self.clear(self.mergekit_out)
         return self._measure("mergekit", [self.mergekit, config, self.mergekit_out, "--random-seed", "0"])
 
-    def run_floor(self, inputs: Sequence[Path]) -> Usage:
-        """Read all inputs and write one output: `cat` of the one, `cp` of the first input, which is as large."""
+    def run_floor(self, inputs: Sequence[Path]) -> tuple[Usage, Usage]:
+        """Read all inputs and write one output: `cat` of the one, `cp` of the first input, which is as large.
+
+        The second figure adds waiting until the copy is on the disk, as raymerge waits for its output.
+        """
         out = self.workdir / "out-floor"
         self.clear(out)
         out.mkdir()
         read = self._measure("cat", ["sh", "-c", 'cat "$@" > /dev/null', "sh", *weights(inputs)])
         write = self._measure("cp", ["cp", "--reflink=never", *weights(inputs[:1]), out])
+        sync = self._measure("sync", ["sync", *weights([out])])
         self.clear(out)
-        return read + write
+        return read + write, read + write + sync
 
     def warm(self, inputs: Sequence[Path]) -> None:
         """Read the inputs into the page cache, and wait for what earlier runs still had to write."""

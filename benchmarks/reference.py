@@ -21,6 +21,8 @@ Spec = dict[str, Any]
 
 MANTISSA_BITS = 7
 """Of bf16, as stored."""
+SMALLEST_RESULT = 2.0**-40
+"""Relative to the largest operand; below it, the reference's own rounding shows."""
 
 
 def linear(spec: Spec, xs: Sequence[Array]) -> Array:
@@ -119,7 +121,8 @@ def compare(spec: Spec, out: Path, inputs: Sequence[Path]) -> dict[str, Any]:
 
     `error` is the distance to the reference and `excess` what of it exceeds half an ulp of the reference, both
     relative to the largest operand at that element (where operands cancel, the result is no measure of them);
-    `excess_of_result` is relative to the result itself. `decided`: the same where no implementation has a choice.
+    `_of_result`: relative to the result itself, unless that is so small that float64 is no measure of it either.
+    `decided`: the same where no implementation has a choice.
     """
     result = read_checkpoint(out)
     sources = [read_checkpoint(path) for path in inputs]
@@ -143,6 +146,7 @@ class _Largest:
     def __init__(self) -> None:
         self.error = 0.0
         self.excess = 0.0
+        self.error_of_result = 0.0
         self.excess_of_result = 0.0
 
     def add(self, values: Array, reference: Array, operand: Array) -> None:
@@ -152,7 +156,9 @@ class _Largest:
         excess = np.maximum(error - ulp(reference) / 2, 0)
         self.error = max(self.error, _largest_ratio(error, operand))
         self.excess = max(self.excess, _largest_ratio(excess, operand))
-        self.excess_of_result = max(self.excess_of_result, _largest_ratio(excess, np.abs(reference)))
+        result = np.where(np.abs(reference) > SMALLEST_RESULT * operand, np.abs(reference), np.inf)
+        self.error_of_result = max(self.error_of_result, _largest_ratio(error, result))
+        self.excess_of_result = max(self.excess_of_result, _largest_ratio(excess, result))
 
 
 def _largest_ratio(numerator: Array, denominator: Array) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -41,12 +42,10 @@ def to_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows and the machine, adding to the rows that the file has under other names."""
-    old: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    names = {row.name for row in rows}
-    kept = [row for row in old if row["name"] not in names]
-    content = {"machine": describe_machine(), "rows": kept + [asdict(row) for row in rows]}
+def write_json(path: Path, benchmark: str, rows: Sequence[Row]) -> None:
+    """Write one benchmark's rows and the machine; what the file holds of other benchmarks stays."""
+    old: dict[str, Any] = json.loads(path.read_text())["benchmarks"] if path.exists() else {}
+    content = {"machine": describe_machine(), "benchmarks": old | {benchmark: [asdict(row) for row in rows]}}
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -57,15 +56,10 @@ def describe_machine() -> dict[str, str]:
     memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     return {
         "processor": models[0] if models else platform.machine(),
-        "cores": str(cpuinfo_cores(cpuinfo)),
+        "cores": f"{len(models) or os.cpu_count()} cores",
         "memory": f"{int(memory.split()[1]) / 2**20:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
     }
-
-
-def cpuinfo_cores(lines: Sequence[str]) -> int:
-    """Return the number of processors listed."""
-    return sum(line.startswith("processor") for line in lines)
 
 
 def gib(nbytes: float) -> str:

@@ -62,7 +62,7 @@ def main() -> int:
             traceback.print_exc()
             new = [Row(name, "", "failed", False, repr(error))]
         rows += new
-        write_json(bench.workdir / "results.json", new)
+        write_json(bench.workdir / "results.json", name, new)
     print("; ".join(describe_machine().values()), end="\n\n")
     print(to_markdown(rows))
     return int(any(row.is_met is False for row in rows))

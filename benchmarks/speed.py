@@ -20,6 +20,7 @@ class Runs:
     mergekit: list[Usage] = field(default_factory=list)
     mergekit_tiny: list[Usage] = field(default_factory=list)
     floor: list[Usage] = field(default_factory=list)
+    synced_floor: list[Usage] = field(default_factory=list)
 
     def to_json(self) -> dict[str, list[dict[str, float]]]:
         """Return the measurements by who ran."""
@@ -45,7 +46,9 @@ def take_turns(bench: Bench, merge: Merge) -> Runs:
         runs.raymerge.append(bench.run_raymerge(config))
         bench.clear(bench.raymerge_out)
         bench.warm(inputs)
-        runs.floor.append(bench.run_floor(inputs))
+        floor, synced_floor = bench.run_floor(inputs)
+        runs.floor.append(floor)
+        runs.synced_floor.append(synced_floor)
         if bench.mergekit and turn < bench.peer_repeats:
             bench.warm(inputs)
             runs.mergekit.append(bench.run_mergekit(config))
@@ -76,7 +79,8 @@ def _row_against_floor(name: str, runs: Runs, at_most: float | None) -> Row:
     floor, floor_cpu = _medians(runs.floor)
     how = (
         f"raymerge {whole:.2f} - {start_up:.2f} = {whole - start_up:.2f} s ({whole_cpu - start_up_cpu:.2f} s CPU); "
-        f"cat + cp {floor:.2f} s ({floor_cpu:.2f} s CPU); medians of {len(runs.raymerge)}"
+        f"cat + cp {floor:.2f} s ({floor_cpu:.2f} s CPU), with fsync {_medians(runs.synced_floor)[0]:.2f} s; "
+        f"medians of {len(runs.raymerge)}"
     )
     if runs.mergekit:
         theirs = _medians(runs.mergekit)[0] - _medians(runs.mergekit_tiny)[0]

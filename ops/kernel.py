@@ -89,6 +89,10 @@ class Kernel(ABC):
     def num_scratch(self, num_sources: int) -> int:
         """How many blocks of scratch in the compute dtype a block needs, besides `out`."""
 
+    def state_nbytes(self, num_sources: int) -> int:
+        """What a run holds besides scratch and tiny figures, at most, in bytes."""
+        return 0
+
     @abstractmethod
     def start(self, site: Site) -> KernelRun:
         """Begin with one tensor."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from raymerge.ops.sparsifier import Sparsifier
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+    Words = NDArray[np.uint32]
 
 PAGE_ELEMENTS = 2**16
 """Elements of a tensor that share their keys. Part of the masks' definition; blocks may be cut elsewhere."""
@@ -65,16 +69,18 @@ class RandomBits:
             start: index of the block's first element in the tensor.
             spares: two blocks of scratch of the block's size; overwritten.
         """
-        bits, shifted = (_words(spare) for spare in spares)
-        table = _table(bits.device)
-        hash_words = _hash_words_on_cpu if bits.device.type == "cpu" else _hash_words
-        stop = start + bits.numel()
-        for page in range(start // PAGE_ELEMENTS, -(-stop // PAGE_ELEMENTS)):
-            first = max(start, page * PAGE_ELEMENTS)
-            last = min(stop, (page + 1) * PAGE_ELEMENTS)
-            words = table[first - page * PAGE_ELEMENTS : last - page * PAGE_ELEMENTS]
-            piece = slice(first - start, last - start)
-            hash_words(words, *self._keys(page), bits[piece], shifted[piece])
+        stop = start + spares[0].numel()
+        pages = range(start // PAGE_ELEMENTS, -(-stop // PAGE_ELEMENTS))
+        if spares[0].device.type == "cpu":
+            bits, shifted = (_numpy_words(spare) for spare in spares)
+            for page in pages:
+                there, here = _cut_page(page, start, stop)
+                _hash_on_cpu(_numpy_table()[there], *self._keys(page), bits[here], shifted[here])
+        else:
+            words, spare = (_words(spare) for spare in spares)
+            for page in pages:
+                there, here = _cut_page(page, start, stop)
+                _hash(_table(words.device)[there], *self._keys(page), words[here], spare[here])
 
     def _keys(self, page: int) -> tuple[int, int]:
         """Return two 32-bit keys, the second one odd."""
@@ -84,7 +90,14 @@ class RandomBits:
         return keys % 2**32, keys >> 32 | 1
 
 
-def _hash_words(words: torch.Tensor, key: int, factor: int, bits: torch.Tensor, shifted: torch.Tensor) -> None:
+def _cut_page(page: int, start: int, stop: int) -> tuple[slice, slice]:
+    """Return what a page and the block [start, stop) have in common, in elements of the page and of the block."""
+    offset = page * PAGE_ELEMENTS
+    first, last = max(start, offset), min(stop, offset + PAGE_ELEMENTS)
+    return slice(first - offset, last - offset), slice(first - start, last - start)
+
+
+def _hash(words: torch.Tensor, key: int, factor: int, bits: torch.Tensor, shifted: torch.Tensor) -> None:
     """Hash with torch, which has no logical shift: the bits that an arithmetic one brings in are masked out."""
     import torch
 
@@ -93,43 +106,49 @@ def _hash_words(words: torch.Tensor, key: int, factor: int, bits: torch.Tensor, 
     bits.bitwise_xor_(shifted).mul_(_as_int32(_FACTOR))
 
 
-def _hash_words_on_cpu(words: torch.Tensor, key: int, factor: int, bits: torch.Tensor, shifted: torch.Tensor) -> None:
-    """Hash with numpy, whose unsigned integers take half the time of torch's signed ones."""
+def _hash_on_cpu(words: Words, key: int, factor: int, bits: Words, shifted: Words) -> None:
+    """Hash with numpy, which is faster for having unsigned integers."""
     import numpy as np
 
-    table, out, spare = (tensor.numpy().view(np.uint32) for tensor in (words, bits, shifted))
-    np.bitwise_xor(table, np.uint32(key), out=out)
-    np.multiply(out, np.uint32(factor), out=out)
-    np.right_shift(out, np.uint32(_SHIFT), out=spare)
-    np.bitwise_xor(out, spare, out=out)
-    np.multiply(out, np.uint32(_FACTOR), out=out)
+    np.bitwise_xor(words, np.uint32(key), out=bits)
+    np.multiply(bits, np.uint32(factor), out=bits)
+    np.right_shift(bits, np.uint32(_SHIFT), out=shifted)
+    np.bitwise_xor(bits, shifted, out=bits)
+    np.multiply(bits, np.uint32(_FACTOR), out=bits)
 
 
 def _are_below(limit: int, spares: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Return 1 where the unsigned words in `spares[0]` are below the limit and 0 elsewhere, in one of the spares."""
-    import torch
-
-    words = _words(spares[0])
-    if words.device.type != "cpu":
-        return torch.lt(words.bitwise_xor_(-(2**31)), limit - 2**31, out=spares[1])
-    import numpy as np
-
-    flags = spares[1].view(torch.uint8)[: words.numel()]
-    np.less(words.numpy().view(np.uint32), np.uint32(limit), out=flags.numpy().view(np.bool_))
-    return spares[0].copy_(flags)
-
-
-@lru_cache(maxsize=16)
-def _table(device: torch.device) -> torch.Tensor:
-    """Return a random word for each place in a page, as int32; shared, never written to."""
     import numpy as np
     import torch
+
+    bits, spare = spares
+    if bits.device.type != "cpu":
+        return torch.lt(_words(bits).bitwise_xor_(-(2**31)), limit - 2**31, out=spare)
+
+    flags = spare.view(torch.uint8)[: bits.numel()]
+    np.less(_numpy_words(bits), np.uint32(limit), out=flags.numpy().view(np.bool_))
+    return bits.copy_(flags)
+
+
+@cache
+def _numpy_table() -> Words:
+    """Return a random word for each place in a page; shared, never written to."""
+    import numpy as np
 
     words = np.arange(PAGE_ELEMENTS, dtype=np.uint32)
     for shift, factor in _ROUNDS:
         words = (words ^ words >> np.uint32(shift)) * np.uint32(factor)
-    words ^= words >> np.uint32(_LAST_SHIFT)
-    return torch.from_numpy(words.view(np.int32)).to(device)
+    return words ^ words >> np.uint32(_LAST_SHIFT)
+
+
+@cache
+def _table(device: torch.device) -> torch.Tensor:
+    """Return the table as int32, on a device."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(_numpy_table().view(np.int32)).to(device)
 
 
 def _words(scratch: torch.Tensor) -> torch.Tensor:
@@ -137,6 +156,13 @@ def _words(scratch: torch.Tensor) -> torch.Tensor:
     import torch
 
     return scratch.view(torch.int32)[: scratch.numel()]
+
+
+def _numpy_words(scratch: torch.Tensor) -> Words:
+    """Return as many unsigned 32-bit integers as there are elements, in the memory of a block of scratch."""
+    import numpy as np
+
+    return scratch.numpy().view(np.uint32)[: scratch.numel()]
 
 
 def _as_int32(value: int) -> int:

@@ -15,6 +15,11 @@ _NUM_LOW = 2**16
 _NUM_HIGH = 2**15
 """Without the sign, 15 high bits are left."""
 
+SELECTION_NBYTES = _NUM_LOW * 8 + 2 * _NUM_LOW * 4
+"""What a selection holds: a table of counts, and low bits waiting to be counted."""
+SELECTION_TEMPORARY_NBYTES = 4 * _NUM_LOW * 8
+"""Besides, while a block is counted: a second table, indices, and copies."""
+
 
 class MagnitudeSparsifier(Sparsifier):
     """Keeps the k elements with the largest absolute values; of equal ones at the threshold those of lowest index.
@@ -63,7 +68,8 @@ class MagnitudeSparsifier(Sparsifier):
         """Find the bin that holds the threshold."""
         if index == 1:
             self._count_pending()
-        assert self._counts is not None, "a tensor has at least one block"
+        if self._counts is None:  # an empty tensor
+            return
         chosen, num_above, num_equal = _find_bin(self._counts, self._num_kept - self._num_above)
         self._counts = None
         self._num_above += num_above
@@ -100,7 +106,8 @@ class MagnitudeSparsifier(Sparsifier):
         """Count what several blocks had in the bin: rarely, for the table is as large as a block."""
         import torch
 
-        self._count(torch.cat(self._pending), _NUM_LOW)
+        if self._pending:
+            self._count(torch.cat(self._pending), _NUM_LOW)
         self._pending = []
         self._num_pending = 0
 

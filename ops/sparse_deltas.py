@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.random import RandomSparsifier
-from raymerge.ops.select import MagnitudeSparsifier
+from raymerge.ops.select import SELECTION_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
 from raymerge.ops.sparsifier import Sparsifier
-from raymerge.ops.sums import sum_exactly
+from raymerge.ops.sums import sum_block
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,11 @@ class SparseDeltas(Kernel):
     def num_scratch(self, num_sources: int) -> int:
         """The base, two spares, and one delta; all deltas if they are to agree on a sign."""
         return 3 + max(1, num_sources - 1 if self.consensus == "sum" else 1)
+
+    def state_nbytes(self, num_sources: int) -> int:
+        """Histograms and collected bits of every model that is trimmed by magnitude."""
+        is_selecting = self.sparsifier == "magnitude" and self.num_passes > 0
+        return (num_sources - 1) * SELECTION_NBYTES + SELECTION_TEMPORARY_NBYTES if is_selecting else 0
 
     def start(self, site: Site) -> KernelRun:
         """Begin with one tensor."""
@@ -111,9 +116,9 @@ class _SparseDeltasRun(KernelRun):
             if index < sparsifier.num_passes:
                 sparsifier.measure(index, delta, (first, second))
             else:
-                model.full_sum += sum_exactly(delta.abs_())
+                model.full_sum += sum_block(delta.abs_())
                 sparsifier.trim(block.start, delta, (first, second))
-                model.kept_sum += sum_exactly(delta)
+                model.kept_sum += sum_block(delta)
 
     def end_pass(self, index: int) -> None:
         for model in self._models:

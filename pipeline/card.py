@@ -29,8 +29,8 @@ def make_card(plan: MergePlan, name: str) -> str:
     if not front["base_model"]:
         del front["base_model"]
     method = f"[{op.title}]({op.reference})" if op.reference else op.title
-    base = plan.models[0] if op.base is Base.REQUIRED else None
-    others = [model for model in plan.models if model != base] or list(plan.models)
+    bases = _find_bases(plan) if op.base is Base.REQUIRED else []
+    others = [str(model) for model in plan.models if str(model) not in bases] or [str(model) for model in plan.models]
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
@@ -39,11 +39,11 @@ def make_card(plan: MergePlan, name: str) -> str:
         "",
         f"A merge of language models, made with raymerge {__version__}.",
         "",
-        f"Method: {method}{f', with {base} as base' if base else ''}.",
+        f"Method: {method}{', with ' + ' and '.join(bases) + ' as base' if bases else ''}.",
         "",
         "Models:",
         "",
-        *(f"- {_link(str(model))}" for model in others),
+        *(f"- {_link(model)}" for model in others),
         "",
         "Config:",
         "",
@@ -51,6 +51,12 @@ def make_card(plan: MergePlan, name: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _find_bases(plan: MergePlan) -> list[str]:
+    """The models that are somewhere the base, in order of appearance; slices may differ in theirs."""
+    merges = (merge for task in plan.tasks for merge in task.merges)
+    return list(dict.fromkeys(merge.sources[0].model for merge in merges if merge.op == plan.method))
 
 
 def _link(model: str) -> str:

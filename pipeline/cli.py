@@ -20,7 +20,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def main() -> None:
     """Run the command line; exit with 2 where the user can put it right, with 130 when interrupted."""
     try:
-        commands(standalone_mode=False)
+        commands(prog_name="raymerge", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

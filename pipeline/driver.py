@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from raymerge.pipeline.plan import Limits, make_fingerprint, make_tasks
 from raymerge.pipeline.recipe import expand
 from raymerge.pipeline.sizes import parse_nbytes
 from raymerge.pipeline.sources import Checkpoint, resolve_models
+from raymerge.pipeline.storage import storage_for
 from raymerge.pipeline.types import MergePlan, MergeReport, ShardResult, ShardTask
 
 Config = Path | str | Mapping[str, Any]
@@ -104,7 +106,7 @@ def merge(
         target, sorted({s.file.url.rpartition("/")[0] for t in the_plan.tasks for m in t.merges for s in m.sources})
     )
     listener.planned(the_plan)
-    with open_output(target, the_plan.fingerprint, overwrite=overwrite) as state:
+    with closing(storage_for(target)), open_output(target, the_plan.fingerprint, overwrite=overwrite) as state:
         if state is OutputState.COMPLETE:
             return _report(the_plan, target, [], [], start)
         return _carry_out(the_plan, target, listener, start)
@@ -121,6 +123,7 @@ def _plan(
     limits = Limits(_nbytes(memory), threads or _num_cores(), None if shard_size is None else _nbytes(shard_size))
     tasks, num_threads = make_tasks(recipe.merges, seed, limits)
     config_json = dump_config(recipe.config)
+    copies = (f"{name} {file.nbytes} {file.etag}" for name, file in checkpoints[0].side_files)
     return MergePlan(
         tasks=tasks,
         donor=checkpoints[0].model,
@@ -135,7 +138,7 @@ def _plan(
         num_threads=num_threads,
         allowed_mem=limits.allowed_mem,
         total_nbytes=sum(merge.nbytes for merge in recipe.merges),
-        fingerprint=make_fingerprint(tasks, config_json),
+        fingerprint=make_fingerprint(tasks, "\n".join((config_json, *copies))),
     )
 
 

@@ -14,6 +14,9 @@ from raymerge.pipeline.types import ShardResult, ShardTask
 DIRECTORY = ".raymerge"
 """In the output directory; gone once the merge is complete."""
 
+LOCK = f"{DIRECTORY}/lock"
+"""Held by the run that writes to the output."""
+
 _PLAN = f"{DIRECTORY}/plan.json"
 _MAX_RECORD_NBYTES = 16 * 2**20
 
@@ -31,6 +34,14 @@ class Journal:
         """Note which plan this output is made by."""
         plan = {"fingerprint": self.fingerprint, "raymerge": __version__}
         self._write(_PLAN, plan)
+
+    def end(self) -> None:
+        """Delete the journal: first the note that something is unfinished, in case that not all of this happens."""
+        storage = storage_for(self.out)
+        storage.delete(f"{self.out}/{_PLAN}")
+        for name in storage.list(f"{self.out}/{DIRECTORY}"):
+            if f"{DIRECTORY}/{name}" != LOCK:
+                storage.delete(f"{self.out}/{DIRECTORY}/{name}")
 
     def open_shard(self, task: ShardTask) -> Writer:
         """Begin an output file; until it is committed it lies in the journal's directory."""
@@ -54,7 +65,8 @@ class Journal:
                 if record.pop("fingerprint") != self.fingerprint:
                     continue
                 result = ShardResult(**{**record, "nonfinite": tuple(record["nonfinite"])})
-                if storage.stat(f"{self.out}/{task.file}").nbytes == result.nbytes == task.nbytes:
+                found = storage.stat(f"{self.out}/{task.file}").nbytes
+                if result.file == task.file and found == result.nbytes == task.nbytes:
                     results.append(result)
             except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
                 continue  # no record, or one that is damaged: the file is made again

@@ -42,22 +42,31 @@ class Demand:
     """One block of every source, as stored."""
     scratch_nbytes: int
     """Blocks in the compute dtype, the result among them."""
+    state_nbytes: int
+    """What the kernel keeps besides."""
+
+    @property
+    def working_nbytes(self) -> int:
+        """Memory besides input and output buffers."""
+        return self.scratch_nbytes + self.state_nbytes
 
 
 def measure_demand(merge: TensorMerge) -> Demand:
     """Return what a tensor needs."""
     if merge.op == COPY:
-        block_elements, num_passes, num_scratch = BLOCK_ELEMENTS, 0, 0
+        block_elements, num_passes, num_scratch, state_nbytes = BLOCK_ELEMENTS, 0, 0, 0
     else:
         kernel = find_op(merge.op).kernel(dict(merge.parameters))
         block_elements, num_passes = kernel.block_elements, kernel.num_passes
         num_scratch = 1 + kernel.num_scratch(len(merge.sources))
+        state_nbytes = kernel.state_nbytes(len(merge.sources))
     num_elements = min(block_elements, merge.num_elements)
     return Demand(
         block_elements,
         num_passes,
         sum(aligned(stored_nbytes(source.dtype, num_elements)) for source in merge.sources),
         num_scratch * num_elements * COMPUTE_NBYTES,
+        state_nbytes,
     )
 
 
@@ -71,15 +80,15 @@ def choose_buffer_nbytes(demands: Collection[Demand], worker_mem: int) -> int:
     Returns:
         As much as is useful and fits; less than `max(block_nbytes)` where the memory does not suffice.
     """
-    scratch = max(demand.scratch_nbytes for demand in demands)
+    working = max(demand.working_nbytes for demand in demands)
     useful = max(MAX_BUFFER_NBYTES, *(demand.block_nbytes for demand in demands))
-    return min(useful, (worker_mem - scratch - 2 * OUTPUT_BUFFER_NBYTES) // NUM_BUFFERS)
+    return min(useful, (worker_mem - working - 2 * OUTPUT_BUFFER_NBYTES) // NUM_BUFFERS)
 
 
 def project_mem(demands: Iterable[Demand], buffer_nbytes: int) -> int:
     """Return the peak memory of a task for tensors and scratch, in bytes."""
-    scratch = max(demand.scratch_nbytes for demand in demands)
-    return NUM_BUFFERS * buffer_nbytes + scratch + 2 * OUTPUT_BUFFER_NBYTES
+    working = max(demand.working_nbytes for demand in demands)
+    return NUM_BUFFERS * buffer_nbytes + working + 2 * OUTPUT_BUFFER_NBYTES
 
 
 def check_fits(demands: Mapping[str, Demand], allowed_mem: int) -> None:

@@ -13,12 +13,22 @@ Json = dict[str, Any]
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
-_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attention_layers", "fixed_layers")
+_INDEX_LISTS = (
+    "mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attention_layers", "fixed_layers",
+    "cross_attention_layers", "hybrid_layer_ids", "full_attn_idxs",
+)  # fmt: skip
 """Lists of layer numbers, as opposed to lists with one entry for each layer."""
+
+_LAYER_LISTS = (
+    "attn_type_list", "intermediate_size", "activation_sparsity_pattern", "compress_ratios", "block_configs",
+    "num_query_heads", "num_kv_heads", "ffn_multipliers",
+)  # fmt: skip
+"""Fields that may hold one entry for each layer, and whose names do not say so."""
 
 _DEPTH_FIELDS = (
     "first_k_dense_replace", "sliding_window_pattern", "decoder_sparse_step", "interleave_moe_layer_step",
     "attn_layer_period", "attn_layer_offset", "no_rope_layer_interval", "num_nextn_predict_layers",
+    "hybrid_override_pattern",
 )  # fmt: skip
 """Fields that tie a layer's kind to its number in a way that no rule of ours can move."""
 
@@ -39,8 +49,8 @@ def text_part(config: Json) -> Json:
     """Return the part of a config.json that describes the language model: a sub-config, or the whole."""
     for key in _TEXT_PARTS:
         part = config.get(key)
-        if isinstance(part, dict) and _layer_count_key(part):
-            return part
+        if isinstance(part, dict) and _layer_count_key(inner := text_part(part)):
+            return inner
     return config
 
 
@@ -92,24 +102,12 @@ def stack_layers(config: Json, origins: Sequence[tuple[Json, int]]) -> tuple[Jso
     result = copy.deepcopy(config)
     part = text_part(result)
     old = count_layers(config)
-    key = _layer_count_key(part)
-    if key is None:
+    if old is None:
         return result, [f"config.json has no layer count; the output has {len(origins)} layers"]
-    part[key] = len(origins)
-    warnings = []
-    for name, value in list(part.items()):
-        if name in _INDEX_LISTS and isinstance(value, list):
-            part[name] = [k for k, (origin, layer) in enumerate(origins) if layer in text_part(origin).get(name, [])]
-        elif "layer" in name and isinstance(value, list) and len(value) == old:
-            part[name] = [_entry(text_part(origin).get(name), layer, value) for origin, layer in origins]
-        elif name == "max_window_layers" and value == old:
-            part[name] = len(origins)
-        elif name in _DEPTH_FIELDS and value and len(origins) != old:
-            warnings.append(
-                f"config.json: {name} = {value} ties layers to their number and stays as it is; "
-                f"check it against the new stack of {len(origins)} layers"
-            )
-    return result, warnings
+    warnings = _stack_part(part, old, origins)
+    if part is not result:  # older multimodal configs state the fields of the language model twice
+        warnings += _stack_part(result, old, origins)
+    return result, list(dict.fromkeys(warnings))
 
 
 def dump_config(config: Json) -> str:
@@ -122,8 +120,11 @@ def compare_configs(configs: Sequence[tuple[ModelRef, Json]]) -> list[str]:
     warnings = []
     for field in _MEANING_FIELDS:
         values = [(model, _meaning(config, field)) for model, config in configs]
-        first = values[0][1]
-        if any(value != first for _, value in values[1:]):
+        effective = [
+            _default(config, field) if value is None else value
+            for (_, config), (_, value) in zip(configs, values, strict=True)
+        ]
+        if any(value != effective[0] for value in effective[1:]):
             given = "; ".join(f"{model}: {'not given' if value is None else value}" for model, value in values)
             warnings.append(
                 f"config.json: {field} differs, so the same weights mean different things in the inputs ({given}); "
@@ -132,14 +133,37 @@ def compare_configs(configs: Sequence[tuple[ModelRef, Json]]) -> list[str]:
     return warnings
 
 
+def _stack_part(part: Json, old: int, origins: Sequence[tuple[Json, int]]) -> list[str]:
+    """Change one section of a config.json, where the count of layers was `old`; return warnings."""
+    warnings = []
+    is_moved = [layer for _, layer in origins] != list(range(old))
+    for name, value in list(part.items()):
+        is_per_layer = ("layer" in name or name in _LAYER_LISTS) and isinstance(value, list) and len(value) == old
+        if name in _LAYER_COUNTS or name == "max_window_layers":
+            part[name] = len(origins) if value == old else value
+        elif name in _INDEX_LISTS and isinstance(value, list):
+            part[name] = [k for k, (origin, layer) in enumerate(origins) if layer in _list(origin, name)]
+        elif is_per_layer:
+            part[name] = [_entry(_list(origin, name), layer, value) for origin, layer in origins]
+        elif name in _DEPTH_FIELDS and value and is_moved:
+            warnings.append(
+                f"config.json: {name} = {value} ties layers to their number and stays as it is; "
+                f"check it against the new stack of {len(origins)} layers"
+            )
+    return warnings
+
+
 def _layer_count_key(part: Json) -> str | None:
     return next((key for key in _LAYER_COUNTS if type(part.get(key)) is int), None)
 
 
-def _entry(values: object, layer: int, fallback: list[Any]) -> Any:
-    if isinstance(values, list) and layer < len(values):
-        return values[layer]
-    return fallback[min(layer, len(fallback) - 1)]
+def _list(config: Json, field: str) -> list[Any]:
+    value = text_part(config).get(field)
+    return value if isinstance(value, list) else []
+
+
+def _entry(values: list[Any], layer: int, fallback: list[Any]) -> Any:
+    return values[layer] if layer < len(values) else fallback[min(layer, len(fallback) - 1)]
 
 
 def _meaning(config: Json, field: str) -> object:
@@ -147,14 +171,33 @@ def _meaning(config: Json, field: str) -> object:
     part = text_part(config)
     rope = part.get("rope_parameters")
     rope = rope if isinstance(rope, Mapping) else {}
+    rope = rope.get("full_attention", rope)  # one set for each type of layer
     if field in ("rope_theta", "partial_rotary_factor"):
         return rope.get(field, part.get(field))
     if field == "rope_scaling":
         scaling = part.get(field) or {
             key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")
         }
-        kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, Mapping) else scaling
-        return None if kind in (None, "default") and "mrope_section" not in scaling else scaling
+        if not isinstance(scaling, Mapping):
+            return scaling
+        scaling = {key: value for key, value in scaling.items() if value is not None}
+        kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+        return {"rope_type": kind, **scaling} if scaling or kind != "default" else None
     if field == "sliding_window" and part.get("use_sliding_window") is False:
         return None
+    if field == "layer_types" and set(_list(config, field)) == {"full_attention"}:
+        return None
     return part.get(field)
+
+
+def _default(config: Json, field: str) -> object:
+    """What transformers takes where a field is not given; newer versions write these out."""
+    part = text_part(config)
+    num_heads = part.get("num_attention_heads")
+    if field == "rope_theta":
+        return 10000.0
+    if field == "num_key_value_heads":
+        return num_heads
+    if field == "head_dim" and isinstance(num_heads, int) and num_heads and isinstance(part.get("hidden_size"), int):
+        return part["hidden_size"] // num_heads
+    return None

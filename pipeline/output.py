@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from raymerge.pipeline.errors import ConfigError, OutputError
-from raymerge.pipeline.journal import DIRECTORY, Journal, read_fingerprint
+from raymerge.pipeline.journal import LOCK, Journal, read_fingerprint
 from raymerge.pipeline.sources import CONFIG, INDEX
 from raymerge.pipeline.storage import Storage, storage_for
 
@@ -17,6 +18,9 @@ MANIFEST = "raymerge_manifest.json"
 MAX_MANIFEST_NBYTES = 256 * 2**20
 
 _MODEL_FILES = (CONFIG, INDEX, MANIFEST)
+"""Without these nothing loads, and nothing looks finished."""
+_CLEARING = "being cleared"
+"""In place of a fingerprint: no plan has this one."""
 
 
 class OutputState(Enum):
@@ -58,7 +62,7 @@ def open_output(out: str, fingerprint: str, *, overwrite: bool) -> Iterator[Outp
     state = _inspect(storage, out, fingerprint)
     if isinstance(state, str) and not overwrite:
         raise OutputError(state)
-    with storage.lock(f"{out}/{DIRECTORY}/lock"):
+    with storage.lock(f"{out}/{LOCK}"):
         state = _inspect(storage, out, fingerprint)
         if isinstance(state, str) or (state is OutputState.COMPLETE and overwrite):
             if not overwrite:
@@ -68,22 +72,12 @@ def open_output(out: str, fingerprint: str, *, overwrite: bool) -> Iterator[Outp
         if state is OutputState.NEW:
             Journal(out, fingerprint).begin()
         yield state
-        storage.delete_tree(f"{out}/{DIRECTORY}")
-
-
-def read_manifest_fingerprint(storage: Storage, out: str) -> str | None:
-    """Return the fingerprint in a finished output's manifest; None where there is no such thing."""
-    try:
-        manifest = json.loads(storage.read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES))
-        fingerprint = manifest["fingerprint"]
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return None
-    return fingerprint if isinstance(fingerprint, str) else None
+        Journal(out, fingerprint).end()
 
 
 def _inspect(storage: Storage, out: str, fingerprint: str) -> OutputState | str:
     """Return what a directory is to a plan, or why it is nothing to it."""
-    files = [name for name in storage.list(out) if name != f"{DIRECTORY}/lock"]
+    files = _list_files(storage, out)
     if not files:
         return OutputState.NEW
     begun = read_fingerprint(out)
@@ -94,8 +88,12 @@ def _inspect(storage: Storage, out: str, fingerprint: str) -> OutputState | str:
             f"{out} holds an unfinished merge of another config, seed, set of inputs or version; "
             f"choose another directory, or give --overwrite to start over"
         )
-    if read_manifest_fingerprint(storage, out) == fingerprint:
-        return OutputState.COMPLETE
+    manifest = _read_manifest(storage, out)
+    if manifest.get("fingerprint") == fingerprint:
+        missing = [name for name in manifest["files"] if name not in files]
+        if not missing:
+            return OutputState.COMPLETE
+        return f"{out} was finished once, but {', '.join(missing[:3])} is missing; give --overwrite to make it again"
     return (
         f"{out} is not empty ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''}); "
         f"choose another directory, or give --overwrite to replace the model there"
@@ -103,22 +101,42 @@ def _inspect(storage: Storage, out: str, fingerprint: str) -> OutputState | str:
 
 
 def _clear(storage: Storage, out: str) -> None:
-    """Delete a model: what makes it loadable first, then every other visible file at the top, then the journal.
+    """Delete a model: what makes it loadable first, the journal last. Hidden files stay, as they are in no model.
 
     Raises:
-        OutputError: the directory does not look like a model.
+        OutputError: the directory does not look like a model, or there is something else in it.
     """
-    files = storage.list(out)
-    looks_like_model = any(
-        name in _MODEL_FILES or name.endswith((".safetensors", ".bin")) or name.startswith(f"{DIRECTORY}/")
-        for name in files
-        if name != f"{DIRECTORY}/lock"
-    )
-    if not looks_like_model:
-        raise OutputError(f"{out} is not empty and does not look like a model; nothing was deleted")
-    top = [name for name in files if "/" not in name and not name.startswith(".")]
-    for name in sorted(top, key=lambda name: (name not in _MODEL_FILES, name)):
+    if read_fingerprint(out) is None:
+        _check_is_model(storage, out)
+    Journal(out, _CLEARING).begin()  # a run that ends in here leaves something that is known to be half a model
+    visible = [name for name in _list_files(storage, out) if not any(part.startswith(".") for part in name.split("/"))]
+    for name in sorted(visible, key=lambda name: (name not in _MODEL_FILES, name)):
         storage.delete(f"{out}/{name}")
-    for name in files:
-        if name.startswith(f"{DIRECTORY}/") and name != f"{DIRECTORY}/lock":
-            storage.delete(f"{out}/{name}")
+    Journal(out, _CLEARING).end()
+
+
+def _check_is_model(storage: Storage, out: str) -> None:
+    files = _list_files(storage, out)
+    top = [name for name in files if "/" not in name]
+    if not any(name in (INDEX, MANIFEST) or name.endswith((".safetensors", ".bin")) for name in top):
+        raise OutputError(f"{out} is not empty and does not look like a model; nothing was deleted")
+    known = _read_manifest(storage, out).get("files", {})
+    others = [name for name in files if "/" in name and not name.startswith(".") and name not in known]
+    if others:
+        raise OutputError(
+            f"{out} holds more than a model ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); "
+            f"nothing was deleted: choose another directory, or clear this one yourself"
+        )
+
+
+def _list_files(storage: Storage, out: str) -> list[str]:
+    return [name for name in storage.list(out) if name != LOCK]
+
+
+def _read_manifest(storage: Storage, out: str) -> dict[str, Any]:
+    """Return a finished output's manifest; empty where there is none, or a damaged one."""
+    try:
+        manifest = json.loads(storage.read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES))
+        return manifest if isinstance(manifest, dict) and isinstance(manifest["files"], dict) else {}
+    except (FileNotFoundError, ValueError, KeyError):
+        return {}

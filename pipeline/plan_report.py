@@ -101,6 +101,18 @@ def plan_table(plan: MergePlan) -> pa.Table:
     """Return one row for each output tensor: where it goes, what is done, and the byte ranges it comes from."""
     import pyarrow as pa
 
+    text, number = pa.string(), pa.int64()
+    source_fields = {"model": text, "name": text, "dtype": text, "url": text, "start": number, "stop": number}
+    fields = {
+        "name": text,
+        "file": text,
+        "dtype": text,
+        "shape": pa.list_(number),
+        "nbytes": number,
+        "op": text,
+        "parameters": text,
+        "sources": pa.list_(pa.struct(list(source_fields.items()))),
+    }
     return pa.Table.from_pylist(
         [
             {
@@ -125,5 +137,6 @@ def plan_table(plan: MergePlan) -> pa.Table:
             }
             for task in plan.tasks
             for merge in task.merges
-        ]
+        ],
+        schema=pa.schema(list(fields.items())),
     )

@@ -24,7 +24,7 @@ from raymerge.pipeline.model_config import (
 from raymerge.pipeline.params import Settings
 from raymerge.pipeline.sources import Checkpoint
 from raymerge.pipeline.tensor_merge import Part, Scope, make_tensor_merge
-from raymerge.pipeline.tying import find_embedding, find_head, is_tied
+from raymerge.pipeline.tying import find_embedding, find_head, is_tied, name_head
 from raymerge.pipeline.types import ModelRef, StoredTensor, TensorMerge
 
 _EMBEDDING_SIDE = ("embed", "wte", "wpe", "visual", "vision", "projector", "audio", "connector", "merger")
@@ -142,6 +142,8 @@ class _Builder:
             TensorMismatchError: something does not fit; the message lists the first few cases.
         """
         self.accounts.check()
+        if not self.merges:
+            raise CheckpointError(f"{self.donor.ref}: no tensor is left for the output")
         out_has_head = find_head(merge.name for merge in self.merges) is not None
         if out_has_head and self.donor.tied:
             set_tied(self.out_config, False)
@@ -177,7 +179,8 @@ class _Builder:
                     self.accounts.drop(model.ref, stored, "tie_word_embeddings is true, so loaders ignore it")
             return None
         names = (find_head(model.tensors) for model in involved)
-        head = next((name for name in names if name), "lm_head.weight" if involved[0].tied else None)
+        embedding = find_embedding(involved[0].tensors) if involved[0].tied else None
+        head = next((name for name in names if name), name_head(embedding) if embedding else None)
         for model in involved:
             if model.tied and head is not None and head in model.tensors:
                 self.accounts.drop(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 from raymerge.pipeline.layers import split_name
@@ -15,6 +16,8 @@ _EMBEDDINGS = (
     "tok_embeddings.weight",
     "embed_in.weight",
 )
+_HEADLESS = re.compile(r"(Classification|QuestionAnswering|(?<!Head)(?<!Heads)Model)$")
+"""Architectures that have no output head, whatever config.json says of tying it."""
 
 
 def find_head(names: Iterable[str]) -> str | None:
@@ -28,6 +31,17 @@ def find_embedding(names: Iterable[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def name_head(embedding: str) -> str:
+    """Return what the head is called in a checkpoint whose head was its embedding.
+
+    >>> name_head("model.embed_tokens.weight"), name_head("gpt_neox.embed_in.weight")
+    ('lm_head.weight', 'embed_out.weight')
+    """
+    if embedding.endswith("embed_in.weight"):
+        return "embed_out.weight"
+    return "language_model.lm_head.weight" if embedding.startswith("language_model.") else "lm_head.weight"
+
+
 def is_tied(config: Json, names: Collection[str]) -> bool:
     """Return whether a checkpoint's head is its embedding.
 
@@ -35,6 +49,7 @@ def is_tied(config: Json, names: Collection[str]) -> bool:
     architecture, but a checkpoint that needs a head of its own has one stored.
     """
     stated = ties_embeddings(config)
-    if find_embedding(names) is None:
+    architectures = config.get("architectures") or ()
+    if find_embedding(names) is None or any(_HEADLESS.search(str(name)) for name in architectures):
         return False
     return find_head(names) is None if stated is None else stated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
@@ -17,7 +18,7 @@ from raymerge.pipeline.header import read_header
 from raymerge.pipeline.journal import read_fingerprint
 from raymerge.pipeline.output import MANIFEST, MAX_MANIFEST_NBYTES
 from raymerge.pipeline.sources import INDEX
-from raymerge.pipeline.storage import ByteRange, storage_for
+from raymerge.pipeline.storage import ByteRange, Storage, storage_for
 from raymerge.pipeline.types import OutputFile, ShardResult, StoredFile
 
 _CHUNK_NBYTES = 4 * 2**20
@@ -46,8 +47,12 @@ def verify(
         OutputError: the model is unfinished, or was not made by raymerge, or a file is missing, extra, or has changed;
             the message lists every case.
     """
+    with closing(storage_for(out)) as storage:
+        return _verify(storage, out, threads, on_progress)
+
+
+def _verify(storage: Storage, out: str, threads: int, on_progress: Callable[[Progress], None]) -> VerifyReport:
     files = _read_manifest(out)
-    storage = storage_for(out)
     shards = [name for name in files if name.endswith(".safetensors")]
     problems = [
         f"{name}: a file of weights that the manifest does not list"

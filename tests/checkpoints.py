@@ -135,9 +135,7 @@ def write_family(
         torch_dtype=str(dtype).removeprefix("torch."),
     )
     models = {"base": base} | {f"tuned{k}": add_noise(base, seed=k) for k in range(1, num_fine_tunes + 1)}
-    return tuple(
-        write_checkpoint(directory / name, tensors, config, num_shards) for name, tensors in models.items()
-    )
+    return tuple(write_checkpoint(directory / name, tensors, config, num_shards) for name, tensors in models.items())
 
 
 def write_sparse(
@@ -181,4 +179,6 @@ def read_tensors(directory: Path) -> Tensors:
 
 def read_files(directory: Path) -> dict[str, bytes]:
     """Return the bytes of every file of a directory, by relative name."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }

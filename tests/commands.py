@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,10 @@ class Outcome:
     code: int
     out: str
     err: str
+
+
+Cli = Callable[..., Outcome]
+"""Runs a command in this process; the fixture `cli`."""
 
 
 def start_command(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from raymerge.pipeline.cli import main
-from tests.commands import Outcome
+from tests.commands import Cli, Outcome
 
-Cli = Callable[..., Outcome]
+torch.set_num_threads(1)  # the machine's other cores may be busy, and waiting for them takes longer than the work
 
 
 @pytest.fixture

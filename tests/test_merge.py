@@ -23,12 +23,12 @@ from tests.checkpoints import (
     write_config,
     write_family,
 )
-from tests.commands import run_command
+from tests.commands import Cli, run_command
 
 Reference = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 WEIGHTS, DENSITIES = (1.0, 0.5, -0.25), (0.5, 0.25, 0.75)
-VOCAB, HIDDEN = 2500, 64
+VOCAB, HIDDEN = 2200, 64
 """The embedding has more elements than a block, and no whole number of blocks."""
 
 
@@ -117,7 +117,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, inputs: Sequence[t
     assert (error <= half_ulp + 1e-6 * scale).all()
 
 
-@pytest.fixture(scope="module", params=[(torch.bfloat16, 3), (torch.float32, 1), (torch.float32, 2)], ids=str)
+@pytest.fixture(scope="module", params=[(torch.bfloat16, 3), (torch.float32, 2)], ids=str)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     dtype, num_shards = request.param
     directory = tmp_path_factory.mktemp("family")
@@ -139,10 +139,9 @@ def test_equals_reference(name: str, family: tuple[Path, ...], tmp_path: Path) -
         assert not torch.equal(found, sources[0])
 
 
-@pytest.mark.parametrize("name", ["slerp", "ties"])
-def test_equals_reference_from_the_command_line(name: str, tmp_path: Path) -> None:
+def test_equals_reference_from_the_command_line(tmp_path: Path) -> None:
     family = write_family(tmp_path, 3, dtype=torch.bfloat16, num_shards=2)
-    config, reference = cases(family)[name]
+    config, reference = cases(family)["slerp"]
     path = write_config(tmp_path / "merge.yml", config)
     outcome = run_command("merge", path, tmp_path / "out", "--threads", "2", "--memory", "64MiB")
     assert outcome.code == 0, outcome.err
@@ -180,7 +179,7 @@ def test_dare_drops_at_random_and_rescales(tmp_path: Path) -> None:
         kept = thinned != 0
         # A share of 0.3 is kept, five standard deviations either way; and of every block of elements likewise.
         assert abs(kept.double().mean() - 0.3) < 5 * (0.3 * 0.7 / n) ** 0.5
-        for part in kept.reshape(-1).split(10_000)[:-1]:
+        for part in kept.reshape(-1)[: n // 10_000 * 10_000].reshape(-1, 10_000):
             assert abs(part.double().mean() - 0.3) < 5 * (0.3 * 0.7 / 10_000) ** 0.5
         factor = float(delta.abs().sum() / delta[kept].abs().sum())
         torch.testing.assert_close(thinned[kept].double(), delta[kept] * factor, rtol=1e-4, atol=1e-6)
@@ -218,7 +217,7 @@ def test_mixed_dtypes_of_the_inputs_are_promoted(tmp_path: Path) -> None:
         assert_close(found, references.linear([one[name], two[name]], (1, 1)), [one[name], two[name]])
 
 
-def test_overflow_is_reported(tmp_path: Path) -> None:
+def test_overflow_is_reported(tmp_path: Path, cli: Cli) -> None:
     tensors = llama_tensors(0, dtype=torch.bfloat16)
     tensors["model.norm.weight"][3] = 70_000.0  # fits bfloat16, not float16
     tensors["lm_head.weight"][0, 0] = torch.nan
@@ -226,7 +225,7 @@ def test_overflow_is_reported(tmp_path: Path) -> None:
     config = {"merge_method": "linear", "models": weighted([model], [1]), "dtype": "float16"}
     report = merge(config, tmp_path / "out")
     assert [text.partition(":")[0] for text in report.warnings] == ["lm_head.weight", "model.norm.weight"]
-    outcome = run_command("merge", write_config(tmp_path / "merge.yml", config), tmp_path / "cli")
+    outcome = cli("merge", write_config(tmp_path / "merge.yml", config), tmp_path / "cli")
     assert outcome.code == 0
     assert "warning: model.norm.weight: the output has NaN or infinite values" in outcome.err
 
@@ -270,12 +269,13 @@ def test_empty_tensors_and_scalars(tmp_path: Path) -> None:
         )
         for k in range(2)
     ]
-    for method, more in [
+    cases: list[tuple[str, dict[str, Any]]] = [
         ("linear", {"parameters": {"weight": 1}}),
         ("slerp", {"base_model": str(models[0]), "parameters": {"t": 0.5}}),
         ("ties", {"base_model": str(models[0]), "parameters": {"weight": 0.5, "density": 0.5, "normalize": False}}),
         ("dare_ties", {"base_model": str(models[0]), "parameters": {"weight": 0.5}}),
-    ]:
+    ]
+    for method, more in cases:
         out = tmp_path / method
         merge({"merge_method": method, "models": [{"model": str(model)} for model in models], **more}, out)
         merged = read_tensors(out)

@@ -41,10 +41,10 @@ class Recipe:
     seed: int
 
 
-BASE = Recipe("base", ("code", "prose"), steps=400, learning_rate=5e-3, seed=1)
+BASE = Recipe("base", ("code", "prose"), steps=300, learning_rate=5e-3, seed=1)
 FINE_TUNES = (
-    Recipe("code", ("code",), steps=250, learning_rate=1e-3, seed=2),
-    Recipe("prose", ("prose",), steps=250, learning_rate=1e-3, seed=3),
+    Recipe("code", ("code",), steps=200, learning_rate=1e-3, seed=2),
+    Recipe("prose", ("prose",), steps=200, learning_rate=1e-3, seed=3),
 )
 
 

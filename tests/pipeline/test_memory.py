@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymerge.ops.kernel import BLOCK_ELEMENTS
+from raymerge.ops.registry import find_op
+from raymerge.pipeline.errors import MemoryLimitError
+from raymerge.pipeline.memory import (
+    MAX_BUFFER_NBYTES,
+    NUM_BUFFERS,
+    OUTPUT_BUFFER_NBYTES,
+    Demand,
+    aligned,
+    check_fits,
+    choose_buffer_nbytes,
+    measure_demand,
+    project_mem,
+    stored_nbytes,
+)
+from raymerge.pipeline.sizes import parse_nbytes
+from tests.pipeline.layouts import make_merge
+
+DEMANDS = st.lists(
+    st.builds(Demand, st.just(2**16), st.integers(0, 3), st.integers(0, 2**26), st.integers(0, 2**25)),
+    min_size=1,
+    max_size=5,
+)
+
+
+def named(demands: Sequence[Demand]) -> dict[str, Demand]:
+    return {f"tensor{k}": demand for k, demand in enumerate(demands)}
+
+
+def test_a_demand_is_one_block_of_every_source_and_the_scratch_that_the_kernel_declares() -> None:
+    merge = make_merge(num_elements=10**7, dtypes=("BF16", "F32", "F64"))
+    demand = measure_demand(merge)
+    kernel = find_op("linear").kernel(dict(merge.parameters))
+    assert demand.block_elements == kernel.block_elements == BLOCK_ELEMENTS
+    assert demand.num_passes == kernel.num_passes
+    assert demand.block_nbytes == (2 + 4 + 8) * BLOCK_ELEMENTS
+    assert demand.scratch_nbytes == (1 + kernel.num_scratch(3)) * BLOCK_ELEMENTS * 4
+
+
+def test_a_tensor_smaller_than_a_block_needs_only_its_size() -> None:
+    demand = measure_demand(make_merge(num_elements=100))
+    assert demand.block_nbytes == 2 * aligned(200) == 2 * 256
+    assert demand.scratch_nbytes == 2 * 100 * 4
+
+
+@pytest.mark.parametrize("num_elements", [0, 1])
+def test_empty_tensors_and_scalars(num_elements: int) -> None:
+    demand = measure_demand(make_merge(num_elements=num_elements))
+    assert demand.block_nbytes == 2 * 64 * num_elements
+
+
+def test_copies_need_no_scratch() -> None:
+    demand = measure_demand(make_merge(op="copy", parameters={}, dtypes=("I64",), out_dtype="I64", num_elements=2**30))
+    assert (demand.scratch_nbytes, demand.num_passes, demand.block_nbytes) == (0, 0, 8 * BLOCK_ELEMENTS)
+
+
+@given(st.integers(0, 2**40))
+def test_alignment(nbytes: int) -> None:
+    assert aligned(nbytes) % 64 == 0
+    assert nbytes <= aligned(nbytes) < nbytes + 64
+
+
+@pytest.mark.parametrize(("dtype", "nbytes"), [("F64", 24), ("F32", 12), ("BF16", 6), ("U8", 3), ("BOOL", 3)])
+def test_stored_size(dtype: str, nbytes: int) -> None:
+    assert stored_nbytes(dtype, 3) == nbytes
+
+
+@given(DEMANDS, st.integers(2**20, 2**31))
+def test_a_chosen_buffer_keeps_within_the_memory_and_holds_a_block(demands: list[Demand], mem: int) -> None:
+    buffer_nbytes = choose_buffer_nbytes(demands, mem)
+    largest_block = max(demand.block_nbytes for demand in demands)
+    assert project_mem(demands, buffer_nbytes) <= mem
+    assert buffer_nbytes <= max(MAX_BUFFER_NBYTES, largest_block)
+    fits = project_mem(demands, largest_block) <= mem
+    assert (buffer_nbytes >= largest_block) is fits
+
+
+def test_a_block_of_a_hundred_models_gets_its_room() -> None:
+    merge = make_merge(num_elements=10**9, dtypes=("BF16",) * 100)
+    demand = measure_demand(merge)
+    assert demand.block_nbytes > MAX_BUFFER_NBYTES
+    assert choose_buffer_nbytes([demand], 2**40) == demand.block_nbytes
+
+
+@given(DEMANDS, st.integers(0, 2**20 - 1))
+def test_the_stated_limit_works_and_one_mebibyte_less_does_not(demands: list[Demand], allowed_mem: int) -> None:
+    with pytest.raises(MemoryLimitError) as caught:
+        check_fits(named(demands), allowed_mem)
+    stated = re.search(r"--memory (\w+)$", str(caught.value))
+    assert stated is not None
+    limit = parse_nbytes(stated[1])
+    check_fits(named(demands), limit)
+    with pytest.raises(MemoryLimitError):
+        check_fits(named(demands), limit - 2**20)
+
+
+def test_the_message_names_the_tensor_and_both_figures() -> None:
+    small, large = Demand(2**16, 0, 2**20, 2**20), Demand(2**16, 1, 2**24, 2**23)
+    needed = (NUM_BUFFERS * 2**24 + 2**23 + 2 * OUTPUT_BUFFER_NBYTES) // 2**20
+    with pytest.raises(MemoryLimitError) as caught:
+        check_fits({"one": small, "two": large, "three": small}, 20 * 2**20)
+    assert str(caught.value) == (
+        f"two needs {needed}MiB for one block of each source with scratch and output buffers, and 20MiB are allowed; "
+        f"the smallest limit that works is --memory {needed}MiB"
+    )

@@ -1,0 +1,162 @@
+"""What a merge finds in its output directory, and what it makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raymerge.pipeline import Listener, merge
+from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.types import MergePlan
+from tests.checkpoints import read_files, write_config, write_llama
+from tests.commands import Cli
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    models = [write_llama(tmp_path / "in" / f"m{k}", k) for k in range(2)]
+    for k, model in enumerate(models):
+        (model / "sub").mkdir()
+        (model / "sub" / f"only-in-{k}.txt").write_text("text")
+        (model / f"top-{k}.txt").write_text("text")
+    return models
+
+
+def make_config(models: list[Path]) -> dict[str, Any]:
+    return {
+        "merge_method": "linear",
+        "models": [{"model": str(model)} for model in models],
+        "parameters": {"weight": 1},
+    }
+
+
+def test_overwriting_a_model_leaves_nothing_of_it(models: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "a" / "merged"
+    merge(make_config(models), out, shard_size=3000)
+    assert "sub/only-in-0.txt" in read_files(out)
+    with pytest.raises(OutputError, match=r"is not empty \(README.md, .*--overwrite"):
+        merge(make_config(models[::-1]), out)
+    merge(make_config(models[::-1]), out, overwrite=True)
+    merge(make_config(models[::-1]), tmp_path / "b" / "merged")
+    assert read_files(out) == read_files(tmp_path / "b" / "merged")
+
+
+def test_overwriting_the_same_model_makes_it_again(models: list[Path], tmp_path: Path) -> None:
+    merge(make_config(models), tmp_path / "merged")
+    before = (tmp_path / "merged" / "model.safetensors").stat().st_mtime_ns
+    report = merge(make_config(models), tmp_path / "merged", overwrite=True)
+    assert (report.num_resumed, report.num_shards) == (0, 1)
+    assert report.written_nbytes
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_mtime_ns != before
+
+
+def test_overwriting_what_another_tool_made(models: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    write_llama(out, 7, num_shards=3)
+    (out / "pytorch_model.bin").write_bytes(b"pickled")
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("kept")
+    merge(make_config(models), out, overwrite=True)
+    merge(make_config(models), tmp_path / "fresh" / "merged")
+    assert read_files(out) == read_files(tmp_path / "fresh" / "merged") | {".git/HEAD": b"kept"}
+
+
+def test_a_killed_overwrite_can_be_repeated(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many files it had deleted: the rest counts as half a model, and nothing of it is left at the end."""
+    fresh = tmp_path / "fresh" / "merged"
+    merge(make_config(models[::-1]), fresh)
+    unlink = Path.unlink
+    for number in range(12):
+        out = tmp_path / f"{number}" / "merged"
+        merge(make_config(models), out, shard_size=3000)
+        left = number
+
+        def break_down(self: Path, missing_ok: bool = False) -> None:
+            nonlocal left
+            if self.name != "lock" and not self.name.endswith(".partial"):
+                if not left:
+                    raise RuntimeError("killed")
+                left -= 1
+            unlink(self, missing_ok)
+
+        monkeypatch.setattr(Path, "unlink", break_down)
+        with pytest.raises(RuntimeError, match="killed"):
+            merge(make_config(models[::-1]), out, overwrite=True)
+        monkeypatch.undo()
+        assert number == 0 or not (out / "config.json").exists()
+        with pytest.raises(OutputError, match="--overwrite"):
+            merge(make_config(models[::-1]), out)
+        merge(make_config(models[::-1]), out, overwrite=True)
+        assert read_files(out) == read_files(fresh)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["notes.txt"],
+        ["config.json", "src/main.py"],
+        [".git/HEAD"],
+        ["models/one/model.safetensors", "models/one/config.json", "README.md"],
+        ["model.safetensors", "config.json", "checkpoint-5/model.safetensors"],
+    ],
+    ids="+".join,
+)
+def test_what_is_no_model_is_left_alone(
+    files: list[str], overwrite: bool, models: list[Path], tmp_path: Path, cli: Cli
+) -> None:
+    out = tmp_path / "out"
+    for name in files:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(name)
+    before = read_files(out)
+    config = write_config(tmp_path / "merge.yml", make_config(models))
+    outcome = cli("merge", config, out, "-q", *(["--overwrite"] if overwrite else []))
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"Error: {out} ")
+    assert ("nothing was deleted" in outcome.err) is overwrite
+    assert read_files(out) == before
+
+
+@pytest.mark.parametrize("where", ["in/m0", "in", "in/m0/merged", "link/merged"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_output_and_inputs_may_not_overlap(
+    where: str, overwrite: bool, models: list[Path], tmp_path: Path, cli: Cli
+) -> None:
+    (tmp_path / "link").symlink_to(models[1])
+    before = read_files(tmp_path / "in")
+    config = write_config(tmp_path / "merge.yml", make_config(models))
+    outcome = cli("merge", config, tmp_path / where, "-q", *(["--overwrite"] if overwrite else []))
+    assert outcome.code == 2
+    assert "overlap; choose another output directory" in outcome.err
+    assert str(tmp_path / where) in outcome.err
+    assert read_files(tmp_path / "in") == before
+
+
+def test_directories_side_by_side_do_not_overlap(models: list[Path], tmp_path: Path) -> None:
+    merge(make_config(models), tmp_path / "in" / "m0-merged")
+    assert (tmp_path / "in" / "m0-merged" / "config.json").exists()
+
+
+def test_another_tokenizer_is_another_merge(models: list[Path], tmp_path: Path) -> None:
+    """The tensors are the same, and would be reused; the model is not."""
+    merge(make_config(models), tmp_path / "merged")
+    (models[0] / "tokenizer_config.json").write_text('{"other": true}')
+    with pytest.raises(OutputError, match="--overwrite"):
+        merge(make_config(models), tmp_path / "merged")
+    merge(make_config(models), tmp_path / "merged", overwrite=True)
+    assert (tmp_path / "merged" / "tokenizer_config.json").read_text() == '{"other": true}'
+
+
+def test_a_donor_that_changes_during_the_merge(models: list[Path], tmp_path: Path) -> None:
+    class ChangeTokenizer(Listener):
+        def planned(self, plan: MergePlan) -> None:
+            (models[0] / "tokenizer_config.json").write_text("{}")
+
+    with pytest.raises(OSError, match=r"tokenizer_config\.json: changed since the plan was made"):
+        merge(make_config(models), tmp_path / "merged", listener=ChangeTokenizer())
+    assert not (tmp_path / "merged" / "config.json").exists()

@@ -1,0 +1,244 @@
+"""Merges that are killed, stopped or run again."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from raymerge.pipeline import Listener, merge
+from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.types import ShardResult
+from tests.checkpoints import INDEX, read_files, write_config, write_family
+from tests.commands import Cli, run_command, start_command
+
+JOURNAL = ".raymerge"
+MANY = ("--shard-size", "1", "--threads", "2")
+"""A file for each tensor: a run that takes a second or more."""
+
+
+def make_config(family: tuple[Path, ...], **more: Any) -> dict[str, Any]:
+    models = [{"model": str(model), "parameters": {"weight": 0.5}} for model in family[1:]]
+    return {"merge_method": "dare_ties", "base_model": str(family[0]), "models": models} | {
+        "parameters": {"density": 0.5},
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return write_family(tmp_path_factory.mktemp("family"), 2, num_layers=30, dtype=torch.bfloat16, num_shards=2)
+
+
+@pytest.fixture(scope="module")
+def config(family: tuple[Path, ...]) -> Path:
+    return write_config(family[0].parent / "merge.yml", make_config(family))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "merged"
+    merge(config, out, shard_size=1)
+    return read_files(out)
+
+
+def records(out: Path) -> list[str]:
+    """The shards that the journal calls finished."""
+    return sorted(path.name.removesuffix(".json") for path in (out / JOURNAL).glob("*.safetensors.json"))
+
+
+def wait_for_records(process: Popen[str], out: Path, number: int) -> None:
+    while process.poll() is None and len(records(out)) < number:
+        time.sleep(0.002)
+
+
+def identities(out: Path, names: list[str]) -> Mapping[str, tuple[int, int]]:
+    return {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in names}
+
+
+def assert_not_loadable(out: Path) -> None:
+    assert not (out / INDEX).exists()
+    assert not (out / "config.json").exists()
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        AutoConfig.from_pretrained(out)
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment(config: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    num_shards = sum(name.endswith(".safetensors") for name in undisturbed)
+    dice = random.Random(1)
+    finished: list[str] = []
+    num_hits = 0
+    for target in (0.02, 0.2, 0.5, 0.8):
+        process = start_command("merge", config, out, *MANY)
+        wait_for_records(process, out, int(num_shards * target) + dice.randrange(10))
+        time.sleep(dice.random() * 0.02)
+        process.kill()
+        process.communicate()
+        before = identities(out, finished)
+        if process.returncode == -signal.SIGKILL and len(records(out)) < num_shards:
+            num_hits += 1
+            assert_not_loadable(out)
+        assert set(finished) <= set(records(out))
+        assert identities(out, finished) == before
+        finished = records(out)
+    assert num_hits >= 3
+    assert 0 < len(finished) < num_shards
+    before = identities(out, finished)
+    report = merge(config, out, shard_size=1)
+    assert report.num_resumed == len(finished)
+    assert identities(out, finished) == before
+    assert read_files(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_ctrl_c(config: Path, undisturbed: dict[str, bytes], tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "merged"
+    process = start_command("merge", config, out, *MANY)
+    wait_for_records(process, out, 20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "Interrupted. What is finished is kept: run the same command again to go on."
+    assert "Traceback" not in err
+    num_finished = len(records(out))
+    assert 20 <= num_finished < len([name for name in undisturbed if name.endswith(".safetensors")])
+    assert not list((out / JOURNAL).glob("*.partial"))
+    assert_not_loadable(out)
+    outcome = cli("merge", config, out, *MANY)
+    assert f"{num_finished} of " in outcome.err
+    assert read_files(out) == undisturbed
+
+
+class Stop(Listener):
+    """Ends a merge after some shards, as a crash of the driver would."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def finished(self, result: ShardResult) -> None:
+        self.number -= 1
+        if not self.number:
+            raise RuntimeError("the driver broke")
+
+
+@pytest.fixture
+def half(config: Path, tmp_path: Path) -> Path:
+    """An output with about half of its shards."""
+    out = tmp_path / "merged"
+    with pytest.raises(RuntimeError, match="the driver broke"):
+        merge(config, out, shard_size=1, threads=1, listener=Stop(100))
+    assert len(records(out)) >= 100
+    assert_not_loadable(out)
+    return out
+
+
+def flip_byte(path: Path, offset: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_shards_are_made_again(config: Path, half: Path, undisturbed: dict[str, bytes]) -> None:
+    names = records(half)
+    flip_byte(half / names[0])
+    flip_byte(half / names[1], 12)
+    (half / names[2]).write_bytes((half / names[2]).read_bytes()[:-1])
+    (half / names[3]).unlink()
+    flip_byte(half / JOURNAL / f"{names[4]}.json", 0)
+    (half / JOURNAL / f"{names[5]}.json").write_bytes(b"\xff\x00")
+    (half / JOURNAL / f"{names[6]}.json").write_text("[]")
+    (half / JOURNAL / f"{names[7]}.json").unlink()
+    (half / JOURNAL / f"{names[8]}.partial").write_bytes(b"half a shard")
+    record = json.loads((half / JOURNAL / f"{names[9]}.json").read_text())
+    (half / JOURNAL / f"{names[9]}.json").write_text(json.dumps(record | {"fingerprint": "another"}))
+    (half / JOURNAL / f"{names[10]}.json").write_text(json.dumps(record))  # another shard's
+    sound = [*names[11:], names[8]]
+    before = identities(half, sound)
+    report = merge(config, half, shard_size=1)
+    assert report.num_resumed == len(sound)
+    assert identities(half, sound) == before
+    assert read_files(half) == undisturbed
+
+
+def test_what_another_plan_has_left_is_not_reused(
+    family: tuple[Path, ...], half: Path, tmp_path: Path, cli: Cli
+) -> None:
+    other = write_config(tmp_path / "other.yml", make_config(family, parameters={"density": 0.6}))
+    same = family[0].parent / "merge.yml"
+    shutil.copytree(family[0], tmp_path / "copy")
+    moved = write_config(tmp_path / "moved.yml", make_config((tmp_path / "copy", *family[1:])))
+    before = read_files(half)
+    for arguments in (
+        (other, half, *MANY),
+        (same, half, *MANY, "--seed", "1"),
+        (same, half, "--shard-size", "5kB"),
+        (moved, half, *MANY),
+    ):
+        outcome = cli("merge", *arguments)
+        assert outcome.code == 2
+        assert "unfinished merge of another config, seed, set of inputs or version" in outcome.err
+        assert "--overwrite" in outcome.err
+    assert read_files(half) == before
+    outcome = cli("merge", same, half, *MANY, "--seed", "1", "--overwrite")
+    assert outcome.code == 0, outcome.err
+    assert "finished and sound" not in outcome.err
+    merge(same, tmp_path / "fresh" / "merged", shard_size=1, seed=1)
+    assert read_files(half) == read_files(tmp_path / "fresh" / "merged")
+
+
+def test_two_runs_at_once(config: Path, tmp_path: Path) -> None:
+    refusals: list[str] = []
+
+    class SecondRun(Listener):
+        def finished(self, result: ShardResult) -> None:
+            if not refusals:
+                with pytest.raises(OutputError) as caught:
+                    merge(config, tmp_path / "merged")
+                refusals.append(str(caught.value))
+
+    merge(config, tmp_path / "merged", listener=SecondRun())
+    assert "another raymerge run (pid " in refusals[0]
+    assert "choose another directory" in refusals[0]
+    merge(config, tmp_path / "alone" / "merged")
+    assert read_files(tmp_path / "merged") == read_files(tmp_path / "alone" / "merged")
+
+
+def test_finished_already(config: Path, tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "merged"
+    merge(config, out)
+    names = list(read_files(out))
+    before = identities(out, names)
+    outcome = run_command("merge", config, out, "--memory", "64MiB", "--threads", "1")
+    assert outcome.code == 0
+    assert "was complete already" in outcome.out
+    assert identities(out, names) == before
+    assert not (out / JOURNAL).exists()
+    (out / "tokenizer_config.json").unlink()
+    outcome = cli("merge", config, out)
+    assert outcome.code == 2
+    assert "tokenizer_config.json is missing; give --overwrite to make it again" in outcome.err
+
+
+def test_killed_between_the_last_file_and_the_end_of_the_journal(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    merge(config, out)
+    files = read_files(out)
+    before = identities(out, list(files))
+    (out / JOURNAL).mkdir()
+    (out / JOURNAL / "model.safetensors.json").write_text("{}")
+    report = merge(config, out)
+    assert report.num_resumed == report.num_shards
+    assert identities(out, list(files)) == before
+    assert read_files(out) == files

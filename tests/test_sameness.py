@@ -1,0 +1,135 @@
+"""The same bytes, whatever the threads, the memory, the hash seed, and the way the inputs are cut into files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raymerge.pipeline import merge, plan
+from tests.checkpoints import read_files, read_tensors, write_checkpoint, write_family
+
+METHODS = ("linear", "slerp", "ties", "dare_ties")
+SHARD_NBYTES = 200_000
+"""The embedding, of some megabytes, gets a file of its own; there is work for four threads."""
+
+
+def make_config(method: str, family: Sequence[Path]) -> dict[str, Any]:
+    """Return a merge of a base and two fine-tunes, or of one for slerp."""
+    if method == "slerp":
+        models: list[dict[str, Any]] = [{"model": str(model)} for model in family[:2]]
+        parameters: dict[str, Any] = {"t": [0.2, 0.8]}
+    else:
+        models = [
+            {"model": str(model), "parameters": {"weight": weight}}
+            for model, weight in zip(family[1:], (0.7, 0.4), strict=True)
+        ]
+        parameters = {} if method == "linear" else {"density": 0.4}
+    base = {} if method == "linear" else {"base_model": str(family[0])}
+    return {"merge_method": method, **base, "models": models, "parameters": parameters}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    directory = tmp_path_factory.mktemp("family")
+    return write_family(directory, 2, num_layers=3, dtype=torch.bfloat16, vocab=30_001, hidden=80)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def expected(
+    request: pytest.FixtureRequest, family: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """A config, and the files of an output that was made with plenty of memory on one thread."""
+    config = make_config(request.param, family)
+    out = tmp_path_factory.mktemp("plenty") / "merged"
+    assert not any(task.reread_nbytes for task in plan(config, memory="4GiB", threads=1).tasks)
+    merge(config, out, memory="4GiB", threads=1, shard_size=SHARD_NBYTES, seed=5)
+    return config, read_files(out)
+
+
+@pytest.mark.parametrize(
+    ("threads", "memory", "is_streamed"),
+    [(1, "12MiB", True), (2, "27MiB", True), (4, "64MiB", True), (2, "4GiB", False), (4, "4GiB", False)],
+)
+def test_threads_and_memory(
+    threads: int, memory: str, is_streamed: bool, expected: tuple[dict[str, Any], dict[str, bytes]], tmp_path: Path
+) -> None:
+    config, files = expected
+    the_plan = plan(config, memory=memory, threads=threads, shard_size=SHARD_NBYTES)
+    assert the_plan.num_threads == threads
+    has_passes = config["merge_method"] != "linear"
+    assert any(task.reread_nbytes for task in the_plan.tasks) is (is_streamed and has_passes)
+    merge(config, tmp_path / "merged", memory=memory, threads=threads, shard_size=SHARD_NBYTES, seed=5)
+    assert read_files(tmp_path / "merged") == files
+
+
+SCRIPT = """
+import json, sys
+from raymerge.pipeline import merge
+for config, out in json.load(sys.stdin):
+    merge(config, out, shard_size=%d, threads=2, seed=5)
+"""
+
+
+@pytest.mark.parametrize("hash_seed", range(4))
+def test_hash_seed(hash_seed: int, tmp_path: Path, small_family: tuple[Path, ...]) -> None:
+    jobs = [(make_config(method, small_family), str(tmp_path / method / "merged")) for method in METHODS]
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT % 5000],
+        input=json.dumps(jobs),
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": str(hash_seed)},
+    )
+    for config, out in jobs:
+        here = tmp_path / "here" / Path(out).parent.name / "merged"
+        merge(config, here, shard_size=5000, threads=1, seed=5)
+        assert read_files(Path(out)) == read_files(here)
+
+
+@pytest.fixture(scope="module")
+def small_family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return write_family(tmp_path_factory.mktemp("small"), 2, num_layers=3, dtype=torch.bfloat16, num_shards=2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_cut_in_another_way(method: str, small_family: tuple[Path, ...], tmp_path: Path) -> None:
+    """Tensors, index and config are the same; the manifest names the other inputs."""
+    whole = []
+    for model in small_family:
+        tensors = dict(reversed(read_tensors(model).items()))
+        whole.append(write_checkpoint(tmp_path / model.name, tensors, json.loads((model / "config.json").read_text())))
+    outputs = []
+    for label, models in (("sharded", small_family), ("whole", whole)):
+        merge(make_config(method, models), tmp_path / label / "merged", shard_size=5000, seed=5)
+        files = read_files(tmp_path / label / "merged")
+        outputs.append({name: files[name] for name in files if name.endswith((".safetensors", "index.json"))})
+        outputs[-1]["config.json"] = files["config.json"]
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_where_the_inputs_lie_does_not_matter(method: str, small_family: tuple[Path, ...], tmp_path: Path) -> None:
+    moved = []
+    for model in small_family:
+        (tmp_path / "moved").mkdir(exist_ok=True)
+        moved.append(tmp_path / "moved" / model.name)
+        moved[-1].symlink_to(model)
+    plans = [plan(make_config(method, models)) for models in (small_family, moved)]
+    assert plans[0].fingerprint == plans[1].fingerprint
+
+
+def test_the_seed_matters_to_random_methods_only(small_family: tuple[Path, ...], tmp_path: Path) -> None:
+    for method in METHODS:
+        config = make_config(method, small_family)
+        outputs = []
+        for seed in (1, 2):
+            merge(config, tmp_path / f"{method}{seed}" / "merged", seed=seed)
+            outputs.append((tmp_path / f"{method}{seed}" / "merged" / "model.safetensors").read_bytes())
+        assert (outputs[0] == outputs[1]) is (method != "dare_ties")
