@@ -29,6 +29,11 @@ class BufferPool:
         with self._lock:
             self._free[len(buffer)].append(buffer)
 
+    def close(self) -> None:
+        """Let go of the buffers that were given back: the next merge needs other sizes. The pool can still be used."""
+        with self._lock:
+            self._free.clear()
+
 
 POOL = BufferPool()
 """Shared by all tasks of this process; it holds at most what the plan gives to the workers that run at once."""

@@ -95,7 +95,7 @@ def plan(
 
 @commands.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path())
 @_merge_options
 @click.option("--overwrite", is_flag=True, help="Replace a model that is in OUT.")
 @click.option("--dry-run", is_flag=True, help="Plan, print, and stop.")
@@ -105,7 +105,7 @@ def plan(
 def merge(
     context: click.Context,
     config: Path,
-    out: Path,
+    out: str,
     memory: str,
     threads: int | None,
     shard_size: str | None,
@@ -163,16 +163,16 @@ def merge(
 
 
 @commands.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path())
 @click.option(
     "--threads", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Files read at once."
 )
-def verify(out: Path, threads: int) -> None:
+def verify(out: str, threads: int) -> None:
     """Compare every file of a merged model with its checksum, and the index with the shards."""
     from raymerge.pipeline.sizes import format_nbytes
     from raymerge.pipeline.verify import verify as check
 
-    report = check(str(out.absolute()), threads=threads)
+    report = check(out, threads=threads)
     click.echo(
         f"{out} is sound: {report.num_files} files, {report.num_tensors} tensors, {format_nbytes(report.nbytes)}"
     )

@@ -12,10 +12,11 @@ from typing import Any
 
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Resources
+from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.config import load_config
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.model_config import dump_config
-from raymerge.pipeline.output import OutputState, check_apart, open_output
+from raymerge.pipeline.output import OutputState, check_apart, locate_output, open_output
 from raymerge.pipeline.plan import Limits, make_fingerprint, make_tasks
 from raymerge.pipeline.recipe import expand
 from raymerge.pipeline.sizes import parse_nbytes
@@ -86,7 +87,7 @@ def merge(
 
     Args:
         config: a mergekit YAML file, its text, or its content.
-        out: the output directory.
+        out: the output directory, as a path or a file:// URL.
         memory: for tensors and scratch of all threads together: bytes, or text such as `4GiB`.
         threads: shards in work at once; by default one for each core.
         shard_size: largest output file: bytes, or text such as `5GB`; by default it follows from the output's size.
@@ -100,13 +101,17 @@ def merge(
     """
     start = time.perf_counter()
     listener = listener or Listener()
-    target = str(Path(out).absolute())
+    target = locate_output(out)
     the_plan = _plan(config, memory, threads, shard_size, seed, strict)
     check_apart(
         target, sorted({s.file.url.rpartition("/")[0] for t in the_plan.tasks for m in t.merges for s in m.sources})
     )
     listener.planned(the_plan)
-    with closing(storage_for(target)), open_output(target, the_plan.fingerprint, overwrite=overwrite) as state:
+    with (
+        closing(storage_for(target)),
+        closing(POOL),
+        open_output(target, the_plan.fingerprint, overwrite=overwrite) as state,
+    ):
         if state is OutputState.COMPLETE:
             return _report(the_plan, target, [], [], start)
         return _carry_out(the_plan, target, listener, start)
@@ -123,12 +128,12 @@ def _plan(
     limits = Limits(_nbytes(memory), threads or _num_cores(), None if shard_size is None else _nbytes(shard_size))
     tasks, num_threads = make_tasks(recipe.merges, seed, limits)
     config_json = dump_config(recipe.config)
-    copies = (f"{name} {file.nbytes} {file.etag}" for name, file in checkpoints[0].side_files)
+    side_files = checkpoints[0].side_files
     return MergePlan(
         tasks=tasks,
         donor=checkpoints[0].model,
         config_json=config_json,
-        side_files=checkpoints[0].side_files,
+        side_files=side_files,
         models=merge_config.referenced_models,
         method=merge_config.method,
         config_text=merge_config.text,
@@ -138,7 +143,7 @@ def _plan(
         num_threads=num_threads,
         allowed_mem=limits.allowed_mem,
         total_nbytes=sum(merge.nbytes for merge in recipe.merges),
-        fingerprint=make_fingerprint(tasks, "\n".join((config_json, *copies))),
+        fingerprint=make_fingerprint(tasks, side_files, (config_json, merge_config.text)),
     )
 
 

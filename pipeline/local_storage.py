@@ -226,8 +226,11 @@ def _lock(path: Path) -> int:
     while True:
         try:
             make_parents(path)
+        except OSError as error:
+            raise output_error(error, path, "cannot be created") from error
+        try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:
+        except FileNotFoundError:  # another run has just deleted the directory
             continue
         except OSError as error:
             raise output_error(error, path, "cannot be created") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.journal import LOCK, Journal, read_fingerprint
+from raymerge.pipeline.local_storage import local_path
 from raymerge.pipeline.sources import CONFIG, INDEX
 from raymerge.pipeline.storage import Storage, storage_for
 
@@ -31,6 +32,16 @@ class OutputState(Enum):
     """An earlier run of the same plan was interrupted."""
     COMPLETE = "complete"
     """An earlier run of the same plan has finished."""
+
+
+def locate_output(out: str | Path) -> str:
+    """Return the absolute path of an output directory.
+
+    Raises:
+        RaymergeError: it is a URL of a kind that is not supported.
+    """
+    storage_for(str(out))
+    return str(local_path(str(out)).absolute())
 
 
 def check_apart(out: str, inputs: Sequence[str]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from raymerge import __version__
 from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.header import make_header
 from raymerge.pipeline.memory import Demand, check_fits, choose_buffer_nbytes, measure_demand, project_mem
-from raymerge.pipeline.types import ShardTask, TensorMerge
+from raymerge.pipeline.types import ShardTask, StoredFile, TensorMerge
 from raymerge.pipeline.windows import is_resident
 
 
@@ -93,12 +93,20 @@ def shard_names(num_shards: int) -> list[str]:
     return [f"model-{k:05d}-of-{num_shards:05d}.safetensors" for k in range(1, num_shards + 1)]
 
 
-def make_fingerprint(tasks: Sequence[ShardTask], config_json: str) -> str:
+def make_fingerprint(
+    tasks: Sequence[ShardTask], side_files: Iterable[tuple[str, StoredFile]], texts: Sequence[str]
+) -> str:
     """Return a hash of everything that decides the output's bytes: recipes, inputs as they are, seed, layout, version.
 
     Where the inputs lie does not matter, nor do memory and workers.
+
+    Args:
+        tasks: the shards.
+        side_files: what is copied: name in the output, source.
+        texts: what else is written: config.json, the merge's own config.
     """
-    digest = hashlib.sha256(f"{__version__}\n{config_json}\n".encode())
+    copies = [[name, file.nbytes, file.etag] for name, file in side_files]
+    digest = hashlib.sha256(json.dumps([__version__, copies, *texts]).encode())
     for task in tasks:
         digest.update(json.dumps([task.file, task.seed], ensure_ascii=False).encode())
         digest.update(task.header)

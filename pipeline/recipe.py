@@ -159,6 +159,9 @@ class _Builder:
                 nbytes_by_dtype[merge.out_dtype] += merge.nbytes
         if nbytes_by_dtype:
             set_dtype(self.out_config, DTYPES[nbytes_by_dtype.most_common(1)[0][0]].torch_name)
+        wide = [merge.name for merge in self.merges if any(source.dtype == "F64" for source in merge.sources)]
+        if wide:
+            self.warnings.append(f"{len(wide)} tensors ({wide[0]}, ...) are float64, and are merged in float32")
         dropped = self.accounts.explain_dropped(
             (model.ref, model.tensors, model.layers) for model in self.models.values()
         )

@@ -50,7 +50,7 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], out: str) -> None:
         last[INDEX] = make_index(plan)
     for name, text in (texts | last).items():
         files[name] = OutputFile(len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
-    texts[MANIFEST] = make_manifest(plan, files)
+    texts[MANIFEST] = make_manifest(plan, results, files)
     for name, text in (texts | last).items():
         storage.write(f"{out}/{name}", text.encode())
 
@@ -62,11 +62,12 @@ def make_index(plan: MergePlan) -> str:
     return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, ensure_ascii=False) + "\n"
 
 
-def make_manifest(plan: MergePlan, files: dict[str, OutputFile]) -> str:
+def make_manifest(plan: MergePlan, results: Sequence[ShardResult], files: dict[str, OutputFile]) -> str:
     """Return `raymerge_manifest.json`: where the output comes from, and the checksum of every file.
 
     Args:
         plan: what was done.
+        results: of its tasks.
         files: every other file of the output, by name.
     """
     inputs = {(source.model, source.file) for task in plan.tasks for merge in task.merges for source in merge.sources}
@@ -85,6 +86,7 @@ def make_manifest(plan: MergePlan, files: dict[str, OutputFile]) -> str:
         ],
         "warnings": list(plan.warnings),
         "dropped": list(plan.dropped),
+        "nonfinite": sorted(name for result in results for name in result.nonfinite),
         "files": {name: dataclasses.asdict(file) for name, file in sorted(files.items())},
     }
     return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
@@ -16,7 +16,7 @@ from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.header import read_header
 from raymerge.pipeline.journal import read_fingerprint
-from raymerge.pipeline.output import MANIFEST, MAX_MANIFEST_NBYTES
+from raymerge.pipeline.output import MANIFEST, MAX_MANIFEST_NBYTES, locate_output
 from raymerge.pipeline.sources import INDEX
 from raymerge.pipeline.storage import ByteRange, Storage, storage_for
 from raymerge.pipeline.types import OutputFile, ShardResult, StoredFile
@@ -34,12 +34,12 @@ class VerifyReport:
 
 
 def verify(
-    out: str, *, threads: int = 2, on_progress: Callable[[Progress], None] = lambda progress: None
+    out: str | Path, *, threads: int = 2, on_progress: Callable[[Progress], None] = lambda progress: None
 ) -> VerifyReport:
     """Read a whole model and compare it with what was written.
 
     Args:
-        out: the model's directory.
+        out: the model's directory, as a path or a file:// URL.
         threads: files read at once.
         on_progress: told of the bytes read.
 
@@ -47,8 +47,9 @@ def verify(
         OutputError: the model is unfinished, or was not made by raymerge, or a file is missing, extra, or has changed;
             the message lists every case.
     """
-    with closing(storage_for(out)) as storage:
-        return _verify(storage, out, threads, on_progress)
+    target = locate_output(out)
+    with closing(storage_for(target)) as storage:
+        return _verify(storage, target, threads, on_progress)
 
 
 def _verify(storage: Storage, out: str, threads: int, on_progress: Callable[[Progress], None]) -> VerifyReport:

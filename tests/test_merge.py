@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from raymerge.pipeline import merge
+from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.errors import TensorMismatchError
 from tests import references
 from tests.checkpoints import (
@@ -228,6 +229,17 @@ def test_overflow_is_reported(tmp_path: Path, cli: Cli) -> None:
     outcome = cli("merge", write_config(tmp_path / "merge.yml", config), tmp_path / "cli")
     assert outcome.code == 0
     assert "warning: model.norm.weight: the output has NaN or infinite values" in outcome.err
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux lists them")
+def test_nothing_is_held_after_a_merge(tmp_path: Path) -> None:
+    """A process that merges a hundred times holds no buffers of a hundred sizes, and no files open."""
+    models = weighted(write_family(tmp_path / "in", 1), (1, 1))
+    files = set(Path("/proc/self/fd").iterdir())
+    for size in range(3):
+        merge({"merge_method": "linear", "models": models}, tmp_path / f"{size}", memory=2**24 + size * 2**20)
+        assert not any(POOL._free.values())
+        assert len(set(Path("/proc/self/fd").iterdir()) - files) <= 1  # the directory that is being listed
 
 
 def with_buffers(tensors: Tensors, **buffers: torch.Tensor) -> Tensors:

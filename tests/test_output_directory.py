@@ -137,6 +137,21 @@ def test_output_and_inputs_may_not_overlap(
     assert read_files(tmp_path / "in") == before
 
 
+def test_urls(models: list[Path], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path / "merge.yml", make_config(models))
+    before = read_files(tmp_path)
+    for arguments in (("merge", config, "s3://bucket/merged", "-q"), ("verify", "s3://bucket/merged")):
+        outcome = cli(*arguments)
+        assert outcome.code == 2
+        assert outcome.err.startswith("Error: s3: URLs are not supported yet")
+    assert read_files(tmp_path) == before
+    url = f"file://{tmp_path}/my%20model"
+    assert cli("merge", config, url, "-q").code == 0
+    assert cli("verify", url).code == 0
+    assert (tmp_path / "my model" / "config.json").exists()
+
+
 def test_directories_side_by_side_do_not_overlap(models: list[Path], tmp_path: Path) -> None:
     merge(make_config(models), tmp_path / "in" / "m0-merged")
     assert (tmp_path / "in" / "m0-merged" / "config.json").exists()

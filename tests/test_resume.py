@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from raymerge.pipeline import Listener, merge
+from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.types import ShardResult
 from tests.checkpoints import INDEX, read_files, write_config, write_family
@@ -231,14 +231,32 @@ def test_finished_already(config: Path, tmp_path: Path, cli: Cli) -> None:
     assert "tokenizer_config.json is missing; give --overwrite to make it again" in outcome.err
 
 
-def test_killed_between_the_last_file_and_the_end_of_the_journal(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_deleted", range(4))
+def test_killed_while_the_journal_is_deleted(
+    num_deleted: int, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is complete by then; nothing is made again."""
     out = tmp_path / "merged"
-    merge(config, out)
+    unlink = Path.unlink
+    left = num_deleted
+
+    def break_down(self: Path, missing_ok: bool = False) -> None:
+        nonlocal left
+        if self.parent.name == JOURNAL and self.suffix == ".json":
+            if not left:
+                raise RuntimeError("killed")
+            left -= 1
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", break_down)
+    with pytest.raises(RuntimeError, match="killed"):
+        merge(config, out, shard_size="20kB")
+    monkeypatch.undo()
     files = read_files(out)
-    before = identities(out, list(files))
-    (out / JOURNAL).mkdir()
-    (out / JOURNAL / "model.safetensors.json").write_text("{}")
-    report = merge(config, out)
-    assert report.num_resumed == report.num_shards
-    assert identities(out, list(files)) == before
-    assert read_files(out) == files
+    shards = [name for name in files if name.endswith(".safetensors")]
+    before = identities(out, shards)
+    assert verify(out).num_tensors == 273
+    report = merge(config, out, shard_size="20kB")
+    assert (report.num_resumed, report.num_shards) == (len(shards), len(shards))
+    assert identities(out, shards) == before
+    assert read_files(out) == {name: content for name, content in files.items() if not name.startswith(JOURNAL)}

@@ -26,7 +26,14 @@ from raymerge.pipeline.sizes import parse_nbytes
 from tests.pipeline.layouts import make_merge
 
 DEMANDS = st.lists(
-    st.builds(Demand, st.just(2**16), st.integers(0, 3), st.integers(0, 2**26), st.integers(0, 2**25)),
+    st.builds(
+        Demand,
+        block_elements=st.just(2**16),
+        num_passes=st.integers(0, 3),
+        block_nbytes=st.integers(0, 2**26),
+        scratch_nbytes=st.integers(0, 2**25),
+        state_nbytes=st.integers(0, 2**22),
+    ),
     min_size=1,
     max_size=5,
 )
@@ -50,6 +57,14 @@ def test_a_tensor_smaller_than_a_block_needs_only_its_size() -> None:
     demand = measure_demand(make_merge(num_elements=100))
     assert demand.block_nbytes == 2 * aligned(200) == 2 * 256
     assert demand.scratch_nbytes == 2 * 100 * 4
+
+
+def test_what_a_kernel_keeps_is_counted_besides_its_scratch() -> None:
+    parameters = {"weight": (1.0,), "density": (0.5,), "normalize": True, "rescale": False, "lambda": 1.0}
+    merge = make_merge(num_elements=10**7, op="ties", parameters=parameters)
+    demand = measure_demand(merge)
+    assert demand.state_nbytes == find_op("ties").kernel(parameters).state_nbytes(2) > 0
+    assert project_mem([demand], 0) == demand.scratch_nbytes + demand.state_nbytes + 2 * OUTPUT_BUFFER_NBYTES
 
 
 @pytest.mark.parametrize("num_elements", [0, 1])
@@ -104,8 +119,8 @@ def test_the_stated_limit_works_and_one_mebibyte_less_does_not(demands: list[Dem
 
 
 def test_the_message_names_the_tensor_and_both_figures() -> None:
-    small, large = Demand(2**16, 0, 2**20, 2**20), Demand(2**16, 1, 2**24, 2**23)
-    needed = (NUM_BUFFERS * 2**24 + 2**23 + 2 * OUTPUT_BUFFER_NBYTES) // 2**20
+    small, large = Demand(2**16, 0, 2**20, 2**20, 0), Demand(2**16, 1, 2**24, 2**23, 2**21)
+    needed = (NUM_BUFFERS * 2**24 + 2**23 + 2**21 + 2 * OUTPUT_BUFFER_NBYTES) // 2**20
     with pytest.raises(MemoryLimitError) as caught:
         check_fits({"one": small, "two": large, "three": small}, 20 * 2**20)
     assert str(caught.value) == (

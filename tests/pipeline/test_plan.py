@@ -104,6 +104,12 @@ def test_splitting_loses_nothing(sizes: list[int], limit: int) -> None:
     assert all(shards)
 
 
+@pytest.mark.parametrize(("size", "expected"), [(599, [2, 1]), (600, [3]), (200, [1, 1, 1]), (1, [1, 1, 1])])
+def test_a_shard_may_be_exactly_as_large_as_allowed(size: int, expected: list[int]) -> None:
+    merges = [make_merge(f"w{k}", 100) for k in range(3)]
+    assert [len(shard) for shard in split_shards(merges, size)] == expected
+
+
 @given(MERGES, st.integers(1, 3000))
 def test_bytes_to_read_and_write_are_the_sums(merges: list[TensorMerge], size: int) -> None:
     tasks, _ = plan(merges, shard=size)
@@ -183,7 +189,7 @@ def test_the_fingerprint_does_not_know_of_memory_workers_and_directories() -> No
     merges = [make_merge(f"w{k}", 10**6, op="slerp", parameters={"t": 0.5}) for k in range(5)]
     elsewhere = [moved(merge, url="/somewhere/else/model.safetensors") for merge in merges]
     prints = {
-        make_fingerprint(plan(inputs, mem=mem, threads=threads)[0], "{}")
+        make_fingerprint(plan(inputs, mem=mem, threads=threads)[0], (), ("{}",))
         for inputs in (merges, elsewhere)
         for mem in (2**24, 2**25, 2**33)
         for threads in (1, 2, 5)
@@ -200,7 +206,7 @@ def test_the_fingerprint_knows_everything_else() -> None:
         return [dataclasses.replace(first, **changes), *merges[1:]]  # type: ignore[arg-type]
 
     prints = [
-        make_fingerprint(plan(inputs, shard=shard, seed=seed)[0], config)
+        make_fingerprint(plan(inputs, shard=shard, seed=seed)[0], (), (config,))
         for inputs, shard, seed, config in (
             (merges, None, 0, "{}"),
             (merges, None, 1, "{}"),

@@ -445,3 +445,8 @@ def test_a_file_system_without_locks(storage: LocalStorage, tmp_path: Path, monk
     monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(OutputError, match="cannot be locked: No locks available"):
         storage.lock(str(tmp_path / "lock")).__enter__()
+
+
+def test_a_lock_where_nothing_can_be_made(storage: LocalStorage) -> None:
+    with pytest.raises(OutputError, match="cannot be created"):
+        storage.lock("/proc/nowhere/out/lock").__enter__()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from typing import Any
@@ -108,6 +109,17 @@ def test_ranges_of_a_window_lie_in_its_sources() -> None:
     merge = make_merge(num_elements=1000, dtypes=("BF16", "F32"), start=500)
     ranges = Window(merge, 100, 300, range(1)).ranges()
     assert [(r.start, r.stop) for r in ranges] == [(700, 1100), (900, 1700)]
+
+
+@given(st.integers(1, 20), st.integers(-1, 1))
+def test_a_buffer_is_filled_to_the_last_byte_and_no_further(num_tensors: int, more: int) -> None:
+    task = make_task(*(make_merge(f"w{k}", 32) for k in range(20)))
+    task = dataclasses.replace(task, buffer_nbytes=num_tensors * 2 * 64 + more)
+    if task.buffer_nbytes >= 2 * 64:
+        expected = num_tensors if more >= 0 else num_tensors - 1
+        sizes = [len(fetch) for fetch in make_fetches(task)]
+        assert max(sizes) == sizes[0] == expected
+        assert sum(sizes) == 20
 
 
 def test_small_tensors_are_fetched_together() -> None:
