@@ -44,7 +44,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 def write_json(path: Path, benchmark: str, rows: Sequence[Row]) -> None:
     """Write one benchmark's rows and the machine; what the file holds of other benchmarks stays."""
-    old: dict[str, Any] = json.loads(path.read_text())["benchmarks"] if path.exists() else {}
+    old: dict[str, Any] = json.loads(path.read_text()).get("benchmarks", {}) if path.exists() else {}
     content = {"machine": describe_machine(), "benchmarks": old | {benchmark: [asdict(row) for row in rows]}}
     path.write_text(json.dumps(content, indent=2) + "\n")
 

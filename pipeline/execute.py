@@ -6,6 +6,8 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
 
 import torch
 
@@ -14,7 +16,7 @@ from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.registry import find_op
 from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.errors import TensorMismatchError
-from raymerge.pipeline.fetch import Fetcher, Filled
+from raymerge.pipeline.fetch import Filled, fetch_windows
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.memory import measure_demand
 from raymerge.pipeline.shard_writer import ShardWriter
@@ -48,7 +50,7 @@ def run_shard(task: ShardTask, report: Report, *, journal: Journal) -> ShardResu
         shard.append_bytes(task.header)
         merger = _ShardMerger(task, shard)
         read_nbytes = 0
-        with Fetcher(storage, make_fetches(task), task.buffer_nbytes) as windows:
+        with closing(fetch_windows(storage, make_fetches(task), task.buffer_nbytes)) as windows:
             for filled in windows:
                 before = shard.nbytes
                 merger.add(filled)
@@ -77,6 +79,9 @@ def run_shard(task: ShardTask, report: Report, *, journal: Journal) -> ShardResu
 
 def peak_rss() -> int:
     """Return the largest resident set of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the process was before it was this program
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -79,6 +79,14 @@ class LocalStorage(Storage):
                 _read_run(descriptor, group.file, start, run)
                 _check_same(group.file, os.fstat(descriptor))
 
+    def will_read(self, ranges: Sequence[ByteRange]) -> None:
+        """Have the kernel read ahead into the page cache, where it can be told to."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for group in coalesce(ranges, max_gap=0, max_nbytes=_MAX_CALL_NBYTES):
+            with suppress(OSError), self._files.opened(group.file) as descriptor:
+                os.posix_fadvise(descriptor, group.start, group.stop - group.start, os.POSIX_FADV_WILLNEED)
+
     def check_unchanged(self, file: StoredFile) -> None:  # noqa: D102
         try:
             status = local_path(file.url).stat()

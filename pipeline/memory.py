@@ -16,15 +16,12 @@ from raymerge.pipeline.types import TensorMerge
 COMPUTE_NBYTES = 4
 """Bytes of a float32."""
 
-NUM_BUFFERS = 2
-"""Input buffers of a task: one is filled while the other is merged."""
-
 MAX_BUFFER_NBYTES = 16 * 2**20
 """Reading a file again from the page cache is cheaper than fresh memory, so larger buffers do not pay (but a block of
 every source has to fit, also of a hundred)."""
 
 OUTPUT_BUFFER_NBYTES = 4 * 2**20
-"""Merged values on their way out; two are in use, one being filled and one being hashed and written."""
+"""Merged values on their way out; two are in use, one being filled and one being written."""
 
 ALIGNMENT = 64
 """Each source's bytes start at a multiple of this in an input buffer."""
@@ -82,13 +79,13 @@ def choose_buffer_nbytes(demands: Collection[Demand], worker_mem: int) -> int:
     """
     working = max(demand.working_nbytes for demand in demands)
     useful = max(MAX_BUFFER_NBYTES, *(demand.block_nbytes for demand in demands))
-    return min(useful, (worker_mem - working - 2 * OUTPUT_BUFFER_NBYTES) // NUM_BUFFERS)
+    return min(useful, worker_mem - working - 2 * OUTPUT_BUFFER_NBYTES)
 
 
 def project_mem(demands: Iterable[Demand], buffer_nbytes: int) -> int:
     """Return the peak memory of a task for tensors and scratch, in bytes."""
     working = max(demand.working_nbytes for demand in demands)
-    return NUM_BUFFERS * buffer_nbytes + working + 2 * OUTPUT_BUFFER_NBYTES
+    return buffer_nbytes + working + 2 * OUTPUT_BUFFER_NBYTES
 
 
 def check_fits(demands: Mapping[str, Demand], allowed_mem: int) -> None:

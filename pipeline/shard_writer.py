@@ -1,4 +1,4 @@
-"""Streams one output file: header, then tensors in order, hashed and written on a thread of its own."""
+"""Streams one output file: header, then tensors in order; the disk is waited for on a thread of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ShardWriter:
-    """Collects bytes in buffers and hands each full one to a thread that hashes and writes it.
+    """Collects and hashes bytes in buffers, and hands each full one to a thread that writes it.
 
     `append` any number of times, then `finish`, then `commit` on the writer beneath; on an error, `abort`.
     """
@@ -90,6 +90,8 @@ class ShardWriter:
         self._writer.abort()
 
     def _advance(self, num_bytes: int) -> None:
+        with memoryview(self._current)[self._num_used : self._num_used + num_bytes] as data:
+            self._digest.update(data)  # while it is still in the core's cache
         self.nbytes += num_bytes
         self._num_used += num_bytes
         if self._num_used == OUTPUT_BUFFER_NBYTES:
@@ -112,7 +114,6 @@ class ShardWriter:
             if self._error is None:
                 try:
                     with memoryview(buffer)[:num_bytes] as data:
-                        self._digest.update(data)
                         self._writer.write(data)
                 except BaseException as error:  # raised at the next append, or by finish
                     self._error = error

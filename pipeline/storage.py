@@ -81,6 +81,10 @@ class Storage(ABC):
             FetchError: a range could not be read whole, or its file is no longer the one that was planned with.
         """
 
+    def will_read(self, ranges: Sequence[ByteRange]) -> None:
+        """Take a hint: these ranges are read next, and may be fetched ahead. Never fails."""
+        return
+
     @abstractmethod
     def check_unchanged(self, file: StoredFile) -> None:
         """Compare a file with what it was when the plan was made.

@@ -90,7 +90,7 @@ class ShardTask:
     reread_nbytes: int
     """Bytes read again because a tensor does not fit in memory between its passes."""
     buffer_nbytes: int
-    """Size of one input buffer; two are in use, one being filled and one being merged."""
+    """Size of the input buffer."""
     projected_mem: int
     """Peak memory for tensors and scratch, in bytes."""
     seed: int

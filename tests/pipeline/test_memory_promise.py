@@ -14,9 +14,9 @@ import torch
 from raymerge.ops.registry import Base, Op, load_ops
 from tests.checkpoints import write_checkpoint, write_config
 
-SLACK_NBYTES = 24 * 2**20
+SLACK_NBYTES = 8 * 2**20
 """What no plan counts: stacks and allocator arenas of the six threads of two workers, code that is paged in for the
-first time, and the room between the chunks of the allocator; 3 to 14 MiB were measured."""
+first time, and the room between the chunks of the allocator; up to 1 MiB was measured."""
 
 MEMORY = "64MiB"
 NUM_ELEMENTS = 2**23
@@ -95,7 +95,6 @@ def test_peak_memory_is_as_projected(name: str, models: dict[str, list[str]], tm
     )
     assert process.returncode == 0, process.stderr
     figures = json.loads(process.stdout)
-    print(name, (figures["used"] - figures["projected"]) / 2**20)
     assert (figures["num_threads"], figures["num_shards"]) == (2, 2)
     assert figures["projected"] <= figures["allowed"]
     assert figures["used"] <= figures["projected"] + SLACK_NBYTES
