@@ -5,3 +5,7 @@ from raymerge import RaymergeError
 
 class StoppedError(RaymergeError):
     """The run was told to stop while this item was in work."""
+
+
+class WorkerLostError(RaymergeError):
+    """A worker ended before its work did."""

@@ -123,8 +123,8 @@ def find_op(name: str) -> Op:
     ops = load_ops()
     if name not in ops:
         near = difflib.get_close_matches(name, ops, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UnknownOpError(f"merge_method {name!r} is unknown; {hint}There are: {', '.join(ops)}")
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise UnknownOpError(f"merge_method {name!r} is unknown{hint} There are: {', '.join(ops)}")
     return ops[name]
 
 

@@ -64,10 +64,16 @@ class Accounts:
                 if (model, name) not in self._used:
                     rule = self._dropped.get((model, name)) or _explain(name, layers)
                     groups.setdefault((model, rule), []).append(name)
-        return tuple(
-            f"{model}: {len(names)} tensors ({names[0]}{', ...' if len(names) > 1 else ''}): {rule}"
-            for (model, rule), names in groups.items()
-        )
+        return tuple(f"{model}: {count_tensors(names)}: {rule}" for (model, rule), names in groups.items())
+
+
+def count_tensors(names: Sequence[str]) -> str:
+    """Return how many tensors these are, and the first one's name.
+
+    >>> count_tensors(["a"]), count_tensors(["a", "b"])
+    ('1 tensor (a)', '2 tensors (a, ...)')
+    """
+    return f"1 tensor ({names[0]})" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
 
 
 def _explain(name: str, layers: Layers) -> str:

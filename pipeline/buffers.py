@@ -19,7 +19,8 @@ class BufferPool:
         with self._lock:
             if self._free[nbytes]:
                 return self._free[nbytes].pop()
-        buffer = mmap.mmap(-1, nbytes)
+        # Private: a forked process must not share what it is given here with the others.
+        buffer = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 2**21:
             buffer.madvise(mmap.MADV_HUGEPAGE)
         return buffer

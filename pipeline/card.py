@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 
 import yaml
 
@@ -13,13 +14,11 @@ from raymerge.pipeline.types import MergePlan
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def make_card(plan: MergePlan, name: str) -> str:
-    """Return the text of the card.
+_MAX_TITLE_MODELS = 4
 
-    Args:
-        plan: what was done.
-        name: of the output, for the title.
-    """
+
+def make_card(plan: MergePlan) -> str:
+    """Return the text of the card; it follows from the plan alone, as two outputs of one plan are the same."""
     op = find_op(plan.method)
     front = {
         "base_model": [model.path for model in plan.models if _HUB_NAME.fullmatch(model.path)],
@@ -35,7 +34,7 @@ def make_card(plan: MergePlan, name: str) -> str:
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
         "---",
-        f"# {name}",
+        f"# {_make_title(plan)}",
         "",
         f"A merge of language models, made with raymerge {__version__}.",
         "",
@@ -51,6 +50,13 @@ def make_card(plan: MergePlan, name: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _make_title(plan: MergePlan) -> str:
+    names = [PurePosixPath(model.path).name or model.path for model in plan.models]
+    if len(names) > _MAX_TITLE_MODELS:
+        names[_MAX_TITLE_MODELS - 1 :] = [f"{len(names) - _MAX_TITLE_MODELS + 1} more"]
+    return f"{' + '.join(names)} ({plan.method})"
 
 
 def _find_bases(plan: MergePlan) -> list[str]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from raymerge import RaymergeError, __version__
+from raymerge.pipeline.sizes import DEFAULT_MEMORY
+
+if TYPE_CHECKING:
+    from raymerge.pipeline.types import MergePlan
 
 # Each command imports what it needs when it runs: --help and --version have to be quick.
 
-_DEFAULT_MEMORY = "4GiB"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -46,7 +49,7 @@ def _merge_options(command: _F) -> _F:
         click.option(
             "--memory",
             metavar="SIZE",
-            default=_DEFAULT_MEMORY,
+            default=DEFAULT_MEMORY,
             show_default=True,
             help="For tensors and scratch of all threads together.",
         ),
@@ -80,7 +83,7 @@ def plan(
 ) -> None:
     """Say what a merge will read, do and write, or what is wrong with it. Reads headers only."""
     from raymerge.pipeline import driver
-    from raymerge.pipeline.plan_report import format_plan, plan_json, save_table
+    from raymerge.pipeline.plan_report import plan_json, save_table
 
     result = driver.plan(config, memory=memory, threads=threads, shard_size=shard_size, seed=seed, strict=strict)
     if save is not None:
@@ -88,8 +91,14 @@ def plan(
     if as_json:
         click.echo(plan_json(result))
         return
-    click.echo(format_plan(result, verbose=verbose))
-    for warning in result.warnings:
+    _print_plan(result, verbose=verbose)
+
+
+def _print_plan(plan: MergePlan, *, verbose: bool) -> None:
+    from raymerge.pipeline.plan_report import format_plan
+
+    click.echo(format_plan(plan, verbose=verbose))
+    for warning in plan.warnings:
         click.echo(f"warning: {warning}", err=True)
 
 
@@ -98,12 +107,10 @@ def plan(
 @click.argument("out", type=click.Path())
 @_merge_options
 @click.option("--overwrite", is_flag=True, help="Replace a model that is in OUT.")
-@click.option("--dry-run", is_flag=True, help="Plan, print, and stop.")
+@click.option("--dry-run", is_flag=True, help="Plan, look at OUT, print, and stop.")
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
-@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-@click.pass_context
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only, and which tensors are not finite.")
 def merge(
-    context: click.Context,
     config: Path,
     out: str,
     memory: str,
@@ -117,21 +124,14 @@ def merge(
     quiet: bool,
 ) -> None:
     """Merge the models of CONFIG into the directory OUT; run it again to finish an interrupted merge."""
-    if dry_run:
-        context.invoke(
-            plan,
-            config=config,
-            memory=memory,
-            threads=threads,
-            shard_size=shard_size,
-            seed=seed,
-            strict=strict,
-            as_json=False,
-            save=None,
-            verbose=verbose,
-        )
-        return
     from raymerge.pipeline import driver
+
+    if dry_run:
+        result = driver.plan(config, memory=memory, threads=threads, shard_size=shard_size, seed=seed, strict=strict)
+        driver.check_output(result, out, overwrite=overwrite)
+        if not quiet:
+            _print_plan(result, verbose=verbose)
+        return
     from raymerge.pipeline.display import Display
     from raymerge.pipeline.sizes import format_nbytes
 
@@ -147,12 +147,11 @@ def merge(
             overwrite=overwrite,
             listener=display,
         )
+    for name in report.nonfinite:
+        click.echo(f"warning: {name}: the output has NaN or infinite values", err=True)
     if quiet:
         return
-    for warning in report.warnings:
-        if "NaN or infinite" in warning:
-            click.echo(f"warning: {warning}", err=True)
-    if report.num_resumed == report.num_shards and not report.written_nbytes:
+    if report.was_complete:
         click.echo(f"{out} was complete already: {report.num_tensors} tensors in {report.num_shards} shards")
         return
     click.echo(

@@ -5,29 +5,36 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raymerge.cluster.local import LocalRunner
+from raymerge.cluster.fork_runner import make_local_runner
 from raymerge.cluster.runner import Progress, Resources
 from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.config import load_config
+from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.model_config import dump_config
-from raymerge.pipeline.output import OutputState, check_apart, locate_output, open_output
+from raymerge.pipeline.output import (
+    OutputState,
+    check_apart,
+    check_state,
+    locate_output,
+    measure_nbytes,
+    open_output,
+    read_manifest,
+)
 from raymerge.pipeline.plan import Limits, make_fingerprint, make_tasks
 from raymerge.pipeline.recipe import expand
-from raymerge.pipeline.sizes import parse_nbytes
-from raymerge.pipeline.sources import Checkpoint, resolve_models
+from raymerge.pipeline.sizes import DEFAULT_MEMORY, parse_nbytes
+from raymerge.pipeline.sources import CONFIG, INDEX, Checkpoint, resolve_models
 from raymerge.pipeline.storage import storage_for
-from raymerge.pipeline.types import MergePlan, MergeReport, ShardResult, ShardTask
+from raymerge.pipeline.types import InputModel, MergePlan, MergeReport, ShardResult, ShardTask
 
 Config = Path | str | Mapping[str, Any]
 """A YAML file, YAML text, or its content."""
-
-DEFAULT_MEMORY = "4GiB"
 
 
 class Listener:
@@ -68,7 +75,36 @@ def plan(
     Raises:
         RaymergeError: whatever would go wrong later, as far as it can be known now.
     """
-    return _plan(config, memory, threads, shard_size, seed, strict)
+    from raymerge.pipeline.index import build_index, stored_tensors  # pyarrow: not at the start of every command
+
+    limits = _make_limits(memory, threads, shard_size)
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; it must be 0 or more")
+    merge_config = load_config(config, strict=strict)
+    with ExitStack() as opened:
+        for model in merge_config.referenced_models:
+            opened.enter_context(closing(storage_for(model.path)))
+        checkpoints = resolve_models(merge_config.referenced_models)
+        recipe = expand(merge_config, checkpoints, stored_tensors(build_index(checkpoints)))
+    tasks, num_threads = make_tasks(recipe.merges, seed, limits)
+    config_json = dump_config(recipe.config)
+    side_files = checkpoints[0].side_files
+    return MergePlan(
+        tasks=tasks,
+        donor=checkpoints[0].model,
+        config_json=config_json,
+        side_files=side_files,
+        inputs=tuple(InputModel(c.model, c.url, _names(c)) for c in checkpoints),
+        method=merge_config.method,
+        config_text=merge_config.text,
+        seed=seed,
+        warnings=(*merge_config.warnings, *recipe.warnings),
+        dropped=(*recipe.dropped, *_other_weights(checkpoints)),
+        num_threads=num_threads,
+        allowed_mem=limits.allowed_mem,
+        total_nbytes=sum(merge.nbytes for merge in recipe.merges),
+        fingerprint=make_fingerprint(tasks, side_files, config_json),
+    )
 
 
 def merge(
@@ -92,68 +128,53 @@ def merge(
         threads: shards in work at once; by default one for each core.
         shard_size: largest output file: bytes, or text such as `5GB`; by default it follows from the output's size.
         seed: for methods that draw random numbers.
-        strict: whether doubtful settings are errors instead of warnings.
+        strict: whether doubtful settings, and NaN or infinity in the output, are errors instead of warnings.
         overwrite: whether a model that is in `out` may be replaced.
         listener: told how it goes, in the caller's thread.
 
     Raises:
         RaymergeError: something the caller can put right; running again goes on with the finished shards.
     """
+    from raymerge.pipeline.stitch import list_outputs
+
     start = time.perf_counter()
     listener = listener or Listener()
-    target = locate_output(out)
-    the_plan = _plan(config, memory, threads, shard_size, seed, strict)
-    check_apart(
-        target, sorted({s.file.url.rpartition("/")[0] for t in the_plan.tasks for m in t.merges for s in m.sources})
-    )
+    the_plan = plan(config, memory=memory, threads=threads, shard_size=shard_size, seed=seed, strict=strict)
+    target = check_output(the_plan, out, overwrite=overwrite)
     listener.planned(the_plan)
     with (
         closing(storage_for(target)),
         closing(POOL),
-        open_output(target, the_plan.fingerprint, overwrite=overwrite) as state,
+        open_output(target, the_plan.fingerprint, list_outputs(the_plan), overwrite=overwrite) as state,
     ):
         if state is OutputState.COMPLETE:
-            return _report(the_plan, target, [], [], start)
-        return _carry_out(the_plan, target, listener, start)
+            nonfinite = read_manifest(target).nonfinite
+            _check_finite(nonfinite, strict=strict)
+            return _report(the_plan, target, [], start, nonfinite, was_complete=True)
+        return _carry_out(the_plan, target, listener, start, strict=strict)
 
 
-def _plan(
-    config: Config, memory: str | int, threads: int | None, shard_size: str | int | None, seed: int, strict: bool
-) -> MergePlan:
-    from raymerge.pipeline.index import build_index, stored_tensors  # pyarrow: not at the start of every command
+def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -> str:
+    """Make sure that a plan can be carried out in a directory, without writing anything; return its absolute path.
 
-    merge_config = load_config(config, strict=strict)
-    checkpoints = resolve_models(merge_config.referenced_models)
-    recipe = expand(merge_config, checkpoints, stored_tensors(build_index(checkpoints)))
-    limits = Limits(_nbytes(memory), threads or _num_cores(), None if shard_size is None else _nbytes(shard_size))
-    tasks, num_threads = make_tasks(recipe.merges, seed, limits)
-    config_json = dump_config(recipe.config)
-    side_files = checkpoints[0].side_files
-    return MergePlan(
-        tasks=tasks,
-        donor=checkpoints[0].model,
-        config_json=config_json,
-        side_files=side_files,
-        models=merge_config.referenced_models,
-        method=merge_config.method,
-        config_text=merge_config.text,
-        seed=seed,
-        warnings=(*merge_config.warnings, *recipe.warnings),
-        dropped=(*recipe.dropped, *_other_weights(checkpoints)),
-        num_threads=num_threads,
-        allowed_mem=limits.allowed_mem,
-        total_nbytes=sum(merge.nbytes for merge in recipe.merges),
-        fingerprint=make_fingerprint(tasks, side_files, (config_json, merge_config.text)),
-    )
+    Raises:
+        RaymergeError: it overlaps with an input, holds something else, or has no room.
+    """
+    target = locate_output(out)
+    check_apart(target, plan.inputs)
+    check_state(target, plan.fingerprint, overwrite=overwrite)
+    needed = sum(task.nbytes for task in plan.tasks) + sum(file.nbytes for _, file in plan.side_files)
+    storage_for(target).check_space(target, needed - measure_nbytes(target))
+    return target
 
 
-def _carry_out(plan: MergePlan, out: str, listener: Listener, start: float) -> MergeReport:
+def _carry_out(plan: MergePlan, out: str, listener: Listener, start: float, *, strict: bool) -> MergeReport:
     from raymerge.pipeline.execute import run_shard  # torch: only where tensors are merged
-    from raymerge.pipeline.stitch import stitch
+    from raymerge.pipeline.stitch import find_nonfinite, stitch
     from raymerge.pipeline.verify import hash_shard
 
     journal = Journal(out, plan.fingerprint)
-    runner = LocalRunner(plan.num_threads)
+    runner = make_local_runner(plan.num_threads)
     recorded = journal.read_records(plan.tasks)
     resumed = [
         result
@@ -174,26 +195,50 @@ def _carry_out(plan: MergePlan, out: str, listener: Listener, start: float) -> M
     ):
         listener.finished(result)
         results.append(result)
-    stitch(plan, [*resumed, *results], out)
-    return _report(plan, out, resumed, results, start)
+    nonfinite = find_nonfinite([*resumed, *results])
+    _check_finite(nonfinite, strict=strict)
+    stitch(plan, [*resumed, *results], journal)
+    return _report(plan, out, results, start, nonfinite, was_complete=False)
+
+
+def _check_finite(nonfinite: Sequence[str], *, strict: bool) -> None:
+    if nonfinite and strict:
+        names = ", ".join(nonfinite[:5]) + (f" and {len(nonfinite) - 5} more" if len(nonfinite) > 5 else "")
+        raise OutputError(
+            f"NaN or infinite values in {names}, refused because of strict; look for them in the inputs, choose a dtype"
+            " with a larger range (bfloat16, float32) or other parameters, or leave strict out to keep them"
+        )
 
 
 def _report(
-    plan: MergePlan, out: str, resumed: list[ShardResult], results: list[ShardResult], start: float
+    plan: MergePlan,
+    out: str,
+    results: list[ShardResult],
+    start: float,
+    nonfinite: tuple[str, ...],
+    *,
+    was_complete: bool,
 ) -> MergeReport:
-    nonfinite = [name for result in (*resumed, *results) for name in result.nonfinite]
-    warnings = [f"{name}: the output has NaN or infinite values" for name in nonfinite]
     return MergeReport(
         out=out,
         num_tensors=len(plan.weight_map),
         num_shards=len(plan.tasks),
         num_resumed=len(plan.tasks) - len(results),
+        was_complete=was_complete,
         read_nbytes=sum(result.read_nbytes for result in results),
         written_nbytes=sum(result.nbytes for result in results),
         seconds=time.perf_counter() - start,
         peak_rss=max((result.peak_rss for result in results), default=0),
-        warnings=(*plan.warnings, *warnings),
+        warnings=plan.warnings,
+        nonfinite=nonfinite,
     )
+
+
+def _names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return every file of a checkpoint, relative to it."""
+    weights = (file.url.removeprefix(f"{checkpoint.url}/") for file in checkpoint.weight_files)
+    index = () if checkpoint.weight_map is None else (INDEX,)
+    return (CONFIG, *index, *weights, *checkpoint.other_weights, *(name for name, _ in checkpoint.side_files))
 
 
 def _other_weights(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -208,8 +253,22 @@ def _resources(task: ShardTask) -> Resources:
     return Resources(mem_nbytes=task.projected_mem, cost=task.read_nbytes + task.reread_nbytes + task.nbytes)
 
 
-def _nbytes(size: str | int) -> int:
-    return parse_nbytes(size) if isinstance(size, str) else size
+def _make_limits(memory: str | int, threads: int | None, shard_size: str | int | None) -> Limits:
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads is {threads}; it must be 1 or more")
+    return Limits(
+        allowed_mem=_nbytes("memory", memory),
+        num_threads=threads or _num_cores(),
+        shard_nbytes=None if shard_size is None else _nbytes("shard_size", shard_size),
+    )
+
+
+def _nbytes(name: str, size: str | int) -> int:
+    if isinstance(size, str):
+        return parse_nbytes(size)
+    if size < 1:
+        raise ConfigError(f"{name} is {size}; it must be 1 byte or more")
+    return size
 
 
 def _num_cores() -> int:

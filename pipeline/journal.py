@@ -30,10 +30,9 @@ class Journal:
     fingerprint: str
     """Of the plan that is being carried out."""
 
-    def begin(self) -> None:
-        """Note which plan this output is made by."""
-        plan = {"fingerprint": self.fingerprint, "raymerge": __version__}
-        self._write(_PLAN, plan)
+    def begin(self, names: Sequence[str]) -> None:
+        """Note which plan this output is made by, and the names of all its files: no others may be deleted."""
+        self._write(_PLAN, {"fingerprint": self.fingerprint, "raymerge": __version__, "files": list(names)})
 
     def end(self) -> None:
         """Delete the journal: first the note that something is unfinished, in case that not all of this happens."""
@@ -44,10 +43,14 @@ class Journal:
                 storage.delete(f"{self.out}/{DIRECTORY}/{name}")
 
     def open_shard(self, task: ShardTask) -> Writer:
+        """Begin a shard; until it is committed it lies in the journal's directory."""
+        return self.open_file(task.file, task.nbytes)
+
+    def open_file(self, name: str, nbytes: int) -> Writer:
         """Begin an output file; until it is committed it lies in the journal's directory."""
-        storage = storage_for(self.out)
-        return storage.open_writer(
-            f"{self.out}/{task.file}", task.nbytes, f"{self.out}/{DIRECTORY}/{task.file}.partial"
+        partial = name.replace("/", "_")
+        return storage_for(self.out).open_writer(
+            f"{self.out}/{name}", nbytes, f"{self.out}/{DIRECTORY}/{partial}.partial"
         )
 
     def record(self, result: ShardResult) -> None:
@@ -76,11 +79,22 @@ class Journal:
         storage_for(self.out).write(f"{self.out}/{name}", json.dumps(content, indent=1).encode())
 
 
-def read_fingerprint(out: str) -> str | None:
-    """Return the fingerprint of the plan that an unfinished output is made by; None where there is none."""
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What an unfinished output was begun as."""
+
+    fingerprint: str
+    """Of the plan; empty where the note is damaged."""
+    files: frozenset[str]
+    """Names of the files that the plan makes."""
+
+
+def read_begun(out: str) -> Begun | None:
+    """Return what an unfinished output was begun as; None where there is none."""
     try:
         plan = json.loads(storage_for(out).read(f"{out}/{_PLAN}", _MAX_RECORD_NBYTES))
-    except (FileNotFoundError, ValueError):
+        return Begun(str(plan["fingerprint"]), frozenset(map(str, plan["files"])))
+    except FileNotFoundError:
         return None
-    fingerprint = plan.get("fingerprint") if isinstance(plan, dict) else None
-    return fingerprint if isinstance(fingerprint, str) else ""
+    except (ValueError, TypeError, KeyError):
+        return Begun("", frozenset())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat as stat_mode
@@ -22,6 +23,7 @@ from raymerge.pipeline.types import StoredFile
 _MAX_OPEN_FILES = 64
 _MAX_CALL_NBYTES = 2**30
 _MAX_CALL_BUFFERS = 1024
+_MAX_LOCK_TRIES = 1000
 
 
 def local_path(url: str) -> Path:
@@ -98,6 +100,21 @@ class LocalStorage(Storage):
         path = local_path(url)
         partial = local_path(partial_url) if partial_url else path.with_name(f".{path.name}.partial")
         return LocalWriter(path, partial, nbytes)
+
+    def check_space(self, url: str, nbytes: int) -> None:
+        """Compare with what is free in the directory, or in the one that it will be made in."""
+        path = local_path(url).absolute()
+        try:
+            directory = next(parent for parent in (path, *path.parents) if parent.is_dir())
+            status = os.statvfs(directory)
+        except OSError:
+            return  # whoever writes there is told
+        free_nbytes = (status.f_bavail if os.geteuid() else status.f_bfree) * status.f_frsize
+        if status.f_blocks and free_nbytes < nbytes:  # some file systems do not say
+            raise OutputError(
+                f"{path}: {nbytes:,} bytes are still to be written, {free_nbytes:,} are free in {directory};"
+                " free space there, or choose another directory"
+            )
 
     def delete(self, url: str) -> None:
         """Delete a file; a hidden directory goes with its last file."""
@@ -231,16 +248,19 @@ def _refuse_unreadable(error: OSError) -> None:
 
 def _lock(path: Path) -> int:
     """Return a descriptor that holds the lock, on the file that is there now and not on one just deleted."""
-    while True:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    for _ in range(_MAX_LOCK_TRIES):
         try:
             make_parents(path)
         except OSError as error:
             raise output_error(error, path, "cannot be created") from error
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(path, flags, 0o644)
         except FileNotFoundError:  # another run has just deleted the directory
             continue
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OutputError(f"{path}: a link, and a lock is needed there; delete the link") from error
             raise output_error(error, path, "cannot be created") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -260,6 +280,10 @@ def _lock(path: Path) -> int:
         except OSError as error:
             os.close(descriptor)
             raise output_error(error, path, "cannot be locked") from error
+    raise OutputError(
+        f"{path}: deleted each of the {_MAX_LOCK_TRIES:,} times that it was made;"
+        " wait until nobody else writes there, or choose another directory"
+    )
 
 
 def _remove_if_spent(directory: Path) -> None:

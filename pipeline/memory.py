@@ -16,9 +16,9 @@ from raymerge.pipeline.types import TensorMerge
 COMPUTE_NBYTES = 4
 """Bytes of a float32."""
 
-MAX_BUFFER_NBYTES = 16 * 2**20
-"""Reading a file again from the page cache is cheaper than fresh memory, so larger buffers do not pay (but a block of
-every source has to fit, also of a hundred)."""
+MAX_BUFFER_NBYTES = 64 * 2**20
+"""Holds a layer's matrix of several models for all passes; larger buffers do not pay, for fresh memory costs more than
+reading a file again from the page cache."""
 
 OUTPUT_BUFFER_NBYTES = 4 * 2**20
 """Merged values on their way out; two are in use, one being filled and one being written."""

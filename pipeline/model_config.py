@@ -92,6 +92,13 @@ def set_dtype(config: Json, dtype: str) -> None:
         config["torch_dtype"] = dtype
 
 
+def set_no_prediction_layers(config: Json) -> None:
+    """State that no layers for multi-token prediction follow the model's own, wherever the config counts them."""
+    for part in (config, text_part(config)):
+        if "num_nextn_predict_layers" in part:
+            part["num_nextn_predict_layers"] = 0
+
+
 def stack_layers(config: Json, origins: Sequence[tuple[Json, int]]) -> tuple[Json, list[str]]:
     """Return a copy of a config.json for a new stack of layers, and warnings.
 
@@ -115,8 +122,13 @@ def dump_config(config: Json) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def compare_configs(configs: Sequence[tuple[ModelRef, Json]]) -> list[str]:
-    """Return a warning for each field that gives the weights another meaning and differs between the inputs."""
+def compare_configs(configs: Sequence[tuple[ModelRef, Json]], *, is_stack: bool = False) -> list[str]:
+    """Return a warning for each field that gives the weights another meaning and differs between the inputs.
+
+    Args:
+        configs: the donor's first.
+        is_stack: whether layers are stacked anew, so that lists with an entry for each layer follow them.
+    """
     warnings = []
     for field in _MEANING_FIELDS:
         values = [(model, _meaning(config, field)) for model, config in configs]
@@ -126,9 +138,12 @@ def compare_configs(configs: Sequence[tuple[ModelRef, Json]]) -> list[str]:
         ]
         if any(value != effective[0] for value in effective[1:]):
             given = "; ".join(f"{model}: {'not given' if value is None else value}" for model, value in values)
+            outcome = f"the output gets {values[0][0]}'s"
+            if is_stack and field == "layer_types" and _list(configs[0][1], field):
+                outcome = "each layer of the output keeps that of the model it comes from, the first in its slice"
             warnings.append(
                 f"config.json: {field} differs, so the same weights mean different things in the inputs ({given}); "
-                f"the output gets {values[0][0]}'s"
+                + outcome
             )
     return warnings
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from raymerge.pipeline.errors import ConfigError, OutputError
-from raymerge.pipeline.journal import LOCK, Journal, read_fingerprint
+from raymerge.pipeline.journal import DIRECTORY, LOCK, Journal, read_begun
 from raymerge.pipeline.local_storage import local_path
 from raymerge.pipeline.sources import CONFIG, INDEX
 from raymerge.pipeline.storage import Storage, storage_for
+from raymerge.pipeline.types import InputModel, OutputFile
 
 MANIFEST = "raymerge_manifest.json"
 MAX_MANIFEST_NBYTES = 256 * 2**20
@@ -34,6 +35,17 @@ class OutputState(Enum):
     """An earlier run of the same plan has finished."""
 
 
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What raymerge needs to know again of a finished output."""
+
+    fingerprint: str
+    files: Mapping[str, OutputFile]
+    """Every file but the manifest itself."""
+    nonfinite: tuple[str, ...]
+    """Tensors with NaN or infinity."""
+
+
 def locate_output(out: str | Path) -> str:
     """Return the absolute path of an output directory.
 
@@ -44,71 +56,127 @@ def locate_output(out: str | Path) -> str:
     return str(local_path(str(out)).absolute())
 
 
-def check_apart(out: str, inputs: Sequence[str]) -> None:
-    """Refuse an output that lies in an input, or an input in it.
+def check_apart(out: str, inputs: Sequence[InputModel]) -> None:
+    """Refuse an output that lies in an input, or in which an input or a file of one lies, links followed.
 
     Raises:
         ConfigError: naming both.
     """
     path = Path(out).resolve()
-    for url in inputs:
-        other = Path(url).resolve()
-        if path == other or path in other.parents or other in path.parents:
-            raise ConfigError(f"the output {out} and the input {url} overlap; choose another output directory")
+    for item in inputs:
+        for url in (item.url, *(f"{item.url}/{name}" for name in item.names)):
+            other = local_path(url).resolve()
+            if path == other or path in other.parents or other in path.parents:
+                raise ConfigError(f"the output {out} and the input {url} overlap; choose another output directory")
+
+
+def check_state(out: str, fingerprint: str, *, overwrite: bool) -> OutputState:
+    """Say what an output directory is to a plan; NEW where what is there is to be deleted first. Writes nothing.
+
+    Raises:
+        OutputError: there is something that is not ours to go on with, or to delete.
+    """
+    storage = storage_for(out)
+    state = _inspect(storage, out, fingerprint)
+    if isinstance(state, OutputState) and not (state is OutputState.COMPLETE and overwrite):
+        return state
+    if not overwrite:
+        raise OutputError(state)
+    _find_deletable(storage, out)
+    return OutputState.NEW
+
+
+def measure_nbytes(out: str) -> int:
+    """Return the bytes of the model that is in an output directory, and of what is unfinished there."""
+    storage = storage_for(out)
+    names = [*_list_visible(storage, out), *(f"{DIRECTORY}/{name}" for name in storage.list(f"{out}/{DIRECTORY}"))]
+    return sum(storage.stat(f"{out}/{name}").nbytes for name in names)
 
 
 @contextmanager
-def open_output(out: str, fingerprint: str, *, overwrite: bool) -> Iterator[OutputState]:
+def open_output(out: str, fingerprint: str, names: Sequence[str], *, overwrite: bool) -> Iterator[OutputState]:
     """Take an output directory for one run, and say what it is to this plan; the journal ends with a run that succeeds.
+
+    Call `check_state` before: where that refuses, there is not to be as much as a lock.
 
     Args:
         out: the directory; made if it is not there.
         fingerprint: of the plan.
+        names: of the files that the plan makes.
         overwrite: whether an earlier model there may be deleted.
 
     Raises:
         OutputError: another run is writing there, or there is something that is not ours to go on with.
     """
     storage = storage_for(out)
-    state = _inspect(storage, out, fingerprint)
-    if isinstance(state, str) and not overwrite:
-        raise OutputError(state)
     with storage.lock(f"{out}/{LOCK}"):
-        state = _inspect(storage, out, fingerprint)
-        if isinstance(state, str) or (state is OutputState.COMPLETE and overwrite):
-            if not overwrite:
-                raise OutputError(state)
-            _clear(storage, out)
-            state = OutputState.NEW
+        state = check_state(out, fingerprint, overwrite=overwrite)
         if state is OutputState.NEW:
-            Journal(out, fingerprint).begin()
+            if overwrite:
+                _clear(storage, out)
+            Journal(out, fingerprint).begin(names)
         yield state
         Journal(out, fingerprint).end()
 
 
+def read_manifest(out: str) -> Manifest:
+    """Return a finished output's manifest.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    content = storage_for(out).read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES)
+    try:
+        manifest = json.loads(content)
+        return Manifest(
+            fingerprint=manifest["fingerprint"],
+            files={name: OutputFile(**file) for name, file in manifest["files"].items()},
+            nonfinite=tuple(manifest["nonfinite"]),
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def find_unlisted(out: str, manifest: Manifest) -> list[str]:
+    """Return the visible files that a manifest does not know of."""
+    return [name for name in _list_visible(storage_for(out), out) if name not in manifest.files and name != MANIFEST]
+
+
 def _inspect(storage: Storage, out: str, fingerprint: str) -> OutputState | str:
     """Return what a directory is to a plan, or why it is nothing to it."""
-    files = _list_files(storage, out)
-    if not files:
-        return OutputState.NEW
-    begun = read_fingerprint(out)
-    if begun == fingerprint:
-        return OutputState.UNFINISHED
+    begun = read_begun(out)
     if begun is not None:
+        if begun.fingerprint == fingerprint:
+            return OutputState.UNFINISHED
         return (
             f"{out} holds an unfinished merge of another config, seed, set of inputs or version; "
             f"choose another directory, or give --overwrite to start over"
         )
-    manifest = _read_manifest(storage, out)
-    if manifest.get("fingerprint") == fingerprint:
-        missing = [name for name in manifest["files"] if name not in files]
-        if not missing:
-            return OutputState.COMPLETE
-        return f"{out} was finished once, but {', '.join(missing[:3])} is missing; give --overwrite to make it again"
-    return (
-        f"{out} is not empty ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''}); "
-        f"choose another directory, or give --overwrite to replace the model there"
-    )
+    files = [name for name in storage.list(out) if not name.startswith(f"{DIRECTORY}/")]
+    if not files:
+        return OutputState.NEW
+    manifest = _find_manifest(out)
+    if manifest is None or manifest.fingerprint != fingerprint:
+        return (
+            f"{out} is not empty ({_listing(files)}); "
+            f"choose another directory, or give --overwrite to replace the model there"
+        )
+    changes = list(_compare_sizes(storage, out, manifest, files))
+    if changes:
+        return (
+            f"{out} was finished once, but {_listing(changes)}; give --overwrite to make it again"
+            f" (`raymerge verify` lists everything that has changed)"
+        )
+    return OutputState.COMPLETE
+
+
+def _compare_sizes(storage: Storage, out: str, manifest: Manifest, found: Sequence[str]) -> Iterator[str]:
+    for name, expected in manifest.files.items():
+        if name not in found:
+            yield f"{name} is missing"
+        elif (nbytes := storage.stat(f"{out}/{name}").nbytes) != expected.nbytes:
+            yield f"{name} has {nbytes:,} bytes instead of {expected.nbytes:,}"
 
 
 def _clear(storage: Storage, out: str) -> None:
@@ -117,37 +185,55 @@ def _clear(storage: Storage, out: str) -> None:
     Raises:
         OutputError: the directory does not look like a model, or there is something else in it.
     """
-    if read_fingerprint(out) is None:
-        _check_is_model(storage, out)
-    Journal(out, _CLEARING).begin()  # a run that ends in here leaves something that is known to be half a model
-    visible = [name for name in _list_files(storage, out) if not any(part.startswith(".") for part in name.split("/"))]
-    for name in sorted(visible, key=lambda name: (name not in _MODEL_FILES, name)):
+    names = _find_deletable(storage, out)
+    Journal(out, _CLEARING).begin(names)  # a run that ends in here leaves something that is known to be half a model
+    for name in sorted(names, key=lambda name: (name not in _MODEL_FILES, name)):
         storage.delete(f"{out}/{name}")
     Journal(out, _CLEARING).end()
 
 
-def _check_is_model(storage: Storage, out: str) -> None:
-    files = _list_files(storage, out)
-    top = [name for name in files if "/" not in name]
-    if not any(name in (INDEX, MANIFEST) or name.endswith((".safetensors", ".bin")) for name in top):
-        raise OutputError(f"{out} is not empty and does not look like a model; nothing was deleted")
-    known = _read_manifest(storage, out).get("files", {})
-    others = [name for name in files if "/" in name and not name.startswith(".") and name not in known]
+def _find_deletable(storage: Storage, out: str) -> list[str]:
+    """Return the files of the model in a directory: those that raymerge has made, or all of what looks like a model.
+
+    Raises:
+        OutputError: the directory does not look like a model, or there is something else in it.
+    """
+    visible = _list_visible(storage, out)
+    begun, manifest = read_begun(out), _find_manifest(out)
+    known: Set[str]
+    if begun is not None:
+        known = begun.files
+    elif manifest is not None:
+        known = manifest.files.keys() | {MANIFEST}
+    else:
+        known = {name for name in visible if "/" not in name}
+        if storage.list(out) and not _is_model(known):
+            raise OutputError(f"{out} is not empty and does not look like a model; nothing was deleted")
+    others = [name for name in visible if name not in known]
     if others:
         raise OutputError(
-            f"{out} holds more than a model ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); "
+            f"{out} holds more than a model ({_listing(others)}); "
             f"nothing was deleted: choose another directory, or clear this one yourself"
         )
+    return visible
 
 
-def _list_files(storage: Storage, out: str) -> list[str]:
-    return [name for name in storage.list(out) if name != LOCK]
+def _is_model(names: Set[str]) -> bool:
+    has_weights = any(name.endswith((".safetensors", ".bin")) for name in names)
+    return INDEX in names or MANIFEST in names or (CONFIG in names and has_weights)
 
 
-def _read_manifest(storage: Storage, out: str) -> dict[str, Any]:
-    """Return a finished output's manifest; empty where there is none, or a damaged one."""
+def _list_visible(storage: Storage, out: str) -> list[str]:
+    return [name for name in storage.list(out) if not any(part.startswith(".") for part in name.split("/"))]
+
+
+def _find_manifest(out: str) -> Manifest | None:
+    """Return a finished output's manifest; None where there is none, or a damaged one."""
     try:
-        manifest = json.loads(storage.read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES))
-        return manifest if isinstance(manifest, dict) and isinstance(manifest["files"], dict) else {}
-    except (FileNotFoundError, ValueError, KeyError):
-        return {}
+        return read_manifest(out)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _listing(items: Sequence[str]) -> str:
+    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")

@@ -93,20 +93,18 @@ def shard_names(num_shards: int) -> list[str]:
     return [f"model-{k:05d}-of-{num_shards:05d}.safetensors" for k in range(1, num_shards + 1)]
 
 
-def make_fingerprint(
-    tasks: Sequence[ShardTask], side_files: Iterable[tuple[str, StoredFile]], texts: Sequence[str]
-) -> str:
-    """Return a hash of everything that decides the output's bytes: recipes, inputs as they are, seed, layout, version.
+def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[tuple[str, StoredFile]], config_json: str) -> str:
+    """Return a hash of everything that decides what the model is: recipes, inputs as they are, seed, layout, version.
 
     Where the inputs lie does not matter, nor do memory and workers.
 
     Args:
         tasks: the shards.
         side_files: what is copied: name in the output, source.
-        texts: what else is written: config.json, the merge's own config.
+        config_json: the output's config.json.
     """
     copies = [[name, file.nbytes, file.etag] for name, file in side_files]
-    digest = hashlib.sha256(json.dumps([__version__, copies, *texts]).encode())
+    digest = hashlib.sha256(json.dumps([__version__, copies, config_json]).encode())
     for task in tasks:
         digest.update(json.dumps([task.file, task.seed], ensure_ascii=False).encode())
         digest.update(task.header)

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raymerge.ops.registry import find_op
-from raymerge.pipeline.accounts import Accounts
+from raymerge.ops.registry import Base, find_op
+from raymerge.pipeline.accounts import Accounts, count_tensors
 from raymerge.pipeline.config import MergeConfig, OutputSlice
 from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.errors import CheckpointError, ConfigError, TensorMismatchError
@@ -18,17 +18,25 @@ from raymerge.pipeline.model_config import (
     compare_configs,
     count_layers,
     set_dtype,
+    set_no_prediction_layers,
     set_tied,
     stack_layers,
+    text_part,
 )
 from raymerge.pipeline.params import Settings
 from raymerge.pipeline.sources import Checkpoint
 from raymerge.pipeline.tensor_merge import Part, Scope, make_tensor_merge
 from raymerge.pipeline.tying import find_embedding, find_head, is_tied, name_head
-from raymerge.pipeline.types import ModelRef, StoredTensor, TensorMerge
+from raymerge.pipeline.types import ModelRef, ParameterValue, StoredTensor, TensorMerge
 
 _EMBEDDING_SIDE = ("embed", "wte", "wpe", "visual", "vision", "projector", "audio", "connector", "merger")
 """Words in names of tensors that come before the layers; what is neither here nor in a stack comes after them."""
+
+_EMBEDDING_FIELDS = ("vocab_size", "hidden_size")
+"""What config.json calls the rows and columns of an embedding."""
+_CAUSAL_MASKS = (".attn.bias", ".attention.bias")
+"""Names of buffers of shape [1, 1, n, n]; in any other shape, such a tensor is a weight."""
+_OPTIONAL_BUFFERS = (".masked_bias", ".position_ids", *_CAUSAL_MASKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,24 @@ class _Model:
         if name == head and self.tied:
             name = find_embedding(self.tensors) or name
         return self.tensors.get(name)
+
+    def group_layers(self) -> Mapping[int, Sequence[str]]:
+        """Return what the tensors of each layer of the main stack are called, without the stack and the number."""
+        rests: dict[int, list[str]] = {}
+        for name in self.tensors:
+            split = split_name(name)
+            if split is not None and split.stack == self.layers.main:
+                rests.setdefault(split.layer, []).append(split.rest)
+        return rests
+
+    def width(self, field: str) -> int | None:
+        """Return a size that config.json states, or else the embedding shows; None where neither has one number."""
+        width = text_part(self.config).get(field)
+        if width is None:
+            embedding = self.tensors.get(find_embedding(self.tensors) or "")
+            if embedding is not None and len(embedding.shape) == 2:
+                width = dict(zip(_EMBEDDING_FIELDS, embedding.shape, strict=True)).get(field)
+        return width if isinstance(width, int) else None
 
 
 def expand(
@@ -101,9 +127,18 @@ class _Builder:
         self.donor = donor
         self.op = find_op(config.method)
         self.accounts = Accounts()
+        self.rests: dict[ModelRef, Mapping[int, Sequence[str]]] = {}
         self.merges: list[TensorMerge] = []
         self.out_config = copy.deepcopy(donor.config)
-        self.warnings = compare_configs([(model.ref, model.config) for model in models.values()])
+        configs = [(model.ref, model.config) for model in models.values()]
+        self.warnings = compare_configs(configs, is_stack=bool(config.slices))
+        for model in models.values():
+            stated = count_layers(model.config)
+            if stated is not None and stated > model.layers.num_layers:
+                self.warnings.append(
+                    f"{model.ref}: config.json states {stated} layers, and the checkpoint has "
+                    f"{model.layers.num_layers}; is it complete?"
+                )
 
     def add_models(self) -> None:
         """Merge whole models: every tensor with the same name in every model."""
@@ -119,12 +154,17 @@ class _Builder:
 
     def add_slices(self, slices: Sequence[OutputSlice]) -> None:
         """Stack slices of layers; what stands before them comes from the first slice, what follows from the last."""
+        for number, part in enumerate(slices):
+            self._check_ranges(part, number)
+            self._check_repeats(part, number)
+        involved = [self.models[model] for model in dict.fromkeys(s.model for part in slices for s in part.sources)]
         first, last = ([self.models[s.model] for s in part.sources] for part in (slices[0], slices[-1]))
+        self._check_stackable(involved, [*first, *last])
+        self.rests = {model.ref: model.group_layers() for model in involved}
         head = self._head(first, last)
         self._add_outside(slices[0], first, head, after=False)
         origins: list[tuple[Json, int]] = []
-        for number, part in enumerate(slices):
-            self._check_ranges(part, number)
+        for part in slices:
             scope = self._scope(part.base_model or self.config.base_model, (part.parameters,))
             num_layers = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
             for k in range(num_layers):
@@ -132,7 +172,10 @@ class _Builder:
                 origin = part.sources[0]
                 origins.append((self.models[origin.model].config, origin.layer_range[0] + k))
         self._add_outside(slices[-1], last, head, after=True)
-        self.out_config, warnings = stack_layers(self.donor.config, origins)
+        layers = self.donor.layers
+        if layers.stacks[layers.main] > layers.num_layers:
+            set_no_prediction_layers(self.out_config)
+        self.out_config, warnings = stack_layers(self.out_config, origins)
         self.warnings += warnings
 
     def finish(self) -> Recipe:
@@ -161,7 +204,8 @@ class _Builder:
             set_dtype(self.out_config, DTYPES[nbytes_by_dtype.most_common(1)[0][0]].torch_name)
         wide = [merge.name for merge in self.merges if any(source.dtype == "F64" for source in merge.sources)]
         if wide:
-            self.warnings.append(f"{len(wide)} tensors ({wide[0]}, ...) are float64, and are merged in float32")
+            self.warnings.append(f"{count_tensors(wide)} stored as float64, merged in float32")
+        self._warn_of_cancelling_weights()
         dropped = self.accounts.explain_dropped(
             (model.ref, model.tensors, model.layers) for model in self.models.values()
         )
@@ -202,13 +246,14 @@ class _Builder:
         """Add one output tensor, from the tensors of these names in these models."""
         if any(self.accounts.is_dropped(model.ref, source) for model, source, _ in sources if head is None):
             return
-        if name.endswith("rotary_emb.inv_freq"):
+        found = [model.find(source, head) for model, source, _ in sources]
+        rule = _find_drop_rule(name, found)
+        if rule is not None:
             for model, source, _ in sources:
-                self.accounts.drop(model.ref, source, "a buffer that models compute when they are loaded")
+                self.accounts.drop(model.ref, source, rule)
             return
         parts = []
-        for model, source, settings in sources:
-            tensor = model.find(source, head)
+        for (model, source, settings), tensor in zip(sources, found, strict=True):
             if tensor is None:
                 self.accounts.miss(source, model.ref, has=[m.ref for m, s, _ in sources if m.find(s, head)])
                 continue
@@ -228,7 +273,7 @@ class _Builder:
             model = self.models[source.model]
             prefix = f"{model.layers.main}{source.layer_range[0] + k}."
             prefixes.append((model, prefix, _settings_of(part, source.model)))
-            rests.update(dict.fromkeys(name[len(prefix) :] for name in model.tensors if name.startswith(prefix)))
+            rests.update(dict.fromkeys(self.rests[source.model].get(source.layer_range[0] + k, ())))
         for rest in rests:
             name = f"{self.donor.layers.main}{out_layer}.{rest}"
             self._add(name, [(model, prefix + rest, settings) for model, prefix, settings in prefixes], scope, position)
@@ -255,6 +300,55 @@ class _Builder:
                     f"name the layers to merge with `slices`"
                 )
 
+    def _check_stackable(self, models: Sequence[_Model], outer: Sequence[_Model]) -> None:
+        """Refuse models that do not go into one stack: where a tensor has one source, no shapes are compared.
+
+        Args:
+            models: all that give layers.
+            outer: those that give embeddings, final norm and head.
+
+        Raises:
+            TensorMismatchError: a model differs from the donor, whose config.json the output gets.
+        """
+        donor = self.donor
+        for field, involved in (("hidden_size", models), ("intermediate_size", models), ("vocab_size", outer)):
+            expected = donor.width(field)
+            for model in involved:
+                found = model.width(field)
+                if found is not None and expected is not None and found != expected:
+                    raise TensorMismatchError(
+                        f"{field} is {expected} in {donor.ref} and {found} in {model.ref}; "
+                        f"their layers do not go into one model"
+                    )
+        for model in models:
+            if model.layers.main != donor.layers.main:
+                raise TensorMismatchError(
+                    f"layers are called {donor.layers.main}* in {donor.ref} and {model.layers.main}* in {model.ref}; "
+                    f"give both models the same names first: load and save them with one version of transformers"
+                )
+
+    def _warn_of_cancelling_weights(self) -> None:
+        """Warn once of weights of both signs that are divided by their sum, or by the sum of those that agree."""
+        if self.op.base is not Base.REQUIRED or not {"weight", "normalize"} <= {p.name for p in self.op.parameters}:
+            return
+        found = [merge for merge in self.merges if _may_cancel(dict(merge.parameters))]
+        if found:
+            self.warnings.append(
+                f"{count_tensors([merge.name for merge in found])}: normalize is true, and weights have both signs "
+                f"({dict(found[0].parameters)['weight']}); where they nearly cancel, values get huge: "
+                f"set normalize: false"
+            )
+
+    def _check_repeats(self, part: OutputSlice, number: int) -> None:
+        """Warn of parameters that do not count, because the model is listed before."""
+        for model in dict.fromkeys(source.model for source in part.sources):
+            first, *others = _settings_of(part, model)
+            if any(other != first for other in others):
+                self.warnings.append(
+                    f"slices[{number}]: {model} is listed more than once, with different parameters; "
+                    f"the first one's hold for all, as in mergekit"
+                )
+
     def _check_ranges(self, part: OutputSlice, number: int) -> None:
         for position, source in enumerate(part.sources):
             num_layers = self.models[source.model].layers.num_layers
@@ -268,6 +362,25 @@ class _Builder:
 def _settings_of(part: OutputSlice, model: ModelRef) -> tuple[Settings, ...]:
     """A model's own parameters in a slice; if it is listed twice, the first value counts for both, as in mergekit."""
     return tuple(source.parameters for source in part.sources if source.model == model)
+
+
+def _find_drop_rule(name: str, found: Sequence[StoredTensor | None]) -> str | None:
+    """Return why an output tensor is left out, if it is a buffer: computed by the model, not learned."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return "a buffer that models compute when they are loaded"
+    if not name.endswith(_OPTIONAL_BUFFERS) or None not in found:
+        return None
+    if name.endswith(_CAUSAL_MASKS) and any(tensor and tensor.shape[:2] != (1, 1) for tensor in found):
+        return None
+    return "a buffer that models compute when they are loaded, and that not all inputs have"
+
+
+def _may_cancel(parameters: Mapping[str, ParameterValue]) -> bool:
+    weights = parameters.get("weight")
+    if not parameters.get("normalize") or not isinstance(weights, tuple):
+        return False
+    numbers = [weight for weight in weights if isinstance(weight, int | float)]
+    return min(numbers, default=0) < 0 < max(numbers, default=0)
 
 
 def _is_outside(name: str, layers: Layers, *, after: bool) -> bool:

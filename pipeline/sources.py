@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raymerge.pipeline.errors import CheckpointError
@@ -19,9 +20,14 @@ INDEX = "model.safetensors.index.json"
 
 _MAX_CONFIG_NBYTES = 16 * 2**20
 _MAX_INDEX_NBYTES = 512 * 2**20
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt")
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".onnx_data", ".onnx.data", ".h5", ".msgpack", ".ckpt",
+    ".ot", ".tflite", ".pkl", ".npz", ".npy", ".distcp", ".mlmodel", ".mar", ".nemo",
+)  # fmt: skip
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _REWRITTEN = {CONFIG, "README.md", "mergekit_config.yml", "raymerge_manifest.json"}
+_OF_TRAINING = re.compile(r"(checkpoint-[^/]*|runs)/|(.*/)?adapter_config\.json$")
+"""Files that a trainer leaves beside the model, and that say nothing about it."""
 _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _DOWNLOAD = "download the checkpoint again"
 
@@ -59,8 +65,8 @@ def resolve_model(model: ModelRef) -> Checkpoint:
     """Find a model's files and read its config.json and its index.
 
     Raises:
-        CheckpointError: there is no such directory, a file is missing or malformed, or the weights are of a kind that
-            cannot be merged.
+        CheckpointError: there is no such directory, a file is missing, malformed or a link out of the directory, or the
+            weights are of a kind that cannot be merged.
     """
     url = _locate(model)
     storage = storage_for(url)
@@ -69,6 +75,8 @@ def resolve_model(model: ModelRef) -> Checkpoint:
         _check_name(name, url)
     if CONFIG not in names:
         raise CheckpointError(f"{url}: no {CONFIG}; a model is a directory with {CONFIG} and safetensors files")
+    side_names = [name for name in names if _is_side_file(name)]
+    _check_links(Path(url), [CONFIG, *side_names])
     config, config_text = _read_json(storage, f"{url}/{CONFIG}", _MAX_CONFIG_NBYTES)
     weight_map = None
     if INDEX in names:
@@ -91,7 +99,7 @@ def resolve_model(model: ModelRef) -> Checkpoint:
         config_text=config_text,
         weight_files=tuple(_stat_weights(storage, f"{url}/{name}") for name in weight_names),
         weight_map=weight_map,
-        side_files=tuple((name, storage.stat(f"{url}/{name}")) for name in names if _is_side_file(name)),
+        side_files=tuple((name, storage.stat(f"{url}/{name}")) for name in side_names),
         other_weights=tuple(name for name in names if _is_weights(name) and name not in weight_names),
     )
 
@@ -161,6 +169,23 @@ def _check_name(name: str, url: str) -> None:
         raise CheckpointError(f"{url}: file name {name!r:.200} leaves the model's directory or is not plain; rename it")
     if not name.isprintable():
         raise CheckpointError(f"{url}: file name {name!a:.200} has control characters or is not UTF-8; rename it")
+
+
+def _check_links(directory: Path, names: Iterable[str]) -> None:
+    """Refuse links that lead out of a model: whatever they lead to would become part of the output.
+
+    In the Hub's cache, snapshots/REVISION/NAME leads to blobs/HASH. Weights may be links to anywhere: nothing of them
+    gets into the output but tensors.
+    """
+    root = directory.resolve()
+    inside = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    for name in names:
+        path = directory / name
+        if path.is_symlink() and not any(path.resolve().is_relative_to(parent) for parent in inside):
+            raise CheckpointError(
+                f"{path}: a link to {path.resolve()}, outside the model's directory, and it would be copied into the"
+                " output; if you trust it, replace the link by the file, else delete it"
+            )
 
 
 def _stat_weights(storage: Storage, url: str) -> StoredFile:
@@ -235,7 +260,8 @@ def _is_weights(name: str) -> bool:
 def _is_side_file(name: str) -> bool:
     is_index = name.endswith(".index.json") and _is_weights(name.removesuffix(".index.json"))
     is_partial = name.endswith((".lock", ".incomplete"))
-    return not (_is_weights(name) or is_index or is_partial or name in _REWRITTEN)
+    is_left = is_index or is_partial or name in _REWRITTEN or _OF_TRAINING.match(name) is not None
+    return not (_is_weights(name) or is_left)
 
 
 def _listing(names: list[str]) -> str:

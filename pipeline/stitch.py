@@ -6,21 +6,35 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 
 from raymerge import __version__
 from raymerge.pipeline.card import make_card
 from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.output import MANIFEST
+from raymerge.pipeline.pieces import read_pieces
 from raymerge.pipeline.sources import CONFIG, INDEX
-from raymerge.pipeline.storage import ByteRange, storage_for
+from raymerge.pipeline.storage import Buffer, storage_for
 from raymerge.pipeline.types import MergePlan, OutputFile, ShardResult, StoredFile
 
-_COPY_NBYTES = 4 * 2**20
+_OWN_CONFIG = "mergekit_config.yml"
+_CARD = "README.md"
 
 
-def stitch(plan: MergePlan, results: Sequence[ShardResult], out: str) -> None:
+def list_outputs(plan: MergePlan) -> list[str]:
+    """Return the name of every file of the output."""
+    names = [*(task.file for task in plan.tasks), *(name for name, _ in plan.side_files)]
+    return [*names, _OWN_CONFIG, _CARD, MANIFEST, CONFIG, *([INDEX] if len(plan.tasks) > 1 else [])]
+
+
+def find_nonfinite(results: Iterable[ShardResult]) -> tuple[str, ...]:
+    """Return the tensors with NaN or infinity, by name."""
+    return tuple(sorted(name for result in results for name in result.nonfinite))
+
+
+def stitch(plan: MergePlan, results: Sequence[ShardResult], journal: Journal) -> None:
     """Complete an output directory.
 
     The order matters: the donor's files, the card and the manifest first, then config.json, and last of all the index,
@@ -29,12 +43,12 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], out: str) -> None:
     Args:
         plan: what was to be done.
         results: one for each of its tasks.
-        out: the output directory.
+        journal: of the output directory.
 
     Raises:
         OutputError: a shard is not there, or a file could not be written.
     """
-    storage = storage_for(out)
+    out, storage = journal.out, storage_for(journal.out)
     by_file = {result.file: result for result in results}
     for task in plan.tasks:
         found = storage.stat(f"{out}/{task.file}").nbytes
@@ -42,9 +56,9 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], out: str) -> None:
             raise OutputError(f"{out}/{task.file}: {found} bytes, {by_file[task.file].nbytes} were written")
     files = {result.file: OutputFile(result.nbytes, result.sha256) for result in results}
     for name, source in plan.side_files:
-        files[name] = _copy(source, f"{out}/{name}")
+        files[name] = _copy(source, name, journal)
 
-    texts = {"mergekit_config.yml": plan.config_text, "README.md": make_card(plan, out.rstrip("/").rpartition("/")[2])}
+    texts = {_OWN_CONFIG: plan.config_text, _CARD: make_card(plan)}
     last = {CONFIG: plan.config_json}
     if len(plan.tasks) > 1:
         last[INDEX] = make_index(plan)
@@ -52,7 +66,8 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], out: str) -> None:
         files[name] = OutputFile(len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
     texts[MANIFEST] = make_manifest(plan, results, files)
     for name, text in (texts | last).items():
-        storage.write(f"{out}/{name}", text.encode())
+        content = text.encode()
+        _write([content], name, len(content), journal)
 
 
 def make_index(plan: MergePlan) -> str:
@@ -70,7 +85,9 @@ def make_manifest(plan: MergePlan, results: Sequence[ShardResult], files: dict[s
         results: of its tasks.
         files: every other file of the output, by name.
     """
-    inputs = {(source.model, source.file) for task in plan.tasks for merge in task.merges for source in merge.sources}
+    sources = {(source.model, source.file) for task in plan.tasks for merge in task.merges for source in merge.sources}
+    urls = {str(item.model): item.url for item in plan.inputs}
+    inputs = sorted((model, file.url.removeprefix(f"{urls[model]}/"), file.nbytes) for model, file in sources)
     manifest = {
         "raymerge": __version__,
         "torch": version("torch"),
@@ -80,33 +97,33 @@ def make_manifest(plan: MergePlan, results: Sequence[ShardResult], files: dict[s
         "method": plan.method,
         "config": plan.config_text,
         "models": [str(model) for model in plan.models],
-        "inputs": [
-            {"model": model, **dataclasses.asdict(file)}
-            for model, file in sorted(inputs, key=lambda item: (item[0], item[1].url))
-        ],
+        "inputs": [{"model": model, "file": name, "nbytes": nbytes} for model, name, nbytes in inputs],
         "warnings": list(plan.warnings),
         "dropped": list(plan.dropped),
-        "nonfinite": sorted(name for result in results for name in result.nonfinite),
+        "nonfinite": find_nonfinite(results),
         "files": {name: dataclasses.asdict(file) for name, file in sorted(files.items())},
     }
     return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
 
 
-def _copy(source: StoredFile, target: str) -> OutputFile:
-    """Copy a file in pieces."""
+def _copy(source: StoredFile, name: str, journal: Journal) -> OutputFile:
     digest = hashlib.sha256()
-    storage = storage_for(source.url)
-    writer = storage_for(target).open_writer(target, source.nbytes)
-    buffer = memoryview(bytearray(min(_COPY_NBYTES, source.nbytes)))
+
+    def hashed() -> Iterator[Buffer]:
+        for piece in read_pieces(source):
+            digest.update(piece)
+            yield piece
+
+    _write(hashed(), name, source.nbytes, journal)
+    return OutputFile(source.nbytes, digest.hexdigest())
+
+
+def _write(pieces: Iterable[Buffer | bytes], name: str, nbytes: int, journal: Journal) -> None:
+    writer = journal.open_file(name, nbytes)
     try:
-        for start in range(0, source.nbytes, _COPY_NBYTES):
-            piece = ByteRange(source, start, min(start + _COPY_NBYTES, source.nbytes))
-            view = buffer[: piece.nbytes]
-            storage.read_into([piece], [view])
-            digest.update(view)
-            writer.write(view)
+        for piece in pieces:
+            writer.write(piece)
     except BaseException:
         writer.abort()
         raise
     writer.commit()
-    return OutputFile(source.nbytes, digest.hexdigest())

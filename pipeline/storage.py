@@ -101,6 +101,14 @@ class Storage(ABC):
             OutputError: the store is full or refuses.
         """
 
+    def check_space(self, url: str, nbytes: int) -> None:
+        """Make sure, as far as it can be known, that this much more can be written below a directory.
+
+        Raises:
+            OutputError: there is no room for it.
+        """
+        return
+
     @abstractmethod
     def delete(self, url: str) -> None:
         """Delete a file; one that is not there is as good as deleted."""

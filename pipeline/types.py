@@ -97,6 +97,17 @@ class ShardTask:
 
 
 @dataclass(frozen=True, slots=True)
+class InputModel:
+    """A model that the config names, whether or not the output takes tensors from it, and where it lies."""
+
+    model: ModelRef
+    url: str
+    """The directory that holds its files."""
+    names: tuple[str, ...]
+    """Its files, relative to `url`."""
+
+
+@dataclass(frozen=True, slots=True)
 class MergePlan:
     """Everything that will happen, decided."""
 
@@ -107,7 +118,7 @@ class MergePlan:
     """The output's config.json."""
     side_files: tuple[tuple[str, StoredFile], ...]
     """Files copied from the donor: name in the output, source."""
-    models: tuple[ModelRef, ...]
+    inputs: tuple[InputModel, ...]
     """Base first, then in order of appearance."""
     method: str
     config_text: str
@@ -124,6 +135,11 @@ class MergePlan:
     """Of the output's tensors."""
     fingerprint: str
     """Hash of everything that decides the output's bytes."""
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """What the config names, in the order of `inputs`."""
+        return tuple(item.model for item in self.inputs)
 
     @property
     def weight_map(self) -> dict[str, str]:
@@ -164,9 +180,13 @@ class MergeReport:
     num_shards: int
     num_resumed: int
     """Shards that an earlier run had finished."""
+    was_complete: bool
+    """Whether an earlier run had finished everything, so that there was nothing to do."""
     read_nbytes: int
     written_nbytes: int
     seconds: float
     peak_rss: int
     """Of this process, in bytes."""
     warnings: tuple[str, ...]
+    nonfinite: tuple[str, ...]
+    """Tensors with NaN or infinity in the output."""

@@ -13,15 +13,21 @@ from pathlib import Path, PurePosixPath
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
 from raymerge.pipeline.buffers import POOL
-from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.header import read_header
-from raymerge.pipeline.journal import read_fingerprint
-from raymerge.pipeline.output import MANIFEST, MAX_MANIFEST_NBYTES, locate_output
+from raymerge.pipeline.journal import read_begun
+from raymerge.pipeline.output import (
+    MANIFEST,
+    MAX_MANIFEST_NBYTES,
+    Manifest,
+    find_unlisted,
+    locate_output,
+    read_manifest,
+)
+from raymerge.pipeline.pieces import PIECE_NBYTES, read_pieces
 from raymerge.pipeline.sources import INDEX
-from raymerge.pipeline.storage import ByteRange, Storage, storage_for
+from raymerge.pipeline.storage import Storage, storage_for
 from raymerge.pipeline.types import OutputFile, ShardResult, StoredFile
-
-_CHUNK_NBYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +50,26 @@ def verify(
         on_progress: told of the bytes read.
 
     Raises:
+        ConfigError: `threads` is below 1.
         OutputError: the model is unfinished, or was not made by raymerge, or a file is missing, extra, or has changed;
             the message lists every case.
     """
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}; it must be 1 or more")
     target = locate_output(out)
-    with closing(storage_for(target)) as storage:
+    with closing(storage_for(target)) as storage, closing(POOL):
         return _verify(storage, target, threads, on_progress)
 
 
 def _verify(storage: Storage, out: str, threads: int, on_progress: Callable[[Progress], None]) -> VerifyReport:
-    files = _read_manifest(out)
+    manifest = _read_manifest(out)
+    files = manifest.files
     shards = [name for name in files if name.endswith(".safetensors")]
-    problems = [
-        f"{name}: a file of weights that the manifest does not list"
-        for name in storage.list(out)
-        if name.endswith(".safetensors") and name not in files
-    ]
+    problems = [f"{name}: a file that the manifest does not list" for name in find_unlisted(out, manifest)]
     checks = LocalRunner(threads).run(
         partial(_check_file, out=out),
         list(files.items()),
-        [Resources(mem_nbytes=_CHUNK_NBYTES, cost=file.nbytes) for file in files.values()],
+        [Resources(mem_nbytes=PIECE_NBYTES, cost=file.nbytes) for file in files.values()],
         on_progress,
     )
     problems += sorted(problem for problem in checks if problem)
@@ -102,37 +108,27 @@ def _check_file(item: tuple[str, OutputFile], report: Report, *, out: str) -> st
 
 
 def _hash_file(file: StoredFile, report: Report) -> str:
-    storage = storage_for(file.url)
     digest = hashlib.sha256()
-    buffer = POOL.acquire(_CHUNK_NBYTES)
-    try:
-        for start in range(0, file.nbytes, _CHUNK_NBYTES):
-            piece = ByteRange(file, start, min(start + _CHUNK_NBYTES, file.nbytes))
-            view = memoryview(buffer)[: piece.nbytes]
-            storage.read_into([piece], [view])
-            digest.update(view)
-            report(Progress(read_nbytes=piece.nbytes))
-    finally:
-        POOL.release(buffer)
+    for piece in read_pieces(file):
+        digest.update(piece)
+        report(Progress(read_nbytes=piece.nbytes))
     return digest.hexdigest()
 
 
-def _read_manifest(out: str) -> dict[str, OutputFile]:
+def _read_manifest(out: str) -> Manifest:
     try:
-        content = storage_for(out).read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES)
+        manifest = read_manifest(out)
     except FileNotFoundError:
-        if read_fingerprint(out) is not None:
+        if read_begun(out) is not None:
             raise OutputError(f"{out} is unfinished; run the same `raymerge merge` again to finish it") from None
         raise OutputError(f"{out} has no {MANIFEST}: it was not made by raymerge, or is not a model") from None
-    try:
-        files = {name: OutputFile(**file) for name, file in json.loads(content)["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise OutputError(f"{out}/{MANIFEST} is damaged: {error}") from error
-    for name in files:
+    for name in manifest.files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             raise OutputError(f"{out}/{MANIFEST} names a file outside the directory: {name}")
-    return files
+    return manifest
 
 
 def _compare_index(weight_map: dict[str, str], tensors: dict[str, str]) -> Iterator[str]:

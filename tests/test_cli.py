@@ -133,6 +133,24 @@ def test_dry_run_writes_nothing(config: Path, tmp_path: Path, cli: Cli) -> None:
     assert (outcome.out, outcome.err) == (planned.out, planned.err)
     assert read_files(tmp_path) == before
     assert not (tmp_path / "out").exists()
+    outcome = cli("merge", config, tmp_path / "out", "--dry-run", "-q")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+
+
+def test_dry_run_refuses_what_merge_refuses(config: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("text")
+    before = read_files(tmp_path)
+    for arguments in (
+        (tmp_path / "in" / "base",),
+        (tmp_path / "full",),
+        (tmp_path / "full", "--overwrite"),
+        ("s3://bucket/merged",),
+    ):
+        dry, real = (cli("merge", config, *arguments, "-q", *more) for more in (["--dry-run"], []))
+        assert dry == real
+        assert (dry.code, dry.out) == (2, "")
+    assert read_files(tmp_path) == before
 
 
 def test_progress_in_plain_lines_where_there_is_no_terminal(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from raymerge.pipeline import merge
+from raymerge.pipeline import merge, plan
 from raymerge.pipeline.buffers import POOL
-from raymerge.pipeline.errors import TensorMismatchError
+from raymerge.pipeline.errors import ConfigError, OutputError, TensorMismatchError
 from tests import references
 from tests.checkpoints import (
     Tensors,
@@ -225,10 +226,50 @@ def test_overflow_is_reported(tmp_path: Path, cli: Cli) -> None:
     model = write_checkpoint(tmp_path / "in", tensors, llama_config())
     config = {"merge_method": "linear", "models": weighted([model], [1]), "dtype": "float16"}
     report = merge(config, tmp_path / "out")
-    assert [text.partition(":")[0] for text in report.warnings] == ["lm_head.weight", "model.norm.weight"]
-    outcome = cli("merge", write_config(tmp_path / "merge.yml", config), tmp_path / "cli")
-    assert outcome.code == 0
-    assert "warning: model.norm.weight: the output has NaN or infinite values" in outcome.err
+    assert report.nonfinite == ("lm_head.weight", "model.norm.weight")
+    assert merge(config, tmp_path / "out").nonfinite == report.nonfinite
+    path = write_config(tmp_path / "merge.yml", config)
+    for _ in range(2):  # made, and complete already
+        outcome = cli("merge", path, tmp_path / "cli", "-q")
+        assert (outcome.code, outcome.out) == (0, "")
+        assert outcome.err.splitlines() == [
+            f"warning: {name}: the output has NaN or infinite values" for name in report.nonfinite
+        ]
+    outcome = cli("merge", path, tmp_path / "cli", "--strict")
+    assert outcome.code == 2
+    assert "NaN or infinite values in lm_head.weight, model.norm.weight" in outcome.err
+
+
+def test_strict_refuses_overflow_before_anything_can_be_loaded(tmp_path: Path) -> None:
+    tensors = llama_tensors(0)
+    tensors["model.norm.weight"][3] = torch.inf
+    model = write_checkpoint(tmp_path / "in", tensors, llama_config())
+    config = {"merge_method": "linear", "models": weighted([model], [1])}
+    with pytest.raises(OutputError, match=r"infinite values in model\.norm\.weight, refused because of strict"):
+        merge(config, tmp_path / "out", shard_size=1, strict=True)
+    assert not (tmp_path / "out" / "config.json").exists()
+    report = merge(config, tmp_path / "out", shard_size=1)
+    assert report.num_resumed == report.num_shards
+    assert report.nonfinite == ("model.norm.weight",)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("threads", 0),
+        ("threads", -1),
+        ("memory", 0),
+        ("memory", "0B"),
+        ("shard_size", 0),
+        ("shard_size", -5),
+        ("seed", -1),
+    ],
+)
+def test_arguments_are_checked_first(argument: str, value: Any, tmp_path: Path) -> None:
+    for function in (plan, partial(merge, out=tmp_path / "out")):
+        with pytest.raises(ConfigError, match=str(value)):
+            function("no config at all", **{argument: value})
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux lists them")
@@ -237,9 +278,11 @@ def test_nothing_is_held_after_a_merge(tmp_path: Path) -> None:
     models = weighted(write_family(tmp_path / "in", 1), (1, 1))
     files = set(Path("/proc/self/fd").iterdir())
     for size in range(3):
+        plan({"merge_method": "linear", "models": models})
+        assert len(set(Path("/proc/self/fd").iterdir()) - files) <= 1  # the directory that is being listed
         merge({"merge_method": "linear", "models": models}, tmp_path / f"{size}", memory=2**24 + size * 2**20)
         assert not any(POOL._free.values())
-        assert len(set(Path("/proc/self/fd").iterdir()) - files) <= 1  # the directory that is being listed
+        assert len(set(Path("/proc/self/fd").iterdir()) - files) <= 1
 
 
 def with_buffers(tensors: Tensors, **buffers: torch.Tensor) -> Tensors:

@@ -159,23 +159,34 @@ def test_manifest(out: Path) -> None:
     assert manifest["raymerge"] == raymerge.__version__
     assert (manifest["seed"], manifest["method"], manifest["config"]) == (0, "linear", TEXT)
     assert manifest["models"] == ["org/one", "./two"]
-    assert {(entry["model"], Path(entry["url"]).name) for entry in manifest["inputs"]} == {
-        ("org/one", "model-00001-of-00002.safetensors"),
-        ("org/one", "model-00002-of-00002.safetensors"),
-        ("./two", "model.safetensors"),
-    }
+    assert manifest["inputs"] == [
+        {"model": model, "file": name, "nbytes": (out.parent / model / name).stat().st_size}
+        for model, name in [
+            ("./two", "model.safetensors"),
+            ("org/one", "model-00001-of-00002.safetensors"),
+            ("org/one", "model-00002-of-00002.safetensors"),
+        ]
+    ]
+    assert str(out.parent) not in (out / MANIFEST).read_text()
+
+
+def test_its_name_does_not_matter(out: Path) -> None:
+    merge(Path("merge.yml"), "another", shard_size="5kB")
+    assert read_files(out) == read_files(out.parent / "another")
 
 
 def test_what_makes_it_loadable_comes_last(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    appeared = []
+    opened, appeared = [], []
     replace = Path.replace
 
     def spy(self: Path, target: Path) -> Path:
+        opened.append(self.relative_to(inputs / "merged").as_posix())
         appeared.append(Path(target).relative_to(inputs / "merged").as_posix())
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", spy)
-    merge(TEXT, inputs / "merged", shard_size="5kB", threads=2)
+    merge(TEXT, inputs / "merged", shard_size="5kB", threads=1)
+    assert {name.partition("/")[0] for name in opened} == {".raymerge"}
     names = [name for name in appeared if not name.startswith(".raymerge/")]
     assert set(names) == read_files(inputs / "merged").keys()
     assert names[-2:] == ["config.json", INDEX]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from raymerge.pipeline import Listener, merge
-from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.types import MergePlan
+from raymerge.pipeline import Listener, merge, plan
+from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.types import MergePlan, ShardResult
 from tests.checkpoints import read_files, write_config, write_llama
 from tests.commands import Cli
 
@@ -22,6 +24,13 @@ def models(tmp_path: Path) -> list[Path]:
         (model / "sub" / f"only-in-{k}.txt").write_text("text")
         (model / f"top-{k}.txt").write_text("text")
     return models
+
+
+class Break(Listener):
+    """Ends a merge after a shard."""
+
+    def finished(self, result: ShardResult) -> None:
+        raise RuntimeError("stopped")
 
 
 def make_config(models: list[Path]) -> dict[str, Any]:
@@ -103,6 +112,8 @@ def test_a_killed_overwrite_can_be_repeated(
         [".git/HEAD"],
         ["models/one/model.safetensors", "models/one/config.json", "README.md"],
         ["model.safetensors", "config.json", "checkpoint-5/model.safetensors"],
+        ["firmware.bin", "thesis.txt"],
+        ["embeddings.safetensors", "notes.txt"],
     ],
     ids="+".join,
 )
@@ -135,6 +146,89 @@ def test_output_and_inputs_may_not_overlap(
     assert "overlap; choose another output directory" in outcome.err
     assert str(tmp_path / where) in outcome.err
     assert read_files(tmp_path / "in") == before
+
+
+def test_inputs_that_give_no_tensors_are_not_overwritten(models: list[Path], tmp_path: Path) -> None:
+    """The base gives config.json and the tokenizer, and is in no slice."""
+    config = {
+        "merge_method": "passthrough",
+        "base_model": str(models[0]),
+        "slices": [{"sources": [{"model": str(models[1]), "layer_range": [0, 2]}]}],
+    }
+    before = read_files(tmp_path)
+    with pytest.raises(ConfigError, match="overlap"):
+        merge(config, models[0], overwrite=True)
+    assert read_files(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("where", ["store", "store/deeper"])
+def test_files_that_inputs_link_to_are_not_overwritten(
+    name: str, where: str, models: list[Path], tmp_path: Path
+) -> None:
+    out = write_llama(tmp_path / "store", 5)
+    (models[0] / "pytorch_model.bin").write_bytes(b"pickled")
+    target = tmp_path / where / name
+    target.parent.mkdir(exist_ok=True)
+    (models[0] / name).replace(target)
+    (models[0] / name).symlink_to(target)
+    before = read_files(tmp_path)
+    with pytest.raises(ConfigError, match=f"m0/{name} overlap"):
+        merge(make_config(models), out, overwrite=True)
+    assert read_files(tmp_path) == before
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("name", ["thesis.txt", "pytorch_model.bin", "sub/notes.txt"])
+def test_overwriting_deletes_only_what_was_made(
+    name: str, is_finished: bool, models: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "merged"
+    if is_finished:
+        merge(make_config(models), out, shard_size=3000)
+    else:
+        with pytest.raises(RuntimeError, match="stopped"):
+            merge(make_config(models), out, shard_size=3000, listener=Break())
+    (out / "sub").mkdir(exist_ok=True)
+    (out / name).write_text("text")
+    before = read_files(out)
+    with pytest.raises(OutputError, match=rf"holds more than a model \({name}\); nothing was deleted"):
+        merge(make_config(models[::-1]), out, overwrite=True)
+    assert read_files(out) == before
+    (out / name).unlink()
+    merge(make_config(models[::-1]), out, overwrite=True)
+    assert not [file for file in read_files(out) if file.startswith(".raymerge")]
+
+
+def test_what_is_left_of_a_journal_is_in_nobodys_way(models: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    (out / ".raymerge").mkdir(parents=True)
+    (out / ".raymerge" / "model.safetensors.json").write_text("{}")
+    merge(make_config(models), out)
+    assert not (out / ".raymerge").exists()
+
+
+def test_room_is_compared_before_any_work(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "merged"
+    config = make_config(models)
+    the_plan = plan(config, shard_size=3000)
+    needed = sum(task.nbytes for task in the_plan.tasks) + sum(file.nbytes for _, file in the_plan.side_files)
+
+    def pretend(free_nbytes: int) -> None:
+        status = SimpleNamespace(f_blocks=9, f_frsize=1, f_bavail=free_nbytes, f_bfree=free_nbytes)
+        monkeypatch.setattr(os, "statvfs", lambda path: status)
+
+    pretend(needed - 1)
+    with pytest.raises(OutputError, match=rf"{needed:,} bytes are still .* {needed - 1:,} are free in {tmp_path};"):
+        merge(config, out, shard_size=3000)
+    assert not out.exists()
+    pretend(needed)
+    with pytest.raises(RuntimeError, match="stopped"):
+        merge(config, out, shard_size=3000, threads=1, listener=Break())
+    pretend(needed - the_plan.tasks[0].nbytes)  # some of it is there by now
+    merge(config, out, shard_size=3000)
+    pretend(5000)
+    merge(config, out, shard_size=3000, overwrite=True)
 
 
 def test_urls(models: list[Path], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -225,10 +226,43 @@ def test_finished_already(config: Path, tmp_path: Path, cli: Cli) -> None:
     assert "was complete already" in outcome.out
     assert identities(out, names) == before
     assert not (out / JOURNAL).exists()
+    report = merge(config, out)
+    assert (report.was_complete, report.num_resumed, report.written_nbytes) == (True, report.num_shards, 0)
+    shard = next(out.glob("*.safetensors"))
+    nbytes = shard.stat().st_size
+    os.truncate(shard, 100)
+    outcome = cli("merge", config, out)
+    assert outcome.code == 2
+    assert f"{shard.name} has 100 bytes instead of {nbytes:,}; give --overwrite to make it again" in outcome.err
     (out / "tokenizer_config.json").unlink()
     outcome = cli("merge", config, out)
     assert outcome.code == 2
     assert "tokenizer_config.json is missing; give --overwrite to make it again" in outcome.err
+
+
+def test_killed_before_the_rest_is_written(
+    config: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All shards are finished: the next run writes what is missing, and says so."""
+    out = tmp_path / "merged"
+    replace = Path.replace
+
+    def break_down(self: Path, target: Path) -> Path:
+        if target.name == "tokenizer_config.json":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", break_down)
+        with pytest.raises(KeyboardInterrupt):
+            merge(config, out)
+    assert_not_loadable(out)
+    assert {path.name for path in out.iterdir() if path.suffix == ".partial"} == set()
+    outcome = cli("merge", config, out)
+    assert outcome.code == 0
+    assert "was complete already" not in outcome.out
+    assert not [name for name in read_files(out) if name.endswith(".partial")]
+    assert verify(out).num_tensors == 273
 
 
 @pytest.mark.parametrize("num_deleted", range(4))

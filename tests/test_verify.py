@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from raymerge.pipeline import Listener, merge, verify
+from raymerge.pipeline.buffers import POOL
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.memory import OUTPUT_BUFFER_NBYTES
 from raymerge.pipeline.types import ShardResult
 from tests.checkpoints import INDEX, read_files, write_llama
 from tests.commands import Cli
@@ -57,6 +61,11 @@ def point_elsewhere(out: Path) -> None:
     (out / MANIFEST).write_text(json.dumps(manifest))
 
 
+def add_file(out: Path, name: str) -> None:
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("{}")
+
+
 def lose_one_and_spoil_another(out: Path) -> None:
     (out / SHARD).unlink()
     flip(out / "README.md", 3)
@@ -76,10 +85,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing shard": (lambda out: (out / SHARD).unlink(), [f"{SHARD}: missing"]),
     "missing tokenizer": (lambda out: (out / "tokenizer_config.json").unlink(), ["tokenizer_config.json: missing"]),
     "missing index": (lambda out: (out / INDEX).unlink(), [f"{INDEX}: missing"]),
-    "extra shard": (
-        lambda out: (out / "model-00007-of-00007.safetensors").write_bytes(b""),
-        ["model-00007-of-00007.safetensors: a file of weights that the manifest does not list"],
-    ),
+    **{
+        f"extra {name}": (
+            partial(add_file, name=name),
+            [f"{name}: a file that the manifest does not list"],
+        )
+        for name in ("model-00007-of-00007.safetensors", "adapter_config.json", "sub/code.py")
+    },
     "config changed": (lambda out: (out / "config.json").write_text("{}"), ["config.json: 2 bytes, "]),
     "index changed": (lambda out: flip(out / INDEX, 50), [f"{INDEX}: sha256 is "]),
     "index points elsewhere": (
@@ -110,6 +122,16 @@ def test_damage_is_found(damage: str, out: Path, cli: Cli) -> None:
     assert not [name for name in unharmed if f"\n  {name}:" in outcome.err]
 
 
+def test_hidden_files_are_in_no_model(out: Path) -> None:
+    add_file(out, ".git/HEAD")
+    assert verify(out).num_tensors == 21
+
+
+def test_threads(out: Path) -> None:
+    with pytest.raises(ConfigError, match="threads is 0"):
+        verify(out, threads=0)
+
+
 def test_unfinished(out: Path, tmp_path: Path, cli: Cli) -> None:
     class Break(Listener):
         def finished(self, result: ShardResult) -> None:
@@ -124,3 +146,13 @@ def test_unfinished(out: Path, tmp_path: Path, cli: Cli) -> None:
     outcome = cli("verify", tmp_path / "absent")
     assert outcome.code == 2
     assert "was not made by raymerge, or is not a model" in outcome.err
+
+
+def test_buffers_left_by_a_verify_are_not_shared_by_the_workers_of_a_merge(out: Path, tmp_path: Path) -> None:
+    buffers = [POOL.acquire(OUTPUT_BUFFER_NBYTES) for _ in range(4)]
+    for buffer in buffers:
+        POOL.release(buffer)
+    models = [{"model": str(tmp_path / f"m{k}")} for k in range(2)]
+    config = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+    merge(config, tmp_path / "again", shard_size=5000, threads=4)
+    assert read_files(tmp_path / "again") == read_files(out)

@@ -59,5 +59,5 @@ def test_what_is_left_out_is_grouped_by_model_and_rule() -> None:
         "b: 6 tensors (model.layers.0.mlp.up_proj.weight, ...): layers in no slice",
         "b: 2 tensors (model.layers.3.mlp.up_proj.weight, ...): layers past the model's own, for multi-token "
         "prediction; slices stack the model's own layers",
-        "b: 1 tensors (model.norm.weight): a rule of its own",
+        "b: 1 tensor (model.norm.weight): a rule of its own",
     )

@@ -28,7 +28,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 
 def read_card(the_plan: MergePlan) -> tuple[dict[str, Any], str]:
     """Return the front matter and the text of a card."""
-    before, front, text = make_card(the_plan, "my-merge").split("---\n", 2)
+    before, front, text = make_card(the_plan).split("---\n", 2)
     assert before == ""
     return yaml.safe_load(front), text
 
@@ -43,7 +43,7 @@ def test_front_matter_is_what_the_hub_reads(models: tuple[str, ...]) -> None:
         "library_name": "transformers",
         "tags": ["merge", "mergekit", "raymerge"],
     }
-    assert text.startswith("# my-merge\n")
+    assert text.startswith("# tuned_1 + tuned-2 (linear)\n")
     assert f"raymerge {__version__}" in text
     assert "[Linear](https://arxiv.org/abs/2203.05482)." in text, "no base is named"
     assert f"- [{models[1]}](https://huggingface.co/{models[1]})" in text
@@ -91,6 +91,21 @@ def test_a_config_with_fences_stays_in_its_own(models: tuple[str, ...]) -> None:
 
 def test_names_that_yaml_would_misread_are_quoted(models: tuple[str, ...]) -> None:
     the_plan = plan({"merge_method": "passthrough", "models": [{"model": models[0]}]})
-    renamed = dataclasses.replace(the_plan, models=(dataclasses.replace(the_plan.models[0], path="0/1"),))
+    model = dataclasses.replace(the_plan.models[0], path="0/1")
+    renamed = dataclasses.replace(the_plan, inputs=(dataclasses.replace(the_plan.inputs[0], model=model),))
     front, _ = read_card(renamed)
     assert front["base_model"] == ["0/1"]
+
+
+def test_the_title_names_a_few_models(tmp_path: Path) -> None:
+    models = [{"model": str(model), "parameters": {"weight": 1}} for model in write_family(tmp_path, 5)]
+    titles = []
+    for number in (1, 4, 5, 6):
+        _, text = read_card(plan({"merge_method": "linear", "models": models[:number]}))
+        titles.append(text.splitlines()[0])
+    assert titles == [
+        "# base (linear)",
+        "# base + tuned1 + tuned2 + tuned3 (linear)",
+        "# base + tuned1 + tuned2 + 2 more (linear)",
+        "# base + tuned1 + tuned2 + 3 more (linear)",
+    ]

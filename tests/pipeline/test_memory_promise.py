@@ -15,10 +15,10 @@ from raymerge.ops.registry import Base, Op, load_ops
 from tests.checkpoints import write_checkpoint, write_config
 
 SLACK_NBYTES = 8 * 2**20
-"""What no plan counts: stacks and allocator arenas of the six threads of two workers, code that is paged in for the
-first time, and the room between the chunks of the allocator; up to 1 MiB was measured."""
+"""What no plan counts: stacks and allocator arenas of the threads, code that is paged in for the first time, and the
+room between the chunks of the allocator."""
 
-MEMORY = "64MiB"
+MEMORY = "32MiB"
 NUM_ELEMENTS = 2**23
 """Of each of two tensors: 16 MiB as stored, 32 MiB in the compute dtype; one copy too many of either is seen."""
 VALUES = {"weight": 1.0, "density": 0.5, "t": 0.5}
@@ -38,10 +38,10 @@ class Keep(Listener):
         self.plan = plan
 
 tiny, large, out, memory = sys.argv[1:]
-merge(Path(tiny), f"{out}/tiny", memory=memory, threads=2)
+merge(Path(tiny), f"{out}/tiny", memory=memory, threads=1)
 before = resident("VmRSS")
 keep = Keep()
-merge(Path(large), f"{out}/large", memory=memory, threads=2, shard_size="16MiB", listener=keep)
+merge(Path(large), f"{out}/large", memory=memory, threads=1, shard_size="16MiB", listener=keep)
 peak = resident("VmHWM")  # ru_maxrss would begin with what the parent had when it started this process
 tasks = keep.plan.tasks
 print(json.dumps({
@@ -95,6 +95,6 @@ def test_peak_memory_is_as_projected(name: str, models: dict[str, list[str]], tm
     )
     assert process.returncode == 0, process.stderr
     figures = json.loads(process.stdout)
-    assert (figures["num_threads"], figures["num_shards"]) == (2, 2)
+    assert (figures["num_threads"], figures["num_shards"]) == (1, 2)
     assert figures["projected"] <= figures["allowed"]
-    assert figures["used"] <= figures["projected"] + SLACK_NBYTES
+    assert figures["projected"] // 2 <= figures["used"] <= figures["projected"] + SLACK_NBYTES

@@ -12,6 +12,7 @@ from raymerge.pipeline.model_config import (
     count_layers,
     dump_config,
     set_dtype,
+    set_no_prediction_layers,
     set_tied,
     stack_layers,
     text_part,
@@ -105,6 +106,22 @@ def test_the_tie_is_stated_at_the_top_and_where_it_was() -> None:
 )
 def test_the_dtype_is_stated_under_the_keys_in_use(config: Json, expected: Json) -> None:
     set_dtype(config, "float32")
+    assert config == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {}),
+        ({"num_nextn_predict_layers": 1}, {"num_nextn_predict_layers": 0}),
+        (
+            {"text_config": {"num_hidden_layers": 2, "num_nextn_predict_layers": 2}},
+            {"text_config": {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}},
+        ),
+    ],
+)
+def test_no_prediction_layers_where_they_are_counted(config: Json, expected: Json) -> None:
+    set_no_prediction_layers(config)
     assert config == expected
 
 
@@ -246,6 +263,16 @@ def test_two_ways_to_say_the_same(one: Json, other: Json) -> None:
 def test_differences_that_change_the_meaning(one: Json, other: Json, shown: tuple[str, ...]) -> None:
     warnings = compare(one, other)
     assert any(all(part in warning for part in shown) for warning in warnings)
+
+
+def test_layer_types_follow_the_layers_of_a_stack() -> None:
+    configs = [(ModelRef(name), {"layer_types": [name], "hidden_act": name}) for name in "ab"]
+    act, types = compare_configs(configs, is_stack=True)
+    assert act.endswith("the output gets a's")
+    assert "layer_types differs" in types
+    assert types.endswith("each layer of the output keeps that of the model it comes from, the first in its slice")
+    (types,) = compare_configs([(ModelRef("c"), {}), configs[0]], is_stack=True)[1:]
+    assert types.endswith("the output gets c's"), "a list that the donor lacks is not made up"
 
 
 def test_the_third_model_is_compared_too() -> None:

@@ -55,7 +55,7 @@ def check_accounts(recipe: Recipe, models: dict[str, Layout]) -> None:
     """Every input tensor is a source of the output or in a group of dropped ones, and none is in both."""
     used = {source for merge in recipe.merges for source in source_names(merge)}
     for model, layout in models.items():
-        counts = [re.match(rf"{model}: (\d+) tensors", line) for line in recipe.dropped]
+        counts = [re.match(rf"{model}: (\d+) tensors? ", line) for line in recipe.dropped]
         num_dropped = sum(int(count[1]) for count in counts if count)
         assert len([name for name in layout.shapes if (model, name) in used]) + num_dropped == len(layout.shapes)
 
@@ -175,7 +175,59 @@ def test_buffers_are_dropped_by_a_rule_also_where_one_model_lacks_them() -> None
         linear("a", "b"), {"a": Layout({**llama().shapes, name: (2,)}, llama().config), "b": llama()}
     )
     assert name not in by_name(recipe)
-    assert recipe.dropped == (f"a: 1 tensors ({name}): a buffer that models compute when they are loaded",)
+    assert recipe.dropped == (f"a: 1 tensor ({name}): a buffer that models compute when they are loaded",)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("h.0.attn.masked_bias", ()),
+        ("h.0.attn.bias", (1, 1, 8, 8)),
+        ("gpt_neox.layers.0.attention.bias", (1, 1, 8, 8)),
+        ("embeddings.position_ids", (1, 8)),
+    ],
+)
+@pytest.mark.parametrize("models", ["ab", "ba"])
+def test_other_buffers_are_dropped_where_one_model_lacks_them(name: str, shape: tuple[int, ...], models: str) -> None:
+    layout = Layout({**llama().shapes, name: shape}, llama().config)
+    recipe = expand_layouts(linear(*models), {"a": layout, "b": llama()})
+    assert name not in by_name(recipe)
+    rule = "a buffer that models compute when they are loaded, and that not all inputs have"
+    assert recipe.dropped == (f"a: 1 tensor ({name}): {rule}",)
+    assert name in by_name(expand_layouts(linear("a", "b"), {"a": layout, "b": layout}))
+
+
+@pytest.mark.parametrize(("name", "shape"), [("h.0.attn.bias", (8,)), ("h.0.attn.c_attn.bias", (1, 1, 8, 8))])
+def test_weights_that_are_called_like_buffers_are_not_dropped(name: str, shape: tuple[int, ...]) -> None:
+    layout = Layout({**llama().shapes, name: shape}, llama().config)
+    with pytest.raises(TensorMismatchError, match=f"{name} is in a, but not in b"):
+        expand_layouts(linear("a", "b"), {"a": layout, "b": llama()})
+
+
+def test_a_checkpoint_with_fewer_layers_than_its_config_states() -> None:
+    cut = Layout(llama(3).shapes, {**llama(3).config, "num_hidden_layers": 28})
+    recipe = expand_layouts(linear("a", "b"), {"a": llama(3), "b": cut})
+    assert recipe.warnings == ("b: config.json states 28 layers, and the checkpoint has 3; is it complete?",)
+
+
+def test_weights_of_both_signs_are_warned_of_once() -> None:
+    def warnings(method: str, weights: list[float], **parameters: object) -> tuple[str, ...]:
+        config = {
+            "merge_method": method,
+            "base_model": "base",
+            "models": [{"model": m, "parameters": {"weight": weight}} for m, weight in zip("ab", weights, strict=True)],
+            "parameters": parameters,
+        }
+        return expand_layouts(config, {name: llama() for name in ("base", "a", "b")}).warnings
+
+    assert warnings("ties", [1.0, -0.999]) == (
+        "7 tensors (lm_head.weight, ...): normalize is true, and weights have both signs ((1.0, -0.999)); where they "
+        "nearly cancel, values get huge: set normalize: false",
+    )
+    assert len(warnings("task_arithmetic", [1.0, -0.999], normalize=True)) == 1
+    assert warnings("task_arithmetic", [1.0, -0.999]) == ()
+    assert warnings("ties", [-1.0, -0.5]) == warnings("ties", [1.0, 0.0]) == ()
+    assert warnings("ties", [1.0, -0.999], normalize=False) == ()
 
 
 def test_deepseek_layout_loses_nothing() -> None:

@@ -48,7 +48,7 @@ def test_a_frankenmerge_of_two_times_24_layers() -> None:
     assert set(recipe.dropped) == {
         f"a: 2 tensors (model.norm.weight, ...): {outside}",
         "a: 24 tensors (model.layers.24.mlp.up_proj.weight, ...): layers in no slice",
-        f"b: 1 tensors (model.embed_tokens.weight): {outside}",
+        f"b: 1 tensor (model.embed_tokens.weight): {outside}",
         "b: 24 tensors (model.layers.0.mlp.up_proj.weight, ...): layers in no slice",
     }
 
@@ -113,6 +113,15 @@ def test_one_model_twice_in_a_slice_takes_the_first_value_for_both() -> None:
     assert parameter(merges[Q.format(1)], "weight") == (3, 3)
     assert source_names(merges[EMBEDDING]) == [("a", EMBEDDING)] * 2
     assert recipe.config["num_hidden_layers"] == 2
+    assert recipe.warnings == (
+        "slices[0]: a is listed more than once, with different parameters; "
+        "the first one's hold for all, as in mergekit",
+    )
+
+
+def test_one_model_twice_in_a_slice_with_the_same_parameters() -> None:
+    config = sliced([source("a", 0, 2, weight=3.0), source("a", 2, 4, weight=3.0)])
+    assert expand_layouts(config, {"a": llama(4)}).warnings == ()
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -170,12 +179,68 @@ def test_layers_of_different_kinds_do_not_merge() -> None:
     assert "model.layers.0.experts.0.w is in b, but not in a" in str(caught.value)
 
 
-def test_models_that_name_their_layers_differently_get_the_donors_names() -> None:
-    a = bare(["h.0.w", "h.1.w"], n_layer=2)
-    b = bare(["model.layers.0.w", "model.layers.1.w"], num_hidden_layers=2)
-    recipe = expand_layouts(passthrough(("a", 0, 2), ("b", 1, 2)), {"a": a, "b": b})
-    assert source_names(by_name(recipe)["h.2.w"]) == [("b", "model.layers.1.w")]
-    assert recipe.config["n_layer"] == 3
+def test_models_that_name_their_layers_differently() -> None:
+    a = bare(["model.layers.0.w", "model.layers.1.w", "model.norm.weight"], num_hidden_layers=2)
+    b = bare([name.replace("model.", "model.language_model.") for name in a.shapes], num_hidden_layers=2)
+    with pytest.raises(
+        TensorMismatchError, match=r"layers are called model.layers.\* in a and model.language_model.layers.\* in b"
+    ):
+        expand_layouts(passthrough(("a", 0, 2), ("b", 1, 2)), {"a": a, "b": b})
+
+
+def resized(layout: Layout, vocab: int, hidden: int, **config: Any) -> Layout:
+    """Return a layout with an embedding and a head of another size."""
+    shapes = {**layout.shapes, EMBEDDING: (vocab, hidden), HEAD: (vocab, hidden)}
+    return Layout(shapes, {**layout.config, **config})
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (llama(4, hidden_size=5), "hidden_size is 4 in a and 5 in b"),
+        (llama(4, vocab_size=9), "vocab_size is 8 in a and 9 in b"),
+        (resized(llama(4), 8, 5), "hidden_size is 4 in a and 5 in b"),
+        (resized(llama(4), 9, 4), "vocab_size is 8 in a and 9 in b"),
+        (llama(4, intermediate_size=7), "intermediate_size is 6 in a and 7 in b"),
+        (llama(4, text_config={"num_hidden_layers": 4, "hidden_size": 5}), "hidden_size is 4 in a and 5 in b"),
+    ],
+)
+@pytest.mark.parametrize("is_stated", [False, True])
+def test_models_of_different_sizes_do_not_stack(other: Layout, message: str, is_stated: bool) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 4, "vocab_size": 8} if is_stated else {}
+    models = {"a": llama(4, intermediate_size=6, **sizes), "b": other}
+    with pytest.raises(TensorMismatchError, match=message):
+        expand_layouts(passthrough(("a", 0, 4), ("b", 2, 4)), models)
+
+
+def test_layers_in_the_middle_may_come_from_a_model_with_another_vocabulary() -> None:
+    models = {"a": llama(4, vocab_size=8), "b": resized(llama(4), 9, 4, vocab_size=9)}
+    recipe = expand_layouts(passthrough(("a", 0, 2), ("b", 1, 3), ("a", 2, 4)), models)
+    assert by_name(recipe)[EMBEDDING].shape == by_name(recipe)[HEAD].shape == (8, 4)
+
+
+def test_sizes_that_differ_from_layer_to_layer_are_not_compared() -> None:
+    models = {m: llama(2, intermediate_size=sizes) for m, sizes in (("a", [6, 7]), ("b", [8, 9]))}
+    recipe = expand_layouts(passthrough(("a", 0, 1), ("b", 1, 2)), models)
+    assert recipe.config["intermediate_size"] == [6, 9]
+
+
+@pytest.mark.parametrize("parts", [(("a", 0, 4),), (("a", 0, 4), ("a", 2, 4))])
+def test_layers_for_prediction_that_slices_leave_out_are_not_counted_any_more(
+    parts: tuple[tuple[str, int, int], ...],
+) -> None:
+    recipe = expand_layouts(passthrough(*parts), {"a": llama(4, past=1, num_nextn_predict_layers=1)})
+    assert recipe.config["num_nextn_predict_layers"] == 0
+    assert recipe.warnings == ()
+    recipe = expand_layouts(passthrough(*parts), {"a": llama(4, num_nextn_predict_layers=1)})
+    assert recipe.config["num_nextn_predict_layers"] == 1, "they are elsewhere, and stay"
+
+
+def test_types_of_layers_follow_the_layers() -> None:
+    models = {m: llama(2, layer_types=[f"{m}0", f"{m}1"]) for m in "ab"}
+    recipe = expand_layouts(passthrough(("a", 0, 1), ("b", 1, 2)), models)
+    assert recipe.config["layer_types"] == ["a0", "b1"]
+    assert "each layer of the output keeps that of the model it comes from" in recipe.warnings[0]
 
 
 def test_vision_towers_come_from_the_first_slice() -> None:

@@ -447,6 +447,24 @@ def test_a_file_system_without_locks(storage: LocalStorage, tmp_path: Path, monk
         storage.lock(str(tmp_path / "lock")).__enter__()
 
 
+@pytest.mark.parametrize("target", ["gone", "there"])
+def test_a_link_in_the_place_of_a_lock(storage: LocalStorage, tmp_path: Path, target: str) -> None:
+    (tmp_path / "there").write_text("content")
+    lock = tmp_path / "lock"
+    lock.symlink_to(target)
+    with pytest.raises(OutputError, match=f"{lock}: a link, and a lock is needed there; delete the link"):
+        storage.lock(str(lock)).__enter__()
+    assert (tmp_path / "there").read_text() == "content"
+
+
+def test_a_lock_that_is_deleted_whenever_it_is_made(
+    storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_storage, "is_at", lambda *_: False)
+    with pytest.raises(OutputError, match="lock: deleted each of the 1,000 times that it was made; wait"):
+        storage.lock(str(tmp_path / "lock")).__enter__()
+
+
 def test_a_lock_where_nothing_can_be_made(storage: LocalStorage) -> None:
     with pytest.raises(OutputError, match="cannot be created"):
         storage.lock("/proc/nowhere/out/lock").__enter__()

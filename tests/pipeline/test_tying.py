@@ -92,7 +92,7 @@ def test_all_tied_gives_no_head_and_keeps_the_flag(layout: Layout) -> None:
 def test_a_stored_head_that_loaders_ignore_is_reported() -> None:
     recipe = merge(TIED_STORED, TIED)
     assert len(recipe.dropped) == 1
-    assert recipe.dropped[0].startswith(f"a: 1 tensors ({HEAD})")
+    assert recipe.dropped[0].startswith(f"a: 1 tensor ({HEAD})")
     assert "tie_word_embeddings is true" in recipe.dropped[0]
 
 
