@@ -15,9 +15,9 @@ _NUM_LOW = 2**16
 _NUM_HIGH = 2**15
 """Without the sign, 15 high bits are left."""
 
-SELECTION_NBYTES = _NUM_LOW * 8 + 2 * _NUM_LOW * 4
+SELECTION_NBYTES = _NUM_LOW * 8 + 3 * _NUM_LOW * 4
 """What a selection holds: a table of counts, and low bits waiting to be counted."""
-SELECTION_TEMPORARY_NBYTES = 4 * _NUM_LOW * 8
+SELECTION_TEMPORARY_NBYTES = 6 * _NUM_LOW * 8
 """Besides, while a block is counted: a second table, indices, and copies."""
 
 

@@ -38,7 +38,6 @@ class Slerp(Kernel):
 
     t: float
     num_passes: int = 1
-    block_elements = 2**16
 
     def num_scratch(self, num_sources: int) -> int:
         """Three to measure: both sources, and their products."""

@@ -40,7 +40,6 @@ class SparseDeltas(Kernel):
     """Give each thinned delta the sum of absolute values that it had before."""
     scale: float
     """What the YAML calls lambda."""
-    block_elements = 2**16
 
     @property
     def num_passes(self) -> int:

@@ -55,7 +55,7 @@ def expected(
 
 @pytest.mark.parametrize(
     ("threads", "memory", "is_streamed"),
-    [(1, "16MiB", True), (2, "32MiB", True), (4, "64MiB", True), (2, "4GiB", False), (4, "4GiB", False)],
+    [(1, "18MiB", True), (2, "36MiB", True), (4, "72MiB", True), (2, "4GiB", False), (4, "4GiB", False)],
 )
 def test_threads_and_memory(
     threads: int, memory: str, is_streamed: bool, expected: tuple[dict[str, Any], dict[str, bytes]], tmp_path: Path
