@@ -207,7 +207,7 @@ def _find_deletable(storage: Storage, out: str) -> list[str]:
         known = manifest.files.keys() | {MANIFEST}
     else:
         known = {name for name in visible if "/" not in name}
-        if storage.list(out) and not _is_model(known):
+        if visible and not _is_model(known):
             raise OutputError(f"{out} is not empty and does not look like a model; nothing was deleted")
     others = [name for name in visible if name not in known]
     if others:

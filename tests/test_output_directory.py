@@ -269,3 +269,9 @@ def test_a_donor_that_changes_during_the_merge(models: list[Path], tmp_path: Pat
     with pytest.raises(OSError, match=r"tokenizer_config\.json: changed since the plan was made"):
         merge(make_config(models), tmp_path / "merged", listener=ChangeTokenizer())
     assert not (tmp_path / "merged" / "config.json").exists()
+
+
+def test_overwrite_where_there_is_nothing(models: list[Path], tmp_path: Path, cli: Cli) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(models))
+    assert cli("merge", config, tmp_path / "new", "-q", "--overwrite").code == 0
+    assert cli("verify", tmp_path / "new").code == 0
