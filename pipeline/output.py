@@ -207,7 +207,8 @@ def _find_deletable(storage: Storage, out: str) -> list[str]:
         known = manifest.files.keys() | {MANIFEST}
     else:
         known = {name for name in visible if "/" not in name}
-        if visible and not _is_model(known):
+        is_empty = all(name.startswith(f"{DIRECTORY}/") for name in storage.list(out))
+        if not is_empty and not _is_model(known):
             raise OutputError(f"{out} is not empty and does not look like a model; nothing was deleted")
     others = [name for name in visible if name not in known]
     if others:
