@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -33,11 +34,26 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted. What is finished is kept: run the same command again to go on.", err=True)
         sys.exit(130)
+    except Exception:
+        from raymerge.pipeline.redact import redact
+
+        click.echo(redact(traceback.format_exc()), err=True, nl=False)
+        sys.exit(1)
+
+
+_storage_option = click.option(
+    "--storage",
+    type=click.Choice(["auto", "fsspec"]),
+    default="auto",
+    show_default=True,
+    help="What serves s3://, gs://, az:// and http(s)://.",
+)
 
 
 def _merge_options(command: _F) -> _F:
     """Add the options that plan and merge share."""
     for option in (
+        _storage_option,
         click.option("--strict", is_flag=True, help="Make doubtful settings errors instead of warnings."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For random methods."),
         click.option(
@@ -77,6 +93,7 @@ def plan(
     shard_size: str | None,
     seed: int,
     strict: bool,
+    storage: Literal["auto", "fsspec"],
     as_json: bool,
     save: Path | None,
     verbose: bool,
@@ -85,7 +102,9 @@ def plan(
     from raymerge.pipeline import driver
     from raymerge.pipeline.plan_report import plan_json, save_table
 
-    result = driver.plan(config, memory=memory, threads=threads, shard_size=shard_size, seed=seed, strict=strict)
+    result = driver.plan(
+        config, memory=memory, threads=threads, shard_size=shard_size, seed=seed, strict=strict, storage=storage
+    )
     if save is not None:
         save_table(result, save)
     if as_json:
@@ -106,6 +125,9 @@ def _print_plan(plan: MergePlan, *, verbose: bool) -> None:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path())
 @_merge_options
+@click.option(
+    "--private/--public", default=True, show_default=True, help="How to make a Hub repository that is not there yet."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a model that is in OUT.")
 @click.option("--dry-run", is_flag=True, help="Plan, look at OUT, print, and stop.")
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
@@ -118,16 +140,27 @@ def merge(
     shard_size: str | None,
     seed: int,
     strict: bool,
+    storage: Literal["auto", "fsspec"],
+    private: bool,
     overwrite: bool,
     dry_run: bool,
     verbose: bool,
     quiet: bool,
 ) -> None:
-    """Merge the models of CONFIG into the directory OUT; run it again to finish an interrupted merge."""
+    """Merge the models of CONFIG into OUT, a directory or URL; run it again to finish an interrupted merge."""
     from raymerge.pipeline import driver
 
     if dry_run:
-        result = driver.plan(config, memory=memory, threads=threads, shard_size=shard_size, seed=seed, strict=strict)
+        result = driver.plan(
+            config,
+            memory=memory,
+            threads=threads,
+            shard_size=shard_size,
+            seed=seed,
+            strict=strict,
+            storage=storage,
+            out=out,
+        )
         driver.check_output(result, out, overwrite=overwrite)
         if not quiet:
             _print_plan(result, verbose=verbose)
@@ -144,6 +177,8 @@ def merge(
             shard_size=shard_size,
             seed=seed,
             strict=strict,
+            storage=storage,
+            private=private,
             overwrite=overwrite,
             listener=display,
         )
@@ -159,6 +194,10 @@ def merge(
         f"wrote {format_nbytes(report.written_nbytes)} in {report.seconds:.1f} s; "
         f"peak memory {format_nbytes(report.peak_rss)}"
     )
+    if report.faults:
+        click.echo("Failures on the way, all got over:")
+        for what, count in report.faults:
+            click.echo(f"  {count} x {what}")
 
 
 @commands.command()
@@ -166,12 +205,13 @@ def merge(
 @click.option(
     "--threads", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Files read at once."
 )
-def verify(out: str, threads: int) -> None:
+@_storage_option
+def verify(out: str, threads: int, storage: Literal["auto", "fsspec"]) -> None:
     """Compare every file of a merged model with its checksum, and the index with the shards."""
     from raymerge.pipeline.sizes import format_nbytes
     from raymerge.pipeline.verify import verify as check
 
-    report = check(out, threads=threads)
+    report = check(out, threads=threads, storage=storage)
     click.echo(
         f"{out} is sound: {report.num_files} files, {report.num_tensors} tensors, {format_nbytes(report.nbytes)}"
     )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from raymerge.cluster.fork_runner import make_local_runner
-from raymerge.cluster.runner import Progress, Resources
+from raymerge.cluster.process_runner import StartMethod, make_local_runner
+from raymerge.cluster.runner import Progress, Resources, Runner
 from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.config import load_config
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.journal import Journal
+from raymerge.pipeline.memory import Transfer
 from raymerge.pipeline.model_config import dump_config
 from raymerge.pipeline.output import (
     OutputState,
@@ -30,11 +33,24 @@ from raymerge.pipeline.plan import Limits, make_fingerprint, make_tasks
 from raymerge.pipeline.recipe import expand
 from raymerge.pipeline.sizes import DEFAULT_MEMORY, parse_nbytes
 from raymerge.pipeline.sources import CONFIG, INDEX, Checkpoint, resolve_models
-from raymerge.pipeline.storage import storage_for
+from raymerge.pipeline.storage import (
+    Lock,
+    Sharing,
+    Storage,
+    StorageSettings,
+    configure_storages,
+    open_storages,
+    storage_for,
+    storage_settings,
+)
+from raymerge.pipeline.stores.retry import FAULTS
 from raymerge.pipeline.types import InputModel, MergePlan, MergeReport, ShardResult, ShardTask
 
 Config = Path | str | Mapping[str, Any]
 """A YAML file, YAML text, or its content."""
+
+Library = Literal["auto", "fsspec"]
+"""What serves object stores and the web."""
 
 
 class Listener:
@@ -61,6 +77,8 @@ def plan(
     shard_size: str | int | None = None,
     seed: int = 0,
     strict: bool = False,
+    storage: Library = "auto",
+    out: str | Path | None = None,
 ) -> MergePlan:
     """Work out everything that a merge will do, reading headers only.
 
@@ -71,6 +89,9 @@ def plan(
         shard_size: largest output file: bytes, or text such as `5GB`; by default it follows from the output's size.
         seed: for methods that draw random numbers.
         strict: whether doubtful settings are errors instead of warnings.
+        storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
+        out: where the output will go, as a path or URL; it decides how much memory writing takes. A local directory by
+            default.
 
     Raises:
         RaymergeError: whatever would go wrong later, as far as it can be known now.
@@ -80,12 +101,13 @@ def plan(
     limits = _make_limits(memory, threads, shard_size)
     if seed < 0:
         raise ConfigError(f"seed is {seed}; it must be 0 or more")
+    _configure(storage, private=storage_settings().private)
     merge_config = load_config(config, strict=strict)
-    with ExitStack() as opened:
-        for model in merge_config.referenced_models:
-            opened.enter_context(closing(storage_for(model.path)))
+    with open_storages():
         checkpoints = resolve_models(merge_config.referenced_models)
         recipe = expand(merge_config, checkpoints, stored_tensors(build_index(checkpoints)))
+    target = storage_for("." if out is None else str(out))
+    limits = replace(limits, transfer=_measure_transfer([storage_for(c.url) for c in checkpoints], target))
     tasks, num_threads = make_tasks(recipe.merges, seed, limits)
     config_json = dump_config(recipe.config)
     side_files = checkpoints[0].side_files
@@ -116,6 +138,8 @@ def merge(
     shard_size: str | int | None = None,
     seed: int = 0,
     strict: bool = False,
+    storage: Library = "auto",
+    private: bool = True,
     overwrite: bool = False,
     listener: Listener | None = None,
 ) -> MergeReport:
@@ -123,12 +147,14 @@ def merge(
 
     Args:
         config: a mergekit YAML file, its text, or its content.
-        out: the output directory, as a path or a file:// URL.
+        out: the output directory, as a path or URL.
         memory: for tensors and scratch of all threads together: bytes, or text such as `4GiB`.
         threads: shards in work at once; by default one for each core.
         shard_size: largest output file: bytes, or text such as `5GB`; by default it follows from the output's size.
         seed: for methods that draw random numbers.
         strict: whether doubtful settings, and NaN or infinity in the output, are errors instead of warnings.
+        storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
+        private: whether a repository that is made on the Hub is private.
         overwrite: whether a model that is in `out` may be replaced.
         listener: told how it goes, in the caller's thread.
 
@@ -139,23 +165,32 @@ def merge(
 
     start = time.perf_counter()
     listener = listener or Listener()
-    the_plan = plan(config, memory=memory, threads=threads, shard_size=shard_size, seed=seed, strict=strict)
-    target = check_output(the_plan, out, overwrite=overwrite)
-    listener.planned(the_plan)
-    with (
-        closing(storage_for(target)),
-        closing(POOL),
-        open_output(target, the_plan.fingerprint, list_outputs(the_plan), overwrite=overwrite) as state,
-    ):
-        if state is OutputState.COMPLETE:
-            nonfinite = read_manifest(target).nonfinite
-            _check_finite(nonfinite, strict=strict)
-            return _report(the_plan, target, [], start, nonfinite, was_complete=True)
-        return _carry_out(the_plan, target, listener, start, strict=strict)
+    FAULTS.drain()
+    _configure(storage, private=private)
+    the_plan = plan(
+        config,
+        memory=memory,
+        threads=threads,
+        shard_size=shard_size,
+        seed=seed,
+        strict=strict,
+        storage=storage,
+        out=out,
+    )
+    with open_storages(), closing(POOL):
+        target = check_output(the_plan, out, overwrite=overwrite)
+        listener.planned(the_plan)
+        outputs = list_outputs(the_plan)
+        with open_output(target, the_plan.fingerprint, outputs, overwrite=overwrite) as (state, lock):
+            if state is OutputState.COMPLETE:
+                nonfinite = read_manifest(target).nonfinite
+                _check_finite(nonfinite, strict=strict)
+                return _report(the_plan, target, [], start, nonfinite, was_complete=True)
+            return _carry_out(the_plan, target, lock, listener, start, strict=strict)
 
 
 def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -> str:
-    """Make sure that a plan can be carried out in a directory, without writing anything; return its absolute path.
+    """Make sure that a plan can be carried out in a directory, without writing anything; return its absolute URL.
 
     Raises:
         RaymergeError: it overlaps with an input, holds something else, or has no room.
@@ -168,35 +203,41 @@ def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -
     return target
 
 
-def _carry_out(plan: MergePlan, out: str, listener: Listener, start: float, *, strict: bool) -> MergeReport:
+def _carry_out(plan: MergePlan, out: str, lock: Lock, listener: Listener, start: float, *, strict: bool) -> MergeReport:
     from raymerge.pipeline.execute import run_shard  # torch: only where tensors are merged
     from raymerge.pipeline.stitch import find_nonfinite, stitch
-    from raymerge.pipeline.verify import hash_shard
+    from raymerge.pipeline.verify import check_shard
 
     journal = Journal(out, plan.fingerprint)
-    runner = make_local_runner(plan.num_threads)
+    runner = _make_runner(plan, out)
+    settings = storage_settings()
     recorded = journal.read_records(plan.tasks)
     resumed = [
         result
-        for result, sha256 in runner.run(
-            partial(hash_shard, out=out),
+        for result, is_sound in runner.run(
+            partial(check_shard, out=out, settings=settings),
             recorded,
             [Resources(mem_nbytes=0, cost=result.nbytes) for result in recorded],
             lambda progress: None,
         )
-        if sha256 == result.sha256
+        if is_sound
     ]
     listener.resumed(resumed)
     kept = {result.file for result in resumed}
     todo = [task for task in plan.tasks if task.file not in kept]
     results = []
     for result in runner.run(
-        partial(run_shard, journal=journal), todo, [_resources(task) for task in todo], listener.progressed
+        partial(run_shard, journal=journal, settings=settings),
+        todo,
+        [_resources(task) for task in todo],
+        listener.progressed,
     ):
         listener.finished(result)
         results.append(result)
+        lock.check()
     nonfinite = find_nonfinite([*resumed, *results])
     _check_finite(nonfinite, strict=strict)
+    lock.check()
     stitch(plan, [*resumed, *results], journal)
     return _report(plan, out, results, start, nonfinite, was_complete=False)
 
@@ -229,9 +270,40 @@ def _report(
         written_nbytes=sum(result.nbytes for result in results),
         seconds=time.perf_counter() - start,
         peak_rss=max((result.peak_rss for result in results), default=0),
+        faults=_add_up([FAULTS.drain(), *(result.faults for result in results)]),
         warnings=plan.warnings,
         nonfinite=nonfinite,
     )
+
+
+def _make_runner(plan: MergePlan, out: str) -> Runner:
+    """Return what runs the tasks on this machine: as the storages that they use allow it."""
+    sharing = {storage_for(url).sharing for url in (out, *(item.url for item in plan.inputs))}
+    if Sharing.THREADS in sharing:
+        start_method = StartMethod.THREAD
+    elif Sharing.FRESH in sharing:
+        start_method = StartMethod.FRESH
+    else:
+        start_method = StartMethod.FORK
+    return make_local_runner(plan.num_threads, start_method, preload=("raymerge.pipeline.execute",))
+
+
+def _measure_transfer(inputs: Sequence[Storage], output: Storage) -> Transfer:
+    return Transfer(
+        num_buffers=2 if any(storage.is_remote for storage in inputs) else 1,
+        nbytes=sum(storage.read_nbytes for storage in dict.fromkeys(inputs)) + output.write_nbytes,
+    )
+
+
+def _configure(storage: Library, *, private: bool) -> None:
+    configure_storages(StorageSettings(storage, private))
+
+
+def _add_up(counts: Iterable[tuple[tuple[str, int], ...]]) -> tuple[tuple[str, int], ...]:
+    total: Counter[str] = Counter()
+    for pairs in counts:
+        total.update(dict(pairs))
+    return tuple(sorted(total.items()))
 
 
 def _names(checkpoint: Checkpoint) -> tuple[str, ...]:

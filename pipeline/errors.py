@@ -1,27 +1,39 @@
 """What can be wrong with a merge: config, checkpoints, limits, reading, writing."""
 
 from raymerge import RaymergeError
+from raymerge.pipeline.redact import redact
 
 
-class ConfigError(RaymergeError, ValueError):
-    """The YAML says something that cannot be; the message names the YAML path."""
+class MergeError(RaymergeError):
+    """What all of these are; credentials never get into their messages."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
-class CheckpointError(RaymergeError, ValueError):
+class ConfigError(MergeError, ValueError):
+    """The YAML, an option or a URL says something that cannot be; the message names the YAML path."""
+
+
+class CheckpointError(MergeError, ValueError):
     """An input checkpoint is malformed or incomplete."""
 
 
-class TensorMismatchError(RaymergeError, ValueError):
+class TensorMismatchError(MergeError, ValueError):
     """Inputs do not fit together: presence, shapes or dtypes of a tensor."""
 
 
-class MemoryLimitError(RaymergeError, ValueError):
+class MemoryLimitError(MergeError, ValueError):
     """The plan needs more memory than it is allowed."""
 
 
-class FetchError(RaymergeError, OSError):
+class FetchError(MergeError, OSError):
     """Bytes of an input could not be read, or have changed since the plan was made."""
 
 
-class OutputError(RaymergeError, OSError):
+class OutputError(MergeError, OSError):
     """The output could not be written, is in use, or is not what it should be."""
+
+
+class CorruptedError(OutputError):
+    """A store has something else than what was sent to it; sending it again may help."""

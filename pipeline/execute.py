@@ -15,66 +15,91 @@ from raymerge.cluster.runner import Progress, Report
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.registry import find_op
 from raymerge.pipeline.dtypes import DTYPES
-from raymerge.pipeline.errors import TensorMismatchError
+from raymerge.pipeline.errors import CorruptedError, TensorMismatchError
 from raymerge.pipeline.fetch import Filled, fetch_windows
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.memory import measure_demand
 from raymerge.pipeline.shard_writer import ShardWriter
-from raymerge.pipeline.storage import storage_for
+from raymerge.pipeline.storage import StorageSettings, configure_storages, storage_for
+from raymerge.pipeline.stores.retry import FAULTS, one_line
 from raymerge.pipeline.tensor_merge import COPY
-from raymerge.pipeline.types import ShardResult, ShardTask, TensorMerge
+from raymerge.pipeline.types import ShardResult, ShardTask, StoredFile, TensorMerge
 from raymerge.pipeline.windows import make_fetches
 
 COMPUTE_DTYPE = torch.float32
 
 
-def run_shard(task: ShardTask, report: Report, *, journal: Journal) -> ShardResult:
-    """Make one output file and enter it in the journal.
+_MAX_ATTEMPTS = 6
+"""At a shard that a store keeps corrupting."""
+
+
+def run_shard(task: ShardTask, report: Report, *, journal: Journal, settings: StorageSettings) -> ShardResult:
+    """Make one output file and enter it in the journal; once more where a store has something else than it was sent.
 
     Args:
         task: what to make.
         report: called often; raises if the run is to end.
         journal: of the output.
+        settings: of the storages.
 
     Raises:
         FetchError: an input could not be read, or has changed.
         OutputError: the output could not be written.
         TensorMismatchError: tensors that are not floating-point differ between the inputs.
     """
+    configure_storages(settings)
     torch.set_num_threads(1)
     start = time.perf_counter()
-    storage = storage_for(task.merges[0].sources[0].file.url)
+    for attempt in range(1, _MAX_ATTEMPTS + 1):
+        done = Progress(0, 0)
+
+        def count(progress: Progress) -> None:
+            nonlocal done
+            done = Progress(done.read_nbytes + progress.read_nbytes, done.written_nbytes + progress.written_nbytes)
+            report(progress)
+
+        try:
+            file, sha256, nonfinite = _make_shard(task, count, journal)
+            break
+        except CorruptedError as error:
+            if attempt == _MAX_ATTEMPTS:
+                raise
+            FAULTS.note(journal.out, "write", one_line(error))
+            report(Progress(0, -done.written_nbytes))
+    result = ShardResult(
+        file=task.file,
+        nbytes=task.nbytes,
+        sha256=sha256,
+        etag=file.etag,
+        nonfinite=nonfinite,
+        read_nbytes=done.read_nbytes,
+        seconds=time.perf_counter() - start,
+        peak_rss=peak_rss(),
+        faults=FAULTS.drain(),
+    )
+    journal.record(result)
+    return result
+
+
+def _make_shard(task: ShardTask, report: Report, journal: Journal) -> tuple[StoredFile, str, tuple[str, ...]]:
+    """Return the file as it is stored, its sha256, and the tensors with NaN or infinity."""
     writer = journal.open_shard(task)
     shard = ShardWriter(writer)
     try:
         shard.append_bytes(task.header)
         merger = _ShardMerger(task, shard)
-        read_nbytes = 0
-        with closing(fetch_windows(storage, make_fetches(task), task.buffer_nbytes)) as windows:
+        with closing(fetch_windows(make_fetches(task), task.buffer_nbytes, task.num_buffers)) as windows:
             for filled in windows:
                 before = shard.nbytes
                 merger.add(filled)
-                progress = Progress(sum(len(view) for view in filled.views), shard.nbytes - before)
-                read_nbytes += progress.read_nbytes
-                report(progress)
+                report(Progress(sum(len(view) for view in filled.views), shard.nbytes - before))
         sha256 = shard.finish()
         for file in dict.fromkeys(source.file for merge in task.merges for source in merge.sources):
-            storage.check_unchanged(file)
+            storage_for(file.url).check_unchanged(file)
     except BaseException:
         shard.abort()
         raise
-    writer.commit()
-    result = ShardResult(
-        file=task.file,
-        nbytes=task.nbytes,
-        sha256=sha256,
-        nonfinite=tuple(merger.nonfinite),
-        read_nbytes=read_nbytes,
-        seconds=time.perf_counter() - start,
-        peak_rss=peak_rss(),
-    )
-    journal.record(result)
-    return result
+    return writer.commit(), sha256, tuple(merger.nonfinite)
 
 
 def peak_rss() -> int:

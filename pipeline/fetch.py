@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
 from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.memory import aligned
-from raymerge.pipeline.storage import ByteRange, Storage
+from raymerge.pipeline.storage import Buffer, ByteRange, Storage, storage_for
 from raymerge.pipeline.windows import Fetch, Window
 
 
@@ -21,23 +23,75 @@ class Filled:
     """Each source's bytes of the window, in order; valid until the next window is asked for."""
 
 
-def fetch_windows(storage: Storage, fetches: Iterable[Fetch], buffer_nbytes: int) -> Generator[Filled, None, None]:
-    """Yield a task's windows, filled; while one is merged, the storage already knows what is read next.
+def fetch_windows(fetches: Iterable[Fetch], buffer_nbytes: int, num_buffers: int) -> Generator[Filled, None, None]:
+    """Yield a task's windows, filled.
 
-    Reading and merging are done by the same thread, so that bytes are still in its core's cache when they are merged.
+    With one buffer, reading and merging are done by the same thread, so that bytes are still in its core's cache when
+    they are merged, and storages are told what is read next. With two, a thread fills one while the other is merged:
+    right where reading is waiting.
+
+    Args:
+        fetches: in order.
+        buffer_nbytes: size of a buffer; no fetch is larger.
+        num_buffers: 1 or 2.
 
     Raises:
         FetchError: a range could not be read, or its file has changed.
     """
-    buffer = POOL.acquire(max(1, buffer_nbytes))
+    filling = _fill_ahead if num_buffers > 1 else _fill_in_turn
+    with _buffers(buffer_nbytes, num_buffers) as buffers:
+        yield from filling(fetches, buffers)
+
+
+def _fill_in_turn(fetches: Iterable[Fetch], buffers: list[Buffer]) -> Iterator[Filled]:
+    for fetch, following in pairwise(chain(fetches, [()])):
+        windows = _fill(fetch, buffers[0])
+        for storage, ranges in _by_storage(_ranges(following)).items():
+            storage.will_read(ranges)
+        yield from windows
+
+
+def _fill_ahead(fetches: Iterable[Fetch], buffers: list[Buffer]) -> Iterator[Filled]:
+    with ThreadPoolExecutor(1, thread_name_prefix="fetch") as reader:
+        waiting: Future[list[Filled]] | None = None
+        windows: Future[list[Filled]] | None
+        for number, fetch in enumerate(fetches):
+            windows, waiting = waiting, reader.submit(_fill, fetch, buffers[number % 2])
+            if windows is not None:
+                yield from windows.result()
+        if waiting is not None:
+            yield from waiting.result()
+
+
+@contextmanager
+def _buffers(nbytes: int, count: int) -> Iterator[list[Buffer]]:
+    acquired = [POOL.acquire(max(1, nbytes)) for _ in range(count)]
     try:
-        for fetch, following in pairwise(chain(fetches, [()])):
-            windows = _lay_out(fetch, memoryview(buffer))
-            storage.read_into(_ranges(fetch), [view for filled in windows for view in filled.views])
-            storage.will_read(_ranges(following))
-            yield from windows
+        yield [memoryview(buffer) for buffer in acquired]
     finally:
-        POOL.release(buffer)
+        for buffer in acquired:
+            POOL.release(buffer)
+
+
+def _fill(fetch: Fetch, buffer: Buffer) -> list[Filled]:
+    windows = _lay_out(fetch, buffer)
+    views = [view for filled in windows for view in filled.views]
+    ranges = _ranges(fetch)
+    by_storage = _by_storage(ranges)
+    if len(by_storage) == 1:
+        next(iter(by_storage)).read_into(ranges, views)
+        return windows
+    for storage, own in by_storage.items():
+        positions = [k for k, item in enumerate(ranges) if storage_for(item.file.url) is storage]
+        storage.read_into(own, [views[k] for k in positions])
+    return windows
+
+
+def _by_storage(ranges: Iterable[ByteRange]) -> dict[Storage, list[ByteRange]]:
+    found: dict[Storage, list[ByteRange]] = {}
+    for item in ranges:
+        found.setdefault(storage_for(item.file.url), []).append(item)
+    return found
 
 
 def _ranges(fetch: Fetch) -> list[ByteRange]:

@@ -46,11 +46,11 @@ class Journal:
         """Begin a shard; until it is committed it lies in the journal's directory."""
         return self.open_file(task.file, task.nbytes)
 
-    def open_file(self, name: str, nbytes: int) -> Writer:
-        """Begin an output file; until it is committed it lies in the journal's directory."""
+    def open_file(self, name: str, nbytes: int, *, exclusive: bool = False) -> Writer:
+        """Begin an output file; where a store cannot hide it until it is committed, the journal's directory does."""
         partial = name.replace("/", "_")
         return storage_for(self.out).open_writer(
-            f"{self.out}/{name}", nbytes, f"{self.out}/{DIRECTORY}/{partial}.partial"
+            f"{self.out}/{name}", nbytes, f"{self.out}/{DIRECTORY}/{partial}.partial", exclusive=exclusive
         )
 
     def record(self, result: ShardResult) -> None:
@@ -67,7 +67,7 @@ class Journal:
                 record = json.loads(content)
                 if record.pop("fingerprint") != self.fingerprint:
                     continue
-                result = ShardResult(**{**record, "nonfinite": tuple(record["nonfinite"])})
+                result = ShardResult(**{**record, "nonfinite": tuple(record["nonfinite"]), "faults": ()})
                 found = storage.stat(f"{self.out}/{task.file}").nbytes
                 if result.file == task.file and found == result.nbytes == task.nbytes:
                     results.append(result)

@@ -67,40 +67,53 @@ def measure_demand(merge: TensorMerge) -> Demand:
     )
 
 
-def choose_buffer_nbytes(demands: Collection[Demand], worker_mem: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What reading and writing take, in each worker."""
+
+    num_buffers: int = 1
+    """Input buffers: 2 where the next is filled while one is merged."""
+    nbytes: int = 0
+    """Memory that the storages take besides."""
+
+
+def choose_buffer_nbytes(demands: Collection[Demand], worker_mem: int, transfer: Transfer) -> int:
     """Return the size of one input buffer for tensors with these demands.
 
     Args:
         demands: of all tensors.
         worker_mem: what one worker may use, in bytes.
+        transfer: of each worker.
 
     Returns:
         As much as is useful and fits; less than `max(block_nbytes)` where the memory does not suffice.
     """
     working = max(demand.working_nbytes for demand in demands)
     useful = max(MAX_BUFFER_NBYTES, *(demand.block_nbytes for demand in demands))
-    return min(useful, worker_mem - working - 2 * OUTPUT_BUFFER_NBYTES)
+    room = worker_mem - working - 2 * OUTPUT_BUFFER_NBYTES - transfer.nbytes
+    return min(useful, room // transfer.num_buffers // ALIGNMENT * ALIGNMENT)
 
 
-def project_mem(demands: Iterable[Demand], buffer_nbytes: int) -> int:
-    """Return the peak memory of a task for tensors and scratch, in bytes."""
+def project_mem(demands: Iterable[Demand], buffer_nbytes: int, transfer: Transfer) -> int:
+    """Return the peak memory of a task for tensors, scratch and transfers, in bytes."""
     working = max(demand.working_nbytes for demand in demands)
-    return buffer_nbytes + working + 2 * OUTPUT_BUFFER_NBYTES
+    return transfer.num_buffers * buffer_nbytes + working + 2 * OUTPUT_BUFFER_NBYTES + transfer.nbytes
 
 
-def check_fits(demands: Mapping[str, Demand], allowed_mem: int) -> None:
+def check_fits(demands: Mapping[str, Demand], allowed_mem: int, transfer: Transfer) -> None:
     """Refuse tensors that even one worker cannot merge with all of the memory.
 
     Args:
         demands: by the tensor's name.
         allowed_mem: in bytes.
+        transfer: of each worker.
 
     Raises:
         MemoryLimitError: naming the most demanding tensor, both figures and the smallest limit that works.
     """
-    needed = project_mem(demands.values(), max(demand.block_nbytes for demand in demands.values()))
+    needed = project_mem(demands.values(), max(demand.block_nbytes for demand in demands.values()), transfer)
     if needed > allowed_mem:
-        name = max(demands, key=lambda name: project_mem([demands[name]], demands[name].block_nbytes))
+        name = max(demands, key=lambda name: project_mem([demands[name]], demands[name].block_nbytes, transfer))
         raise MemoryLimitError(
             f"{name} needs {format_memory(needed)} for one block of each source with scratch and output buffers, "
             f"and {format_memory(allowed_mem)} are allowed; "

@@ -1,9 +1,10 @@
-"""Names of models as mergekit writes them: `path[@revision][+lora]`, or a mapping."""
+"""Names of models as mergekit writes them: `path[@revision][+lora]`, or a mapping; and URLs."""
 
 from __future__ import annotations
 
 from raymerge.pipeline.place import Place, shown
 from raymerge.pipeline.types import ModelRef
+from raymerge.pipeline.urls import is_url, scheme_of
 
 MAPPING_FORM = "{model: {path: ..., revision: ...}}"
 """Says what the string form cannot: a path with `@` or `+` in it."""
@@ -39,6 +40,8 @@ def parse_model_ref(place: Place) -> ModelRef:
 
 
 def _parse_string(place: Place, name: str) -> ModelRef:
+    if is_url(name) and scheme_of(name) != "hf":
+        return ModelRef(name)  # no revisions there, and both signs may be part of it
     hint = f"; if the sign is part of the path, write {MAPPING_FORM}"
     model, plus, _ = name.partition("+")
     if plus:

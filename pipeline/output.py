@@ -11,10 +11,9 @@ from pathlib import Path
 
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.journal import DIRECTORY, LOCK, Journal, read_begun
-from raymerge.pipeline.local_storage import local_path
 from raymerge.pipeline.sources import CONFIG, INDEX
-from raymerge.pipeline.storage import Storage, storage_for
-from raymerge.pipeline.types import InputModel, OutputFile
+from raymerge.pipeline.storage import Lock, Storage, storage_for
+from raymerge.pipeline.types import InputModel, OutputFile, StoredFile
 
 MANIFEST = "raymerge_manifest.json"
 MAX_MANIFEST_NBYTES = 256 * 2**20
@@ -47,13 +46,12 @@ class Manifest:
 
 
 def locate_output(out: str | Path) -> str:
-    """Return the absolute path of an output directory.
+    """Return the absolute path or URL of an output directory.
 
     Raises:
-        RaymergeError: it is a URL of a kind that is not supported.
+        ConfigError: it is a malformed URL.
     """
-    storage_for(str(out))
-    return str(local_path(str(out)).absolute())
+    return storage_for(str(out)).absolute(str(out))
 
 
 def check_apart(out: str, inputs: Sequence[InputModel]) -> None:
@@ -62,11 +60,14 @@ def check_apart(out: str, inputs: Sequence[InputModel]) -> None:
     Raises:
         ConfigError: naming both.
     """
-    path = Path(out).resolve()
+    storage = storage_for(out)
+    target = storage.resolve(out)
     for item in inputs:
+        if storage_for(item.url) is not storage:
+            continue
         for url in (item.url, *(f"{item.url}/{name}" for name in item.names)):
-            other = local_path(url).resolve()
-            if path == other or path in other.parents or other in path.parents:
+            other = storage.resolve(url)
+            if f"{target}/".startswith(f"{other}/") or other.startswith(f"{target}/"):
                 raise ConfigError(f"the output {out} and the input {url} overlap; choose another output directory")
 
 
@@ -78,10 +79,10 @@ def check_state(out: str, fingerprint: str, *, overwrite: bool) -> OutputState:
     """
     storage = storage_for(out)
     state = _inspect(storage, out, fingerprint)
+    if not overwrite and not isinstance(state, OutputState):
+        raise OutputError(state)
     if isinstance(state, OutputState) and not (state is OutputState.COMPLETE and overwrite):
         return state
-    if not overwrite:
-        raise OutputError(state)
     _find_deletable(storage, out)
     return OutputState.NEW
 
@@ -89,12 +90,14 @@ def check_state(out: str, fingerprint: str, *, overwrite: bool) -> OutputState:
 def measure_nbytes(out: str) -> int:
     """Return the bytes of the model that is in an output directory, and of what is unfinished there."""
     storage = storage_for(out)
-    names = [*_list_visible(storage, out), *(f"{DIRECTORY}/{name}" for name in storage.list(f"{out}/{DIRECTORY}"))]
-    return sum(storage.stat(f"{out}/{name}").nbytes for name in names)
+    files = {**_list_visible(storage, out), **storage.list(f"{out}/{DIRECTORY}")}
+    return sum(file.nbytes for file in files.values())
 
 
 @contextmanager
-def open_output(out: str, fingerprint: str, names: Sequence[str], *, overwrite: bool) -> Iterator[OutputState]:
+def open_output(
+    out: str, fingerprint: str, names: Sequence[str], *, overwrite: bool
+) -> Iterator[tuple[OutputState, Lock]]:
     """Take an output directory for one run, and say what it is to this plan; the journal ends with a run that succeeds.
 
     Call `check_state` before: where that refuses, there is not to be as much as a lock.
@@ -109,13 +112,13 @@ def open_output(out: str, fingerprint: str, names: Sequence[str], *, overwrite: 
         OutputError: another run is writing there, or there is something that is not ours to go on with.
     """
     storage = storage_for(out)
-    with storage.lock(f"{out}/{LOCK}"):
+    with storage.lock(f"{out}/{LOCK}") as lock:
         state = check_state(out, fingerprint, overwrite=overwrite)
         if state is OutputState.NEW:
             if overwrite:
                 _clear(storage, out)
             Journal(out, fingerprint).begin(names)
-        yield state
+        yield state, lock
         Journal(out, fingerprint).end()
 
 
@@ -153,16 +156,16 @@ def _inspect(storage: Storage, out: str, fingerprint: str) -> OutputState | str:
             f"{out} holds an unfinished merge of another config, seed, set of inputs or version; "
             f"choose another directory, or give --overwrite to start over"
         )
-    files = [name for name in storage.list(out) if not name.startswith(f"{DIRECTORY}/")]
+    files = {name: file for name, file in storage.list(out).items() if not name.startswith(f"{DIRECTORY}/")}
     if not files:
         return OutputState.NEW
     manifest = _find_manifest(out)
     if manifest is None or manifest.fingerprint != fingerprint:
         return (
-            f"{out} is not empty ({_listing(files)}); "
+            f"{out} is not empty ({_listing(list(files))}); "
             f"choose another directory, or give --overwrite to replace the model there"
         )
-    changes = list(_compare_sizes(storage, out, manifest, files))
+    changes = list(_compare_sizes(manifest, files))
     if changes:
         return (
             f"{out} was finished once, but {_listing(changes)}; give --overwrite to make it again"
@@ -171,12 +174,12 @@ def _inspect(storage: Storage, out: str, fingerprint: str) -> OutputState | str:
     return OutputState.COMPLETE
 
 
-def _compare_sizes(storage: Storage, out: str, manifest: Manifest, found: Sequence[str]) -> Iterator[str]:
+def _compare_sizes(manifest: Manifest, found: Mapping[str, StoredFile]) -> Iterator[str]:
     for name, expected in manifest.files.items():
         if name not in found:
             yield f"{name} is missing"
-        elif (nbytes := storage.stat(f"{out}/{name}").nbytes) != expected.nbytes:
-            yield f"{name} has {nbytes:,} bytes instead of {expected.nbytes:,}"
+        elif found[name].nbytes != expected.nbytes:
+            yield f"{name} has {found[name].nbytes:,} bytes instead of {expected.nbytes:,}"
 
 
 def _clear(storage: Storage, out: str) -> None:
@@ -198,7 +201,7 @@ def _find_deletable(storage: Storage, out: str) -> list[str]:
     Raises:
         OutputError: the directory does not look like a model, or there is something else in it.
     """
-    visible = _list_visible(storage, out)
+    visible = list(_list_visible(storage, out))
     begun, manifest = read_begun(out), _find_manifest(out)
     known: Set[str]
     if begun is not None:
@@ -224,8 +227,9 @@ def _is_model(names: Set[str]) -> bool:
     return INDEX in names or MANIFEST in names or (CONFIG in names and has_weights)
 
 
-def _list_visible(storage: Storage, out: str) -> list[str]:
-    return [name for name in storage.list(out) if not any(part.startswith(".") for part in name.split("/"))]
+def _list_visible(storage: Storage, out: str) -> dict[str, StoredFile]:
+    files = storage.list(out)
+    return {name: file for name, file in files.items() if not any(part.startswith(".") for part in name.split("/"))}
 
 
 def _find_manifest(out: str) -> Manifest | None:

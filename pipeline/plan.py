@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raymerge import __version__
 from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.header import make_header
-from raymerge.pipeline.memory import Demand, check_fits, choose_buffer_nbytes, measure_demand, project_mem
+from raymerge.pipeline.memory import Demand, Transfer, check_fits, choose_buffer_nbytes, measure_demand, project_mem
 from raymerge.pipeline.types import ShardTask, StoredFile, TensorMerge
 from raymerge.pipeline.windows import is_resident
 
@@ -24,6 +24,8 @@ class Limits:
     num_threads: int
     shard_nbytes: int | None
     """Largest output file, unless one tensor is larger; None for the default."""
+    transfer: Transfer = field(default=Transfer())
+    """What reading and writing take."""
 
 
 def default_shard_nbytes(total_nbytes: int) -> int:
@@ -53,7 +55,7 @@ def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tupl
         MemoryLimitError: a tensor does not fit even for one worker.
     """
     demands = {merge.name: measure_demand(merge) for merge in merges}
-    check_fits(demands, limits.allowed_mem)
+    check_fits(demands, limits.allowed_mem, limits.transfer)
     largest_block = max(demand.block_nbytes for demand in demands.values())
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
     shards = list(split_shards(merges, shard_nbytes))
@@ -62,7 +64,7 @@ def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tupl
         num_threads -= 1
     buffer_nbytes = _buffer_nbytes(demands, limits, num_threads)
     tasks = tuple(
-        _make_task(shard, file, demands, buffer_nbytes, seed)
+        _make_task(shard, file, demands, buffer_nbytes, limits.transfer, seed)
         for shard, file in zip(shards, shard_names(len(shards)), strict=True)
     )
     return tasks, num_threads
@@ -120,11 +122,16 @@ def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[tuple[str,
 
 def _buffer_nbytes(demands: Mapping[str, Demand], limits: Limits, num_threads: int) -> int:
     """One size for all tasks, so that buffers are used again."""
-    return choose_buffer_nbytes(demands.values(), limits.allowed_mem // num_threads)
+    return choose_buffer_nbytes(demands.values(), limits.allowed_mem // num_threads, limits.transfer)
 
 
 def _make_task(
-    merges: Sequence[TensorMerge], file: str, demands: Mapping[str, Demand], buffer_nbytes: int, seed: int
+    merges: Sequence[TensorMerge],
+    file: str,
+    demands: Mapping[str, Demand],
+    buffer_nbytes: int,
+    transfer: Transfer,
+    seed: int,
 ) -> ShardTask:
     own = [demands[merge.name] for merge in merges]
     # Wide dtypes first, so that every tensor is aligned to its own dtype in the file.
@@ -143,6 +150,7 @@ def _make_task(
             if not is_resident(merge, buffer_nbytes)
         ),
         buffer_nbytes=buffer_nbytes,
-        projected_mem=project_mem(own, buffer_nbytes),
+        num_buffers=transfer.num_buffers,
+        projected_mem=project_mem(own, buffer_nbytes, transfer),
         seed=seed,
     )

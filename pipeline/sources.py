@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raymerge.pipeline.errors import CheckpointError
-from raymerge.pipeline.local_storage import local_path
 from raymerge.pipeline.storage import Storage, storage_for
 from raymerge.pipeline.types import ModelRef, StoredFile
+from raymerge.pipeline.urls import is_url
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -29,6 +29,7 @@ _REWRITTEN = {CONFIG, "README.md", "mergekit_config.yml", "raymerge_manifest.jso
 _OF_TRAINING = re.compile(r"(checkpoint-[^/]*|runs)/|(.*/)?adapter_config\.json$")
 """Files that a trainer leaves beside the model, and that say nothing about it."""
 _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _DOWNLOAD = "download the checkpoint again"
 
 
@@ -38,7 +39,7 @@ class Checkpoint:
 
     model: ModelRef
     url: str
-    """The directory that holds them; absolute."""
+    """The directory that holds them; absolute, and at a revision that does not move."""
     config: dict[str, Any]
     """config.json, parsed."""
     config_text: str
@@ -67,16 +68,21 @@ def resolve_model(model: ModelRef) -> Checkpoint:
     Raises:
         CheckpointError: there is no such directory, a file is missing, malformed or a link out of the directory, or the
             weights are of a kind that cannot be merged.
+        FetchError: the store refuses or is down.
     """
     url = _locate(model)
     storage = storage_for(url)
-    names = [name for name in storage.list(url) if not _is_hidden(name)]
+    files = {name: file for name, file in storage.list(url).items() if not _is_hidden(name)}
+    names = list(files)
     for name in names:
         _check_name(name, url)
+    if not names:
+        raise CheckpointError(f"{url}: nothing is there; check the name, and that you may list it")
     if CONFIG not in names:
         raise CheckpointError(f"{url}: no {CONFIG}; a model is a directory with {CONFIG} and safetensors files")
     side_names = [name for name in names if _is_side_file(name)]
-    _check_links(Path(url), [CONFIG, *side_names])
+    if not is_url(url):
+        _check_links(Path(url), [CONFIG, *side_names])
     config, config_text = _read_json(storage, f"{url}/{CONFIG}", _MAX_CONFIG_NBYTES)
     weight_map = None
     if INDEX in names:
@@ -97,17 +103,19 @@ def resolve_model(model: ModelRef) -> Checkpoint:
         url=url,
         config=config,
         config_text=config_text,
-        weight_files=tuple(_stat_weights(storage, f"{url}/{name}") for name in weight_names),
+        weight_files=tuple(_check_not_empty(files[name]) for name in weight_names),
         weight_map=weight_map,
-        side_files=tuple((name, storage.stat(f"{url}/{name}")) for name in side_names),
+        side_files=tuple((name, files[name]) for name in side_names),
         other_weights=tuple(name for name in names if _is_weights(name) and name not in weight_names),
     )
 
 
 def _locate(model: ModelRef) -> str:
-    """Return the absolute directory of a model."""
-    storage_for(model.path)
-    path = local_path(model.path).expanduser().absolute()
+    """Return the directory of a model: its URL, the path of one that is there, or a repository on the Hub."""
+    storage = storage_for(model.path)
+    if storage.is_remote:
+        return storage.pin(model.path, model.revision)
+    path = Path(storage.absolute(model.path))
     if path.is_dir():
         if model.revision is not None:
             raise CheckpointError(
@@ -119,13 +127,8 @@ def _locate(model: ModelRef) -> str:
         raise CheckpointError(
             f"{model}: a file, not a directory; give the directory that holds {CONFIG} and the weights"
         )
-    name = model.path
-    if name.count("/") == 1 and not name.startswith(("/", "./", "../", "~")):
-        revision = f" --revision {model.revision}" if model.revision else ""
-        raise CheckpointError(
-            f"{model}: no such directory; a model on the Hub must be on disk first:"
-            f" hf download {name}{revision} --local-dir {name}"
-        )
+    if _HUB_NAME.fullmatch(model.path):
+        return storage_for(f"hf://{model.path}").pin(f"hf://{model.path}", model.revision)
     raise CheckpointError(f"{model}: no such directory ({path})")
 
 
@@ -188,10 +191,9 @@ def _check_links(directory: Path, names: Iterable[str]) -> None:
             )
 
 
-def _stat_weights(storage: Storage, url: str) -> StoredFile:
-    file = storage.stat(url)
+def _check_not_empty(file: StoredFile) -> StoredFile:
     if file.nbytes == 0:
-        raise CheckpointError(f"{url}: 0 bytes; {_DOWNLOAD}")
+        raise CheckpointError(f"{file.url}: 0 bytes; {_DOWNLOAD}")
     return file
 
 

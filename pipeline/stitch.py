@@ -13,11 +13,13 @@ from raymerge import __version__
 from raymerge.pipeline.card import make_card
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.journal import Journal
-from raymerge.pipeline.output import MANIFEST
+from raymerge.pipeline.output import MANIFEST, MAX_MANIFEST_NBYTES
 from raymerge.pipeline.pieces import read_pieces
+from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sources import CONFIG, INDEX
 from raymerge.pipeline.storage import Buffer, storage_for
 from raymerge.pipeline.types import MergePlan, OutputFile, ShardResult, StoredFile
+from raymerge.pipeline.urls import revision_of
 
 _OWN_CONFIG = "mergekit_config.yml"
 _CARD = "README.md"
@@ -38,7 +40,8 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], journal: Journal) ->
     """Complete an output directory.
 
     The order matters: the donor's files, the card and the manifest first, then config.json, and last of all the index,
-    without which nothing loads. (A model of one shard has no index; there config.json is the last.)
+    without which nothing loads. (A model of one shard has no index; there config.json is the last.) The last one must
+    not be there already: of two runs that write to one place, only one can finish.
 
     Args:
         plan: what was to be done.
@@ -46,7 +49,7 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], journal: Journal) ->
         journal: of the output directory.
 
     Raises:
-        OutputError: a shard is not there, or a file could not be written.
+        OutputError: a shard is not there, a file could not be written, or another run has finished here.
     """
     out, storage = journal.out, storage_for(journal.out)
     by_file = {result.file: result for result in results}
@@ -58,16 +61,25 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], journal: Journal) ->
     for name, source in plan.side_files:
         files[name] = _copy(source, name, journal)
 
-    texts = {_OWN_CONFIG: plan.config_text, _CARD: make_card(plan)}
+    texts = {_OWN_CONFIG: redact(plan.config_text), _CARD: redact(make_card(plan))}
     last = {CONFIG: plan.config_json}
     if len(plan.tasks) > 1:
         last[INDEX] = make_index(plan)
     for name, text in (texts | last).items():
         files[name] = OutputFile(len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
     texts[MANIFEST] = make_manifest(plan, results, files)
+    final = next(reversed(last))
     for name, text in (texts | last).items():
         content = text.encode()
-        _write([content], name, len(content), journal)
+        try:
+            _write([content], name, len(content), journal, exclusive=name == final)
+        except FileExistsError:
+            if storage.read(f"{out}/{name}", MAX_MANIFEST_NBYTES) != content:
+                raise OutputError(
+                    f"{out}/{name}: another run has finished a different model here meanwhile;"
+                    " choose another directory, or run again with --overwrite when nobody else writes there"
+                ) from None
+    storage.publish(out, f"{plan.method} of {', '.join(map(str, plan.models))}, made with raymerge {__version__}")
 
 
 def make_index(plan: MergePlan) -> str:
@@ -96,14 +108,14 @@ def make_manifest(plan: MergePlan, results: Sequence[ShardResult], files: dict[s
         "seed": plan.seed,
         "method": plan.method,
         "config": plan.config_text,
-        "models": [str(model) for model in plan.models],
+        "models": [{"model": str(item.model), "revision": revision_of(item.url)} for item in plan.inputs],
         "inputs": [{"model": model, "file": name, "nbytes": nbytes} for model, name, nbytes in inputs],
         "warnings": list(plan.warnings),
         "dropped": list(plan.dropped),
         "nonfinite": find_nonfinite(results),
         "files": {name: dataclasses.asdict(file) for name, file in sorted(files.items())},
     }
-    return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    return redact(json.dumps(manifest, indent=1, ensure_ascii=False)) + "\n"
 
 
 def _copy(source: StoredFile, name: str, journal: Journal) -> OutputFile:
@@ -118,8 +130,10 @@ def _copy(source: StoredFile, name: str, journal: Journal) -> OutputFile:
     return OutputFile(source.nbytes, digest.hexdigest())
 
 
-def _write(pieces: Iterable[Buffer | bytes], name: str, nbytes: int, journal: Journal) -> None:
-    writer = journal.open_file(name, nbytes)
+def _write(
+    pieces: Iterable[Buffer | bytes], name: str, nbytes: int, journal: Journal, *, exclusive: bool = False
+) -> None:
+    writer = journal.open_file(name, nbytes, exclusive=exclusive)
     try:
         for piece in pieces:
             writer.write(piece)

@@ -1,17 +1,23 @@
-"""The seam between raymerge and whatever holds files: every byte read or written goes through a `Storage`."""
+"""The seam between raymerge and whatever holds files: every byte read or written goes through a `Storage`.
+
+Who calls what: planning calls `pin`, `list`, `stat` and `read_into` for headers; a worker calls `read_into` for the
+ranges of its task, `open_writer` for its shard, and `check_unchanged` before it commits; the driver takes the `lock` of
+the output, keeps its journal there with `write`, `read` and `delete`, and calls `publish` when all files are committed.
+"""
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
+from typing import Literal
 
-from raymerge import RaymergeError
-from raymerge.pipeline.errors import FetchError
+from raymerge.pipeline.errors import CheckpointError, FetchError
 from raymerge.pipeline.types import StoredFile
+from raymerge.pipeline.urls import check_url, scheme_of
 
 Buffer = memoryview
 """A writable, contiguous view of bytes."""
@@ -31,6 +37,17 @@ class ByteRange:
         return self.stop - self.start
 
 
+class Sharing(Enum):
+    """How processes may come to use a storage together."""
+
+    FORK = "fork"
+    """Processes may be forked from one that has used it."""
+    FRESH = "fresh"
+    """Each process must have been started without it: it has threads of its own, which a fork would lose."""
+    THREADS = "threads"
+    """It is in one process only."""
+
+
 class Writer(ABC):
     """One file being written: `write` any number of times, then `commit` or `abort` once.
 
@@ -46,10 +63,12 @@ class Writer(ABC):
         """
 
     @abstractmethod
-    def commit(self) -> None:
-        """Make the file durable, and then visible, replacing an earlier one.
+    def commit(self) -> StoredFile:
+        """Make the file durable, and then visible, and return it; it replaces an earlier one unless it is exclusive.
 
         Raises:
+            FileExistsError: it is exclusive, and there is a file of this name.
+            CorruptedError: the store has something else than what was written.
             OutputError: fewer bytes were written than announced, or the store refuses.
         """
 
@@ -58,8 +77,46 @@ class Writer(ABC):
         """Forget what was written."""
 
 
+class Lock:
+    """A lock that is held."""
+
+    def check(self) -> None:
+        """Make sure that it is still held.
+
+        Raises:
+            OutputError: another run has taken it, because this one could not renew it in time.
+        """
+        return
+
+
 class Storage(ABC):
     """Files by URL. Built where it is used, never pickled; safe to use from several threads."""
+
+    is_remote = False
+    """Whether reads wait for a network: they are then begun while earlier bytes are merged."""
+    sharing = Sharing.FORK
+    read_nbytes = 0
+    """Memory that reading takes besides the caller's buffers, in bytes."""
+    write_nbytes = 0
+    """Memory that one writer takes, in bytes."""
+
+    @abstractmethod
+    def absolute(self, url: str) -> str:
+        """Return the one way to write a directory's URL: absolute, without a trailing slash."""
+
+    def resolve(self, url: str) -> str:
+        """Return where a file or directory really lies, links followed."""
+        return self.absolute(url)
+
+    def pin(self, url: str, revision: str | None) -> str:
+        """Return the URL of a directory at a revision that does not move.
+
+        Raises:
+            CheckpointError: there are no revisions here, and one is asked for; or there is no such one.
+        """
+        if revision is not None:
+            raise CheckpointError(f"{url}: only a Hub repository has revisions; leave `@{revision}` out")
+        return self.absolute(url)
 
     @abstractmethod
     def stat(self, url: str) -> StoredFile:
@@ -67,11 +124,16 @@ class Storage(ABC):
 
         Raises:
             FileNotFoundError: there is no such file.
+            FetchError: the store refuses or is down.
         """
 
     @abstractmethod
-    def list(self, url: str) -> list[str]:
-        """Return the files below a directory, at any depth, relative to it, sorted; [] where there is none."""
+    def list(self, url: str) -> Mapping[str, StoredFile]:
+        """Return the files below a directory, at any depth, by relative name, sorted; none where it is not.
+
+        Raises:
+            FetchError: the store refuses or is down.
+        """
 
     @abstractmethod
     def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:
@@ -82,7 +144,7 @@ class Storage(ABC):
         """
 
     def will_read(self, ranges: Sequence[ByteRange]) -> None:
-        """Take a hint: these ranges are read next, and may be fetched ahead. Never fails."""
+        """Take a hint: these ranges are read next. Never fails."""
         return
 
     @abstractmethod
@@ -94,8 +156,14 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def open_writer(self, url: str, nbytes: int, partial_url: str | None = None) -> Writer:
-        """Begin a file of exactly `nbytes` bytes, kept at `partial_url` until it is committed.
+    def open_writer(self, url: str, nbytes: int, partial_url: str | None = None, *, exclusive: bool = False) -> Writer:
+        """Begin a file of exactly `nbytes` bytes.
+
+        Args:
+            url: its final name.
+            nbytes: its size.
+            partial_url: where it lies until it is committed, in a store that cannot hide it.
+            exclusive: whether it must not replace a file.
 
         Raises:
             OutputError: the store is full or refuses.
@@ -113,18 +181,21 @@ class Storage(ABC):
     def delete(self, url: str) -> None:
         """Delete a file; one that is not there is as good as deleted."""
 
-    def delete_tree(self, url: str) -> None:
-        """Delete every file below a directory."""
-        for name in self.list(url):
-            self.delete(f"{url}/{name}")
-
     @abstractmethod
-    def lock(self, url: str) -> AbstractContextManager[None]:
-        """Hold a lock that ends with this process at the latest.
+    def lock(self, url: str) -> AbstractContextManager[Lock]:
+        """Hold a lock that does not outlive this process for long.
 
         Raises:
             OutputError: another run holds it.
         """
+
+    def publish(self, url: str, message: str) -> None:
+        """Make everything visible that was committed below a directory, in a store where that takes a step of its own.
+
+        Raises:
+            OutputError: somebody else has changed the directory meanwhile, or the store refuses.
+        """
+        return
 
     def close(self) -> None:
         """Let go of open files and connections; the storage can still be used, and opens them again."""
@@ -144,36 +215,94 @@ class Storage(ABC):
         self.read_into([ByteRange(file, 0, file.nbytes)], [memoryview(data)])
         return bytes(data)
 
-    def write(self, url: str, data: bytes, partial_url: str | None = None) -> None:
-        """Write a small file in one go."""
-        writer = self.open_writer(url, len(data), partial_url)
+    def write(self, url: str, data: bytes, *, exclusive: bool = False) -> StoredFile:
+        """Write a small file in one go.
+
+        Raises:
+            FileExistsError: it is exclusive, and there is a file of this name.
+            OutputError: the store is full or refuses.
+        """
+        writer = self.open_writer(url, len(data), exclusive=exclusive)
         try:
             writer.write(data)
         except BaseException:
             writer.abort()
             raise
-        writer.commit()
+        return writer.commit()
 
 
-_SCHEME = re.compile("([A-Za-z][A-Za-z0-9+.-]+):/")
+@dataclass(frozen=True, slots=True)
+class StorageSettings:
+    """What the user may choose; the same in every process of a merge."""
+
+    library: Literal["auto", "fsspec"] = "auto"
+    """What serves object stores and the web: the fastest library for each, or fsspec for all."""
+    private: bool = True
+    """Whether a repository that is made on the Hub is private."""
+
+
+_settings = StorageSettings()
+
+
+def configure_storages(settings: StorageSettings) -> None:
+    """Say how storages of this process are to be built."""
+    global _settings
+    _settings = settings
+
+
+def storage_settings() -> StorageSettings:
+    """Return what `configure_storages` was told."""
+    return _settings
 
 
 def storage_for(url: str) -> Storage:
-    """Return the storage that serves a path or URL; one for the whole process, so that open files are shared.
+    """Return the storage that serves a path or URL; one for the whole process, so that connections are shared.
 
     Raises:
-        RaymergeError: the URL's scheme is not supported.
+        ConfigError: the URL is malformed, or its scheme is not known.
     """
-    scheme = _SCHEME.match(url)
-    if scheme and not url.startswith("file:///"):
-        raise RaymergeError(
-            f"{scheme[1]}: URLs are not supported yet; give a directory on this machine (as a path, or file:///path)"
-        )
-    return _local_storage()
+    check_url(url)
+    return _storage(scheme_of(url), _settings)
+
+
+@contextmanager
+def open_storages() -> Iterator[None]:
+    """Let go, at the end, of all that storages of this process hold open."""
+    try:
+        yield
+    finally:
+        for storage in _built:
+            storage.close()
+
+
+_built: list[Storage] = []
 
 
 @cache
-def _local_storage() -> Storage:
-    from raymerge.pipeline.local_storage import LocalStorage
+def _storage(scheme: str, settings: StorageSettings) -> Storage:
+    storage = _build_storage(scheme, settings)
+    _built.append(storage)
+    return storage
 
-    return LocalStorage()
+
+def _build_storage(scheme: str, settings: StorageSettings) -> Storage:
+    """Import what a scheme needs, and nothing else."""
+    if scheme == "file":
+        from raymerge.pipeline.stores.local import LocalStorage
+
+        return LocalStorage()
+    if scheme == "hf":
+        from raymerge.pipeline.stores.hub import HubStorage
+
+        return HubStorage(private=settings.private)
+    if settings.library == "auto" and scheme in ("s3", "gs", "az"):
+        from raymerge.pipeline.stores.objects import ObjectStorage
+
+        return ObjectStorage(scheme)
+    if settings.library == "auto" and scheme in ("http", "https"):
+        from raymerge.pipeline.stores.web import WebStorage
+
+        return WebStorage()
+    from raymerge.pipeline.stores.fsspec_storage import FsspecStorage
+
+    return FsspecStorage(scheme)

@@ -15,7 +15,7 @@ class ModelRef:
     """A checkpoint as the config names it; equal references are read once."""
 
     path: str
-    """A directory, or the name of a Hub repository."""
+    """A directory, its URL, or the name of a Hub repository."""
     revision: str | None = None
 
     def __str__(self) -> str:
@@ -90,7 +90,9 @@ class ShardTask:
     reread_nbytes: int
     """Bytes read again because a tensor does not fit in memory between its passes."""
     buffer_nbytes: int
-    """Size of the input buffer."""
+    """Size of one input buffer."""
+    num_buffers: int
+    """Input buffers: with 2, the next is filled while one is merged."""
     projected_mem: int
     """Peak memory for tensors and scratch, in bytes."""
     seed: int
@@ -102,7 +104,7 @@ class InputModel:
 
     model: ModelRef
     url: str
-    """The directory that holds its files."""
+    """The directory that holds its files, at a revision that does not move where there are any."""
     names: tuple[str, ...]
     """Its files, relative to `url`."""
 
@@ -154,6 +156,8 @@ class ShardResult:
     file: str
     nbytes: int
     sha256: str
+    etag: str
+    """Of the file in the output's store when it was finished."""
     nonfinite: tuple[str, ...]
     """Tensors with NaN or infinity in the output."""
     read_nbytes: int
@@ -161,6 +165,8 @@ class ShardResult:
     seconds: float
     peak_rss: int
     """Of the whole process when the shard was done, in bytes."""
+    faults: tuple[tuple[str, int], ...]
+    """What went wrong on the way and was got over, with how often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +193,8 @@ class MergeReport:
     seconds: float
     peak_rss: int
     """Of this process, in bytes."""
+    faults: tuple[tuple[str, int], ...]
+    """What went wrong in stores and was got over, with how often."""
     warnings: tuple[str, ...]
     nonfinite: tuple[str, ...]
     """Tensors with NaN or infinity in the output."""

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
@@ -26,7 +27,13 @@ from raymerge.pipeline.output import (
 )
 from raymerge.pipeline.pieces import PIECE_NBYTES, read_pieces
 from raymerge.pipeline.sources import INDEX
-from raymerge.pipeline.storage import Storage, storage_for
+from raymerge.pipeline.storage import (
+    Storage,
+    StorageSettings,
+    configure_storages,
+    open_storages,
+    storage_for,
+)
 from raymerge.pipeline.types import OutputFile, ShardResult, StoredFile
 
 
@@ -40,13 +47,18 @@ class VerifyReport:
 
 
 def verify(
-    out: str | Path, *, threads: int = 2, on_progress: Callable[[Progress], None] = lambda progress: None
+    out: str | Path,
+    *,
+    threads: int = 2,
+    storage: Literal["auto", "fsspec"] = "auto",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> VerifyReport:
     """Read a whole model and compare it with what was written.
 
     Args:
-        out: the model's directory, as a path or a file:// URL.
+        out: the model's directory, as a path or URL.
         threads: files read at once.
+        storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
         on_progress: told of the bytes read.
 
     Raises:
@@ -56,9 +68,10 @@ def verify(
     """
     if threads < 1:
         raise ConfigError(f"threads is {threads}; it must be 1 or more")
-    target = locate_output(out)
-    with closing(storage_for(target)) as storage, closing(POOL):
-        return _verify(storage, target, threads, on_progress)
+    configure_storages(StorageSettings(storage))
+    with open_storages(), closing(POOL):
+        target = locate_output(out)
+        return _verify(storage_for(target), target, threads, on_progress)
 
 
 def _verify(storage: Storage, out: str, threads: int, on_progress: Callable[[Progress], None]) -> VerifyReport:
@@ -88,10 +101,13 @@ def _verify(storage: Storage, out: str, threads: int, on_progress: Callable[[Pro
     return VerifyReport(len(files), num_tensors, sum(file.nbytes for file in files.values()))
 
 
-def hash_shard(result: ShardResult, report: Report, *, out: str) -> tuple[ShardResult, str]:
-    """Return a recorded shard and the sha256 of the file that is there."""
-    storage = storage_for(out)
-    return result, _hash_file(storage.stat(f"{out}/{result.file}"), report)
+def check_shard(
+    result: ShardResult, report: Report, *, out: str, settings: StorageSettings
+) -> tuple[ShardResult, bool]:
+    """Return a recorded shard and whether its file is as it was; read only where its etag has changed."""
+    configure_storages(settings)
+    file = storage_for(out).stat(f"{out}/{result.file}")
+    return result, file.etag == result.etag or _hash_file(file, report) == result.sha256
 
 
 def _check_file(item: tuple[str, OutputFile], report: Report, *, out: str) -> str:

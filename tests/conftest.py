@@ -10,6 +10,7 @@ import torch
 
 from raymerge.pipeline.cli import main
 from tests.commands import Cli, Outcome
+from tests.servers.fixtures import bucket, s3_server  # noqa: F401
 
 torch.set_num_threads(1)  # the machine's other cores may be busy, and waiting for them takes longer than the work
 

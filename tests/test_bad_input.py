@@ -160,7 +160,6 @@ def test_missing_files(models: list[Path], tmp_path: Path, cli: Cli) -> None:
 def test_missing_model(models: list[Path], tmp_path: Path, cli: Cli) -> None:
     refuse(cli, tmp_path, linear([models[0], tmp_path / "absent"]), tmp_path / "absent", "no such directory")
     refuse(cli, tmp_path, linear([models[0], models[1] / SHARD]), models[1] / SHARD, "a file, not a directory")
-    refuse(cli, tmp_path, linear([models[0], Path("nobody/nothing")]), "hf download nobody/nothing")
 
 
 def test_missing_config(tmp_path: Path, cli: Cli) -> None:

@@ -145,7 +145,7 @@ def test_dry_run_refuses_what_merge_refuses(config: Path, tmp_path: Path, cli: C
         (tmp_path / "in" / "base",),
         (tmp_path / "full",),
         (tmp_path / "full", "--overwrite"),
-        ("s3://bucket/merged",),
+        ("s3:/bucket/merged",),
     ):
         dry, real = (cli("merge", config, *arguments, "-q", *more) for more in (["--dry-run"], []))
         assert dry == real

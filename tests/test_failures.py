@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from raymerge.pipeline import Listener, local_writer, merge
+from raymerge.pipeline import Listener, merge
 from raymerge.pipeline.display import Display
 from raymerge.pipeline.errors import FetchError
-from raymerge.pipeline.local_storage import LocalStorage
+from raymerge.pipeline.stores import local_writer
+from raymerge.pipeline.stores.local import LocalStorage
 from raymerge.pipeline.types import MergePlan, ShardResult
 from tests.checkpoints import (
     INDEX,
@@ -124,7 +125,7 @@ def test_full_disk(can_reserve: bool, tmp_path: Path, cli: Cli, monkeypatch: pyt
 
 LIMITED = """
 import resource, sys
-from raymerge.pipeline import local_writer
+from raymerge.pipeline.stores import local_writer
 from raymerge.pipeline.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (%d, resource.RLIM_INFINITY))
 local_writer._reserve = lambda descriptor, nbytes: None

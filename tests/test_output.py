@@ -158,7 +158,7 @@ def test_manifest(out: Path) -> None:
     }
     assert manifest["raymerge"] == raymerge.__version__
     assert (manifest["seed"], manifest["method"], manifest["config"]) == (0, "linear", TEXT)
-    assert manifest["models"] == ["org/one", "./two"]
+    assert manifest["models"] == [{"model": "org/one", "revision": None}, {"model": "./two", "revision": None}]
     assert manifest["inputs"] == [
         {"model": model, "file": name, "nbytes": (out.parent / model / name).stat().st_size}
         for model, name in [
@@ -177,14 +177,20 @@ def test_its_name_does_not_matter(out: Path) -> None:
 
 def test_what_makes_it_loadable_comes_last(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, appeared = [], []
-    replace = Path.replace
+    replace, link = Path.replace, Path.hardlink_to
 
     def spy(self: Path, target: Path) -> Path:
         opened.append(self.relative_to(inputs / "merged").as_posix())
         appeared.append(Path(target).relative_to(inputs / "merged").as_posix())
         return replace(self, target)
 
+    def spy_on_link(self: Path, target: Path) -> None:
+        opened.append(target.relative_to(inputs / "merged").as_posix())
+        appeared.append(self.relative_to(inputs / "merged").as_posix())
+        link(self, target)
+
     monkeypatch.setattr(Path, "replace", spy)
+    monkeypatch.setattr(Path, "hardlink_to", spy_on_link)
     merge(TEXT, inputs / "merged", shard_size="5kB", threads=1)
     assert {name.partition("/")[0] for name in opened} == {".raymerge"}
     names = [name for name in appeared if not name.startswith(".raymerge/")]

@@ -235,10 +235,10 @@ def test_urls(models: list[Path], tmp_path: Path, cli: Cli, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path / "merge.yml", make_config(models))
     before = read_files(tmp_path)
-    for arguments in (("merge", config, "s3://bucket/merged", "-q"), ("verify", "s3://bucket/merged")):
+    for arguments in (("merge", config, "s3:/bucket/merged", "-q"), ("verify", "s3:/bucket/merged")):
         outcome = cli(*arguments)
         assert outcome.code == 2
-        assert outcome.err.startswith("Error: s3: URLs are not supported yet")
+        assert "did you mean s3://bucket/merged?" in outcome.err
     assert read_files(tmp_path) == before
     url = f"file://{tmp_path}/my%20model"
     assert cli("merge", config, url, "-q").code == 0

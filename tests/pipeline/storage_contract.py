@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from raymerge.pipeline.errors import FetchError, OutputError
+from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
 from raymerge.pipeline.storage import ByteRange, Storage, Writer
 from raymerge.pipeline.types import StoredFile
 
@@ -60,14 +60,28 @@ class StorageContract:
             storage.read(f"{root}/{name}", 10)
 
     def test_list(self, storage: Storage, root: str) -> None:
-        assert storage.list(root) == []
+        assert list(storage.list(root)) == []
         names = ["b", "a", ".hidden/x", "dir/b", "dir/a", "dir.txt", *NAMES]
         for name in names:
             storage.write(f"{root}/{name}", b"")
-        assert storage.list(root) == sorted(names)
-        assert storage.list(f"{root}/dir") == ["a", "b"]
-        assert storage.list(f"{root}/a") == []
-        assert storage.list(f"{root}/a/below") == []
+        assert list(storage.list(root)) == sorted(names)
+        assert list(storage.list(f"{root}/dir")) == ["a", "b"]
+        assert list(storage.list(f"{root}/a")) == []
+        assert list(storage.list(f"{root}/a/below")) == []
+
+    def test_list_tells_what_stat_tells(self, storage: Storage, root: str) -> None:
+        storage.write(f"{root}/a", b"12345")
+        storage.write(f"{root}/dir/b", b"")
+        assert storage.list(root) == {name: storage.stat(f"{root}/{name}") for name in ("a", "dir/b")}
+
+    def test_absolute(self, storage: Storage, root: str) -> None:
+        assert storage.absolute(f"{root}/") == storage.absolute(root) == storage.absolute(storage.absolute(root))
+        assert storage.resolve(f"{root}/a") == f"{storage.resolve(root)}/a"
+
+    def test_only_the_hub_has_revisions(self, storage: Storage, root: str) -> None:
+        assert storage.pin(root, None) == storage.absolute(root)
+        with pytest.raises(CheckpointError, match="only a Hub repository has revisions"):
+            storage.pin(root, "main")
 
     @pytest.mark.parametrize("name", NAMES)
     def test_names(self, storage: Storage, root: str, name: str) -> None:
@@ -75,9 +89,9 @@ class StorageContract:
         storage.write(url, b"content")
         assert storage.stat(url).url == url
         assert storage.read(url, 7) == b"content"
-        assert storage.list(root) == [name]
+        assert list(storage.list(root)) == [name]
         storage.delete(url)
-        assert storage.list(root) == []
+        assert list(storage.list(root)) == []
 
     def test_delete(self, storage: Storage, root: str) -> None:
         storage.write(f"{root}/a", b"")
@@ -86,10 +100,9 @@ class StorageContract:
         storage.delete(f"{root}/a")
         storage.delete(f"{root}/missing/a")
         storage.delete(f"{root}/dir/b/below")
-        assert storage.list(root) == ["dir/b"]
-        storage.delete_tree(f"{root}/missing")
-        storage.delete_tree(root)
-        assert storage.list(root) == []
+        assert list(storage.list(root)) == ["dir/b"]
+        storage.delete(f"{root}/dir/b")
+        assert list(storage.list(root)) == []
 
     # reading
 
@@ -210,11 +223,12 @@ class StorageContract:
             buffer[: len(piece)] = piece
             writer.write(memoryview(buffer)[: len(piece)])
             buffer[:] = bytes(len(buffer))
-        writer.commit()
+        committed = writer.commit()
         file = storage.stat(f"{root}/a")
+        assert committed == file
         assert file.nbytes == nbytes
         assert read_all(storage, file) == data
-        assert storage.list(root) == ["a"]
+        assert list(storage.list(root)) == ["a"]
 
     @pytest.mark.parametrize("partial", [None, ".raymerge/a.partial"])
     @pytest.mark.parametrize("nbytes", [1_000, 5 * MIB + 3])
@@ -224,7 +238,7 @@ class StorageContract:
         with pytest.raises(FileNotFoundError):
             storage.stat(f"{root}/a")
         writer.commit()
-        assert storage.list(root) == ["a"]
+        assert list(storage.list(root)) == ["a"]
         assert storage.stat(f"{root}/a").nbytes == nbytes
 
     @pytest.mark.parametrize("nbytes", [1_000, 9 * MIB + 3])
@@ -234,7 +248,7 @@ class StorageContract:
             writer.write(bytes(num_written))
             writer.abort()
             writer.abort()
-            assert storage.list(root) == []
+            assert list(storage.list(root)) == []
 
     def test_the_earlier_file_stays_until_commit(self, storage: Storage, root: str) -> None:
         storage.write(f"{root}/a", b"old")
@@ -246,6 +260,26 @@ class StorageContract:
         storage.write(f"{root}/a", b"new!")
         assert storage.read(f"{root}/a", 10) == b"new!"
 
+    def test_an_exclusive_file_replaces_nothing(self, storage: Storage, root: str) -> None:
+        assert storage.write(f"{root}/a", b"first", exclusive=True) == storage.stat(f"{root}/a")
+        with pytest.raises(FileExistsError):
+            storage.write(f"{root}/a", b"second", exclusive=True)
+        assert storage.read(f"{root}/a", 10) == b"first"
+        assert list(storage.list(root)) == ["a"]
+
+    def test_one_of_many_exclusive_writers_wins(self, storage: Storage, root: str) -> None:
+        def write(number: int) -> bool:
+            try:
+                storage.write(f"{root}/a", b"writer %d" % number, exclusive=True)
+            except FileExistsError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(6) as pool:
+            won = list(pool.map(write, range(6)))
+        assert won.count(True) == 1
+        assert storage.read(f"{root}/a", 10) == b"writer %d" % won.index(True)
+
     def test_fewer_bytes_than_announced(self, storage: Storage, root: str) -> None:
         writer = storage.open_writer(f"{root}/a", 2 * MIB)
         writer.write(b"abc")
@@ -253,14 +287,14 @@ class StorageContract:
             OutputError, match=f"{root.removeprefix('file://')}/a: 3 bytes given, 2,097,152 were announced"
         ):
             writer.commit()
-        assert storage.list(root) == []
+        assert list(storage.list(root)) == []
 
     def test_more_bytes_than_announced(self, storage: Storage, root: str) -> None:
         writer = storage.open_writer(f"{root}/a", 2)
         with pytest.raises(OutputError, match="3 bytes given, 2 were announced"):
             writer.write(b"abc")
         writer.abort()
-        assert storage.list(root) == []
+        assert list(storage.list(root)) == []
 
     def test_an_unfinished_file_of_a_killed_run_is_no_hindrance(self, storage: Storage, root: str) -> None:
         abandoned = storage.open_writer(f"{root}/a", 9 * MIB)
@@ -287,24 +321,25 @@ class StorageContract:
     ) -> None:
         open_writer: Callable[..., Writer] = storage.open_writer
 
-        def open_short(url: str, nbytes: int, partial_url: str | None = None) -> Writer:
-            return open_writer(url, nbytes - 1, partial_url)
+        def open_short(url: str, nbytes: int, partial_url: str | None = None, *, exclusive: bool = False) -> Writer:
+            return open_writer(url, nbytes - 1, partial_url, exclusive=exclusive)
 
         monkeypatch.setattr(storage, "open_writer", open_short)
         with pytest.raises(OutputError):
             storage.write(f"{root}/a", b"content")
-        assert storage.list(root) == []
+        assert list(storage.list(root)) == []
 
     # locking
 
     def test_lock(self, storage: Storage, root: str) -> None:
         url = f"{root}/.raymerge/lock"
-        with storage.lock(url):
+        with storage.lock(url) as lock:
+            lock.check()
             with pytest.raises(OutputError, match=r"another raymerge run \(pid \d+, since .*\) is writing to"):
                 storage.lock(url).__enter__()
             with storage.lock(f"{root}/other"):
                 pass
-        assert storage.list(root) == []
+        assert list(storage.list(root)) == []
         with storage.lock(url):
             pass
 
@@ -316,10 +351,10 @@ class StorageContract:
 
     def test_lock_survives_the_deletion_of_its_directory(self, storage: Storage, root: str) -> None:
         with storage.lock(f"{root}/.raymerge/lock"):
-            storage.delete_tree(f"{root}/.raymerge")
+            storage.delete(f"{root}/.raymerge/lock")
             with storage.lock(f"{root}/.raymerge/lock"):
                 pass
-        assert storage.list(root) == []
+        assert list(storage.list(root)) == []
 
     def test_one_thread_has_the_lock(self, storage: Storage, root: str) -> None:
         inside, most, rounds = 0, 0, 0

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.header import MAX_HEADER_NBYTES, TensorEntry, make_header, parse_header, read_header
-from raymerge.pipeline.local_storage import LocalStorage
+from raymerge.pipeline.stores.local import LocalStorage
 from raymerge.pipeline.types import StoredFile
 
 ONE = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'

@@ -15,6 +15,7 @@ from raymerge.pipeline.memory import (
     MAX_BUFFER_NBYTES,
     OUTPUT_BUFFER_NBYTES,
     Demand,
+    Transfer,
     aligned,
     check_fits,
     choose_buffer_nbytes,
@@ -25,6 +26,7 @@ from raymerge.pipeline.memory import (
 from raymerge.pipeline.sizes import parse_nbytes
 from tests.pipeline.layouts import make_merge
 
+TRANSFERS = st.builds(Transfer, st.integers(1, 2), st.integers(0, 2**24))
 DEMANDS = st.lists(
     st.builds(
         Demand,
@@ -70,7 +72,9 @@ def test_what_a_kernel_keeps_is_counted_besides_its_scratch() -> None:
     merge = make_merge(num_elements=10**7, op="ties", parameters=parameters)
     demand = measure_demand(merge)
     assert demand.state_nbytes == find_op("ties").kernel(dict(merge.parameters)).state_nbytes(2) > 0
-    assert project_mem([demand], 0) == demand.scratch_nbytes + demand.state_nbytes + 2 * OUTPUT_BUFFER_NBYTES
+    assert (
+        project_mem([demand], 0, Transfer()) == demand.scratch_nbytes + demand.state_nbytes + 2 * OUTPUT_BUFFER_NBYTES
+    )
 
 
 @pytest.mark.parametrize("num_elements", [0, 1])
@@ -95,13 +99,15 @@ def test_stored_size(dtype: str, nbytes: int) -> None:
     assert stored_nbytes(dtype, 3) == nbytes
 
 
-@given(DEMANDS, st.integers(2**20, 2**31))
-def test_a_chosen_buffer_keeps_within_the_memory_and_holds_a_block(demands: list[Demand], mem: int) -> None:
-    buffer_nbytes = choose_buffer_nbytes(demands, mem)
+@given(DEMANDS, st.integers(2**20, 2**31), TRANSFERS)
+def test_a_chosen_buffer_keeps_within_the_memory_and_holds_a_block(
+    demands: list[Demand], mem: int, transfer: Transfer
+) -> None:
+    buffer_nbytes = choose_buffer_nbytes(demands, mem, transfer)
     largest_block = max(demand.block_nbytes for demand in demands)
-    assert project_mem(demands, buffer_nbytes) <= mem
+    assert project_mem(demands, buffer_nbytes, transfer) <= mem
     assert buffer_nbytes <= max(MAX_BUFFER_NBYTES, largest_block)
-    fits = project_mem(demands, largest_block) <= mem
+    fits = project_mem(demands, largest_block, transfer) <= mem
     assert (buffer_nbytes >= largest_block) is fits
 
 
@@ -109,26 +115,34 @@ def test_a_block_of_many_models_gets_its_room() -> None:
     merge = make_merge(num_elements=10**9, dtypes=("BF16",) * 300)
     demand = measure_demand(merge)
     assert demand.block_nbytes > MAX_BUFFER_NBYTES
-    assert choose_buffer_nbytes([demand], 2**40) == demand.block_nbytes
+    assert choose_buffer_nbytes([demand], 2**40, Transfer()) == demand.block_nbytes
 
 
-@given(DEMANDS, st.integers(0, 2**20 - 1))
-def test_the_stated_limit_works_and_one_mebibyte_less_does_not(demands: list[Demand], allowed_mem: int) -> None:
+def test_two_buffers_and_what_storages_take_are_counted() -> None:
+    demand = measure_demand(make_merge(num_elements=10**7))
+    alone, both = (project_mem([demand], 10**6, transfer) for transfer in (Transfer(), Transfer(2, 10**5)))
+    assert both == alone + 10**6 + 10**5
+
+
+@given(DEMANDS, st.integers(0, 2**20 - 1), TRANSFERS)
+def test_the_stated_limit_works_and_one_mebibyte_less_does_not(
+    demands: list[Demand], allowed_mem: int, transfer: Transfer
+) -> None:
     with pytest.raises(MemoryLimitError) as caught:
-        check_fits(named(demands), allowed_mem)
+        check_fits(named(demands), allowed_mem, transfer)
     stated = re.search(r"--memory (\w+)$", str(caught.value))
     assert stated is not None
     limit = parse_nbytes(stated[1])
-    check_fits(named(demands), limit)
+    check_fits(named(demands), limit, transfer)
     with pytest.raises(MemoryLimitError):
-        check_fits(named(demands), limit - 2**20)
+        check_fits(named(demands), limit - 2**20, transfer)
 
 
 def test_the_message_names_the_tensor_and_both_figures() -> None:
     small, large = Demand(2**16, 0, 2**20, 2**20, 0), Demand(2**16, 1, 2**24, 2**23, 2**21)
     needed = (2**24 + 2**23 + 2**21 + 2 * OUTPUT_BUFFER_NBYTES) // 2**20
     with pytest.raises(MemoryLimitError) as caught:
-        check_fits({"one": small, "two": large, "three": small}, 20 * 2**20)
+        check_fits({"one": small, "two": large, "three": small}, 20 * 2**20, Transfer())
     assert str(caught.value) == (
         f"two needs {needed}MiB for one block of each source with scratch and output buffers, and 20MiB are allowed; "
         f"the smallest limit that works is --memory {needed}MiB"

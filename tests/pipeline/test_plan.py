@@ -15,7 +15,7 @@ from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.header import parse_header
 from raymerge.pipeline.layers import natural_key
-from raymerge.pipeline.memory import MAX_BUFFER_NBYTES, measure_demand, project_mem
+from raymerge.pipeline.memory import MAX_BUFFER_NBYTES, Transfer, measure_demand, project_mem
 from raymerge.pipeline.plan import (
     Limits,
     default_shard_nbytes,
@@ -136,7 +136,7 @@ def test_memory_stays_within_what_is_allowed(merges: list[TensorMerge], mem: int
     assert num_threads * max(task.projected_mem for task in tasks) <= mem * 2**20
     for task in tasks:
         demands = [measure_demand(merge) for merge in task.merges]
-        assert task.projected_mem == project_mem(demands, task.buffer_nbytes)
+        assert task.projected_mem == project_mem(demands, task.buffer_nbytes, Transfer())
         assert task.buffer_nbytes >= max(demand.block_nbytes for demand in demands)
 
 

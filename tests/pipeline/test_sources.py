@@ -9,7 +9,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from raymerge import RaymergeError
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.sources import Checkpoint, resolve_model, resolve_models
 from raymerge.pipeline.types import ModelRef
@@ -173,14 +172,10 @@ def refuse(path: Path | str, message: str) -> str:
     return str(caught.value)
 
 
-def test_no_such_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    message = refuse("org/model", "^org/model: no such directory")
-    assert message.endswith("hf download org/model --local-dir org/model")
-    with pytest.raises(CheckpointError, match="hf download org/model --revision v1 --local-dir org/model"):
-        resolve_model(ModelRef("org/model", "v1"))
-    assert "hf download" not in refuse(tmp_path / "missing", "no such directory")
-    assert "hf download" not in refuse("./missing", "no such directory")
+def test_no_such_directory(tmp_path: Path) -> None:
+    refuse(tmp_path / "missing", "no such directory")
+    refuse("./missing", "no such directory")
+    refuse("missing", "no such directory")
 
 
 def test_a_file_instead_of_a_directory(single: Path) -> None:
@@ -192,19 +187,13 @@ def test_a_revision_of_a_directory(single: Path) -> None:
         resolve_model(ModelRef(str(single), "main"))
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/model", "hf://org/model", "https://host/model"])
-def test_a_remote_model(url: str) -> None:
-    with pytest.raises(RaymergeError, match="not supported yet"):
-        resolve(url)
-
-
 def test_no_config(single: Path) -> None:
     (single / "config.json").unlink()
     refuse(single, "no config.json")
 
 
 def test_an_empty_directory(tmp_path: Path) -> None:
-    refuse(tmp_path, "no config.json")
+    refuse(tmp_path, "nothing is there")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])

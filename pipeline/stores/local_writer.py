@@ -9,9 +9,11 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from threading import get_ident
 
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.storage import Buffer, Writer
+from raymerge.pipeline.types import StoredFile
 
 _DIRECT_NBYTES = 2**20
 _ALIGNMENT = 4096
@@ -38,17 +40,20 @@ class LocalWriter(Writer):
     blocks from page-aligned memory: a write through the cache costs several times as much CPU.
     """
 
-    def __init__(self, path: Path, partial: Path, nbytes: int) -> None:
+    def __init__(self, url: str, path: Path, partial: Path, nbytes: int, *, exclusive: bool) -> None:
+        self._url = url
         self._path = path
-        self._partial = partial
+        self._exclusive = exclusive
+        # Of two that want to be the first, neither may take the other's unfinished file for its own.
+        self._partial = partial.with_name(f"{partial.name}.{os.getpid()}-{get_ident()}") if exclusive else partial
         self._nbytes = nbytes
         self._num_written = 0
         try:
             make_parents(path)
-            make_parents(partial)
-            partial.unlink(missing_ok=True)
+            make_parents(self._partial)
+            self._partial.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._descriptor = os.open(partial, flags, 0o644)
+            self._descriptor = os.open(self._partial, flags, 0o644)
         except OSError as error:
             raise output_error(error, path, "cannot be created", nbytes) from error
         try:
@@ -70,17 +75,26 @@ class LocalWriter(Writer):
         except OSError as error:
             raise self._failed(error) from error
 
-    def commit(self) -> None:  # noqa: D102
+    def commit(self) -> StoredFile:  # noqa: D102
         if self._num_written != self._nbytes:
             self.abort()
             raise OutputError(f"{self._path}: {self._num_written:,} bytes given, {self._nbytes:,} were announced")
         try:
             os.fsync(self._descriptor)
-            self._partial.replace(self._path)
+            if self._exclusive:
+                self._path.hardlink_to(self._partial)
+                self._partial.unlink()
+            else:
+                self._partial.replace(self._path)
             _sync_directory(self._path.parent)
+            file = StoredFile(self._url, self._nbytes, file_etag(os.fstat(self._descriptor)))
+        except FileExistsError:
+            self.abort()
+            raise
         except OSError as error:
             raise self._failed(error) from error
         self._close()
+        return file
 
     def abort(self) -> None:  # noqa: D102
         if self._descriptor < 0:
@@ -112,6 +126,11 @@ class LocalWriter(Writer):
     def _close(self) -> None:
         os.close(self._descriptor)
         self._descriptor = -1
+
+
+def file_etag(status: os.stat_result) -> str:
+    """Return what changes when a file's content does."""
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"
 
 
 def make_parents(path: Path) -> None:

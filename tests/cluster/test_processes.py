@@ -10,16 +10,21 @@ from pathlib import Path
 import pytest
 
 from raymerge.cluster.errors import WorkerLostError
-from raymerge.cluster.fork_runner import ForkRunner
+from raymerge.cluster.process_runner import ProcessRunner, StartMethod
 from raymerge.cluster.runner import Progress, Report, Runner
 from tests.cluster.runner_contract import RunnerContract, even, nothing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks only where it is safe")
 
 
-class TestForkRunner(RunnerContract):
+class TestForked(RunnerContract):
     def make_runner(self, num_workers: int) -> Runner:
-        return ForkRunner(num_workers)
+        return ProcessRunner(num_workers)
+
+
+class TestFresh(RunnerContract):
+    def make_runner(self, num_workers: int) -> Runner:
+        return ProcessRunner(num_workers, StartMethod.FRESH)
 
 
 class OddError(Exception):
@@ -57,26 +62,26 @@ def report_much(item: int, report: Report) -> int:
 @pytest.mark.parametrize("num_processes", [0, -1])
 def test_a_runner_without_processes_would_lose_every_item(num_processes: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        ForkRunner(num_processes)
+        ProcessRunner(num_processes)
 
 
 def test_items_run_in_processes_of_their_own() -> None:
-    assert os.getpid() not in set(ForkRunner(2).run(own_pid, [1, 2, 3], even("abc"), nothing))
+    assert os.getpid() not in set(ProcessRunner(2).run(own_pid, [1, 2, 3], even("abc"), nothing))
 
 
 def test_a_killed_worker_is_an_error_that_says_so() -> None:
     with pytest.raises(WorkerLostError, match="SIGKILL"):
-        list(ForkRunner(2).run(kill_itself, [1, 2, 3], even("abc"), nothing))
+        list(ProcessRunner(2).run(kill_itself, [1, 2, 3], even("abc"), nothing))
 
 
 def test_an_error_that_cannot_be_pickled_keeps_its_text() -> None:
     with pytest.raises(RuntimeError, match="both parts"):
-        list(ForkRunner(1).run(raise_odd, [1], even("a"), nothing))
+        list(ProcessRunner(1).run(raise_odd, [1], even("a"), nothing))
 
 
 def test_an_error_brings_its_traceback_along() -> None:
     with pytest.raises(ValueError, match="no") as caught:
-        list(ForkRunner(1).run(raise_value_error, [1], even("a"), nothing))
+        list(ProcessRunner(1).run(raise_value_error, [1], even("a"), nothing))
     assert "raise_value_error" in "".join(caught.value.__notes__)
 
 
@@ -87,7 +92,7 @@ def test_a_slow_driver_holds_workers_up_and_loses_nothing() -> None:
         nonlocal seen
         seen += progress.read_nbytes
 
-    for _ in ForkRunner(2).run(report_much, [1, 2, 3], even("abc"), count):
+    for _ in ProcessRunner(2).run(report_much, [1, 2, 3], even("abc"), count):
         time.sleep(0.05)
     assert seen == 15000
 
@@ -96,14 +101,14 @@ def test_workers_end_with_a_killed_driver(tmp_path: Path) -> None:
     code = """
 import os, sys, time
 from pathlib import Path
-from raymerge.cluster.fork_runner import ForkRunner
+from raymerge.cluster.process_runner import ProcessRunner, StartMethod
 from raymerge.cluster.runner import Progress, Resources
 
 def work(item, report):
     Path(sys.argv[1], str(os.getpid())).touch()
     time.sleep(60)
 
-list(ForkRunner(2).run(work, [1, 2], [Resources(mem_nbytes=1, cost=1)] * 2, lambda progress: None))
+list(ProcessRunner(2).run(work, [1, 2], [Resources(mem_nbytes=1, cost=1)] * 2, lambda progress: None))
 """
     driver = subprocess.Popen([sys.executable, "-c", code, tmp_path])
     while len(list(tmp_path.iterdir())) < 2:

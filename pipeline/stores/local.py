@@ -8,16 +8,16 @@ import os
 import stat as stat_mode
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from raymerge.pipeline.errors import FetchError, OutputError
-from raymerge.pipeline.local_writer import LocalWriter, is_at, make_parents, output_error
 from raymerge.pipeline.ranges import coalesce
-from raymerge.pipeline.storage import Buffer, ByteRange, Storage, Writer
+from raymerge.pipeline.storage import Buffer, ByteRange, Lock, Storage, Writer
+from raymerge.pipeline.stores.local_writer import LocalWriter, file_etag, is_at, make_parents, output_error
 from raymerge.pipeline.types import StoredFile
 
 _MAX_OPEN_FILES = 64
@@ -41,6 +41,12 @@ class LocalStorage(Storage):
     def __init__(self) -> None:
         self._files = _OpenFiles(_MAX_OPEN_FILES)
 
+    def absolute(self, url: str) -> str:  # noqa: D102
+        return str(local_path(url).expanduser().absolute())
+
+    def resolve(self, url: str) -> str:  # noqa: D102
+        return str(local_path(url).resolve())
+
     def stat(self, url: str) -> StoredFile:  # noqa: D102
         try:
             status = local_path(url).stat()
@@ -52,16 +58,19 @@ class LocalStorage(Storage):
             raise FetchError(f"{url}: {error.strerror}") from error
         if not stat_mode.S_ISREG(status.st_mode):
             raise FileNotFoundError(f"{url}: not a file")
-        return StoredFile(url, status.st_size, _etag(status))
+        return StoredFile(url, status.st_size, file_etag(status))
 
-    def list(self, url: str) -> list[str]:
+    def list(self, url: str) -> Mapping[str, StoredFile]:
         """Return the files below a directory; links to files count, links to directories are not followed."""
         root = local_path(url)
-        found = []
+        found = {}
         for directory, _, names in os.walk(root, onerror=_refuse_unreadable):
-            paths = (Path(directory, name) for name in names)
-            found += [path.relative_to(root).as_posix() for path in paths if path.is_file()]
-        return sorted(found)
+            for path in (Path(directory, name) for name in names):
+                if path.is_file():
+                    name = path.relative_to(root).as_posix()
+                    with suppress(FileNotFoundError):  # deleted just now
+                        found[name] = self.stat(f"{url}/{name}")
+        return dict(sorted(found.items()))
 
     def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:  # noqa: D102
         views = [buffer.cast("B") for buffer in buffers]
@@ -96,10 +105,12 @@ class LocalStorage(Storage):
             raise FetchError(f"{file.url}: was there when the plan was made: {error.strerror}") from error
         _check_same(file, status)
 
-    def open_writer(self, url: str, nbytes: int, partial_url: str | None = None) -> Writer:  # noqa: D102
+    def open_writer(  # noqa: D102
+        self, url: str, nbytes: int, partial_url: str | None = None, *, exclusive: bool = False
+    ) -> Writer:
         path = local_path(url)
         partial = local_path(partial_url) if partial_url else path.with_name(f".{path.name}.partial")
-        return LocalWriter(path, partial, nbytes)
+        return LocalWriter(url, path, partial, nbytes, exclusive=exclusive)
 
     def check_space(self, url: str, nbytes: int) -> None:
         """Compare with what is free in the directory, or in the one that it will be made in."""
@@ -128,12 +139,12 @@ class LocalStorage(Storage):
         _remove_if_spent(path.parent)
 
     @contextmanager
-    def lock(self, url: str) -> Iterator[None]:
+    def lock(self, url: str) -> Iterator[Lock]:
         """Hold an advisory lock on a file, which says who holds it and is gone afterwards."""
         path = local_path(url)
         descriptor = _lock(path)
         try:
-            yield
+            yield Lock()
         finally:
             if is_at(path, descriptor):
                 path.unlink(missing_ok=True)
@@ -230,15 +241,11 @@ def _read_run(descriptor: int, file: StoredFile, start: int, buffers: Sequence[B
 
 
 def _check_same(file: StoredFile, status: os.stat_result) -> None:
-    if (status.st_size, _etag(status)) != (file.nbytes, file.etag):
+    if (status.st_size, file_etag(status)) != (file.nbytes, file.etag):
         raise FetchError(
             f"{file.url}: changed since the plan was made: expected {file.nbytes:,} bytes, etag {file.etag};"
-            f" found {status.st_size:,} bytes, etag {_etag(status)}. Run again when nobody writes to it"
+            f" found {status.st_size:,} bytes, etag {file_etag(status)}. Run again when nobody writes to it"
         )
-
-
-def _etag(status: os.stat_result) -> str:
-    return f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"
 
 
 def _refuse_unreadable(error: OSError) -> None:

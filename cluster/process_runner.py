@@ -1,0 +1,231 @@
+"""Runs work on this machine, in processes of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import traceback
+import types
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from raymerge.cluster.errors import StoppedError, WorkerLostError
+from raymerge.cluster.local import LocalRunner
+from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """Sent to workers in place of an item."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+
+
+class StartMethod(Enum):
+    """How workers come into being."""
+
+    FORK = "fork"
+    """Forked from this process: they share what is imported already. Linux only."""
+    FRESH = "forkserver"
+    """Forked from a process that was started for it and has only imported: for libraries that no fork survives."""
+    THREAD = "thread"
+    """Threads of this process: for what cannot leave it."""
+
+
+class ProcessRunner(Runner):
+    """A few processes, each running one item after the other, the costliest items first.
+
+    Work that makes many short calls, as merging does, loses a third of its time to the interpreter lock when it runs on
+    threads. The processes end with this one, however it ends.
+    """
+
+    def __init__(
+        self, num_processes: int, start_method: StartMethod = StartMethod.FORK, *, preload: Sequence[str] = ()
+    ) -> None:
+        if num_processes < 1:
+            raise ValueError(f"{num_processes} processes are given, at least 1 is needed")
+        self.num_processes = num_processes
+        self._context: Any = multiprocessing.get_context(start_method.value)
+        self._context.set_forkserver_preload(list(preload))
+
+    def run(
+        self,
+        work: Work[Item, Result],
+        items: Sequence[Item],
+        resources: Sequence[Resources],
+        on_progress: Report,
+    ) -> Iterator[Result]:
+        """Yield each item's result as it comes; see `Runner.run`."""
+        waiting = deque(sorted(range(len(items)), key=lambda i: (-resources[i].cost, i)))
+        workers: list[_Worker] = []
+        error: BaseException | None = None
+        try:
+            for _ in range(min(self.num_processes, len(items))):
+                workers.append(self._start(work, workers))
+            busy = {worker.connection: worker for worker in workers if _assign(worker, items, waiting)}
+            while busy:
+                for connection in wait(list(busy)):
+                    assert isinstance(connection, Connection)
+                    worker = busy[connection]
+                    message = _receive(worker)
+                    if isinstance(message, Progress):
+                        on_progress(message)
+                        continue
+                    if isinstance(message, _Failed):
+                        waiting.clear()
+                        error = error or message.error
+                        for other in busy.values():
+                            _stop(other)
+                    if not _assign(worker, items, waiting):
+                        del busy[connection]
+                    if isinstance(message, _Done):
+                        yield message.result
+        finally:
+            for worker in workers:
+                worker.connection.close()  # they notice at their next report
+            for worker in workers:
+                worker.process.join()
+        if error is not None:
+            raise error
+
+    def _start(self, work: Work[Any, Any], others: Sequence[_Worker]) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        if self._context.get_start_method() == "fork":
+            inherited = [ours, *(other.connection for other in others)]
+            process = self._context.Process(target=_serve_forked, args=(theirs, inherited, work), daemon=True)
+            with warnings.catch_warnings():  # forking is safe beside our own threads: workers take none of their locks
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+        else:
+            environment = dict(os.environ)  # the fork server may be older than what is in it now
+            process = self._context.Process(target=_serve_fresh, args=(theirs, environment, work), daemon=True)
+            with _without_main():
+                process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+
+def make_local_runner(num_workers: int, start_method: StartMethod, *, preload: Sequence[str] = ()) -> Runner:
+    """Return what runs work on this machine: processes where they can be had and are of use, else threads.
+
+    Args:
+        num_workers: items in work at once.
+        start_method: how workers may come into being.
+        preload: modules that workers need; imported once for all of them where they are started fresh.
+    """
+    is_fork = start_method is StartMethod.FORK
+    if num_workers == 1 or start_method is StartMethod.THREAD or (is_fork and sys.platform != "linux"):
+        return LocalRunner(num_workers)
+    return ProcessRunner(num_workers, start_method, preload=preload)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep a starting process from running the user's script again, which has nothing that it needs."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _assign(worker: _Worker, items: Sequence[Any], waiting: deque[int]) -> bool:
+    """Give a worker its next item, if there is one."""
+    if not waiting:
+        return False
+    item = items[waiting.popleft()]
+    with suppress(BrokenPipeError):  # it has died; that is noticed when its answer is read
+        worker.connection.send(item)
+    return True
+
+
+def _stop(worker: _Worker) -> None:
+    """Have a worker end what it is doing at its next report."""
+    with suppress(BrokenPipeError):
+        worker.connection.send(_Stop())
+
+
+def _receive(worker: _Worker) -> Progress | _Done | _Failed:
+    try:
+        message: Progress | _Done | _Failed = worker.connection.recv()
+    except (EOFError, ConnectionError):
+        worker.process.join()
+        code = worker.process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return _Failed(WorkerLostError(f"a worker process {how}; what is finished is kept: run the same command again"))
+    return message
+
+
+def _serve_forked(connection: Connection, inherited: Sequence[Connection], work: Work[Any, Any]) -> None:
+    for other in inherited:
+        other.close()
+    _serve(connection, work)
+
+
+def _serve_fresh(connection: Connection, environment: Mapping[str, str], work: Work[Any, Any]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    _serve(connection, work)
+
+
+def _serve(connection: Connection, work: Work[Any, Any]) -> None:
+    """Run items in a worker process until the driver has no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver is interrupted, and stops us
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            return
+
+    def report(progress: Progress) -> None:
+        if connection.poll():  # what the driver sends to a busy worker, and its leaving, mean one thing
+            raise StoppedError("stopped")
+        connection.send(progress)
+
+    try:
+        while not isinstance(item := connection.recv(), _Stop):
+            message: _Done | _Failed
+            try:
+                message = _Done(work(item, report))
+            except BaseException as error:
+                message = _Failed(_picklable(error))
+            connection.send(message)
+    except (EOFError, ConnectionError):  # the driver has left
+        return
+
+
+def _picklable(error: BaseException) -> BaseException:
+    """Return the error, with the traceback that pickling would lose as a note."""
+    error.add_note("In a worker process:\n" + "".join(traceback.format_tb(error.__traceback__)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error

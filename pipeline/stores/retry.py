@@ -1,0 +1,144 @@
+"""Trying again: how long, how often, and a record of what went wrong."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from raymerge.pipeline.redact import redact
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 40.0
+"""How long a store may fail without an interruption before it counts as down."""
+
+MAX_RATE_LIMIT_SECONDS = 330.0
+"""How long all the waits that a store asks for by name may take: the Hub's limits are for five minutes."""
+
+_FIRST_DELAY_SECONDS = 0.1
+_MAX_DELAY_SECONDS = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A failure that may pass."""
+
+    what: str
+    """Such as `503 SlowDown` or `connection reset`: few different ones, as they are counted."""
+    retry_after: float | None = None
+    """Seconds that the store asks to be left alone."""
+
+
+class FaultLog:
+    """Counts the faults that were got over. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def note(self, store: str, operation: str, what: str) -> None:
+        """Count one fault of a store, such as `s3://bucket`, in an operation, such as `GET`."""
+        with self._lock:
+            self._counts[redact(f"{store}: {operation}: {what}")] += 1
+
+    def drain(self) -> tuple[tuple[str, int], ...]:
+        """Return what was counted since the last time, by name."""
+        with self._lock:
+            counts = tuple(sorted(self._counts.items()))
+            self._counts.clear()
+        return counts
+
+
+FAULTS = FaultLog()
+"""Of this process."""
+
+
+class Patience:
+    """Decides whether one operation is tried again, and waits in between.
+
+    Delays grow from 0.1 to 8 seconds, half of each at random so that workers do not return together. What a store asks
+    for (Retry-After) is waited for instead.
+    """
+
+    def __init__(self, store: str, operation: str, seconds: float | None = None) -> None:
+        self.num_attempts = 0
+        """Failures so far."""
+        self._store = store
+        self._operation = operation
+        self._seconds = PATIENCE_SECONDS if seconds is None else seconds
+        self._num_in_a_row = 0
+        self._failing_since: float | None = None
+        self._asked_seconds = 0.0
+        self._start = time.monotonic()
+
+    def succeeded(self) -> None:
+        """Note that some progress was made."""
+        self._num_in_a_row = 0
+        self._failing_since = None
+
+    def failed(self, fault: Fault) -> bool:
+        """Note a fault; return True after a wait, or False at once where it has gone on for too long."""
+        FAULTS.note(self._store, self._operation, fault.what)
+        now = time.monotonic()
+        self.num_attempts += 1
+        self._num_in_a_row += 1
+        if self._failing_since is None:
+            self._failing_since = now if self._num_in_a_row > 1 else self._start
+        delay = min(_MAX_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0 ** (self._num_in_a_row - 1))
+        delay *= random.uniform(0.5, 1.0)
+        if fault.retry_after is not None:
+            delay = max(fault.retry_after, delay)
+            if self._asked_seconds + delay > MAX_RATE_LIMIT_SECONDS:
+                return False
+            self._asked_seconds += delay
+            if fault.what.startswith("429"):  # the store works, and says when it will again for us
+                self._failing_since += delay
+        if now + delay - self._failing_since > self._seconds:
+            return False
+        time.sleep(delay)
+        return True
+
+    @property
+    def summary(self) -> str:
+        """Such as `gave up after 9 attempts in 38 s`."""
+        return f"gave up after {self.num_attempts} attempts in {time.monotonic() - self._start:.0f} s"
+
+
+def retry(
+    call: Callable[[], T],
+    *,
+    store: str,
+    operation: str,
+    classify: Callable[[Exception], Fault | None],
+    give_up: Callable[[Exception, str], Exception],
+) -> T:
+    """Call until it works.
+
+    Args:
+        call: what is to be done; doing it twice must do no harm.
+        store: for the record and messages, such as `s3://bucket`.
+        operation: such as `GET`.
+        classify: returns the fault that an error is, or None where trying again is useless: it is raised as it is.
+        give_up: returns what to raise when it has gone on for too long, from the last error and how it was tried.
+    """
+    patience = Patience(store, operation)
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            fault = classify(error)
+            if fault is None:
+                raise
+            if not patience.failed(fault):
+                raise give_up(error, patience.summary) from None
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an error's text, with its kind where the text alone would not do."""
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

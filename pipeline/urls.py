@@ -1,0 +1,123 @@
+"""Paths and URLs: what is meant, and whether it is written well.
+
+Names after `scheme://` are taken as they are, not decoded, but in file:// and http(s):// URLs, which are standard ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from raymerge.pipeline.errors import ConfigError
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,})")
+_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "azure": "az", "abfs": "az", "abfss": "az"}
+_KNOWN = ("file", "s3", "gs", "az", "hf", "http", "https", "memory", "ftp", "sftp", "smb", "hdfs")
+_MISTYPED = re.compile(rf"({'|'.join([*_KNOWN, *_ALIASES])})(?::(?!/)|//)(.*)", re.IGNORECASE | re.DOTALL)
+"""A path that begins as a URL would, but for a sign or two."""
+_CHAINED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::")
+
+
+def scheme_of(url: str) -> str:
+    """Return a URL's scheme in its usual form; `file` for a path.
+
+    >>> scheme_of("models/a"), scheme_of("s3a://bucket/a"), scheme_of("C:/models")
+    ('file', 's3', 'file')
+    """
+    match = _SCHEME.match(url)
+    if match is None:
+        return "file"
+    scheme = match[1].lower()
+    return _ALIASES.get(scheme, scheme)
+
+
+def is_url(url: str) -> bool:
+    """Tell whether this is a URL, and not a path."""
+    return _SCHEME.match(url) is not None
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Return what comes after `scheme://`, before and after the first slash: bucket and key, for example.
+
+    >>> split_url("s3://bucket/models/a"), split_url("s3://bucket")
+    (('bucket', 'models/a'), ('bucket', ''))
+    """
+    first, _, rest = url.partition("://")[2].partition("/")
+    return first, rest
+
+
+def revision_of(url: str) -> str | None:
+    """Return the revision in a Hub URL; None where there is none.
+
+    >>> revision_of("hf://org/name@1a2b/dir"), revision_of("org/name")
+    ('1a2b', None)
+    """
+    if scheme_of(url) != "hf":
+        return None
+    return split_url(url)[1].partition("@")[2].partition("/")[0] or None
+
+
+def check_url(url: str) -> None:
+    """Make sure that a URL is well-formed; any path is.
+
+    Raises:
+        ConfigError: saying what it might have been.
+    """
+    match = _SCHEME.match(url)
+    if match is None:
+        _check_path(url)
+        return
+    scheme, slashes = match[1], match[2]
+    rest = url[match.end() :]
+    if scheme.lower() == "file":
+        if len(slashes) != 3:
+            raise ConfigError(f"{url}: write an absolute path after file://, as in file:///{rest}")
+        return
+    if len(slashes) != 2:
+        raise ConfigError(f"{url}: {slashes} after {scheme}: instead of //; did you mean {scheme}://{rest}?")
+    if scheme_of(url) not in _KNOWN and not _is_served_by_fsspec(scheme.lower()):
+        nearest = difflib.get_close_matches(scheme.lower(), _KNOWN, 1)
+        hint = f"; did you mean {nearest[0]}://?" if nearest else ""
+        raise ConfigError(f"{url}: {scheme}:// is not a kind of URL that raymerge or fsspec knows{hint}")
+    if not rest and scheme_of(url) != "memory":
+        raise ConfigError(f"{url}: nothing is named after {scheme}://")
+    if scheme_of(url) in ("s3", "gs", "az"):
+        _check_bucket(url)
+    if not {".", ".."}.isdisjoint(rest.split("/")):
+        raise ConfigError(f"{url}: `.` and `..` have no meaning in a URL; write the path out")
+
+
+def _check_path(path: str) -> None:
+    """Refuse what is a path by its form only: nothing would be found there, or an output would end up there."""
+    if is_url(path.strip()):
+        raise ConfigError(f"{path!r}: a URL, with white space before it; leave that out")
+    mistyped = _MISTYPED.match(path)
+    if mistyped is not None and not mistyped[2].startswith(":"):
+        scheme = mistyped[1]
+        rest = mistyped[2].lstrip("/")
+        meant = f"file:///{rest}" if scheme.lower() == "file" else f"{scheme}://{rest}"
+        raise ConfigError(f"{path}: did you mean {meant}? If it is a path, write ./{path}")
+    if _CHAINED.match(path):
+        raise ConfigError(f"{path}: URLs that are chained by :: are not supported; write a single one")
+
+
+def _check_bucket(url: str) -> None:
+    """Refuse credentials before the bucket, where some tools take them; they may have a slash in them."""
+    bucket, rest = split_url(url)
+    if re.match(r"abfss?://", url, re.IGNORECASE) and "@" in bucket:
+        container = bucket.partition("@")[0]
+        raise ConfigError(
+            f"{url}: the account does not belong in the URL; write az://{container}/{rest},"
+            " and name the account in AZURE_STORAGE_ACCOUNT_NAME"
+        )
+    if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
+        raise ConfigError(
+            f"{url}: a `{'@' if '@' in bucket else ':'}` before the first slash; credentials do not belong in a URL:"
+            " set the environment variables or files that the store's own tools use"
+        )
+
+
+def _is_served_by_fsspec(scheme: str) -> bool:
+    from fsspec import available_protocols
+
+    return scheme in available_protocols()
