@@ -226,3 +226,20 @@ def methods(name: str | None) -> None:
 
     for op in [find_op(name)] if name else load_ops().values():
         click.echo(format_method(op))
+
+
+@commands.command()
+@click.argument("url")
+@click.option("--tensors", "with_tensors", is_flag=True, help="Print a line for each tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, tensors included.")
+@_storage_option
+def inspect(url: str, with_tensors: bool, as_json: bool, storage: Literal["auto", "fsspec"]) -> None:
+    """Say what a checkpoint consists of: a directory, a URL, a Hub repository or one .safetensors file.
+
+    Reads headers only.
+    """
+    from raymerge.pipeline.inspection import inspect as look_at
+    from raymerge.pipeline.inspection_report import format_inspection, inspection_json
+
+    found = look_at(url, storage=storage)
+    click.echo(inspection_json(found) if as_json else format_inspection(found, with_tensors=with_tensors))

@@ -20,7 +20,8 @@ MAX_HEADER_NBYTES = 100_000_000
 """Longest JSON that is read; the safetensors library has the same limit."""
 
 _LENGTH_NBYTES = 8
-_FIRST_READ_NBYTES = 64 * 1024
+FIRST_READ_NBYTES = 8 * 1024
+"""More than most headers have; a second read is rarer than bytes read in vain."""
 _MAX_ELEMENTS = 2**63 - 1
 _MAX_RANK = 64
 _DOWNLOAD = "the file is damaged or incomplete: download it again"
@@ -46,7 +47,7 @@ def read_header(storage: Storage, file: StoredFile) -> tuple[TensorEntry, ...]:
         CheckpointError: the file is not a well-formed safetensors file of the size that its header says.
         FetchError: it could not be read, or has changed.
     """
-    data = bytearray(min(file.nbytes, _FIRST_READ_NBYTES))
+    data = bytearray(min(file.nbytes, FIRST_READ_NBYTES))
     storage.read_into([ByteRange(file, 0, len(data))], [memoryview(data)])
     missing = _LENGTH_NBYTES + _json_nbytes(data, file) - len(data)
     if missing > 0:

@@ -19,13 +19,13 @@ _SECRETS = (
     (
         re.compile(
             r"(?P<keep>\b(?!hf://)[a-zA-Z][a-zA-Z0-9+.-]{0,20}://)"
-            rf"(?:[^\s/:@?#'\"\\]{{0,300}}:(?!\d{{1,5}}(?:[/?#\s'\"\\]|$))[^\s'\"\\]{{0,300}}|[^\s/?#'\"\\]{{1,600}})@"
+            r"(?:[^\s/:@?#\['\"\\]{0,300}:(?!\d{1,5}(?:[/?#\s'\"\\]|$))[^\s'\"\\]{0,300}|[^\s/?#'\"\\]{1,600})@"
         ),
         r"\g<keep>***@",
     ),
     (
         re.compile(
-            rf"(?P<keep>(?<![A-Za-z0-9])(?:{_NAMES})(?:\\?[\"'])?(?:\s*(?:=|%3D|:)|>)\s*(?:\\?[\"'])?)(?!\*\*\*){_VALUE}",
+            rf"(?P<keep>(?<![A-Za-z0-9])(?:{_NAMES})(?:\\?[\"'])?(?:\s*(?:=|%3D|:)|>)\s*(?:\\?[\"'])?){_VALUE}",
             re.IGNORECASE,
         ),
         r"\g<keep>***",
@@ -33,7 +33,7 @@ _SECRETS = (
     (
         re.compile(
             r"(?P<keep>(?<![A-Za-z0-9])(?:password|passwd|secret|(?<!_)token)"
-            rf"(?:=|%3D|\\?[\"']\s*:\s*\\?[\"']))(?!\*\*\*){_VALUE}",
+            rf"(?:(?:=|%3D)(?:\\?[\"'])?|\\?[\"']\s*:\s*\\?[\"'])){_VALUE}",
             re.IGNORECASE,
         ),
         r"\g<keep>***",
@@ -48,7 +48,10 @@ _SECRETS = (
     ),
     (re.compile(r"(?P<keep>\bBearer\s+)[\w.~+/=-]+", re.IGNORECASE), r"\g<keep>***"),
     # known by their own look: tokens of the Hub, of Google and AWS, signed JSON, and private keys
-    (re.compile(r"\b(?P<keep>hf_)(?:(?:jwt|oauth)_[\w.-]+|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{8,}|[A-Za-z]{16,})"), r"\g<keep>***"),
+    (
+        re.compile(r"\b(?P<keep>hf_)(?:(?:jwt|oauth)_[\w.-]+|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{8,}|[A-Za-z]{30,})"),
+        r"\g<keep>***",
+    ),
     (re.compile(r"\b(?P<keep>ya29\.)[\w-]+"), r"\g<keep>***"),
     (re.compile(r"\b(?P<keep>eyJ)[\w-]{5,}\.[\w-]{5,}(?:\.[\w-]*)?"), r"\g<keep>***"),
     (re.compile(r"\b(?P<keep>AKIA|ASIA)[A-Z0-9]{12,}"), r"\g<keep>***"),

@@ -12,7 +12,7 @@ from typing import Any
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.storage import Storage, storage_for
 from raymerge.pipeline.types import ModelRef, StoredFile
-from raymerge.pipeline.urls import is_url
+from raymerge.pipeline.urls import is_url, scheme_of
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -70,15 +70,17 @@ def resolve_model(model: ModelRef) -> Checkpoint:
             weights are of a kind that cannot be merged.
         FetchError: the store refuses or is down.
     """
-    url = _locate(model)
+    url = locate_model(model)
     storage = storage_for(url)
-    files = {name: file for name, file in storage.list(url).items() if not _is_hidden(name)}
+    files = {name: file for name, file in storage.list(url).items() if not is_hidden(name)}
     names = list(files)
     for name in names:
         _check_name(name, url)
     if not names:
         raise CheckpointError(f"{url}: nothing is there; check the name, and that you may list it")
     if CONFIG not in names:
+        if any(name.startswith("adapter_model.") or name.endswith(".gguf") for name in names):
+            raise _no_weights(url, names)
         raise CheckpointError(f"{url}: no {CONFIG}; a model is a directory with {CONFIG} and safetensors files")
     side_names = [name for name in names if _is_side_file(name)]
     if not is_url(url):
@@ -106,14 +108,14 @@ def resolve_model(model: ModelRef) -> Checkpoint:
         weight_files=tuple(_check_not_empty(files[name]) for name in weight_names),
         weight_map=weight_map,
         side_files=tuple((name, files[name]) for name in side_names),
-        other_weights=tuple(name for name in names if _is_weights(name) and name not in weight_names),
+        other_weights=tuple(name for name in names if is_weights(name) and name not in weight_names),
     )
 
 
-def _locate(model: ModelRef) -> str:
+def locate_model(model: ModelRef) -> str:
     """Return the directory of a model: its URL, the path of one that is there, or a repository on the Hub."""
     storage = storage_for(model.path)
-    if storage.is_remote:
+    if scheme_of(model.path) != "file":
         return storage.pin(model.path, model.revision)
     path = Path(storage.absolute(model.path))
     if path.is_dir():
@@ -217,7 +219,7 @@ def _check_not_quantised(url: str, config: Mapping[str, Any], names: list[str]) 
 
 def _no_weights(url: str, names: list[str]) -> CheckpointError:
     """Say what is there instead of `model.safetensors`, and what to do about it."""
-    there = [name for name in names if _is_weights(name)]
+    there = [name for name in names if is_weights(name)]
     if any(name.startswith("adapter_model.") for name in there):
         return CheckpointError(
             f"{url}: a LoRA adapter ({_listing(there)}), not a whole model; merge it into its base first"
@@ -251,19 +253,21 @@ def _convert(arguments: str = "") -> str:
     )
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Tell whether a file is none of a model's: it, or a directory that it is in, is hidden."""
     return any(part.startswith(".") or part == "__pycache__" for part in PurePosixPath(name).parts)
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Tell whether a file holds weights, in whatever format."""
     return name.endswith(_WEIGHT_SUFFIXES)
 
 
 def _is_side_file(name: str) -> bool:
-    is_index = name.endswith(".index.json") and _is_weights(name.removesuffix(".index.json"))
+    is_index = name.endswith(".index.json") and is_weights(name.removesuffix(".index.json"))
     is_partial = name.endswith((".lock", ".incomplete"))
     is_left = is_index or is_partial or name in _REWRITTEN or _OF_TRAINING.match(name) is not None
-    return not (_is_weights(name) or is_left)
+    return not (is_weights(name) or is_left)
 
 
 def _listing(names: list[str]) -> str:

@@ -49,7 +49,8 @@ def is_tied(config: Json, names: Collection[str]) -> bool:
     architecture, but a checkpoint that needs a head of its own has one stored.
     """
     stated = ties_embeddings(config)
-    architectures = config.get("architectures") or ()
-    if find_embedding(names) is None or any(_HEADLESS.search(str(name)) for name in architectures):
+    architectures = config.get("architectures")
+    known = architectures if isinstance(architectures, list) else []
+    if find_embedding(names) is None or any(_HEADLESS.search(str(name)) for name in known):
         return False
     return find_head(names) is None if stated is None else stated

@@ -15,7 +15,7 @@ _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "azure": "az", "abfs": "az", 
 _KNOWN = ("file", "s3", "gs", "az", "hf", "http", "https", "memory", "ftp", "sftp", "smb", "hdfs")
 _MISTYPED = re.compile(rf"({'|'.join([*_KNOWN, *_ALIASES])})(?::(?!/)|//)(.*)", re.IGNORECASE | re.DOTALL)
 """A path that begins as a URL would, but for a sign or two."""
-_CHAINED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::")
+_CHAINED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://.*)?::.*://")
 
 
 def scheme_of(url: str) -> str:
@@ -58,11 +58,13 @@ def revision_of(url: str) -> str | None:
 
 
 def check_url(url: str) -> None:
-    """Make sure that a URL is well-formed; any path is.
+    """Make sure that a URL is well-formed; any path is that does not look like a mistyped URL.
 
     Raises:
         ConfigError: saying what it might have been.
     """
+    if _CHAINED.match(url):
+        raise ConfigError(f"{url}: URLs that are chained by :: are not supported; write a single one")
     match = _SCHEME.match(url)
     if match is None:
         _check_path(url)
@@ -97,8 +99,6 @@ def _check_path(path: str) -> None:
         rest = mistyped[2].lstrip("/")
         meant = f"file:///{rest}" if scheme.lower() == "file" else f"{scheme}://{rest}"
         raise ConfigError(f"{path}: did you mean {meant}? If it is a path, write ./{path}")
-    if _CHAINED.match(path):
-        raise ConfigError(f"{path}: URLs that are chained by :: are not supported; write a single one")
 
 
 def _check_bucket(url: str) -> None:

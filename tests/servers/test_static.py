@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import botocore.exceptions
 import obstore
 import pytest
-from obstore.exceptions import PreconditionError
+from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
 from obstore.store import S3Store
 
 from tests.servers.s3 import Keys, make_client
-from tests.servers.static import NginxServer, NullSink
+from tests.servers.sink import KEPT_NBYTES, NullSink
+from tests.servers.static import OUTPUT, LoggedRequest, NginxServer
 from tests.servers.test_s3 import PART_NBYTES, failure_of
 
 DATA = random.Random(0).randbytes(100_000)
 KEYS = Keys("any", "any")
 
 
-def open_store(endpoint: str) -> S3Store:
+def open_store(endpoint: str, bucket: str = "bucket") -> S3Store:
     return S3Store(
-        "bucket",
+        bucket,
         endpoint=endpoint,
         region="us-east-1",
         access_key_id=KEYS.access_key_id,
@@ -81,6 +84,36 @@ def test_nginx_lists_what_it_serves(files: NginxServer) -> None:
         assert store.head(item["path"])["e_tag"] == item["e_tag"]
 
 
+def test_nginx_notes_what_it_was_asked(files: NginxServer) -> None:
+    num_before = len(files.requests())
+    store = open_store(files.endpoint)
+    store.get_range("dir/file & 1", start=5, end=10)
+    with pytest.raises(FileNotFoundError):
+        store.head("missing")
+    expected = [
+        LoggedRequest("GET", "/bucket/dir/file%20%26%201", 206),
+        LoggedRequest("HEAD", "/bucket/missing", 404),
+    ]
+    give_up = time.monotonic() + 5
+    while len(files.requests()) < num_before + 2 and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert files.requests()[num_before:] == expected
+
+
+def test_one_endpoint_serves_the_files_and_the_sink(tmp_path: Path, sink: NullSink) -> None:
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "small").write_bytes(b"0123456789")
+    with NginxServer(tmp_path, sink=sink) as server:
+        assert bytes(open_store(server.endpoint).get_range("small", start=2, end=5)) == b"234"
+        store = open_store(server.endpoint, OUTPUT)
+        with obstore.open_writer(store, "dir/file & 1", buffer_size=PART_NBYTES) as writer:
+            writer.write(bytes(2 * PART_NBYTES + 1))
+        assert sink.sizes() == {f"{OUTPUT}/dir/file & 1": 2 * PART_NBYTES + 1}
+        assert [item["path"] for item in itertools.chain(*store.list())] == ["dir/file & 1"]
+        with pytest.raises(GenericError, match="405"):  # nothing is written beside the sink
+            open_store(server.endpoint).put("small", b"")
+
+
 def test_the_sink_remembers_how_much_it_got(sink: NullSink) -> None:
     store = open_store(sink.endpoint)
     with obstore.open_writer(store, "dir/file & 1", buffer_size=PART_NBYTES) as writer:
@@ -98,6 +131,33 @@ def test_the_sink_remembers_how_much_it_got(sink: NullSink) -> None:
     assert sink.sizes() == {"bucket/small": 3}
     with pytest.raises(FileNotFoundError):
         store.head("dir/file & 1")
+
+
+def test_the_sink_keeps_small_files_only(sink: NullSink) -> None:
+    store = open_store(sink.endpoint)
+    store.put("small", DATA, use_multipart=False)
+    assert bytes(store.get("small").bytes()) == DATA
+    assert bytes(store.get_range("small", start=5, end=500)) == DATA[5:500]
+    assert store.head("small")["e_tag"] == f'"{hashlib.md5(DATA).hexdigest()}"'
+    store.put("large", bytes(KEPT_NBYTES + 1), use_multipart=False)
+    assert store.head("large")["size"] == KEPT_NBYTES + 1
+    with pytest.raises(GenericError, match="NotKept"):
+        store.get("large")
+    sink.clear()
+    assert sink.sizes() == {}
+
+
+def test_the_sink_refuses_writes_whose_conditions_do_not_hold(sink: NullSink) -> None:
+    store = open_store(sink.endpoint)
+    etag = store.put("lock", b"1", mode="create")["e_tag"]
+    with pytest.raises(AlreadyExistsError):
+        store.put("lock", b"2", mode="create")
+    store.put("lock", b"2", mode={"e_tag": etag})
+    with pytest.raises(PreconditionError):
+        store.put("lock", b"3", mode={"e_tag": etag})
+    assert bytes(store.get("lock").bytes()) == b"2"
+    with pytest.raises(PreconditionError):
+        obstore.get(store, "lock", options={"if_match": etag})
 
 
 def test_botocore_writes_to_the_sink(sink: NullSink) -> None:
