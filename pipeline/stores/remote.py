@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from threading import Lock as ThreadLock
 from typing import TypeVar
 
-from raymerge.pipeline.errors import FetchError
+from raymerge.pipeline.errors import FetchError, MergeError
 from raymerge.pipeline.ranges import ReadGroup, coalesce
 from raymerge.pipeline.storage import Buffer, ByteRange, Sharing, Storage
 from raymerge.pipeline.stores.retry import Fault, Patience, one_line, retry
@@ -111,7 +111,7 @@ class RemoteStorage(Storage):
                 classify=self.classify,
                 give_up=give_up,
             )
-        except (OSError, FetchError):
+        except (FileNotFoundError, FileExistsError, MergeError):
             raise
         except Exception as error:
             raise self.explain(error, url) from None

@@ -186,10 +186,10 @@ class StorageContract:
             assert read_all(storage, file) == b"abcdefgh"
         storage.write(f"{root}/a", data)
         assert storage.stat(f"{root}/a").etag != file.etag
-        with pytest.raises(FetchError, match=f"{root}/a.*changed"):
+        with pytest.raises(FetchError, match=f"{root}/a.*changed since the plan was made"):
             storage.check_unchanged(file)
         if not is_open:
-            with pytest.raises(FetchError, match=f"{root}/a.*changed"):
+            with pytest.raises(FetchError, match=f"{root}/a.*changed since the plan was made"):
                 read_all(storage, file)
         assert read_all(storage, storage.stat(f"{root}/a")) == data
 
