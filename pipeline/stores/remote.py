@@ -111,7 +111,7 @@ class RemoteStorage(Storage):
                 classify=self.classify,
                 give_up=give_up,
             )
-        except (FileNotFoundError, FileExistsError, MergeError):
+        except (FileNotFoundError, NotADirectoryError, FileExistsError, MergeError):
             raise
         except Exception as error:
             raise self.explain(error, url) from None
