@@ -1,0 +1,338 @@
+"""Whole merges from and to real stores."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from raymerge.pipeline import Listener, merge, verify
+from raymerge.pipeline.errors import ConfigError, FetchError, MemoryLimitError, OutputError
+from raymerge.pipeline.storage import storage_for
+from raymerge.pipeline.stores import lease, retry
+from raymerge.pipeline.types import MergePlan, ShardResult
+from tests.checkpoints import INDEX, read_files, write_config, write_family
+from tests.commands import Cli, run_command, start_command
+from tests.servers.faults import FaultProxy
+from tests.servers.s3 import S3Server
+
+SHARD_SIZE = "60kB"
+OWN_FILES = ("raymerge_manifest.json", "README.md", "mergekit_config.yml")
+"""These say where the inputs lie."""
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return write_family(
+        tmp_path_factory.mktemp("family"), 2, num_layers=6, dtype=torch.bfloat16, num_shards=2, hidden=64
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(family: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a merge on local disk writes."""
+    out = tmp_path_factory.mktemp("expected") / "merged"
+    merge(make_config(list(map(str, family))), out, shard_size=SHARD_SIZE)
+    return without_own(read_files(out))
+
+
+@pytest.fixture
+def models(bucket: str, s3_server: S3Server, family: tuple[Path, ...]) -> list[str]:
+    """URLs of the family in a bucket."""
+    return [upload(s3_server, bucket, f"models/{path.name}", path) for path in family]
+
+
+def make_config(models: list[str], **more: Any) -> dict[str, Any]:
+    return {
+        "merge_method": "ties",
+        "base_model": models[0],
+        "models": [{"model": model, "parameters": {"weight": 0.5, "density": 0.6}} for model in models[1:]],
+        **more,
+    }
+
+
+def upload(server: S3Server, bucket: str, prefix: str, directory: Path) -> str:
+    client = server.client()
+    for name, content in read_files(directory).items():
+        client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)
+    return f"s3://{bucket}/{prefix}"
+
+
+def download(url: str) -> dict[str, bytes]:
+    storage = storage_for(url)
+    return {name: storage.read(f"{url}/{name}", 2**30) for name in storage.list(url)}
+
+
+def without_own(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if name not in OWN_FILES}
+
+
+def test_s3_to_s3(
+    models: list[str], bucket: str, s3_server: S3Server, expected: dict[str, bytes], tmp_path: Path, cli: Cli
+) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(models))
+    out = f"s3://{bucket}/out/merged model"
+    outcome = cli("merge", config, out, "--shard-size", SHARD_SIZE)
+    assert (outcome.code, outcome.out[: len(out)]) == (0, out), outcome.err
+    assert without_own(download(out)) == expected
+    assert s3_server.uploads_of(bucket) == []
+    assert cli("verify", out).out.startswith(f"{out} is sound")
+    assert "was complete already" in cli("merge", config, out, "--shard-size", SHARD_SIZE).out
+    assert cli("verify", f"{out}/").code == 0
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_every_way_gives_the_same_bytes(
+    family: tuple[Path, ...], models: list[str], bucket: str, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    mixed = [models[0], str(family[1]), models[2]]
+    memory = fsspec.filesystem("memory")
+    for path in family:
+        memory.put(str(path), f"/models/{path.name}", recursive=True)
+    in_memory = [f"memory://models/{path.name}" for path in family]
+    ways: list[tuple[list[str], str, dict[str, Any]]] = [
+        (mixed, str(tmp_path / "out"), {}),
+        (mixed, f"s3://{bucket}/mixed", {"threads": 1}),
+        (models, f"s3://{bucket}/fsspec", {"storage": "fsspec"}),
+        (in_memory, "memory://merged", {}),
+        (list(map(str, family)), f"s3://{bucket}/from-local", {"threads": 3}),
+    ]
+    for inputs, out, options in ways:
+        merge(make_config(inputs), out, shard_size=SHARD_SIZE, **options)
+        assert without_own(download(out)) == expected, out
+        verify(out)
+
+
+def test_either_library_finishes_what_the_other_began(
+    models: list[str], bucket: str, expected: dict[str, bytes]
+) -> None:
+    out = f"s3://{bucket}/merged"
+    with pytest.raises(RuntimeError):
+        merge(make_config(models), out, shard_size=SHARD_SIZE, listener=Stop(2))
+    report = merge(make_config(models), out, shard_size=SHARD_SIZE, storage="fsspec")
+    assert report.num_resumed >= 2
+    assert without_own(download(out)) == expected
+
+
+class Stop(Listener):
+    """Ends a merge after some shards, as a crash of the driver would."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def finished(self, result: ShardResult) -> None:
+        self.number -= 1
+        if not self.number:
+            raise RuntimeError("the driver broke")
+
+
+def test_a_stopped_merge_goes_on(models: list[str], bucket: str, expected: dict[str, bytes]) -> None:
+    out = f"s3://{bucket}/merged"
+    with pytest.raises(RuntimeError):
+        merge(make_config(models), out, shard_size=SHARD_SIZE, listener=Stop(2))
+    names = list(storage_for(out).list(out))
+    assert INDEX not in names
+    assert "config.json" not in names
+    assert sum(name.endswith(".safetensors.json") for name in names) >= 2
+    report = merge(make_config(models), out, shard_size=SHARD_SIZE)
+    assert report.num_resumed >= 2
+    assert without_own(download(out)) == expected
+
+
+@pytest.mark.slow
+def test_a_killed_merge_goes_on(
+    models: list[str], bucket: str, s3_server: S3Server, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(models))
+    out = f"s3://{bucket}/merged"
+    process = start_command("merge", config, out, "--shard-size", "5kB")
+    journal = f"{out}/.raymerge"
+    while process.poll() is None and not any(n.endswith("ors.json") for n in storage_for(out).list(journal)):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode < 0
+    outcome = run_command("merge", config, out, "--shard-size", "5kB")
+    assert outcome.code == 0, outcome.err
+    assert "shards are finished and sound" in outcome.err
+    merge(make_config(models), tmp_path / "out", shard_size="5kB")
+    assert without_own(download(out)) == without_own(read_files(tmp_path / "out"))
+    assert s3_server.uploads_of(bucket) == []
+
+
+def test_no_byte_of_a_model_touches_the_local_disk(
+    models: list[str], bucket: str, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """No process of the merge may write a file as large as a shard, anywhere."""
+    config = write_config(tmp_path / "merge.yml", make_config(models))
+    limit = 16 * 1024
+    assert max(len(data) for name, data in expected.items() if name.endswith(".safetensors")) > limit
+    process = subprocess.run(
+        [sys.executable, "-m", "raymerge", "merge", config, f"s3://{bucket}/merged", "--shard-size", SHARD_SIZE],
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(tmp_path)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert without_own(download(f"s3://{bucket}/merged")) == expected
+
+
+def test_a_second_run_is_refused(models: list[str], bucket: str, tmp_path: Path, cli: Cli) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(models))
+    out = f"s3://{bucket}/merged"
+    with storage_for(out).lock(f"{out}/.raymerge/lock"):
+        outcome = cli("merge", config, out)
+    assert outcome.code == 2
+    assert "another raymerge run" in outcome.err
+    assert cli("merge", config, out).code == 0
+
+
+def test_a_run_whose_lock_was_taken_stops(models: list[str], bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.1)
+    out = f"s3://{bucket}/merged"
+
+    class Thief(Listener):
+        def planned(self, plan: MergePlan) -> None:
+            self.taken = False
+
+        def finished(self, result: ShardResult) -> None:
+            if not self.taken:
+                storage_for(out).write(f"{out}/.raymerge/lock", b'{"token": "of another run"}')
+                self.taken = True
+                time.sleep(1)
+
+    with pytest.raises(OutputError, match="lock"):
+        merge(make_config(models), out, shard_size=SHARD_SIZE, threads=1, listener=Thief())
+    assert INDEX not in storage_for(out).list(out)
+
+
+def test_two_that_finish_at_once_do_not_mix(models: list[str], bucket: str) -> None:
+    """The lock failed, and another run has finished here first."""
+    out = f"s3://{bucket}/merged"
+
+    class Rival(Listener):
+        def finished(self, result: ShardResult) -> None:
+            storage_for(out).write(f"{out}/{INDEX}", b"{}")
+
+    with pytest.raises(OutputError, match="another run has finished a different model here"):
+        merge(make_config(models), out, shard_size=SHARD_SIZE, listener=Rival())
+    assert storage_for(out).read(f"{out}/{INDEX}", 10) == b"{}"
+
+
+class Replace(Listener):
+    """Replaces an input when the merge begins, by one of the same size."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def planned(self, plan: MergePlan) -> None:
+        storage = storage_for(self.url)
+        content = bytearray(storage.read(self.url, 2**30))
+        content[-1] ^= 1
+        storage.write(self.url, bytes(content))
+
+
+@pytest.mark.parametrize("library", ["auto", "fsspec"])
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "tokenizer_config.json"])
+def test_a_replaced_input_stops_the_merge(models: list[str], bucket: str, name: str, library: Any) -> None:
+    model = models[1] if name.endswith("safetensors") else models[0]
+    out = f"s3://{bucket}/merged"
+    with pytest.raises(FetchError, match=f"{model}/{name}.*changed"):
+        merge(make_config(models), out, shard_size=SHARD_SIZE, storage=library, listener=Replace(f"{model}/{name}"))
+    names = list(storage_for(out).list(out))
+    assert INDEX not in names
+    assert "config.json" not in names
+
+
+def test_overwrite(models: list[str], bucket: str, expected: dict[str, bytes]) -> None:
+    out = f"s3://{bucket}/merged"
+    merge(make_config(models, dtype="float32"), out, shard_size=SHARD_SIZE)
+    with pytest.raises(OutputError, match="--overwrite"):
+        merge(make_config(models), out, shard_size=SHARD_SIZE)
+    merge(make_config(models), out, shard_size=SHARD_SIZE, overwrite=True)
+    assert without_own(download(out)) == expected
+
+
+def test_an_output_in_an_input_is_refused(models: list[str], bucket: str) -> None:
+    for out in (models[0], f"{models[1]}/merged", f"s3://{bucket}", f"s3a://{bucket}/models/"):
+        with pytest.raises(ConfigError, match="overlap"):
+            merge(make_config(models), out)
+
+
+def test_memory_for_transfers_is_part_of_the_plan(models: list[str], bucket: str) -> None:
+    with pytest.raises(MemoryLimitError) as caught:
+        merge(make_config(models), f"s3://{bucket}/merged", memory="1MiB")
+    needed = str(caught.value).rpartition("--memory ")[2]
+    assert int(needed.removesuffix("MiB")) > 40
+    merge(make_config(models), f"s3://{bucket}/merged", memory=needed)
+
+
+def test_no_credential_gets_into_the_output(
+    models: list[str], bucket: str, s3_server: S3Server, family: tuple[Path, ...], cli: Cli, tmp_path: Path
+) -> None:
+    inputs = [*models[:2], f"memory://user:pa55word@models/{family[2].name}"]
+    memory = fsspec.filesystem("memory")
+    memory.put(str(family[2]), f"/user:pa55word@models/{family[2].name}", recursive=True)
+    merge(make_config(inputs), f"s3://{bucket}/merged", shard_size=SHARD_SIZE, threads=1)
+    for name, content in download(f"s3://{bucket}/merged").items():
+        for secret in ("pa55word", s3_server.admin.secret_access_key):
+            assert secret.encode() not in content, name
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Stands between raymerge and the S3 server."""
+    with FaultProxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        storage_for("s3://any").close()
+        yield proxy
+        storage_for("s3://any").close()
+
+
+def test_a_store_that_goes_down(
+    models: list[str], bucket: str, proxy: FaultProxy, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "PATIENCE_SECONDS", 3.0)
+    out = f"s3://{bucket}/merged"
+
+    class Down(Listener):
+        def finished(self, result: ShardResult) -> None:
+            proxy.down = True
+
+    with pytest.raises((FetchError, OutputError), match=rf"s3://{bucket}.*attempts"):
+        merge(make_config(models), out, shard_size="5kB", threads=1, listener=Down())
+    proxy.down = False
+    assert INDEX not in storage_for(out).list(out)
+    monkeypatch.undo()
+    time.sleep(0.1)
+
+
+def test_faults_are_reported(models: list[str], bucket: str, proxy: FaultProxy, tmp_path: Path, cli: Cli) -> None:
+    from tests.servers.faults import Fault, is_operation
+
+    config = write_config(tmp_path / "merge.yml", make_config(models))
+    proxy.script([Fault.SLOW_DOWN] * 3, only=is_operation("GetObject"))
+    outcome = cli("merge", config, f"s3://{bucket}/merged", "--threads", "1")
+    assert outcome.code == 0, outcome.err
+    assert "Failures on the way, all got over:" in outcome.out
+    assert f"s3://{bucket}: GET: 503 SlowDown" in outcome.out
+
+
+def test_the_manifest_has_the_bytes_of_remote_inputs(models: list[str], bucket: str) -> None:
+    out = f"s3://{bucket}/merged"
+    merge(make_config(models), out, shard_size=SHARD_SIZE)
+    manifest = json.loads(download(out)["raymerge_manifest.json"])
+    assert [item["model"] for item in manifest["models"]] == models
+    assert sum(item["nbytes"] for item in manifest["inputs"]) > 0
