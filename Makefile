@@ -12,12 +12,13 @@ PIP := bin/python -m pip --disable-pip-version-check install -qq --progress-bar 
 TYPED := .pkg/raymerge tests $(wildcard docs/demo/*.py) $(wildcard benchmarks/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test test-slow check format bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train three small models, merge them in four ways, check and print the losses"
 	@echo "make test    run the tests"
+	@echo "make test-slow  run the slow ones: kills, whole merges under faults, other servers and clients"
 	@echo "make check   lint, format, types, and which package may import which"
 	@echo "make format  rewrite the sources as 'make check' wants them"
 	@echo "make bench   compare with mergekit, and with copying the same bytes"
@@ -31,6 +32,9 @@ demo: $(VENV)/stamp
 
 test: $(VENV)/stamp
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/stamp
+	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
 
 check: $(VENV)/stamp
 	$(VENV)/bin/ruff check .

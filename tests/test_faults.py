@@ -60,7 +60,7 @@ def test_merges_finish(
     proxy: FaultProxy,
 ) -> None:
     models = [upload(s3_server, bucket, f"models/{path.name}", path) for path in family]
-    probabilities = {fault: 0.05} if fault else dict.fromkeys(ON_S3, 0.05)
+    probabilities: dict[Fault, float] = {fault: 0.05} if fault else dict[Fault, float](dict.fromkeys(ON_S3, 0.05))
     num_injected = 0
     for number in range(NUM_MERGES):
         out = f"s3://{bucket}/merged{number}"

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import obstore
-from awscrt.checksums import crc64nvme  # type: ignore[import-untyped]
+from awscrt.checksums import crc64nvme
 
 from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.errors import CorruptedError, OutputError
