@@ -20,14 +20,8 @@ from report import Row, describe_machine, to_markdown, write_json
 from sameness import measure_sameness
 from speed import measure_speed
 from startup import measure_help, measure_plan
-from stores import (
-    measure_disk,
-    measure_hub,
-    measure_memory,
-    measure_requests,
-    measure_seam,
-    measure_transfer,
-)
+from store_limits import measure_disk, measure_hub, measure_requests, measure_store_memory
+from stores import measure_seam, measure_transfer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +40,7 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "stores-speed": measure_transfer,
     "stores-seam": measure_seam,
     "stores-requests": measure_requests,
-    "stores-memory": measure_memory,
+    "stores-memory": measure_store_memory,
     "stores-disk": measure_disk,
     "stores-hub": measure_hub,
 }

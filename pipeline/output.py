@@ -112,7 +112,7 @@ def open_output(
         OutputError: another run is writing there, or there is something that is not ours to go on with.
     """
     storage = storage_for(out)
-    with storage.lock(f"{out}/{LOCK}") as lock:
+    with storage.lock(f"{out}/{LOCK}", restart=overwrite) as lock:
         state = check_state(out, fingerprint, overwrite=overwrite)
         if state is OutputState.NEW:
             if overwrite:

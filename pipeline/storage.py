@@ -182,11 +182,15 @@ class Storage(ABC):
         """Delete a file; one that is not there is as good as deleted."""
 
     @abstractmethod
-    def lock(self, url: str) -> AbstractContextManager[Lock]:
+    def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:
         """Hold a lock that does not outlive this process for long.
 
+        Args:
+            url: of the lock.
+            restart: whether what an interrupted run has prepared may be thrown away, if it can no longer be published.
+
         Raises:
-            OutputError: another run holds it.
+            OutputError: another run holds it, or the store refuses.
         """
 
     def publish(self, url: str, message: str) -> None:

@@ -316,7 +316,7 @@ class FsspecStorage(RemoteStorage):
         except FetchError as error:
             raise OutputError(str(error)) from None
 
-    def lock(self, url: str) -> AbstractContextManager[Lock]:
+    def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:
         """Hold a lease on an object; where the store has no conditional writes, as well as can be."""
         return hold_lease(self._s3 or FsspecLeases(self), url)
 

@@ -139,7 +139,7 @@ class LocalStorage(Storage):
         _remove_if_spent(path.parent)
 
     @contextmanager
-    def lock(self, url: str) -> Iterator[Lock]:
+    def lock(self, url: str, *, restart: bool = False) -> Iterator[Lock]:
         """Hold an advisory lock on a file, which says who holds it and is gone afterwards."""
         path = local_path(url)
         descriptor = _lock(path)

@@ -127,7 +127,7 @@ class ObjectStorage(RemoteStorage):
 
         bucket.write("DELETE", url, delete)
 
-    def lock(self, url: str) -> AbstractContextManager[Lock]:  # noqa: D102
+    def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:  # noqa: D102
         bucket, key = self._locate_output(url)
         return hold_lease(_LeaseObject(bucket, key), url)
 

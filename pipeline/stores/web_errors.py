@@ -1,0 +1,94 @@
+"""What goes wrong with web servers: refusals, and answers that do not come; and which of it may pass."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+import time
+from contextlib import suppress
+from email.message import Message
+from email.utils import parsedate_to_datetime
+
+from raymerge.pipeline.stores.retry import Fault
+
+_MAX_MESSAGE_NBYTES = 2000
+_PASSING = (408, 429, 500, 502, 503, 504)
+
+
+class RefusalError(Exception):
+    """An answer other than success; its text is the server's reason."""
+
+    def __init__(self, status: int, headers: Message, content: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        reason = headers.get("X-Error-Message") or _find_reason(content)
+        super().__init__(
+            f"{status} {http.client.responses.get(status, '')}".rstrip() + (f": {reason}" if reason else "")
+        )
+
+
+class BrokenError(Exception):
+    """No whole answer came."""
+
+    def __init__(self, message: str, fault: Fault | None) -> None:
+        self.fault = fault
+        super().__init__(message)
+
+
+def classify_web(error: Exception) -> Fault | None:
+    """Return the fault that an error of a `WebClient` is, or None where trying again is useless."""
+    if isinstance(error, BrokenError):
+        return error.fault
+    if isinstance(error, RefusalError) and error.status in _PASSING:
+        return Fault(str(error.status), _find_wait(error.headers))
+    return None
+
+
+def explain_broken(error: Exception, host: str) -> BrokenError:
+    """Return what an error of http.client or of the socket below it means."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return BrokenError(
+            f"the certificate of {host} is not trusted ({error.verify_message});"
+            " if it is signed by an authority of your own, name that in SSL_CERT_FILE",
+            None,
+        )
+    if isinstance(error, socket.gaierror):
+        fault = Fault("name lookup failed") if error.errno == socket.EAI_AGAIN else None
+        return BrokenError(f"there is no host {host}: {error.strerror}; check the name and the network", fault)
+    if isinstance(error, TimeoutError):
+        return BrokenError(f"{host} did not answer in time", Fault("timeout"))
+    if isinstance(error, ConnectionRefusedError):
+        return BrokenError(f"{host} refuses connections", Fault("connection refused"))
+    if isinstance(error, OSError | http.client.RemoteDisconnected):
+        return BrokenError(f"the connection to {host} broke", Fault("connection broken"))
+    if isinstance(error, http.client.IncompleteRead):
+        return BrokenError(f"the answer of {host} is cut short", Fault("short body"))
+    if isinstance(error, http.client.BadStatusLine | http.client.LineTooLong):
+        return BrokenError(f"the answer of {host} is not HTTP", Fault("not HTTP"))
+    return BrokenError(f"{host}: the request cannot be made: {type(error).__name__}", None)
+
+
+def _find_wait(headers: Message) -> float | None:
+    """Return the seconds that the server asks to be left alone: as a number, a date, or the Hub's RateLimit header."""
+    asked = (headers.get("Retry-After") or "").strip()
+    if asked.isdigit():
+        return float(asked)
+    if asked:
+        try:
+            return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+        except ValueError:
+            return None
+    fields = dict(part.strip().partition("=")[::2] for part in (headers.get("RateLimit") or "").split(";"))
+    return float(fields["t"]) if fields.get("r") == "0" and fields.get("t", "").isdigit() else None
+
+
+def _find_reason(content: bytes) -> str:
+    """Return what an answer says about its refusal, on one line."""
+    text = content[:_MAX_MESSAGE_NBYTES].decode(errors="replace").strip()
+    if text.startswith("<"):
+        return ""
+    with suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(content)["error"])
+    return " ".join(text.split())[:300]

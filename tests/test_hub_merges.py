@@ -1,0 +1,215 @@
+"""Whole merges from and to a Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from raymerge.pipeline import Listener, merge, verify
+from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
+from raymerge.pipeline.storage import storage_for
+from raymerge.pipeline.types import MergePlan, ShardResult
+from tests.checkpoints import read_files, write_config, write_family
+from tests.commands import Cli, run_command, start_command
+from tests.servers.hub import HubServer
+from tests.test_stores import make_config, without_own
+
+SHARD_SIZE = "60kB"
+NAMES = ["org/base", "org/tuned1", "private/tuned2"]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return write_family(
+        tmp_path_factory.mktemp("family"), 2, num_layers=6, dtype=torch.bfloat16, num_shards=2, hidden=64
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(family: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("expected") / "merged"
+    merge(make_config(list(map(str, family))), out, shard_size=SHARD_SIZE)
+    return without_own(read_files(out))
+
+
+@pytest.fixture
+def hub(family: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub that has the family, one of them private, in an environment that leads to it."""
+    with HubServer(tmp_path / "hub") as hub:
+        hub.add_token("hf_writer", user="me", can_write=["me"], can_read=["private"])
+        for name, directory in zip(NAMES, family, strict=True):
+            hub.create_repo(name, private=name.startswith("private"))
+            hub.upload(name, dict(read_files(directory)))
+        for name, value in {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_writer",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
+            "HF_HUB_DISABLE_XET": "1",
+            "XDG_STATE_HOME": str(tmp_path / "state"),
+        }.items():
+            monkeypatch.setenv(name, value)
+        storage_for("hf://any/one").close()
+        yield hub
+        storage_for("hf://any/one").close()
+
+
+def published(hub: HubServer, name: str) -> dict[str, bytes]:
+    files = hub.read_files(name, "main")
+    return without_own({path: content for path, content in files.items() if path != ".gitattributes"})
+
+
+def test_hub_to_hub(hub: HubServer, expected: dict[str, bytes], tmp_path: Path, cli: Cli) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(NAMES))
+    outcome = cli("merge", config, "hf://me/merged", "--shard-size", SHARD_SIZE)
+    assert outcome.code == 0, outcome.err
+    assert published(hub, "me/merged") == expected
+    assert cli("verify", "hf://me/merged").code == 0
+    assert cli("inspect", "me/merged").code == 0
+    assert hub.leaked_tokens == []
+    manifest = json.loads(hub.read_files("me/merged", "main")["raymerge_manifest.json"])
+    assert [item["revision"] for item in manifest["models"]] == [hub.get_head(name) for name in NAMES]
+    state = [path for path in (tmp_path / "state").rglob("*") if path.is_file()]
+    assert state == []
+
+
+def test_nothing_is_visible_before_the_one_commit(hub: HubServer) -> None:
+    class Watch(Listener):
+        seen: list[set[str]] = []  # noqa: RUF012
+
+        def finished(self, result: ShardResult) -> None:
+            self.seen.append(set(hub.read_files("me/merged", "main")))
+
+    watch = Watch()
+    merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, listener=watch)
+    assert len(watch.seen) > 3
+    assert set().union(*watch.seen) <= {".gitattributes"}
+
+
+def test_from_the_hub_to_here(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
+    merge(make_config(NAMES), tmp_path / "out", shard_size=SHARD_SIZE)
+    assert without_own(read_files(tmp_path / "out")) == expected
+
+
+def test_a_branch_that_moves_does_not_matter(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
+    class Move(Listener):
+        def planned(self, plan: MergePlan) -> None:
+            files = hub.read_files(NAMES[1], "main")
+            hub.upload(NAMES[1], {name: content[:-1] + b"x" for name, content in files.items()})
+
+    merge(make_config(NAMES), tmp_path / "out", shard_size=SHARD_SIZE, listener=Move())
+    assert without_own(read_files(tmp_path / "out")) == expected
+
+
+def test_a_revision(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
+    commit = hub.get_head(NAMES[0])
+    hub.upload(NAMES[0], {"config.json": b"{}"})
+    merge(make_config([f"{NAMES[0]}@{commit}", *NAMES[1:]]), tmp_path / "out", shard_size=SHARD_SIZE)
+    assert without_own(read_files(tmp_path / "out")) == expected
+
+
+def test_who_may_not_read(hub: HubServer, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.create_repo("org/gated", gated=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_nobodysuchtoken")
+    monkeypatch.delenv("HF_TOKEN")
+    storage_for("hf://any/one").close()
+    for name, hint in ((NAMES[2], "hf auth login"), ("org/gated", "accept"), ("org/absent", "no such")):
+        config = write_config(tmp_path / "merge.yml", make_config([NAMES[0], NAMES[1], name]))
+        outcome = cli("merge", config, tmp_path / "out")
+        assert outcome.code == 2
+        assert name in outcome.err
+        assert hint in outcome.err, outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_who_may_not_write(hub: HubServer, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add_token("hf_readerreader", user="you", can_read=["private"])
+    monkeypatch.setenv("HF_TOKEN", "hf_readerreader")
+    storage_for("hf://any/one").close()
+    config = write_config(tmp_path / "merge.yml", make_config(NAMES))
+    outcome = cli("merge", config, "hf://me/merged", "--threads", "1")
+    assert outcome.code == 2
+    assert "hf://me/merged" in outcome.err
+    assert "hf_readerreader" not in outcome.err
+    assert not any(method == "PUT" for method, *_ in hub.storage_requests)
+
+
+def test_an_interrupted_merge_uploads_only_what_is_missing(hub: HubServer, expected: dict[str, bytes]) -> None:
+    class Stop(Listener):
+        num_finished = 0
+
+        def finished(self, result: ShardResult) -> None:
+            self.num_finished += 1
+            if self.num_finished == 3:
+                raise RuntimeError("the driver broke")
+
+    with pytest.raises(RuntimeError):
+        merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, listener=Stop())
+    num_before = sum(method == "PUT" for method, *_ in hub.storage_requests)
+    assert num_before >= 3
+    report = merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE)
+    assert report.num_resumed >= 3
+    assert published(hub, "me/merged") == expected
+    num_shards = report.num_shards
+    assert sum(method == "PUT" for method, *_ in hub.storage_requests) <= num_shards + 1
+
+
+@pytest.mark.slow
+def test_a_killed_merge_goes_on(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(NAMES))
+    process = start_command("merge", config, "hf://me/merged", "--shard-size", SHARD_SIZE)
+    while process.poll() is None and sum(method == "PUT" for method, *_ in hub.storage_requests) < 2:
+        pass
+    process.kill()
+    process.communicate()
+    assert process.returncode < 0
+    assert published(hub, "me/merged") == {}
+    outcome = run_command("merge", config, "hf://me/merged", "--shard-size", SHARD_SIZE)
+    assert outcome.code == 0, outcome.err
+    assert published(hub, "me/merged") == expected
+
+
+def test_somebody_else_commits_meanwhile(hub: HubServer, family: tuple[Path, ...], expected: dict[str, bytes]) -> None:
+    theirs = read_files(family[0])
+
+    class Meddle(Listener):
+        def finished(self, result: ShardResult) -> None:
+            hub.upload("me/merged", dict(theirs))
+
+    with pytest.raises(OutputError, match="nothing was published|another run has finished"):
+        merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, listener=Meddle())
+    assert published(hub, "me/merged") == theirs
+    with pytest.raises(OutputError, match="--overwrite"):
+        merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE)
+    merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, overwrite=True)
+    assert published(hub, "me/merged") == expected
+
+
+def test_overwrite_replaces_a_model_with_one_commit(hub: HubServer, expected: dict[str, bytes]) -> None:
+    merge(make_config(NAMES, dtype="float32"), "hf://me/merged")
+    with pytest.raises(OutputError, match="--overwrite"):
+        merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE)
+    merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, overwrite=True)
+    assert published(hub, "me/merged") == expected
+    verify("hf://me/merged")
+
+
+def test_a_mistyped_name_is_no_such_directory_either(hub: HubServer) -> None:
+    with pytest.raises((CheckpointError, FetchError), match="org/bsae"):
+        merge(make_config(["org/bsae", *NAMES[1:]]), "out")
+
+
+def test_few_requests_to_the_hub_itself(hub: HubServer, tmp_path: Path) -> None:
+    hub.reset_requests()
+    merge(make_config(NAMES), tmp_path / "out", shard_size=SHARD_SIZE, threads=2)
+    resolved: dict[str, int] = {}
+    for _, path, _ in hub.requests:
+        if "/resolve/" in path:
+            resolved[path] = resolved.get(path, 0) + 1
+    num_processes = 3  # the driver, which reads headers, and two workers
+    assert resolved
+    assert max(resolved.values()) <= 2 * num_processes
