@@ -10,6 +10,7 @@ from raymerge.ops.registry import find_op
 from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.sizes import format_memory
+from raymerge.pipeline.storage import OUTPUT_BUFFER_NBYTES
 from raymerge.pipeline.tensor_merge import COPY
 from raymerge.pipeline.types import TensorMerge
 
@@ -19,9 +20,6 @@ COMPUTE_NBYTES = 4
 MAX_BUFFER_NBYTES = 64 * 2**20
 """Holds a layer's matrix of several models for all passes; larger buffers do not pay, for fresh memory costs more than
 reading a file again from the page cache."""
-
-OUTPUT_BUFFER_NBYTES = 4 * 2**20
-"""Merged values on their way out; two are in use, one being filled and one being written."""
 
 ALIGNMENT = 64
 """Each source's bytes start at a multiple of this in an input buffer."""

@@ -1,4 +1,4 @@
-"""Streams one output file: header, then tensors in order; the disk is waited for on a thread of its own."""
+"""Streams one output file: header, then tensors in order; the store is waited for on a thread of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import threading
 from typing import TYPE_CHECKING
 
 from raymerge.pipeline.buffers import POOL
-from raymerge.pipeline.memory import OUTPUT_BUFFER_NBYTES
 from raymerge.pipeline.storage import Writer
 
 if TYPE_CHECKING:
@@ -29,11 +28,9 @@ class ShardWriter:
         self.nbytes = 0
         self._writer = writer
         self._digest = hashlib.sha256()
-        self._empty: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        self._free = threading.Semaphore(writer.num_buffers)
         self._full: queue.SimpleQueue[tuple[mmap.mmap, int] | None] = queue.SimpleQueue()
-        self._buffers = [POOL.acquire(OUTPUT_BUFFER_NBYTES) for _ in range(2)]
-        self._empty.put(self._buffers[1])
-        self._current = self._buffers[0]
+        self._current = self._acquire()
         self._num_used = 0
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write_all, name="write", daemon=True)
@@ -47,7 +44,7 @@ class ShardWriter:
         """
         data = memoryview(data)
         while data:
-            num_bytes = min(len(data), OUTPUT_BUFFER_NBYTES - self._num_used)
+            num_bytes = min(len(data), self._writer.buffer_nbytes - self._num_used)
             self._current[self._num_used : self._num_used + num_bytes] = data[:num_bytes]
             self._advance(num_bytes)
             data = data[num_bytes:]
@@ -65,7 +62,7 @@ class ShardWriter:
         import torch
 
         while len(values):
-            num_values = min(len(values), (OUTPUT_BUFFER_NBYTES - self._num_used) // dtype.itemsize)
+            num_values = min(len(values), (self._writer.buffer_nbytes - self._num_used) // dtype.itemsize)
             torch.frombuffer(self._current, dtype=dtype, count=num_values, offset=self._num_used).copy_(
                 values[:num_values]
             )
@@ -86,6 +83,8 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Stop, and forget what was written."""
+        if self._thread.is_alive():
+            self._release(self._current)
         self._end()
         self._writer.abort()
 
@@ -94,27 +93,34 @@ class ShardWriter:
             self._digest.update(data)  # while it is still in the core's cache
         self.nbytes += num_bytes
         self._num_used += num_bytes
-        if self._num_used == OUTPUT_BUFFER_NBYTES:
+        if self._num_used == self._writer.buffer_nbytes:
             self._full.put((self._current, self._num_used))
-            self._current = self._empty.get()
+            self._current = self._acquire()
             self._num_used = 0
             if self._error is not None:
                 raise self._error
+
+    def _acquire(self) -> mmap.mmap:
+        """Return a buffer, as soon as there may be one more."""
+        self._free.acquire()
+        return POOL.acquire(self._writer.buffer_nbytes)
+
+    def _release(self, buffer: mmap.mmap) -> None:
+        POOL.release(buffer)
+        self._free.release()
 
     def _end(self) -> None:
         if self._thread.is_alive():
             self._full.put(None)
             self._thread.join()
-        while self._buffers:
-            POOL.release(self._buffers.pop())
 
     def _write_all(self) -> None:
         while (item := self._full.get()) is not None:
             buffer, num_bytes = item
-            if self._error is None:
-                try:
-                    with memoryview(buffer)[:num_bytes] as data:
-                        self._writer.write(data)
-                except BaseException as error:  # raised at the next append, or by finish
-                    self._error = error
-            self._empty.put(buffer)
+            if self._error is not None:
+                self._release(buffer)
+                continue
+            try:
+                self._writer.take(buffer, num_bytes, self._release)
+            except BaseException as error:  # raised at the next append, or by finish
+                self._error = error

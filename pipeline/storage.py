@@ -8,11 +8,12 @@ the output, keeps its journal there with `write`, `read` and `delete`, and calls
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
+from mmap import mmap
 from typing import Literal
 
 from raymerge.pipeline.errors import CheckpointError, FetchError
@@ -21,6 +22,9 @@ from raymerge.pipeline.urls import check_url, scheme_of
 
 Buffer = memoryview
 """A writable, contiguous view of bytes."""
+
+OUTPUT_BUFFER_NBYTES = 4 * 2**20
+"""Merged values on their way out; two such buffers are in use, one being filled and one being written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +53,27 @@ class Sharing(Enum):
 
 
 class Writer(ABC):
-    """One file being written: `write` any number of times, then `commit` or `abort` once.
+    """One file being written: `write` or `take` any number of times, then `commit` or `abort` once.
 
     Nothing is visible under the final name before `commit` returns, and nothing is left behind after `abort`.
     """
+
+    buffer_nbytes = OUTPUT_BUFFER_NBYTES
+    """The size of buffer that suits it best."""
+    num_buffers = 2
+    """How many of these keep it busy."""
+
+    def take(self, buffer: mmap, nbytes: int, release: Callable[[mmap], None]) -> None:
+        """Append the first bytes of a buffer, and call `release` when it is no longer looked at.
+
+        Raises:
+            OutputError: as for `write`; the buffer is or will be released all the same.
+        """
+        try:
+            with memoryview(buffer)[:nbytes] as data:
+                self.write(data)
+        finally:
+            release(buffer)
 
     @abstractmethod
     def write(self, data: Buffer | bytes) -> None:
@@ -98,7 +119,7 @@ class Storage(ABC):
     read_nbytes = 0
     """Memory that reading takes besides the caller's buffers, in bytes."""
     write_nbytes = 0
-    """Memory that one writer takes, in bytes."""
+    """Memory that one writer takes besides two output buffers, in bytes."""
 
     @abstractmethod
     def absolute(self, url: str) -> str:

@@ -180,7 +180,7 @@ def test_somebody_else_commits_meanwhile(hub: HubServer, family: tuple[Path, ...
         def finished(self, result: ShardResult) -> None:
             hub.upload("me/merged", dict(theirs))
 
-    with pytest.raises(OutputError, match="nothing was published|another run has finished"):
+    with pytest.raises(OutputError, match=r"nothing was published|another run has finished"):
         merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, listener=Meddle())
     assert published(hub, "me/merged") == theirs
     with pytest.raises(OutputError, match="--overwrite"):

@@ -18,13 +18,13 @@ import torch
 
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError, FetchError, MemoryLimitError, OutputError
-from raymerge.pipeline.storage import storage_for
+from raymerge.pipeline.storage import StorageSettings, configure_storages, storage_for
 from raymerge.pipeline.stores import lease, retry
 from raymerge.pipeline.types import MergePlan, ShardResult
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.servers.faults import FaultProxy
-from tests.servers.s3 import S3Server
+from tests.servers.s3 import JuiceServer, S3Server, Store
 
 SHARD_SIZE = "60kB"
 OWN_FILES = ("raymerge_manifest.json", "README.md", "mergekit_config.yml")
@@ -61,7 +61,7 @@ def make_config(models: list[str], **more: Any) -> dict[str, Any]:
     }
 
 
-def upload(server: S3Server, bucket: str, prefix: str, directory: Path) -> str:
+def upload(server: Store, bucket: str, prefix: str, directory: Path) -> str:
     client = server.client()
     for name, content in read_files(directory).items():
         client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)
@@ -336,3 +336,29 @@ def test_the_manifest_has_the_bytes_of_remote_inputs(models: list[str], bucket: 
     manifest = json.loads(download(out)["raymerge_manifest.json"])
     assert [item["model"] for item in manifest["models"]] == models
     assert sum(item["nbytes"] for item in manifest["inputs"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["auto", "fsspec"])
+def test_another_s3_server(
+    family: tuple[Path, ...], expected: dict[str, bytes], library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with JuiceServer() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        for settings in (StorageSettings("auto"), StorageSettings("fsspec")):
+            configure_storages(settings)
+            storage_for("s3://any").close()
+        bucket = server.create_bucket("another")
+        inputs = [upload(server, bucket, f"models/{path.name}", path) for path in family]
+        out = f"s3://{bucket}/merged"
+        with pytest.raises(RuntimeError):
+            merge(make_config(inputs), out, shard_size=SHARD_SIZE, storage=library, listener=Stop(2))
+        report = merge(make_config(inputs), out, shard_size=SHARD_SIZE, storage=library)
+        assert report.num_resumed >= 2
+        assert without_own(download(out)) == expected
+        verify(out, storage=library)
+        assert server.uploads_of(bucket) == []
+        for settings in (StorageSettings("auto"), StorageSettings("fsspec")):
+            configure_storages(settings)
+            storage_for("s3://any").close()

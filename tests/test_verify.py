@@ -13,7 +13,7 @@ import pytest
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.memory import OUTPUT_BUFFER_NBYTES
+from raymerge.pipeline.storage import OUTPUT_BUFFER_NBYTES
 from raymerge.pipeline.types import ShardResult
 from tests.checkpoints import INDEX, read_files, write_llama
 from tests.commands import Cli

@@ -6,6 +6,7 @@ import errno
 import mmap
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
 PART_NBYTES = 8 * 2**20
 """Of a part; more where a file would have more parts than stores take."""
 
-NUM_BUFFERS = 5
-"""Parts in memory: those on their way, and the one that is being filled."""
+NUM_BUFFERS = 6
+"""Parts in memory: those on their way, one that waits, and the one that is being filled."""
+
+_NUM_REQUESTS = 4
 
 _MAX_PARTS = 10_000
+_ALIGNMENT = 64
 _MAX_EXCLUSIVE_NBYTES = 64 * 2**20
 
 
@@ -53,22 +57,43 @@ class ObjectWriter(Writer):
         if exclusive or nbytes <= PART_NBYTES:
             self._content = bytearray()
         else:
-            self._parts = _Parts(bucket, key, max(PART_NBYTES, -(-nbytes // _MAX_PARTS)))
+            self.buffer_nbytes = max(PART_NBYTES, -(-nbytes // _MAX_PARTS // _ALIGNMENT) * _ALIGNMENT)
+            self.num_buffers = NUM_BUFFERS
+            self._parts = _Parts(bucket, key, self.buffer_nbytes)
 
     def write(self, data: Buffer | bytes) -> None:  # noqa: D102
         view = memoryview(data).cast("B")
-        if self._num_written + view.nbytes > self._nbytes:
-            given = self._num_written + view.nbytes
-            raise OutputError(f"{self._url}: {given:,} bytes given, {self._nbytes:,} were announced")
-        self._num_written += view.nbytes
+        self._count(view)
         if self._content is not None:
             self._content += view
         elif self._parts is not None:
-            self._checksum = crc64nvme(view, self._checksum)
             try:
                 self._parts.write(view)
             except ObjectError as error:
                 raise self._failed(error) from None
+
+    def take(self, buffer: mmap.mmap, nbytes: int, release: Callable[[mmap.mmap], None]) -> None:
+        """Append a whole part without copying it."""
+        if self._parts is None or not self._parts.is_at_start:
+            super().take(buffer, nbytes, release)
+            return
+        part = memoryview(buffer)[:nbytes]
+        weakref.finalize(part, release, buffer).atexit = False
+        self._count(part)
+        try:
+            self._parts.send(part)
+        except ObjectError as error:
+            raise self._failed(error) from None
+        finally:
+            del part
+
+    def _count(self, data: Buffer) -> None:
+        if self._num_written + data.nbytes > self._nbytes:
+            given = self._num_written + data.nbytes
+            raise OutputError(f"{self._url}: {given:,} bytes given, {self._nbytes:,} were announced")
+        self._num_written += data.nbytes
+        if self._parts is not None:
+            self._checksum = crc64nvme(data, self._checksum)
 
     def commit(self) -> StoredFile:  # noqa: D102
         if self._num_written != self._nbytes:
@@ -165,14 +190,24 @@ class ObjectWriter(Writer):
 
 
 class _Parts:
-    """A multipart upload: bytes are copied to buffers, each of which comes back when it has arrived."""
+    """A multipart upload of whole parts, or of bytes, which are copied to buffers that are used again."""
 
     def __init__(self, bucket: Bucket, key: str, part_nbytes: int) -> None:
-        self._upload = obstore.open_writer(bucket.writes, key, buffer_size=part_nbytes, max_concurrency=NUM_BUFFERS - 1)
+        self._upload = obstore.open_writer(bucket.writes, key, buffer_size=part_nbytes, max_concurrency=_NUM_REQUESTS)
         self._part_nbytes = part_nbytes
         self._free = threading.Semaphore(NUM_BUFFERS)
         self._buffer: mmap.mmap | None = None
         self._num_used = 0
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether a new part begins here."""
+        return self._buffer is None
+
+    def send(self, part: Buffer) -> None:
+        """Append a part; obstore looks at it until it has arrived, and drops the view then."""
+        with translated("PUT"):
+            self._upload.write(part)
 
     def write(self, data: Buffer) -> None:
         """Append bytes, which may change afterwards."""
@@ -201,14 +236,13 @@ class _Parts:
             self._upload.__exit__(type(error), error, None)
 
     def _send(self) -> None:
-        """Hand over the buffer: obstore looks at it until the part has arrived, and drops the view then."""
+        """Hand over the buffer."""
         if self._buffer is None:
             return
         part = memoryview(self._buffer)[: self._num_used]
         weakref.finalize(part, _give_back, self._buffer, self._free).atexit = False
         self._buffer, self._num_used = None, 0
-        with translated("PUT"):
-            self._upload.write(part)
+        self.send(part)
 
     def _send_nothing(self) -> None:
         if self._buffer is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import obstore
 
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
-from raymerge.pipeline.storage import Buffer, Lock, Writer
+from raymerge.pipeline.storage import OUTPUT_BUFFER_NBYTES, Buffer, Lock, Writer
 from raymerge.pipeline.stores.aws import AwsAccount
 from raymerge.pipeline.stores.lease import hold_lease
 from raymerge.pipeline.stores.object_bucket import Bucket
@@ -35,7 +35,7 @@ _UNUSABLE = re.compile(r"//|^/|[\x00-\x1f\x7f]")
 class ObjectStorage(RemoteStorage):
     """The buckets of one kind of store; each is reached when it is needed first."""
 
-    write_nbytes = NUM_BUFFERS * PART_NBYTES
+    write_nbytes = NUM_BUFFERS * PART_NBYTES - 2 * OUTPUT_BUFFER_NBYTES
 
     def __init__(self, scheme: str) -> None:
         super().__init__()

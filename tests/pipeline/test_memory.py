@@ -13,7 +13,6 @@ from raymerge.ops.registry import find_op
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.memory import (
     MAX_BUFFER_NBYTES,
-    OUTPUT_BUFFER_NBYTES,
     Demand,
     Transfer,
     aligned,
@@ -24,6 +23,7 @@ from raymerge.pipeline.memory import (
     stored_nbytes,
 )
 from raymerge.pipeline.sizes import parse_nbytes
+from raymerge.pipeline.storage import OUTPUT_BUFFER_NBYTES
 from tests.pipeline.layouts import make_merge
 
 TRANSFERS = st.builds(Transfer, st.integers(1, 2), st.integers(0, 2**24))
