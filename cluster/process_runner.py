@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -72,7 +74,11 @@ class ProcessRunner(Runner):
             raise ValueError(f"{num_processes} processes are given, at least 1 is needed")
         self.num_processes = num_processes
         self._context: Any = multiprocessing.get_context(start_method.value)
-        self._context.set_forkserver_preload(list(preload))
+        if start_method is StartMethod.FRESH:
+            self._context.set_forkserver_preload(list(preload))
+        else:
+            for name in preload:
+                importlib.import_module(name)
 
     def run(
         self,
@@ -129,6 +135,16 @@ class ProcessRunner(Runner):
                 process.start()
         theirs.close()
         return _Worker(process, ours)
+
+
+def start_fork_server(preload: Sequence[str]) -> None:
+    """Start the process that fresh workers are forked from, unless it runs already, and let it import.
+
+    Args:
+        preload: modules that workers need.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    multiprocessing.forkserver.ensure_running()
 
 
 def make_local_runner(num_workers: int, start_method: StartMethod, *, preload: Sequence[str] = ()) -> Runner:

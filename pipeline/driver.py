@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from raymerge.cluster.process_runner import StartMethod, make_local_runner
-from raymerge.cluster.runner import Progress, Resources, Runner
+from raymerge.cluster.runner import Progress, Resources
 from raymerge.pipeline.buffers import POOL
-from raymerge.pipeline.config import load_config
+from raymerge.pipeline.config import MergeConfig, load_config
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.memory import Transfer
@@ -35,7 +34,6 @@ from raymerge.pipeline.sizes import DEFAULT_MEMORY, parse_nbytes
 from raymerge.pipeline.sources import CONFIG, INDEX, Checkpoint, resolve_models
 from raymerge.pipeline.storage import (
     Lock,
-    Sharing,
     Storage,
     StorageSettings,
     configure_storages,
@@ -45,6 +43,7 @@ from raymerge.pipeline.storage import (
 )
 from raymerge.pipeline.stores.retry import FAULTS
 from raymerge.pipeline.types import InputModel, MergePlan, MergeReport, ShardResult, ShardTask
+from raymerge.pipeline.workers import make_runner, prepare_workers, run_shard
 
 Config = Path | str | Mapping[str, Any]
 """A YAML file, YAML text, or its content."""
@@ -96,37 +95,10 @@ def plan(
     Raises:
         RaymergeError: whatever would go wrong later, as far as it can be known now.
     """
-    from raymerge.pipeline.index import build_index, stored_tensors  # pyarrow: not at the start of every command
-
-    limits = _make_limits(memory, threads, shard_size)
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}; it must be 0 or more")
     _configure(storage, private=storage_settings().private)
-    merge_config = load_config(config, strict=strict)
+    limits = _make_limits(memory, threads, shard_size)
     with open_storages():
-        checkpoints = resolve_models(merge_config.referenced_models)
-        recipe = expand(merge_config, checkpoints, stored_tensors(build_index(checkpoints)))
-    target = storage_for("." if out is None else str(out))
-    limits = replace(limits, transfer=_measure_transfer([storage_for(c.url) for c in checkpoints], target))
-    tasks, num_threads = make_tasks(recipe.merges, seed, limits)
-    config_json = dump_config(recipe.config)
-    side_files = checkpoints[0].side_files
-    return MergePlan(
-        tasks=tasks,
-        donor=checkpoints[0].model,
-        config_json=config_json,
-        side_files=side_files,
-        inputs=tuple(InputModel(c.model, c.url, _names(c)) for c in checkpoints),
-        method=merge_config.method,
-        config_text=merge_config.text,
-        seed=seed,
-        warnings=(*merge_config.warnings, *recipe.warnings),
-        dropped=(*recipe.dropped, *_other_weights(checkpoints)),
-        num_threads=num_threads,
-        allowed_mem=limits.allowed_mem,
-        total_nbytes=sum(merge.nbytes for merge in recipe.merges),
-        fingerprint=make_fingerprint(tasks, side_files, config_json),
-    )
+        return _plan(load_config(config, strict=strict), limits, seed, "." if out is None else str(out))
 
 
 def merge(
@@ -167,17 +139,12 @@ def merge(
     listener = listener or Listener()
     FAULTS.drain()
     _configure(storage, private=private)
-    the_plan = plan(
-        config,
-        memory=memory,
-        threads=threads,
-        shard_size=shard_size,
-        seed=seed,
-        strict=strict,
-        storage=storage,
-        out=out,
-    )
+    limits = _make_limits(memory, threads, shard_size)
     with open_storages(), closing(POOL):
+        merge_config = load_config(config, strict=strict)
+        if limits.num_threads > 1:
+            prepare_workers([model.path for model in merge_config.referenced_models], str(out))
+        the_plan = _plan(merge_config, limits, seed, str(out))
         target = check_output(the_plan, out, overwrite=overwrite)
         listener.planned(the_plan)
         outputs = list_outputs(the_plan)
@@ -203,13 +170,41 @@ def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -
     return target
 
 
+def _plan(config: MergeConfig, limits: Limits, seed: int, out: str) -> MergePlan:
+    from raymerge.pipeline.index import build_index, stored_tensors  # pyarrow: not at the start of every command
+
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; it must be 0 or more")
+    checkpoints = resolve_models(config.referenced_models)
+    recipe = expand(config, checkpoints, stored_tensors(build_index(checkpoints)))
+    transfer = _measure_transfer([storage_for(c.url) for c in checkpoints], storage_for(out))
+    tasks, num_threads = make_tasks(recipe.merges, seed, replace(limits, transfer=transfer))
+    config_json = dump_config(recipe.config)
+    side_files = checkpoints[0].side_files
+    return MergePlan(
+        tasks=tasks,
+        donor=checkpoints[0].model,
+        config_json=config_json,
+        side_files=side_files,
+        inputs=tuple(InputModel(c.model, c.url, _names(c)) for c in checkpoints),
+        method=config.method,
+        config_text=config.text,
+        seed=seed,
+        warnings=(*config.warnings, *recipe.warnings),
+        dropped=(*recipe.dropped, *_other_weights(checkpoints)),
+        num_threads=num_threads,
+        allowed_mem=limits.allowed_mem,
+        total_nbytes=sum(merge.nbytes for merge in recipe.merges),
+        fingerprint=make_fingerprint(tasks, side_files, config_json),
+    )
+
+
 def _carry_out(plan: MergePlan, out: str, lock: Lock, listener: Listener, start: float, *, strict: bool) -> MergeReport:
-    from raymerge.pipeline.execute import run_shard  # torch: only where tensors are merged
     from raymerge.pipeline.stitch import find_nonfinite, stitch
     from raymerge.pipeline.verify import check_shard
 
     journal = Journal(out, plan.fingerprint)
-    runner = _make_runner(plan, out)
+    runner = make_runner(plan.num_threads, [out, *(item.url for item in plan.inputs)])
     settings = storage_settings()
     recorded = journal.read_records(plan.tasks)
     resumed = [
@@ -274,18 +269,6 @@ def _report(
         warnings=plan.warnings,
         nonfinite=nonfinite,
     )
-
-
-def _make_runner(plan: MergePlan, out: str) -> Runner:
-    """Return what runs the tasks on this machine: as the storages that they use allow it."""
-    sharing = {storage_for(url).sharing for url in (out, *(item.url for item in plan.inputs))}
-    if Sharing.THREADS in sharing:
-        start_method = StartMethod.THREAD
-    elif Sharing.FRESH in sharing:
-        start_method = StartMethod.FRESH
-    else:
-        start_method = StartMethod.FORK
-    return make_local_runner(plan.num_threads, start_method, preload=("raymerge.pipeline.execute",))
 
 
 def _measure_transfer(inputs: Sequence[Storage], output: Storage) -> Transfer:

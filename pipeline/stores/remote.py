@@ -17,8 +17,8 @@ from raymerge.pipeline.types import StoredFile
 
 T = TypeVar("T")
 
-NUM_REQUESTS = 8
-"""Requests in flight for the reads of one process."""
+NUM_REQUESTS = 16
+"""Requests in flight for the reads of one process: more than pieces in an input buffer, so that none has to wait."""
 
 PIECE_NBYTES = 8 * 2**20
 """Most that one request asks for: large enough that its latency is small beside it."""
@@ -26,8 +26,8 @@ PIECE_NBYTES = 8 * 2**20
 MAX_GAP_NBYTES = 256 * 2**10
 """Bytes that are rather read in vain than asked around with another request."""
 
-CHUNK_NBYTES = 2**20
-"""About what a request holds of its body at any time."""
+CHUNK_NBYTES = 128 * 2**10
+"""About what a request holds of its body at a time; larger ones are fresh memory each, which costs more than calls."""
 
 REQUEST_SECONDS = 20
 """Longest that a request may take, and that a connection may be silent."""
@@ -182,9 +182,11 @@ class _Piece:
 
 
 def _cut(group: ReadGroup, ranges: Sequence[ByteRange], views: Sequence[Buffer]) -> Iterator[_Piece]:
-    """Yield the requests for a group: one, or several for what is longer than a piece."""
-    for start in range(group.start, group.stop, PIECE_NBYTES):
-        stop = min(start + PIECE_NBYTES, group.stop)
+    """Yield the requests for a group: one, or several of one size for what is longer than a piece."""
+    num_pieces = max(1, -(-group.nbytes // PIECE_NBYTES))
+    nbytes = max(1, -(-group.nbytes // num_pieces))
+    for start in range(group.start, group.stop, nbytes):
+        stop = min(start + nbytes, group.stop)
         targets = []
         for member in group.members:
             item = ranges[member]

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.servers import ServerFailedError, ServerProcess, free_ports
-from tests.servers.sink import NullSink as NullSink
-from tests.servers.sink import answers, make_listing
+from tests.servers.sink import NullSink, answers, make_listing
 
 OUTPUT = "output"
 """The bucket that a sink takes what is written to."""

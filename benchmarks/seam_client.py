@@ -1,0 +1,102 @@
+"""Moves the bytes of a job through raymerge's storage seam, without a merge; see bare_client.py for the job.
+
+`python benchmarks/seam_client.py OPERATION JOB`, where the operation is `read`, `write` or `settings`, which prints how
+raymerge reads and writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+from bare_client import WRITE_NBYTES, Job, main, measured
+
+from raymerge.pipeline.memory import MAX_BUFFER_NBYTES
+from raymerge.pipeline.storage import ByteRange, open_storages, storage_for
+from raymerge.pipeline.stores.object_writer import NUM_BUFFERS, PART_NBYTES
+from raymerge.pipeline.stores.remote import NUM_REQUESTS, PIECE_NBYTES
+from raymerge.pipeline.types import StoredFile
+
+
+def find_tensors(file: StoredFile) -> list[ByteRange]:
+    """Return where the tensors of a file are, in order; those that are larger than a buffer in pieces."""
+    storage = storage_for(file.url)
+    prefix = memoryview(bytearray(8))
+    storage.read_into([ByteRange(file, 0, 8)], [prefix])
+    begin = 8 + int.from_bytes(prefix, "little")
+    header = memoryview(bytearray(begin - 8))
+    storage.read_into([ByteRange(file, 8, begin)], [header])
+    entries = json.loads(bytes(header))
+    places = sorted(entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__")
+    return [
+        ByteRange(file, begin + at, begin + min(at + MAX_BUFFER_NBYTES, stop))
+        for start, stop in places
+        for at in range(start, stop, MAX_BUFFER_NBYTES)
+    ]
+
+
+def make_windows(ranges: list[ByteRange]) -> Iterator[list[ByteRange]]:
+    """Yield what is read at once: as much as goes into a buffer."""
+    window: list[ByteRange] = []
+    for item in ranges:
+        if sum(each.nbytes for each in window) + item.nbytes > MAX_BUFFER_NBYTES:
+            yield window
+            window = []
+        window.append(item)
+    yield window
+
+
+def read(job: Job) -> None:
+    """Read every tensor into a buffer that is used again."""
+    ranges = []
+    for bucket, key, _ in job.reads:
+        url = f"s3://{bucket}/{key}"
+        ranges += find_tensors(storage_for(url).stat(url))
+    storage = storage_for(ranges[0].file.url)
+    windows = list(make_windows(ranges))
+    buffer = memoryview(bytearray(MAX_BUFFER_NBYTES))
+
+    def read_window(window: list[ByteRange]) -> None:
+        views, at = [], 0
+        for item in window:
+            views.append(buffer[at : at + item.nbytes])
+            at += item.nbytes
+        storage.read_into(window, views)
+
+    read_window(windows[0])
+    with measured(sum(item.nbytes for item in ranges)):
+        for window in windows:
+            read_window(window)
+
+
+def write(job: Job) -> None:
+    """Write the files, one after the other, from two buffers in turn as a merge does."""
+    contents = [memoryview(bytearray(os.urandom(WRITE_NBYTES))) for _ in range(2)]
+
+    def write_file(bucket: str, key: str, nbytes: int) -> None:
+        url = f"s3://{bucket}/{key}"
+        writer = storage_for(url).open_writer(url, nbytes)
+        for number, start in enumerate(range(0, nbytes, WRITE_NBYTES)):
+            writer.write(contents[number % 2][: min(WRITE_NBYTES, nbytes - start)])
+        writer.commit()
+
+    write_file(*job.writes[0])
+    with measured(sum(nbytes for _, _, nbytes in job.writes)):
+        for file in job.writes:
+            write_file(*file)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "settings":
+        settings = {
+            "num_requests": NUM_REQUESTS,
+            "piece_nbytes": PIECE_NBYTES,
+            "part_nbytes": PART_NBYTES,
+            "num_parts": NUM_BUFFERS - 1,
+        }
+        print(json.dumps(settings))
+    else:
+        with open_storages():
+            main({"read": read, "write": write})
