@@ -7,15 +7,17 @@ raymerge reads and writes.
 from __future__ import annotations
 
 import json
-import os
+import mmap
 import sys
+import threading
 from collections.abc import Iterator
 
-from bare_client import WRITE_NBYTES, Job, main, measured
+from bare_client import Job, main, measured
 
+from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.memory import MAX_BUFFER_NBYTES
 from raymerge.pipeline.storage import ByteRange, open_storages, storage_for
-from raymerge.pipeline.stores.object_writer import NUM_BUFFERS, PART_NBYTES
+from raymerge.pipeline.stores.object_writer import NUM_PARTS, PART_NBYTES
 from raymerge.pipeline.stores.remote import NUM_REQUESTS, PIECE_NBYTES
 from raymerge.pipeline.types import StoredFile
 
@@ -72,14 +74,20 @@ def read(job: Job) -> None:
 
 
 def write(job: Job) -> None:
-    """Write the files, one after the other, from two buffers in turn as a merge does."""
-    contents = [memoryview(bytearray(os.urandom(WRITE_NBYTES))) for _ in range(2)]
+    """Write the files, one after the other, from buffers that the writer gives back, as a merge does."""
 
     def write_file(bucket: str, key: str, nbytes: int) -> None:
         url = f"s3://{bucket}/{key}"
         writer = storage_for(url).open_writer(url, nbytes)
-        for number, start in enumerate(range(0, nbytes, WRITE_NBYTES)):
-            writer.write(contents[number % 2][: min(WRITE_NBYTES, nbytes - start)])
+        free = threading.Semaphore(writer.num_buffers)
+
+        def release(buffer: mmap.mmap) -> None:
+            POOL.release(buffer)
+            free.release()
+
+        for start in range(0, nbytes, writer.buffer_nbytes):
+            free.acquire()
+            writer.take(POOL.acquire(writer.buffer_nbytes), min(writer.buffer_nbytes, nbytes - start), release)
         writer.commit()
 
     write_file(*job.writes[0])
@@ -94,7 +102,7 @@ if __name__ == "__main__":
             "num_requests": NUM_REQUESTS,
             "piece_nbytes": PIECE_NBYTES,
             "part_nbytes": PART_NBYTES,
-            "num_parts": NUM_BUFFERS - 1,
+            "num_parts": NUM_PARTS,
         }
         print(json.dumps(settings))
     else:

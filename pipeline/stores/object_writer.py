@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 PART_NBYTES = 8 * 2**20
 """Of a part; more where a file would have more parts than stores take."""
 
-NUM_BUFFERS = 6
+NUM_PARTS = 4
+"""On their way at once."""
+
+NUM_BUFFERS = NUM_PARTS + 2
 """Parts in memory: those on their way, one that waits, and the one that is being filled."""
 
-_NUM_REQUESTS = 4
 
 _MAX_PARTS = 10_000
 _ALIGNMENT = 64
@@ -193,7 +195,7 @@ class _Parts:
     """A multipart upload of whole parts, or of bytes, which are copied to buffers that are used again."""
 
     def __init__(self, bucket: Bucket, key: str, part_nbytes: int) -> None:
-        self._upload = obstore.open_writer(bucket.writes, key, buffer_size=part_nbytes, max_concurrency=_NUM_REQUESTS)
+        self._upload = obstore.open_writer(bucket.writes, key, buffer_size=part_nbytes, max_concurrency=NUM_PARTS)
         self._part_nbytes = part_nbytes
         self._free = threading.Semaphore(NUM_BUFFERS)
         self._buffer: mmap.mmap | None = None
