@@ -23,6 +23,7 @@ from raymerge.pipeline.stores import lease, retry
 from raymerge.pipeline.types import MergePlan, ShardResult
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
+from tests.pipeline.test_memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models
 from tests.servers.faults import FaultProxy
 from tests.servers.s3 import JuiceServer, S3Server, Store
 
@@ -362,3 +363,20 @@ def test_another_s3_server(
         for settings in (StorageSettings("auto"), StorageSettings("fsspec")):
             configure_storages(settings)
             storage_for("s3://any").close()
+
+
+@pytest.mark.slow
+def test_memory_is_what_the_plan_says(bucket: str, s3_server: S3Server, tmp_path: Path) -> None:
+    configs = []
+    for name, num_elements in (("tiny", 2**12), ("large", NUM_ELEMENTS)):
+        models = write_models(tmp_path / name, num_elements)
+        urls = [upload(s3_server, bucket, f"{name}/{Path(model).name}", Path(model)) for model in models]
+        configs.append(write_config(tmp_path / f"{name}.yml", make_config(urls)))
+    for memory in ("64MiB", "160MiB"):
+        out = f"s3://{bucket}/merged-{memory}"
+        process = subprocess.run(
+            [sys.executable, "-c", SCRIPT, *configs, out, memory], capture_output=True, text=True, check=True
+        )
+        measured = json.loads(process.stdout)
+        assert measured["used"] <= measured["projected"] + SLACK_NBYTES <= measured["allowed"] + SLACK_NBYTES
+        assert measured["used"] > measured["projected"] / 4
