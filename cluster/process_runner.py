@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
@@ -10,6 +9,8 @@ import os
 import pickle
 import signal
 import sys
+import threading
+import time
 import traceback
 import types
 import warnings
@@ -25,7 +26,8 @@ from raymerge.cluster.errors import StoppedError, WorkerLostError
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
 
-_PR_SET_PDEATHSIG = 1
+_PATIENCE_SECONDS = 3.0
+"""For workers to end what they are doing when the run is broken off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class _Stop:
 class _Worker:
     process: multiprocessing.process.BaseProcess
     connection: Connection
+    life: Connection
+    """Nobody else can write to it: that it is closed tells the worker that the driver is gone."""
 
 
 class StartMethod(Enum):
@@ -112,29 +116,31 @@ class ProcessRunner(Runner):
                         del busy[connection]
                     if isinstance(message, _Done):
                         yield message.result
+        except BaseException:
+            _end(workers, _PATIENCE_SECONDS)
+            raise
         finally:
-            for worker in workers:
-                worker.connection.close()  # they notice at their next report
-            for worker in workers:
-                worker.process.join()
+            _end(workers, None)
         if error is not None:
             raise error
 
     def _start(self, work: Work[Any, Any], others: Sequence[_Worker]) -> _Worker:
         ours, theirs = self._context.Pipe()
+        life, held = self._context.Pipe(duplex=False)
         if self._context.get_start_method() == "fork":
-            inherited = [ours, *(other.connection for other in others)]
-            process = self._context.Process(target=_serve_forked, args=(theirs, inherited, work), daemon=True)
+            inherited = [ours, held, *(end for other in others for end in (other.connection, other.life))]
+            process = self._context.Process(target=_serve_forked, args=(theirs, life, inherited, work), daemon=True)
             with warnings.catch_warnings():  # forking is safe beside our own threads: workers take none of their locks
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
         else:
             environment = dict(os.environ)  # the fork server may be older than what is in it now
-            process = self._context.Process(target=_serve_fresh, args=(theirs, environment, work), daemon=True)
+            process = self._context.Process(target=_serve_fresh, args=(theirs, life, environment, work), daemon=True)
             with _without_main():
                 process.start()
         theirs.close()
-        return _Worker(process, ours)
+        life.close()
+        return _Worker(process, ours, held)
 
 
 def start_fork_server(preload: Sequence[str]) -> None:
@@ -199,26 +205,43 @@ def _receive(worker: _Worker) -> Progress | _Done | _Failed:
     return message
 
 
-def _serve_forked(connection: Connection, inherited: Sequence[Connection], work: Work[Any, Any]) -> None:
+def _end(workers: Sequence[_Worker], patience_seconds: float | None) -> None:
+    """Have workers end, at their next report or after so many seconds."""
+    for worker in workers:
+        worker.connection.close()
+    deadline = None if patience_seconds is None else time.monotonic() + patience_seconds
+    for worker in workers:
+        worker.process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if worker.process.is_alive():
+            worker.process.kill()
+        worker.life.close()
+
+
+def _serve_forked(
+    connection: Connection, life: Connection, inherited: Sequence[Connection], work: Work[Any, Any]
+) -> None:
     for other in inherited:
         other.close()
-    _serve(connection, work)
+    _serve(connection, life, work)
 
 
-def _serve_fresh(connection: Connection, environment: Mapping[str, str], work: Work[Any, Any]) -> None:
+def _serve_fresh(
+    connection: Connection, life: Connection, environment: Mapping[str, str], work: Work[Any, Any]
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    _serve(connection, work)
+    _serve(connection, life, work)
 
 
-def _serve(connection: Connection, work: Work[Any, Any]) -> None:
+def _end_with_driver(life: Connection) -> None:
+    wait([life])
+    os._exit(1)
+
+
+def _serve(connection: Connection, life: Connection, work: Work[Any, Any]) -> None:
     """Run items in a worker process until the driver has no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver is interrupted, and stops us
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            return
+    threading.Thread(target=_end_with_driver, args=(life,), name="end with driver", daemon=True).start()
 
     def report(progress: Progress) -> None:
         if connection.poll():  # what the driver sends to a busy worker, and its leaving, mean one thing

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from raymerge import RaymergeError, __version__
+from raymerge.pipeline.interrupt import MESSAGE, watch_for_interrupts
+from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import DEFAULT_MEMORY
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def main() -> None:
     """Run the command line; exit with 2 where the user can put it right, with 130 when interrupted."""
+    watch_for_interrupts()
     try:
         commands(prog_name="raymerge", standalone_mode=False)
     except click.ClickException as error:
@@ -32,11 +35,9 @@ def main() -> None:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted. What is finished is kept: run the same command again to go on.", err=True)
+        click.echo(MESSAGE, err=True)
         sys.exit(130)
     except Exception:
-        from raymerge.pipeline.redact import redact
-
         click.echo(redact(traceback.format_exc()), err=True, nl=False)
         sys.exit(1)
 
@@ -118,7 +119,7 @@ def _print_plan(plan: MergePlan, *, verbose: bool) -> None:
 
     click.echo(format_plan(plan, verbose=verbose))
     for warning in plan.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(redact(f"warning: {warning}"), err=True)
 
 
 @commands.command()

@@ -203,7 +203,12 @@ def _carry_out(plan: MergePlan, out: str, lock: Lock, listener: Listener, start:
     from raymerge.pipeline.stitch import find_nonfinite, stitch
     from raymerge.pipeline.verify import check_shard
 
-    journal = Journal(out, plan.fingerprint)
+    journal = Journal(out, plan.fingerprint, lock.token)
+
+    def progressed(progress: Progress) -> None:
+        lock.check()
+        listener.progressed(progress)
+
     runner = make_runner(plan.num_threads, [out, *(item.url for item in plan.inputs)])
     settings = storage_settings()
     recorded = journal.read_records(plan.tasks)
@@ -225,7 +230,7 @@ def _carry_out(plan: MergePlan, out: str, lock: Lock, listener: Listener, start:
         partial(run_shard, journal=journal, settings=settings),
         todo,
         [_resources(task) for task in todo],
-        listener.progressed,
+        progressed,
     ):
         listener.finished(result)
         results.append(result)

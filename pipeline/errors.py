@@ -36,4 +36,4 @@ class OutputError(MergeError, OSError):
 
 
 class CorruptedError(OutputError):
-    """A store has something else than what was sent to it; sending it again may help."""
+    """An upload went wrong, or a store has something else than it was sent; doing it again may help."""

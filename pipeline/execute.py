@@ -96,6 +96,7 @@ def _make_shard(task: ShardTask, report: Report, journal: Journal) -> tuple[Stor
         sha256 = shard.finish()
         for file in dict.fromkeys(source.file for merge in task.merges for source in merge.sources):
             storage_for(file.url).check_unchanged(file)
+        journal.check_held()
     except BaseException:
         shard.abort()
         raise

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raymerge import __version__
+from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.storage import Writer, storage_for
 from raymerge.pipeline.types import ShardResult, ShardTask
 
@@ -29,6 +30,26 @@ class Journal:
     """The output directory."""
     fingerprint: str
     """Of the plan that is being carried out."""
+    token: str = ""
+    """Of the lock that this run holds, where it may be lost."""
+
+    def check_held(self) -> None:
+        """Make sure, before something is committed, that the lock is still this run's.
+
+        Raises:
+            OutputError: another run has taken it.
+        """
+        if not self.token:
+            return
+        try:
+            content = storage_for(self.out).read(f"{self.out}/{LOCK}", _MAX_RECORD_NBYTES)
+        except FileNotFoundError:
+            content = b""
+        if self.token.encode() not in content:
+            raise OutputError(
+                f"{self.out}: another run has taken the lock of this one, which had not renewed it in time;"
+                " run again when nobody else writes there"
+            )
 
     def begin(self, names: Sequence[str]) -> None:
         """Note which plan this output is made by, and the names of all its files: no others may be deleted."""

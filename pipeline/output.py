@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,15 +12,20 @@ from pathlib import Path
 
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.journal import DIRECTORY, LOCK, Journal, read_begun
-from raymerge.pipeline.sources import CONFIG, INDEX
+from raymerge.pipeline.sources import CONFIG, INDEX, is_weights
 from raymerge.pipeline.storage import Lock, Storage, storage_for
 from raymerge.pipeline.types import InputModel, OutputFile, StoredFile
+from raymerge.pipeline.urls import is_url, suggest_directory
 
 MANIFEST = "raymerge_manifest.json"
 MAX_MANIFEST_NBYTES = 256 * 2**20
 
 _MODEL_FILES = (CONFIG, INDEX, MANIFEST)
 """Without these nothing loads, and nothing looks finished."""
+_BESIDE_WEIGHTS = re.compile(
+    r"\.(json|jinja|model|tiktoken|py|ya?ml|md)$|^(merges|vocab|added_tokens)\.txt$|^(LICENSE|NOTICE|USE_POLICY)"
+)
+"""Names that files of a model have; others may be somebody's work."""
 _CLEARING = "being cleared"
 """In place of a fingerprint: no plan has this one."""
 
@@ -78,6 +84,7 @@ def check_state(out: str, fingerprint: str, *, overwrite: bool) -> OutputState:
         OutputError: there is something that is not ours to go on with, or to delete.
     """
     storage = storage_for(out)
+    storage.check_space(out, 0)  # says so where nothing can be written at all
     state = _inspect(storage, out, fingerprint)
     if not overwrite and not isinstance(state, OutputState):
         raise OutputError(state)
@@ -126,9 +133,21 @@ def read_manifest(out: str) -> Manifest:
     """Return a finished output's manifest.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, but other files, or a merge that has begun.
+        OutputError: nothing is there.
+        CheckpointError: there is no such repository, or none that may be read.
         ValueError: it is damaged.
     """
+    try:
+        return _load_manifest(out)
+    except FileNotFoundError:
+        storage = storage_for(out)
+        if read_begun(out) is None and not storage.list(storage.pin(out, None)):
+            raise _nothing_there(out) from None
+        raise
+
+
+def _load_manifest(out: str) -> Manifest:
     content = storage_for(out).read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES)
     try:
         manifest = json.loads(content)
@@ -144,6 +163,19 @@ def read_manifest(out: str) -> Manifest:
 def find_unlisted(out: str, manifest: Manifest) -> list[str]:
     """Return the visible files that a manifest does not know of."""
     return [name for name in _list_visible(storage_for(out), out) if name not in manifest.files and name != MANIFEST]
+
+
+def _nothing_there(out: str) -> OutputError:
+    if is_url(out):
+        return OutputError(f"{out}: nothing is there; check the name, and that you may list it")
+    path = Path(out)
+    is_like_a_repository = path.parent.parent == Path.cwd()
+    hint = suggest_directory(path) or (
+        f"; if a repository on the Hub is meant, write hf://{path.parent.name}/{path.name}"
+        if is_like_a_repository
+        else ""
+    )
+    return OutputError(f"{out} has no {MANIFEST}: it was not made by raymerge, or is not a model{hint}")
 
 
 def _inspect(storage: Storage, out: str, fingerprint: str) -> OutputState | str:
@@ -209,7 +241,7 @@ def _find_deletable(storage: Storage, out: str) -> list[str]:
     elif manifest is not None:
         known = manifest.files.keys() | {MANIFEST}
     else:
-        known = {name for name in visible if "/" not in name}
+        known = {name for name in visible if "/" not in name and (is_weights(name) or _BESIDE_WEIGHTS.search(name))}
         is_empty = all(name.startswith(f"{DIRECTORY}/") for name in storage.list(out))
         if not is_empty and not _is_model(known):
             raise OutputError(f"{out} is not empty and does not look like a model; nothing was deleted")
@@ -235,7 +267,7 @@ def _list_visible(storage: Storage, out: str) -> dict[str, StoredFile]:
 def _find_manifest(out: str) -> Manifest | None:
     """Return a finished output's manifest; None where there is none, or a damaged one."""
     try:
-        return read_manifest(out)
+        return _load_manifest(out)
     except (FileNotFoundError, ValueError):
         return None
 

@@ -12,7 +12,11 @@ from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.header import make_header
 from raymerge.pipeline.memory import Demand, Transfer, check_fits, choose_buffer_nbytes, measure_demand, project_mem
 from raymerge.pipeline.types import ShardTask, StoredFile, TensorMerge
+from raymerge.pipeline.urls import scheme_of
 from raymerge.pipeline.windows import is_resident
+
+_UNIQUE_ETAGS = ("file", "s3", "gs", "az", "hf")
+"""Elsewhere they may be made of size and time alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,26 +102,31 @@ def shard_names(num_shards: int) -> list[str]:
 def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[tuple[str, StoredFile]], config_json: str) -> str:
     """Return a hash of everything that decides what the model is: recipes, inputs as they are, seed, layout, version.
 
-    Where the inputs lie does not matter, nor do memory and workers.
+    Where the inputs lie does not matter if their etags tell, nor do memory and workers.
 
     Args:
         tasks: the shards.
         side_files: what is copied: name in the output, source.
         config_json: the output's config.json.
     """
-    copies = [[name, file.nbytes, file.etag] for name, file in side_files]
+    copies = [[name, file.nbytes, _identity(file)] for name, file in side_files]
     digest = hashlib.sha256(json.dumps([__version__, copies, config_json]).encode())
     for task in tasks:
         digest.update(json.dumps([task.file, task.seed], ensure_ascii=False).encode())
         digest.update(task.header)
         for merge in task.merges:
             sources = [
-                [s.name, s.dtype, s.start, s.stop, s.file.url.rpartition("/")[2], s.file.nbytes, s.file.etag]
+                [s.name, s.dtype, s.start, s.stop, s.file.url.rpartition("/")[2], s.file.nbytes, _identity(s.file)]
                 for s in merge.sources
             ]
             record = [merge.name, merge.op, merge.parameters, sources]
             digest.update(json.dumps(record, ensure_ascii=False).encode())
     return digest.hexdigest()
+
+
+def _identity(file: StoredFile) -> str:
+    """Return what tells a file's content from others: the etag, and the URL where two files may share an etag."""
+    return file.etag if scheme_of(file.url) in _UNIQUE_ETAGS else f"{file.url} {file.etag}"
 
 
 def _buffer_nbytes(demands: Mapping[str, Demand], limits: Limits, num_threads: int) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.memory import measure_demand
+from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_memory, format_nbytes
 from raymerge.pipeline.types import MergePlan
 
@@ -39,7 +40,7 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
             for task in plan.tasks
         ]
     lines += [f"  not in the output: {line}" for line in plan.dropped]
-    return "\n".join(lines)
+    return redact("\n".join(lines))
 
 
 def _num_passes(plan: MergePlan) -> int:
@@ -48,7 +49,7 @@ def _num_passes(plan: MergePlan) -> int:
 
 def plan_json(plan: MergePlan) -> str:
     """Return a plan as JSON, without its tensors (see `plan_table`)."""
-    return json.dumps(
+    text = json.dumps(
         {
             "method": plan.method,
             "models": [str(model) for model in plan.models],
@@ -81,6 +82,7 @@ def plan_json(plan: MergePlan) -> str:
         indent=2,
         ensure_ascii=False,
     )
+    return redact(text)
 
 
 def save_table(plan: MergePlan, path: Path) -> None:
@@ -125,10 +127,10 @@ def plan_table(plan: MergePlan) -> pa.Table:
                 "parameters": json.dumps(dict(merge.parameters)),
                 "sources": [
                     {
-                        "model": source.model,
+                        "model": redact(source.model),
                         "name": source.name,
                         "dtype": source.dtype,
-                        "url": source.file.url,
+                        "url": redact(source.file.url),
                         "start": source.start,
                         "stop": source.stop,
                     }

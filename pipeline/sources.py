@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raymerge.pipeline.errors import CheckpointError
+from raymerge.pipeline.errors import CheckpointError, FetchError
 from raymerge.pipeline.storage import Storage, storage_for
 from raymerge.pipeline.types import ModelRef, StoredFile
-from raymerge.pipeline.urls import is_url, scheme_of
+from raymerge.pipeline.urls import is_url, scheme_of, suggest_directory
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -29,7 +30,7 @@ _REWRITTEN = {CONFIG, "README.md", "mergekit_config.yml", "raymerge_manifest.jso
 _OF_TRAINING = re.compile(r"(checkpoint-[^/]*|runs)/|(.*/)?adapter_config\.json$")
 """Files that a trainer leaves beside the model, and that say nothing about it."""
 _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_NAME = re.compile(r"(?!(?:models|datasets|spaces)/)[\w-][\w.-]*/[\w-][\w.-]*")
 _DOWNLOAD = "download the checkpoint again"
 
 
@@ -77,12 +78,17 @@ def resolve_model(model: ModelRef) -> Checkpoint:
     for name in names:
         _check_name(name, url)
     if not names:
-        raise CheckpointError(f"{url}: nothing is there; check the name, and that you may list it")
+        raise _nothing_there(storage, url)
     if CONFIG not in names:
         if any(name.startswith("adapter_model.") or name.endswith(".gguf") for name in names):
             raise _no_weights(url, names)
         raise CheckpointError(f"{url}: no {CONFIG}; a model is a directory with {CONFIG} and safetensors files")
     side_names = [name for name in names if _is_side_file(name)]
+    directories = {parent.as_posix() for name in side_names for parent in PurePosixPath(name).parents}
+    if both := directories.intersection(side_names):
+        raise CheckpointError(
+            f"{url}: {min(both)} is both a file and a directory, which no file system can hold; rename one"
+        )
     if not is_url(url):
         _check_links(Path(url), [CONFIG, *side_names])
     config, config_text = _read_json(storage, f"{url}/{CONFIG}", _MAX_CONFIG_NBYTES)
@@ -131,7 +137,7 @@ def locate_model(model: ModelRef) -> str:
         )
     if _HUB_NAME.fullmatch(model.path):
         return storage_for(f"hf://{model.path}").pin(f"hf://{model.path}", model.revision)
-    raise CheckpointError(f"{model}: no such directory ({path})")
+    raise CheckpointError(f"{model}: no such directory ({path}){suggest_directory(path)}")
 
 
 def _read_json(storage: Storage, url: str, max_nbytes: int) -> tuple[dict[str, Any], str]:
@@ -243,6 +249,18 @@ def _no_weights(url: str, names: list[str]) -> CheckpointError:
             f" if you trust them, convert them to safetensors: {_convert()}"
         )
     return CheckpointError(f"{url}: no weights: neither {SINGLE} nor {INDEX}; {_DOWNLOAD}")
+
+
+def _nothing_there(storage: Storage, url: str) -> CheckpointError:
+    """Say that a directory has no files, or is one itself."""
+    with suppress(FileNotFoundError, FetchError):
+        storage.stat(url)
+        return CheckpointError(
+            f"{url}: a file, not a directory; give the directory that holds {CONFIG} and the weights"
+        )
+    revision = "" if scheme_of(url) == "hf" else url.rpartition("/")[2].partition("@")[2]
+    hint = f", and leave `@{revision}` out: only a Hub repository has revisions" if revision else ""
+    return CheckpointError(f"{url}: nothing is there; check the name{hint}, and that you may list it")
 
 
 def _convert(arguments: str = "") -> str:

@@ -13,7 +13,7 @@ from raymerge import __version__
 from raymerge.pipeline.card import make_card
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.journal import Journal
-from raymerge.pipeline.output import MANIFEST, MAX_MANIFEST_NBYTES
+from raymerge.pipeline.output import MANIFEST, MAX_MANIFEST_NBYTES, read_manifest
 from raymerge.pipeline.pieces import read_pieces
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sources import CONFIG, INDEX
@@ -40,8 +40,9 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], journal: Journal) ->
     """Complete an output directory.
 
     The order matters: the donor's files, the card and the manifest first, then config.json, and last of all the index,
-    without which nothing loads. (A model of one shard has no index; there config.json is the last.) The last one must
-    not be there already: of two runs that write to one place, only one can finish.
+    without which nothing loads. (A model of one shard has no index; there config.json is the last.) The manifest, which
+    tells any two plans apart, and the last one must not be there already: of two runs that write to one place, only one
+    can finish.
 
     Args:
         plan: what was to be done.
@@ -54,9 +55,12 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], journal: Journal) ->
     out, storage = journal.out, storage_for(journal.out)
     by_file = {result.file: result for result in results}
     for task in plan.tasks:
-        found = storage.stat(f"{out}/{task.file}").nbytes
-        if found != by_file[task.file].nbytes:
-            raise OutputError(f"{out}/{task.file}: {found} bytes, {by_file[task.file].nbytes} were written")
+        found, made = storage.stat(f"{out}/{task.file}"), by_file[task.file]
+        if (found.nbytes, found.etag) != (made.nbytes, made.etag):
+            raise OutputError(
+                f"{out}/{task.file} is no longer what was written: {found.nbytes:,} bytes, etag {found.etag};"
+                f" {made.nbytes:,} bytes, etag {made.etag} are expected; run again when nobody else writes there"
+            )
     files = {result.file: OutputFile(result.nbytes, result.sha256) for result in results}
     for name, source in plan.side_files:
         files[name] = _copy(source, name, journal)
@@ -71,15 +75,19 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], journal: Journal) ->
     final = next(reversed(last))
     for name, text in (texts | last).items():
         content = text.encode()
+        if name == final:
+            journal.check_held()
         try:
-            _write([content], name, len(content), journal, exclusive=name == final)
+            _write([content], name, len(content), journal, exclusive=name in (MANIFEST, final))
         except FileExistsError:
-            if storage.read(f"{out}/{name}", MAX_MANIFEST_NBYTES) != content:
+            if not _is_ours(name, content, plan, out):
                 raise OutputError(
                     f"{out}/{name}: another run has finished a different model here meanwhile;"
                     " choose another directory, or run again with --overwrite when nobody else writes there"
                 ) from None
-    storage.publish(out, f"{plan.method} of {', '.join(map(str, plan.models))}, made with raymerge {__version__}")
+            _write([content], name, len(content), journal)
+    title = f"{plan.method} of {', '.join(map(str, plan.models))}, made with raymerge {__version__}"
+    storage.publish(out, redact(title))
 
 
 def make_index(plan: MergePlan) -> str:
@@ -116,6 +124,16 @@ def make_manifest(plan: MergePlan, results: Sequence[ShardResult], files: dict[s
         "files": {name: dataclasses.asdict(file) for name, file in sorted(files.items())},
     }
     return redact(json.dumps(manifest, indent=1, ensure_ascii=False)) + "\n"
+
+
+def _is_ours(name: str, content: bytes, plan: MergePlan, out: str) -> bool:
+    """Tell whether a file that is there already was written by an earlier try at the same plan."""
+    if name != MANIFEST:
+        return storage_for(out).read(f"{out}/{name}", MAX_MANIFEST_NBYTES) == content
+    try:
+        return read_manifest(out).fingerprint == plan.fingerprint
+    except ValueError:
+        return False
 
 
 def _copy(source: StoredFile, name: str, journal: Journal) -> OutputFile:

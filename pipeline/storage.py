@@ -101,6 +101,9 @@ class Writer(ABC):
 class Lock:
     """A lock that is held."""
 
+    token = ""
+    """What the lock's file says as long as it is ours; empty where the lock ends with this process."""
+
     def check(self) -> None:
         """Make sure that it is still held.
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
 
-from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.errors import ConfigError, FetchError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,})")
 _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "azure": "az", "abfs": "az", "abfss": "az"}
@@ -89,6 +92,29 @@ def check_url(url: str) -> None:
         raise ConfigError(f"{url}: `.` and `..` have no meaning in a URL; write the path out")
 
 
+def check_endpoint(setting: str, endpoint: str) -> None:
+    """Make sure that a setting is the address of a server.
+
+    Raises:
+        FetchError: it is not, saying what it might have been.
+    """
+    parts = urlsplit(endpoint)
+    with suppress(ValueError):
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and " " not in endpoint:
+            return
+    hint = "" if "://" in endpoint else f"; did you mean https://{endpoint}, or http://{endpoint}?"
+    raise FetchError(f"{setting} is {endpoint!r}, which is not of the form https://host:port{hint}")
+
+
+def suggest_directory(path: Path) -> str:
+    """Return a question after the directory that is most like one that is not there; empty where none is like it."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = [other.name for other in path.parent.iterdir() if other.is_dir()]
+    nearest = difflib.get_close_matches(path.name, names, 1)
+    return f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+
+
 def _check_path(path: str) -> None:
     """Refuse what is a path by its form only: nothing would be found there, or an output would end up there."""
     if is_url(path.strip()):
@@ -115,6 +141,8 @@ def _check_bucket(url: str) -> None:
             f"{url}: a `{'@' if '@' in bucket else ':'}` before the first slash; credentials do not belong in a URL:"
             " set the environment variables or files that the store's own tools use"
         )
+    if odd := re.search(r"[^\w.$:-]", bucket):
+        raise ConfigError(f"{url}: {odd[0]!r} is in no name of a bucket; write {scheme_of(url)}://bucket/directory")
 
 
 def _is_served_by_fsspec(scheme: str) -> bool:

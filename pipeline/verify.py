@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -107,7 +107,8 @@ def check_shard(
     """Return a recorded shard and whether its file is as it was; read only where its etag has changed."""
     configure_storages(settings)
     file = storage_for(out).stat(f"{out}/{result.file}")
-    return result, file.etag == result.etag or _hash_file(file, report) == result.sha256
+    is_sound = file.etag == result.etag or _hash_file(file, report) == result.sha256
+    return replace(result, etag=file.etag), is_sound
 
 
 def _check_file(item: tuple[str, OutputFile], report: Report, *, out: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from raymerge.pipeline.types import MergePlan, ShardResult
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.pipeline.test_memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models
-from tests.servers.faults import FaultProxy
+from tests.servers.faults import Fault, FaultProxy, is_operation
 from tests.servers.s3 import JuiceServer, S3Server, Store
 
 SHARD_SIZE = "60kB"
@@ -321,7 +322,6 @@ def test_a_store_that_goes_down(
 
 
 def test_faults_are_reported(models: list[str], bucket: str, proxy: FaultProxy, tmp_path: Path, cli: Cli) -> None:
-    from tests.servers.faults import Fault, is_operation
 
     config = write_config(tmp_path / "merge.yml", make_config(models))
     proxy.script([Fault.SLOW_DOWN] * 3, only=is_operation("GetObject"))
@@ -380,3 +380,83 @@ def test_memory_is_what_the_plan_says(bucket: str, s3_server: S3Server, tmp_path
         measured = json.loads(process.stdout)
         assert measured["used"] <= measured["projected"] + SLACK_NBYTES <= measured["allowed"] + SLACK_NBYTES
         assert measured["used"] > measured["projected"] / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_driver(
+    models: list[str], bucket: str, proxy: FaultProxy, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Workers that outlive a killed driver would write over what the next run makes."""
+    config = write_config(tmp_path / "merge.yml", make_config(models))
+    proxy.stall_s = 60
+    proxy.only = is_operation("PutObject")
+    process = start_command("merge", config, f"s3://{bucket}/merged", "--shard-size", "5kB")
+    while process.poll() is None and proxy.operations["PutObject"] < 8:
+        time.sleep(0.01)
+    proxy.faults = {Fault.STALL: 1.0}
+    time.sleep(1)
+    assert process.poll() is None
+    started = time.monotonic()
+    process.send_signal(number)
+    process.communicate()  # until nobody holds the other end, workers among them
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_within_seconds_while_a_store_is_silent(
+    models: list[str], bucket: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(models))
+    proxy.stall_s = 60
+    for operation in ("ListObjects", "GetObject", "PutObject"):
+        proxy.clear()
+        proxy.only = is_operation(operation)
+        proxy.faults = {Fault.STALL: 1.0}
+        process = start_command("merge", config, f"s3://{bucket}/merged", "--shard-size", "5kB")
+        while process.poll() is None and not proxy.injected:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+        assert time.monotonic() - started < 12, operation
+        assert process.returncode == 130
+        assert "Interrupted." in err
+        assert "Traceback" not in err
+
+
+def test_a_run_that_lost_its_lock_commits_nothing_more(models: list[str], bucket: str) -> None:
+    """It was frozen for a while, and another run has begun since."""
+    out = f"s3://{bucket}/merged"
+
+    class Freeze(Listener):
+        num_shards = 0
+
+        def resumed(self, results: list[ShardResult]) -> None:
+            storage_for(out).write(f"{out}/.raymerge/lock", b'{"token": "of another run"}')
+
+        def finished(self, result: ShardResult) -> None:
+            self.num_shards += 1
+
+    freeze = Freeze()
+    with pytest.raises(OutputError, match="taken the lock"):
+        merge(make_config(models), out, shard_size=SHARD_SIZE, listener=freeze)
+    assert freeze.num_shards == 0
+    assert not any(name.endswith(".safetensors") for name in storage_for(out).list(out))
+
+
+def test_a_shard_of_another_run_is_not_published(models: list[str], bucket: str) -> None:
+    out = f"s3://{bucket}/merged"
+    url = f"{out}/model-00001-of-00010.safetensors"
+
+    class Swap(Listener):
+        def finished(self, result: ShardResult) -> None:
+            if result.file == url.rpartition("/")[2]:
+                content = bytearray(storage_for(out).read(url, 2**30))
+                content[-1] ^= 1
+                storage_for(out).write(url, bytes(content))
+
+    with pytest.raises(OutputError, match="no longer what was written"):
+        merge(make_config(models), out, shard_size=SHARD_SIZE, listener=Swap())
+    assert INDEX not in storage_for(out).list(out)

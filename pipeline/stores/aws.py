@@ -21,6 +21,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from raymerge.pipeline.errors import FetchError
 from raymerge.pipeline.stores.object_errors import ObjectError
 from raymerge.pipeline.stores.retry import one_line
+from raymerge.pipeline.urls import check_endpoint
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential
@@ -46,7 +47,7 @@ class AwsAccount:
     """Credentials, region and endpoint as the AWS tools would take them, from the environment and from ~/.aws.
 
     Raises:
-        FetchError: the profile does not exist, or the credentials that it speaks of cannot be had.
+        FetchError: there is no such profile, the credentials that it speaks of cannot be had, or the endpoint is none.
     """
 
     def __init__(self) -> None:
@@ -64,6 +65,8 @@ class AwsAccount:
         self.endpoint: str | None = ConfiguredEndpointProvider(
             full_config=self._session.full_config, scoped_config=self._scoped, client_name="s3"
         ).provide()
+        if self.endpoint:
+            check_endpoint("the endpoint (AWS_ENDPOINT_URL, or endpoint_url in ~/.aws/config)", self.endpoint)
         self._client_lock = ThreadLock()
         self._clients: dict[str, Any] = {}
 
@@ -106,9 +109,21 @@ class AwsAccount:
         }
 
     def read_ca_bundle(self) -> str | None:
-        """Return the certificates that the user wants trusted besides the usual ones, if any."""
+        """Return the certificates that the user wants trusted besides the usual ones, if any.
+
+        Raises:
+            FetchError: there are none in the file that is named.
+        """
         path = self._session.get_config_variable("ca_bundle")
-        return Path(path).read_text() if path else None
+        if not path:
+            return None
+        try:
+            text = Path(path).read_text()
+        except (OSError, ValueError) as error:
+            raise FetchError(f"AWS_CA_BUNDLE, or ca_bundle in ~/.aws/config: cannot read {path}: {error}") from None
+        if "-----BEGIN CERTIFICATE-----" not in text:
+            raise FetchError(f"AWS_CA_BUNDLE, or ca_bundle in ~/.aws/config: no certificate (PEM) is in {path}")
+        return text
 
     def endpoint_of(self, bucket: str) -> str | None:
         """Return the endpoint for requests to one bucket, where it is not AWS itself."""

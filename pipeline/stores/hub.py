@@ -70,6 +70,23 @@ class HubStorage(RemoteStorage):
     def absolute(self, url: str) -> str:  # noqa: D102
         return parse_hub_url(url).url
 
+    def resolve(self, url: str) -> str:
+        """Return the URL at the commit that its branch is now, by which inputs are known too."""
+        place = parse_hub_url(url)
+        if place.is_pinned or is_offline():
+            return place.url
+        with self._reading(place):
+            try:
+                return place.at(self._api.find_commit(place)[0]).url
+            except RefusalError as error:
+                if not is_missing(error):
+                    raise
+                return place.url
+
+    def check_space(self, url: str, nbytes: int) -> None:
+        """Refuse what is no branch; how much room there is cannot be known."""
+        _check_writable(parse_hub_url(url))
+
     def pin(self, url: str, revision: str | None) -> str:
         """Return the URL of a directory at the commit that a revision is now: one request, two for a gated model."""
         place = parse_hub_url(url)

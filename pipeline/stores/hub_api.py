@@ -20,6 +20,7 @@ from raymerge.pipeline.stores.remote import REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import one_line, retry
 from raymerge.pipeline.stores.web_client import Body, Reply, WebClient, origin_of
 from raymerge.pipeline.stores.web_errors import BrokenError, RefusalError, classify_web
+from raymerge.pipeline.urls import check_endpoint, suggest_directory
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"\w[\w.-]*", re.ASCII)
@@ -84,8 +85,14 @@ def root_of(place: HubPath) -> HubPath:
 
 
 def find_endpoint() -> str:
-    """Return the Hub's address, without a slash at its end."""
-    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    """Return the Hub's address, without a slash at its end.
+
+    Raises:
+        FetchError: the environment names one that cannot be.
+    """
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    check_endpoint("HF_ENDPOINT", endpoint)
+    return endpoint
 
 
 def is_offline() -> bool:
@@ -214,7 +221,9 @@ class HubApi:
                 if self.has_token()
                 else f"it is private and you are not logged in: {LOG_IN}"
             )
-            local = "" if Path(place.repo).exists() else f" If a directory was meant, {place.repo} is none either"
+            directory = Path(place.repo)
+            local = f" If a directory was meant, {place.repo} is none either{suggest_directory(directory)}"
+            local = "" if directory.exists() else local
             return f"{place.url}: no such repository at {endpoint}, or {who}.{local}"
         if error.status == 403:
             return f"{place.url}: {endpoint} refuses ({one_line(error)}); check what the token may do, or {LOG_IN}"
@@ -237,7 +246,9 @@ def parse_json(reply: Reply) -> Any:
     try:
         return json.loads(reply.content)
     except ValueError:
-        raise BrokenError("the answer is not JSON; is HF_ENDPOINT the address of a Hub?", None) from None
+        raise BrokenError(
+            "the answer is not JSON; is HF_ENDPOINT the address of a Hub, and is no login page in between?", None
+        ) from None
 
 
 def _read_entries(entries: list[dict[str, Any]]) -> Iterator[tuple[str, tuple[int, str]]]:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.storage import Lock
+from raymerge.pipeline.stores.retry import FAULTS
 
 TTL_SECONDS = 30.0
 """A lock that has not been renewed for so long, by the store's clock, may be taken."""
@@ -107,6 +108,7 @@ class _Lease(Lock):
     """A lock that is held, as far as is known."""
 
     def __init__(self, store: LeaseStore, url: str, holder: Holder, etag: str, written_at: float) -> None:
+        self.token = holder.token
         self._store = store
         self._url = url
         self._holder = holder
@@ -126,7 +128,7 @@ class _Lease(Lock):
                 f"{self._url}: {self._lost_to} has taken the lock of this run, which had not renewed it in time;"
                 " run again when nobody else writes there"
             )
-        seconds = time.monotonic() - self._renewed_at
+        seconds = _now() - self._renewed_at
         if seconds > TTL_SECONDS - _MARGIN_SECONDS:
             raise OutputError(
                 f"{self._url}: the lock could not be renewed for {seconds:.0f} s, and may be taken after"
@@ -137,7 +139,7 @@ class _Lease(Lock):
         """Let go of it, unless it may be somebody else's by now; where the store is down, it ends by itself."""
         self._is_left.set()
         self._thread.join(_LEAVING_SECONDS)
-        if self._lost_to is None and time.monotonic() - self._renewed_at < TTL_SECONDS - _MARGIN_SECONDS:
+        if self._lost_to is None and _now() - self._renewed_at < TTL_SECONDS - _MARGIN_SECONDS:
             with suppress(OSError):
                 self._store.delete_if(self._url, self._etag)
 
@@ -149,7 +151,7 @@ class _Lease(Lock):
 
     def _renew(self) -> bool:
         """Renew it once; return whether it is still ours."""
-        started = time.monotonic()
+        started = _now()
         holder = dataclasses.replace(self._holder, renewals=self._holder.renewals + 1)
         etag = self._store.replace(self._url, holder.encode(), self._etag)
         if etag is None:
@@ -167,9 +169,13 @@ def _take(store: LeaseStore, url: str) -> _Lease:
     since = datetime.now(UTC).astimezone().isoformat(sep=" ", timespec="seconds")
     ours = Holder(os.getpid(), platform.node(), _boot_id(), since, secrets.token_hex(16))
     for _ in range(_MAX_TRIES):
-        started = time.monotonic()
+        started = _now()
         etag = store.create(url, ours.encode())
         if etag is not None:
+            again = dataclasses.replace(ours, renewals=1)
+            if (new_etag := store.create(url, again.encode())) is not None:
+                FAULTS.note(url, "lock", "this store ignores conditions of writes: nothing keeps a second run out")
+                return _Lease(store, url, again, new_etag, started)
             return _Lease(store, url, ours, etag, started)
         found = store.read_with_age(url)
         if found is None:  # just deleted
@@ -177,10 +183,10 @@ def _take(store: LeaseStore, url: str) -> _Lease:
         content, etag, age = found
         holder = _decode(content)
         if holder is not None and holder.token == ours.token:  # it is there, and the answer was lost
-            return _Lease(store, url, ours, etag, time.monotonic() - age)
+            return _Lease(store, url, ours, etag, _now() - age)
         if age < TTL_SECONDS and not (holder and holder.is_dead()):
             raise OutputError(_refusal(url, holder, age))
-        started = time.monotonic()
+        started = _now()
         new_etag = store.replace(url, ours.encode(), etag)
         if new_etag is not None:
             return _Lease(store, url, ours, new_etag, started)
@@ -191,8 +197,9 @@ def _take(store: LeaseStore, url: str) -> _Lease:
 
 
 def _refusal(url: str, holder: Holder | None, age: float) -> str:
+    target = url.rpartition("/")[0].removesuffix("/.raymerge")
     return (
-        f"another raymerge run ({holder or 'just started'}) is writing to {url.rpartition('/')[0]};"
+        f"another raymerge run ({holder or 'just started'}) is writing to {target};"
         f" wait for it to end, or choose another directory; if it was killed,"
         f" try again in {max(1.0, TTL_SECONDS - age):.0f} s"
     )
@@ -211,6 +218,11 @@ def _decode(content: bytes) -> Holder | None:
         )
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def _now() -> float:
+    """Return seconds that go on while the machine sleeps, as those of the store do."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _boot_id() -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,7 +16,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.stores import retry as retrying
 from raymerge.pipeline.stores.aws import DEFAULT_REGION, AwsAccount
-from raymerge.pipeline.stores.object_errors import ObjectError, classify_fault, translated
+from raymerge.pipeline.stores.object_errors import NO_STORE, ObjectError, classify_fault, translated
 from raymerge.pipeline.stores.remote import REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import Fault, one_line, retry
 
@@ -25,6 +27,8 @@ T = TypeVar("T")
 AnyStore = S3Store | GCSStore | AzureStore
 
 _CONNECT_SECONDS = 5
+_UPLOAD_SECONDS = 50.0
+"""For one part; a slow line has several on their way at once."""
 _MAX_UNKNOWN_NAME = 5
 """Failures to find the host at first, before its name counts as misspelt."""
 
@@ -64,6 +68,9 @@ class Bucket:
         writes: repeats requests.
         aws: what is known from AWS tools; None in other stores.
         region: in S3.
+
+    Raises:
+        FetchError: settings or credentials are such that no store can be reached with them.
     """
 
     def __init__(self, scheme: str, name: str, aws: AwsAccount | None) -> None:
@@ -73,20 +80,26 @@ class Bucket:
         self.region = ""
         if aws is not None:
             self.region = aws.region or aws.find_region(name) or DEFAULT_REGION
-        self.reads = self._build({"max_retries": 0})
-        self.writes = self._build(
-            {
-                "max_retries": 1000,
-                # An upload that fails is aborted, which may take as long again.
-                "retry_timeout": timedelta(seconds=retrying.PATIENCE_SECONDS / 2),
-                "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=8), "base": 2},
-            }
-        )
+            if not re.fullmatch(r"[\w-]+", self.region, re.ASCII):
+                raise FetchError(f"{self.url}: {self.region!r} is no region; set AWS_REGION, as in {DEFAULT_REGION}")
+        retries: RetryConfig = {
+            "max_retries": 1000,
+            # An upload that fails is aborted, which may take as long again.
+            "retry_timeout": timedelta(seconds=retrying.PATIENCE_SECONDS / 2),
+            "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=8), "base": 2},
+        }
+        try:
+            self.reads = self._build({"max_retries": 0})
+            self.writes = self._build(retries, _UPLOAD_SECONDS)
+        except (ObjectError, ValueError) as error:
+            hint = "" if aws else f"; credentials are taken as {_FOUND_BY[scheme]}"
+            raise FetchError(f"{self.url}: the settings cannot be used: {one_line(error)}{hint}") from None
         self._is_there = False
+        self._is_store = False
 
-    def _build(self, retry_config: RetryConfig) -> AnyStore:
+    def _build(self, retry_config: RetryConfig, seconds: float = REQUEST_SECONDS) -> AnyStore:
         client: ClientConfig = {
-            "timeout": timedelta(seconds=REQUEST_SECONDS),
+            "timeout": timedelta(seconds=seconds),
             "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
         }
         with translated("connect"):
@@ -153,6 +166,21 @@ class Bucket:
             raise FetchError(self.explain(error, self.url)) from None
         self._is_there = True
 
+    def check_is_store(self) -> None:
+        """Make sure, once, that what lists nothing is not a login page or a proxy, which answers anything with a page.
+
+        Raises:
+            FetchError: it has an object of a name that nothing has.
+        """
+        if self._is_store:
+            return
+        with suppress(ObjectError):
+            with translated("HEAD"):
+                obstore.head(self.reads, _NO_PREFIX)
+            error = ObjectError("list", 0, "", "", NO_STORE)
+            raise FetchError(self.explain(error, self.url))
+        self._is_store = True
+
     def answers(self, key: str) -> bool:
         """Tell whether the store can be reached; one request."""
         try:
@@ -175,7 +203,22 @@ class Bucket:
             raise OutputError(self.explain(error, url) if isinstance(error, ObjectError) else str(error)) from None
 
     def _give_up(self, url: str, operation: str = "list") -> Callable[[Exception, str], Exception]:
-        return lambda error, summary: FetchError(f"{self.url}: {operation} of {url}: {summary}: {one_line(error)}")
+        def give_up(error: Exception, summary: str) -> Exception:
+            hint = ""
+            if self._endpoint.startswith("http://") and "connection reset" in str(error):
+                hint = "; if it speaks TLS, write https:// in the endpoint"
+            return FetchError(f"{self.url}: {operation} of {url}: {summary}: {one_line(error)}{self._at}{hint}")
+
+        return give_up
+
+    @property
+    def _endpoint(self) -> str:
+        """What the user has named; empty where that is nothing."""
+        return (self.aws.endpoint if self.aws else None) or ""
+
+    @property
+    def _at(self) -> str:
+        return f" (at {self._endpoint})" if self._endpoint else ""
 
     def explain(self, error: ObjectError, url: str) -> str:
         """Return what to tell the user about a refusal: what, where, and the next step."""
@@ -183,7 +226,7 @@ class Bucket:
         if error.status == 403 and not error.code:
             error = self._ask_why(error, key)
         times = f" after {error.num_attempts} attempts" if error.num_attempts > 1 else ""
-        return f"{url}: {error.method} failed{times}: {error}{self._advise(error)}"
+        return f"{url}: {error.method} failed{times}: {error}{self._at}{self._advise(error)}"
 
     def _ask_why(self, error: ObjectError, key: str) -> ObjectError:
         """Repeat a HEAD, whose answer has no body that could say why it was refused, as a GET."""
@@ -199,13 +242,26 @@ class Bucket:
     def _advise(self, error: ObjectError) -> str:
         who = self.aws.describe() if self.aws else f"credentials as {_FOUND_BY[self.url[:2]]}"
         if error.trouble == "TLS":
-            return "; the certificate is not a trusted one, or this is not TLS: check the endpoint, AWS_CA_BUNDLE"
+            return (
+                "; the certificate is not a trusted one; if an authority of your own has signed it,"
+                " name a file with that authority's certificate in AWS_CA_BUNDLE"
+            )
+        if error.trouble == "not TLS":
+            return "; the server does not speak TLS: write http:// in the endpoint, not https://"
+        is_bare = error.status in (400, 404, 405, 501) and not error.code
+        if error.trouble == NO_STORE or (is_bare and self._endpoint):
+            return "; is this the address of an object store, and is no login page or proxy on the way to it?"
+        if error.trouble == "unusable name":
+            return "; rename or delete it"
         if error.trouble == "name not found":
-            return "; check the spelling of the endpoint"
-        if error.code in ("NoSuchBucket", "ContainerNotFound"):
-            return f"; there is no {self.url}: check its spelling, or make it first"
+            return "; check the spelling of the endpoint" if self._endpoint else self._check_network()
+        if error.code in ("NoSuchBucket", "ContainerNotFound", "InvalidBucketName"):
+            lower = (
+                f" (names of buckets are in lower case: {self.url.lower()}?)" if self.name != self.name.lower() else ""
+            )
+            return f"; there is no {self.url}: check its spelling{lower}, or make it first"
         if error.status in (301, 307) or error.code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):
-            asked = self.aws.find_region(self.name) if self.aws and not self.aws.endpoint else None
+            asked = self.aws.find_region(self.name) if self.aws else None
             region = error.region or asked or "another"
             return f"; {self.url} is in region {region}, and {self.region} was asked: set AWS_REGION"
         if error.code == "RequestTimeTooSkewed":
@@ -224,6 +280,9 @@ class Bucket:
             may = "read" if error.method in ("GET", "HEAD", "list") else "write"
             return f" ({who}); these may not {may} there: use others, or have them allowed to"
         return ""
+
+    def _check_network(self) -> str:
+        return f"; check the network, and the region {self.region!r}" if self.region else "; check the network"
 
 
 _FOUND_BY = {

@@ -17,7 +17,7 @@ from obstore.exceptions import (
 )
 
 from raymerge.pipeline.errors import MergeError
-from raymerge.pipeline.stores.retry import Fault
+from raymerge.pipeline.stores.retry import Fault, one_line
 
 BAD_CHECKSUM_CODES = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "Md5Mismatch"})
 """The store found other bytes than the sender's checksum is of."""
@@ -26,7 +26,9 @@ _PASSING_CODES = frozenset(
     {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "OperationAborted", "InternalError", "ServerBusy"}
 )
 
-_FINAL_TROUBLES = ("", "TLS", "unusable name")
+NO_STORE = "not the answer of an object store"
+
+_FINAL_TROUBLES = ("", "TLS", "not TLS", NO_STORE, "unusable name")
 
 _STATUS = re.compile(r"status code: (\d{3})|\bstatus: (\d{3}),")
 _METHOD = re.compile(r"Error performing (?:list request: Error performing )?([A-Z]+) ")
@@ -35,6 +37,7 @@ _FIELDS = {
     for name in ("Code", "Message", "Region", "RequestTime", "ServerTime")
 }
 _RETRIES = re.compile(r"\bretries: (\d+),|\bafter (\d+) retries")
+_QUOTED_PATH = re.compile(r"(?<=\bpath: )\"(?:[^\"\\]|\\.){1,1000}\"")
 _BULK_CODE = re.compile(r"\(code: (\w+)\)")
 _STATUS_OF_TYPE = {
     AlreadyExistsError: 412,
@@ -43,9 +46,14 @@ _STATUS_OF_TYPE = {
     UnauthenticatedError: 401,
     FileNotFoundError: 404,
 }
+_NO_LOCATION = "Received redirect without LOCATION"
+"""What obstore says of S3's PermanentRedirect, of which it shows nothing."""
+
 _NETWORK = (
+    (re.compile(r"non-partial response"), NO_STORE),
     (re.compile(r"dns error|failed to lookup address|Name or service not known", re.I), "name not found"),
-    (re.compile(r"[Cc]ertificate|InvalidContentType|UnknownIssuer|NotValidForName|HandshakeFailure"), "TLS"),
+    (re.compile(r"InvalidContentType"), "not TLS"),
+    (re.compile(r"[Cc]ertificate|UnknownIssuer|NotValidForName|HandshakeFailure"), "TLS"),
     (re.compile(r"IncompleteBody|UnexpectedEof|IncompleteMessage"), "short body"),
     (re.compile(r"ConnectionRefused"), "connection refused"),
     (re.compile(r"ConnectionReset|BrokenPipe|ConnectionAborted|ChannelClosed|kind: Interrupted"), "connection reset"),
@@ -76,7 +84,7 @@ class ObjectError(Exception):
         self.skew: float | None = None
         self.num_attempts = 1
         text = " ".join(str(part) for part in (status or "", code) if part) or trouble
-        super().__init__(f"{text}: {message}" if message else text)
+        super().__init__(": ".join(part for part in (text, message.rstrip(".")) if part))
 
     @property
     def is_bad_checksum(self) -> bool:
@@ -118,10 +126,10 @@ def translated(method: str) -> Iterator[None]:
 def _translate(error: Exception, method: str) -> ObjectError:
     text = str(error)
     if isinstance(error, InvalidPathError):
-        name = text.splitlines()[0]
-        return ObjectError(
-            method, 0, "", f"there is an object with a name that cannot be used: {name}", "unusable name"
-        )
+        name = quoted[0] if (quoted := _QUOTED_PATH.search(text)) else one_line(error)
+        return ObjectError(method, 0, "", f"there is an object of the name {name}", "unusable name")
+    if _NO_LOCATION in text:
+        return ObjectError(method, 301, "PermanentRedirect", "")
     found = {name: match[1] for name, pattern in _FIELDS.items() if (match := pattern.search(text))}
     if made := _METHOD.search(text):
         method = made[1]

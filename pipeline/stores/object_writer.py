@@ -176,7 +176,9 @@ class ObjectWriter(Writer):
         """Return what to raise, and leave nothing behind."""
         if not error.status:  # the request that failed last may be the one that was to abort
             error.method = "upload"
-        kind = CorruptedError if error.is_bad_checksum else OutputError
+        # Where the store answers, something happened to this upload, and another may go well.
+        is_worth_another = error.as_fault() is not None and self._bucket.answers(self._key)
+        kind = CorruptedError if is_worth_another else OutputError
         failure = kind(self._bucket.explain(error, self._url))
         self.abort()
         return failure

@@ -21,7 +21,7 @@ from raymerge.pipeline.stores.object_bucket import Bucket
 from raymerge.pipeline.stores.object_errors import ObjectError, classify_fault, translated
 from raymerge.pipeline.stores.object_writer import NUM_BUFFERS, PART_NBYTES, ObjectWriter, quoted, stored_file, unquoted
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, RemoteStorage
-from raymerge.pipeline.stores.retry import Fault
+from raymerge.pipeline.stores.retry import Fault, Patience
 from raymerge.pipeline.types import StoredFile
 from raymerge.pipeline.urls import scheme_of, split_url
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta, PutMode
 
 _LIST_CHUNK = 1000
+_LEAVING_SECONDS = 5.0
 _UNUSABLE = re.compile(r"//|^/|[\x00-\x1f\x7f]")
 
 
@@ -81,7 +82,10 @@ class ObjectStorage(RemoteStorage):
 
         found = {}
         start = f"{prefix}/" if prefix else ""
-        for item in self.call("list", url, list_all):
+        listed = self.call("list", url, list_all)
+        if not listed:
+            bucket.check_is_store()
+        for item in listed:
             if not item["path"].startswith(start):
                 continue
             name = item["path"].removeprefix(start)
@@ -118,6 +122,10 @@ class ObjectStorage(RemoteStorage):
         bucket, key = self._locate_output(url)
         return ObjectWriter(bucket, url, key, nbytes, exclusive=exclusive)
 
+    def check_space(self, url: str, nbytes: int) -> None:
+        """Make sure that there is such a bucket; how much room it has cannot be known."""
+        self._locate_output(url)
+
     def delete(self, url: str) -> None:  # noqa: D102
         bucket, key = self._locate_output(url)
 
@@ -148,8 +156,11 @@ class ObjectStorage(RemoteStorage):
         """
         name, key = split_url(url.rstrip("/"))
         if unusable := _UNUSABLE.search(key):
-            what = "an empty name between two slashes" if unusable[0] == "//" else f"the character {unusable[0]!r}"
-            raise ConfigError(f"{url!r}: {what}; rename the object, or try --storage fsspec")
+            if unusable[0] in ("//", "/"):
+                raise ConfigError(
+                    f"{url}: two slashes in a row; leave one out, rename the object, or try --storage fsspec"
+                )
+            raise ConfigError(f"{url!r}: has the character {unusable[0]!r}; rename the object, or try --storage fsspec")
         bucket = self._bucket(name)
         bucket.connect()
         return bucket, key
@@ -215,9 +226,17 @@ class _LeaseObject:
 
     def delete_if(self, url: str, etag: str) -> None:
         """Look, then delete: nobody may take the lock in between, as it has been renewed lately."""
-        with suppress(ObjectError), translated("DELETE"):
-            if stored_file(url, obstore.head(self._bucket.reads, self._key)).etag == etag:
-                obstore.delete(self._bucket.reads, self._key)
+        patience = Patience(self._bucket.url, "DELETE", _LEAVING_SECONDS)
+        while True:
+            try:
+                with translated("DELETE"):
+                    if stored_file(url, obstore.head(self._bucket.reads, self._key)).etag == etag:
+                        obstore.delete(self._bucket.reads, self._key)
+                return
+            except ObjectError as error:
+                fault = classify_fault(error)
+                if fault is None or not patience.failed(fault):
+                    return
 
     def _put(self, url: str, data: bytes, mode: PutMode) -> str | None:
         def put() -> str | None:

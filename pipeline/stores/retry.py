@@ -17,6 +17,9 @@ T = TypeVar("T")
 PATIENCE_SECONDS = 40.0
 """How long a store may fail without an interruption before it counts as down."""
 
+FIRST_SECONDS = 15.0
+"""The same for a store that has not answered this process once: it is rather misspelt, or not running, than failing."""
+
 MAX_RATE_LIMIT_SECONDS = 330.0
 """How long all the waits that a store asks for by name may take: the Hub's limits are for five minutes."""
 
@@ -57,6 +60,9 @@ class FaultLog:
 FAULTS = FaultLog()
 """Of this process."""
 
+_reached: set[str] = set()
+"""The stores that have answered this process."""
+
 
 class Patience:
     """Decides whether one operation is tried again, and waits in between.
@@ -77,13 +83,17 @@ class Patience:
         self._start = time.monotonic()
 
     def succeeded(self) -> None:
-        """Note that some progress was made."""
+        """Note that some progress was made, or all is done."""
+        _reached.add(self._store)
         self._num_in_a_row = 0
         self._failing_since = None
 
     def failed(self, fault: Fault) -> bool:
         """Note a fault; return True after a wait, or False at once where it has gone on for too long."""
         FAULTS.note(self._store, self._operation, fault.what)
+        if fault.what[:1].isdigit():  # the status of an answer
+            _reached.add(self._store)
+        seconds = self._seconds if self._store in _reached else min(self._seconds, FIRST_SECONDS)
         now = time.monotonic()
         self.num_attempts += 1
         self._num_in_a_row += 1
@@ -98,7 +108,7 @@ class Patience:
             self._asked_seconds += delay
             if fault.what.startswith("429"):  # the store works, and says when it will again for us
                 self._failing_since += delay
-        if now + delay - self._failing_since > self._seconds:
+        if now + delay - self._failing_since > seconds:
             return False
         time.sleep(delay)
         return True
@@ -129,13 +139,16 @@ def retry(
     patience = Patience(store, operation)
     while True:
         try:
-            return call()
+            result = call()
         except Exception as error:
             fault = classify(error)
             if fault is None:
                 raise
             if not patience.failed(fault):
                 raise give_up(error, patience.summary) from None
+        else:
+            patience.succeeded()
+            return result
 
 
 def one_line(error: Exception) -> str:

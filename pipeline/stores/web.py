@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from email.message import Message
 from typing import NoReturn
@@ -28,6 +28,12 @@ _ABSENT = (401, 403, 404, 405, 410)
 """What is answered where there is no index; and, as some stores do, where there is no file and there might be one."""
 
 
+_PAGE = (
+    "the server answers with a page, not a file; check the URL,"
+    " and whether that page asks for a login, or stands for everything that is not there"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """A URL as it is asked for."""
@@ -48,17 +54,16 @@ class WebStorage(RemoteStorage):
         parts = urlsplit(url)
         if parts.query or parts.fragment:
             raise ConfigError(f"{url}: a directory is needed, and this has a `?` or `#`; write these as %3F and %23")
-        return url.rstrip("/")
-
-    def pin(self, url: str, revision: str | None) -> str:  # noqa: D102
-        parts = urlsplit(url)
         if parts.hostname in ("huggingface.co", "hf.co"):
             name = "/".join(parts.path.strip("/").split("/")[:2])
             raise CheckpointError(f"{url}: a page about a model; the model itself is hf://{name}")
-        return super().pin(url, revision)
+        return url.rstrip("/")
 
     def stat(self, url: str) -> StoredFile:  # noqa: D102
-        return _make_file(url, self._head(url, _GONE))
+        headers = self._head(url, _GONE)
+        if _is_page(url, headers):
+            raise FetchError(f"{url}: {_PAGE}")
+        return _make_file(url, headers)
 
     def list(self, url: str) -> Mapping[str, StoredFile]:
         """Return the files that the server's index pages lead to; where there are none, those of the usual names."""
@@ -66,6 +71,9 @@ class WebStorage(RemoteStorage):
         if "config.json" not in names:
             names |= {name: f"{url}/{name}" for name in USUAL_NAMES}
         files = self._stat_all(names)
+        if not files:
+            with suppress(FileNotFoundError):
+                self.stat(f"{url}/config.json")  # says so where a page is all that there is
         if INDEX in files:
             weights = parse_weight_names(self.read(files[INDEX].url, _MAX_INDEX_NBYTES))
             files |= self._stat_all({name: f"{url}/{quote(name)}" for name in weights if name not in files})
@@ -86,6 +94,9 @@ class WebStorage(RemoteStorage):
         _refuse(url)
 
     def delete(self, url: str) -> None:  # noqa: D102
+        _refuse(url)
+
+    def check_space(self, url: str, nbytes: int) -> None:  # noqa: D102
         _refuse(url)
 
     def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:  # noqa: D102
@@ -149,9 +160,7 @@ class WebStorage(RemoteStorage):
                 headers = self._head(url, _ABSENT if name in USUAL_NAMES[1:] else _GONE)
             except FileNotFoundError:
                 return None
-            if headers.get_content_type() == "text/html" and not name.endswith((".html", ".htm")):
-                return None  # a page that says that there is nothing, as if all were well
-            return _make_file(url, headers)
+            return None if _is_page(url, headers) else _make_file(url, headers)
 
         found = zip(names, self._requests().map(find, names.values()), strict=True)
         return {name: file for name, file in found if file is not None}
@@ -200,6 +209,11 @@ def _source_of(url: str) -> _Source:
     headers = {"Authorization": basic_credentials(parts)} if parts.username else {}
     path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
     return _Source(parts._replace(netloc=parts.netloc.rpartition("@")[2], path=path).geturl(), headers)
+
+
+def _is_page(url: str, headers: Message) -> bool:
+    """Tell whether the answer is a page, as if all were well, that says that there is nothing, or asks who we are."""
+    return headers.get_content_type() == "text/html" and not url.endswith((".html", ".htm"))
 
 
 def _make_file(url: str, headers: Message) -> StoredFile:

@@ -35,7 +35,11 @@ def make_connection(parts: SplitResult, proxy: SplitResult | None) -> http.clien
 def _tls_context() -> ssl.SSLContext:
     from httpx2 import create_ssl_context  # where huggingface_hub takes its certificates from
 
-    return create_ssl_context()
+    try:
+        return create_ssl_context()
+    except OSError as error:
+        hint = "SSL_CERT_FILE or SSL_CERT_DIR names a file that is not there, or that has no certificate (PEM)"
+        raise BrokenError(f"no certificates: {hint}: {error}", None) from None
 
 
 def find_proxy(parts: SplitResult) -> SplitResult | None:

@@ -15,6 +15,8 @@ from raymerge.pipeline.stores.retry import Fault
 
 _MAX_MESSAGE_NBYTES = 2000
 _PASSING = (408, 429, 500, 502, 503, 504)
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")
+"""What OpenSSL says of an answer that is none of TLS; a connection that breaks gives others."""
 
 
 class RefusalError(Exception):
@@ -61,6 +63,10 @@ def explain_broken(error: Exception, host: str) -> BrokenError:
         return BrokenError(f"{host} did not answer in time", Fault("timeout"))
     if isinstance(error, ConnectionRefusedError):
         return BrokenError(f"{host} refuses connections", Fault("connection refused"))
+    if isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS:
+        return BrokenError(
+            f"{host} does not speak TLS there; write http:// instead of https://, or check the port", None
+        )
     if isinstance(error, OSError | http.client.RemoteDisconnected):
         return BrokenError(f"the connection to {host} broke", Fault("connection broken"))
     if isinstance(error, http.client.IncompleteRead):

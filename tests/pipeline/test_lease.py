@@ -109,8 +109,8 @@ def test_it_says_who_holds_it_and_is_gone_afterwards(objects: Objects) -> None:
         assert not holder.is_dead()
         with pytest.raises(
             OutputError,
-            match=rf"another raymerge run \(pid {os.getpid()}, since .*, on host .*\) is writing to store://bucket/out/"
-            r".raymerge;.*if it was killed, try again in 30 s",
+            match=rf"another raymerge run \(pid {os.getpid()}, since .*, on host .*\) is writing to store://bucket/out;"
+            r".*if it was killed, try again in 30 s",
         ):
             hold_lease(objects, URL).__enter__()
     assert objects.content is None

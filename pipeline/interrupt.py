@@ -1,0 +1,44 @@
+"""Ctrl-C ends the process within seconds, whatever it is waiting for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+from functools import cache
+
+MESSAGE = "Interrupted. What is finished is kept: run the same command again to go on."
+
+_GRACE_SECONDS = 5.0
+"""For tidying up: letting go of the lock, ending uploads."""
+
+
+@cache
+def watch_for_interrupts() -> None:
+    """Have a thread end the process if it is still there a few seconds after Ctrl-C, or at a second one.
+
+    Python tells the main thread of a signal only when that is done with what it waits for, and a request to a store
+    that is silent may take long.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(ours, theirs), name="watch for interrupts", daemon=True).start()
+
+
+def _watch(ours: socket.socket, theirs: socket.socket) -> None:
+    with ours, theirs:  # the second is only kept open here
+        _wait_for_interrupt(ours)
+        ours.settimeout(_GRACE_SECONDS)
+        with suppress(TimeoutError):
+            _wait_for_interrupt(ours)
+        print(MESSAGE, file=sys.stderr, flush=True)
+        os._exit(130)
+
+
+def _wait_for_interrupt(signals: socket.socket) -> None:
+    while signals.recv(1)[0] != signal.SIGINT:
+        pass
