@@ -169,12 +169,9 @@ def _nothing_there(out: str) -> OutputError:
     if is_url(out):
         return OutputError(f"{out}: nothing is there; check the name, and that you may list it")
     path = Path(out)
-    is_like_a_repository = path.parent.parent == Path.cwd()
-    hint = suggest_directory(path) or (
-        f"; if a repository on the Hub is meant, write hf://{path.parent.name}/{path.name}"
-        if is_like_a_repository
-        else ""
-    )
+    hint = suggest_directory(path)
+    if not hint and path.parent.parent == Path.cwd():
+        hint = f"; if a repository on the Hub is meant, write hf://{path.parent.name}/{path.name}"
     return OutputError(f"{out} has no {MANIFEST}: it was not made by raymerge, or is not a model{hint}")
 
 

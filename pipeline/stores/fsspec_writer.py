@@ -156,5 +156,7 @@ def _move(filesystem: Any, old: str, new: str) -> None:
     except OSError:
         if not filesystem.exists(new):
             raise
+        if not filesystem.exists(old):  # it was done, and the answer was lost
+            return
         filesystem.rm_file(new)  # some servers do not rename over a file
         filesystem.mv(old, new)

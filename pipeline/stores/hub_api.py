@@ -15,13 +15,14 @@ from huggingface_hub import __version__ as hub_version
 from huggingface_hub import constants, get_token
 
 from raymerge import __version__
-from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.errors import ConfigError, FetchError
 from raymerge.pipeline.stores.remote import REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import one_line, retry
 from raymerge.pipeline.stores.web_client import Body, Reply, WebClient, origin_of
 from raymerge.pipeline.stores.web_errors import BrokenError, RefusalError, classify_web
 from raymerge.pipeline.urls import check_endpoint, suggest_directory
 
+_MAX_FILES = 100_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _TRUE = ("1", "ON", "YES", "TRUE")
@@ -185,10 +186,14 @@ class HubApi:
         path += f"/{quote(place.path)}" if place.path else ""
         query = urlencode({"recursive": "true", "expand": "false"})
         found: dict[str, tuple[int, str]] = {}
+        asked = set()
         while query:
+            asked.add(query)
             reply = self.ask("GET", f"{path}?{query}")
             found.update(_read_entries(parse_json(reply)))
             query = _next_query(reply.headers.get("Link") or "")
+            if query in asked or len(found) > _MAX_FILES:
+                raise FetchError(f"{place.url}: its listing does not end; {len(found):,} files so far")
         return found
 
     def find_file(self, place: HubPath) -> tuple[int, str] | None:

@@ -22,7 +22,7 @@ from raymerge.pipeline.types import StoredFile
 
 _MAX_INDEX_NBYTES = 64 * 2**20
 _MAX_FILES = 10_000
-_MAX_DEPTH = 8
+_MAX_DIRECTORIES = 100
 _GONE = (404, 410)
 _ABSENT = (401, 403, 404, 405, 410)
 """What is answered where there is no index; and, as some stores do, where there is no file and there might be one."""
@@ -67,7 +67,7 @@ class WebStorage(RemoteStorage):
 
     def list(self, url: str) -> Mapping[str, StoredFile]:
         """Return the files that the server's index pages lead to; where there are none, those of the usual names."""
-        names = dict(self._walk(url, "", 0))
+        names = dict(self._walk(url, "", iter(range(_MAX_DIRECTORIES))))
         if "config.json" not in names:
             names |= {name: f"{url}/{name}" for name in USUAL_NAMES}
         files = self._stat_all(names)
@@ -165,8 +165,16 @@ class WebStorage(RemoteStorage):
         found = zip(names, self._requests().map(find, names.values()), strict=True)
         return {name: file for name, file in found if file is not None}
 
-    def _walk(self, url: str, prefix: str, depth: int) -> Iterator[tuple[str, str]]:
-        """Yield relative name and URL of each file that an index page and those below it name."""
+    def _walk(self, url: str, prefix: str, budget: Iterator[int]) -> Iterator[tuple[str, str]]:
+        """Yield relative name and URL of each file that an index page and those below it name.
+
+        Args:
+            url: where the walk began.
+            prefix: what was gone down since, with a slash at its end.
+            budget: has one item for each page that may still be read.
+        """
+        if next(budget, None) is None:
+            raise FetchError(f"{url}: more than {_MAX_DIRECTORIES} directories; give the directory of one model")
         source = _source_of(f"{url}/{quote(prefix)}" if prefix else f"{url}/")
 
         def ask() -> tuple[str, bytes] | None:
@@ -185,8 +193,8 @@ class WebStorage(RemoteStorage):
         for name, is_directory in entries:
             if not is_directory:
                 yield prefix + name, f"{url}/{quote(prefix + name)}"
-            elif depth < _MAX_DEPTH:
-                yield from self._walk(url, f"{prefix}{name}/", depth + 1)
+            else:
+                yield from self._walk(url, f"{prefix}{name}/", budget)
 
     def _check_ranges(self, files: Iterable[StoredFile]) -> None:
         """Make sure, before a merge needs it, that the server serves parts of files."""
@@ -220,7 +228,13 @@ def _make_file(url: str, headers: Message) -> StoredFile:
     nbytes = web_reader.parse_nbytes(headers)
     if nbytes is None:
         raise FetchError(f"{url}: the server does not say how large it is; download the model, and name the directory")
-    return StoredFile(url, nbytes, _read_etag(headers))
+    etag = _read_etag(headers)
+    if not etag:
+        raise FetchError(
+            f"{url}: the server gives neither ETag nor Last-Modified, so that nobody could tell if the file changed;"
+            " download the model, and name the directory"
+        )
+    return StoredFile(url, nbytes, etag)
 
 
 def _read_etag(headers: Message) -> str:
