@@ -96,7 +96,7 @@ def plan(
         RaymergeError: whatever would go wrong later, as far as it can be known now.
     """
     _configure(storage, private=storage_settings().private)
-    limits = _make_limits(memory, threads, shard_size)
+    limits = _make_limits(memory, threads, shard_size, seed)
     with open_storages():
         return _plan(load_config(config, strict=strict), limits, seed, "." if out is None else str(out))
 
@@ -139,7 +139,7 @@ def merge(
     listener = listener or Listener()
     FAULTS.drain()
     _configure(storage, private=private)
-    limits = _make_limits(memory, threads, shard_size)
+    limits = _make_limits(memory, threads, shard_size, seed)
     with open_storages(), closing(POOL):
         merge_config = load_config(config, strict=strict)
         if limits.num_threads > 1:
@@ -173,8 +173,6 @@ def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -
 def _plan(config: MergeConfig, limits: Limits, seed: int, out: str) -> MergePlan:
     from raymerge.pipeline.index import build_index, stored_tensors  # pyarrow: not at the start of every command
 
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}; it must be 0 or more")
     checkpoints = resolve_models(config.referenced_models)
     recipe = expand(config, checkpoints, stored_tensors(build_index(checkpoints)))
     transfer = _measure_transfer([storage_for(c.url) for c in checkpoints], storage_for(out))
@@ -313,7 +311,9 @@ def _resources(task: ShardTask) -> Resources:
     return Resources(mem_nbytes=task.projected_mem, cost=task.read_nbytes + task.reread_nbytes + task.nbytes)
 
 
-def _make_limits(memory: str | int, threads: int | None, shard_size: str | int | None) -> Limits:
+def _make_limits(memory: str | int, threads: int | None, shard_size: str | int | None, seed: int) -> Limits:
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; it must be 0 or more")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads is {threads}; it must be 1 or more")
     return Limits(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raymerge import __version__
-from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.errors import MergeError, OutputError
 from raymerge.pipeline.storage import Writer, storage_for
 from raymerge.pipeline.types import ShardResult, ShardTask
 
@@ -117,5 +117,7 @@ def read_begun(out: str) -> Begun | None:
         return Begun(str(plan["fingerprint"]), frozenset(map(str, plan["files"])))
     except FileNotFoundError:
         return None
+    except MergeError:
+        raise
     except (ValueError, TypeError, KeyError):
         return Begun("", frozenset())

@@ -30,7 +30,9 @@ _REWRITTEN = {CONFIG, "README.md", "mergekit_config.yml", "raymerge_manifest.jso
 _OF_TRAINING = re.compile(r"(checkpoint-[^/]*|runs)/|(.*/)?adapter_config\.json$")
 """Files that a trainer leaves beside the model, and that say nothing about it."""
 _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-_HUB_NAME = re.compile(r"(?!(?:models|datasets|spaces)/)[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_NAME = re.compile(r"(?!(?:models|datasets|spaces)/)[\w-][\w.-]*/[\w-][\w.-]*")
+"""A model in a config that is no directory here is a repository if it looks like this."""
+
 _DOWNLOAD = "download the checkpoint again"
 
 
@@ -78,7 +80,7 @@ def resolve_model(model: ModelRef) -> Checkpoint:
     for name in names:
         _check_name(name, url)
     if not names:
-        raise _nothing_there(storage, url)
+        raise nothing_there(storage, url)
     if CONFIG not in names:
         if any(name.startswith("adapter_model.") or name.endswith(".gguf") for name in names):
             raise _no_weights(url, names)
@@ -135,7 +137,7 @@ def locate_model(model: ModelRef) -> str:
         raise CheckpointError(
             f"{model}: a file, not a directory; give the directory that holds {CONFIG} and the weights"
         )
-    if _HUB_NAME.fullmatch(model.path):
+    if HUB_NAME.fullmatch(model.path):
         return storage_for(f"hf://{model.path}").pin(f"hf://{model.path}", model.revision)
     raise CheckpointError(f"{model}: no such directory ({path}){suggest_directory(path)}")
 
@@ -251,7 +253,7 @@ def _no_weights(url: str, names: list[str]) -> CheckpointError:
     return CheckpointError(f"{url}: no weights: neither {SINGLE} nor {INDEX}; {_DOWNLOAD}")
 
 
-def _nothing_there(storage: Storage, url: str) -> CheckpointError:
+def nothing_there(storage: Storage, url: str) -> CheckpointError:
     """Say that a directory has no files, or is one itself."""
     with suppress(FileNotFoundError, FetchError):
         storage.stat(url)

@@ -8,9 +8,9 @@ from pathlib import Path
 from raymerge.cluster.process_runner import StartMethod, make_local_runner, start_fork_server
 from raymerge.cluster.runner import Report, Runner
 from raymerge.pipeline.journal import Journal
+from raymerge.pipeline.sources import HUB_NAME
 from raymerge.pipeline.storage import Sharing, StorageSettings, storage_for
 from raymerge.pipeline.types import ShardResult, ShardTask
-from raymerge.pipeline.urls import is_url
 
 _EXECUTE = "raymerge.pipeline.execute"
 
@@ -27,7 +27,7 @@ def prepare_workers(models: Sequence[str], out: str) -> None:
         models: as the config names them.
         out: path or URL of the output.
     """
-    urls = [out, *(name if is_url(name) or Path(name).exists() else f"hf://{name}" for name in models)]
+    urls = [out, *(f"hf://{name}" if HUB_NAME.fullmatch(name) and not Path(name).exists() else name for name in models)]
     if _choose_start_method(urls) is StartMethod.FRESH:
         start_fork_server(_list_modules(urls))
 

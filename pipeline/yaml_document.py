@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_NBYTES + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+        hint = "; the config must be on this machine" if re.match("[a-z0-9]{2,}:", str(path)) else ""
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}{hint}") from error
     if len(data) > MAX_NBYTES:
         raise ConfigError(f"{path} is larger than {MAX_NBYTES} bytes; this is not a merge config")
     try:

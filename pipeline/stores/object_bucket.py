@@ -89,7 +89,7 @@ class Bucket:
             "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=8), "base": 2},
         }
         try:
-            self.reads = self._build({"max_retries": 0})
+            self.reads = self._build({"max_retries": 0}, REQUEST_SECONDS)
             self.writes = self._build(retries, _UPLOAD_SECONDS)
         except (ObjectError, ValueError) as error:
             hint = "" if aws else f"; credentials are taken as {_FOUND_BY[scheme]}"
@@ -97,7 +97,7 @@ class Bucket:
         self._is_there = False
         self._is_store = False
 
-    def _build(self, retry_config: RetryConfig, seconds: float = REQUEST_SECONDS) -> AnyStore:
+    def _build(self, retry_config: RetryConfig, seconds: float) -> AnyStore:
         client: ClientConfig = {
             "timeout": timedelta(seconds=seconds),
             "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
