@@ -211,7 +211,7 @@ class ChangeMeanwhile(Listener):
 def test_input_that_changes_during_the_merge(models: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     listener = ChangeMeanwhile(models[0] / "model-00001-of-00002.safetensors")
-    with pytest.raises(FetchError, match="changed since the plan was made"):
+    with pytest.raises(FetchError, match=r"changed since the plan was made|cut short while it was read"):
         merge(linear(models), out, threads=1, shard_size=1, listener=listener)
     assert 0 < listener.num_finished < listener.num_shards
     assert not (out / "config.json").exists()
