@@ -116,11 +116,10 @@ class ProcessRunner(Runner):
                         del busy[connection]
                     if isinstance(message, _Done):
                         yield message.result
-        except BaseException:
+        except BaseException:  # raised again: whatever broke the run off, its workers end
             _end(workers, _PATIENCE_SECONDS)
             raise
-        finally:
-            _end(workers, None)
+        _end(workers, None)
         if error is not None:
             raise error
 

@@ -46,8 +46,9 @@ def fetch_windows(fetches: Iterable[Fetch], buffer_nbytes: int, num_buffers: int
 def _fill_in_turn(fetches: Iterable[Fetch], buffers: list[Buffer]) -> Iterator[Filled]:
     for fetch, following in pairwise(chain(fetches, [()])):
         windows = _fill(fetch, buffers[0])
-        for storage, ranges in _by_storage(_ranges(following)).items():
-            storage.will_read(ranges)
+        coming = _ranges(following)
+        for storage, positions in _by_storage(coming).items():
+            storage.will_read([coming[k] for k in positions])
         yield from windows
 
 
@@ -77,20 +78,16 @@ def _fill(fetch: Fetch, buffer: Buffer) -> list[Filled]:
     windows = _lay_out(fetch, buffer)
     views = [view for filled in windows for view in filled.views]
     ranges = _ranges(fetch)
-    by_storage = _by_storage(ranges)
-    if len(by_storage) == 1:
-        next(iter(by_storage)).read_into(ranges, views)
-        return windows
-    for storage, own in by_storage.items():
-        positions = [k for k, item in enumerate(ranges) if storage_for(item.file.url) is storage]
-        storage.read_into(own, [views[k] for k in positions])
+    for storage, positions in _by_storage(ranges).items():
+        storage.read_into([ranges[k] for k in positions], [views[k] for k in positions])
     return windows
 
 
-def _by_storage(ranges: Iterable[ByteRange]) -> dict[Storage, list[ByteRange]]:
-    found: dict[Storage, list[ByteRange]] = {}
-    for item in ranges:
-        found.setdefault(storage_for(item.file.url), []).append(item)
+def _by_storage(ranges: Iterable[ByteRange]) -> dict[Storage, list[int]]:
+    """Return the positions of the ranges that each storage serves."""
+    found: dict[Storage, list[int]] = {}
+    for position, item in enumerate(ranges):
+        found.setdefault(storage_for(item.file.url), []).append(position)
     return found
 
 

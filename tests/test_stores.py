@@ -20,7 +20,7 @@ import torch
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError, FetchError, MemoryLimitError, OutputError
 from raymerge.pipeline.storage import StorageSettings, configure_storages, storage_for
-from raymerge.pipeline.stores import lease, retry
+from raymerge.pipeline.stores import lease
 from raymerge.pipeline.types import MergePlan, ShardResult
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
@@ -303,22 +303,27 @@ def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
         storage_for("s3://any").close()
 
 
-def test_a_store_that_goes_down(
-    models: list[str], bucket: str, proxy: FaultProxy, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retry, "PATIENCE_SECONDS", 3.0)
+@pytest.mark.slow
+def test_a_store_that_goes_down(models: list[str], bucket: str, proxy: FaultProxy, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(models))
     out = f"s3://{bucket}/merged"
-
-    class Down(Listener):
-        def finished(self, result: ShardResult) -> None:
-            proxy.down = True
-
-    with pytest.raises((FetchError, OutputError), match=rf"s3://{bucket}.*attempts"):
-        merge(make_config(models), out, shard_size="5kB", threads=1, listener=Down())
+    process = start_command("merge", config, out, "--shard-size", "5kB")
+    while process.poll() is None and not any(n.endswith("ors.json") for n in storage_for(out).list(f"{out}/.raymerge")):
+        time.sleep(0.01)
+    proxy.down = True
+    started = time.monotonic()
+    _, err = process.communicate()
+    assert time.monotonic() - started < 60
+    assert process.returncode == 2, err
+    assert f"s3://{bucket}" in err
+    assert "attempts" in err
     proxy.down = False
     assert INDEX not in storage_for(out).list(out)
-    monkeypatch.undo()
-    time.sleep(0.1)
+    outcome = run_command("merge", config, out, "--shard-size", "5kB")
+    assert outcome.code == 0, outcome.err
+    assert "shards are finished and sound" in outcome.err
+    merge(make_config(models), tmp_path / "out", shard_size="5kB")
+    assert without_own(download(out)) == without_own(read_files(tmp_path / "out"))
 
 
 def test_faults_are_reported(models: list[str], bucket: str, proxy: FaultProxy, tmp_path: Path, cli: Cli) -> None:

@@ -45,16 +45,3 @@ def _etag(info: Mapping[str, Any]) -> str:
         if value is not None:
             values.append(str(value.timestamp() if hasattr(value, "timestamp") else value))
     return "-".join(values)
-
-
-def changed_error(file: StoredFile, found: str) -> FetchError:
-    """Return what to say of a file that has changed.
-
-    Args:
-        file: as it was planned with.
-        found: what is there now.
-    """
-    return FetchError(
-        f"{file.url}: changed since the plan was made: expected {file.nbytes:,} bytes, etag {file.etag};"
-        f" found {found}. Run again when nobody writes to it"
-    )

@@ -11,6 +11,7 @@ from fsspec.registry import get_filesystem_class, known_implementations
 
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.storage import Buffer, ByteRange, Lock, Sharing, Writer
+from raymerge.pipeline.stores.changes import changed
 from raymerge.pipeline.stores.fsspec_errors import (
     classify_error,
     error_code,
@@ -18,7 +19,7 @@ from raymerge.pipeline.stores.fsspec_errors import (
     is_changed,
     is_missing_bucket,
 )
-from raymerge.pipeline.stores.fsspec_info import changed_error, is_directory, stored_file
+from raymerge.pipeline.stores.fsspec_info import is_directory, stored_file
 from raymerge.pipeline.stores.fsspec_lease import EXCLUSIVE, FsspecLeases
 from raymerge.pipeline.stores.fsspec_loop import run_bounded
 from raymerge.pipeline.stores.fsspec_writer import MovedWriter, WholeWriter
@@ -216,7 +217,7 @@ class FsspecStorage(RemoteStorage):
         except FileNotFoundError:
             raise FetchError(f"{file.url}: was there when the plan was made, and is gone") from None
         if found != file:
-            raise changed_error(file, f"{found.nbytes:,} bytes, etag {found.etag}")
+            raise changed(file, f"{found.nbytes:,} bytes, etag {found.etag}")
 
     # reading
 
@@ -234,7 +235,7 @@ class FsspecStorage(RemoteStorage):
             else:
                 with self._s3.open_range(file, start, stop) as (total_nbytes, etag, chunks):
                     if (total_nbytes, etag) != (file.nbytes, file.etag):
-                        raise changed_error(file, f"{total_nbytes:,} bytes, etag {etag}")
+                        raise changed(file, f"{total_nbytes:,} bytes, etag {etag}")
                     yield chunks
         except FileNotFoundError as error:
             if is_missing_bucket(error):
@@ -247,7 +248,7 @@ class FsspecStorage(RemoteStorage):
                 self._disconnect()
             if is_changed(error):
                 self.check_unchanged(file)  # knows what is there now
-                raise changed_error(file, f"an answer of {error_code(error)}") from None
+                raise changed(file, f"an answer of {error_code(error)}") from None
             raise
 
     def _read_parts(self, file: StoredFile, start: int, stop: int) -> Iterator[bytes]:

@@ -25,7 +25,7 @@ from raymerge.pipeline.stores.hub_api import (
     root_of,
 )
 from raymerge.pipeline.stores.hub_cache import find_cached, find_cached_commit, list_cached, not_cached
-from raymerge.pipeline.stores.hub_commit import check_parent, prepare_branch, publish_branch
+from raymerge.pipeline.stores.hub_commit import ATTRIBUTES, check_parent, prepare_branch, publish_branch
 from raymerge.pipeline.stores.hub_lfs import NUM_PARTS
 from raymerge.pipeline.stores.hub_stage import Stage, StagedFile
 from raymerge.pipeline.stores.hub_target import HubTarget
@@ -39,7 +39,6 @@ from raymerge.pipeline.stores.web_errors import BrokenError, RefusalError, class
 from raymerge.pipeline.types import StoredFile
 
 _JOURNAL = ".raymerge"
-_ATTRIBUTES = ".gitattributes"
 _MAX_EXPIRIES = 5
 """In a row, of the signed URLs of one file."""
 
@@ -131,7 +130,7 @@ class HubStorage(RemoteStorage):
             found |= self._read_tree(place)
         elif not _is_journal(place):
             found |= self._read_branch(place)
-        found.pop(_ATTRIBUTES, None)
+        found.pop(ATTRIBUTES, None)
         prefix = f"{place.path}/" if place.path else ""
         base = place.url
         files = {

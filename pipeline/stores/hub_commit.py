@@ -16,7 +16,8 @@ from raymerge.pipeline.stores.web_errors import BrokenError, RefusalError, class
 
 _TITLE_LENGTH = 200
 _COMMIT_SECONDS = 60
-_ATTRIBUTES = ".gitattributes"
+ATTRIBUTES = ".gitattributes"
+"""In every repository from the start; says what goes to LFS, and is in no model."""
 """The Hub adds to it as it sees fit."""
 
 
@@ -102,7 +103,7 @@ class _Publication:
             else:
                 after[file.path] = (file.nbytes, file.etag)
         found = self._api.list_tree(HubPath(self._place.repo, head, ""))
-        if self._changes and {**found, _ATTRIBUTES: None} == {**after, _ATTRIBUTES: None}:
+        if self._changes and {**found, ATTRIBUTES: None} == {**after, ATTRIBUTES: None}:
             return False
         raise OutputError(
             f"{self._place.url} was changed by somebody else since this merge began (its last commit is {head},"

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.ranges import coalesce
 from raymerge.pipeline.storage import Buffer, ByteRange, Lock, Storage, Writer
+from raymerge.pipeline.stores.changes import check_same
 from raymerge.pipeline.stores.local_writer import LocalWriter, file_etag, is_at, make_parents, output_error
 from raymerge.pipeline.types import StoredFile
 
@@ -241,11 +242,7 @@ def _read_run(descriptor: int, file: StoredFile, start: int, buffers: Sequence[B
 
 
 def _check_same(file: StoredFile, status: os.stat_result) -> None:
-    if (status.st_size, file_etag(status)) != (file.nbytes, file.etag):
-        raise FetchError(
-            f"{file.url}: changed since the plan was made: expected {file.nbytes:,} bytes, etag {file.etag};"
-            f" found {status.st_size:,} bytes, etag {file_etag(status)}. Run again when nobody writes to it"
-        )
+    check_same(file, status.st_size, file_etag(status))
 
 
 def _refuse_unreadable(error: OSError) -> None:

@@ -16,6 +16,7 @@ import obstore
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.storage import OUTPUT_BUFFER_NBYTES, Buffer, Lock, Writer
 from raymerge.pipeline.stores.aws import AwsAccount
+from raymerge.pipeline.stores.changes import check_same
 from raymerge.pipeline.stores.lease import hold_lease
 from raymerge.pipeline.stores.object_bucket import Bucket
 from raymerge.pipeline.stores.object_errors import ObjectError, classify_fault, translated
@@ -102,7 +103,8 @@ class ObjectStorage(RemoteStorage):
         try:
             with translated("GET"):
                 result = obstore.get(bucket.reads, key, options=options)
-                _check_same(file, stored_file(file.url, result.meta))
+                found = stored_file(file.url, result.meta)
+                check_same(file, found.nbytes, found.etag)
                 yield (memoryview(chunk) for chunk in result.stream(CHUNK_NBYTES))
         except ObjectError as error:
             if error.status in (404, 412, 416):
@@ -114,7 +116,7 @@ class ObjectStorage(RemoteStorage):
             found = self.stat(file.url)
         except FileNotFoundError:
             raise FetchError(f"{file.url}: was there when the plan was made, and is gone") from None
-        _check_same(file, found)
+        check_same(file, found.nbytes, found.etag)
 
     def open_writer(  # noqa: D102
         self, url: str, nbytes: int, partial_url: str | None = None, *, exclusive: bool = False
@@ -259,11 +261,3 @@ def _missing(url: str) -> Iterator[None]:
         if error.status == 404 and error.code not in ("NoSuchBucket", "ContainerNotFound"):
             raise FileNotFoundError(errno.ENOENT, "no such object", url) from None
         raise
-
-
-def _check_same(file: StoredFile, found: StoredFile) -> None:
-    if (found.nbytes, found.etag) != (file.nbytes, file.etag):
-        raise FetchError(
-            f"{file.url}: changed since the plan was made: expected {file.nbytes:,} bytes, etag {file.etag};"
-            f" found {found.nbytes:,} bytes, etag {found.etag}. Run again when nobody writes to it"
-        )

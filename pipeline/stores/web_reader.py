@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from email.message import Message
 
 from raymerge.pipeline.errors import FetchError
+from raymerge.pipeline.stores import changes
 from raymerge.pipeline.stores.web_client import Answer, WebClient
 from raymerge.pipeline.stores.web_errors import RefusalError
 from raymerge.pipeline.types import StoredFile
@@ -51,10 +52,7 @@ def open_range(
 def changed(file: StoredFile, nbytes: int | None, etag: str | None) -> FetchError:
     """Return what to raise where a file is no longer what was planned with."""
     found = f"{nbytes:,} bytes" if nbytes is not None else "another size"
-    return FetchError(
-        f"{file.url}: changed since the plan was made: expected {file.nbytes:,} bytes, etag {file.etag};"
-        f" found {found}, etag {etag or 'unknown'}. Run again when nobody writes to it"
-    )
+    return changes.changed(file, f"{found}, etag {etag or 'unknown'}")
 
 
 def parse_nbytes(headers: Message) -> int | None:
