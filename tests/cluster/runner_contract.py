@@ -37,12 +37,16 @@ def log_start(item: int, report: Report, *, log: Path) -> int:
     return item
 
 
-def count_running(item: int, report: Report, *, directory: Path) -> int:
-    """Return how many are at work together with this one."""
-    own = directory / str(item)
+def count_running(item: int, report: Report, *, directory: Path, expected: int) -> int:
+    """Return how many are at work together with this one; the first wait for as many as are expected."""
+    own = directory / f"running-{item}"
     own.touch()
+    while not (directory / "met").exists():
+        if len(list(directory.glob("running-*"))) >= expected:
+            (directory / "met").touch()
+        time.sleep(0.001)
     time.sleep(0.02)
-    num_running = len(list(directory.iterdir()))
+    num_running = len(list(directory.glob("running-*")))
     own.unlink()
     return num_running
 
@@ -121,7 +125,7 @@ class RunnerContract(ABC):
     @pytest.mark.parametrize("num_workers", [1, 3])
     def test_no_more_at_once_than_allowed(self, num_workers: int, tmp_path: Path) -> None:
         items = list(range(9))
-        work = partial(count_running, directory=tmp_path)
+        work = partial(count_running, directory=tmp_path, expected=num_workers)
         counts = list(self.make_runner(num_workers).run(work, items, even(items), nothing))
         assert max(counts) == num_workers
 
