@@ -515,6 +515,19 @@ def test_a_clock_that_is_wrong() -> None:
     assert (caught.value.status, caught.value.code, caught.value.skew) == (403, "RequestTimeTooSkewed", 600)
 
 
+def test_a_read_that_is_refused_names_the_caller(
+    storage: ObjectStorage, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write(f"s3://{bucket}/a", b"1")
+    file = storage.stat(f"s3://{bucket}/a")
+    storage.close()
+    use(monkeypatch, S3Server.stranger)
+    with pytest.raises(
+        FetchError, match=rf"s3://{bucket}/a: GET failed: 403 AccessDenied.*of the environment.*may not read"
+    ):
+        read_all(storage, file)
+
+
 # uploads of killed runs
 
 
