@@ -38,10 +38,11 @@ def log_start(item: int, report: Report, *, log: Path) -> int:
 
 
 def count_running(item: int, report: Report, *, directory: Path, expected: int) -> int:
-    """Return how many are at work together with this one; the first wait for as many as are expected."""
+    """Return how many are at work together with this one; the first wait for as many as are expected, for a while."""
     own = directory / f"running-{item}"
     own.touch()
-    while not (directory / "met").exists():
+    give_up = time.monotonic() + 20
+    while not (directory / "met").exists() and time.monotonic() < give_up:
         if len(list(directory.glob("running-*"))) >= expected:
             (directory / "met").touch()
         time.sleep(0.001)
