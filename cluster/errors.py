@@ -9,3 +9,15 @@ class StoppedError(RaymergeError):
 
 class WorkerLostError(RaymergeError):
     """A worker ended before its work did."""
+
+
+class ClusterConnectError(RaymergeError):
+    """There is no Ray cluster at an address, it refuses us, or it does not fit to what is installed here."""
+
+
+class ResourceError(RaymergeError):
+    """No node of the cluster has what an item needs."""
+
+
+class TaskFailedError(RaymergeError):
+    """Ray could not run the work of an item at all."""

@@ -6,21 +6,10 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Generic
 
 from raymerge.cluster.errors import StoppedError
+from raymerge.cluster.outcome import Done, Failed
 from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
-
-
-@dataclass(frozen=True, slots=True)
-class _Done(Generic[Result]):
-    result: Result
-
-
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    error: BaseException
 
 
 class _Ended:
@@ -48,7 +37,7 @@ class LocalRunner(Runner):
         """Yield each item's result as it comes; see `Runner.run`."""
         order = sorted(range(len(items)), key=lambda i: (-resources[i].cost, i))
         waiting = deque(order)
-        events: queue.SimpleQueue[Progress | _Done[Result] | _Failed | _Ended] = queue.SimpleQueue()
+        events: queue.SimpleQueue[Progress | Done | Failed | _Ended] = queue.SimpleQueue()
         stop = threading.Event()
 
         def report(progress: Progress) -> None:
@@ -63,9 +52,9 @@ class LocalRunner(Runner):
                 except IndexError:  # another thread took the last one
                     break
                 try:
-                    events.put(_Done(work(item, report)))
+                    events.put(Done(work(item, report)))
                 except BaseException as error:  # raised in the driver
-                    events.put(_Failed(error))
+                    events.put(Failed(error))
                     break
             events.put(_Ended())
 
@@ -82,9 +71,9 @@ class LocalRunner(Runner):
                 event = events.get()
                 if isinstance(event, Progress):
                     on_progress(event)
-                elif isinstance(event, _Done):
+                elif isinstance(event, Done):
                     yield event.result
-                elif isinstance(event, _Failed):
+                elif isinstance(event, Failed):
                     stop.set()
                     error = error or event.error
                 else:

@@ -6,12 +6,10 @@ import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import pickle
 import signal
 import sys
 import threading
 import time
-import traceback
 import types
 import warnings
 from collections import deque
@@ -24,20 +22,11 @@ from typing import Any
 
 from raymerge.cluster.errors import StoppedError, WorkerLostError
 from raymerge.cluster.local import LocalRunner
+from raymerge.cluster.outcome import Done, Failed, make_picklable
 from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
 
 _PATIENCE_SECONDS = 3.0
 """For workers to end what they are doing when the run is broken off."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    result: Any
-
-
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    error: BaseException
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +96,14 @@ class ProcessRunner(Runner):
                     if isinstance(message, Progress):
                         on_progress(message)
                         continue
-                    if isinstance(message, _Failed):
+                    if isinstance(message, Failed):
                         waiting.clear()
                         error = error or message.error
                         for other in busy.values():
                             _stop(other)
                     if not _assign(worker, items, waiting):
                         del busy[connection]
-                    if isinstance(message, _Done):
+                    if isinstance(message, Done):
                         yield message.result
         except BaseException:  # raised again: whatever broke the run off, its workers end
             _end(workers, _PATIENCE_SECONDS)
@@ -193,14 +182,14 @@ def _stop(worker: _Worker) -> None:
         worker.connection.send(_Stop())
 
 
-def _receive(worker: _Worker) -> Progress | _Done | _Failed:
+def _receive(worker: _Worker) -> Progress | Done | Failed:
     try:
-        message: Progress | _Done | _Failed = worker.connection.recv()
+        message: Progress | Done | Failed = worker.connection.recv()
     except (EOFError, ConnectionError):
         worker.process.join()
         code = worker.process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return _Failed(WorkerLostError(f"a worker process {how}; what is finished is kept: run the same command again"))
+        return Failed(WorkerLostError(f"a worker process {how}; what is finished is kept: run the same command again"))
     return message
 
 
@@ -249,21 +238,11 @@ def _serve(connection: Connection, life: Connection, work: Work[Any, Any]) -> No
 
     try:
         while not isinstance(item := connection.recv(), _Stop):
-            message: _Done | _Failed
+            message: Done | Failed
             try:
-                message = _Done(work(item, report))
+                message = Done(work(item, report))
             except BaseException as error:
-                message = _Failed(_picklable(error))
+                message = Failed(make_picklable(error))
             connection.send(message)
     except (EOFError, ConnectionError):  # the driver has left
         return
-
-
-def _picklable(error: BaseException) -> BaseException:
-    """Return the error, with the traceback that pickling would lose as a note."""
-    error.add_note("In a worker process:\n" + "".join(traceback.format_tb(error.__traceback__)))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError("".join(traceback.format_exception(error)))
-    return error

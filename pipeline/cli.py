@@ -130,6 +130,9 @@ def _print_plan(plan: MergePlan, *, verbose: bool) -> None:
     "--private/--public", default=True, show_default=True, help="How to make a Hub repository that is not there yet."
 )
 @click.option("--overwrite", is_flag=True, help="Replace a model that is in OUT.")
+@click.option("--ray", is_flag=True, help="Start Ray on this machine, and merge on it.")
+@click.option("--address", metavar="HOST:PORT", help="Merge on the Ray cluster whose head is there.")
+@click.option("--shared-filesystem", is_flag=True, help="Paths mean the same files on all machines of the cluster.")
 @click.option("--dry-run", is_flag=True, help="Plan, look at OUT, print, and stop.")
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only, and which tensors are not finite.")
@@ -144,6 +147,9 @@ def merge(
     storage: Literal["auto", "fsspec"],
     private: bool,
     overwrite: bool,
+    ray: bool,
+    address: str | None,
+    shared_filesystem: bool,
     dry_run: bool,
     verbose: bool,
     quiet: bool,
@@ -152,6 +158,8 @@ def merge(
     from raymerge.pipeline import driver
 
     if dry_run:
+        if ray or address or shared_filesystem:
+            raise click.UsageError("--dry-run plans for this machine without Ray; leave the options for Ray out")
         result = driver.plan(
             config,
             memory=memory,
@@ -181,6 +189,9 @@ def merge(
             storage=storage,
             private=private,
             overwrite=overwrite,
+            ray=ray,
+            address=address,
+            shared_filesystem=shared_filesystem,
             listener=display,
         )
     for name in report.nonfinite:

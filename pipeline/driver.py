@@ -6,11 +6,11 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from raymerge.cluster.runner import Progress, Resources
 from raymerge.pipeline.buffers import POOL
@@ -43,7 +43,10 @@ from raymerge.pipeline.storage import (
 )
 from raymerge.pipeline.stores.retry import FAULTS
 from raymerge.pipeline.types import InputModel, MergePlan, MergeReport, ShardResult, ShardTask
-from raymerge.pipeline.workers import make_runner, prepare_workers, run_shard
+from raymerge.pipeline.workers import CLUSTER_VARIABLES, check_reach, make_runner, prepare_workers, run_shard
+
+if TYPE_CHECKING:
+    from raymerge.cluster.ray_session import RaySession
 
 Config = Path | str | Mapping[str, Any]
 """A YAML file, YAML text, or its content."""
@@ -113,6 +116,9 @@ def merge(
     storage: Library = "auto",
     private: bool = True,
     overwrite: bool = False,
+    ray: bool = False,
+    address: str | None = None,
+    shared_filesystem: bool = False,
     listener: Listener | None = None,
 ) -> MergeReport:
     """Merge models, or finish an earlier run of the same merge.
@@ -128,6 +134,10 @@ def merge(
         storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
         private: whether a repository that is made on the Hub is private.
         overwrite: whether a model that is in `out` may be replaced.
+        ray: whether to start Ray on this machine and have it do the work.
+        address: of a running Ray cluster that does the work, as in `10.0.0.5:6379`; `memory` and `threads` are then for
+            each of its machines.
+        shared_filesystem: whether paths mean the same files on every machine of that cluster.
         listener: told how it goes, in the caller's thread.
 
     Raises:
@@ -140,12 +150,29 @@ def merge(
     FAULTS.drain()
     _configure(storage, private=private)
     limits = _make_limits(memory, threads, shard_size, seed)
-    with open_storages(), closing(POOL):
+    if ray and address is not None:
+        raise ConfigError("both ray, which starts Ray here, and the address of a running cluster are given; leave one")
+    if shared_filesystem and address is None:
+        raise ConfigError("shared_filesystem says something about the machines of a cluster; give its address too")
+    with open_storages(), closing(POOL), ExitStack() as stack:
+        session: RaySession | None = None
         merge_config = load_config(config, strict=strict)
-        if limits.num_threads > 1:
+        if address is not None:
+            from raymerge.cluster.ray_session import connect_ray
+
+            session = stack.enter_context(connect_ray(address, CLUSTER_VARIABLES))
+            limits = replace(limits, num_threads=threads or max(node.num_cpus for node in session.nodes))
+        elif limits.num_threads > 1 and not ray:
             prepare_workers([model.path for model in merge_config.referenced_models], str(out))
         the_plan = _plan(merge_config, limits, seed, str(out))
         target = check_output(the_plan, out, overwrite=overwrite)
+        if ray:
+            from raymerge.cluster.ray_session import start_ray
+
+            session = stack.enter_context(start_ray(the_plan.num_threads))
+        if session is not None:
+            urls = [target, *(item.url for item in the_plan.inputs)]
+            check_reach(urls, session, shared_filesystem=shared_filesystem)
         listener.planned(the_plan)
         outputs = list_outputs(the_plan)
         with open_output(target, the_plan.fingerprint, outputs, overwrite=overwrite) as (state, lock):
@@ -153,7 +180,7 @@ def merge(
                 nonfinite = read_manifest(target).nonfinite
                 _check_finite(nonfinite, strict=strict)
                 return _report(the_plan, target, [], start, nonfinite, was_complete=True)
-            return _carry_out(the_plan, target, lock, listener, start, strict=strict)
+            return _carry_out(the_plan, target, lock, listener, start, session, strict=strict)
 
 
 def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -> str:
@@ -197,7 +224,16 @@ def _plan(config: MergeConfig, limits: Limits, seed: int, out: str) -> MergePlan
     )
 
 
-def _carry_out(plan: MergePlan, out: str, lock: Lock, listener: Listener, start: float, *, strict: bool) -> MergeReport:
+def _carry_out(
+    plan: MergePlan,
+    out: str,
+    lock: Lock,
+    listener: Listener,
+    start: float,
+    session: RaySession | None,
+    *,
+    strict: bool,
+) -> MergeReport:
     from raymerge.pipeline.stitch import find_nonfinite, stitch
     from raymerge.pipeline.verify import check_shard
 
@@ -207,7 +243,7 @@ def _carry_out(plan: MergePlan, out: str, lock: Lock, listener: Listener, start:
         lock.check()
         listener.progressed(progress)
 
-    runner = make_runner(plan.num_threads, [out, *(item.url for item in plan.inputs)])
+    runner = make_runner(plan.num_threads, [out, *(item.url for item in plan.inputs)], session)
     settings = storage_settings()
     recorded = journal.read_records(plan.tasks)
     resumed = [

@@ -84,11 +84,13 @@ class LocalWriter(Writer):
             if self._exclusive:
                 self._path.hardlink_to(self._partial)
                 self._partial.unlink()
-            else:
+            elif is_at(self._partial, self._descriptor):
                 self._partial.replace(self._path)
+            else:
+                raise OutputError(f"{self._path}: another worker has begun it again, and goes on with it")
             _sync_directory(self._path.parent)
             file = StoredFile(self._url, self._nbytes, file_etag(os.fstat(self._descriptor)))
-        except FileExistsError:
+        except (FileExistsError, OutputError):
             self.abort()
             raise
         except OSError as error:

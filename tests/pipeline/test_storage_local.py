@@ -456,3 +456,18 @@ def test_a_lock_that_is_deleted_whenever_it_is_made(
 def test_a_lock_where_nothing_can_be_made(storage: LocalStorage) -> None:
     with pytest.raises(OutputError, match="cannot be created"):
         storage.lock("/proc/nowhere/out/lock").__enter__()
+
+
+def test_a_worker_that_was_given_up_does_not_publish_what_another_writes(tmp_path: Path) -> None:
+    storage = LocalStorage()
+    url, partial = str(tmp_path / "a"), str(tmp_path / "a.partial")
+    first = storage.open_writer(url, 4, partial)
+    first.write(b"1234")
+    second = storage.open_writer(url, 4, partial)
+    second.write(b"12")
+    with pytest.raises(OutputError, match="another worker has begun it again"):
+        first.commit()
+    assert not (tmp_path / "a").exists()
+    second.write(b"34")
+    second.commit()
+    assert (tmp_path / "a").read_bytes() == b"1234"

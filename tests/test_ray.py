@@ -1,0 +1,257 @@
+"""Merges on real Ray clusters: the same bytes, and what is lost on the way is made again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from raymerge.cluster.errors import ClusterConnectError, ResourceError, TaskFailedError, WorkerLostError
+from raymerge.cluster.ray_runner import NUM_ATTEMPTS, RayRunner
+from raymerge.cluster.ray_session import Node, RaySession, start_ray
+from raymerge.cluster.runner import Progress, Report, Resources
+from raymerge.pipeline import Listener, merge, verify
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.types import ShardResult
+from raymerge.pipeline.workers import check_reach, make_runner
+from tests.checkpoints import read_files, write_config, write_family
+from tests.cluster.runner_contract import even, nothing, square
+from tests.commands import Cli, run_command
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return write_family(tmp_path_factory.mktemp("family"), 2, num_layers=8, dtype=torch.bfloat16, num_shards=2)
+
+
+@pytest.fixture(scope="module")
+def config(family: tuple[Path, ...]) -> dict[str, Any]:
+    models = [{"model": str(model), "parameters": {"weight": 0.5}} for model in family[1:]]
+    return {"merge_method": "ties", "base_model": str(family[0]), "models": models, "parameters": {"density": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "merged"
+    merge(config, out, shard_size=1, threads=1)
+    return read_files(out)
+
+
+def test_the_same_bytes_from_the_command_line(
+    config: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    file = write_config(tmp_path / "merge.yml", config)
+    done = run_command("merge", file, tmp_path / "out", "--ray", "--threads", "2", "--shard-size", "1")
+    assert done.code == 0, done.err
+    assert read_files(tmp_path / "out") == undisturbed
+    assert "Started" not in done.err, "Ray speaks through us"
+
+
+# workers that die
+
+
+@pytest.fixture
+def session() -> Iterator[RaySession]:
+    with start_ray(2) as session:
+        yield session
+
+
+def die_at_first(item: int, report: Report, *, directory: Path) -> int:
+    """Item 1 has its worker killed once, after it has reported; item 2 every time."""
+    mark = directory / f"{item}-{time.monotonic_ns()}"
+    mark.touch()
+    report(Progress(read_nbytes=1))
+    if item == 2 or (item == 1 and len(list(directory.glob("1-*"))) == 1):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_items_of_dead_workers_are_done_again(session: RaySession, tmp_path: Path) -> None:
+    reasons: list[str] = []
+    seen = 0
+
+    def count(progress: Progress) -> None:
+        nonlocal seen
+        seen += progress.read_nbytes
+
+    runner = RayRunner(2, on_retry=reasons.append)
+    work = partial(die_at_first, directory=tmp_path)
+    assert sorted(runner.run(work, [0, 1, 3], even("abc"), count)) == [0, 1, 3]
+    assert reasons == ["its worker died"]
+    assert seen == 3, "what the dead worker had reported is taken back"
+    with pytest.raises(WorkerLostError, match=f"after {NUM_ATTEMPTS} attempts, at last because its worker died"):
+        list(runner.run(work, [2], even("a"), count))
+    assert len(list(tmp_path.glob("2-*"))) == NUM_ATTEMPTS
+
+
+def test_what_no_node_has_is_refused_at_once(session: RaySession) -> None:
+    most = session.nodes[0].mem_nbytes
+    with pytest.raises(ResourceError, match=rf"no node of the cluster has more than {most:,} to offer; allow less"):
+        list(RayRunner(1).run(square, [0], [Resources(mem_nbytes=most, cost=1)], nothing))
+    with pytest.raises(ResourceError, match="no node of the cluster has more than 0"):
+        list(RayRunner(1, num_cpus=3).run(square, [0], even("a"), nothing))
+
+
+class NotThere:
+    """Work that workers cannot import."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return __import__, ("no_such_module",)
+
+    def __call__(self, item: int, report: Report) -> int:
+        return item
+
+
+def test_what_workers_cannot_run_is_explained(session: RaySession) -> None:
+    with pytest.raises(TaskFailedError, match=r"no_such_module.*same versions of Python and Ray"):
+        list(RayRunner(1).run(NotThere(), [0], even("a"), nothing))
+
+
+def test_ray_is_gone_after_a_start_that_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> tuple[Node, ...]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raymerge.cluster.ray_session.list_nodes", interrupt)
+    with pytest.raises(KeyboardInterrupt), start_ray(1):
+        pass
+    assert not ray.is_initialized()
+
+
+# clusters of several machines
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without processors, and two machines with one each."""
+    directory = tempfile.mkdtemp(prefix="rm-", dir="/tmp")
+    head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": f"{directory}/ray"}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+class PowerOff(Listener):
+    """Kills a node when the first shard is finished."""
+
+    def __init__(self, cluster: Cluster, node: Any) -> None:
+        self.cluster, self.node = cluster, node
+
+    def finished(self, result: ShardResult) -> None:
+        if self.node is not None:
+            node, self.node = self.node, None
+            threading.Thread(target=self.cluster.remove_node, args=(node, False)).start()
+
+
+@pytest.mark.slow
+def test_a_node_that_is_powered_off(
+    cluster: Cluster, config: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    out = tmp_path / "out"
+    merge(config, out, shard_size=1, address=cluster.address, listener=PowerOff(cluster, nodes[0]))
+    assert read_files(out) == undisturbed
+    verify(out)
+
+
+@pytest.mark.slow
+def test_a_cluster_without_workers_is_refused(cluster: Cluster, config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ClusterConnectError, match="no node with processors"):
+        merge(config, tmp_path / "out", address=cluster.address)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_no_node_is_left(
+    cluster: Cluster, config: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("raymerge.cluster.ray_runner.LONELY_SECONDS", 3.0)
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    out = tmp_path / "out"
+    with pytest.raises(WorkerLostError, match=r"no node of the cluster has had .* in the last 3 s.*run the same"):
+        merge(config, out, shard_size=1, address=cluster.address, listener=PowerOff(cluster, node))
+    assert not (out / "model.safetensors.index.json").exists()
+    merge(config, out, shard_size=1)
+    assert read_files(out) == undisturbed
+
+
+# what users do wrong
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "nobody answers at 127.0.0.1:1"),
+        ("ray://127.0.0.1:10001", "give host and port of its head"),
+        ("somewhere", "give host and port of its head"),
+        (f"{'x' * 70}:6379", "nobody answers at"),
+    ],
+)
+def test_no_cluster_at_the_address(config: dict[str, Any], address: str, says: str, tmp_path: Path, cli: Cli) -> None:
+    file = write_config(tmp_path / "merge.yml", config)
+    outcome = cli("merge", file, tmp_path / "out", "--address", address)
+    assert outcome.code == 2
+    assert says in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ray_here_and_elsewhere(config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leave one"):
+        merge(config, tmp_path / "out", ray=True, address="127.0.0.1:6379")
+
+
+def test_a_password_in_what_the_cluster_is_told(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:hidden@hub.example.org")
+    with pytest.raises(ClusterConnectError, match="HF_ENDPOINT has a password in it") as caught:
+        merge(config, tmp_path / "out", address="127.0.0.1:6379")
+    assert "hidden" not in str(caught.value)
+
+
+def test_options_for_a_cluster_that_is_not_named(config: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
+    file = write_config(tmp_path / "merge.yml", config)
+    assert "give its address too" in cli("merge", file, tmp_path / "out", "--shared-filesystem").err
+    outcome = cli("merge", file, tmp_path / "out", "--ray", "--dry-run")
+    assert outcome.code == 2
+    assert "leave the options for Ray out" in outcome.err
+
+
+@pytest.mark.parametrize(("num_workers", "num_slots"), [(8, 12), (4, 6), (3, 3), (1, 1)])
+def test_workers_of_one_machine_are_limited(
+    session: RaySession, num_workers: int, num_slots: int, tmp_path: Path
+) -> None:
+    nodes = (Node("10.0.0.5", 8, 2**34), Node("10.0.0.6", 4, 2**34))
+    runner = make_runner(num_workers, ["s3://bucket/out"], RaySession("10.0.0.4", nodes))
+    assert isinstance(runner, RayRunner)
+    assert runner.num_slots == num_slots
+
+
+def test_paths_of_this_machine_on_others(config: dict[str, Any], tmp_path: Path) -> None:
+    nodes = (Node("10.0.0.5", 1, 2**34),)
+    session = RaySession("10.0.0.4", nodes)
+    with pytest.raises(ConfigError, match=r"/models/a: paths of this machine.*--shared-filesystem"):
+        check_reach(["s3://bucket/out", "/models/a"], session, shared_filesystem=False)
+    check_reach(["s3://bucket/out", "/models/a"], session, shared_filesystem=True)
+    check_reach(["/out", "/models/a"], RaySession("10.0.0.5", nodes), shared_filesystem=False)
+    with pytest.raises(ConfigError, match="gathered on one machine"):
+        check_reach(["hf://me/merged", "s3://bucket/a"], session, shared_filesystem=True)
+    with pytest.raises(ConfigError, match="only this process has it"):
+        check_reach(["memory://out"], session, shared_filesystem=False)
