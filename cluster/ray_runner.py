@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import (
@@ -21,6 +22,7 @@ from ray.exceptions import (
     TaskCancelledError,
     WorkerCrashedError,
 )
+from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
 
 from raymerge.cluster.errors import ResourceError, StoppedError, TaskFailedError, WorkerLostError
 from raymerge.cluster.outcome import Done, Failed, make_picklable
@@ -40,13 +42,18 @@ _LOOK_SECONDS = 5.0
 """Between looks at the nodes, while no item has anything to tell."""
 
 _REPORT_SECONDS = 0.2
-"""Between reports of a worker; also how long it takes to notice that it is to stop."""
+"""Between reports of a worker."""
+
+_STOP_SECONDS = 1.0
+"""Between looks of a worker at whether the run has stopped."""
 
 _START_SECONDS = 10.0
 """Longest between the start of a thread and that it may begin."""
 
-_PATIENCE_SECONDS = 3.0
+_PATIENCE_SECONDS = 4.0
 """For workers to end what they are doing when the run is broken off."""
+
+_NAMESPACE = b"raymerge"
 
 _LOST: Mapping[type[RayError], str] = {
     OutOfMemoryError: "its node ran out of memory",
@@ -124,13 +131,14 @@ class RayRunner(Runner):
         waiting = deque(_Attempt(i, 1, resources[i].mem_nbytes + RESERVED_MEM) for i in order)
         running: dict[Any, _Attempt] = {}
         error: BaseException | None = None
+        stop_key = f"stop-{uuid4().hex}".encode()
         if waiting:
             self._check(max(attempt.mem_nbytes for attempt in waiting))
         try:
             while running or waiting:
                 while waiting and len(running) < self.num_slots:
                     attempt = waiting.popleft()
-                    stream = self._task.options(memory=attempt.mem_nbytes).remote(work, items[attempt.item])
+                    stream = self._task.options(memory=attempt.mem_nbytes).remote(work, items[attempt.item], stop_key)
                     running[stream] = attempt
                 for stream in self._wait(running):
                     attempt = running[stream]
@@ -152,9 +160,9 @@ class RayRunner(Runner):
                     elif error is None:
                         waiting.clear()
                         error = message.error
-                        _cancel(running)
+                        _stop(running, stop_key)
         except BaseException as broken:  # raised again: whatever broke the run off, its items end
-            _end(running)
+            _end(running, stop_key)
             if isinstance(broken, RayError):
                 raise TaskFailedError(_explain(broken)) from broken
             raise
@@ -219,8 +227,11 @@ def _receive(stream: Any) -> Progress | Done | Failed:
     return message
 
 
-def _serve(work: Work[Any, Any], item: object) -> Iterator[Progress | Done | Failed]:
-    """Run one item in a worker: its progress now and then, and at the end what came of it."""
+def _serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Progress | Done | Failed]:
+    """Run one item in a worker: its progress now and then, and at the end what came of it.
+
+    That it is to stop comes as KeyboardInterrupt from Ray, which may get lost; the driver says it under a key as well.
+    """
     lock = threading.Lock()
     untold: Progress | None = None
     go, stop = threading.Event(), threading.Event()
@@ -251,10 +262,17 @@ def _serve(work: Work[Any, Any], item: object) -> Iterator[Progress | Done | Fai
     thread = threading.Thread(target=work_off, name="work", daemon=True)
     thread.start()
     try:
+        if _internal_kv_exists(stop_key, namespace=_NAMESPACE):
+            stop.set()
         go.set()
+        look_at = time.monotonic() + _STOP_SECONDS
         while thread.is_alive():
             thread.join(_REPORT_SECONDS)
             yield from take()
+            if time.monotonic() > look_at:
+                look_at += _STOP_SECONDS
+                if _internal_kv_exists(stop_key, namespace=_NAMESPACE):
+                    stop.set()
     finally:  # cancelled, perhaps more than once
         stop.set()
         while thread.is_alive():
@@ -268,15 +286,16 @@ def _add(one: Progress, other: Progress) -> Progress:
     return Progress(one.read_nbytes + other.read_nbytes, one.written_nbytes + other.written_nbytes)
 
 
-def _cancel(running: Mapping[Any, _Attempt]) -> None:
+def _stop(running: Mapping[Any, _Attempt], stop_key: bytes) -> None:
+    _internal_kv_put(stop_key, b"", namespace=_NAMESPACE)
     for stream in running:
         with suppress(RayError):
             ray.cancel(stream)
 
 
-def _end(running: Mapping[Any, _Attempt]) -> None:
+def _end(running: Mapping[Any, _Attempt], stop_key: bytes) -> None:
     """Have items end at their next report, or have their workers killed after a while."""
-    _cancel(running)
+    _stop(running, stop_key)
     left = [stream.completed() for stream in running]
     if left:
         _, left = ray.wait(left, num_returns=len(left), timeout=_PATIENCE_SECONDS)

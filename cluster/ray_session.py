@@ -22,6 +22,7 @@ _SETTINGS = {
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would upload the working directory
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # as without Ray; at 15 a busy machine would hardly run them
 }
 """Read by Ray when it is imported: a caller that has imported it before has to set them itself."""
 
