@@ -44,11 +44,8 @@ _LOOK_SECONDS = 5.0
 _REPORT_SECONDS = 0.2
 """Between reports of a worker."""
 
-_STOP_SECONDS = 1.0
+_STOP_SECONDS = 0.5
 """Between looks of a worker at whether the run has stopped."""
-
-_START_SECONDS = 10.0
-"""Longest between the start of a thread and that it may begin."""
 
 _PATIENCE_SECONDS = 4.0
 """For workers to end what they are doing when the run is broken off."""
@@ -160,7 +157,7 @@ class RayRunner(Runner):
                     elif error is None:
                         waiting.clear()
                         error = message.error
-                        _stop(running, stop_key)
+                        _stop(stop_key)
         except BaseException as broken:  # raised again: whatever broke the run off, its items end
             _end(running, stop_key)
             if isinstance(broken, RayError):
@@ -230,11 +227,12 @@ def _receive(stream: Any) -> Progress | Done | Failed:
 def _serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Progress | Done | Failed]:
     """Run one item in a worker: its progress now and then, and at the end what came of it.
 
-    That it is to stop comes as KeyboardInterrupt from Ray, which may get lost; the driver says it under a key as well.
+    The driver says under a key that the run has stopped, and every worker looks there. An interrupt from Ray may get
+    lost, or strike while Ray itself takes a report, with nobody left to end the work.
     """
     lock = threading.Lock()
     untold: Progress | None = None
-    go, stop = threading.Event(), threading.Event()
+    stop = threading.Event()
     outcome: list[Done | Failed] = []
 
     def report(progress: Progress) -> None:
@@ -245,8 +243,6 @@ def _serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Prog
             untold = _add(untold or Progress(), progress)
 
     def work_off() -> None:
-        if not go.wait(_START_SECONDS):
-            return  # cancelled before it began
         try:
             outcome.append(Done(work(item, report)))
         except BaseException as error:  # raised in the driver
@@ -259,50 +255,45 @@ def _serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Prog
         if taken is not None:
             yield taken
 
+    if _has_stopped(stop_key):
+        yield Failed(StoppedError("stopped"))
+        return
     thread = threading.Thread(target=work_off, name="work", daemon=True)
     thread.start()
-    try:
-        if _internal_kv_exists(stop_key, namespace=_NAMESPACE):
-            stop.set()
-        go.set()
-        look_at = time.monotonic() + _STOP_SECONDS
-        while thread.is_alive():
-            thread.join(_REPORT_SECONDS)
-            yield from take()
-            if time.monotonic() > look_at:
-                look_at += _STOP_SECONDS
-                if _internal_kv_exists(stop_key, namespace=_NAMESPACE):
-                    stop.set()
-    finally:  # cancelled, perhaps more than once
-        stop.set()
-        while thread.is_alive():
-            with suppress(KeyboardInterrupt):
-                thread.join()
+    look_at = time.monotonic() + _STOP_SECONDS
+    while thread.is_alive():
+        thread.join(_REPORT_SECONDS)
+        yield from take()
+        if time.monotonic() > look_at:
+            look_at = time.monotonic() + _STOP_SECONDS
+            if _has_stopped(stop_key):
+                stop.set()
     yield from take()
     yield outcome[0]
+
+
+def _has_stopped(stop_key: bytes) -> bool:
+    return bool(_internal_kv_exists(stop_key, namespace=_NAMESPACE))
 
 
 def _add(one: Progress, other: Progress) -> Progress:
     return Progress(one.read_nbytes + other.read_nbytes, one.written_nbytes + other.written_nbytes)
 
 
-def _stop(running: Mapping[Any, _Attempt], stop_key: bytes) -> None:
+def _stop(stop_key: bytes) -> None:
+    """Have items end at their next report, and those that have not begun return at once."""
     _internal_kv_put(stop_key, b"", namespace=_NAMESPACE)
-    for stream in running:
-        with suppress(RayError):
-            ray.cancel(stream)
 
 
 def _end(running: Mapping[Any, _Attempt], stop_key: bytes) -> None:
-    """Have items end at their next report, or have their workers killed after a while."""
-    _stop(running, stop_key)
+    """End what is in work, and have workers killed that do not end it themselves after a while."""
+    _stop(stop_key)
     left = [stream.completed() for stream in running]
     if left:
         _, left = ray.wait(left, num_returns=len(left), timeout=_PATIENCE_SECONDS)
-    if left:
-        for stream in running:
-            with suppress(RayError):
-                ray.cancel(stream, force=True)
+    for stream in running if left else ():
+        with suppress(RayError):
+            ray.cancel(stream, force=True)
 
 
 def _explain(error: RayError) -> str:
