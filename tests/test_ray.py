@@ -134,9 +134,11 @@ def test_ray_is_gone_after_a_start_that_was_interrupted(monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head without processors, and two machines with one each."""
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without processors."""
     directory = tempfile.mkdtemp(prefix="rm-", dir="/tmp")
+    Path(directory, "ray").mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", directory)  # where the cluster notes its address, whatever its temp_dir
     head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": f"{directory}/ray"}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
