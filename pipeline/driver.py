@@ -43,7 +43,13 @@ from raymerge.pipeline.storage import (
 )
 from raymerge.pipeline.stores.retry import FAULTS
 from raymerge.pipeline.types import InputModel, MergePlan, MergeReport, ShardResult, ShardTask
-from raymerge.pipeline.workers import CLUSTER_VARIABLES, check_reach, make_runner, prepare_workers, run_shard
+from raymerge.pipeline.workers import (
+    check_reach,
+    list_cluster_variables,
+    make_runner,
+    prepare_workers,
+    run_shard,
+)
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray_session import RaySession
@@ -135,7 +141,8 @@ def merge(
         private: whether a repository that is made on the Hub is private.
         overwrite: whether a model that is in `out` may be replaced.
         ray: whether to start Ray on this machine and have it do the work.
-        address: of a running Ray cluster that does the work, as in `10.0.0.5:6379`; `memory` and `threads` are then for
+        address: of a running Ray cluster that does the work, as in `10.0.0.5:6379`, or `auto` for the one that this
+            machine is part of; `memory` and `threads` are then for
             each of its machines.
         shared_filesystem: whether paths mean the same files on every machine of that cluster.
         listener: told how it goes, in the caller's thread.
@@ -160,7 +167,7 @@ def merge(
         if address is not None:
             from raymerge.cluster.ray_session import connect_ray
 
-            session = stack.enter_context(connect_ray(address, CLUSTER_VARIABLES))
+            session = stack.enter_context(connect_ray(address, list_cluster_variables()))
             limits = replace(limits, num_threads=threads or max(node.num_cpus for node in session.nodes))
         elif limits.num_threads > 1 and not ray:
             prepare_workers([model.path for model in merge_config.referenced_models], str(out))

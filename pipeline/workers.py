@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from raymerge.cluster.process_runner import StartMethod, make_local_runner, star
 from raymerge.cluster.runner import Report, Runner
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.journal import Journal
+from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sources import HUB_NAME
 from raymerge.pipeline.storage import Sharing, StorageSettings, storage_for
 from raymerge.pipeline.stores.retry import FAULTS
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 _EXECUTE = "raymerge.pipeline.execute"
 
-CLUSTER_VARIABLES = (
+_CLUSTER_VARIABLES = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "AWS_REGION",
@@ -31,6 +33,22 @@ CLUSTER_VARIABLES = (
     "HF_ENDPOINT",
 )
 """Environment variables that workers of a cluster get as they are here: where stores are, and none of the secrets."""
+
+
+def list_cluster_variables() -> dict[str, str]:
+    """Return the environment variables that workers of a cluster get as they are here.
+
+    Raises:
+        ConfigError: one has a password in it.
+    """
+    variables = {name: os.environ[name] for name in _CLUSTER_VARIABLES if name in os.environ}
+    for name, value in variables.items():
+        if redact(value) != value:
+            raise ConfigError(
+                f"{name} has a password in it, which all users of the cluster would see; give workers their credentials"
+                " on their own machines"
+            )
+    return variables
 
 
 def make_runner(num_workers: int, urls: Sequence[str], session: RaySession | None = None) -> Runner:
