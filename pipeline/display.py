@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from raymerge.cluster.runner import Progress as Step
 from raymerge.pipeline.driver import Listener
+from raymerge.pipeline.errors import HeldError
 from raymerge.pipeline.plan_report import format_plan
 from raymerge.pipeline.sizes import format_nbytes
 from raymerge.pipeline.types import MergePlan, ShardResult
@@ -58,6 +59,10 @@ class Display(Listener):
         self._num_shards = len(plan.tasks)
         self._total = sum(task.nbytes for task in plan.tasks)
         self._task = self._bar.add_task("", total=self._total, shards=self._shards())
+
+    def held(self, error: HeldError) -> None:
+        """Say whom it waits for."""
+        self._print(f"waiting: {error}")
 
     def resumed(self, results: list[ShardResult]) -> None:
         """Say what an earlier run has left to do."""

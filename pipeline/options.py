@@ -62,6 +62,7 @@ def output_options(command: _F) -> _F:
             show_default=True,
             help="How to make a Hub repository that is not there yet.",
         ),
+        click.option("--wait", is_flag=True, help="Wait for another run that is writing to OUT to end."),
         click.option("--overwrite", is_flag=True, help="Replace a model that is in OUT."),
         click.option(
             "--shared-filesystem", is_flag=True, help="Paths mean the same files on all machines of the cluster."
