@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from raymerge.cluster.process_runner import StartMethod, make_local_runner, start_fork_server
 from raymerge.cluster.runner import Report, Runner
-from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sources import HUB_NAME
@@ -69,6 +69,7 @@ def make_runner(num_workers: int, urls: Sequence[str], session: RaySession | Non
             sum(node.num_cpus // num_cpus for node in session.nodes),
             num_cpus=num_cpus,
             host=session.host if is_bound else None,  # nodes that join later have other files
+            retry_on=(FetchError, OutputError),  # a machine may have no way to a store, or no credentials for it
             on_retry=lambda reason: FAULTS.note("ray", "shard", reason),
         )
     return make_local_runner(num_workers, _choose_start_method(urls), preload=_list_modules(urls))
