@@ -15,6 +15,10 @@ class ClusterConnectError(RaymergeError):
     """There is no Ray cluster at an address, it refuses us, or it does not fit to what is installed here."""
 
 
+class HeadLostError(RaymergeError):
+    """The head of a Ray cluster does not answer any more."""
+
+
 class ResourceError(RaymergeError):
     """No node of the cluster has what an item needs."""
 

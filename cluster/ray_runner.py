@@ -23,9 +23,9 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
-from raymerge.cluster.errors import ResourceError, TaskFailedError, WorkerLostError
+from raymerge.cluster.errors import HeadLostError, ResourceError, TaskFailedError, WorkerLostError
 from raymerge.cluster.outcome import Done
-from raymerge.cluster.ray_session import Node, list_nodes
+from raymerge.cluster.ray_session import HeadWatch, Node, list_nodes
 from raymerge.cluster.ray_task import Begun, Message, add, serve, stop_all
 from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
 
@@ -125,6 +125,7 @@ class RayRunner(Runner):
             ResourceError: no node has the memory that an item needs.
             WorkerLostError: an item's worker was lost as often as it was tried, or no node is left.
             TaskFailedError: Ray cannot run the work.
+            HeadLostError: the cluster's head does not answer any more.
         """
         order = sorted(range(len(items)), key=lambda i: (-resources[i].cost, i))
         waiting = deque(_Attempt(i, resources[i].mem_nbytes + RESERVED_MEM) for i in order)
@@ -140,13 +141,14 @@ class RayRunner(Runner):
             if error is None:
                 waiting.appendleft(self._again(attempt, reason, mem_nbytes))
 
+        head = HeadWatch()
         try:
             while running or waiting:
                 while waiting and len(running) < self.num_slots:
                     attempt = waiting.popleft()
                     attempt.heard_at = time.monotonic()
                     running[self._start(attempt, work, items[attempt.item], stop_key)] = attempt
-                for stream in self._wait(running):
+                for stream in self._wait(running, head):
                     attempt = running[stream]
                     attempt.heard_at = time.monotonic()
                     try:
@@ -175,6 +177,8 @@ class RayRunner(Runner):
                     with suppress(RayError):
                         ray.cancel(stream, force=True)
                     do_again(stream, f"it had reported nothing for {HANG_SECONDS:.0f} s")
+        except HeadLostError:  # nobody to tell, and the workers end without it
+            raise
         except BaseException as broken:  # raised again: whatever broke the run off, its items end
             _end(running, stop_key)
             if isinstance(broken, RayError):
@@ -209,17 +213,21 @@ class RayRunner(Runner):
         """Return the most memory that one item can have, in bytes."""
         return max((node.mem_nbytes for node in nodes if node.num_cpus >= self._num_cpus), default=0)
 
-    def _wait(self, running: Mapping[Any, _Attempt]) -> list[Any]:
+    def _wait(self, running: Mapping[Any, _Attempt], head: HeadWatch) -> list[Any]:
         """Return the streams that have something to say; none only where one may hang.
 
         Raises:
             WorkerLostError: there has been no node for a while on which all of them could run.
+            HeadLostError: the cluster's head does not answer any more.
         """
         deadline = time.monotonic() + LONELY_SECONDS
         while True:
             ready, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
+            head.check_sometimes()
             if ready or _find_hung(running):
                 return list(ready)
+            if not head.check():
+                continue
             needed = max(attempt.mem_nbytes for attempt in running.values())
             if self._find_largest(list_nodes()) >= needed:
                 deadline = time.monotonic() + LONELY_SECONDS

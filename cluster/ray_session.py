@@ -9,13 +9,14 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import raymerge
-from raymerge.cluster.errors import ClusterConnectError
+from raymerge.cluster.errors import ClusterConnectError, HeadLostError
 
 _SETTINGS = {
     "RAY_task_oom_retries": "0",  # we repeat an item ourselves, with more memory; Ray would do so for ever
@@ -31,6 +32,14 @@ _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the drivers of jobs."""
 
 _CONNECT_SECONDS = 5.0
+
+_HEAD_LOOK_SECONDS = 5.0
+"""Between looks at whether the head is there."""
+
+_HEAD_ANSWER_SECONDS = 2.0
+
+_HEAD_LOST_SECONDS = 20.0
+"""How long it may be silent; after 60 Ray ends the process."""
 
 _STORE_NBYTES = 128 * 2**20
 """For progress and results, which are small; Ray would take a third of the memory."""
@@ -102,6 +111,42 @@ def connect_ray(address: str, variables: Mapping[str, str]) -> Iterator[RaySessi
         yield session
 
 
+class HeadWatch:
+    """Notices that the cluster's head is gone, before Ray ends this process because of that, without a word to us."""
+
+    def __init__(self) -> None:
+        import ray
+
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self._address = (host.strip("[]"), int(port))
+        self._answered_at = self._looked_at = time.monotonic()
+
+    def check_sometimes(self) -> None:
+        """Do what `check` does if that was some seconds ago."""
+        if time.monotonic() - self._looked_at > _HEAD_LOOK_SECONDS:
+            self.check()
+
+    def check(self) -> bool:
+        """Return whether the head answers now; a request to Ray would wait for it for ever.
+
+        Raises:
+            HeadLostError: it has not answered for a while.
+        """
+        self._looked_at = time.monotonic()
+        try:
+            socket.create_connection(self._address, _HEAD_ANSWER_SECONDS).close()
+        except OSError as error:
+            seconds = self._looked_at - self._answered_at
+            if seconds > _HEAD_LOST_SECONDS:
+                raise HeadLostError(
+                    f"the head of the Ray cluster has not answered at {':'.join(map(str, self._address))} for"
+                    f" {seconds:.0f} s ({error}); what is finished is kept: run the same command again when it is back"
+                ) from None
+            return False
+        self._answered_at = self._looked_at
+        return True
+
+
 def list_nodes() -> tuple[Node, ...]:
     """Return the nodes that are alive now and have processors to offer."""
     import ray
@@ -115,7 +160,8 @@ def list_nodes() -> tuple[Node, ...]:
 
 @contextmanager
 def _connected(address: str, **options: Any) -> Iterator[RaySession]:
-    for name, value in _SETTINGS.items():
+    settings = _SETTINGS if address == "local" else {**_SETTINGS, "RAY_NUM_REDIS_GET_RETRIES": "5"}
+    for name, value in settings.items():  # retries, a second each: also where a token is refused
         os.environ.setdefault(name, value)
     try:
         import ray
@@ -158,12 +204,19 @@ def _check_address(address: str) -> None:
 
 
 def _explain(address: str, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    chain = [str(error)]
+    cause: BaseException | None = error
+    while (cause := cause.__cause__ or cause.__context__ if cause else None) is not None:
+        chain.append(str(cause))
+    text = "\n".join(chain)
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if address == "local":
-        return f"Ray does not start on this machine: {lines[0]}; leave --ray out to merge without it"
-    if "ersion mismatch" in str(error):
-        return f"the Ray cluster at {address} does not fit to what is installed here: {' '.join(lines)}"
-    return (
-        f"cannot connect to Ray at {address}: {lines[0]}; if the cluster asks for a token, set RAY_AUTH_MODE=token and"
-        " RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as on its head"
-    )
+        return f"Ray does not start on this machine: {first}; leave --ray out to merge without it"
+    if "ersion mismatch" in text:
+        return f"the Ray cluster at {address} does not fit to what is installed here: {' '.join(str(error).split())}"
+    if "InvalidAuthToken" in text:
+        return (
+            f"the Ray cluster at {address} asks for a token, and was given none or another one; set RAY_AUTH_MODE=token"
+            " and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as on its head"
+        )
+    return f"cannot connect to Ray at {address}: {first}; look at `ray status` on the cluster's head"

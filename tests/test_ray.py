@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ from raymerge.pipeline.types import ShardResult
 from raymerge.pipeline.workers import check_reach, make_runner
 from tests.checkpoints import read_files, write_config, write_family
 from tests.cluster.runner_contract import even, nothing
-from tests.commands import Cli, run_command
+from tests.commands import Cli, run_command, start_command
+from tests.servers.ray_head import RayHead
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,39 @@ def test_no_node_is_left(
     assert not (out / "model.safetensors.index.json").exists()
     merge(config, out, shard_size=1)
     assert read_files(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_head_that_dies(config: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    file, out = write_config(tmp_path / "merge.yml", config), tmp_path / "out"
+    with RayHead(num_cpus=1) as head:
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": head.token}
+        process = start_command("merge", file, out, "--shard-size", "1", "--address", head.address, env=token)
+        give_up = time.monotonic() + 60
+        while not list(out.glob("*.safetensors")):
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        head.kill_books()
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 2, said
+    assert "the head of the Ray cluster has not answered at" in said
+    assert "run the same command again" in said
+    assert not (out / "model.safetensors.index.json").exists()
+    merge(config, out, shard_size=1)
+    assert read_files(out) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", [{"RAY_AUTH_TOKEN": "wrong"}, {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}])
+def test_a_cluster_that_asks_for_another_token(token: dict[str, str], config: dict[str, Any], tmp_path: Path) -> None:
+    file = write_config(tmp_path / "merge.yml", config)
+    with RayHead(num_cpus=1) as head:
+        done = run_command(
+            "merge", file, tmp_path / "out", "--address", head.address, env={"RAY_AUTH_MODE": "token", **token}
+        )
+    assert done.code == 2
+    assert f"the Ray cluster at {head.address} asks for a token, and was given none or another one" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 # what users do wrong

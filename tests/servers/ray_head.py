@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -57,6 +58,14 @@ class RayHead:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def kill_books(self) -> None:
+        """Kill the process that keeps the cluster's books, without which a head is none."""
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                command = path.read_bytes().split(b"\0")
+                if command[0].endswith(b"gcs_server") and str(self._directory).encode() in path.read_bytes():
+                    os.kill(int(path.parent.name), signal.SIGKILL)
 
     def stop(self) -> None:
         """End Ray; what runs on it is lost."""
