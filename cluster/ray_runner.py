@@ -25,6 +25,7 @@ from ray.exceptions import (
 from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
 
 from raymerge.cluster.errors import ResourceError, StoppedError, TaskFailedError, WorkerLostError
+from raymerge.cluster.host import name_host
 from raymerge.cluster.outcome import Done, Failed, make_picklable
 from raymerge.cluster.ray_session import Node, list_nodes
 from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
@@ -258,6 +259,7 @@ def _serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Prog
     if _has_stopped(stop_key):
         yield Failed(StoppedError("stopped"))
         return
+    name_host(ray.util.get_node_ip_address())
     thread = threading.Thread(target=work_off, name="work", daemon=True)
     thread.start()
     look_at = time.monotonic() + _STOP_SECONDS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,6 @@ from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.sources import HUB_NAME
 from raymerge.pipeline.storage import Sharing, StorageSettings, storage_for
-from raymerge.pipeline.stores.retry import FAULTS
 from raymerge.pipeline.types import ShardResult, ShardTask
 from raymerge.pipeline.urls import scheme_of
 
@@ -33,13 +32,19 @@ CLUSTER_VARIABLES = (
 """Environment variables that workers of a cluster get as they are here: where stores are, and none of the secrets."""
 
 
-def make_runner(num_workers: int, urls: Sequence[str], session: RaySession | None = None) -> Runner:
+def make_runner(
+    num_workers: int,
+    urls: Sequence[str],
+    session: RaySession | None = None,
+    on_retry: Callable[[str], None] = lambda reason: None,
+) -> Runner:
     """Return what runs tasks that read from and write to these URLs.
 
     Args:
         num_workers: tasks in work at once on one machine.
         urls: of inputs and output; their storages say in which processes of this machine that can be.
         session: where the tasks run, if it is on Ray.
+        on_retry: told why a task is done again.
     """
     if session is not None:
         from raymerge.cluster.ray_runner import RayRunner
@@ -51,7 +56,7 @@ def make_runner(num_workers: int, urls: Sequence[str], session: RaySession | Non
             sum(node.num_cpus // num_cpus for node in session.nodes),
             num_cpus=num_cpus,
             host=session.host if is_bound else None,  # nodes that join later have other files
-            on_retry=lambda reason: FAULTS.note("ray", "shard", reason),
+            on_retry=on_retry,
         )
     return make_local_runner(num_workers, _choose_start_method(urls), preload=_list_modules(urls))
 
