@@ -134,7 +134,7 @@ def format_progress(event: Progressed) -> str:
     if event.seconds_left is not None:
         parts.append(f"{format_seconds(event.seconds_left)} left")
     if event.num_retries:
-        parts.append(f"{event.num_retries} retries")
+        parts.append(f"{event.num_retries} retried")
     parts += [
         f"read {format_nbytes(event.read_per_second)}/s",
         f"write {format_nbytes(event.written_per_second)}/s",

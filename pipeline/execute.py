@@ -95,6 +95,7 @@ def _make_shard(task: ShardTask, report: Report, journal: Journal) -> tuple[Stor
     shard = ShardWriter(writer)
     try:
         shard.append_bytes(task.header)
+        report(Progress(written_nbytes=len(task.header)))
         merger = _ShardMerger(task, shard)
         with closing(fetch_windows(make_fetches(task), task.buffer_nbytes, task.num_buffers)) as windows:
             for filled in windows:

@@ -73,14 +73,14 @@ def format_report(report: MergeReport) -> str:
     nbytes = report.read_nbytes + report.written_nbytes
     lines = [
         f"{report.out}: {report.num_tensors} tensors in {report.num_shards} shards{resumed}",
-        f"  time      {format_seconds(report.seconds)}: read {format_nbytes(report.read_nbytes)}, "
+        f"  time      {format_seconds(report.seconds)}, read {format_nbytes(report.read_nbytes)}, "
         f"wrote {format_nbytes(report.written_nbytes)}, together {_format_speed(nbytes, report.seconds)}",
     ]
     if (slowest := report.slowest) is not None:
         lines += [
             f"  slowest   {slowest.file}: {format_seconds(slowest.seconds)} on {slowest.host}",
-            f"  memory    {format_memory(report.peak_measured_mem)} of {format_memory(report.projected_mem)} planned for "
-            f"tensors and scratch (largest worker); {format_memory(report.peak_rss)} with interpreter and code",
+            f"  memory    {format_memory(report.peak_measured_mem)} of {format_memory(report.projected_mem)} planned "
+            f"for tensors and scratch (largest worker); {format_memory(report.peak_rss)} with interpreter and code",
         ]
     lines += _list_hosts(report)
     lines.append(f"  retries   {sum(count for _, count in report.faults) or 'none'}")
