@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from raymerge.pipeline import plan
+from raymerge.pipeline import merge, plan
 from raymerge.pipeline.merge_report import format_report, make_report
 from raymerge.pipeline.types import HostReport, MergePlan, MergeReport, ShardResult
 from tests.checkpoints import write_llama
@@ -16,9 +18,14 @@ GB = 10**9
 
 
 @pytest.fixture(scope="module")
-def the_plan(tmp_path_factory: pytest.TempPathFactory) -> MergePlan:
+def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = str(write_llama(tmp_path_factory.mktemp("in") / "model"))
-    return plan({"merge_method": "linear", "models": [{"model": model, "parameters": {"weight": 1}}]}, shard_size=1)
+    return {"merge_method": "linear", "models": [{"model": model, "parameters": {"weight": 1}}]}
+
+
+@pytest.fixture(scope="module")
+def the_plan(config: dict[str, Any]) -> MergePlan:
+    return plan(config, shard_size=1)
 
 
 def make_results() -> list[ShardResult]:
@@ -63,6 +70,16 @@ def test_threads_share_the_memory_of_their_process(the_plan: MergePlan) -> None:
     assert report_of(the_plan, make_results()).projected_mem == largest
     assert report_of(the_plan, make_results(), num_per_process=2).projected_mem == 2 * largest
     assert report_of(the_plan, make_results()[:1], num_per_process=8).projected_mem == largest
+
+
+@pytest.mark.parametrize(("is_inside", "num_per_process"), [(True, 2), (False, 1)])
+def test_what_shares_a_process(
+    is_inside: bool, num_per_process: int, config: dict[str, Any], the_plan: MergePlan, tmp_path: Path
+) -> None:
+    """Only threads reach what this process alone has."""
+    out = f"memory:/{tmp_path}/out" if is_inside else tmp_path / "out"
+    largest = max(task.projected_mem for task in plan(config, shard_size=1, out=str(out)).tasks)
+    assert merge(config, out, shard_size=1, threads=2).projected_mem == num_per_process * largest
 
 
 def test_a_report_for_people(the_plan: MergePlan) -> None:
