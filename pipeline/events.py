@@ -66,7 +66,7 @@ class Progressed:
     written_per_second: float
     """Bytes, over the last half minute."""
     seconds_left: float | None
-    """At this speed; None while nothing moves."""
+    """At this speed; None where nothing moves, or hardly anything has yet."""
     num_retries: int
     """What has been got over so far."""
 

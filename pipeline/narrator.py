@@ -15,6 +15,9 @@ from raymerge.pipeline.types import MergePlan, MergeReport, ShardResult
 _WINDOW_SECONDS = 30.0
 """Over which speeds are measured."""
 
+_FIRST_PART = 0.001
+"""Of the work: before it is done, how long the rest takes is anybody's guess."""
+
 
 class Narrator(Listener, ABC):
     """Makes events of what a merge tells; a subclass shows them."""
@@ -28,7 +31,7 @@ class Narrator(Listener, ABC):
         self._read: dict[str, int] = {}
         self._num_finished = self._num_shards = self._num_retries = 0
         self._done = Progress()
-        self._to_read = self._to_write = 0
+        self._to_read = self._to_write = self._to_move = 0
         self._last = time.monotonic()
 
     @abstractmethod
@@ -60,6 +63,7 @@ class Narrator(Listener, ABC):
         kept = sum(result.nbytes for result in results)
         self._num_finished = len(results)
         self._to_read = sum(self._read.values()) - sum(self._read[result.file] for result in results)
+        self._to_move = self._to_read + self._to_write - kept
         self._done = Progress(0, kept)
         self._last = time.monotonic()
         self._speed.measure(self._done, self._last)
@@ -76,8 +80,9 @@ class Narrator(Listener, ABC):
             return
         self._last = now
         read_speed, write_speed = self._speed.measure(done, now)
-        left = self._to_read - done.read_nbytes + self._to_write - done.written_nbytes
+        left = max(0, self._to_read - done.read_nbytes + self._to_write - done.written_nbytes)
         speed = read_speed + write_speed
+        is_known = speed > 0 and left < (1 - _FIRST_PART) * self._to_move
         self.show(
             Progressed(
                 num_finished=self._num_finished,
@@ -88,7 +93,7 @@ class Narrator(Listener, ABC):
                 to_write_nbytes=self._to_write,
                 read_per_second=read_speed,
                 written_per_second=write_speed,
-                seconds_left=max(0, left) / speed if speed > 0 else None,
+                seconds_left=left / speed if is_known else None,
                 num_retries=self._num_retries,
             )
         )

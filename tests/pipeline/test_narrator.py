@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raymerge.cluster.runner import Progress
-from raymerge.pipeline import merge
+from raymerge.pipeline import merge, plan
 from raymerge.pipeline.events import Event, Planned, Progressed, Resumed, Retried, Warned
 from raymerge.pipeline.narrator import Narrator, _Speed
 from raymerge.pipeline.types import ShardResult
@@ -66,6 +67,23 @@ def test_the_story_of_a_merge_that_is_resumed(config: dict[str, Any], tmp_path: 
     assert last.read_nbytes == last.to_read_nbytes == report.read_nbytes < planned.read_nbytes
     assert last.num_finished in (report.num_shards - 1, report.num_shards)
     assert last.seconds_left == 0
+    assert steps[0].seconds_left is not None
+
+
+def test_the_time_that_is_left_is_not_guessed_from_a_header(config: dict[str, Any]) -> None:
+    recorder = Recorder()
+    recorder.planned(plan(config))
+    recorder.resumed([])
+    time.sleep(0.01)
+    recorder.progressed(Progress(0, 1))
+    recorder.progressed(Progress(1000, 0))
+    first, second = recorder.events[-2:]
+    assert isinstance(first, Progressed)
+    assert isinstance(second, Progressed)
+    assert first.seconds_left is None
+    assert second.seconds_left is not None
+    left = second.to_read_nbytes + second.to_write_nbytes - 1001
+    assert second.seconds_left == pytest.approx(left / (second.read_per_second + second.written_per_second))
 
 
 def test_what_is_lost_and_retried_is_counted() -> None:
