@@ -21,3 +21,7 @@ class ResourceError(RaymergeError):
 
 class TaskFailedError(RaymergeError):
     """Ray could not run the work of an item at all."""
+
+
+class JobError(RaymergeError):
+    """A cluster cannot do what is asked of it about a job."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import raymerge
 from raymerge.cluster.errors import ClusterConnectError
@@ -25,6 +26,9 @@ _SETTINGS = {
     "RAY_worker_niceness": "0",  # as without Ray; at 15 a busy machine would hardly run them
 }
 """Read by Ray when it is imported: a caller that has imported it before has to set them itself."""
+
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the drivers of jobs."""
 
 _CONNECT_SECONDS = 5.0
 
@@ -80,26 +84,21 @@ def start_ray(num_cpus: int) -> Iterator[RaySession]:
 
 
 @contextmanager
-def connect_ray(address: str, environment: Sequence[str] = ()) -> Iterator[RaySession]:
+def connect_ray(address: str, variables: Mapping[str, str]) -> Iterator[RaySession]:
     """Be a driver of a running cluster.
 
     Args:
-        address: of its head, as in `10.0.0.5:6379`.
-        environment: names of environment variables that workers get as they are here; every user of the cluster can see
-            them.
+        address: of its head, as in `10.0.0.5:6379`, or `auto`: the cluster that this machine is part of.
+        variables: of the environment, which workers get; every user of the cluster can see them.
 
     Raises:
         ClusterConnectError: Ray is not installed, nobody answers there, or the cluster refuses us.
     """
-    variables = {name: os.environ[name] for name in environment if name in os.environ}
-    for name, value in variables.items():
-        if urlsplit(value).password:
-            raise ClusterConnectError(
-                f"{name} has a password in it, which all users of the cluster would see; give workers their credentials"
-                " on their own machines"
-            )
-    _check_address(address)
-    with _connected(address, runtime_env={"py_modules": [raymerge], "env_vars": variables}) as session:
+    if address != "auto":
+        _check_address(address)
+    # a job's workers have what was submitted with it, and Ray refuses to be told twice
+    runtime_env = {} if _JOB_VARIABLE in os.environ else {"py_modules": [raymerge], "env_vars": dict(variables)}
+    with _connected(address, runtime_env=runtime_env) as session:
         yield session
 
 
@@ -123,9 +122,12 @@ def _connected(address: str, **options: Any) -> Iterator[RaySession]:
     except ImportError:
         raise ClusterConnectError("Ray is not installed here: pip install 'raymerge[ray]'") from None
     logging.getLogger("ray").setLevel(logging.ERROR)
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         try:
             ray.init(address, log_to_driver=False, configure_logging=False, **options)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_term)  # Ray would have us exit there and then
         except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ClusterConnectError(_explain(address, error)) from error
         nodes = list_nodes()

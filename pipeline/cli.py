@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from raymerge import __version__
 from raymerge.pipeline.interrupt import watch_for_interrupts
+from raymerge.pipeline.job_commands import jobs, submit
+from raymerge.pipeline.options import output_options, plan_options, storage_option
 from raymerge.pipeline.redact import redact
-from raymerge.pipeline.sizes import DEFAULT_MEMORY
 
 if TYPE_CHECKING:
     from raymerge.pipeline.types import MergePlan
 
 # Each command imports what it needs when it runs: --help and --version have to be quick.
-
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def main() -> None:
@@ -38,39 +36,6 @@ def main() -> None:
         sys.exit(failed.exit_code)
 
 
-_storage_option = click.option(
-    "--storage",
-    type=click.Choice(["auto", "fsspec"]),
-    default="auto",
-    show_default=True,
-    help="What serves s3://, gs://, az:// and http(s)://.",
-)
-
-
-def _merge_options(command: _F) -> _F:
-    """Add the options that plan and merge share."""
-    for option in (
-        _storage_option,
-        click.option("--strict", is_flag=True, help="Make doubtful settings errors instead of warnings."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For random methods."),
-        click.option(
-            "--shard-size", metavar="SIZE", help="Largest output file, such as 5GB. [default: by output size]"
-        ),
-        click.option(
-            "--threads", type=click.IntRange(min=1), metavar="N", help="Shards in work at once. [default: cores]"
-        ),
-        click.option(
-            "--memory",
-            metavar="SIZE",
-            default=DEFAULT_MEMORY,
-            show_default=True,
-            help="For tensors and scratch of all threads together.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="raymerge")
 def commands() -> None:
@@ -79,7 +44,7 @@ def commands() -> None:
 
 @commands.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@_merge_options
+@plan_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the tensor table as Parquet.")
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
@@ -121,14 +86,12 @@ def _print_plan(plan: MergePlan, *, verbose: bool) -> None:
 @commands.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path())
-@_merge_options
-@click.option(
-    "--private/--public", default=True, show_default=True, help="How to make a Hub repository that is not there yet."
-)
-@click.option("--overwrite", is_flag=True, help="Replace a model that is in OUT.")
+@plan_options
+@output_options
 @click.option("--ray", is_flag=True, help="Start Ray on this machine, and merge on it.")
-@click.option("--address", metavar="HOST:PORT", help="Merge on the Ray cluster whose head is there.")
-@click.option("--shared-filesystem", is_flag=True, help="Paths mean the same files on all machines of the cluster.")
+@click.option(
+    "--address", metavar="HOST:PORT", help="Merge on the Ray cluster whose head is there; `auto`: that of this machine."
+)
 @click.option("--dry-run", is_flag=True, help="Plan, look at OUT, print, and stop.")
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only, and which tensors are not finite.")
@@ -143,6 +106,7 @@ def merge(
     strict: bool,
     storage: Literal["auto", "fsspec"],
     private: bool,
+    wait: bool,
     overwrite: bool,
     ray: bool,
     address: str | None,
@@ -190,6 +154,7 @@ def merge(
             strict=strict,
             storage=storage,
             private=private,
+            wait=wait,
             overwrite=overwrite,
             ray=ray,
             address=address,
@@ -204,7 +169,7 @@ def merge(
 @click.option(
     "--threads", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Files read at once."
 )
-@_storage_option
+@storage_option
 def verify(out: str, threads: int, storage: Literal["auto", "fsspec"]) -> None:
     """Compare every file of a merged model with its checksum, and the index with the shards."""
     from raymerge.pipeline.sizes import format_nbytes
@@ -231,7 +196,7 @@ def methods(name: str | None) -> None:
 @click.argument("url")
 @click.option("--tensors", "with_tensors", is_flag=True, help="Print a line for each tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, tensors included.")
-@_storage_option
+@storage_option
 def inspect(url: str, with_tensors: bool, as_json: bool, storage: Literal["auto", "fsspec"]) -> None:
     """Say what a checkpoint consists of: a directory, a URL, a Hub repository or one .safetensors file.
 
@@ -242,3 +207,7 @@ def inspect(url: str, with_tensors: bool, as_json: bool, storage: Literal["auto"
 
     found = look_at(url, storage=storage)
     click.echo(inspection_json(found) if as_json else format_inspection(found, with_tensors=with_tensors))
+
+
+for command in (submit, jobs):
+    commands.add_command(command)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from raymerge.pipeline.events import (
     Event,
     Failed,
+    Held,
     Planned,
     Progressed,
     Resumed,
@@ -75,6 +76,8 @@ class Display(Narrator):
                 self._print(event.text)
             case Warned():
                 self._print(f"warning: {event.text}")
+            case Held():
+                self._print(f"waiting: {event.text}")
             case Resumed():
                 if event.num_shards:
                     kept = f"{event.num_shards} of {self._num_shards} shards"

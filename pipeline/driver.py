@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raymerge.cluster.runner import Progress, Resources
 from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.config import MergeConfig, load_config
-from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.memory import Transfer
 from raymerge.pipeline.merge_report import make_report
@@ -43,7 +43,13 @@ from raymerge.pipeline.storage import (
 )
 from raymerge.pipeline.stores.retry import FAULTS
 from raymerge.pipeline.types import InputModel, MergePlan, MergeReport, ShardResult, ShardTask
-from raymerge.pipeline.workers import CLUSTER_VARIABLES, check_reach, make_runner, prepare_workers, run_shard
+from raymerge.pipeline.workers import (
+    check_reach,
+    list_cluster_variables,
+    make_runner,
+    prepare_workers,
+    run_shard,
+)
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray_session import RaySession
@@ -60,6 +66,9 @@ class Listener:
 
     def planned(self, plan: MergePlan) -> None:
         """The plan is made; nothing is written yet."""
+
+    def held(self, error: HeldError) -> None:
+        """Another run is writing to the output, and is waited for."""
 
     def resumed(self, results: list[ShardResult]) -> None:
         """These shards were finished by an earlier run."""
@@ -118,6 +127,7 @@ def merge(
     strict: bool = False,
     storage: Library = "auto",
     private: bool = True,
+    wait: bool = False,
     overwrite: bool = False,
     ray: bool = False,
     address: str | None = None,
@@ -136,9 +146,11 @@ def merge(
         strict: whether doubtful settings, and NaN or infinity in the output, are errors instead of warnings.
         storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
         private: whether a repository that is made on the Hub is private.
+        wait: whether to wait for another run that is writing to `out`, instead of ending with an error.
         overwrite: whether a model that is in `out` may be replaced.
         ray: whether to start Ray on this machine and have it do the work.
-        address: of a running Ray cluster that does the work, as in `10.0.0.5:6379`; `memory` and `threads` are then for
+        address: of a running Ray cluster that does the work, as in `10.0.0.5:6379`, or `auto` for the one that this
+            machine is part of; `memory` and `threads` are then for
             each of its machines.
         shared_filesystem: whether paths mean the same files on every machine of that cluster.
         listener: told how it goes, in the caller's thread.
@@ -163,7 +175,7 @@ def merge(
         if address is not None:
             from raymerge.cluster.ray_session import connect_ray
 
-            session = stack.enter_context(connect_ray(address, CLUSTER_VARIABLES))
+            session = stack.enter_context(connect_ray(address, list_cluster_variables()))
             limits = replace(limits, num_threads=threads or max(node.num_cpus for node in session.nodes))
         elif limits.num_threads > 1 and not ray:
             prepare_workers([model.path for model in merge_config.referenced_models], str(out))
@@ -178,7 +190,8 @@ def merge(
             check_reach(urls, session, shared_filesystem=shared_filesystem)
         listener.planned(the_plan)
         outputs = list_outputs(the_plan)
-        with open_output(target, the_plan.fingerprint, outputs, overwrite=overwrite) as (state, lock):
+        on_held = listener.held if wait else None
+        with open_output(target, the_plan.fingerprint, outputs, overwrite=overwrite, on_held=on_held) as (state, lock):
             if state is OutputState.COMPLETE:
                 nonfinite = read_manifest(target).nonfinite
                 _check_finite(nonfinite, strict=strict)

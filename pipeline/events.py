@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
@@ -36,6 +37,13 @@ class Planned:
     """Hash of everything that decides the output's bytes."""
     text: str
     """The plan for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Another run is writing to the output, and is waited for."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +110,12 @@ class Failed:
         return f"Error: {self.message}" if self.exit_code == 2 else self.message
 
 
-Event = Planned | Resumed | Progressed | ShardResult | Retried | Warned | MergeReport | Failed
+Event = Planned | Held | Resumed | Progressed | ShardResult | Retried | Warned | MergeReport | Failed
 """In this order, more or less; `MergeReport` or `Failed` is the last."""
 
 _NAMES: dict[type[Event], str] = {
     Planned: "planned",
+    Held: "waiting",
     Resumed: "resumed",
     Progressed: "progress",
     ShardResult: "shard",
@@ -124,6 +133,12 @@ def explain(error: BaseException) -> Failed:
         return Failed(type(error).__name__, str(error), 2)
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return Failed(KeyboardInterrupt.__name__, MESSAGE, 130)
+    if isinstance(error, ModuleNotFoundError):
+        text = (
+            f"{error.name} is not installed for {sys.executable}; install what raymerge needs there:"
+            " pip install raymerge, or 'raymerge[ray]' for Ray"
+        )
+        return Failed(type(error).__name__, text, 2)
     text = "".join(traceback.format_exception(error)).rstrip()
     return Failed(type(error).__name__, redact(text), 1)
 

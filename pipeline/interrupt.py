@@ -1,4 +1,4 @@
-"""Ctrl-C ends the process within seconds, whatever it is waiting for."""
+"""Ctrl-C and SIGTERM end the process within seconds, whatever it is waiting for."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ def announced_by(announce: Callable[[], None]) -> Iterator[None]:
 
 @cache
 def watch_for_interrupts() -> None:
-    """Have a thread end the process if it is still there a few seconds after Ctrl-C, or at a second one.
+    """Have SIGTERM do what Ctrl-C does, and a thread end the process if it is still there a few seconds later.
 
-    Python tells the main thread of a signal only when that is done with what it waits for, and a request to a store
-    that is silent may take long.
+    SIGTERM is how schedulers end a job. Python tells the main thread of a signal only when that is done with what it
+    waits for, and a request to a store that is silent may take long.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
@@ -59,5 +60,5 @@ def _watch(ours: socket.socket, theirs: socket.socket) -> None:
 
 
 def _wait_for_interrupt(signals: socket.socket) -> None:
-    while signals.recv(1)[0] != signal.SIGINT:
+    while signals.recv(1)[0] not in (signal.SIGINT, signal.SIGTERM):
         pass

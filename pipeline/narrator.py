@@ -8,7 +8,8 @@ from collections import deque
 
 from raymerge.cluster.runner import Progress
 from raymerge.pipeline.driver import Listener
-from raymerge.pipeline.events import Event, Planned, Progressed, Resumed, Retried, Warned
+from raymerge.pipeline.errors import HeldError
+from raymerge.pipeline.events import Event, Held, Planned, Progressed, Resumed, Retried, Warned
 from raymerge.pipeline.plan_report import format_plan
 from raymerge.pipeline.types import MergePlan, MergeReport, ShardResult
 
@@ -57,6 +58,10 @@ class Narrator(Listener, ABC):
         )
         for warning in plan.warnings:
             self.show(Warned(warning))
+
+    def held(self, error: HeldError) -> None:
+        """Tell whom it waits for."""
+        self.show(Held(str(error)))
 
     def resumed(self, results: list[ShardResult]) -> None:
         """Tell what an earlier run has left to do."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymerge.cluster.process_runner import StartMethod, make_local_runner, start_fork_server
 from raymerge.cluster.runner import Report, Runner
-from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.journal import Journal
+from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sources import HUB_NAME
 from raymerge.pipeline.storage import Sharing, StorageSettings, storage_for
 from raymerge.pipeline.types import ShardResult, ShardTask
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 _EXECUTE = "raymerge.pipeline.execute"
 
-CLUSTER_VARIABLES = (
+_CLUSTER_VARIABLES = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "AWS_REGION",
@@ -30,6 +32,22 @@ CLUSTER_VARIABLES = (
     "HF_ENDPOINT",
 )
 """Environment variables that workers of a cluster get as they are here: where stores are, and none of the secrets."""
+
+
+def list_cluster_variables() -> dict[str, str]:
+    """Return the environment variables that workers of a cluster get as they are here.
+
+    Raises:
+        ConfigError: one has a password in it.
+    """
+    variables = {name: os.environ[name] for name in _CLUSTER_VARIABLES if name in os.environ}
+    for name, value in variables.items():
+        if redact(value) != value:
+            raise ConfigError(
+                f"{name} has a password in it, which all users of the cluster would see; give workers their credentials"
+                " on their own machines"
+            )
+    return variables
 
 
 def make_runner(
@@ -56,6 +74,7 @@ def make_runner(
             sum(node.num_cpus // num_cpus for node in session.nodes),
             num_cpus=num_cpus,
             host=session.host if is_bound else None,  # nodes that join later have other files
+            retry_on=(FetchError, OutputError),  # a machine may have no way to a store, or no credentials for it
             on_retry=on_retry,
         )
     return make_local_runner(num_workers, _choose_start_method(urls), preload=_list_modules(urls))

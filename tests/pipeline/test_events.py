@@ -17,6 +17,7 @@ from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.events import (
     Event,
     Failed,
+    Held,
     Planned,
     Progressed,
     Resumed,
@@ -64,6 +65,7 @@ REPORT = MergeReport(
 )
 EVENTS: dict[str, Event] = {
     "planned": Planned("ties", ("a", "b"), 3, 2, 600, 240, "f00", "ties of 2 models\n  tensors  3"),
+    "waiting": Held("another run is writing"),
     "resumed": Resumed(1, 120),
     "progress": Progressed(1, 2, 300, 600, 120, 240, 1e9, 4e8, None, 1),
     "shard": SHARD,
@@ -160,6 +162,9 @@ def test_errors_are_explained() -> None:
     assert explain(ConfigError("no models")) == Failed("ConfigError", "no models", 2)
     assert explain(ConfigError("no models")).text == "Error: no models"
     assert explain(KeyboardInterrupt()) == Failed("KeyboardInterrupt", MESSAGE, 130)
+    missing = explain(ModuleNotFoundError("No module named 'ray'", name="ray"))
+    assert missing.text.startswith("Error: ray is not installed for ")
+    assert missing.exit_code == 2
     try:
         raise LookupError("https://me:hidden@host")
     except LookupError as error:
