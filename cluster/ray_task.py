@@ -12,6 +12,7 @@ import ray
 from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
 
 from raymerge.cluster.errors import StoppedError
+from raymerge.cluster.host import name_host
 from raymerge.cluster.outcome import Done, Failed, make_picklable
 from raymerge.cluster.runner import Progress, Work
 
@@ -71,6 +72,7 @@ def serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Messa
     if _has_stopped(stop_key):
         yield Failed(StoppedError("stopped"))
         return
+    name_host(ray.util.get_node_ip_address())
     thread = threading.Thread(target=work_off, name="work", daemon=True)
     thread.start()
     look_at = time.monotonic() + _STOP_SECONDS

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from raymerge import RaymergeError, __version__
-from raymerge.pipeline.interrupt import MESSAGE, watch_for_interrupts
+from raymerge import __version__
+from raymerge.pipeline.interrupt import watch_for_interrupts
 from raymerge.pipeline.job_commands import jobs, submit
 from raymerge.pipeline.options import output_options, plan_options, storage_option
 from raymerge.pipeline.redact import redact
@@ -29,22 +28,12 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except RaymergeError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        click.echo(
-            f"Error: {error.name} is not installed for {sys.executable}; install what raymerge needs there:"
-            " pip install raymerge, or 'raymerge[ray]' for Ray",
-            err=True,
-        )
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo(MESSAGE, err=True)
-        sys.exit(130)
-    except Exception:
-        click.echo(redact(traceback.format_exc()), err=True, nl=False)
-        sys.exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        from raymerge.pipeline.events import explain
+
+        failed = explain(error)
+        click.echo(failed.text, err=True)
+        sys.exit(failed.exit_code)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -106,6 +95,7 @@ def _print_plan(plan: MergePlan, *, verbose: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Plan, look at OUT, print, and stop.")
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only, and which tensors are not finite.")
+@click.option("--log-json", is_flag=True, help="Print a JSON object for each thing that happens, in place of text.")
 def merge(
     config: Path,
     out: str,
@@ -124,11 +114,16 @@ def merge(
     dry_run: bool,
     verbose: bool,
     quiet: bool,
+    log_json: bool,
 ) -> None:
     """Merge the models of CONFIG into OUT, a directory or URL; run it again to finish an interrupted merge."""
     from raymerge.pipeline import driver
 
     if dry_run:
+        if log_json:
+            raise click.UsageError(
+                "--dry-run does nothing that could be logged; `raymerge plan --json` prints the plan"
+            )
         if ray or address or shared_filesystem:
             raise click.UsageError("--dry-run plans for this machine without Ray; leave the options for Ray out")
         result = driver.plan(
@@ -146,9 +141,9 @@ def merge(
             _print_plan(result, verbose=verbose)
         return
     from raymerge.pipeline.display import Display
-    from raymerge.pipeline.sizes import format_nbytes
+    from raymerge.pipeline.json_log import open_json_log
 
-    with Display(verbose=verbose, quiet=quiet) as display:
+    with open_json_log(verbose=verbose) if log_json else Display(verbose=verbose, quiet=quiet) as narrator:
         report = driver.merge(
             config,
             out,
@@ -164,24 +159,9 @@ def merge(
             ray=ray,
             address=address,
             shared_filesystem=shared_filesystem,
-            listener=display,
+            listener=narrator,
         )
-    for name in report.nonfinite:
-        click.echo(f"warning: {name}: the output has NaN or infinite values", err=True)
-    if quiet:
-        return
-    if report.was_complete:
-        click.echo(f"{out} was complete already: {report.num_tensors} tensors in {report.num_shards} shards")
-        return
-    click.echo(
-        f"{out}: {report.num_tensors} tensors in {report.num_shards} shards; read {format_nbytes(report.read_nbytes)}, "
-        f"wrote {format_nbytes(report.written_nbytes)} in {report.seconds:.1f} s; "
-        f"peak memory {format_nbytes(report.peak_rss)}"
-    )
-    if report.faults:
-        click.echo("Failures on the way, all got over:")
-        for what, count in report.faults:
-            click.echo(f"  {count} x {what}")
+        narrator.reported(report)
 
 
 @commands.command()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -18,6 +17,7 @@ from raymerge.pipeline.config import MergeConfig, load_config
 from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.memory import Transfer
+from raymerge.pipeline.merge_report import make_report
 from raymerge.pipeline.model_config import dump_config
 from raymerge.pipeline.output import (
     OutputState,
@@ -78,6 +78,9 @@ class Listener:
 
     def finished(self, result: ShardResult) -> None:
         """A shard is finished."""
+
+    def retried(self, reason: str, count: int) -> None:
+        """Something went wrong so many times and was done again: with a worker just now, or on the way to a shard."""
 
 
 def plan(
@@ -192,7 +195,14 @@ def merge(
             if state is OutputState.COMPLETE:
                 nonfinite = read_manifest(target).nonfinite
                 _check_finite(nonfinite, strict=strict)
-                return _report(the_plan, target, [], start, nonfinite, was_complete=True)
+                return make_report(
+                    the_plan,
+                    target,
+                    seconds=time.perf_counter() - start,
+                    faults=FAULTS.drain(),
+                    nonfinite=nonfinite,
+                    was_complete=True,
+                )
             return _carry_out(the_plan, target, lock, listener, start, session, strict=strict)
 
 
@@ -256,7 +266,10 @@ def _carry_out(
         lock.check()
         listener.progressed(progress)
 
-    runner = make_runner(plan.num_threads, [out, *(item.url for item in plan.inputs)], session)
+    def retried(reason: str) -> None:
+        listener.retried(FAULTS.note("ray", "shard", reason), 1)
+
+    runner = make_runner(plan.num_threads, [out, *(item.url for item in plan.inputs)], session, retried)
     settings = storage_settings()
     recorded = journal.read_records(plan.tasks)
     resumed = [
@@ -273,20 +286,33 @@ def _carry_out(
     kept = {result.file for result in resumed}
     todo = [task for task in plan.tasks if task.file not in kept]
     results = []
+    work_start = time.perf_counter()
     for result in runner.run(
         partial(run_shard, journal=journal, settings=settings),
         todo,
         [_resources(task) for task in todo],
         progressed,
     ):
+        for reason, count in result.faults:
+            listener.retried(reason, count)
         listener.finished(result)
         results.append(result)
         lock.check()
+    work_seconds = time.perf_counter() - work_start
     nonfinite = find_nonfinite([*resumed, *results])
     _check_finite(nonfinite, strict=strict)
     lock.check()
     stitch(plan, [*resumed, *results], journal)
-    return _report(plan, out, results, start, nonfinite, was_complete=False)
+    return make_report(
+        plan,
+        out,
+        results,
+        seconds=time.perf_counter() - start,
+        work_seconds=work_seconds,
+        num_per_process=runner.num_per_process,
+        faults=FAULTS.drain(),
+        nonfinite=nonfinite,
+    )
 
 
 def _check_finite(nonfinite: Sequence[str], *, strict: bool) -> None:
@@ -298,31 +324,6 @@ def _check_finite(nonfinite: Sequence[str], *, strict: bool) -> None:
         )
 
 
-def _report(
-    plan: MergePlan,
-    out: str,
-    results: list[ShardResult],
-    start: float,
-    nonfinite: tuple[str, ...],
-    *,
-    was_complete: bool,
-) -> MergeReport:
-    return MergeReport(
-        out=out,
-        num_tensors=len(plan.weight_map),
-        num_shards=len(plan.tasks),
-        num_resumed=len(plan.tasks) - len(results),
-        was_complete=was_complete,
-        read_nbytes=sum(result.read_nbytes for result in results),
-        written_nbytes=sum(result.nbytes for result in results),
-        seconds=time.perf_counter() - start,
-        peak_rss=max((result.peak_rss for result in results), default=0),
-        faults=_add_up([FAULTS.drain(), *(result.faults for result in results)]),
-        warnings=plan.warnings,
-        nonfinite=nonfinite,
-    )
-
-
 def _measure_transfer(inputs: Sequence[Storage], output: Storage) -> Transfer:
     return Transfer(
         num_buffers=2 if any(storage.is_remote for storage in inputs) else 1,
@@ -332,13 +333,6 @@ def _measure_transfer(inputs: Sequence[Storage], output: Storage) -> Transfer:
 
 def _configure(storage: Library, *, private: bool) -> None:
     configure_storages(StorageSettings(storage, private))
-
-
-def _add_up(counts: Iterable[tuple[tuple[str, int], ...]]) -> tuple[tuple[str, int], ...]:
-    total: Counter[str] = Counter()
-    for pairs in counts:
-        total.update(dict(pairs))
-    return tuple(sorted(total.items()))
 
 
 def _names(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -7,13 +7,32 @@ import signal
 import socket
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 
 MESSAGE = "Interrupted. What is finished is kept: run the same command again to go on."
 
 _GRACE_SECONDS = 5.0
 """For tidying up: letting go of the lock, ending uploads."""
+
+
+def _announce() -> None:
+    print(MESSAGE, file=sys.stderr, flush=True)
+
+
+_announcers = [_announce]
+"""The last one is called before the process is ended."""
+
+
+@contextmanager
+def announced_by(announce: Callable[[], None]) -> Iterator[None]:
+    """Have something else than a line on stderr say that the process is ended because of an interrupt."""
+    _announcers.append(announce)
+    try:
+        yield
+    finally:
+        _announcers.remove(announce)
 
 
 @cache
@@ -36,7 +55,7 @@ def _watch(ours: socket.socket, theirs: socket.socket) -> None:
         ours.settimeout(_GRACE_SECONDS)
         with suppress(TimeoutError):
             _wait_for_interrupt(ours)
-        print(MESSAGE, file=sys.stderr, flush=True)
+        _announcers[-1]()
         os._exit(130)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,6 @@ from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sources import HUB_NAME
 from raymerge.pipeline.storage import Sharing, StorageSettings, storage_for
-from raymerge.pipeline.stores.retry import FAULTS
 from raymerge.pipeline.types import ShardResult, ShardTask
 from raymerge.pipeline.urls import scheme_of
 
@@ -51,13 +50,19 @@ def list_cluster_variables() -> dict[str, str]:
     return variables
 
 
-def make_runner(num_workers: int, urls: Sequence[str], session: RaySession | None = None) -> Runner:
+def make_runner(
+    num_workers: int,
+    urls: Sequence[str],
+    session: RaySession | None = None,
+    on_retry: Callable[[str], None] = lambda reason: None,
+) -> Runner:
     """Return what runs tasks that read from and write to these URLs.
 
     Args:
         num_workers: tasks in work at once on one machine.
         urls: of inputs and output; their storages say in which processes of this machine that can be.
         session: where the tasks run, if it is on Ray.
+        on_retry: told why a task is done again.
     """
     if session is not None:
         from raymerge.cluster.ray_runner import RayRunner
@@ -70,7 +75,7 @@ def make_runner(num_workers: int, urls: Sequence[str], session: RaySession | Non
             num_cpus=num_cpus,
             host=session.host if is_bound else None,  # nodes that join later have other files
             retry_on=(FetchError, OutputError),  # a machine may have no way to a store, or no credentials for it
-            on_retry=lambda reason: FAULTS.note("ray", "shard", reason),
+            on_retry=on_retry,
         )
     return make_local_runner(num_workers, _choose_start_method(urls), preload=_list_modules(urls))
 

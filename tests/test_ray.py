@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -22,8 +24,8 @@ from raymerge.cluster.ray_session import Node, RaySession, connect_ray, start_ra
 from raymerge.cluster.runner import Report
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.types import ShardResult
-from raymerge.pipeline.workers import check_reach, make_runner
+from raymerge.pipeline.types import ShardResult, ShardTask
+from raymerge.pipeline.workers import check_reach, make_runner, run_shard
 from tests.checkpoints import read_files, write_config, write_family
 from tests.cluster.runner_contract import even, nothing
 from tests.commands import Cli, run_command, start_command
@@ -83,6 +85,46 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     ray.shutdown()
     cluster.shutdown()
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def die_once(task: ShardTask, report: Report, *, directory: Path, **more: Any) -> ShardResult:
+    """Have the worker of the first shard killed once."""
+    if "-00001-" in task.file and not (directory / "died").exists():
+        (directory / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run_shard(task, report, **more)
+
+
+class Retries(Listener):
+    """Keeps why something was done again."""
+
+    def __init__(self) -> None:
+        self.reasons: list[tuple[str, int]] = []
+
+    def retried(self, reason: str, count: int) -> None:
+        self.reasons.append((reason, count))
+
+
+@pytest.mark.slow
+def test_the_report_names_machines_and_retries(
+    cluster: Cluster, config: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("raymerge.pipeline.driver.run_shard", partial(die_once, directory=tmp_path))
+    hosts = ["127.0.0.2", "127.0.0.3"]
+    for host in hosts:
+        cluster.add_node(num_cpus=1, node_ip_address=host)
+    cluster.wait_for_nodes()
+    out, retries = tmp_path / "out", Retries()
+    report = merge(config, out, shard_size=1, address=cluster.address, shared_filesystem=True, listener=retries)
+    assert (tmp_path / "died").exists()
+    assert read_files(out) == undisturbed
+    assert list(report.faults) == retries.reasons == [("ray: shard: its worker died", 1)]
+    assert [host.host for host in report.hosts] == hosts
+    assert sum(host.num_shards for host in report.hosts) == report.num_shards
+    assert min(host.num_shards for host in report.hosts) > 0
+    assert report.slowest is not None
+    assert report.slowest.host in hosts
 
 
 class PowerOff(Listener):
