@@ -70,7 +70,7 @@ class _Attempt:
     number: int = 1
     avoided: tuple[str, ...] = ()
     """Nodes on which earlier attempts failed."""
-    node_id: str | None = None
+    begun: Begun | None = None
     """Where it is in work."""
     heard_at: float = field(default_factory=time.monotonic)
     """When there was something from it last."""
@@ -158,7 +158,7 @@ class RayRunner(Runner):
                         do_again(stream, next(text for kind, text in _LOST.items() if isinstance(lost, kind)), more)
                         continue
                     if isinstance(message, Begun):
-                        attempt.node_id = message.node_id
+                        attempt.begun = message
                     elif isinstance(message, Progress):
                         attempt.told = add(attempt.told, message)
                         on_progress(message)
@@ -249,14 +249,14 @@ class RayRunner(Runner):
                 f"gave up an item after {NUM_ATTEMPTS} attempts, at last because {reason}; what is finished is kept:"
                 " run the same command again"
             )
-        self._on_retry(reason)
+        self._on_retry(f"{reason} (on {attempt.begun.host})" if attempt.begun else reason)
         if mem_nbytes is not None:
             mem_nbytes = max(attempt.mem_nbytes, min(mem_nbytes, self._find_largest(list_nodes())))
         return _Attempt(
             attempt.item,
             mem_nbytes or attempt.mem_nbytes,
             attempt.number + 1,
-            (*attempt.avoided, attempt.node_id) if attempt.node_id else attempt.avoided,
+            (*attempt.avoided, attempt.begun.node_id) if attempt.begun else attempt.avoided,
         )
 
 
@@ -268,7 +268,7 @@ def _receive(stream: Any) -> Message:
 def _find_hung(running: Mapping[Any, _Attempt]) -> list[Any]:
     """Return the streams of items that have begun, and have been silent for too long."""
     since = time.monotonic() - HANG_SECONDS
-    return [stream for stream, attempt in running.items() if attempt.node_id and attempt.heard_at < since]
+    return [stream for stream, attempt in running.items() if attempt.begun and attempt.heard_at < since]
 
 
 def _end(running: Mapping[Any, _Attempt], stop_key: bytes) -> None:

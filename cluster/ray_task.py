@@ -31,6 +31,8 @@ class Begun:
 
     node_id: str
     """Of the node that the worker is on, as Ray calls it."""
+    host: str
+    """Its address."""
 
 
 Message = Begun | Progress | Done | Failed
@@ -68,11 +70,12 @@ def serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Messa
         if taken is not None:
             yield taken
 
-    yield Begun(ray.get_runtime_context().get_node_id())
+    host = ray.util.get_node_ip_address()
+    yield Begun(ray.get_runtime_context().get_node_id(), host)
     if _has_stopped(stop_key):
         yield Failed(StoppedError("stopped"))
         return
-    name_host(ray.util.get_node_ip_address())
+    name_host(host)
     thread = threading.Thread(target=work_off, name="work", daemon=True)
     thread.start()
     look_at = time.monotonic() + _STOP_SECONDS

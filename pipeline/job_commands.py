@@ -54,7 +54,18 @@ def submit(config: Path, out: str, address: str, with_pip: bool, follow: bool, *
     }
     if with_pip:
         environment["pip"] = list_requirements()
-    command = ["python", "-m", "raymerge", "merge", _CONFIG, out, "--address", "auto", *list_arguments(options)]
+    command = [
+        "python",
+        "-m",
+        "raymerge",
+        "merge",
+        _CONFIG,
+        out,
+        "--address",
+        "auto",
+        "--log-json",
+        *list_arguments(options),
+    ]
     packages = {"working_dir": pack_files({_CONFIG: loaded.text.encode()}), "py_modules": pack_raymerge()}
     about = {"raymerge": __version__, "config": config.name, "out": out}
     client.submit(job_id, shlex.join(command), packages, environment, about)
@@ -106,13 +117,16 @@ def status(job_id: str, address: str) -> None:
 @address_option
 @click.option("--follow", is_flag=True, help="Go on until the job ends, and exit with its code.")
 def logs(job_id: str, address: str, follow: bool) -> None:
-    """Print what a job has said."""
+    """Show what a job has said."""
     from raymerge.cluster.job_client import JobClient
+    from raymerge.pipeline.display import Display
 
     client = JobClient(address)
     if follow:
         sys.exit(_follow(client, job_id))
-    click.echo(redact(client.read_log(job_id)), nl=False)
+    with Display(verbose=True, quiet=False) as display:
+        for line in client.read_log(job_id).splitlines():
+            display.show_line(line)
 
 
 @jobs.command()
@@ -129,11 +143,12 @@ def stop(job_id: str, address: str) -> None:
 
 
 def _follow(client: JobClient, job_id: str) -> int:
-    """Show a job until it ends; return the exit code for it."""
+    """Show a job until it ends, as if it ran here; return the exit code for it."""
+    from raymerge.pipeline.display import Display
+
     try:
-        job = client.follow(
-            job_id, lambda line: click.echo(redact(line), err=True), lambda text: click.echo(redact(text), err=True)
-        )
+        with Display(verbose=False, quiet=False) as display:
+            job = client.follow(job_id, display.show_line, display.show_line)
     except KeyboardInterrupt:
         click.echo(
             f"The job goes on. To see how it goes: raymerge jobs logs {job_id} --follow; to stop it: raymerge jobs stop"

@@ -119,7 +119,11 @@ def test_the_report_names_machines_and_retries(
     report = merge(config, out, shard_size=1, address=cluster.address, shared_filesystem=True, listener=retries)
     assert (tmp_path / "died").exists()
     assert read_files(out) == undisturbed
-    assert list(report.faults) == retries.reasons == [("ray: shard: its worker died", 1)]
+    assert list(report.faults) == retries.reasons
+    assert [
+        (reason in {f"ray: shard: its worker died (on {host})" for host in hosts}, count)
+        for reason, count in retries.reasons
+    ] == [(True, 1)]
     assert [host.host for host in report.hosts] == hosts
     assert sum(host.num_shards for host in report.hosts) == report.num_shards
     assert min(host.num_shards for host in report.hosts) > 0
@@ -172,7 +176,9 @@ def test_what_fails_on_one_node_is_done_on_another(cluster: Cluster, tmp_path: P
         reasons: list[str] = []
         runner = RayRunner(1, retry_on=(OSError,), on_retry=reasons.append)
         assert sorted(runner.run(work, items[1:], even(items[1:]), nothing)) == [(i, "another") for i in items[1:]]
-        assert sorted(reasons) == [f"OSError: no way to the store of {i}" for i in items[1:]]
+        assert sorted(reason.partition(" (on ")[0] for reason in reasons) == [
+            f"OSError: no way to the store of {i}" for i in items[1:]
+        ]
         with pytest.raises(OSError, match="no way to the store of 7"):
             list(RayRunner(1).run(work, [7], even("a"), nothing))
 

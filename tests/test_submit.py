@@ -66,15 +66,19 @@ def test_the_same_bytes_as_without_a_cluster(
     done = run_command("submit", file, out, "--shared-filesystem", "--follow", "--shard-size", "20000")
     assert done.code == 0, done.err
     assert read_files(out) == read_files(tmp_path / "here")
-    job_id = done.out.strip()
-    assert "shards" in done.err, "its progress is shown"
+    job_id = done.out.split()[0]
+    assert "linear of 2 models" in done.err, "as if it ran here"
+    assert "{" not in done.out + done.err
     listed = run_command("jobs", "list").out
     assert f"{job_id}  SUCCEEDED" in listed
     assert str(out) in listed
     status = run_command("jobs", "status", job_id).out
     assert "exit code: 0" in status
     assert file.name in status
-    assert "Running entrypoint" in run_command("jobs", "logs", job_id).out
+    logs = run_command("jobs", "logs", job_id)
+    assert "Running entrypoint" in logs.err
+    assert logs.out == done.out.removeprefix(f"{job_id}\n"), "the report"
+    assert "raymerge_manifest.json" in logs.out
 
 
 @pytest.mark.slow

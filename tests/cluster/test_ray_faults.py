@@ -47,7 +47,7 @@ def test_items_of_dead_workers_are_done_again(session: RaySession, tmp_path: Pat
     runner = RayRunner(2, on_retry=reasons.append)
     work = partial(die_at_first, directory=tmp_path)
     assert sorted(runner.run(work, [0, 1, 3], even("abc"), count)) == [0, 1, 3]
-    assert reasons == ["its worker died"]
+    assert reasons == [f"its worker died (on {session.host})"]
     assert seen == 3, "what the dead worker had reported is taken back"
     with pytest.raises(WorkerLostError, match=f"after {NUM_ATTEMPTS} attempts, at last because its worker died"):
         list(runner.run(work, [2], even("a"), count))
@@ -73,7 +73,7 @@ def test_an_item_that_hangs_is_done_again(session: RaySession, tmp_path: Path, m
         1,
         2,
     ]
-    assert reasons == ["it had reported nothing for 3 s"]
+    assert reasons == [f"it had reported nothing for 3 s (on {session.host})"]
     assert sum(progress.read_nbytes for progress in seen) == 3
     pid = int((tmp_path / "hung").read_text())
     give_up = time.monotonic() + 10
