@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raymerge.cluster.runner import Progress, Resources
 from raymerge.pipeline.buffers import POOL
+from raymerge.pipeline.collector import pause_collector
 from raymerge.pipeline.config import MergeConfig, load_config
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.journal import Journal
@@ -197,6 +198,7 @@ def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -
     return target
 
 
+@pause_collector()
 def _plan(config: MergeConfig, limits: Limits, seed: int, out: str) -> MergePlan:
     from raymerge.pipeline.index import build_index, stored_tensors  # pyarrow: not at the start of every command
 
