@@ -90,11 +90,13 @@ def qwen2_layout(
     return Layout(config, tensors, num_shards)
 
 
-def llama_70b_layout() -> Layout:
-    """Return Llama-3-70B: 723 tensors over 30 shards, sparse."""
-    vocab, hidden, mlp, key = 128_256, 8_192, 28_672, 1_024
+def llama_layout(
+    *, hidden: int, num_layers: int, mlp: int, num_heads: int, num_kv_heads: int = 8, num_shards: int
+) -> Layout:
+    """Return a large LlamaForCausalLM, sparse."""
+    vocab, key = 128_256, num_kv_heads * hidden // num_heads
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(80):
+    for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
         tensors |= {
             prefix + "input_layernorm.weight": (hidden,),
@@ -114,9 +116,9 @@ def llama_70b_layout() -> Layout:
         "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": mlp,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
         "hidden_act": "silu",
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
@@ -124,7 +126,77 @@ def llama_70b_layout() -> Layout:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
-    return Layout(config, tensors, num_shards=30, is_sparse=True)
+    return Layout(config, tensors, num_shards, is_sparse=True)
+
+
+def deepseek_v3_layout() -> Layout:
+    """Return DeepSeek-V3 by the names and shapes of its tensors, the scales of its FP8 weights among them, sparse.
+
+    All are bf16: quantised checkpoints are refused.
+    """
+    vocab, hidden, mlp, expert_mlp = 129_280, 7_168, 18_432, 2_048
+    num_layers, num_dense, num_experts = 61, 3, 256
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+
+    def add(name: str, rows: int, columns: int) -> None:
+        """Add a weight that is stored in blocks of 128 x 128 with a scale for each."""
+        tensors[f"{name}.weight"] = (rows, columns)
+        tensors[f"{name}.weight_scale_inv"] = (-(-rows // 128), -(-columns // 128))
+
+    def add_mlp(prefix: str, width: int) -> None:
+        add(f"{prefix}.gate_proj", width, hidden)
+        add(f"{prefix}.up_proj", width, hidden)
+        add(f"{prefix}.down_proj", hidden, width)
+
+    for layer in range(num_layers + 1):  # the last one predicts one more token
+        prefix = f"model.layers.{layer}"
+        if layer == num_layers:
+            tensors |= {
+                f"{prefix}.embed_tokens.weight": (vocab, hidden),
+                f"{prefix}.enorm.weight": (hidden,),
+                f"{prefix}.hnorm.weight": (hidden,),
+                f"{prefix}.eh_proj.weight": (hidden, 2 * hidden),
+                f"{prefix}.shared_head.norm.weight": (hidden,),
+                f"{prefix}.shared_head.head.weight": (vocab, hidden),
+            }
+        tensors[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        tensors[f"{prefix}.self_attn.q_a_layernorm.weight"] = (1_536,)
+        tensors[f"{prefix}.self_attn.kv_a_layernorm.weight"] = (512,)
+        add(f"{prefix}.self_attn.q_a_proj", 1_536, hidden)
+        add(f"{prefix}.self_attn.q_b_proj", 128 * 192, 1_536)
+        add(f"{prefix}.self_attn.kv_a_proj_with_mqa", 576, hidden)
+        add(f"{prefix}.self_attn.kv_b_proj", 128 * 256, 512)
+        add(f"{prefix}.self_attn.o_proj", hidden, 128 * 128)
+        if layer < num_dense:
+            add_mlp(f"{prefix}.mlp", mlp)
+            continue
+        tensors[f"{prefix}.mlp.gate.weight"] = (num_experts, hidden)
+        tensors[f"{prefix}.mlp.gate.e_score_correction_bias"] = (num_experts,)
+        for expert in range(num_experts):
+            add_mlp(f"{prefix}.mlp.experts.{expert}", expert_mlp)
+        add_mlp(f"{prefix}.mlp.shared_experts", expert_mlp)
+    tensors |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+    config = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "moe_intermediate_size": expert_mlp,
+        "num_hidden_layers": num_layers,
+        "num_nextn_predict_layers": 1,
+        "first_k_dense_replace": num_dense,
+        "n_routed_experts": num_experts,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "num_attention_heads": 128,
+        "q_lora_rank": 1_536,
+        "kv_lora_rank": 512,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    return Layout(config, tensors, num_shards=163, is_sparse=True)
 
 
 def big_tensor_layout() -> Layout:
@@ -138,7 +210,10 @@ LAYOUTS = {
     "qwen2-0.5b": qwen2_layout(vocab=151_936, hidden=896, num_layers=24, mlp=4_864, num_heads=14, num_kv_heads=2),
     "small": qwen2_layout(vocab=8_192, hidden=256, num_layers=4, mlp=1_024, num_heads=4, num_kv_heads=2),
     "tiny": qwen2_layout(vocab=1_024, hidden=64, num_layers=2, mlp=128, num_heads=1, num_kv_heads=1),
-    "llama-70b": llama_70b_layout(),
+    "llama-8b": llama_layout(hidden=4_096, num_layers=32, mlp=14_336, num_heads=32, num_shards=4),
+    "llama-70b": llama_layout(hidden=8_192, num_layers=80, mlp=28_672, num_heads=64, num_shards=30),
+    "llama-405b": llama_layout(hidden=16_384, num_layers=126, mlp=53_248, num_heads=128, num_shards=191),
+    "deepseek-v3": deepseek_v3_layout(),
     "big-tensor": big_tensor_layout(),
 }
 """The families by name."""

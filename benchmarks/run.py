@@ -15,6 +15,7 @@ from pathlib import Path
 from accuracy import measure_accuracy
 from memory import measure_big_tensor, measure_many_models
 from merges import DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Bench
+from planning import measure_large_plans
 from processes import CommandFailedError
 from report import Row, describe_machine, to_markdown, write_json
 from sameness import measure_sameness
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "sameness": measure_sameness,
     "help": measure_help,
     "plan": measure_plan,
+    "large-plans": measure_large_plans,
     "stores-speed": measure_transfer,
     "stores-seam": measure_seam,
     "stores-requests": measure_requests,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raymerge.cluster.runner import Progress, Resources
 from raymerge.pipeline.buffers import POOL
+from raymerge.pipeline.collector import pause_collector
 from raymerge.pipeline.config import MergeConfig, load_config
 from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
 from raymerge.pipeline.journal import Journal
@@ -30,6 +31,7 @@ from raymerge.pipeline.output import (
 )
 from raymerge.pipeline.plan import Limits, make_fingerprint, make_tasks
 from raymerge.pipeline.recipe import expand
+from raymerge.pipeline.schedule import explain_idle, measure_cost
 from raymerge.pipeline.sizes import DEFAULT_MEMORY, parse_nbytes
 from raymerge.pipeline.sources import CONFIG, INDEX, Checkpoint, resolve_models
 from raymerge.pipeline.storage import (
@@ -45,6 +47,7 @@ from raymerge.pipeline.stores.retry import FAULTS
 from raymerge.pipeline.types import InputModel, MergePlan, MergeReport, ShardResult, ShardTask
 from raymerge.pipeline.workers import (
     check_reach,
+    count_slots,
     list_cluster_variables,
     make_runner,
     prepare_workers,
@@ -179,7 +182,7 @@ def merge(
             limits = replace(limits, num_threads=threads or max(node.num_cpus for node in session.nodes))
         elif limits.num_threads > 1 and not ray:
             prepare_workers([model.path for model in merge_config.referenced_models], str(out))
-        the_plan = _plan(merge_config, limits, seed, str(out))
+        the_plan = _plan(merge_config, limits, seed, str(out), session)
         target = check_output(the_plan, out, overwrite=overwrite)
         if ray:
             from raymerge.cluster.ray_session import start_ray
@@ -220,15 +223,17 @@ def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -
     return target
 
 
-def _plan(config: MergeConfig, limits: Limits, seed: int, out: str) -> MergePlan:
+@pause_collector()
+def _plan(config: MergeConfig, limits: Limits, seed: int, out: str, session: RaySession | None = None) -> MergePlan:
     from raymerge.pipeline.index import build_index, stored_tensors  # pyarrow: not at the start of every command
 
     checkpoints = resolve_models(config.referenced_models)
     recipe = expand(config, checkpoints, stored_tensors(build_index(checkpoints)))
     transfer = _measure_transfer([storage_for(c.url) for c in checkpoints], storage_for(out))
-    tasks, num_threads = make_tasks(recipe.merges, seed, replace(limits, transfer=transfer))
+    tasks, num_threads, num_allowed = make_tasks(recipe.merges, seed, replace(limits, transfer=transfer))
     config_json = dump_config(recipe.config)
     side_files = checkpoints[0].side_files
+    advice = explain_idle(tasks, count_slots(num_allowed, session))
     return MergePlan(
         tasks=tasks,
         donor=checkpoints[0].model,
@@ -239,6 +244,7 @@ def _plan(config: MergeConfig, limits: Limits, seed: int, out: str) -> MergePlan
         config_text=config.text,
         seed=seed,
         warnings=(*config.warnings, *recipe.warnings),
+        advice=(advice,) if advice else (),
         dropped=(*recipe.dropped, *_other_weights(checkpoints)),
         num_threads=num_threads,
         allowed_mem=limits.allowed_mem,
@@ -351,7 +357,7 @@ def _other_weights(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def _resources(task: ShardTask) -> Resources:
-    return Resources(mem_nbytes=task.projected_mem, cost=task.read_nbytes + task.reread_nbytes + task.nbytes)
+    return Resources(mem_nbytes=task.projected_mem, cost=measure_cost(task))
 
 
 def _make_limits(memory: str | int, threads: int | None, shard_size: str | int | None, seed: int) -> Limits:

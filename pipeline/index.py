@@ -32,7 +32,8 @@ SCHEMA = pa.schema(
 )
 """Columns of the index; `file` is a URL, and the tensor is the bytes [start, stop) of it."""
 
-_NUM_READERS = 4
+_NUM_READERS = 16
+"""Far stores take a while to answer, whatever is asked for; this many answers can be waited for at once."""
 _DAMAGED = "the checkpoint is damaged or mixed from two: download it again"
 
 

@@ -73,7 +73,8 @@ def natural_key(name: str) -> tuple[tuple[tuple[bool, int, str], ...], str]:
     >>> sorted(["h.10.w", "h.2.w", "a"], key=natural_key)
     ['a', 'h.2.w', 'h.10.w']
     """
-    return tuple(_natural_part(part) for part in _DIGITS.split(name) if part), name
+    parts = _DIGITS.split(name)  # text and digits in turn
+    return tuple([_number_part(part) if k % 2 else (True, 0, part) for k, part in enumerate(parts) if part]), name
 
 
 def find_layers(nbytes_by_name: Iterable[tuple[str, int]], num_hidden_layers: int | None) -> Layers:
@@ -97,9 +98,7 @@ def find_layers(nbytes_by_name: Iterable[tuple[str, int]], num_hidden_layers: in
     return Layers(stacks, main, num_layers)
 
 
-def _natural_part(part: str) -> tuple[bool, int, str]:
+def _number_part(part: str) -> tuple[bool, int, str]:
     """Numbers before text, and by size: of two without leading zeros, the longer one is the larger one."""
-    if _DIGITS.fullmatch(part) is None:
-        return True, 0, part
     digits = part.lstrip("0")
     return False, len(digits), digits

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
-from raymerge.ops.kernel import BLOCK_ELEMENTS
+from raymerge.ops.kernel import BLOCK_ELEMENTS, Kernel
 from raymerge.ops.registry import find_op
 from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.sizes import format_memory
 from raymerge.pipeline.storage import OUTPUT_BUFFER_NBYTES
 from raymerge.pipeline.tensor_merge import COPY
-from raymerge.pipeline.types import TensorMerge
+from raymerge.pipeline.types import ParameterValue, TensorMerge
 
 COMPUTE_NBYTES = 4
 """Bytes of a float32."""
@@ -51,7 +52,7 @@ def measure_demand(merge: TensorMerge) -> Demand:
     if merge.op == COPY:
         block_elements, num_passes, num_scratch, state_nbytes = BLOCK_ELEMENTS, 0, 0, 0
     else:
-        kernel = find_op(merge.op).kernel(dict(merge.parameters))
+        kernel = _make_kernel(merge.op, merge.parameters)
         block_elements, num_passes = kernel.block_elements, kernel.num_passes
         num_scratch = 1 + kernel.num_scratch(len(merge.sources))
         state_nbytes = kernel.state_nbytes(len(merge.sources))
@@ -63,6 +64,12 @@ def measure_demand(merge: TensorMerge) -> Demand:
         num_scratch * num_elements * COMPUTE_NBYTES,
         state_nbytes,
     )
+
+
+@lru_cache(maxsize=256)
+def _make_kernel(op: str, parameters: tuple[tuple[str, ParameterValue], ...]) -> Kernel:
+    """Return a kernel to ask for its demands; most tensors of a merge have the same parameters."""
+    return find_op(op).kernel(dict(parameters))
 
 
 @dataclass(frozen=True, slots=True)

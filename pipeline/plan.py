@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raymerge import __version__
@@ -44,7 +44,7 @@ def default_shard_nbytes(total_nbytes: int) -> int:
     return max(1, int(128 * (total_nbytes / 10**9) ** (1 / 3))) * 10**6
 
 
-def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tuple[tuple[ShardTask, ...], int]:
+def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tuple[tuple[ShardTask, ...], int, int]:
     """Cut the output into files and decide how each is made.
 
     Args:
@@ -53,25 +53,27 @@ def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tupl
         limits: what the user allows.
 
     Returns:
-        The tasks, and how many workers the memory allows at once.
+        The tasks, how many workers make them at once, and how many the memory would allow if there were more tasks.
 
     Raises:
         MemoryLimitError: a tensor does not fit even for one worker.
     """
     demands = {merge.name: measure_demand(merge) for merge in merges}
     check_fits(demands, limits.allowed_mem, limits.transfer)
-    largest_block = max(demand.block_nbytes for demand in demands.values())
+    kinds = set(demands.values())  # few, of many tensors
+    largest_block = max(demand.block_nbytes for demand in kinds)
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
     shards = list(split_shards(merges, shard_nbytes))
-    num_threads = min(limits.num_threads, len(shards))
-    while num_threads > 1 and _buffer_nbytes(demands, limits, num_threads) < largest_block:
-        num_threads -= 1
-    buffer_nbytes = _buffer_nbytes(demands, limits, num_threads)
+    num_allowed = limits.num_threads
+    while num_allowed > 1 and _buffer_nbytes(kinds, limits, num_allowed) < largest_block:
+        num_allowed -= 1
+    num_threads = min(num_allowed, len(shards))
+    buffer_nbytes = _buffer_nbytes(kinds, limits, num_threads)
     tasks = tuple(
         _make_task(shard, file, demands, buffer_nbytes, limits.transfer, seed)
         for shard, file in zip(shards, shard_names(len(shards)), strict=True)
     )
-    return tasks, num_threads
+    return tasks, num_threads, num_allowed
 
 
 def split_shards(merges: Sequence[TensorMerge], shard_nbytes: int) -> Iterator[tuple[TensorMerge, ...]]:
@@ -129,9 +131,9 @@ def _identity(file: StoredFile) -> str:
     return file.etag if scheme_of(file.url) in _UNIQUE_ETAGS else f"{file.url} {file.etag}"
 
 
-def _buffer_nbytes(demands: Mapping[str, Demand], limits: Limits, num_threads: int) -> int:
+def _buffer_nbytes(demands: Collection[Demand], limits: Limits, num_threads: int) -> int:
     """One size for all tasks, so that buffers are used again."""
-    return choose_buffer_nbytes(demands.values(), limits.allowed_mem // num_threads, limits.transfer)
+    return choose_buffer_nbytes(demands, limits.allowed_mem // num_threads, limits.transfer)
 
 
 def _make_task(

@@ -40,6 +40,7 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
             for task in plan.tasks
         ]
     lines += [f"  not in the output: {line}" for line in plan.dropped]
+    lines += [f"  advice: {line}" for line in plan.advice]
     return redact("\n".join(lines))
 
 
@@ -78,6 +79,7 @@ def plan_json(plan: MergePlan) -> str:
             "config": json.loads(plan.config_json),
             "dropped": list(plan.dropped),
             "warnings": list(plan.warnings),
+            "advice": list(plan.advice),
         },
         indent=2,
         ensure_ascii=False,

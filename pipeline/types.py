@@ -127,6 +127,8 @@ class MergePlan:
     """The YAML as given."""
     seed: int
     warnings: tuple[str, ...]
+    advice: tuple[str, ...]
+    """What would be faster on the machines at hand; nothing of it gets into the output."""
     dropped: tuple[str, ...]
     """Input tensors that are not in the output, grouped, each with the rule that says so."""
     num_threads: int

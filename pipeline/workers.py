@@ -67,17 +67,23 @@ def make_runner(
     if session is not None:
         from raymerge.cluster.ray_runner import RayRunner
 
-        # Ray knows no limit for each node but its processors.
-        num_cpus = -(-max(node.num_cpus for node in session.nodes) // num_workers)
         is_bound = not session.is_elsewhere and any(scheme_of(url) == "file" for url in urls)
         return RayRunner(
-            sum(node.num_cpus // num_cpus for node in session.nodes),
-            num_cpus=num_cpus,
+            count_slots(num_workers, session),
+            num_cpus=_count_cpus(num_workers, session),
             host=session.host if is_bound else None,  # nodes that join later have other files
             retry_on=(FetchError, OutputError),  # a machine may have no way to a store, or no credentials for it
             on_retry=on_retry,
         )
     return make_local_runner(num_workers, _choose_start_method(urls), preload=_list_modules(urls))
+
+
+def count_slots(num_workers: int, session: RaySession | None = None) -> int:
+    """Return how many tasks are in work at once on all machines; see `make_runner`."""
+    if session is None:
+        return num_workers
+    num_cpus = _count_cpus(num_workers, session)
+    return sum(node.num_cpus // num_cpus for node in session.nodes)
 
 
 def check_reach(urls: Sequence[str], session: RaySession, *, shared_filesystem: bool) -> None:
@@ -125,6 +131,11 @@ def run_shard(task: ShardTask, report: Report, *, journal: Journal, settings: St
     from raymerge.pipeline import execute
 
     return execute.run_shard(task, report, journal=journal, settings=settings)
+
+
+def _count_cpus(num_workers: int, session: RaySession) -> int:
+    """Return what a task takes up: Ray knows no limit for each node but its processors."""
+    return -(-max(node.num_cpus for node in session.nodes) // num_workers)
 
 
 def _choose_start_method(urls: Sequence[str]) -> StartMethod:

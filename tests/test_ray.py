@@ -25,7 +25,7 @@ from raymerge.cluster.runner import Report
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.types import ShardResult, ShardTask
-from raymerge.pipeline.workers import check_reach, make_runner, run_shard
+from raymerge.pipeline.workers import check_reach, count_slots, make_runner, run_shard
 from tests.checkpoints import read_files, write_config, write_family
 from tests.cluster.runner_contract import even, nothing
 from tests.commands import Cli, run_command, start_command
@@ -286,7 +286,7 @@ def test_workers_of_one_machine_are_limited(num_workers: int, num_slots: int) ->
     nodes = (Node("10.0.0.5", 8, 2**34), Node("10.0.0.6", 4, 2**34))
     runner = make_runner(num_workers, ["s3://bucket/out"], RaySession("10.0.0.4", nodes))
     assert isinstance(runner, RayRunner)
-    assert runner.num_slots == num_slots
+    assert runner.num_slots == num_slots == count_slots(num_workers, RaySession("10.0.0.4", nodes))
 
 
 def test_paths_of_this_machine_on_others(config: dict[str, Any], tmp_path: Path) -> None:

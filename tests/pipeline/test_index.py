@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +14,10 @@ import safetensors.torch
 import torch
 
 from raymerge.pipeline.errors import CheckpointError, FetchError
+from raymerge.pipeline.header import TensorEntry, read_header
 from raymerge.pipeline.index import SCHEMA, build_index, stored_tensors
 from raymerge.pipeline.sources import resolve_model, resolve_models
+from raymerge.pipeline.storage import Storage
 from raymerge.pipeline.types import ModelRef, StoredFile, StoredTensor
 
 Shards = dict[str, dict[str, torch.Tensor]]
@@ -42,6 +45,18 @@ def models(tmp_path: Path) -> list[ModelRef]:
     }
     single = {"model.safetensors": {"ü": torch.ones(2, dtype=torch.float16)}}
     return [write_model(tmp_path / "sharded", sharded), write_model(tmp_path / "single", single)]
+
+
+def test_many_answers_are_waited_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(16, timeout=20)
+
+    def meet(storage: Storage, file: StoredFile) -> tuple[TensorEntry, ...]:
+        together.wait()
+        return read_header(storage, file)
+
+    monkeypatch.setattr("raymerge.pipeline.index.read_header", meet)
+    shards = {f"model-{k:05d}-of-00016.safetensors": {f"w{k}": torch.zeros(1)} for k in range(1, 17)}
+    assert build_index(resolve_models([write_model(tmp_path / "a", shards)])).num_rows == 16
 
 
 def test_rows(models: list[ModelRef]) -> None:

@@ -120,6 +120,21 @@ def test_what_is_left_out_is_printed(tmp_path: Path) -> None:
     assert json.loads(plan_json(the_plan))["dropped"] == list(the_plan.dropped)
 
 
+def test_advice_is_printed_and_decides_nothing(tmp_path: Path) -> None:
+    model = write_sparse(tmp_path / "a", {f"layers.{k}.weight": (10_000, 5_000) for k in range(60)}, {})
+    config = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+    one, many = (plan(config, shard_size="2GB", threads=threads, memory="8GiB") for threads in (1, 8))
+    assert one.advice == ()
+    (line,) = [line for line in format_plan(many).splitlines() if line.startswith("  advice: ")]
+    assert line.endswith(
+        "8 workers would be idle 63% of the time with 3 shards; --shard-size 200MB would take 60% less time"
+    )
+    assert json.loads(plan_json(many))["advice"] == list(many.advice)
+    assert (one.fingerprint, one.warnings) == (many.fingerprint, many.warnings)
+    assert plan(config, shard_size="200MB", threads=8, memory="8GiB").advice == ()
+    assert plan(config, shard_size="2GB", threads=8, memory="30MiB").advice == (), "the memory allows no more workers"
+
+
 @pytest.mark.parametrize("name", load_ops())
 def test_a_method_for_people_says_all_that_it_takes(name: str) -> None:
     op = load_ops()[name]

@@ -41,7 +41,7 @@ def merges(draw: st.DrawFn) -> TensorMerge:
 
 
 def make_task(*merges: TensorMerge, mem: int = 2**30) -> ShardTask:
-    tasks, _ = make_tasks(merges, 0, Limits(mem, 1, 2**60))
+    tasks, *_ = make_tasks(merges, 0, Limits(mem, 1, 2**60))
     return tasks[0]
 
 
