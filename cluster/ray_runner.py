@@ -13,6 +13,8 @@ from uuid import uuid4
 
 import ray
 from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
     LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
@@ -57,6 +59,8 @@ _LOST: Mapping[type[RayError], str] = {
     NodeDiedError: "its node died",
     LocalRayletDiedError: "its node died",
     WorkerCrashedError: "its worker died",
+    ActorDiedError: "its worker died",
+    ActorUnavailableError: "its worker could not be reached",
     OwnerDiedError: "its worker died",
     ObjectLostError: "its answer was lost with a node",
     TaskCancelledError: "its task was cancelled",
@@ -101,6 +105,7 @@ class RayRunner(Runner):
             raise ValueError(f"{num_slots} slots are given, at least 1 is needed")
         self.num_slots = num_slots
         self._num_cpus = num_cpus
+        self._num_gpus = 0.0
         self._on_retry = on_retry
         self._task = ray.remote(
             num_cpus=num_cpus,
@@ -108,7 +113,7 @@ class RayRunner(Runner):
             scheduling_strategy="SPREAD",
             num_returns="streaming",
             resources={f"node:{host}": 0.001} if host else {},
-        )(_serve)
+        )(serve)
 
     def run(
         self,
@@ -135,14 +140,14 @@ class RayRunner(Runner):
             while running or waiting:
                 while waiting and len(running) < self.num_slots:
                     attempt = waiting.popleft()
-                    stream = self._task.options(memory=attempt.mem_nbytes).remote(work, items[attempt.item], stop_key)
-                    running[stream] = attempt
+                    running[self._start(work, items[attempt.item], stop_key, attempt.mem_nbytes)] = attempt
                 for stream in self._wait(running):
                     attempt = running[stream]
                     try:
                         message = _receive(stream)
                     except tuple(_LOST) as lost:
                         del running[stream]
+                        self._release(stream, is_needed=False)
                         on_progress(Progress(-attempt.told.read_nbytes, -attempt.told.written_nbytes))
                         if error is None:
                             waiting.appendleft(self._again(attempt, lost))
@@ -152,6 +157,7 @@ class RayRunner(Runner):
                         on_progress(message)
                         continue
                     del running[stream]
+                    self._release(stream, is_needed=bool(waiting))
                     if isinstance(message, Done):
                         yield message.result
                     elif error is None:
@@ -159,25 +165,50 @@ class RayRunner(Runner):
                         error = message.error
                         _stop(stop_key)
         except BaseException as broken:  # raised again: whatever broke the run off, its items end
-            _end(running, stop_key)
+            _stop(stop_key)
+            self._end(running)
             if isinstance(broken, RayError):
                 raise TaskFailedError(_explain(broken)) from broken
             raise
         if error is not None:
             raise error
 
+    def _start(self, work: Work[Any, Any], item: object, stop_key: bytes, mem_nbytes: int) -> Any:
+        """Have an item run with so much memory; return the stream of what it tells."""
+        return self._task.options(memory=mem_nbytes).remote(work, item, stop_key)
+
+    def _release(self, stream: Any, *, is_needed: bool) -> None:
+        """Take note that an item has ended, and whether its worker is needed for another."""
+
+    def _kill(self, stream: Any) -> None:
+        """End an item and its worker at once."""
+        with suppress(RayError):
+            ray.cancel(stream, force=True)
+
+    def _end(self, running: Mapping[Any, _Attempt]) -> None:
+        """Wait for what has been stopped, and kill workers that do not end it themselves after a while."""
+        left = [stream.completed() for stream in running]
+        if left:
+            _, left = ray.wait(left, num_returns=len(left), timeout=_PATIENCE_SECONDS)
+        for stream in running if left else ():
+            self._kill(stream)
+
     def _check(self, mem_nbytes: int) -> None:
         """Refuse what would wait for ever."""
         largest = self._find_largest(list_nodes())
         if mem_nbytes > largest:
             raise ResourceError(
-                f"a shard needs {mem_nbytes:,} bytes of memory, and no node of the cluster has more than {largest:,} to"
-                " offer; allow less with --memory, make shards smaller with --shard-size, or add a larger node"
+                f"a shard needs {mem_nbytes:,} bytes of memory, and no node of the cluster"
+                f"{' with a GPU' if self._num_gpus else ''} has more than {largest:,} to offer; allow less with"
+                " --memory, make shards smaller with --shard-size, or add a larger node"
             )
 
     def _find_largest(self, nodes: Sequence[Node]) -> int:
         """Return the most memory that one item can have, in bytes."""
-        return max((node.mem_nbytes for node in nodes if node.num_cpus >= self._num_cpus), default=0)
+        return max((node.mem_nbytes for node in nodes if self._is_fit(node)), default=0)
+
+    def _is_fit(self, node: Node) -> bool:
+        return node.num_cpus >= self._num_cpus and node.num_gpus >= self._num_gpus
 
     def _wait(self, running: Mapping[Any, _Attempt]) -> list[Any]:
         """Return the streams that have something to say, at least one.
@@ -224,7 +255,7 @@ def _receive(stream: Any) -> Progress | Done | Failed:
     return message
 
 
-def _serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Progress | Done | Failed]:
+def serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Progress | Done | Failed]:
     """Run one item in a worker: its progress now and then, and at the end what came of it.
 
     The driver says under a key that the run has stopped, and every worker looks there. An interrupt from Ray may get
@@ -283,17 +314,6 @@ def _add(one: Progress, other: Progress) -> Progress:
 def _stop(stop_key: bytes) -> None:
     """Have items end at their next report, and those that have not begun return at once."""
     _internal_kv_put(stop_key, b"", namespace=_NAMESPACE)
-
-
-def _end(running: Mapping[Any, _Attempt], stop_key: bytes) -> None:
-    """End what is in work, and have workers killed that do not end it themselves after a while."""
-    _stop(stop_key)
-    left = [stream.completed() for stream in running]
-    if left:
-        _, left = ray.wait(left, num_returns=len(left), timeout=_PATIENCE_SECONDS)
-    for stream in running if left else ():
-        with suppress(RayError):
-            ray.cancel(stream, force=True)
 
 
 def _explain(error: RayError) -> str:

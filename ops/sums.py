@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 _NUM_HALVES, _NUM_ROWS = 2, 16
-"""A block is folded to a 32nd of its length: its rows are added up one after the other in each half, then the halves."""
+"""A block is folded to a 32nd of its length: the rows of each half are added up one by one, then the halves."""
 _NUM_COLUMNS = 64
 """Rows have a multiple of this: torch adds up what is left of a row, on a processor with short vectors or long ones, in
 another order. What is left of a block is added up in float64."""

@@ -55,6 +55,9 @@ def _merge_options(command: _F) -> _F:
     """Add the options that plan and merge share."""
     for option in (
         _storage_option,
+        click.option(
+            "--gpu-memory", metavar="SIZE", help="Merge on GPUs, with so much memory of each. [default: on the CPU]"
+        ),
         click.option("--strict", is_flag=True, help="Make doubtful settings errors instead of warnings."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For random methods."),
         click.option(
@@ -93,6 +96,7 @@ def plan(
     threads: int | None,
     shard_size: str | None,
     seed: int,
+    gpu_memory: str | None,
     strict: bool,
     storage: Literal["auto", "fsspec"],
     as_json: bool,
@@ -104,7 +108,14 @@ def plan(
     from raymerge.pipeline.plan_report import plan_json, save_table
 
     result = driver.plan(
-        config, memory=memory, threads=threads, shard_size=shard_size, seed=seed, strict=strict, storage=storage
+        config,
+        memory=memory,
+        threads=threads,
+        shard_size=shard_size,
+        seed=seed,
+        gpu_memory=gpu_memory,
+        strict=strict,
+        storage=storage,
     )
     if save is not None:
         save_table(result, save)
@@ -143,6 +154,7 @@ def merge(
     threads: int | None,
     shard_size: str | None,
     seed: int,
+    gpu_memory: str | None,
     strict: bool,
     storage: Literal["auto", "fsspec"],
     private: bool,
@@ -166,6 +178,7 @@ def merge(
             threads=threads,
             shard_size=shard_size,
             seed=seed,
+            gpu_memory=gpu_memory,
             strict=strict,
             storage=storage,
             out=out,
@@ -185,6 +198,7 @@ def merge(
             threads=threads,
             shard_size=shard_size,
             seed=seed,
+            gpu_memory=gpu_memory,
             strict=strict,
             storage=storage,
             private=private,

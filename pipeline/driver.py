@@ -16,6 +16,7 @@ from raymerge.cluster.runner import Progress, Resources
 from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.config import MergeConfig, load_config
 from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.gpus import list_gpus, require_gpus
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.memory import Transfer
 from raymerge.pipeline.model_config import dump_config
@@ -42,7 +43,7 @@ from raymerge.pipeline.storage import (
     storage_settings,
 )
 from raymerge.pipeline.stores.retry import FAULTS
-from raymerge.pipeline.types import InputModel, MergePlan, MergeReport, ShardResult, ShardTask
+from raymerge.pipeline.types import Gpus, InputModel, MergePlan, MergeReport, ShardResult, ShardTask
 from raymerge.pipeline.workers import CLUSTER_VARIABLES, check_reach, make_runner, prepare_workers, run_shard
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def plan(
     threads: int | None = None,
     shard_size: str | int | None = None,
     seed: int = 0,
+    gpu_memory: str | int | None = None,
     strict: bool = False,
     storage: Library = "auto",
     out: str | Path | None = None,
@@ -90,6 +92,7 @@ def plan(
         threads: shards in work at once; by default one for each core.
         shard_size: largest output file: bytes, or text such as `5GB`; by default it follows from the output's size.
         seed: for methods that draw random numbers.
+        gpu_memory: of each GPU, to merge on GPUs: bytes, or text such as `16GiB`; by default the CPU merges.
         strict: whether doubtful settings are errors instead of warnings.
         storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
         out: where the output will go, as a path or URL; it decides how much memory writing takes. A local directory by
@@ -100,6 +103,8 @@ def plan(
     """
     _configure(storage, private=storage_settings().private)
     limits = _make_limits(memory, threads, shard_size, seed)
+    if gpu_memory is not None:  # on a machine without GPUs: a plan for one with one
+        limits = replace(limits, gpus=Gpus(len(list_gpus()) or 1, _nbytes("gpu_memory", gpu_memory)))
     with open_storages():
         return _plan(load_config(config, strict=strict), limits, seed, "." if out is None else str(out))
 
@@ -112,6 +117,7 @@ def merge(
     threads: int | None = None,
     shard_size: str | int | None = None,
     seed: int = 0,
+    gpu_memory: str | int | None = None,
     strict: bool = False,
     storage: Library = "auto",
     private: bool = True,
@@ -130,6 +136,7 @@ def merge(
         threads: shards in work at once; by default one for each core.
         shard_size: largest output file: bytes, or text such as `5GB`; by default it follows from the output's size.
         seed: for methods that draw random numbers.
+        gpu_memory: of each GPU, to merge on GPUs: bytes, or text such as `16GiB`; by default the CPU merges.
         strict: whether doubtful settings, and NaN or infinity in the output, are errors instead of warnings.
         storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
         private: whether a repository that is made on the Hub is private.
@@ -163,13 +170,19 @@ def merge(
             session = stack.enter_context(connect_ray(address, CLUSTER_VARIABLES))
             limits = replace(limits, num_threads=threads or max(node.num_cpus for node in session.nodes))
         elif limits.num_threads > 1 and not ray:
-            prepare_workers([model.path for model in merge_config.referenced_models], str(out))
+            models = [model.path for model in merge_config.referenced_models]
+            prepare_workers(models, str(out), on_gpus=gpu_memory is not None)
+        if gpu_memory is not None:
+            num_gpus = len(require_gpus()) if session is None else session.require_gpus()
+            limits = replace(limits, gpus=Gpus(num_gpus, _nbytes("gpu_memory", gpu_memory)))
         the_plan = _plan(merge_config, limits, seed, str(out))
         target = check_output(the_plan, out, overwrite=overwrite)
         if ray:
             from raymerge.cluster.ray_session import start_ray
 
             session = stack.enter_context(start_ray(the_plan.num_threads))
+            if the_plan.gpus is not None:
+                session.require_gpus()
         if session is not None:
             urls = [target, *(item.url for item in the_plan.inputs)]
             check_reach(urls, session, shared_filesystem=shared_filesystem)
@@ -219,6 +232,7 @@ def _plan(config: MergeConfig, limits: Limits, seed: int, out: str) -> MergePlan
         dropped=(*recipe.dropped, *_other_weights(checkpoints)),
         num_threads=num_threads,
         allowed_mem=limits.allowed_mem,
+        gpus=limits.gpus,
         total_nbytes=sum(merge.nbytes for merge in recipe.merges),
         fingerprint=make_fingerprint(tasks, side_files, config_json),
     )
@@ -243,7 +257,7 @@ def _carry_out(
         lock.check()
         listener.progressed(progress)
 
-    runner = make_runner(plan.num_threads, [out, *(item.url for item in plan.inputs)], session)
+    runner = make_runner(plan.num_threads, [out, *(item.url for item in plan.inputs)], session, plan.gpus)
     settings = storage_settings()
     recorded = journal.read_records(plan.tasks)
     resumed = [

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raymerge import __version__
 from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.header import make_header
-from raymerge.pipeline.memory import Demand, Transfer, check_fits, choose_buffer_nbytes, measure_demand, project_mem
-from raymerge.pipeline.types import ShardTask, StoredFile, TensorMerge
+from raymerge.pipeline.memory import (
+    Demand,
+    Transfer,
+    check_fits,
+    choose_buffer_nbytes,
+    measure_demand,
+    project_gpu_mem,
+    project_mem,
+)
+from raymerge.pipeline.types import Gpus, ShardTask, StoredFile, TensorMerge
 from raymerge.pipeline.urls import scheme_of
 from raymerge.pipeline.windows import is_resident
 
@@ -28,6 +36,8 @@ class Limits:
     num_threads: int
     shard_nbytes: int | None
     """Largest output file, unless one tensor is larger; None for the default."""
+    gpus: Gpus | None = None
+    """What merges; None to merge on the CPU."""
     transfer: Transfer = field(default=Transfer())
     """What reading and writing take."""
 
@@ -59,16 +69,17 @@ def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tupl
         MemoryLimitError: a tensor does not fit even for one worker.
     """
     demands = {merge.name: measure_demand(merge) for merge in merges}
-    check_fits(demands, limits.allowed_mem, limits.transfer)
-    largest_block = max(demand.block_nbytes for demand in demands.values())
+    check_fits(demands, limits.allowed_mem, limits.transfer, limits.gpus.allowed_mem if limits.gpus else None)
+    distinct = set(demands.values())
+    largest_block = max(demand.block_nbytes for demand in distinct)
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
     shards = list(split_shards(merges, shard_nbytes))
     num_threads = min(limits.num_threads, len(shards))
-    while num_threads > 1 and _buffer_nbytes(demands, limits, num_threads) < largest_block:
+    while num_threads > 1 and _buffer_nbytes(distinct, limits, num_threads) < largest_block:
         num_threads -= 1
-    buffer_nbytes = _buffer_nbytes(demands, limits, num_threads)
+    buffer_nbytes = _buffer_nbytes(distinct, limits, num_threads)
     tasks = tuple(
-        _make_task(shard, file, demands, buffer_nbytes, limits.transfer, seed)
+        _make_task(shard, file, demands, buffer_nbytes, limits, seed)
         for shard, file in zip(shards, shard_names(len(shards)), strict=True)
     )
     return tasks, num_threads
@@ -129,9 +140,11 @@ def _identity(file: StoredFile) -> str:
     return file.etag if scheme_of(file.url) in _UNIQUE_ETAGS else f"{file.url} {file.etag}"
 
 
-def _buffer_nbytes(demands: Mapping[str, Demand], limits: Limits, num_threads: int) -> int:
+def _buffer_nbytes(demands: Collection[Demand], limits: Limits, num_threads: int) -> int:
     """One size for all tasks, so that buffers are used again."""
-    return choose_buffer_nbytes(demands.values(), limits.allowed_mem // num_threads, limits.transfer)
+    gpus = limits.gpus
+    gpu_mem = gpus.allowed_mem // gpus.num_sharing(num_threads) if gpus else None
+    return choose_buffer_nbytes(demands, limits.allowed_mem // num_threads, limits.transfer, gpu_mem)
 
 
 def _make_task(
@@ -139,7 +152,7 @@ def _make_task(
     file: str,
     demands: Mapping[str, Demand],
     buffer_nbytes: int,
-    transfer: Transfer,
+    limits: Limits,
     seed: int,
 ) -> ShardTask:
     own = [demands[merge.name] for merge in merges]
@@ -159,7 +172,8 @@ def _make_task(
             if not is_resident(merge, buffer_nbytes)
         ),
         buffer_nbytes=buffer_nbytes,
-        num_buffers=transfer.num_buffers,
-        projected_mem=project_mem(own, buffer_nbytes, transfer),
+        num_buffers=limits.transfer.num_buffers,
+        projected_mem=project_mem(own, buffer_nbytes, limits.transfer, on_gpu=limits.gpus is not None),
+        projected_gpu_mem=project_gpu_mem(own, buffer_nbytes) if limits.gpus else 0,
         seed=seed,
     )

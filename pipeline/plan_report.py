@@ -33,6 +33,12 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
         f"  memory   {format_memory(projected)} for each of {plan.num_threads} threads, at most; "
         f"{format_memory(plan.allowed_mem)} are allowed in all",
     ]
+    if plan.gpus is not None:
+        on_gpu = max(task.projected_gpu_mem for task in plan.tasks)
+        lines.append(
+            f"  gpu      {format_memory(on_gpu)} for each of {plan.gpus.num_sharing(plan.num_threads)} threads at most; "
+            f"{format_memory(plan.gpus.allowed_mem)} of each of {plan.gpus.num_gpus} GPUs are allowed"
+        )
     if verbose:
         lines += [
             f"  {task.file}: {len(task.merges)} tensors, {format_nbytes(task.nbytes)}, reads "
@@ -63,6 +69,8 @@ def plan_json(plan: MergePlan) -> str:
             "num_passes": _num_passes(plan),
             "num_threads": plan.num_threads,
             "allowed_mem": plan.allowed_mem,
+            "num_gpus": plan.gpus.num_gpus if plan.gpus else 0,
+            "allowed_gpu_mem": plan.gpus.allowed_mem if plan.gpus else 0,
             "shards": [
                 {
                     "file": task.file,
@@ -71,6 +79,7 @@ def plan_json(plan: MergePlan) -> str:
                     "read_nbytes": task.read_nbytes,
                     "reread_nbytes": task.reread_nbytes,
                     "projected_mem": task.projected_mem,
+                    "projected_gpu_mem": task.projected_gpu_mem,
                 }
                 for task in plan.tasks
             ],

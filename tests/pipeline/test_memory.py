@@ -31,10 +31,12 @@ DEMANDS = st.lists(
     st.builds(
         Demand,
         block_elements=st.just(2**16),
+        num_blocks=st.integers(1, 100),
         num_passes=st.integers(0, 3),
         block_nbytes=st.integers(0, 2**26),
         scratch_nbytes=st.integers(0, 2**25),
         state_nbytes=st.integers(0, 2**22),
+        out_nbytes=st.integers(0, 2**19),
     ),
     min_size=1,
     max_size=5,
@@ -139,7 +141,7 @@ def test_the_stated_limit_works_and_one_mebibyte_less_does_not(
 
 
 def test_the_message_names_the_tensor_and_both_figures() -> None:
-    small, large = Demand(2**16, 0, 2**20, 2**20, 0), Demand(2**16, 1, 2**24, 2**23, 2**21)
+    small, large = Demand(2**16, 9, 0, 2**20, 2**20, 0, 2**17), Demand(2**16, 9, 1, 2**24, 2**23, 2**21, 2**17)
     needed = (2**24 + 2**23 + 2**21 + 2 * OUTPUT_BUFFER_NBYTES) // 2**20
     with pytest.raises(MemoryLimitError) as caught:
         check_fits({"one": small, "two": large, "three": small}, 20 * 2**20, Transfer())
