@@ -116,4 +116,4 @@ class _Server:
 
     def serve(self, work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Progress | Done | Failed]:
         """Run one item; see `ray_runner.serve`."""
-        return serve(work, item, stop_key)
+        yield from serve(work, item, stop_key)

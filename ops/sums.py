@@ -33,7 +33,7 @@ def add_blocks(total: float, x: torch.Tensor) -> float:
     cut = x.numel() - x.numel() % BLOCK_ELEMENTS
     for blocks in (x[:cut].view(-1, BLOCK_ELEMENTS), x[cut:].view(1, -1)):
         if blocks.numel():
-            for value in _sum_together(blocks).tolist():  # not sum(): some Pythons compensate in it
+            for value in _sum_together(blocks).cpu().tolist():  # not sum(): some Pythons compensate in it
                 total += value
     return total
 

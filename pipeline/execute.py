@@ -5,8 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -101,8 +101,9 @@ def _make_shard(
         shard.append_bytes(task.header)
         with ExitStack() as stack:
             buffers = stack.enter_context(POOL.lend(task.buffer_nbytes, task.num_buffers))
-            stage = _open_stage(task, shard, buffers, device, stack)
-            merger = _ShardMerger(task, shard, stage)
+            with _explain_full_gpu(task.file, task):
+                stage = _open_stage(task, shard, buffers, device, stack)
+                merger = _ShardMerger(task, shard, stage)
             for filled in stack.enter_context(closing(fetch_windows(make_fetches(task), buffers))):
                 before = shard.nbytes
                 merger.add(filled)
@@ -168,14 +169,9 @@ class _ShardMerger:
             return
         if merge is not self._merge:
             self._begin(merge)
-        try:
-            with self.stage.bring(filled.views, [_torch_dtype(source.dtype) for source in merge.sources]) as sources:
-                self._merge_window(merge, filled, sources)
-        except torch.OutOfMemoryError as error:
-            raise MemoryLimitError(
-                f"{merge.name}: its GPU has less memory left than the {format_memory(self.task.projected_gpu_mem)} that"
-                f" the plan has for each worker; allow less with --gpu-memory, or end what else runs there"
-            ) from error
+        dtypes = [_torch_dtype(source.dtype) for source in merge.sources]
+        with _explain_full_gpu(merge.name, self.task), self.stage.bring(filled.views, dtypes) as sources:
+            self._merge_window(merge, filled, sources)
 
     def _merge_window(self, merge: TensorMerge, filled: Filled, sources: Sequence[torch.Tensor]) -> None:
         for index in filled.window.passes:
@@ -212,6 +208,17 @@ class _ShardMerger:
                 )
         self.stage.flush()
         self.shard.append_bytes(views[0])
+
+
+@contextmanager
+def _explain_full_gpu(name: str, task: ShardTask) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(
+            f"{name}: its GPU has less memory left than the {format_memory(task.projected_gpu_mem)} that the plan has"
+            " for each worker; allow less with --gpu-memory, or end what else runs there"
+        ) from error
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -36,8 +36,9 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
     if plan.gpus is not None:
         on_gpu = max(task.projected_gpu_mem for task in plan.tasks)
         lines.append(
-            f"  gpu      {format_memory(on_gpu)} for each of {plan.gpus.num_sharing(plan.num_threads)} threads at most; "
-            f"{format_memory(plan.gpus.allowed_mem)} of each of {plan.gpus.num_gpus} GPUs are allowed"
+            f"  gpus     {plan.gpus.num_gpus}, {format_memory(on_gpu)} for each of "
+            f"{plan.gpus.num_sharing(plan.num_threads)} threads on one, at most; "
+            f"{format_memory(plan.gpus.allowed_mem)} of each are allowed"
         )
     if verbose:
         lines += [

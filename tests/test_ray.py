@@ -19,12 +19,13 @@ import torch
 from ray.cluster_utils import Cluster
 
 from raymerge.cluster.errors import ClusterConnectError, ResourceError, TaskFailedError, WorkerLostError
+from raymerge.cluster.ray_actors import ActorRunner
 from raymerge.cluster.ray_runner import NUM_ATTEMPTS, RayRunner
 from raymerge.cluster.ray_session import Node, RaySession, start_ray
 from raymerge.cluster.runner import Progress, Report, Resources
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.types import ShardResult
+from raymerge.pipeline.types import Gpus, ShardResult
 from raymerge.pipeline.workers import check_reach, make_runner
 from tests.checkpoints import read_files, write_config, write_family
 from tests.cluster.runner_contract import even, nothing, square
@@ -244,6 +245,25 @@ def test_workers_of_one_machine_are_limited(
     runner = make_runner(num_workers, ["s3://bucket/out"], RaySession("10.0.0.4", nodes))
     assert isinstance(runner, RayRunner)
     assert runner.num_slots == num_slots
+
+
+@pytest.mark.parametrize(("num_workers", "num_slots"), [(8, 10), (4, 5), (1, 1)])
+def test_workers_of_one_gpu_are_limited(session: RaySession, num_workers: int, num_slots: int) -> None:
+    nodes = (Node("10.0.0.5", 8, 2**34, 4), Node("10.0.0.6", 4, 2**34, 1), Node("10.0.0.7", 8, 2**34))
+    cluster = RaySession("10.0.0.4", nodes)
+    assert cluster.require_gpus() == 4
+    runner = make_runner(num_workers, ["s3://bucket/out"], cluster, Gpus(4, 2**34))
+    assert isinstance(runner, ActorRunner)
+    assert runner.num_slots == num_slots
+
+
+def test_a_cluster_without_gpus_is_refused_before_anything_runs(
+    config: dict[str, Any], cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.add_node(num_cpus=1)
+    with pytest.raises(ResourceError, match="the plan needs GPUs, and no node of the cluster has one; leave --gpu-mem"):
+        merge(config, tmp_path / "out", address=cluster.address, shared_filesystem=True, gpu_memory="4GiB")
+    assert not (tmp_path / "out").exists()
 
 
 def test_paths_of_this_machine_on_others(config: dict[str, Any], tmp_path: Path) -> None:
