@@ -248,7 +248,7 @@ def test_workers_of_one_machine_are_limited(
 
 
 @pytest.mark.parametrize(("num_workers", "num_slots"), [(8, 10), (4, 5), (1, 1)])
-def test_workers_of_one_gpu_are_limited(session: RaySession, num_workers: int, num_slots: int) -> None:
+def test_workers_of_one_gpu_are_limited(num_workers: int, num_slots: int) -> None:
     nodes = (Node("10.0.0.5", 8, 2**34, 4), Node("10.0.0.6", 4, 2**34, 1), Node("10.0.0.7", 8, 2**34))
     cluster = RaySession("10.0.0.4", nodes)
     assert cluster.require_gpus() == 4
@@ -264,6 +264,13 @@ def test_a_cluster_without_gpus_is_refused_before_anything_runs(
     with pytest.raises(ResourceError, match="the plan needs GPUs, and no node of the cluster has one; leave --gpu-mem"):
         merge(config, tmp_path / "out", address=cluster.address, shared_filesystem=True, gpu_memory="4GiB")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_actors_get_shards_and_say_what_they_lack(config: dict[str, Any], cluster: Cluster, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=1, num_gpus=1)
+    with pytest.raises(ConfigError, match=r"--gpu-memory asks for a GPU on .* or leave --gpu-memory out"):
+        merge(config, tmp_path / "out", address=cluster.address, shared_filesystem=True, gpu_memory="4GiB")
 
 
 def test_paths_of_this_machine_on_others(config: dict[str, Any], tmp_path: Path) -> None:
