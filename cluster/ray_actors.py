@@ -50,6 +50,7 @@ class ActorRunner(RayRunner):
         super().__init__(num_slots, num_cpus=num_cpus, host=host, on_retry=on_retry)
         self._num_gpus = math.floor(10_000 / num_sharing) / 10_000  # Ray counts in such steps
         self._most_slots = num_slots
+        self._host = host
         self._idle: list[_Hired] = []
         self._busy: dict[Any, _Hired] = {}
         self._actor = ray.remote(
@@ -70,7 +71,8 @@ class ActorRunner(RayRunner):
         """Yield each item's result as it comes; see `RayRunner.run`."""
         mem_nbytes = max((r.mem_nbytes for r in resources), default=0)  # every actor can do every item
         # An actor that finds no room would keep its item waiting while others are idle.
-        slots = sum(self._count_slots(node, mem_nbytes + RESERVED_MEM) for node in list_nodes())
+        nodes = [node for node in list_nodes() if self._host in (None, node.host)]
+        slots = sum(self._count_slots(node, mem_nbytes + RESERVED_MEM) for node in nodes)
         self.num_slots = max(1, min(self._most_slots, slots))
         try:
             yield from super().run(work, items, [replace(r, mem_nbytes=mem_nbytes) for r in resources], on_progress)

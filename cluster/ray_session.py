@@ -9,7 +9,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -58,14 +58,14 @@ class RaySession:
         """Whether work may run on another machine than this one."""
         return any(node.host != self.host for node in self.nodes)
 
-    def require_gpus(self) -> int:
-        """Return the most GPUs that a node has, at least one.
+    def with_gpus(self) -> RaySession:
+        """Return what there is of it for work that needs GPUs.
 
         Raises:
-            ResourceError: none has any.
+            ResourceError: no node has any.
         """
-        if num_gpus := max(node.num_gpus for node in self.nodes):
-            return num_gpus
+        if nodes := tuple(node for node in self.nodes if node.num_gpus):
+            return replace(self, nodes=nodes)
         raise ResourceError(
             "the plan needs GPUs, and no node of the cluster has one; leave --gpu-memory out, or add a node with GPUs"
             " (`ray start` says how many it found)"

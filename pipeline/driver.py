@@ -168,12 +168,14 @@ def merge(
             from raymerge.cluster.ray_session import connect_ray
 
             session = stack.enter_context(connect_ray(address, CLUSTER_VARIABLES))
+            if gpu_memory is not None:
+                session = session.with_gpus()
             limits = replace(limits, num_threads=threads or max(node.num_cpus for node in session.nodes))
         elif limits.num_threads > 1 and not ray:
             models = [model.path for model in merge_config.referenced_models]
             prepare_workers(models, str(out), on_gpus=gpu_memory is not None)
         if gpu_memory is not None:
-            num_gpus = len(require_gpus()) if session is None else session.require_gpus()
+            num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
             limits = replace(limits, gpus=Gpus(num_gpus, _nbytes("gpu_memory", gpu_memory)))
         the_plan = _plan(merge_config, limits, seed, str(out))
         target = check_output(the_plan, out, overwrite=overwrite)
@@ -182,7 +184,7 @@ def merge(
 
             session = stack.enter_context(start_ray(the_plan.num_threads))
             if the_plan.gpus is not None:
-                session.require_gpus()
+                session = session.with_gpus()
         if session is not None:
             urls = [target, *(item.url for item in the_plan.inputs)]
             check_reach(urls, session, shared_filesystem=shared_filesystem)

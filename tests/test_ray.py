@@ -250,9 +250,9 @@ def test_workers_of_one_machine_are_limited(
 @pytest.mark.parametrize(("num_workers", "num_slots"), [(8, 10), (4, 5), (1, 1)])
 def test_workers_of_one_gpu_are_limited(num_workers: int, num_slots: int) -> None:
     nodes = (Node("10.0.0.5", 8, 2**34, 4), Node("10.0.0.6", 4, 2**34, 1), Node("10.0.0.7", 8, 2**34))
-    cluster = RaySession("10.0.0.4", nodes)
-    assert cluster.require_gpus() == 4
-    runner = make_runner(num_workers, ["s3://bucket/out"], cluster, Gpus(4, 2**34))
+    session = RaySession("10.0.0.4", nodes).with_gpus()
+    assert session.nodes == nodes[:2]
+    runner = make_runner(num_workers, ["s3://bucket/out"], session, Gpus(4, 2**34))
     assert isinstance(runner, ActorRunner)
     assert runner.num_slots == num_slots
 

@@ -16,7 +16,7 @@ from raymerge.cluster.ray_actors import ActorRunner
 from raymerge.cluster.ray_runner import NUM_ATTEMPTS
 from raymerge.cluster.ray_session import RaySession, start_ray
 from raymerge.cluster.runner import Progress, Report, Resources, Runner
-from tests.cluster.runner_contract import RunnerContract, even, nothing, square
+from tests.cluster.runner_contract import RunnerContract, even, nothing, sleep_a_little, square
 
 pytestmark = pytest.mark.slow  # a process for each actor
 
@@ -35,6 +35,10 @@ def _session(session: RaySession) -> None:
 class TestActors(RunnerContract):
     def make_runner(self, num_workers: int) -> Runner:
         return ActorRunner(num_workers, num_sharing=3)
+
+    def test_results_come_as_they_are_ready(self) -> None:
+        items = [5.0, 0.0]  # a new process may take seconds to start
+        assert list(self.make_runner(2).run(sleep_a_little, items, even(items), nothing)) == [0.0, 5.0]
 
 
 def where(item: int, report: Report) -> tuple[str, int]:
