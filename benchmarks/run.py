@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from accuracy import measure_accuracy
+from gpu import measure_gpu
 from memory import measure_big_tensor, measure_many_models
 from merges import DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Bench
 from planning import measure_large_plans
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "dare_ties": partial(measure_speed, merge=DARE_TIES, at_least=6, floor_at_most=None),
     "many-models": measure_many_models,
     "big-tensor": measure_big_tensor,
+    "gpu": measure_gpu,
     "accuracy": measure_accuracy,
     "sameness": measure_sameness,
     "help": measure_help,

@@ -61,11 +61,17 @@ class ProcessRunner(Runner):
     """
 
     def __init__(
-        self, num_processes: int, start_method: StartMethod = StartMethod.FORK, *, preload: Sequence[str] = ()
+        self,
+        num_processes: int,
+        start_method: StartMethod = StartMethod.FORK,
+        *,
+        preload: Sequence[str] = (),
+        environments: Sequence[Mapping[str, str]] = (),
     ) -> None:
         if num_processes < 1:
             raise ValueError(f"{num_processes} processes are given, at least 1 is needed")
         self.num_processes = num_processes
+        self._environments = environments or ({},)
         self._context: Any = multiprocessing.get_context(start_method.value)
         if start_method is StartMethod.FRESH:
             self._context.set_forkserver_preload(list(preload))
@@ -122,7 +128,8 @@ class ProcessRunner(Runner):
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
         else:
-            environment = dict(os.environ)  # the fork server may be older than what is in it now
+            own = self._environments[len(others) % len(self._environments)]
+            environment = os.environ | own  # the fork server may be older than what is in it now
             process = self._context.Process(target=_serve_fresh, args=(theirs, life, environment, work), daemon=True)
             with _without_main():
                 process.start()
@@ -141,18 +148,25 @@ def start_fork_server(preload: Sequence[str]) -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def make_local_runner(num_workers: int, start_method: StartMethod, *, preload: Sequence[str] = ()) -> Runner:
+def make_local_runner(
+    num_workers: int,
+    start_method: StartMethod,
+    *,
+    preload: Sequence[str] = (),
+    environments: Sequence[Mapping[str, str]] = (),
+) -> Runner:
     """Return what runs work on this machine: processes where they can be had and are of use, else threads.
 
     Args:
         num_workers: items in work at once.
         start_method: how workers may come into being.
         preload: modules that workers need; imported once for all of them where they are started fresh.
+        environments: variables that fresh workers have besides, the first worker the first of these and so on, in turn.
     """
     is_fork = start_method is StartMethod.FORK
     if num_workers == 1 or start_method is StartMethod.THREAD or (is_fork and sys.platform != "linux"):
         return LocalRunner(num_workers)
-    return ProcessRunner(num_workers, start_method, preload=preload)
+    return ProcessRunner(num_workers, start_method, preload=preload, environments=environments)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from uuid import uuid4
 
 import ray
 from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
     LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
@@ -52,6 +54,8 @@ _LOST: Mapping[type[RayError], str] = {
     NodeDiedError: "its node died",
     LocalRayletDiedError: "its node died",
     WorkerCrashedError: "its worker died",
+    ActorDiedError: "its worker died",
+    ActorUnavailableError: "its worker could not be reached",
     OwnerDiedError: "its worker died",
     ObjectLostError: "its answer was lost with a node",
     TaskCancelledError: "its task was cancelled",
@@ -60,8 +64,8 @@ _LOST: Mapping[type[RayError], str] = {
 
 
 @dataclass(slots=True)
-class _Attempt:
-    """An item in work, or to be."""
+class Attempt:
+    """An item in work, or to be; how `RayRunner` keeps its books."""
 
     item: int
     """Its position."""
@@ -103,6 +107,7 @@ class RayRunner(Runner):
             raise ValueError(f"{num_slots} slots are given, at least 1 is needed")
         self.num_slots = num_slots
         self._num_cpus = num_cpus
+        self._num_gpus = 0.0
         self._retry_on = retry_on
         self._on_retry = on_retry
         self._task = ray.remote(
@@ -128,8 +133,8 @@ class RayRunner(Runner):
             HeadLostError: the cluster's head does not answer any more.
         """
         order = sorted(range(len(items)), key=lambda i: (-resources[i].cost, i))
-        waiting = deque(_Attempt(i, resources[i].mem_nbytes + RESERVED_MEM) for i in order)
-        running: dict[Any, _Attempt] = {}
+        waiting = deque(Attempt(i, resources[i].mem_nbytes + RESERVED_MEM) for i in order)
+        running: dict[Any, Attempt] = {}
         error: BaseException | None = None
         stop_key = f"stop-{uuid4().hex}".encode()
         if waiting:
@@ -137,6 +142,7 @@ class RayRunner(Runner):
 
         def do_again(stream: Any, reason: str, mem_nbytes: int | None = None) -> None:
             attempt = running.pop(stream)
+            self._release(stream, is_needed=False)
             on_progress(Progress(-attempt.told.read_nbytes, -attempt.told.written_nbytes))
             if error is None:
                 waiting.appendleft(self._again(attempt, reason, mem_nbytes))
@@ -164,39 +170,53 @@ class RayRunner(Runner):
                         on_progress(message)
                     elif isinstance(message, Done):
                         del running[stream]
+                        self._release(stream, is_needed=bool(waiting))
                         yield message.result
                     elif self._may_pass(message.error, attempt):
                         do_again(stream, f"{type(message.error).__name__}: {message.error}")
                     else:
                         del running[stream]
+                        self._release(stream, is_needed=False)
                         if error is None:
                             waiting.clear()
                             error = _explain_missing(message.error)
                             stop_all(stop_key)
                 for stream in _find_hung(running):
-                    with suppress(RayError):
-                        ray.cancel(stream, force=True)
+                    self._kill(stream)
                     do_again(stream, f"it had reported nothing for {HANG_SECONDS:.0f} s")
         except HeadLostError:  # nobody to tell, and the workers end without it
             raise
         except BaseException as broken:  # raised again: whatever broke the run off, its items end
-            _end(running, stop_key)
+            stop_all(stop_key)
+            self._end(running)
             if isinstance(broken, RayError):
                 raise TaskFailedError(_explain(broken)) from broken
             raise
         if error is not None:
             raise error
 
-    def _start(self, attempt: _Attempt, work: Work[Any, Any], item: object, stop_key: bytes) -> Any:
-        strategy = (
-            NodeLabelSchedulingStrategy(hard={}, soft={"ray.io/node-id": NotIn(*attempt.avoided)})
-            if attempt.avoided
-            else "SPREAD"
-        )
-        task = self._task.options(memory=attempt.mem_nbytes, scheduling_strategy=strategy)
+    def _start(self, attempt: Attempt, work: Work[Any, Any], item: object, stop_key: bytes) -> Any:
+        """Have an item run; return the stream of what it tells."""
+        task = self._task.options(memory=attempt.mem_nbytes, scheduling_strategy=choose_node(attempt))
         return task.remote(work, item, stop_key)
 
-    def _may_pass(self, error: BaseException, attempt: _Attempt) -> bool:
+    def _release(self, stream: Any, *, is_needed: bool) -> None:
+        """Take note that an item has ended, and whether its worker is needed for another."""
+
+    def _kill(self, stream: Any) -> None:
+        """End an item and its worker at once."""
+        with suppress(RayError):
+            ray.cancel(stream, force=True)
+
+    def _end(self, running: Mapping[Any, Attempt]) -> None:
+        """Wait for what has been stopped, and kill workers that do not end it themselves after a while."""
+        left = [stream.completed() for stream in running]
+        if left:
+            _, left = ray.wait(left, num_returns=len(left), timeout=_PATIENCE_SECONDS)
+        for stream in running if left else ():
+            self._kill(stream)
+
+    def _may_pass(self, error: BaseException, attempt: Attempt) -> bool:
         """Tell whether an error may not come again on another node, and there is one."""
         return isinstance(error, self._retry_on) and attempt.number < NUM_ATTEMPTS and len(list_nodes()) > 1
 
@@ -205,15 +225,19 @@ class RayRunner(Runner):
         largest = self._find_largest(list_nodes())
         if mem_nbytes > largest:
             raise ResourceError(
-                f"a shard needs {mem_nbytes:,} bytes of memory, and no node of the cluster has more than {largest:,} to"
-                " offer; allow less with --memory, make shards smaller with --shard-size, or add a larger node"
+                f"a shard needs {mem_nbytes:,} bytes of memory, and no node of the cluster"
+                f"{' with a GPU' if self._num_gpus else ''} has more than {largest:,} to offer; allow less with"
+                " --memory, make shards smaller with --shard-size, or add a larger node"
             )
 
     def _find_largest(self, nodes: Sequence[Node]) -> int:
         """Return the most memory that one item can have, in bytes."""
-        return max((node.mem_nbytes for node in nodes if node.num_cpus >= self._num_cpus), default=0)
+        return max((node.mem_nbytes for node in nodes if self._is_fit(node)), default=0)
 
-    def _wait(self, running: Mapping[Any, _Attempt], head: HeadWatch) -> list[Any]:
+    def _is_fit(self, node: Node) -> bool:
+        return node.num_cpus >= self._num_cpus and node.num_gpus >= self._num_gpus
+
+    def _wait(self, running: Mapping[Any, Attempt], head: HeadWatch) -> list[Any]:
         """Return the streams that have something to say; none only where one may hang.
 
         Raises:
@@ -238,7 +262,7 @@ class RayRunner(Runner):
                     " when one has"
                 )
 
-    def _again(self, attempt: _Attempt, reason: str, mem_nbytes: int | None) -> _Attempt:
+    def _again(self, attempt: Attempt, reason: str, mem_nbytes: int | None) -> Attempt:
         """Return the next attempt at an item, with more memory where it is given, up to what a node has.
 
         Raises:
@@ -252,7 +276,7 @@ class RayRunner(Runner):
         self._on_retry(f"{reason} (on {attempt.begun.host})" if attempt.begun else reason)
         if mem_nbytes is not None:
             mem_nbytes = max(attempt.mem_nbytes, min(mem_nbytes, self._find_largest(list_nodes())))
-        return _Attempt(
+        return Attempt(
             attempt.item,
             mem_nbytes or attempt.mem_nbytes,
             attempt.number + 1,
@@ -260,26 +284,22 @@ class RayRunner(Runner):
         )
 
 
+def choose_node(attempt: Attempt) -> Any:
+    """Return Ray's strategy: another node than before if there is room on one, else all nodes in turn."""
+    if not attempt.avoided:
+        return "SPREAD"
+    return NodeLabelSchedulingStrategy(hard={}, soft={"ray.io/node-id": NotIn(*attempt.avoided)})
+
+
 def _receive(stream: Any) -> Message:
     message: Message = ray.get(next(stream))
     return message
 
 
-def _find_hung(running: Mapping[Any, _Attempt]) -> list[Any]:
+def _find_hung(running: Mapping[Any, Attempt]) -> list[Any]:
     """Return the streams of items that have begun, and have been silent for too long."""
     since = time.monotonic() - HANG_SECONDS
     return [stream for stream, attempt in running.items() if attempt.begun and attempt.heard_at < since]
-
-
-def _end(running: Mapping[Any, _Attempt], stop_key: bytes) -> None:
-    """End what is in work, and have workers killed that do not end it themselves after a while."""
-    stop_all(stop_key)
-    left = [stream.completed() for stream in running]
-    if left:
-        _, left = ray.wait(left, num_returns=len(left), timeout=_PATIENCE_SECONDS)
-    for stream in running if left else ():
-        with suppress(RayError):
-            ray.cancel(stream, force=True)
 
 
 def _explain(error: RayError) -> str:

@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import raymerge
-from raymerge.cluster.errors import ClusterConnectError, HeadLostError
+from raymerge.cluster.errors import ClusterConnectError, HeadLostError, ResourceError
 
 _SETTINGS = {
     "RAY_task_oom_retries": "0",  # we repeat an item ourselves, with more memory; Ray would do so for ever
@@ -54,6 +54,7 @@ class Node:
     num_cpus: int
     mem_nbytes: int
     """What Ray may give to work, in bytes."""
+    num_gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,27 @@ class RaySession:
         """Whether work may run on another machine than this one."""
         return any(node.host != self.host for node in self.nodes)
 
+    def with_gpus(self) -> RaySession:
+        """Return what there is of it for work that needs GPUs.
+
+        Raises:
+            ResourceError: no node has any.
+        """
+        if nodes := tuple(node for node in self.nodes if node.num_gpus):
+            return replace(self, nodes=nodes)
+        raise ResourceError(
+            "the plan needs GPUs, and no node of the cluster has one; leave --gpu-memory out, or add a node with GPUs"
+            " (`ray start` says how many it found)"
+        )
+
 
 @contextmanager
-def start_ray(num_cpus: int) -> Iterator[RaySession]:
+def start_ray(num_cpus: int, num_gpus: int | None = None) -> Iterator[RaySession]:
     """Start Ray on this machine, for so many items at once, and stop it at the end.
+
+    Args:
+        num_cpus: items at once.
+        num_gpus: to be shared by them; those that there are by default.
 
     Raises:
         ClusterConnectError: Ray is not installed, or does not start.
@@ -83,6 +101,7 @@ def start_ray(num_cpus: int) -> Iterator[RaySession]:
         with _connected(
             "local",
             num_cpus=num_cpus,
+            num_gpus=num_gpus,
             include_dashboard=False,
             object_store_memory=_STORE_NBYTES,
             _temp_dir=f"{directory}/ray",  # Ray lets everybody write there, and nobody else gets past its parent
@@ -152,7 +171,12 @@ def list_nodes() -> tuple[Node, ...]:
     import ray
 
     return tuple(
-        Node(node["NodeManagerAddress"], int(node["Resources"]["CPU"]), int(node["Resources"].get("memory", 0)))
+        Node(
+            node["NodeManagerAddress"],
+            int(node["Resources"]["CPU"]),
+            int(node["Resources"].get("memory", 0)),
+            int(node["Resources"].get("GPU", 0)),
+        )
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
     )

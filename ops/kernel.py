@@ -29,12 +29,12 @@ class Site:
 
 
 class Block(ABC):
-    """One piece of every source of a tensor, cut at the same elements."""
+    """One piece of every source of a tensor, cut at the same elements: a block of the grid, or several neighbours."""
 
     start: int
     """Index of the first element in the flattened tensor."""
     stop: int
-    """Index after the last element: the block is [start, stop)."""
+    """Index after the last element: the piece is [start, stop)."""
     scratch: Sequence[torch.Tensor]
     """`Kernel.num_scratch` flat tensors of `stop - start` elements each, in the compute dtype; overwrite freely."""
 
@@ -74,11 +74,12 @@ class Kernel(ABC):
         for block in blocks: run.combine(block, out)
 
     The grid of blocks is anchored at the tensor's first element and depends on `block_elements` alone, so that
-    the result does not depend on how much memory there is.
+    the result does not depend on how much memory there is. A GPU gets several neighbouring blocks at once, which must
+    give the same bits: whatever is added up is added up for each block of the grid (`sums.add_blocks`).
     """
 
     block_elements: int = BLOCK_ELEMENTS
-    """Elements of a block; part of the kernel's definition, for sums over blocks depend on it."""
+    """Elements of a block of the grid; part of the kernel's definition, for sums over blocks depend on it."""
 
     @property
     @abstractmethod

@@ -57,9 +57,11 @@ class _LinearRun(KernelRun):
     kernel: LinearCombination
 
     def combine(self, block: Block, out: torch.Tensor) -> None:
+        import torch
+
         combine_linearly(block, self.kernel.coefficients, out)
-        if self.kernel.divisor != 1:
-            out.div_(self.kernel.divisor)
+        if self.kernel.divisor != 1:  # as a tensor: by a number, GPUs multiply with the rounded reciprocal
+            out.div_(torch.full((), self.kernel.divisor, dtype=out.dtype, device=out.device))
 
 
 def combine_linearly(block: Block, coefficients: tuple[float, ...], out: torch.Tensor) -> None:

@@ -116,7 +116,7 @@ class MagnitudeSparsifier(Sparsifier):
         import torch
 
         is_equal = torch.eq(torch.abs(delta, out=spare), self._threshold, out=spare)
-        num_equal = int(is_equal.sum().item())
+        num_equal = int(is_equal.count_nonzero().item())
         if num_equal > self._left:
             delta[is_equal.nonzero()[self._left :, 0]] = 0
         self._left -= min(self._left, num_equal)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.linear import combine_linearly
 from raymerge.ops.registry import Base, merge_op
-from raymerge.ops.sums import sum_block
+from raymerge.ops.sums import add_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +60,9 @@ class _SlerpRun(KernelRun):
         a, b, product = block.scratch[:3]
         block.load(0, a)
         block.load(1, b)
-        self._ab += sum_block(torch.mul(a, b, out=product))
-        self._aa += sum_block(a.mul_(a))
-        self._bb += sum_block(b.mul_(b))
+        self._ab = add_blocks(self._ab, torch.mul(a, b, out=product))
+        self._aa = add_blocks(self._aa, a.mul_(a))
+        self._bb = add_blocks(self._bb, b.mul_(b))
 
     def end_pass(self, index: int) -> None:
         self._coefficients = slerp_coefficients(self._t, self._aa, self._bb, self._ab)

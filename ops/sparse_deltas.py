@@ -9,7 +9,7 @@ from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.random import RandomSparsifier
 from raymerge.ops.select import SELECTION_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
 from raymerge.ops.sparsifier import Sparsifier
-from raymerge.ops.sums import sum_block
+from raymerge.ops.sums import add_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -115,9 +115,9 @@ class _SparseDeltasRun(KernelRun):
             if index < sparsifier.num_passes:
                 sparsifier.measure(index, delta, (first, second))
             else:
-                model.full_sum += sum_block(delta.abs_())
+                model.full_sum = add_blocks(model.full_sum, delta.abs_())
                 sparsifier.trim(block.start, delta, (first, second))
-                model.kept_sum += sum_block(delta)
+                model.kept_sum = add_blocks(model.kept_sum, delta)
 
     def end_pass(self, index: int) -> None:
         for model in self._models:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class BufferPool:
@@ -34,6 +36,16 @@ class BufferPool:
         """Let go of the buffers that were given back: the next merge needs other sizes. The pool can still be used."""
         with self._lock:
             self._free.clear()
+
+    @contextmanager
+    def lend(self, nbytes: int, count: int) -> Iterator[list[memoryview]]:
+        """Have so many buffers for a while."""
+        buffers = [self.acquire(max(1, nbytes)) for _ in range(count)]
+        try:
+            yield [memoryview(buffer) for buffer in buffers]
+        finally:
+            for buffer in buffers:
+                self.release(buffer)
 
 
 POOL = BufferPool()

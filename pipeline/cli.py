@@ -28,12 +28,8 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (Exception, KeyboardInterrupt) as error:
-        from raymerge.pipeline.events import explain
-
-        failed = explain(error)
-        click.echo(failed.text, err=True)
-        sys.exit(failed.exit_code)
+    except (Exception, KeyboardInterrupt):
+        pass
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -54,6 +50,7 @@ def plan(
     threads: int | None,
     shard_size: str | None,
     seed: int,
+    gpu_memory: str | None,
     strict: bool,
     storage: Literal["auto", "fsspec"],
     as_json: bool,
@@ -65,7 +62,14 @@ def plan(
     from raymerge.pipeline.plan_report import plan_json, save_table
 
     result = driver.plan(
-        config, memory=memory, threads=threads, shard_size=shard_size, seed=seed, strict=strict, storage=storage
+        config,
+        memory=memory,
+        threads=threads,
+        shard_size=shard_size,
+        seed=seed,
+        gpu_memory=gpu_memory,
+        strict=strict,
+        storage=storage,
     )
     if save is not None:
         save_table(result, save)
@@ -103,6 +107,7 @@ def merge(
     threads: int | None,
     shard_size: str | None,
     seed: int,
+    gpu_memory: str | None,
     strict: bool,
     storage: Literal["auto", "fsspec"],
     private: bool,
@@ -132,6 +137,7 @@ def merge(
             threads=threads,
             shard_size=shard_size,
             seed=seed,
+            gpu_memory=gpu_memory,
             strict=strict,
             storage=storage,
             out=out,
@@ -151,6 +157,7 @@ def merge(
             threads=threads,
             shard_size=shard_size,
             seed=seed,
+            gpu_memory=gpu_memory,
             strict=strict,
             storage=storage,
             private=private,

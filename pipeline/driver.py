@@ -16,6 +16,7 @@ from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.collector import pause_collector
 from raymerge.pipeline.config import MergeConfig, load_config
 from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
+from raymerge.pipeline.gpus import list_gpus, require_gpus
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.memory import Transfer
 from raymerge.pipeline.merge_report import make_report
@@ -44,7 +45,7 @@ from raymerge.pipeline.storage import (
     storage_settings,
 )
 from raymerge.pipeline.stores.retry import FAULTS
-from raymerge.pipeline.types import InputModel, MergePlan, MergeReport, ShardResult, ShardTask
+from raymerge.pipeline.types import Gpus, InputModel, MergePlan, MergeReport, ShardResult, ShardTask
 from raymerge.pipeline.workers import (
     check_reach,
     count_slots,
@@ -93,6 +94,7 @@ def plan(
     threads: int | None = None,
     shard_size: str | int | None = None,
     seed: int = 0,
+    gpu_memory: str | int | None = None,
     strict: bool = False,
     storage: Library = "auto",
     out: str | Path | None = None,
@@ -105,6 +107,7 @@ def plan(
         threads: shards in work at once; by default one for each core.
         shard_size: largest output file: bytes, or text such as `5GB`; by default it follows from the output's size.
         seed: for methods that draw random numbers.
+        gpu_memory: of each GPU, to merge on GPUs: bytes, or text such as `16GiB`; by default the CPU merges.
         strict: whether doubtful settings are errors instead of warnings.
         storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
         out: where the output will go, as a path or URL; it decides how much memory writing takes. A local directory by
@@ -115,6 +118,8 @@ def plan(
     """
     _configure(storage, private=storage_settings().private)
     limits = _make_limits(memory, threads, shard_size, seed)
+    if gpu_memory is not None:  # on a machine without GPUs: a plan for one with one
+        limits = replace(limits, gpus=Gpus(len(list_gpus()) or 1, _nbytes("gpu_memory", gpu_memory)))
     with open_storages():
         return _plan(load_config(config, strict=strict), limits, seed, "." if out is None else str(out))
 
@@ -127,6 +132,7 @@ def merge(
     threads: int | None = None,
     shard_size: str | int | None = None,
     seed: int = 0,
+    gpu_memory: str | int | None = None,
     strict: bool = False,
     storage: Library = "auto",
     private: bool = True,
@@ -146,6 +152,7 @@ def merge(
         threads: shards in work at once; by default one for each core.
         shard_size: largest output file: bytes, or text such as `5GB`; by default it follows from the output's size.
         seed: for methods that draw random numbers.
+        gpu_memory: of each GPU, to merge on GPUs: bytes, or text such as `16GiB`; by default the CPU merges.
         strict: whether doubtful settings, and NaN or infinity in the output, are errors instead of warnings.
         storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
         private: whether a repository that is made on the Hub is private.
@@ -179,15 +186,23 @@ def merge(
             from raymerge.cluster.ray_session import connect_ray
 
             session = stack.enter_context(connect_ray(address, list_cluster_variables()))
+            if gpu_memory is not None:
+                session = session.with_gpus()
             limits = replace(limits, num_threads=threads or max(node.num_cpus for node in session.nodes))
         elif limits.num_threads > 1 and not ray:
-            prepare_workers([model.path for model in merge_config.referenced_models], str(out))
+            models = [model.path for model in merge_config.referenced_models]
+            prepare_workers(models, str(out), on_gpus=gpu_memory is not None)
+        if gpu_memory is not None:
+            num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
+            limits = replace(limits, gpus=Gpus(num_gpus, _nbytes("gpu_memory", gpu_memory)))
         the_plan = _plan(merge_config, limits, seed, str(out), session)
         target = check_output(the_plan, out, overwrite=overwrite)
         if ray:
             from raymerge.cluster.ray_session import start_ray
 
             session = stack.enter_context(start_ray(the_plan.num_threads))
+            if the_plan.gpus is not None:
+                session = session.with_gpus()
         if session is not None:
             urls = [target, *(item.url for item in the_plan.inputs)]
             check_reach(urls, session, shared_filesystem=shared_filesystem)
@@ -233,7 +248,7 @@ def _plan(config: MergeConfig, limits: Limits, seed: int, out: str, session: Ray
     tasks, num_threads, num_allowed = make_tasks(recipe.merges, seed, replace(limits, transfer=transfer))
     config_json = dump_config(recipe.config)
     side_files = checkpoints[0].side_files
-    advice = explain_idle(tasks, count_slots(num_allowed, session))
+    advice = explain_idle(tasks, count_slots(num_allowed, session, limits.gpus))
     return MergePlan(
         tasks=tasks,
         donor=checkpoints[0].model,
@@ -248,6 +263,7 @@ def _plan(config: MergeConfig, limits: Limits, seed: int, out: str, session: Ray
         dropped=(*recipe.dropped, *_other_weights(checkpoints)),
         num_threads=num_threads,
         allowed_mem=limits.allowed_mem,
+        gpus=limits.gpus,
         total_nbytes=sum(merge.nbytes for merge in recipe.merges),
         fingerprint=make_fingerprint(tasks, side_files, config_json),
     )
@@ -275,7 +291,8 @@ def _carry_out(
     def retried(reason: str) -> None:
         listener.retried(FAULTS.note("ray", "shard", reason), 1)
 
-    runner = make_runner(plan.num_threads, [out, *(item.url for item in plan.inputs)], session, retried)
+    urls = [out, *(item.url for item in plan.inputs)]
+    runner = make_runner(plan.num_threads, urls, session, plan.gpus, retried)
     settings = storage_settings()
     recorded = journal.read_records(plan.tasks)
     resumed = [

@@ -6,8 +6,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -17,13 +17,18 @@ from raymerge.cluster.host import find_host
 from raymerge.cluster.runner import Progress, Report
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.registry import find_op
+from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.dtypes import DTYPES
-from raymerge.pipeline.errors import CorruptedError, TensorMismatchError
+from raymerge.pipeline.errors import CorruptedError, MemoryLimitError, TensorMismatchError
 from raymerge.pipeline.fetch import Filled, fetch_windows
+from raymerge.pipeline.gpu_stage import open_gpu_stage
+from raymerge.pipeline.gpus import take_gpu
 from raymerge.pipeline.journal import Journal
-from raymerge.pipeline.memory import measure_demand
+from raymerge.pipeline.memory import measure_demand, out_slot_nbytes
 from raymerge.pipeline.shard_writer import ShardWriter
-from raymerge.pipeline.storage import StorageSettings, configure_storages, storage_for
+from raymerge.pipeline.sizes import format_memory
+from raymerge.pipeline.stage import HostStage, Stage
+from raymerge.pipeline.storage import Buffer, StorageSettings, configure_storages, storage_for
 from raymerge.pipeline.stores.retry import FAULTS, one_line
 from raymerge.pipeline.tensor_merge import COPY
 from raymerge.pipeline.types import ShardResult, ShardTask, StoredFile, TensorMerge
@@ -38,7 +43,9 @@ _MAX_ATTEMPTS = 6
 """At a shard that a store keeps corrupting."""
 
 
-def run_shard(task: ShardTask, report: Report, *, journal: Journal, settings: StorageSettings) -> ShardResult:
+def run_shard(
+    task: ShardTask, report: Report, *, journal: Journal, settings: StorageSettings, device: str = "cuda"
+) -> ShardResult:
     """Make one output file and enter it in the journal; once more where a store has something else than it was sent.
 
     Args:
@@ -46,8 +53,11 @@ def run_shard(task: ShardTask, report: Report, *, journal: Journal, settings: St
         report: called often; raises if the run is to end.
         journal: of the output.
         settings: of the storages.
+        device: where tasks that are planned for a GPU are merged: on any other one, for tests, the same way.
 
     Raises:
+        ConfigError: there is no GPU.
+        MemoryLimitError: the GPU has less memory than the plan was allowed.
         FetchError: an input could not be read, or has changed.
         OutputError: the output could not be written.
         TensorMismatchError: tensors that are not floating-point differ between the inputs.
@@ -65,7 +75,7 @@ def run_shard(task: ShardTask, report: Report, *, journal: Journal, settings: St
             report(progress)
 
         try:
-            file, sha256, nonfinite = _make_shard(task, count, journal)
+            file, sha256, nonfinite = _make_shard(task, count, journal, device)
             break
         except CorruptedError as error:
             if attempt == _MAX_ATTEMPTS:
@@ -89,19 +99,27 @@ def run_shard(task: ShardTask, report: Report, *, journal: Journal, settings: St
     return result
 
 
-def _make_shard(task: ShardTask, report: Report, journal: Journal) -> tuple[StoredFile, str, tuple[str, ...]]:
+def _make_shard(
+    task: ShardTask, report: Report, journal: Journal, device: str
+) -> tuple[StoredFile, str, tuple[str, ...]]:
     """Return the file as it is stored, its sha256, and the tensors with NaN or infinity."""
     writer = journal.open_shard(task)
     shard = ShardWriter(writer)
     try:
         shard.append_bytes(task.header)
         report(Progress(written_nbytes=len(task.header)))
-        merger = _ShardMerger(task, shard)
-        with closing(fetch_windows(make_fetches(task), task.buffer_nbytes, task.num_buffers)) as windows:
-            for filled in windows:
+        with ExitStack() as stack:
+            buffers = stack.enter_context(POOL.lend(task.buffer_nbytes, task.num_buffers))
+            with _explain_full_gpu(task.file, task):
+                stage = _open_stage(task, shard, buffers, device, stack)
+                merger = _ShardMerger(task, shard, stage)
+            for filled in stack.enter_context(closing(fetch_windows(make_fetches(task), buffers))):
                 before = shard.nbytes
                 merger.add(filled)
                 report(Progress(sum(len(view) for view in filled.views), shard.nbytes - before))
+            before = shard.nbytes
+            stage.flush()
+            report(Progress(0, shard.nbytes - before))
         sha256 = shard.finish()
         for file in dict.fromkeys(source.file for merge in task.merges for source in merge.sources):
             storage_for(file.url).check_unchanged(file)
@@ -109,7 +127,15 @@ def _make_shard(task: ShardTask, report: Report, journal: Journal) -> tuple[Stor
     except BaseException:
         shard.abort()
         raise
-    return writer.commit(), sha256, tuple(merger.nonfinite)
+    return writer.commit(), sha256, stage.nonfinite
+
+
+def _open_stage(task: ShardTask, shard: ShardWriter, buffers: list[Buffer], device: str, stack: ExitStack) -> Stage:
+    if not task.projected_gpu_mem:
+        return HostStage(shard)
+    there = take_gpu() if device == "cuda" else torch.device(device)
+    out_nbytes = max(out_slot_nbytes(measure_demand(merge), task.buffer_nbytes) for merge in task.merges)
+    return stack.enter_context(open_gpu_stage(shard, there, buffers, out_nbytes))
 
 
 def peak_rss() -> int:
@@ -139,21 +165,26 @@ def _read_status(key: str) -> int:
 class _ShardMerger:
     """Turns windows into output, in the order in which they come."""
 
-    def __init__(self, task: ShardTask, shard: ShardWriter) -> None:
+    def __init__(self, task: ShardTask, shard: ShardWriter, stage: Stage) -> None:
         self.task = task
         self.shard = shard
-        self.nonfinite: list[str] = []
+        self.stage = stage
         demands = [measure_demand(merge) for merge in task.merges]
-        self._scratch = torch.empty(
-            max(d.scratch_nbytes for d in demands) // COMPUTE_DTYPE.itemsize, dtype=COMPUTE_DTYPE
+        nbytes = max(
+            d.of_window(d.scratch_nbytes, task.buffer_nbytes) if stage.takes_windows else d.scratch_nbytes
+            for d in demands
         )
+        self._scratch = torch.empty(nbytes // COMPUTE_DTYPE.itemsize, dtype=COMPUTE_DTYPE, device=stage.device)
         self._merge: TensorMerge | None = None
         self._kernel: Kernel
         self._run: KernelRun
-        self._sum = 0.0
 
     def add(self, filled: Filled) -> None:
-        """Work off one window."""
+        """Work off one window.
+
+        Raises:
+            MemoryLimitError: there is less memory on the GPU than the plan was allowed.
+        """
         merge = filled.window.merge
         if not merge.num_elements:
             return  # no bytes to write, and no block for a kernel to see
@@ -162,13 +193,16 @@ class _ShardMerger:
             return
         if merge is not self._merge:
             self._begin(merge)
-        sources = [
-            torch.frombuffer(view, dtype=getattr(torch, DTYPES[source.dtype].torch_name)) if view else torch.empty(0)
-            for source, view in zip(merge.sources, filled.views, strict=True)
-        ]
+        dtypes = [_torch_dtype(source.dtype) for source in merge.sources]
+        with _explain_full_gpu(merge.name, self.task), self.stage.bring(filled.views, dtypes) as sources:
+            self._merge_window(merge, filled, sources)
+
+    def _merge_window(self, merge: TensorMerge, filled: Filled, sources: Sequence[torch.Tensor]) -> None:
         for index in filled.window.passes:
             if index == self._kernel.num_passes:
-                self._combine(merge, filled, sources)
+                for block in self._blocks(filled, sources):
+                    self._run.combine(block, block.out)
+                    self.stage.write(merge.name, block.out, _torch_dtype(merge.out_dtype))
             else:
                 for block in self._blocks(filled, sources):
                     self._run.measure(index, block)
@@ -177,24 +211,12 @@ class _ShardMerger:
 
     def _begin(self, merge: TensorMerge) -> None:
         self._merge = merge
-        self._sum = 0.0
         self._kernel = find_op(merge.op).kernel(dict(merge.parameters))
         self._run = self._kernel.start(Site(merge.name, merge.num_elements, len(merge.sources), self.task.seed))
 
-    def _combine(self, merge: TensorMerge, filled: Filled, sources: Sequence[torch.Tensor]) -> None:
-        dtype: torch.dtype = getattr(torch, DTYPES[merge.out_dtype].torch_name)
-        for block in self._blocks(filled, sources):
-            out = block.out
-            self._run.combine(block, out)
-            self.shard.append(out, dtype)
-            # A sum is finite only if all values are; float16 may overflow where float32 does not.
-            self._sum += float((out.to(dtype) if dtype is torch.float16 else out).sum(dtype=torch.float32))
-        if filled.window.stop == merge.num_elements and not abs(self._sum) < float("inf"):
-            self.nonfinite.append(merge.name)
-
     def _blocks(self, filled: Filled, sources: Sequence[torch.Tensor]) -> Sequence[_WindowBlock]:
-        size = self._kernel.block_elements
         window = filled.window
+        size = window.stop - window.start if self.stage.takes_windows else self._kernel.block_elements
         num_scratch = self._kernel.num_scratch(len(sources))
         return [
             _WindowBlock(start, min(start + size, window.stop), window.start, sources, self._scratch, num_scratch)
@@ -208,11 +230,28 @@ class _ShardMerger:
                     f"{merge.name} ({source.dtype}, not floating-point) differs between {merge.sources[0].model} and "
                     f"{source.model}; such tensors cannot be merged, only copied from equal inputs"
                 )
+        self.stage.flush()
         self.shard.append_bytes(views[0])
 
 
+@contextmanager
+def _explain_full_gpu(name: str, task: ShardTask) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(
+            f"{name}: its GPU has less memory left than the {format_memory(task.projected_gpu_mem)} that the plan has"
+            " for each worker; allow less with --gpu-memory, or end what else runs there"
+        ) from error
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, DTYPES[name].torch_name)
+    return dtype
+
+
 class _WindowBlock(Block):
-    """One block of a window, with its share of the task's scratch."""
+    """One block of a window, or all of them, with its share of the task's scratch."""
 
     def __init__(
         self,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
-from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.memory import aligned
 from raymerge.pipeline.storage import Buffer, ByteRange, Storage, storage_for
 from raymerge.pipeline.windows import Fetch, Window
@@ -23,7 +21,7 @@ class Filled:
     """Each source's bytes of the window, in order; valid until the next window is asked for."""
 
 
-def fetch_windows(fetches: Iterable[Fetch], buffer_nbytes: int, num_buffers: int) -> Generator[Filled, None, None]:
+def fetch_windows(fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Generator[Filled, None, None]:
     """Yield a task's windows, filled.
 
     With one buffer, reading and merging are done by the same thread, so that bytes are still in its core's cache when
@@ -32,18 +30,16 @@ def fetch_windows(fetches: Iterable[Fetch], buffer_nbytes: int, num_buffers: int
 
     Args:
         fetches: in order.
-        buffer_nbytes: size of a buffer; no fetch is larger.
-        num_buffers: 1 or 2.
+        buffers: one or two; no fetch is larger.
 
     Raises:
         FetchError: a range could not be read, or its file has changed.
     """
-    filling = _fill_ahead if num_buffers > 1 else _fill_in_turn
-    with _buffers(buffer_nbytes, num_buffers) as buffers:
-        yield from filling(fetches, buffers)
+    filling = _fill_ahead if len(buffers) > 1 else _fill_in_turn
+    yield from filling(fetches, buffers)
 
 
-def _fill_in_turn(fetches: Iterable[Fetch], buffers: list[Buffer]) -> Iterator[Filled]:
+def _fill_in_turn(fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Iterator[Filled]:
     for fetch, following in pairwise(chain(fetches, [()])):
         windows = _fill(fetch, buffers[0])
         coming = _ranges(following)
@@ -52,7 +48,7 @@ def _fill_in_turn(fetches: Iterable[Fetch], buffers: list[Buffer]) -> Iterator[F
         yield from windows
 
 
-def _fill_ahead(fetches: Iterable[Fetch], buffers: list[Buffer]) -> Iterator[Filled]:
+def _fill_ahead(fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Iterator[Filled]:
     with ThreadPoolExecutor(1, thread_name_prefix="fetch") as reader:
         waiting: Future[list[Filled]] | None = None
         windows: Future[list[Filled]] | None
@@ -62,16 +58,6 @@ def _fill_ahead(fetches: Iterable[Fetch], buffers: list[Buffer]) -> Iterator[Fil
                 yield from windows.result()
         if waiting is not None:
             yield from waiting.result()
-
-
-@contextmanager
-def _buffers(nbytes: int, count: int) -> Iterator[list[Buffer]]:
-    acquired = [POOL.acquire(max(1, nbytes)) for _ in range(count)]
-    try:
-        yield [memoryview(buffer) for buffer in acquired]
-    finally:
-        for buffer in acquired:
-            POOL.release(buffer)
 
 
 def _fill(fetch: Fetch, buffer: Buffer) -> list[Filled]:

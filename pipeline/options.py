@@ -34,6 +34,9 @@ def plan_options(command: _F) -> _F:
     return _add(
         command,
         storage_option,
+        click.option(
+            "--gpu-memory", metavar="SIZE", help="Merge on GPUs, with so much memory of each. [default: on the CPU]"
+        ),
         click.option("--strict", is_flag=True, help="Make doubtful settings errors instead of warnings."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For random methods."),
         click.option(

@@ -10,8 +10,16 @@ from dataclasses import dataclass, field
 from raymerge import __version__
 from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.header import make_header
-from raymerge.pipeline.memory import Demand, Transfer, check_fits, choose_buffer_nbytes, measure_demand, project_mem
-from raymerge.pipeline.types import ShardTask, StoredFile, TensorMerge
+from raymerge.pipeline.memory import (
+    Demand,
+    Transfer,
+    check_fits,
+    choose_buffer_nbytes,
+    measure_demand,
+    project_gpu_mem,
+    project_mem,
+)
+from raymerge.pipeline.types import Gpus, ShardTask, StoredFile, TensorMerge
 from raymerge.pipeline.urls import scheme_of
 from raymerge.pipeline.windows import is_resident
 
@@ -28,6 +36,8 @@ class Limits:
     num_threads: int
     shard_nbytes: int | None
     """Largest output file, unless one tensor is larger; None for the default."""
+    gpus: Gpus | None = None
+    """What merges; None to merge on the CPU."""
     transfer: Transfer = field(default=Transfer())
     """What reading and writing take."""
 
@@ -59,7 +69,7 @@ def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tupl
         MemoryLimitError: a tensor does not fit even for one worker.
     """
     demands = {merge.name: measure_demand(merge) for merge in merges}
-    check_fits(demands, limits.allowed_mem, limits.transfer)
+    check_fits(demands, limits.allowed_mem, limits.transfer, limits.gpus.allowed_mem if limits.gpus else None)
     kinds = set(demands.values())  # few, of many tensors
     largest_block = max(demand.block_nbytes for demand in kinds)
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
@@ -70,7 +80,7 @@ def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tupl
     num_threads = min(num_allowed, len(shards))
     buffer_nbytes = _buffer_nbytes(kinds, limits, num_threads)
     tasks = tuple(
-        _make_task(shard, file, demands, buffer_nbytes, limits.transfer, seed)
+        _make_task(shard, file, demands, buffer_nbytes, limits, seed)
         for shard, file in zip(shards, shard_names(len(shards)), strict=True)
     )
     return tasks, num_threads, num_allowed
@@ -133,7 +143,9 @@ def _identity(file: StoredFile) -> str:
 
 def _buffer_nbytes(demands: Collection[Demand], limits: Limits, num_threads: int) -> int:
     """One size for all tasks, so that buffers are used again."""
-    return choose_buffer_nbytes(demands, limits.allowed_mem // num_threads, limits.transfer)
+    gpus = limits.gpus
+    gpu_mem = gpus.allowed_mem // gpus.num_sharing(num_threads) if gpus else None
+    return choose_buffer_nbytes(demands, limits.allowed_mem // num_threads, limits.transfer, gpu_mem)
 
 
 def _make_task(
@@ -141,7 +153,7 @@ def _make_task(
     file: str,
     demands: Mapping[str, Demand],
     buffer_nbytes: int,
-    transfer: Transfer,
+    limits: Limits,
     seed: int,
 ) -> ShardTask:
     own = [demands[merge.name] for merge in merges]
@@ -161,7 +173,8 @@ def _make_task(
             if not is_resident(merge, buffer_nbytes)
         ),
         buffer_nbytes=buffer_nbytes,
-        num_buffers=transfer.num_buffers,
-        projected_mem=project_mem(own, buffer_nbytes, transfer),
+        num_buffers=limits.transfer.num_buffers,
+        projected_mem=project_mem(own, buffer_nbytes, limits.transfer, on_gpu=limits.gpus is not None),
+        projected_gpu_mem=project_gpu_mem(own, buffer_nbytes) if limits.gpus else 0,
         seed=seed,
     )

@@ -33,6 +33,13 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
         f"  memory   {format_memory(projected)} for each of {plan.num_threads} threads, at most; "
         f"{format_memory(plan.allowed_mem)} are allowed in all",
     ]
+    if plan.gpus is not None:
+        on_gpu = max(task.projected_gpu_mem for task in plan.tasks)
+        lines.append(
+            f"  gpus     {plan.gpus.num_gpus}, {format_memory(on_gpu)} for each of "
+            f"{plan.gpus.num_sharing(plan.num_threads)} threads on one, at most; "
+            f"{format_memory(plan.gpus.allowed_mem)} of each are allowed"
+        )
     if verbose:
         lines += [
             f"  {task.file}: {len(task.merges)} tensors, {format_nbytes(task.nbytes)}, reads "
@@ -64,6 +71,8 @@ def plan_json(plan: MergePlan) -> str:
             "num_passes": _num_passes(plan),
             "num_threads": plan.num_threads,
             "allowed_mem": plan.allowed_mem,
+            "num_gpus": plan.gpus.num_gpus if plan.gpus else 0,
+            "allowed_gpu_mem": plan.gpus.allowed_mem if plan.gpus else 0,
             "shards": [
                 {
                     "file": task.file,
@@ -72,6 +81,7 @@ def plan_json(plan: MergePlan) -> str:
                     "read_nbytes": task.read_nbytes,
                     "reread_nbytes": task.reread_nbytes,
                     "projected_mem": task.projected_mem,
+                    "projected_gpu_mem": task.projected_gpu_mem,
                 }
                 for task in plan.tasks
             ],

@@ -74,6 +74,23 @@ class TensorMerge:
 
 
 @dataclass(frozen=True, slots=True)
+class Gpus:
+    """What a machine offers."""
+
+    num_gpus: int
+    allowed_mem: int
+    """Of each, for all workers that share it, in bytes."""
+
+    def num_sharing(self, num_workers: int) -> int:
+        """Return how many of the machine's workers share a GPU, at most.
+
+        >>> Gpus(2, 2**30).num_sharing(5)
+        3
+        """
+        return -(-num_workers // self.num_gpus)
+
+
+@dataclass(frozen=True, slots=True)
 class ShardTask:
     """One output file; all that a worker needs to know."""
 
@@ -95,6 +112,8 @@ class ShardTask:
     """Input buffers: with 2, the next is filled while one is merged."""
     projected_mem: int
     """Peak memory for tensors and scratch, in bytes."""
+    projected_gpu_mem: int
+    """Peak memory on a GPU, in bytes; 0 where it is merged on the CPU."""
     seed: int
 
 
@@ -135,6 +154,8 @@ class MergePlan:
     """Workers that the memory allows at once."""
     allowed_mem: int
     """For tensors and scratch of all workers together, in bytes."""
+    gpus: Gpus | None
+    """What merges; None where the CPU does."""
     total_nbytes: int
     """Of the output's tensors."""
     fingerprint: str

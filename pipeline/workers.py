@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from raymerge.cluster.process_runner import StartMethod, make_local_runner, start_fork_server
 from raymerge.cluster.runner import Report, Runner
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
+from raymerge.pipeline.gpus import VARIABLE, require_gpus
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sources import HUB_NAME
 from raymerge.pipeline.storage import Sharing, StorageSettings, storage_for
-from raymerge.pipeline.types import ShardResult, ShardTask
+from raymerge.pipeline.types import Gpus, ShardResult, ShardTask
 from raymerge.pipeline.urls import scheme_of
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def make_runner(
     num_workers: int,
     urls: Sequence[str],
     session: RaySession | None = None,
+    gpus: Gpus | None = None,
     on_retry: Callable[[str], None] = lambda reason: None,
 ) -> Runner:
     """Return what runs tasks that read from and write to these URLs.
@@ -62,28 +64,39 @@ def make_runner(
         num_workers: tasks in work at once on one machine.
         urls: of inputs and output; their storages say in which processes of this machine that can be.
         session: where the tasks run, if it is on Ray.
+        gpus: what each machine merges on; None for the CPU.
         on_retry: told why a task is done again.
     """
     if session is not None:
         from raymerge.cluster.ray_runner import RayRunner
 
         is_bound = not session.is_elsewhere and any(scheme_of(url) == "file" for url in urls)
-        return RayRunner(
-            count_slots(num_workers, session),
-            num_cpus=_count_cpus(num_workers, session),
-            host=session.host if is_bound else None,  # nodes that join later have other files
-            retry_on=(FetchError, OutputError),  # a machine may have no way to a store, or no credentials for it
-            on_retry=on_retry,
+        num_slots = count_slots(num_workers, session, gpus)
+        num_cpus = _count_cpus(num_workers, session)
+        host = session.host if is_bound else None  # nodes that join later have other files
+        retry_on = (FetchError, OutputError)  # a machine may have no way to a store, or no credentials for it
+        if gpus is None:
+            return RayRunner(num_slots, num_cpus=num_cpus, host=host, retry_on=retry_on, on_retry=on_retry)
+        from raymerge.cluster.ray_actors import ActorRunner
+
+        num_sharing = gpus.num_sharing(num_workers)
+        return ActorRunner(
+            num_slots, num_sharing=num_sharing, num_cpus=num_cpus, host=host, retry_on=retry_on, on_retry=on_retry
         )
-    return make_local_runner(num_workers, _choose_start_method(urls), preload=_list_modules(urls))
+    environments = [{VARIABLE: gpu} for gpu in require_gpus()] if gpus is not None else []
+    start_method = _choose_start_method(urls, on_gpus=gpus is not None)
+    return make_local_runner(num_workers, start_method, preload=_list_modules(urls), environments=environments)
 
 
-def count_slots(num_workers: int, session: RaySession | None = None) -> int:
+def count_slots(num_workers: int, session: RaySession | None = None, gpus: Gpus | None = None) -> int:
     """Return how many tasks are in work at once on all machines; see `make_runner`."""
     if session is None:
         return num_workers
     num_cpus = _count_cpus(num_workers, session)
-    return sum(node.num_cpus // num_cpus for node in session.nodes)
+    if gpus is None:
+        return sum(node.num_cpus // num_cpus for node in session.nodes)
+    num_sharing = gpus.num_sharing(num_workers)
+    return sum(min(node.num_cpus // num_cpus, node.num_gpus * num_sharing) for node in session.nodes)
 
 
 def check_reach(urls: Sequence[str], session: RaySession, *, shared_filesystem: bool) -> None:
@@ -114,15 +127,16 @@ def check_reach(urls: Sequence[str], session: RaySession, *, shared_filesystem: 
         )
 
 
-def prepare_workers(models: Sequence[str], out: str) -> None:
+def prepare_workers(models: Sequence[str], out: str, *, on_gpus: bool) -> None:
     """Begin to import what workers will need, while the merge is planned.
 
     Args:
         models: as the config names them.
         out: path or URL of the output.
+        on_gpus: whether workers merge on GPUs.
     """
     urls = [out, *(f"hf://{name}" if HUB_NAME.fullmatch(name) and not Path(name).exists() else name for name in models)]
-    if _choose_start_method(urls) is StartMethod.FRESH:
+    if _choose_start_method(urls, on_gpus=on_gpus) is StartMethod.FRESH:
         start_fork_server(_list_modules(urls))
 
 
@@ -138,11 +152,12 @@ def _count_cpus(num_workers: int, session: RaySession) -> int:
     return -(-max(node.num_cpus for node in session.nodes) // num_workers)
 
 
-def _choose_start_method(urls: Sequence[str]) -> StartMethod:
+def _choose_start_method(urls: Sequence[str], *, on_gpus: bool) -> StartMethod:
     sharing = {storage_for(url).sharing for url in urls}
     if Sharing.THREADS in sharing:
         return StartMethod.THREAD
-    return StartMethod.FRESH if Sharing.FRESH in sharing else StartMethod.FORK
+    is_fresh = on_gpus or Sharing.FRESH in sharing  # CUDA does not survive a fork
+    return StartMethod.FRESH if is_fresh else StartMethod.FORK
 
 
 def _list_modules(urls: Sequence[str]) -> list[str]:

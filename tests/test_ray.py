@@ -18,13 +18,14 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from raymerge.cluster.errors import ClusterConnectError, WorkerLostError
+from raymerge.cluster.errors import ClusterConnectError, ResourceError, WorkerLostError
+from raymerge.cluster.ray_actors import ActorRunner
 from raymerge.cluster.ray_runner import RayRunner
 from raymerge.cluster.ray_session import Node, RaySession, connect_ray, start_ray
 from raymerge.cluster.runner import Report
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.types import ShardResult, ShardTask
+from raymerge.pipeline.types import Gpus, ShardResult, ShardTask
 from raymerge.pipeline.workers import check_reach, count_slots, make_runner, run_shard
 from tests.checkpoints import read_files, write_config, write_family
 from tests.cluster.runner_contract import even, nothing
@@ -287,6 +288,32 @@ def test_workers_of_one_machine_are_limited(num_workers: int, num_slots: int) ->
     runner = make_runner(num_workers, ["s3://bucket/out"], RaySession("10.0.0.4", nodes))
     assert isinstance(runner, RayRunner)
     assert runner.num_slots == num_slots == count_slots(num_workers, RaySession("10.0.0.4", nodes))
+
+
+@pytest.mark.parametrize(("num_workers", "num_slots"), [(8, 10), (4, 5), (1, 1)])
+def test_workers_of_one_gpu_are_limited(num_workers: int, num_slots: int) -> None:
+    nodes = (Node("10.0.0.5", 8, 2**34, 4), Node("10.0.0.6", 4, 2**34, 1), Node("10.0.0.7", 8, 2**34))
+    session = RaySession("10.0.0.4", nodes).with_gpus()
+    assert session.nodes == nodes[:2]
+    runner = make_runner(num_workers, ["s3://bucket/out"], session, Gpus(4, 2**34))
+    assert isinstance(runner, ActorRunner)
+    assert runner.num_slots == num_slots
+
+
+def test_a_cluster_without_gpus_is_refused_before_anything_runs(
+    config: dict[str, Any], cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.add_node(num_cpus=1)
+    with pytest.raises(ResourceError, match="the plan needs GPUs, and no node of the cluster has one; leave --gpu-mem"):
+        merge(config, tmp_path / "out", address=cluster.address, shared_filesystem=True, gpu_memory="4GiB")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_actors_get_shards_and_say_what_they_lack(config: dict[str, Any], cluster: Cluster, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=1, num_gpus=1)
+    with pytest.raises(ConfigError, match=r"--gpu-memory asks for a GPU on .* or leave --gpu-memory out"):
+        merge(config, tmp_path / "out", address=cluster.address, shared_filesystem=True, gpu_memory="4GiB")
 
 
 def test_paths_of_this_machine_on_others(config: dict[str, Any], tmp_path: Path) -> None:

@@ -127,3 +127,15 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def own_variable(item: int, report: Report) -> tuple[str, int]:
+    time.sleep(0.1)
+    return os.environ["OWN"], os.getpid()
+
+
+def test_fresh_workers_have_variables_of_their_own() -> None:
+    runner = ProcessRunner(3, StartMethod.FRESH, environments=[{"OWN": "a"}, {"OWN": "b"}])
+    found = set(runner.run(own_variable, list(range(9)), even(range(9)), nothing))
+    assert sorted(own for own, _ in found) == ["a", "a", "b"]
+    assert "OWN" not in os.environ

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pickle
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from raymerge.pipeline.dtypes import DTYPES
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.header import parse_header
 from raymerge.pipeline.layers import natural_key
-from raymerge.pipeline.memory import MAX_BUFFER_NBYTES, Transfer, measure_demand, project_mem
+from raymerge.pipeline.memory import CONTEXT_NBYTES, MAX_BUFFER_NBYTES, Transfer, measure_demand, project_mem
 from raymerge.pipeline.plan import (
     Limits,
     default_shard_nbytes,
@@ -25,7 +26,7 @@ from raymerge.pipeline.plan import (
     split_shards,
 )
 from raymerge.pipeline.sizes import parse_nbytes
-from raymerge.pipeline.types import ShardTask, StoredFile, TensorMerge
+from raymerge.pipeline.types import Gpus, ShardTask, StoredFile, TensorMerge
 from tests.pipeline.layouts import make_merge
 
 NAMES = st.text('abé.012"\\ \n', min_size=1, max_size=8)
@@ -233,3 +234,16 @@ def test_the_fingerprint_knows_everything_else() -> None:
 def test_tasks_survive_pickling(merges: list[TensorMerge]) -> None:
     tasks, _ = plan(merges)
     assert pickle.loads(pickle.dumps(tasks)) == tasks
+
+
+def test_workers_that_share_a_gpu_divide_its_memory() -> None:
+    merges = [make_merge(f"w{k}", 10**7) for k in range(8)]
+    limits = Limits(2**36, 8, 1)
+    on_cpu, _ = make_tasks(merges, 0, limits)
+    assert {task.projected_gpu_mem for task in on_cpu} == {0}
+    for num_gpus, gpu_mem, expected in ((1, 2**30, 1), (1, 2**32, 6), (2, 2**32, 8), (4, 2**30, 4)):
+        tasks, num_threads, _ = make_tasks(merges, 0, replace(limits, gpus=Gpus(num_gpus, gpu_mem)))
+        assert num_threads == expected
+        sharing = -(-num_threads // num_gpus)
+        assert all(CONTEXT_NBYTES < task.projected_gpu_mem <= gpu_mem // sharing for task in tasks)
+        assert make_fingerprint(tasks, (), "") == make_fingerprint(on_cpu, (), "")

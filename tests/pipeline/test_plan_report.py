@@ -56,6 +56,17 @@ def test_a_plan_for_people(ties: MergePlan, models: tuple[Path, ...]) -> None:
     assert "2 to measure" in lines["passes"]
 
 
+def test_a_plan_for_gpus(models: tuple[Path, ...]) -> None:
+    config = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in models]}
+    result = plan(config, threads=2, shard_size="30MB", gpu_memory="4GiB")
+    line = next(line for line in format_plan(result).splitlines() if line.startswith("  gpus "))
+    assert line.startswith("  gpus     1, ")
+    assert line.endswith("MiB for each of 2 threads on one, at most; 4096MiB of each are allowed")
+    found = json.loads(plan_json(result))
+    assert (found["num_gpus"], found["allowed_gpu_mem"]) == (1, 2**32)
+    assert all(0 < shard["projected_gpu_mem"] <= 2**31 for shard in found["shards"])
+
+
 def test_a_verbose_plan_lists_the_shards(ties: MergePlan) -> None:
     brief, verbose = format_plan(ties).splitlines(), format_plan(ties, verbose=True).splitlines()
     extra = [line for line in verbose if line not in brief]

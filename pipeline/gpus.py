@@ -1,0 +1,58 @@
+"""The GPUs of this machine."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import TYPE_CHECKING
+
+from raymerge.pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+"""Names the GPUs that a process may use; CUDA reads it when it is first used."""
+
+_TURNS = itertools.count()
+
+
+def list_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    named = os.environ.get(VARIABLE, "")
+    return named.split(",")[:num_gpus] if named else [str(k) for k in range(num_gpus)]
+
+
+def require_gpus() -> list[str]:
+    """Return the GPUs that this process may use, at least one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import torch
+
+    if gpus := list_gpus():
+        return gpus
+    cuda = torch.version.cuda
+    if cuda is None:
+        why = f"torch {torch.__version__} is built without CUDA; install one that has it (https://pytorch.org)"
+    else:
+        why = f"torch {torch.__version__} with CUDA {cuda} sees none; look at nvidia-smi and at {VARIABLE}"
+    raise ConfigError(f"--gpu-memory asks for a GPU on {os.uname().nodename}: {why}, or leave --gpu-memory out")
+
+
+def take_gpu() -> torch.device:
+    """Return the GPU for the next task of this thread: all that this process may use, one after the other.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import torch
+
+    device = torch.device("cuda", next(_TURNS) % len(require_gpus()))
+    torch.cuda.set_device(device)
+    torch.cuda.empty_cache()  # the last task needed other sizes
+    return device

@@ -1,0 +1,72 @@
+"""On a real GPU: the bits of the CPU, in the memory that was planned. Skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from raymerge.ops.kernel import Site
+from raymerge.ops.registry import Op
+from raymerge.pipeline import Listener, merge
+from raymerge.pipeline.memory import CONTEXT_NBYTES
+from raymerge.pipeline.types import MergePlan
+from tests.checkpoints import read_files, write_family
+from tests.ops.engine import MemoryBlock, run_kernel
+from tests.ops.samples import make_kernel, make_sources
+from tests.ops.test_devices import CASES
+from tests.test_sameness import METHODS, make_config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+
+
+@pytest.mark.parametrize(("op", "change"), CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_op_gives_the_bits_of_the_cpu(op: Op, change: dict[str, bool], dtype: torch.dtype) -> None:
+    kernel = make_kernel(op, **{name: value for name, value in change.items() if name})
+    num_elements = 20 * kernel.block_elements + 20_001
+    sources = make_sources(op, num_elements, dtype=dtype)
+    num_scratch = kernel.num_scratch(len(sources))
+    scratch = [torch.full((num_elements,), torch.nan, device="cuda") for _ in range(num_scratch)]
+    block = MemoryBlock(0, num_elements, scratch, [source.cuda() for source in sources])
+    run = kernel.start(Site("model.layers.0.weight", num_elements, len(sources), 0))
+    for index in range(kernel.num_passes):
+        run.measure(index, block)
+        run.end_pass(index)
+    out = torch.full((num_elements,), torch.nan, device="cuda")
+    run.combine(block, out)
+    torch.testing.assert_close(out.cpu(), run_kernel(kernel, sources), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    directory = tmp_path_factory.mktemp("family")
+    return write_family(directory, 2, num_layers=3, dtype=torch.bfloat16, vocab=30_001, hidden=512)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("memory", ["64MiB", "4GiB"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_files(method: str, memory: str, threads: int, family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config(method, family)
+    merge(config, tmp_path / "cpu", seed=3, shard_size="20MB")
+    merge(config, tmp_path / "gpu", seed=3, shard_size="20MB", memory=memory, threads=threads, gpu_memory="8GiB")
+    assert read_files(tmp_path / "gpu") == read_files(tmp_path / "cpu")
+
+
+class Keep(Listener):
+    plan: MergePlan
+
+    def planned(self, plan: MergePlan) -> None:
+        self.plan = plan
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_on_the_gpu_is_as_projected(method: str, family: tuple[Path, ...], tmp_path: Path) -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    keep = Keep()
+    merge(make_config(method, family), tmp_path / "out", threads=1, gpu_memory="8GiB", listener=keep)
+    projected = max(task.projected_gpu_mem for task in keep.plan.tasks)
+    assert torch.cuda.max_memory_reserved() <= projected - CONTEXT_NBYTES + 64 * 2**20
