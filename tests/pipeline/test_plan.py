@@ -239,7 +239,7 @@ def test_tasks_survive_pickling(merges: list[TensorMerge]) -> None:
 def test_workers_that_share_a_gpu_divide_its_memory() -> None:
     merges = [make_merge(f"w{k}", 10**7) for k in range(8)]
     limits = Limits(2**36, 8, 1)
-    on_cpu, _ = make_tasks(merges, 0, limits)
+    on_cpu, _, _ = make_tasks(merges, 0, limits)
     assert {task.projected_gpu_mem for task in on_cpu} == {0}
     for num_gpus, gpu_mem, expected in ((1, 2**30, 1), (1, 2**32, 6), (2, 2**32, 8), (4, 2**30, 4)):
         tasks, num_threads, _ = make_tasks(merges, 0, replace(limits, gpus=Gpus(num_gpus, gpu_mem)))
