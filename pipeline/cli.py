@@ -28,8 +28,12 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (Exception, KeyboardInterrupt):
-        pass
+    except (Exception, KeyboardInterrupt) as error:
+        from raymerge.pipeline.events import explain
+
+        failed = explain(error)
+        click.echo(failed.text, err=True)
+        sys.exit(failed.exit_code)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
