@@ -21,3 +21,7 @@ class ResourceError(RaymergeError):
 
 class TaskFailedError(RaymergeError):
     """Ray could not run the work of an item at all."""
+
+
+class ManifestError(RaymergeError):
+    """A manifest cannot be made so that the scheduler would take it."""

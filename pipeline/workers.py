@@ -14,7 +14,7 @@ from raymerge.pipeline.sources import HUB_NAME
 from raymerge.pipeline.storage import Sharing, StorageSettings, storage_for
 from raymerge.pipeline.stores.retry import FAULTS
 from raymerge.pipeline.types import ShardResult, ShardTask
-from raymerge.pipeline.urls import scheme_of
+from raymerge.pipeline.urls import check_url, is_url, scheme_of
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray_session import RaySession
@@ -81,6 +81,37 @@ def check_reach(urls: Sequence[str], session: RaySession, *, shared_filesystem: 
         raise ConfigError(
             f"{urls[0]}: shards for the Hub are gathered on one machine, and the cluster has others; merge to"
             " a bucket, or leave --address out"
+        )
+
+
+def check_places(out: str, models: Sequence[str], *, is_spread: bool, shared_filesystem: bool) -> None:
+    """Make sure that machines which a scheduler will choose find what they are to read and write.
+
+    Args:
+        out: path or URL of the output.
+        models: as the config names them.
+        is_spread: whether several machines take part.
+        shared_filesystem: whether paths mean the same files on every machine.
+
+    Raises:
+        ConfigError: they would not.
+    """
+    places = [out, *(name for name in models if is_url(name) or Path(name).exists() or not HUB_NAME.fullmatch(name))]
+    for place in places:
+        check_url(place)
+    if inside := [place for place in places if is_url(place) and storage_for(place).sharing is Sharing.THREADS]:
+        raise ConfigError(f"{', '.join(inside)}: only the process that writes it has it; use another store")
+    paths = [place for place in places if scheme_of(place) == "file"]
+    if paths and not shared_filesystem:
+        raise ConfigError(
+            f"{', '.join(paths)}: paths of this machine, and the job runs on others; use URLs such as s3://bucket/model,"
+            " or say --shared-filesystem if the paths mean the same files everywhere"
+        )
+    if relative := [path for path in paths if not is_url(path) and not Path(path).is_absolute()]:
+        raise ConfigError(f"{', '.join(relative)}: the job starts in another directory; write the paths out from /")
+    if scheme_of(out) == "hf" and is_spread:
+        raise ConfigError(
+            f"{out}: shards for the Hub are gathered on one machine, and the job has several; merge to a bucket"
         )
 
 
