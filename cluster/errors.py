@@ -15,6 +15,10 @@ class ClusterConnectError(RaymergeError):
     """There is no Ray cluster at an address, it refuses us, or it does not fit to what is installed here."""
 
 
+class HeadLostError(RaymergeError):
+    """The head of a Ray cluster does not answer any more."""
+
+
 class ResourceError(RaymergeError):
     """No node of the cluster has what an item needs."""
 
@@ -25,3 +29,7 @@ class TaskFailedError(RaymergeError):
 
 class ManifestError(RaymergeError):
     """A manifest cannot be made so that the scheduler would take it."""
+
+
+class JobError(RaymergeError):
+    """A cluster cannot do what is asked of it about a job."""

@@ -25,7 +25,7 @@ class LocalRunner(Runner):
     def __init__(self, num_threads: int) -> None:
         if num_threads < 1:
             raise ValueError(f"{num_threads} threads are given, at least 1 is needed")
-        self.num_threads = num_threads
+        self.num_threads = self.num_per_process = num_threads
 
     def run(
         self,

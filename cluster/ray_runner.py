@@ -1,8 +1,7 @@
-"""Runs work on Ray: one task for each item, done again elsewhere where its worker is lost."""
+"""Runs work on Ray: one task for each item, done again elsewhere where its worker is lost, hangs, or cannot do it."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,35 +21,28 @@ from ray.exceptions import (
     TaskCancelledError,
     WorkerCrashedError,
 )
-from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
+from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
-from raymerge.cluster.errors import ResourceError, StoppedError, TaskFailedError, WorkerLostError
-from raymerge.cluster.outcome import Done, Failed, make_picklable
-from raymerge.cluster.ray_session import Node, list_nodes
+from raymerge.cluster.errors import HeadLostError, ResourceError, TaskFailedError, WorkerLostError
+from raymerge.cluster.outcome import Done
+from raymerge.cluster.ray_session import RESERVED_MEM, HeadWatch, Node, list_nodes
+from raymerge.cluster.ray_task import Begun, Message, add, serve, stop_all
 from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
 
 NUM_ATTEMPTS = 4
-"""At an item whose worker is lost."""
-
-RESERVED_MEM = 400 * 2**20
-"""Bytes that a worker takes besides its tensors: interpreter, torch, Ray."""
+"""At an item whose worker is lost or hangs, or whose store fails."""
 
 LONELY_SECONDS = 120.0
 """How long no node may have room for an item: one that is powered off may be replaced."""
 
+HANG_SECONDS = 900.0
+"""How long an item may report nothing; the longest that a store is waited for is less than half of it."""
+
 _LOOK_SECONDS = 5.0
 """Between looks at the nodes, while no item has anything to tell."""
 
-_REPORT_SECONDS = 0.2
-"""Between reports of a worker."""
-
-_STOP_SECONDS = 0.5
-"""Between looks of a worker at whether the run has stopped."""
-
 _PATIENCE_SECONDS = 4.0
 """For workers to end what they are doing when the run is broken off."""
-
-_NAMESPACE = b"raymerge"
 
 _LOST: Mapping[type[RayError], str] = {
     OutOfMemoryError: "its node ran out of memory",
@@ -70,12 +62,17 @@ class _Attempt:
 
     item: int
     """Its position."""
-    number: int
-    """From 1."""
     mem_nbytes: int
     """Asked of Ray."""
+    number: int = 1
+    avoided: tuple[str, ...] = ()
+    """Nodes on which earlier attempts failed."""
+    node_id: str | None = None
+    """Where it is in work."""
+    heard_at: float = field(default_factory=time.monotonic)
+    """When there was something from it last."""
     told: Progress = field(default_factory=Progress)
-    """What it has reported, which is taken back if the worker is lost."""
+    """What it has reported, which is taken back if it is done again."""
 
 
 class RayRunner(Runner):
@@ -87,6 +84,7 @@ class RayRunner(Runner):
         *,
         num_cpus: int = 1,
         host: str | None = None,
+        retry_on: tuple[type[Exception], ...] = (),
         on_retry: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """Begin.
@@ -95,20 +93,21 @@ class RayRunner(Runner):
             num_slots: items in work at once.
             num_cpus: that an item takes up, which limits how many one node has.
             host: the only one to run on; any by default.
+            retry_on: errors of the work that may not come again on another node.
             on_retry: told why an item is done again.
         """
         if num_slots < 1:
             raise ValueError(f"{num_slots} slots are given, at least 1 is needed")
         self.num_slots = num_slots
         self._num_cpus = num_cpus
+        self._retry_on = retry_on
         self._on_retry = on_retry
         self._task = ray.remote(
             num_cpus=num_cpus,
             max_retries=0,
-            scheduling_strategy="SPREAD",
             num_returns="streaming",
             resources={f"node:{host}": 0.001} if host else {},
-        )(_serve)
+        )(serve)
 
     def run(
         self,
@@ -123,41 +122,60 @@ class RayRunner(Runner):
             ResourceError: no node has the memory that an item needs.
             WorkerLostError: an item's worker was lost as often as it was tried, or no node is left.
             TaskFailedError: Ray cannot run the work.
+            HeadLostError: the cluster's head does not answer any more.
         """
         order = sorted(range(len(items)), key=lambda i: (-resources[i].cost, i))
-        waiting = deque(_Attempt(i, 1, resources[i].mem_nbytes + RESERVED_MEM) for i in order)
+        waiting = deque(_Attempt(i, resources[i].mem_nbytes + RESERVED_MEM) for i in order)
         running: dict[Any, _Attempt] = {}
         error: BaseException | None = None
         stop_key = f"stop-{uuid4().hex}".encode()
         if waiting:
             self._check(max(attempt.mem_nbytes for attempt in waiting))
+
+        def do_again(stream: Any, reason: str, mem_nbytes: int | None = None) -> None:
+            attempt = running.pop(stream)
+            on_progress(Progress(-attempt.told.read_nbytes, -attempt.told.written_nbytes))
+            if error is None:
+                waiting.appendleft(self._again(attempt, reason, mem_nbytes))
+
+        head = HeadWatch()
         try:
             while running or waiting:
                 while waiting and len(running) < self.num_slots:
                     attempt = waiting.popleft()
-                    stream = self._task.options(memory=attempt.mem_nbytes).remote(work, items[attempt.item], stop_key)
-                    running[stream] = attempt
-                for stream in self._wait(running):
+                    attempt.heard_at = time.monotonic()
+                    running[self._start(attempt, work, items[attempt.item], stop_key)] = attempt
+                for stream in self._wait(running, head):
                     attempt = running[stream]
+                    attempt.heard_at = time.monotonic()
                     try:
                         message = _receive(stream)
                     except tuple(_LOST) as lost:
-                        del running[stream]
-                        on_progress(Progress(-attempt.told.read_nbytes, -attempt.told.written_nbytes))
-                        if error is None:
-                            waiting.appendleft(self._again(attempt, lost))
+                        more = 2 * attempt.mem_nbytes if isinstance(lost, OutOfMemoryError) else None
+                        do_again(stream, next(text for kind, text in _LOST.items() if isinstance(lost, kind)), more)
                         continue
-                    if isinstance(message, Progress):
-                        attempt.told = _add(attempt.told, message)
+                    if isinstance(message, Begun):
+                        attempt.node_id = message.node_id
+                    elif isinstance(message, Progress):
+                        attempt.told = add(attempt.told, message)
                         on_progress(message)
-                        continue
-                    del running[stream]
-                    if isinstance(message, Done):
+                    elif isinstance(message, Done):
+                        del running[stream]
                         yield message.result
-                    elif error is None:
-                        waiting.clear()
-                        error = message.error
-                        _stop(stop_key)
+                    elif self._may_pass(message.error, attempt):
+                        do_again(stream, f"{type(message.error).__name__}: {message.error}")
+                    else:
+                        del running[stream]
+                        if error is None:
+                            waiting.clear()
+                            error = _explain_missing(message.error)
+                            stop_all(stop_key)
+                for stream in _find_hung(running):
+                    with suppress(RayError):
+                        ray.cancel(stream, force=True)
+                    do_again(stream, f"it had reported nothing for {HANG_SECONDS:.0f} s")
+        except HeadLostError:  # nobody to tell, and the workers end without it
+            raise
         except BaseException as broken:  # raised again: whatever broke the run off, its items end
             _end(running, stop_key)
             if isinstance(broken, RayError):
@@ -165,6 +183,19 @@ class RayRunner(Runner):
             raise
         if error is not None:
             raise error
+
+    def _start(self, attempt: _Attempt, work: Work[Any, Any], item: object, stop_key: bytes) -> Any:
+        strategy = (
+            NodeLabelSchedulingStrategy(hard={}, soft={"ray.io/node-id": NotIn(*attempt.avoided)})
+            if attempt.avoided
+            else "SPREAD"
+        )
+        task = self._task.options(memory=attempt.mem_nbytes, scheduling_strategy=strategy)
+        return task.remote(work, item, stop_key)
+
+    def _may_pass(self, error: BaseException, attempt: _Attempt) -> bool:
+        """Tell whether an error may not come again on another node, and there is one."""
+        return isinstance(error, self._retry_on) and attempt.number < NUM_ATTEMPTS and len(list_nodes()) > 1
 
     def _check(self, mem_nbytes: int) -> None:
         """Refuse what would wait for ever."""
@@ -179,17 +210,21 @@ class RayRunner(Runner):
         """Return the most memory that one item can have, in bytes."""
         return max((node.mem_nbytes for node in nodes if node.num_cpus >= self._num_cpus), default=0)
 
-    def _wait(self, running: Mapping[Any, _Attempt]) -> list[Any]:
-        """Return the streams that have something to say, at least one.
+    def _wait(self, running: Mapping[Any, _Attempt], head: HeadWatch) -> list[Any]:
+        """Return the streams that have something to say; none only where one may hang.
 
         Raises:
             WorkerLostError: there has been no node for a while on which all of them could run.
+            HeadLostError: the cluster's head does not answer any more.
         """
         deadline = time.monotonic() + LONELY_SECONDS
         while True:
             ready, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
-            if ready:
+            head.check_sometimes()
+            if ready or _find_hung(running):
                 return list(ready)
+            if not head.check():
+                continue
             needed = max(attempt.mem_nbytes for attempt in running.values())
             if self._find_largest(list_nodes()) >= needed:
                 deadline = time.monotonic() + LONELY_SECONDS
@@ -200,94 +235,42 @@ class RayRunner(Runner):
                     " when one has"
                 )
 
-    def _again(self, attempt: _Attempt, lost: RayError) -> _Attempt:
-        """Return the next attempt at an item whose worker is lost.
+    def _again(self, attempt: _Attempt, reason: str, mem_nbytes: int | None) -> _Attempt:
+        """Return the next attempt at an item, with more memory where it is given, up to what a node has.
 
         Raises:
             WorkerLostError: there were enough of them.
         """
-        reason = next(text for kind, text in _LOST.items() if isinstance(lost, kind))
         if attempt.number == NUM_ATTEMPTS:
             raise WorkerLostError(
                 f"gave up an item after {NUM_ATTEMPTS} attempts, at last because {reason}; what is finished is kept:"
                 " run the same command again"
             )
         self._on_retry(reason)
-        nbytes = attempt.mem_nbytes
-        if isinstance(lost, OutOfMemoryError):
-            nbytes = max(nbytes, min(2 * nbytes, self._find_largest(list_nodes())))
-        return _Attempt(attempt.item, attempt.number + 1, nbytes)
+        if mem_nbytes is not None:
+            mem_nbytes = max(attempt.mem_nbytes, min(mem_nbytes, self._find_largest(list_nodes())))
+        return _Attempt(
+            attempt.item,
+            mem_nbytes or attempt.mem_nbytes,
+            attempt.number + 1,
+            (*attempt.avoided, attempt.node_id) if attempt.node_id else attempt.avoided,
+        )
 
 
-def _receive(stream: Any) -> Progress | Done | Failed:
-    message: Progress | Done | Failed = ray.get(next(stream))
+def _receive(stream: Any) -> Message:
+    message: Message = ray.get(next(stream))
     return message
 
 
-def _serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Progress | Done | Failed]:
-    """Run one item in a worker: its progress now and then, and at the end what came of it.
-
-    The driver says under a key that the run has stopped, and every worker looks there. An interrupt from Ray may get
-    lost, or strike while Ray itself takes a report, with nobody left to end the work.
-    """
-    lock = threading.Lock()
-    untold: Progress | None = None
-    stop = threading.Event()
-    outcome: list[Done | Failed] = []
-
-    def report(progress: Progress) -> None:
-        nonlocal untold
-        if stop.is_set():
-            raise StoppedError("stopped")
-        with lock:
-            untold = _add(untold or Progress(), progress)
-
-    def work_off() -> None:
-        try:
-            outcome.append(Done(work(item, report)))
-        except BaseException as error:  # raised in the driver
-            outcome.append(Failed(make_picklable(error)))
-
-    def take() -> Iterator[Progress]:
-        nonlocal untold
-        with lock:
-            taken, untold = untold, None
-        if taken is not None:
-            yield taken
-
-    if _has_stopped(stop_key):
-        yield Failed(StoppedError("stopped"))
-        return
-    thread = threading.Thread(target=work_off, name="work", daemon=True)
-    thread.start()
-    look_at = time.monotonic() + _STOP_SECONDS
-    while thread.is_alive():
-        thread.join(_REPORT_SECONDS)
-        yield from take()
-        if time.monotonic() > look_at:
-            look_at = time.monotonic() + _STOP_SECONDS
-            if _has_stopped(stop_key):
-                stop.set()
-    yield from take()
-    yield outcome[0]
-
-
-def _has_stopped(stop_key: bytes) -> bool:
-    return bool(_internal_kv_exists(stop_key, namespace=_NAMESPACE))
-
-
-def _add(one: Progress, other: Progress) -> Progress:
-    return Progress(one.read_nbytes + other.read_nbytes, one.written_nbytes + other.written_nbytes)
-
-
-def _stop(stop_key: bytes) -> None:
-    """Have items end at their next report, and those that have not begun return at once."""
-    _internal_kv_put(stop_key, b"", namespace=_NAMESPACE)
+def _find_hung(running: Mapping[Any, _Attempt]) -> list[Any]:
+    """Return the streams of items that have begun, and have been silent for too long."""
+    since = time.monotonic() - HANG_SECONDS
+    return [stream for stream, attempt in running.items() if attempt.node_id and attempt.heard_at < since]
 
 
 def _end(running: Mapping[Any, _Attempt], stop_key: bytes) -> None:
     """End what is in work, and have workers killed that do not end it themselves after a while."""
-    _stop(stop_key)
+    stop_all(stop_key)
     left = [stream.completed() for stream in running]
     if left:
         _, left = ray.wait(left, num_returns=len(left), timeout=_PATIENCE_SECONDS)
@@ -298,7 +281,17 @@ def _end(running: Mapping[Any, _Attempt], stop_key: bytes) -> None:
 
 def _explain(error: RayError) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return (
-        f"Ray cannot run the work: {lines[-1].strip()}; every machine of the cluster needs the same versions of Python"
-        " and Ray, and what `pip install 'raymerge[ray]'` installs"
-    )
+    return f"Ray cannot run the work: {lines[-1].strip()}; {_NEEDED}"
+
+
+def _explain_missing(error: BaseException) -> BaseException:
+    """Return what to raise for an error of the work: it may be that a machine lacks what it imports."""
+    if isinstance(error, ModuleNotFoundError):
+        return TaskFailedError(f"{error.name} is not installed on a machine of the cluster; {_NEEDED}")
+    return error
+
+
+_NEEDED = (
+    "every machine of the cluster needs the same versions of Python and Ray, and what `pip install 'raymerge[ray]'`"
+    " installs"
+)

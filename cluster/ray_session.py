@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import raymerge
-from raymerge.cluster.errors import ClusterConnectError
+from raymerge.cluster.errors import ClusterConnectError, HeadLostError
 
-_SETTINGS = {
+SETTINGS = {
     "RAY_task_oom_retries": "0",  # we repeat an item ourselves, with more memory; Ray would do so for ever
     "RAY_grpc_client_keepalive_time_ms": "15000",  # a node that is cut off is noticed after seven minutes otherwise
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
@@ -24,11 +26,25 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # as without Ray; at 15 a busy machine would hardly run them
 }
-"""Read by Ray when it is imported: a caller that has imported it before has to set them itself."""
+"""Read by Ray when it is imported or started: a caller that has imported it before has to set them itself."""
+
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the drivers of jobs."""
 
 _CONNECT_SECONDS = 5.0
 
-_STORE_NBYTES = 128 * 2**20
+_HEAD_LOOK_SECONDS = 5.0
+"""Between looks at whether the head is there."""
+
+_HEAD_ANSWER_SECONDS = 2.0
+
+_HEAD_LOST_SECONDS = 20.0
+"""How long it may be silent; after 60 Ray ends the process."""
+
+RESERVED_MEM = 400 * 2**20
+"""Bytes that a worker takes besides its tensors: interpreter, torch, Ray."""
+
+STORE_NBYTES = 128 * 2**20
 """For progress and results, which are small; Ray would take a third of the memory."""
 
 
@@ -71,7 +87,7 @@ def start_ray(num_cpus: int) -> Iterator[RaySession]:
             "local",
             num_cpus=num_cpus,
             include_dashboard=False,
-            object_store_memory=_STORE_NBYTES,
+            object_store_memory=STORE_NBYTES,
             _temp_dir=f"{directory}/ray",  # Ray lets everybody write there, and nobody else gets past its parent
         ) as session:
             yield session
@@ -80,27 +96,58 @@ def start_ray(num_cpus: int) -> Iterator[RaySession]:
 
 
 @contextmanager
-def connect_ray(address: str, environment: Sequence[str] = ()) -> Iterator[RaySession]:
+def connect_ray(address: str, variables: Mapping[str, str]) -> Iterator[RaySession]:
     """Be a driver of a running cluster.
 
     Args:
-        address: of its head, as in `10.0.0.5:6379`.
-        environment: names of environment variables that workers get as they are here; every user of the cluster can see
-            them.
+        address: of its head, as in `10.0.0.5:6379`, or `auto`: the cluster that this machine is part of.
+        variables: of the environment, which workers get; every user of the cluster can see them.
 
     Raises:
         ClusterConnectError: Ray is not installed, nobody answers there, or the cluster refuses us.
     """
-    variables = {name: os.environ[name] for name in environment if name in os.environ}
-    for name, value in variables.items():
-        if urlsplit(value).password:
-            raise ClusterConnectError(
-                f"{name} has a password in it, which all users of the cluster would see; give workers their credentials"
-                " on their own machines"
-            )
-    _check_address(address)
-    with _connected(address, runtime_env={"py_modules": [raymerge], "env_vars": variables}) as session:
+    if address != "auto":
+        _check_address(address)
+    # a job's workers have what was submitted with it, and Ray refuses to be told twice
+    runtime_env = {} if _JOB_VARIABLE in os.environ else {"py_modules": [raymerge], "env_vars": dict(variables)}
+    with _connected(address, runtime_env=runtime_env) as session:
         yield session
+
+
+class HeadWatch:
+    """Notices that the cluster's head is gone, before Ray ends this process because of that, without a word to us."""
+
+    def __init__(self) -> None:
+        import ray
+
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self._address = (host.strip("[]"), int(port))
+        self._answered_at = self._looked_at = time.monotonic()
+
+    def check_sometimes(self) -> None:
+        """Do what `check` does if that was some seconds ago."""
+        if time.monotonic() - self._looked_at > _HEAD_LOOK_SECONDS:
+            self.check()
+
+    def check(self) -> bool:
+        """Return whether the head answers now; a request to Ray would wait for it for ever.
+
+        Raises:
+            HeadLostError: it has not answered for a while.
+        """
+        self._looked_at = time.monotonic()
+        try:
+            socket.create_connection(self._address, _HEAD_ANSWER_SECONDS).close()
+        except OSError as error:
+            seconds = self._looked_at - self._answered_at
+            if seconds > _HEAD_LOST_SECONDS:
+                raise HeadLostError(
+                    f"the head of the Ray cluster has not answered at {':'.join(map(str, self._address))} for"
+                    f" {seconds:.0f} s ({error}); what is finished is kept: run the same command again when it is back"
+                ) from None
+            return False
+        self._answered_at = self._looked_at
+        return True
 
 
 def list_nodes() -> tuple[Node, ...]:
@@ -116,16 +163,20 @@ def list_nodes() -> tuple[Node, ...]:
 
 @contextmanager
 def _connected(address: str, **options: Any) -> Iterator[RaySession]:
-    for name, value in _SETTINGS.items():
+    settings = SETTINGS if address == "local" else {**SETTINGS, "RAY_NUM_REDIS_GET_RETRIES": "5"}
+    for name, value in settings.items():  # retries, a second each: also where a token is refused
         os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError:
         raise ClusterConnectError("Ray is not installed here: pip install 'raymerge[ray]'") from None
     logging.getLogger("ray").setLevel(logging.ERROR)
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         try:
             ray.init(address, log_to_driver=False, configure_logging=False, **options)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_term)  # Ray would have us exit there and then
         except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ClusterConnectError(_explain(address, error)) from error
         nodes = list_nodes()
@@ -156,12 +207,19 @@ def _check_address(address: str) -> None:
 
 
 def _explain(address: str, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    chain = [str(error)]
+    cause: BaseException | None = error
+    while (cause := cause.__cause__ or cause.__context__ if cause else None) is not None:
+        chain.append(str(cause))
+    text = "\n".join(chain)
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if address == "local":
-        return f"Ray does not start on this machine: {lines[0]}; leave --ray out to merge without it"
-    if "ersion mismatch" in str(error):
-        return f"the Ray cluster at {address} does not fit to what is installed here: {' '.join(lines)}"
-    return (
-        f"cannot connect to Ray at {address}: {lines[0]}; if the cluster asks for a token, set RAY_AUTH_MODE=token and"
-        " RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as on its head"
-    )
+        return f"Ray does not start on this machine: {first}; leave --ray out to merge without it"
+    if "ersion mismatch" in text:
+        return f"the Ray cluster at {address} does not fit to what is installed here: {' '.join(str(error).split())}"
+    if "InvalidAuthToken" in text:
+        return (
+            f"the Ray cluster at {address} asks for a token, and was given none or another one; set RAY_AUTH_MODE=token"
+            " and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as on its head"
+        )
+    return f"cannot connect to Ray at {address}: {first}; look at `ray status` on the cluster's head"

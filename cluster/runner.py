@@ -46,6 +46,9 @@ class Runner(ABC):
     early stops the run: items in work end at their next report, and no further item starts.
     """
 
+    num_per_process = 1
+    """Items in work at once in one process, at most."""
+
     @abstractmethod
     def run(
         self,

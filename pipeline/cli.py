@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from raymerge import RaymergeError, __version__
-from raymerge.pipeline.interrupt import MESSAGE, watch_for_interrupts
+from raymerge import __version__
+from raymerge.pipeline.interrupt import watch_for_interrupts
+from raymerge.pipeline.job_commands import jobs, submit
+from raymerge.pipeline.manifest_command import manifest
+from raymerge.pipeline.options import output_options, plan_options, storage_option
 from raymerge.pipeline.redact import redact
-from raymerge.pipeline.sizes import DEFAULT_MEMORY
 
 if TYPE_CHECKING:
     from raymerge.pipeline.types import MergePlan
 
 # Each command imports what it needs when it runs: --help and --version have to be quick.
-
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def main() -> None:
@@ -31,48 +29,12 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except RaymergeError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo(MESSAGE, err=True)
-        sys.exit(130)
-    except Exception:
-        click.echo(redact(traceback.format_exc()), err=True, nl=False)
-        sys.exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        from raymerge.pipeline.events import explain
 
-
-_storage_option = click.option(
-    "--storage",
-    type=click.Choice(["auto", "fsspec"]),
-    default="auto",
-    show_default=True,
-    help="What serves s3://, gs://, az:// and http(s)://.",
-)
-
-
-def _merge_options(command: _F) -> _F:
-    """Add the options that plan and merge share."""
-    for option in (
-        _storage_option,
-        click.option("--strict", is_flag=True, help="Make doubtful settings errors instead of warnings."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For random methods."),
-        click.option(
-            "--shard-size", metavar="SIZE", help="Largest output file, such as 5GB. [default: by output size]"
-        ),
-        click.option(
-            "--threads", type=click.IntRange(min=1), metavar="N", help="Shards in work at once. [default: cores]"
-        ),
-        click.option(
-            "--memory",
-            metavar="SIZE",
-            default=DEFAULT_MEMORY,
-            show_default=True,
-            help="For tensors and scratch of all threads together.",
-        ),
-    ):
-        command = option(command)
-    return command
+        failed = explain(error)
+        click.echo(failed.text, err=True)
+        sys.exit(failed.exit_code)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -83,7 +45,7 @@ def commands() -> None:
 
 @commands.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@_merge_options
+@plan_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the tensor table as Parquet.")
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
@@ -125,17 +87,16 @@ def _print_plan(plan: MergePlan, *, verbose: bool) -> None:
 @commands.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path())
-@_merge_options
-@click.option(
-    "--private/--public", default=True, show_default=True, help="How to make a Hub repository that is not there yet."
-)
-@click.option("--overwrite", is_flag=True, help="Replace a model that is in OUT.")
+@plan_options
+@output_options
 @click.option("--ray", is_flag=True, help="Start Ray on this machine, and merge on it.")
-@click.option("--address", metavar="HOST:PORT", help="Merge on the Ray cluster whose head is there.")
-@click.option("--shared-filesystem", is_flag=True, help="Paths mean the same files on all machines of the cluster.")
+@click.option(
+    "--address", metavar="HOST:PORT", help="Merge on the Ray cluster whose head is there; `auto`: that of this machine."
+)
 @click.option("--dry-run", is_flag=True, help="Plan, look at OUT, print, and stop.")
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only, and which tensors are not finite.")
+@click.option("--log-json", is_flag=True, help="Print a JSON object for each thing that happens, in place of text.")
 def merge(
     config: Path,
     out: str,
@@ -146,6 +107,7 @@ def merge(
     strict: bool,
     storage: Literal["auto", "fsspec"],
     private: bool,
+    wait: bool,
     overwrite: bool,
     ray: bool,
     address: str | None,
@@ -153,11 +115,16 @@ def merge(
     dry_run: bool,
     verbose: bool,
     quiet: bool,
+    log_json: bool,
 ) -> None:
     """Merge the models of CONFIG into OUT, a directory or URL; run it again to finish an interrupted merge."""
     from raymerge.pipeline import driver
 
     if dry_run:
+        if log_json:
+            raise click.UsageError(
+                "--dry-run does nothing that could be logged; `raymerge plan --json` prints the plan"
+            )
         if ray or address or shared_filesystem:
             raise click.UsageError("--dry-run plans for this machine without Ray; leave the options for Ray out")
         result = driver.plan(
@@ -175,9 +142,9 @@ def merge(
             _print_plan(result, verbose=verbose)
         return
     from raymerge.pipeline.display import Display
-    from raymerge.pipeline.sizes import format_nbytes
+    from raymerge.pipeline.json_log import open_json_log
 
-    with Display(verbose=verbose, quiet=quiet) as display:
+    with open_json_log(verbose=verbose) if log_json else Display(verbose=verbose, quiet=quiet) as narrator:
         report = driver.merge(
             config,
             out,
@@ -188,28 +155,14 @@ def merge(
             strict=strict,
             storage=storage,
             private=private,
+            wait=wait,
             overwrite=overwrite,
             ray=ray,
             address=address,
             shared_filesystem=shared_filesystem,
-            listener=display,
+            listener=narrator,
         )
-    for name in report.nonfinite:
-        click.echo(f"warning: {name}: the output has NaN or infinite values", err=True)
-    if quiet:
-        return
-    if report.was_complete:
-        click.echo(f"{out} was complete already: {report.num_tensors} tensors in {report.num_shards} shards")
-        return
-    click.echo(
-        f"{out}: {report.num_tensors} tensors in {report.num_shards} shards; read {format_nbytes(report.read_nbytes)}, "
-        f"wrote {format_nbytes(report.written_nbytes)} in {report.seconds:.1f} s; "
-        f"peak memory {format_nbytes(report.peak_rss)}"
-    )
-    if report.faults:
-        click.echo("Failures on the way, all got over:")
-        for what, count in report.faults:
-            click.echo(f"  {count} x {what}")
+        narrator.reported(report)
 
 
 @commands.command()
@@ -217,7 +170,7 @@ def merge(
 @click.option(
     "--threads", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Files read at once."
 )
-@_storage_option
+@storage_option
 def verify(out: str, threads: int, storage: Literal["auto", "fsspec"]) -> None:
     """Compare every file of a merged model with its checksum, and the index with the shards."""
     from raymerge.pipeline.sizes import format_nbytes
@@ -244,7 +197,7 @@ def methods(name: str | None) -> None:
 @click.argument("url")
 @click.option("--tensors", "with_tensors", is_flag=True, help="Print a line for each tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, tensors included.")
-@_storage_option
+@storage_option
 def inspect(url: str, with_tensors: bool, as_json: bool, storage: Literal["auto", "fsspec"]) -> None:
     """Say what a checkpoint consists of: a directory, a URL, a Hub repository or one .safetensors file.
 
@@ -255,3 +208,7 @@ def inspect(url: str, with_tensors: bool, as_json: bool, storage: Literal["auto"
 
     found = look_at(url, storage=storage)
     click.echo(inspection_json(found) if as_json else format_inspection(found, with_tensors=with_tensors))
+
+
+for command in (submit, jobs, manifest):
+    commands.add_command(command)

@@ -4,44 +4,54 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from types import TracebackType
+from typing import Self
 
+import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
-from raymerge.cluster.runner import Progress as Step
-from raymerge.pipeline.driver import Listener
-from raymerge.pipeline.plan_report import format_plan
-from raymerge.pipeline.sizes import format_nbytes
-from raymerge.pipeline.types import MergePlan, ShardResult
+from raymerge.pipeline.events import (
+    Event,
+    Failed,
+    Held,
+    Planned,
+    Progressed,
+    Resumed,
+    Retried,
+    Warned,
+    read_event,
+)
+from raymerge.pipeline.merge_report import format_report
+from raymerge.pipeline.narrator import Narrator
+from raymerge.pipeline.redact import redact
+from raymerge.pipeline.sizes import format_nbytes, format_seconds
+from raymerge.pipeline.types import MergeReport, ShardResult
 
 _LINE_SECONDS = 10.0
 """Between lines of progress where there is no terminal."""
 
 
-class Display(Listener):
-    """Prints to stderr what it is told; use it in a `with` block."""
+class Display(Narrator):
+    """Prints events to stderr, and the report to stdout; use it in a `with` block."""
 
     def __init__(self, *, verbose: bool, quiet: bool) -> None:
-        self._verbose = verbose
+        super().__init__(verbose=verbose)
         self._quiet = quiet
+        self._is_terminal = sys.stderr.isatty()
         self._bar = Progress(
-            TextColumn("{task.fields[shards]}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=16),
+            TextColumn("{task.description}"),
             console=Console(stderr=True),
-            disable=quiet or not sys.stderr.isatty(),
+            disable=quiet or not self._is_terminal,
         )
-        self._lines = not sys.stderr.isatty()
+        self._task = self._bar.add_task("", total=None, visible=False)
         self._num_shards = 0
-        self._num_done = 0
-        self._total = 0
-        self._done = 0
-        self._start = self._last_line = time.monotonic()
+        self._retries: Counter[str] = Counter()
+        self._last_line = time.monotonic()
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
@@ -50,45 +60,87 @@ class Display(Listener):
     ) -> None:
         self._bar.stop()
 
-    def planned(self, plan: MergePlan) -> None:
-        """Print the plan."""
-        self._print(format_plan(plan, verbose=self._verbose))
-        for warning in plan.warnings:
-            self._print(f"warning: {warning}")
-        self._num_shards = len(plan.tasks)
-        self._total = sum(task.nbytes for task in plan.tasks)
-        self._task = self._bar.add_task("", total=self._total, shards=self._shards())
+    def show_line(self, line: str) -> None:
+        """Show what a line of a log tells; as it is where it is no event."""
+        event = read_event(line)
+        if event is None:
+            self._print(line)
+        else:
+            self.show(event)
 
-    def resumed(self, results: list[ShardResult]) -> None:
-        """Say what an earlier run has left to do."""
-        self._num_done = len(results)
-        if results:
-            self._print(f"{len(results)} of {self._num_shards} shards are finished and sound; going on with the rest")
-        self._advance(sum(result.nbytes for result in results))
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case Planned():
+                self._num_shards = event.num_shards
+                self._print(event.text)
+            case Warned():
+                self._print(f"warning: {event.text}")
+            case Held():
+                self._print(f"waiting: {event.text}")
+            case Resumed():
+                if event.num_shards:
+                    kept = f"{event.num_shards} of {self._num_shards} shards"
+                    self._print(f"{kept} are finished and sound; going on with the rest")
+            case Progressed():
+                self._show_progress(event)
+            case ShardResult():
+                if self.verbose:
+                    speed = (event.read_nbytes + event.nbytes) / max(event.seconds, 1e-6)
+                    self._print(
+                        f"{event.file}: {format_nbytes(event.nbytes)} in {event.seconds:.1f} s on {event.host}, "
+                        f"{format_nbytes(speed)}/s"
+                    )
+            case Retried():
+                self._show_retry(event)
+            case MergeReport():
+                self._show_report(event)
+            case Failed():
+                self._bar.stop()
+                click.echo(event.text, err=True)
 
-    def progressed(self, progress: Step) -> None:
-        """Move the bar, or print a line now and then."""
-        self._advance(progress.written_nbytes)
-        if self._lines and time.monotonic() - self._last_line > _LINE_SECONDS:
+    def _show_progress(self, event: Progressed) -> None:
+        text = format_progress(event)
+        self._bar.update(
+            self._task,
+            description=text,
+            total=event.to_read_nbytes + event.to_write_nbytes,
+            completed=event.read_nbytes + event.written_nbytes,
+            visible=True,
+        )
+        if not self._is_terminal and time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()
-            speed = self._done / (self._last_line - self._start)
-            done = f"{format_nbytes(self._done)} of {format_nbytes(self._total)}"
-            self._print(f"{self._shards()}, {done}, {format_nbytes(speed)}/s")
+            self._print(text)
 
-    def finished(self, result: ShardResult) -> None:
-        """Count a shard."""
-        self._num_done += 1
-        self._advance(0)
-        if self._verbose:
-            self._print(f"{result.file}: {format_nbytes(result.nbytes)} in {result.seconds:.1f} s")
+    def _show_retry(self, event: Retried) -> None:
+        """Print why something is done again: the first, second, fourth, eighth time, and so on."""
+        before = self._retries[event.reason]
+        after = self._retries[event.reason] = before + event.count
+        if self.verbose or after.bit_length() > before.bit_length():
+            self._print(f"retried: {event.reason}" + (f" ({after} times by now)" if after > 1 else ""))
 
-    def _shards(self) -> str:
-        return f"{self._num_done}/{self._num_shards} shards"
-
-    def _advance(self, nbytes: int) -> None:
-        self._done += nbytes
-        self._bar.update(self._task, advance=nbytes, shards=self._shards())
+    def _show_report(self, report: MergeReport) -> None:
+        self._bar.stop()
+        for name in report.nonfinite:
+            click.echo(f"warning: {name}: the output has NaN or infinite values", err=True)
+        if not self._quiet:
+            click.echo(format_report(report))
 
     def _print(self, text: str) -> None:
         if not self._quiet:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(redact(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def format_progress(event: Progressed) -> str:
+    """Return how far it is, on one line; a narrow terminal cuts off what is at its end."""
+    parts = [f"{event.num_finished}/{event.num_shards} shards"]
+    if event.seconds_left is not None:
+        parts.append(f"{format_seconds(event.seconds_left)} left")
+    if event.num_retries:
+        parts.append(f"{event.num_retries} retried")
+    parts += [
+        f"read {format_nbytes(event.read_per_second)}/s",
+        f"write {format_nbytes(event.written_per_second)}/s",
+        f"{format_nbytes(event.written_nbytes)} of {format_nbytes(event.to_write_nbytes)}",
+    ]
+    return ", ".join(parts)

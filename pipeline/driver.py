@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from raymerge.cluster.runner import Progress, Resources
 from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.config import MergeConfig, load_config
-from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.memory import Transfer
+from raymerge.pipeline.merge_report import make_report
 from raymerge.pipeline.model_config import dump_config
 from raymerge.pipeline.output import (
     OutputState,
@@ -43,7 +43,13 @@ from raymerge.pipeline.storage import (
 )
 from raymerge.pipeline.stores.retry import FAULTS
 from raymerge.pipeline.types import InputModel, MergePlan, MergeReport, ShardResult, ShardTask
-from raymerge.pipeline.workers import CLUSTER_VARIABLES, check_reach, make_runner, prepare_workers, run_shard
+from raymerge.pipeline.workers import (
+    check_reach,
+    list_cluster_variables,
+    make_runner,
+    prepare_workers,
+    run_shard,
+)
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray_session import RaySession
@@ -61,6 +67,9 @@ class Listener:
     def planned(self, plan: MergePlan) -> None:
         """The plan is made; nothing is written yet."""
 
+    def held(self, error: HeldError) -> None:
+        """Another run is writing to the output, and is waited for."""
+
     def resumed(self, results: list[ShardResult]) -> None:
         """These shards were finished by an earlier run."""
 
@@ -69,6 +78,9 @@ class Listener:
 
     def finished(self, result: ShardResult) -> None:
         """A shard is finished."""
+
+    def retried(self, reason: str, count: int) -> None:
+        """Something went wrong so many times and was done again: with a worker just now, or on the way to a shard."""
 
 
 def plan(
@@ -115,6 +127,7 @@ def merge(
     strict: bool = False,
     storage: Library = "auto",
     private: bool = True,
+    wait: bool = False,
     overwrite: bool = False,
     ray: bool = False,
     address: str | None = None,
@@ -133,9 +146,11 @@ def merge(
         strict: whether doubtful settings, and NaN or infinity in the output, are errors instead of warnings.
         storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
         private: whether a repository that is made on the Hub is private.
+        wait: whether to wait for another run that is writing to `out`, instead of ending with an error.
         overwrite: whether a model that is in `out` may be replaced.
         ray: whether to start Ray on this machine and have it do the work.
-        address: of a running Ray cluster that does the work, as in `10.0.0.5:6379`; `memory` and `threads` are then for
+        address: of a running Ray cluster that does the work, as in `10.0.0.5:6379`, or `auto` for the one that this
+            machine is part of; `memory` and `threads` are then for
             each of its machines.
         shared_filesystem: whether paths mean the same files on every machine of that cluster.
         listener: told how it goes, in the caller's thread.
@@ -160,7 +175,7 @@ def merge(
         if address is not None:
             from raymerge.cluster.ray_session import connect_ray
 
-            session = stack.enter_context(connect_ray(address, CLUSTER_VARIABLES))
+            session = stack.enter_context(connect_ray(address, list_cluster_variables()))
             limits = replace(limits, num_threads=threads or max(node.num_cpus for node in session.nodes))
         elif limits.num_threads > 1 and not ray:
             prepare_workers([model.path for model in merge_config.referenced_models], str(out))
@@ -175,11 +190,19 @@ def merge(
             check_reach(urls, session, shared_filesystem=shared_filesystem)
         listener.planned(the_plan)
         outputs = list_outputs(the_plan)
-        with open_output(target, the_plan.fingerprint, outputs, overwrite=overwrite) as (state, lock):
+        on_held = listener.held if wait else None
+        with open_output(target, the_plan.fingerprint, outputs, overwrite=overwrite, on_held=on_held) as (state, lock):
             if state is OutputState.COMPLETE:
                 nonfinite = read_manifest(target).nonfinite
                 _check_finite(nonfinite, strict=strict)
-                return _report(the_plan, target, [], start, nonfinite, was_complete=True)
+                return make_report(
+                    the_plan,
+                    target,
+                    seconds=time.perf_counter() - start,
+                    faults=FAULTS.drain(),
+                    nonfinite=nonfinite,
+                    was_complete=True,
+                )
             return _carry_out(the_plan, target, lock, listener, start, session, strict=strict)
 
 
@@ -243,7 +266,10 @@ def _carry_out(
         lock.check()
         listener.progressed(progress)
 
-    runner = make_runner(plan.num_threads, [out, *(item.url for item in plan.inputs)], session)
+    def retried(reason: str) -> None:
+        listener.retried(FAULTS.note("ray", "shard", reason), 1)
+
+    runner = make_runner(plan.num_threads, [out, *(item.url for item in plan.inputs)], session, retried)
     settings = storage_settings()
     recorded = journal.read_records(plan.tasks)
     resumed = [
@@ -260,20 +286,33 @@ def _carry_out(
     kept = {result.file for result in resumed}
     todo = [task for task in plan.tasks if task.file not in kept]
     results = []
+    work_start = time.perf_counter()
     for result in runner.run(
         partial(run_shard, journal=journal, settings=settings),
         todo,
         [_resources(task) for task in todo],
         progressed,
     ):
+        for reason, count in result.faults:
+            listener.retried(reason, count)
         listener.finished(result)
         results.append(result)
         lock.check()
+    work_seconds = time.perf_counter() - work_start
     nonfinite = find_nonfinite([*resumed, *results])
     _check_finite(nonfinite, strict=strict)
     lock.check()
     stitch(plan, [*resumed, *results], journal)
-    return _report(plan, out, results, start, nonfinite, was_complete=False)
+    return make_report(
+        plan,
+        out,
+        results,
+        seconds=time.perf_counter() - start,
+        work_seconds=work_seconds,
+        num_per_process=runner.num_per_process,
+        faults=FAULTS.drain(),
+        nonfinite=nonfinite,
+    )
 
 
 def _check_finite(nonfinite: Sequence[str], *, strict: bool) -> None:
@@ -285,31 +324,6 @@ def _check_finite(nonfinite: Sequence[str], *, strict: bool) -> None:
         )
 
 
-def _report(
-    plan: MergePlan,
-    out: str,
-    results: list[ShardResult],
-    start: float,
-    nonfinite: tuple[str, ...],
-    *,
-    was_complete: bool,
-) -> MergeReport:
-    return MergeReport(
-        out=out,
-        num_tensors=len(plan.weight_map),
-        num_shards=len(plan.tasks),
-        num_resumed=len(plan.tasks) - len(results),
-        was_complete=was_complete,
-        read_nbytes=sum(result.read_nbytes for result in results),
-        written_nbytes=sum(result.nbytes for result in results),
-        seconds=time.perf_counter() - start,
-        peak_rss=max((result.peak_rss for result in results), default=0),
-        faults=_add_up([FAULTS.drain(), *(result.faults for result in results)]),
-        warnings=plan.warnings,
-        nonfinite=nonfinite,
-    )
-
-
 def _measure_transfer(inputs: Sequence[Storage], output: Storage) -> Transfer:
     return Transfer(
         num_buffers=2 if any(storage.is_remote for storage in inputs) else 1,
@@ -319,13 +333,6 @@ def _measure_transfer(inputs: Sequence[Storage], output: Storage) -> Transfer:
 
 def _configure(storage: Library, *, private: bool) -> None:
     configure_storages(StorageSettings(storage, private))
-
-
-def _add_up(counts: Iterable[tuple[tuple[str, int], ...]]) -> tuple[tuple[str, int], ...]:
-    total: Counter[str] = Counter()
-    for pairs in counts:
-        total.update(dict(pairs))
-    return tuple(sorted(total.items()))
 
 
 def _names(checkpoint: Checkpoint) -> tuple[str, ...]:

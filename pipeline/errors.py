@@ -35,5 +35,9 @@ class OutputError(MergeError, OSError):
     """The output could not be written, is in use, or is not what it should be."""
 
 
+class HeldError(OutputError):
+    """Another run is writing to the output."""
+
+
 class CorruptedError(OutputError):
     """An upload went wrong, or a store has something else than it was sent; doing it again may help."""

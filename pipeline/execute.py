@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 
 import torch
 
+from raymerge.cluster.host import find_host
 from raymerge.cluster.runner import Progress, Report
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.registry import find_op
@@ -28,6 +31,8 @@ from raymerge.pipeline.windows import make_fetches
 
 COMPUTE_DTYPE = torch.float32
 
+_STATUS = Path("/proc/self/status")
+"""Where Linux says what memory this process has."""
 
 _MAX_ATTEMPTS = 6
 """At a shard that a store keeps corrupting."""
@@ -49,6 +54,7 @@ def run_shard(task: ShardTask, report: Report, *, journal: Journal, settings: St
     """
     configure_storages(settings)
     torch.set_num_threads(1)
+    first_mem = _measure_first_mem(os.getpid())
     start = time.perf_counter()
     for attempt in range(1, _MAX_ATTEMPTS + 1):
         done = Progress(0, 0)
@@ -75,6 +81,8 @@ def run_shard(task: ShardTask, report: Report, *, journal: Journal, settings: St
         read_nbytes=done.read_nbytes,
         seconds=time.perf_counter() - start,
         peak_rss=peak_rss(),
+        peak_measured_mem=max(0, peak_rss() - _measure_code() - first_mem),
+        host=find_host(),
         faults=FAULTS.drain(),
     )
     journal.record(result)
@@ -87,6 +95,7 @@ def _make_shard(task: ShardTask, report: Report, journal: Journal) -> tuple[Stor
     shard = ShardWriter(writer)
     try:
         shard.append_bytes(task.header)
+        report(Progress(written_nbytes=len(task.header)))
         merger = _ShardMerger(task, shard)
         with closing(fetch_windows(make_fetches(task), task.buffer_nbytes, task.num_buffers)) as windows:
             for filled in windows:
@@ -105,11 +114,26 @@ def _make_shard(task: ShardTask, report: Report, journal: Journal) -> tuple[Stor
 
 def peak_rss() -> int:
     """Return the largest resident set of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage also counts what the process was before it was this program
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    if _STATUS.exists():  # getrusage also counts what the process was before it was this program
+        return _read_status("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@cache
+def _measure_first_mem(process: int) -> int:
+    """Return what a process, this one, had in memory besides code when it was first asked, in bytes."""
+    return _read_status("RssAnon") if _STATUS.exists() else peak_rss()
+
+
+def _measure_code() -> int:
+    """Return how much of this process's memory is code, which is loaded when it is used first, in bytes."""
+    return _read_status("RssFile") if _STATUS.exists() else 0
+
+
+def _read_status(key: str) -> int:
+    lines = _STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
 class _ShardMerger:

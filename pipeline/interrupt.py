@@ -1,4 +1,4 @@
-"""Ctrl-C ends the process within seconds, whatever it is waiting for."""
+"""Ctrl-C and SIGTERM end the process within seconds, whatever it is waiting for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import signal
 import socket
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 
 MESSAGE = "Interrupted. What is finished is kept: run the same command again to go on."
@@ -16,13 +17,32 @@ _GRACE_SECONDS = 5.0
 """For tidying up: letting go of the lock, ending uploads."""
 
 
+def _announce() -> None:
+    print(MESSAGE, file=sys.stderr, flush=True)
+
+
+_announcers = [_announce]
+"""The last one is called before the process is ended."""
+
+
+@contextmanager
+def announced_by(announce: Callable[[], None]) -> Iterator[None]:
+    """Have something else than a line on stderr say that the process is ended because of an interrupt."""
+    _announcers.append(announce)
+    try:
+        yield
+    finally:
+        _announcers.remove(announce)
+
+
 @cache
 def watch_for_interrupts() -> None:
-    """Have a thread end the process if it is still there a few seconds after Ctrl-C, or at a second one.
+    """Have SIGTERM do what Ctrl-C does, and a thread end the process if it is still there a few seconds later.
 
-    Python tells the main thread of a signal only when that is done with what it waits for, and a request to a store
-    that is silent may take long.
+    SIGTERM is how schedulers end a job. Python tells the main thread of a signal only when that is done with what it
+    waits for, and a request to a store that is silent may take long.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
@@ -35,10 +55,10 @@ def _watch(ours: socket.socket, theirs: socket.socket) -> None:
         ours.settimeout(_GRACE_SECONDS)
         with suppress(TimeoutError):
             _wait_for_interrupt(ours)
-        print(MESSAGE, file=sys.stderr, flush=True)
+        _announcers[-1]()
         os._exit(130)
 
 
 def _wait_for_interrupt(signals: socket.socket) -> None:
-    while signals.recv(1)[0] != signal.SIGINT:
+    while signals.recv(1)[0] not in (signal.SIGINT, signal.SIGTERM):
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,8 +12,10 @@ import click
 
 from raymerge import __version__
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.options import list_arguments, output_options, plan_options
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_memory, parse_nbytes
+from raymerge.pipeline.urls import scheme_of
 
 if TYPE_CHECKING:
     from raymerge.cluster.manifests.job import Job, NodeSize
@@ -25,27 +27,15 @@ _IMAGE = f"rayproject/ray:{RAY_VERSION}-py311-"
 _SETUP = f"pip install --quiet 'raymerge[ray]=={__version__}'"
 _ACCOUNT = "arn:aws:iam::123456789012"
 """What AWS's own examples have; everybody has another one."""
-_OF_THE_JOB = {"config", "out", "ray", "address", "dry_run"}
-"""Parameters of `raymerge merge` that a manifest decides."""
-
 _TYPED = f"{__name__}.typed"
 """Where a command's context has the arguments as they were typed."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def make_manifest_command(merge: click.Command) -> click.Group:
-    """Return the command; what it writes calls `merge`, whose options each of its subcommands takes too."""
-    passed_on = [parameter for parameter in merge.params if parameter.name not in _OF_THE_JOB]
-    group = click.Group(
-        "manifest",
-        help="Write a merge as a job for a scheduler, with CONFIG in it.",
-        context_settings={"obj": passed_on},
-    )
-    for command in (_kuberay, _slurm, _aws_batch, _ray_up):
-        command.params = [*command.params, *passed_on]
-        group.add_command(command)
-    return group
+@click.group()
+def manifest() -> None:
+    """Write a merge as a job for a scheduler, with CONFIG in it."""
 
 
 class _Command(click.Command):
@@ -129,7 +119,7 @@ _attempts_option = click.option(
 )
 
 
-@click.command("kuberay", cls=_Command)
+@manifest.command("kuberay", cls=_Command)
 @_job_options
 @_size_options
 @_image_option
@@ -138,6 +128,8 @@ _attempts_option = click.option(
 @_text("--service-account", "Of the pods.  [default: the namespace's]")
 @click.option("--env-secret", multiple=True, metavar="NAME", help="Secret for the pods' environment; may be repeated.")
 @_attempts_option
+@plan_options
+@output_options
 @click.pass_context
 def _kuberay(context: click.Context, /, **options: Any) -> None:
     """A RayJob for Kubernetes with KubeRay 1.5.1 or newer."""
@@ -156,11 +148,13 @@ def _kuberay(context: click.Context, /, **options: Any) -> None:
     click.echo(make_kuberay(job, _make_size(options), target), nl=False)
 
 
-@click.command("slurm", cls=_Command)
+@manifest.command("slurm", cls=_Command)
 @_job_options
 @_size_options
 @_text("--partition", "Where the job runs.  [default: the cluster's]")
 @_text("--account", "Who is charged.  [default: the user's]")
+@plan_options
+@output_options
 @click.pass_context
 def _slurm(context: click.Context, /, **options: Any) -> None:
     """A script for sbatch. By default raymerge is expected on the PATH of the shell that calls sbatch."""
@@ -171,7 +165,7 @@ def _slurm(context: click.Context, /, **options: Any) -> None:
     click.echo(make_slurm(job, _make_size(options), target), nl=False)
 
 
-@click.command("aws-batch", cls=_Command)
+@manifest.command("aws-batch", cls=_Command)
 @_job_options
 @_size_options
 @_image_option
@@ -186,6 +180,8 @@ def _slurm(context: click.Context, /, **options: Any) -> None:
     help="Environment variable from a secret; may be repeated.",
 )
 @_attempts_option
+@plan_options
+@output_options
 @click.pass_context
 def _aws_batch(context: click.Context, /, **options: Any) -> None:
     """A job definition for AWS Batch, of several nodes."""
@@ -205,7 +201,7 @@ def _aws_batch(context: click.Context, /, **options: Any) -> None:
     click.echo(make_aws_batch(job, _make_size(options), target), nl=False)
 
 
-@click.command("ray-up", cls=_Command)
+@manifest.command("ray-up", cls=_Command)
 @_job_options
 @_image_option
 @_text("--region", "Of AWS.", "us-west-2")
@@ -213,6 +209,8 @@ def _aws_batch(context: click.Context, /, **options: Any) -> None:
 @_text("--instance-profile", "Of the machines that merge.", "ray-autoscaler-v1")
 @_text("--ami", "Of all machines.  [default: Ray's for the region]", metavar="ID")
 @_text("--token-file", "Ray's token, on your machine.", "~/.ray/auth_token", metavar="PATH")
+@plan_options
+@output_options
 @click.pass_context
 def _ray_up(context: click.Context, /, **options: Any) -> None:
     """A cluster on AWS that Ray starts, and stops after the merge."""
@@ -246,49 +244,36 @@ def _make_job(context: click.Context, *, setup: str, apply: str, is_spread: bool
     """
     from raymerge.cluster.manifests.job import Job
     from raymerge.pipeline.config import load_config
-    from raymerge.pipeline.workers import check_places
+    from raymerge.pipeline.travel import check_travels
 
     options = context.params
     out: str = options["out"]
     config = load_config(options["config"], strict=options["strict"])
-    models = [model.path for model in config.referenced_models]
-    check_places(out, models, is_spread=is_spread, shared_filesystem=options["shared_filesystem"])
+    check_travels(config, out, shared_filesystem=options["shared_filesystem"])
+    if scheme_of(out) == "hf" and is_spread:
+        raise ConfigError(
+            f"{out}: shards for the Hub are gathered on one machine, and the job has several; merge to a bucket"
+        )
+    typed: tuple[str, ...] = context.meta[_TYPED]
+    for argument in typed:
+        if redact(argument) != argument:
+            raise ConfigError(
+                f"{redact(argument)}: a credential, which everybody who may see the manifest could read; name a role, a"
+                " service account or a secret instead"
+            )
     for warning in config.warnings:
         click.echo(redact(f"warning: {warning}"), err=True)
-    typed: tuple[str, ...] = context.meta[_TYPED]
-    _refuse_secrets(options["config"], config.text, typed)
+    # The run that this one goes on from may be dead, and its lock not yet free.
+    arguments = list_arguments({**options, "wait": True})
     return Job(
         name=options["name"],
         config=config.text,
-        arguments=(out, "--address", "auto", *_pass_on(context)),
+        arguments=(out, "--address", "auto", *arguments),
         setup=setup if options["setup"] is None else options["setup"],
         environment=options["env"],
         num_nodes=options["nodes"],
         comment=f"{shlex.join(['raymerge', 'manifest', str(context.info_name), *typed])}\n{apply}",
     )
-
-
-def _pass_on(context: click.Context) -> Iterable[str]:
-    """Yield the options of `raymerge merge` that were given, as arguments."""
-    passed_on: list[click.Option] = context.obj
-    for option in passed_on:
-        assert option.name
-        if context.get_parameter_source(option.name) is not click.core.ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[option.name]
-        if option.is_flag:
-            yield max(option.opts if value else option.secondary_opts, key=len)
-        else:
-            yield from (max(option.opts, key=len), str(value))
-
-
-def _refuse_secrets(config: Path, text: str, typed: Sequence[str]) -> None:
-    for what, content in ((str(config), text), *(("what you give as an option", argument) for argument in typed)):
-        if redact(content) != content:
-            raise ConfigError(
-                f"{what} has something in it that looks like a credential, and everybody may read a manifest; name a"
-                " role, a service account or a secret instead"
-            )
 
 
 def _make_size(options: dict[str, Any]) -> NodeSize:
@@ -306,7 +291,7 @@ def _make_size(options: dict[str, Any]) -> NodeSize:
     if needed > size.work_nbytes:
         raise ConfigError(
             f"--node-memory {options['node_memory']} is too little: --memory {options['memory']}, {num_threads} workers"
-            f" and Ray need {format_memory(needed + size.mem_nbytes - size.work_nbytes)}; give more, or less of the others"
+            f" and Ray need {format_memory(needed + size.mem_nbytes - size.work_nbytes)}; give more, or ask for less"
         )
     return size
 

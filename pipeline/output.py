@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
 from raymerge.pipeline.journal import DIRECTORY, LOCK, Journal, read_begun
 from raymerge.pipeline.sources import CONFIG, INDEX, is_weights
 from raymerge.pipeline.storage import Lock, Storage, storage_for
@@ -26,6 +27,9 @@ _BESIDE_WEIGHTS = re.compile(
     r"\.(json|jinja|model|tiktoken|py|ya?ml|md)$|^(merges|vocab|added_tokens)\.txt$|^(LICENSE|NOTICE|USE_POLICY)"
 )
 """Names that files of a model have; others may be somebody's work."""
+_WAIT_SECONDS = 2.0
+"""Between looks at whether another run has ended."""
+
 _CLEARING = "being cleared"
 """In place of a fingerprint: no plan has this one."""
 
@@ -103,7 +107,12 @@ def measure_nbytes(out: str) -> int:
 
 @contextmanager
 def open_output(
-    out: str, fingerprint: str, names: Sequence[str], *, overwrite: bool
+    out: str,
+    fingerprint: str,
+    names: Sequence[str],
+    *,
+    overwrite: bool,
+    on_held: Callable[[HeldError], None] | None = None,
 ) -> Iterator[tuple[OutputState, Lock]]:
     """Take an output directory for one run, and say what it is to this plan; the journal ends with a run that succeeds.
 
@@ -114,12 +123,26 @@ def open_output(
         fingerprint: of the plan.
         names: of the files that the plan makes.
         overwrite: whether an earlier model there may be deleted.
+        on_held: told, once, that another run is writing there, which is then waited for.
 
     Raises:
-        OutputError: another run is writing there, or there is something that is not ours to go on with.
+        HeldError: another run is writing there, and is not waited for.
+        OutputError: there is something that is not ours to go on with.
     """
     storage = storage_for(out)
-    with storage.lock(f"{out}/{LOCK}", restart=overwrite) as lock:
+    with ExitStack() as stack:
+        is_told = False
+        while True:
+            try:
+                lock = stack.enter_context(storage.lock(f"{out}/{LOCK}", restart=overwrite))
+                break
+            except HeldError as error:
+                if on_held is None:
+                    raise
+                if not is_told:
+                    on_held(error)
+                    is_told = True
+                time.sleep(_WAIT_SECONDS)
         state = check_state(out, fingerprint, overwrite=overwrite)
         if state is OutputState.NEW:
             if overwrite:

@@ -48,6 +48,18 @@ def format_nbytes(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
+def format_seconds(seconds: float) -> str:
+    """Return a time for people; from a minute on, in hours, minutes and seconds.
+
+    >>> format_seconds(2.34), format_seconds(42.4), format_seconds(83.4), format_seconds(7390)
+    ('2.3 s', '42 s', '0:01:23', '2:03:10')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{int(seconds)} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 def format_memory(nbytes: int) -> str:
     """Return a memory size in the unit that `--memory` is given in, rounded up.
 

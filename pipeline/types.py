@@ -165,6 +165,10 @@ class ShardResult:
     seconds: float
     peak_rss: int
     """Of the whole process when the shard was done, in bytes."""
+    peak_measured_mem: int
+    """What of that is to be compared with `projected_mem`: neither code nor what the process had before, in bytes."""
+    host: str
+    """The machine that made it: its address on a cluster, else its name."""
     faults: tuple[tuple[str, int], ...]
     """What went wrong on the way and was got over, with how often."""
 
@@ -178,10 +182,22 @@ class OutputFile:
 
 
 @dataclass(frozen=True, slots=True)
+class HostReport:
+    """What one machine did."""
+
+    host: str
+    num_shards: int
+    read_nbytes: int
+    written_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class MergeReport:
     """What a merge did."""
 
     out: str
+    manifest: str
+    """Where it is written down what the output was made of, and the checksum of every file."""
     num_tensors: int
     num_shards: int
     num_resumed: int
@@ -191,10 +207,20 @@ class MergeReport:
     read_nbytes: int
     written_nbytes: int
     seconds: float
+    work_seconds: float
+    """Those of them in which shards were made."""
+    slowest: ShardResult | None
+    """The shard that took longest; None where none was made."""
+    hosts: tuple[HostReport, ...]
+    """By name."""
     peak_rss: int
-    """Of this process, in bytes."""
+    """Of the largest worker process, in bytes."""
+    peak_measured_mem: int
+    """Of the process whose tensors, scratch and transfers took most, in bytes; to be compared with `projected_mem`."""
+    projected_mem: int
+    """What the plan says about that, in bytes."""
     faults: tuple[tuple[str, int], ...]
-    """What went wrong in stores and was got over, with how often."""
+    """What went wrong with stores or workers and was got over, with how often."""
     warnings: tuple[str, ...]
     nonfinite: tuple[str, ...]
     """Tensors with NaN or infinity in the output."""

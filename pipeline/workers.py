@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymerge.cluster.process_runner import StartMethod, make_local_runner, start_fork_server
 from raymerge.cluster.runner import Report, Runner
-from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.journal import Journal
+from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sources import HUB_NAME
 from raymerge.pipeline.storage import Sharing, StorageSettings, storage_for
-from raymerge.pipeline.stores.retry import FAULTS
 from raymerge.pipeline.types import ShardResult, ShardTask
-from raymerge.pipeline.urls import check_url, is_url, scheme_of
+from raymerge.pipeline.urls import scheme_of
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray_session import RaySession
 
 _EXECUTE = "raymerge.pipeline.execute"
 
-CLUSTER_VARIABLES = (
+_CLUSTER_VARIABLES = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "AWS_REGION",
@@ -33,13 +34,35 @@ CLUSTER_VARIABLES = (
 """Environment variables that workers of a cluster get as they are here: where stores are, and none of the secrets."""
 
 
-def make_runner(num_workers: int, urls: Sequence[str], session: RaySession | None = None) -> Runner:
+def list_cluster_variables() -> dict[str, str]:
+    """Return the environment variables that workers of a cluster get as they are here.
+
+    Raises:
+        ConfigError: one has a password in it.
+    """
+    variables = {name: os.environ[name] for name in _CLUSTER_VARIABLES if name in os.environ}
+    for name, value in variables.items():
+        if redact(value) != value:
+            raise ConfigError(
+                f"{name} has a password in it, which all users of the cluster would see; give workers their credentials"
+                " on their own machines"
+            )
+    return variables
+
+
+def make_runner(
+    num_workers: int,
+    urls: Sequence[str],
+    session: RaySession | None = None,
+    on_retry: Callable[[str], None] = lambda reason: None,
+) -> Runner:
     """Return what runs tasks that read from and write to these URLs.
 
     Args:
         num_workers: tasks in work at once on one machine.
         urls: of inputs and output; their storages say in which processes of this machine that can be.
         session: where the tasks run, if it is on Ray.
+        on_retry: told why a task is done again.
     """
     if session is not None:
         from raymerge.cluster.ray_runner import RayRunner
@@ -51,7 +74,8 @@ def make_runner(num_workers: int, urls: Sequence[str], session: RaySession | Non
             sum(node.num_cpus // num_cpus for node in session.nodes),
             num_cpus=num_cpus,
             host=session.host if is_bound else None,  # nodes that join later have other files
-            on_retry=lambda reason: FAULTS.note("ray", "shard", reason),
+            retry_on=(FetchError, OutputError),  # a machine may have no way to a store, or no credentials for it
+            on_retry=on_retry,
         )
     return make_local_runner(num_workers, _choose_start_method(urls), preload=_list_modules(urls))
 
@@ -81,37 +105,6 @@ def check_reach(urls: Sequence[str], session: RaySession, *, shared_filesystem: 
         raise ConfigError(
             f"{urls[0]}: shards for the Hub are gathered on one machine, and the cluster has others; merge to"
             " a bucket, or leave --address out"
-        )
-
-
-def check_places(out: str, models: Sequence[str], *, is_spread: bool, shared_filesystem: bool) -> None:
-    """Make sure that machines which a scheduler will choose find what they are to read and write.
-
-    Args:
-        out: path or URL of the output.
-        models: as the config names them.
-        is_spread: whether several machines take part.
-        shared_filesystem: whether paths mean the same files on every machine.
-
-    Raises:
-        ConfigError: they would not.
-    """
-    places = [out, *(name for name in models if is_url(name) or Path(name).exists() or not HUB_NAME.fullmatch(name))]
-    for place in places:
-        check_url(place)
-    if inside := [place for place in places if is_url(place) and storage_for(place).sharing is Sharing.THREADS]:
-        raise ConfigError(f"{', '.join(inside)}: only the process that writes it has it; use another store")
-    paths = [place for place in places if scheme_of(place) == "file"]
-    if paths and not shared_filesystem:
-        raise ConfigError(
-            f"{', '.join(paths)}: paths of this machine, and the job runs on others; use URLs such as s3://bucket/model,"
-            " or say --shared-filesystem if the paths mean the same files everywhere"
-        )
-    if relative := [path for path in paths if not is_url(path) and not Path(path).is_absolute()]:
-        raise ConfigError(f"{', '.join(relative)}: the job starts in another directory; write the paths out from /")
-    if scheme_of(out) == "hf" and is_spread:
-        raise ConfigError(
-            f"{out}: shards for the Hub are gathered on one machine, and the job has several; merge to a bucket"
         )
 
 

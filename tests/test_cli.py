@@ -157,17 +157,18 @@ def test_progress_in_plain_lines_where_there_is_no_terminal(
     config: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(display.Display, "interval_seconds", 0.0)
     outcome = cli("merge", config, tmp_path / "out", "--shard-size", "5kB", "--threads", "1", "-v")
     num_shards = len(list((tmp_path / "out").glob("*.safetensors")))
-    assert outcome.out.startswith(f"{tmp_path / 'out'}: 21 tensors in {num_shards} shards; read ")
-    assert outcome.out.count("\n") == 1
+    assert outcome.out.startswith(f"{tmp_path / 'out'}: 21 tensors in {num_shards} shards\n  time ")
+    assert outcome.out.endswith(f"  manifest  {tmp_path / 'out' / 'raymerge_manifest.json'}\n")
     assert "\x1b" not in outcome.err + outcome.out
     assert "\r" not in outcome.err
     lines = outcome.err.splitlines()
     assert lines[0].startswith("ties of 3 models")
     for k in range(1, num_shards + 1):
         assert any(line.startswith(f"model-{k:05d}-of-{num_shards:05d}.safetensors: ") for line in lines)
-    steps = [line for line in lines if " shards, " in line and " of " in line and line.endswith("/s")]
+    steps = [line for line in lines if " left, read " in line and "/s, write " in line and " of " in line]
     assert steps
     assert [int(line.partition("/")[0]) for line in steps] == sorted(int(line.partition("/")[0]) for line in steps)
 

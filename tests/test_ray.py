@@ -18,17 +18,18 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from raymerge.cluster.errors import ClusterConnectError, ResourceError, TaskFailedError, WorkerLostError
-from raymerge.cluster.ray_runner import NUM_ATTEMPTS, RayRunner
-from raymerge.cluster.ray_session import Node, RaySession, start_ray
-from raymerge.cluster.runner import Progress, Report, Resources
+from raymerge.cluster.errors import ClusterConnectError, WorkerLostError
+from raymerge.cluster.ray_runner import RayRunner
+from raymerge.cluster.ray_session import Node, RaySession, connect_ray, start_ray
+from raymerge.cluster.runner import Report
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.types import ShardResult
-from raymerge.pipeline.workers import check_reach, make_runner
+from raymerge.pipeline.types import ShardResult, ShardTask
+from raymerge.pipeline.workers import check_reach, make_runner, run_shard
 from tests.checkpoints import read_files, write_config, write_family
-from tests.cluster.runner_contract import even, nothing, square
-from tests.commands import Cli, run_command
+from tests.cluster.runner_contract import even, nothing
+from tests.commands import Cli, run_command, start_command
+from tests.servers.ray_head import RayHead
 
 
 @pytest.fixture(scope="module")
@@ -59,67 +60,6 @@ def test_the_same_bytes_from_the_command_line(
     assert "Started" not in done.err, "Ray speaks through us"
 
 
-# workers that die
-
-
-@pytest.fixture
-def session() -> Iterator[RaySession]:
-    with start_ray(2) as session:
-        yield session
-
-
-def die_at_first(item: int, report: Report, *, directory: Path) -> int:
-    """Item 1 has its worker killed once, after it has reported; item 2 every time."""
-    mark = directory / f"{item}-{time.monotonic_ns()}"
-    mark.touch()
-    report(Progress(read_nbytes=1))
-    if item == 2 or (item == 1 and len(list(directory.glob("1-*"))) == 1):
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return item
-
-
-def test_items_of_dead_workers_are_done_again(session: RaySession, tmp_path: Path) -> None:
-    reasons: list[str] = []
-    seen = 0
-
-    def count(progress: Progress) -> None:
-        nonlocal seen
-        seen += progress.read_nbytes
-
-    runner = RayRunner(2, on_retry=reasons.append)
-    work = partial(die_at_first, directory=tmp_path)
-    assert sorted(runner.run(work, [0, 1, 3], even("abc"), count)) == [0, 1, 3]
-    assert reasons == ["its worker died"]
-    assert seen == 3, "what the dead worker had reported is taken back"
-    with pytest.raises(WorkerLostError, match=f"after {NUM_ATTEMPTS} attempts, at last because its worker died"):
-        list(runner.run(work, [2], even("a"), count))
-    assert len(list(tmp_path.glob("2-*"))) == NUM_ATTEMPTS
-
-
-def test_what_no_node_has_is_refused_at_once(session: RaySession) -> None:
-    most = session.nodes[0].mem_nbytes
-    with pytest.raises(ResourceError, match=rf"no node of the cluster has more than {most:,} to offer; allow less"):
-        list(RayRunner(1).run(square, [0], [Resources(mem_nbytes=most, cost=1)], nothing))
-    with pytest.raises(ResourceError, match="no node of the cluster has more than 0"):
-        list(RayRunner(1, num_cpus=3).run(square, [0], even("a"), nothing))
-
-
-class NotThere:
-    """Work that workers cannot import."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return __import__, ("no_such_module",)
-
-    def __call__(self, item: int, report: Report) -> int:
-        return item
-
-
-def test_what_workers_cannot_run_is_explained(session: RaySession) -> None:
-    with pytest.raises(TaskFailedError, match=r"no_such_module.*same versions of Python and Ray"):
-        list(RayRunner(1).run(NotThere(), [0], even("a"), nothing))
-
-
 def test_ray_is_gone_after_a_start_that_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> tuple[Node, ...]:
         raise KeyboardInterrupt
@@ -147,6 +87,46 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def die_once(task: ShardTask, report: Report, *, directory: Path, **more: Any) -> ShardResult:
+    """Have the worker of the first shard killed once."""
+    if "-00001-" in task.file and not (directory / "died").exists():
+        (directory / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run_shard(task, report, **more)
+
+
+class Retries(Listener):
+    """Keeps why something was done again."""
+
+    def __init__(self) -> None:
+        self.reasons: list[tuple[str, int]] = []
+
+    def retried(self, reason: str, count: int) -> None:
+        self.reasons.append((reason, count))
+
+
+@pytest.mark.slow
+def test_the_report_names_machines_and_retries(
+    cluster: Cluster, config: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("raymerge.pipeline.driver.run_shard", partial(die_once, directory=tmp_path))
+    hosts = ["127.0.0.2", "127.0.0.3"]
+    for host in hosts:
+        cluster.add_node(num_cpus=1, node_ip_address=host)
+    cluster.wait_for_nodes()
+    out, retries = tmp_path / "out", Retries()
+    report = merge(config, out, shard_size=1, address=cluster.address, shared_filesystem=True, listener=retries)
+    assert (tmp_path / "died").exists()
+    assert read_files(out) == undisturbed
+    assert list(report.faults) == retries.reasons == [("ray: shard: its worker died", 1)]
+    assert [host.host for host in report.hosts] == hosts
+    assert sum(host.num_shards for host in report.hosts) == report.num_shards
+    assert min(host.num_shards for host in report.hosts) > 0
+    assert report.slowest is not None
+    assert report.slowest.host in hosts
+
+
 class PowerOff(Listener):
     """Kills a node when the first shard is finished."""
 
@@ -171,6 +151,32 @@ def test_a_node_that_is_powered_off(
     verify(out)
 
 
+def fail_at_first(item: int, report: Report, *, directory: Path) -> tuple[int, str]:
+    """Fail once for each item; return on which node it fared better, and on which not."""
+    mark, node_id = directory / str(item), ray.get_runtime_context().get_node_id()
+    if not mark.exists():
+        mark.write_text(node_id)
+        raise OSError(f"no way to the store of {item}")
+    return item, "the same" if mark.read_text() == node_id else "another"
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_node_is_done_on_another(cluster: Cluster, tmp_path: Path) -> None:
+    work = partial(fail_at_first, directory=tmp_path)
+    items = list(range(6))
+    with connect_ray(cluster.add_node(num_cpus=1) and cluster.address, {}):
+        with pytest.raises(OSError, match="no way to the store of 0"):
+            list(RayRunner(1, retry_on=(OSError,)).run(work, [0], even("a"), nothing))
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        reasons: list[str] = []
+        runner = RayRunner(1, retry_on=(OSError,), on_retry=reasons.append)
+        assert sorted(runner.run(work, items[1:], even(items[1:]), nothing)) == [(i, "another") for i in items[1:]]
+        assert sorted(reasons) == [f"OSError: no way to the store of {i}" for i in items[1:]]
+        with pytest.raises(OSError, match="no way to the store of 7"):
+            list(RayRunner(1).run(work, [7], even("a"), nothing))
+
+
 @pytest.mark.slow
 def test_a_cluster_without_workers_is_refused(cluster: Cluster, config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ClusterConnectError, match="no node with processors"):
@@ -192,6 +198,39 @@ def test_no_node_is_left(
     assert not (out / "model.safetensors.index.json").exists()
     merge(config, out, shard_size=1)
     assert read_files(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_head_that_dies(config: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    file, out = write_config(tmp_path / "merge.yml", config), tmp_path / "out"
+    with RayHead(num_cpus=1) as head:
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": head.token}
+        process = start_command("merge", file, out, "--shard-size", "1", "--address", head.address, env=token)
+        give_up = time.monotonic() + 60
+        while not list(out.glob("*.safetensors")):
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        head.kill_books()
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 2, said
+    assert "the head of the Ray cluster has not answered at" in said
+    assert "run the same command again" in said
+    assert not (out / "model.safetensors.index.json").exists()
+    merge(config, out, shard_size=1)
+    assert read_files(out) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", [{"RAY_AUTH_TOKEN": "wrong"}, {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}])
+def test_a_cluster_that_asks_for_another_token(token: dict[str, str], config: dict[str, Any], tmp_path: Path) -> None:
+    file = write_config(tmp_path / "merge.yml", config)
+    with RayHead(num_cpus=1) as head:
+        done = run_command(
+            "merge", file, tmp_path / "out", "--address", head.address, env={"RAY_AUTH_MODE": "token", **token}
+        )
+    assert done.code == 2
+    assert f"the Ray cluster at {head.address} asks for a token, and was given none or another one" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 # what users do wrong
@@ -223,7 +262,7 @@ def test_a_password_in_what_the_cluster_is_told(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "https://me:hidden@hub.example.org")
-    with pytest.raises(ClusterConnectError, match="HF_ENDPOINT has a password in it") as caught:
+    with pytest.raises(ConfigError, match="HF_ENDPOINT has a password in it") as caught:
         merge(config, tmp_path / "out", address="127.0.0.1:6379")
     assert "hidden" not in str(caught.value)
 
@@ -237,9 +276,7 @@ def test_options_for_a_cluster_that_is_not_named(config: dict[str, Any], tmp_pat
 
 
 @pytest.mark.parametrize(("num_workers", "num_slots"), [(8, 12), (4, 6), (3, 3), (1, 1)])
-def test_workers_of_one_machine_are_limited(
-    session: RaySession, num_workers: int, num_slots: int, tmp_path: Path
-) -> None:
+def test_workers_of_one_machine_are_limited(num_workers: int, num_slots: int) -> None:
     nodes = (Node("10.0.0.5", 8, 2**34), Node("10.0.0.6", 4, 2**34))
     runner = make_runner(num_workers, ["s3://bucket/out"], RaySession("10.0.0.4", nodes))
     assert isinstance(runner, RayRunner)

@@ -216,6 +216,26 @@ def test_two_runs_at_once(config: Path, tmp_path: Path) -> None:
     assert read_files(tmp_path / "merged") == read_files(tmp_path / "alone" / "merged")
 
 
+def test_a_second_run_that_waits(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    second: list[Popen[str]] = []
+
+    class SecondRun(Listener):
+        def finished(self, result: ShardResult) -> None:
+            if not second:
+                second.append(start_command("merge", config, out, "--wait"))
+                assert second[0].stderr
+                for line in second[0].stderr:
+                    if line.startswith("waiting: another raymerge run (pid "):
+                        return
+                raise AssertionError("the second run has ended")
+
+    merge(config, out, listener=SecondRun())
+    printed, _ = second[0].communicate(timeout=60)
+    assert second[0].returncode == 0
+    assert "was complete already" in printed
+
+
 def test_finished_already(config: Path, tmp_path: Path, cli: Cli) -> None:
     out = tmp_path / "merged"
     merge(config, out)

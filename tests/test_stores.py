@@ -332,8 +332,8 @@ def test_faults_are_reported(models: list[str], bucket: str, proxy: FaultProxy, 
     proxy.script([Fault.SLOW_DOWN] * 3, only=is_operation("GetObject"))
     outcome = cli("merge", config, f"s3://{bucket}/merged", "--threads", "1")
     assert outcome.code == 0, outcome.err
-    assert "Failures on the way, all got over:" in outcome.out
-    assert f"s3://{bucket}: GET: 503 SlowDown" in outcome.out
+    assert f"  retries   3\n    3 x s3://{bucket}: GET: 503 SlowDown\n" in outcome.out
+    assert f"retried: s3://{bucket}: GET: 503 SlowDown (3 times by now)\n" in outcome.err
 
 
 def test_the_manifest_has_the_bytes_of_remote_inputs(models: list[str], bucket: str) -> None:

@@ -53,7 +53,9 @@ def make_aws_batch(job: Job, size: NodeSize, target: AwsBatch) -> str:
         ManifestError: a name that Batch would refuse, or too large a config.
     """
     if not _NAME.fullmatch(job.name):
-        raise ManifestError(f"--name {job.name!r} is no name for AWS Batch; use letters, digits, `-` and `_`, 128 at most")
+        raise ManifestError(
+            f"--name {job.name!r} is no name for AWS Batch; use letters, digits, `-` and `_`, 128 at most"
+        )
     secrets = (("RAY_AUTH_TOKEN", target.token_secret), *target.env_secrets)
     variables = {**start_variables(job, size), "RAYMERGE_CONFIG": job.config}
     gpus = [{"type": "GPU", "value": str(size.num_gpus)}] if size.num_gpus else []

@@ -46,7 +46,7 @@ class Job:
         return shlex.join(["raymerge", "merge", config, *self.arguments])
 
     def variables(self) -> dict[str, str]:
-        """Return the environment of all machines: Ray's settings, which have to be there when it starts, and the job's."""
+        """Return the environment of all machines: Ray's settings, which it reads when it starts, and the job's own."""
         return SETTINGS | dict(self.environment)
 
 
@@ -91,10 +91,10 @@ def start_variables(job: Job, size: NodeSize) -> dict[str, str]:
 
 
 def comment_lines(text: str) -> str:
-    """Return a text as comments of a shell script or YAML.
+    r"""Return a text as comments of a shell script or YAML.
 
-    >>> comment_lines("a\\nb")
-    '# a\\n# b\\n'
+    >>> comment_lines("a\nb")
+    '# a\n# b\n'
     """
     return "".join(f"# {line}".rstrip() + "\n" for line in text.splitlines())
 

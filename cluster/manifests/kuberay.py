@@ -73,7 +73,10 @@ def make_kuberay(job: Job, size: NodeSize, target: KubeRay) -> str:
                 "rayVersion": target.ray_version,
                 "authOptions": {"mode": "token"},
                 "headGroupSpec": {
-                    "rayStartParams": {"num-cpus": "0", "object-store-memory": size.ray_options()["object-store-memory"]},
+                    "rayStartParams": {
+                        "num-cpus": "0",
+                        "object-store-memory": size.ray_options()["object-store-memory"],
+                    },
                     "template": _make_pod(job, target, "ray-head", _HEAD_RESOURCES),
                 },
                 "workerGroupSpecs": [

@@ -45,9 +45,12 @@ def make_ray_up(job: Job, target: RayUp) -> str:
         ManifestError: a name that AWS would refuse, or too large a config.
     """
     if not _NAME.fullmatch(job.name):
-        raise ManifestError(f"--name {job.name!r} is no name for a cluster; use letters, digits, `-` and `_`, 63 at most")
+        raise ManifestError(
+            f"--name {job.name!r} is no name for a cluster; use letters, digits, `-` and `_`, 63 at most"
+        )
     script = (
-        f"cd\npython3 -m raymerge.cluster.roll_call {job.num_nodes} {_JOIN_SECONDS} && exec {job.command(CONFIG_FILE)}\n"
+        "cd\n"
+        f"python3 -m raymerge.cluster.roll_call {job.num_nodes} {_JOIN_SECONDS} && exec {job.command(CONFIG_FILE)}\n"
     )
     writing = [_write_file(CONFIG_FILE, job.config), _write_file("merge.sh", script)]
     check_nbytes("a command line", max(map(len, writing)), _MAX_NBYTES)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from raymerge.cluster.manifests.job import Job, NodeSize, check_nbytes, comment_lines, read_start_script, start_variables
+from raymerge.cluster.manifests.job import (
+    Job,
+    NodeSize,
+    check_nbytes,
+    comment_lines,
+    read_start_script,
+    start_variables,
+)
 
 _MAX_NBYTES = 100_000
 """Linux takes 128 KiB in one environment variable."""
@@ -73,7 +80,7 @@ srun --export=ALL --cpus-per-task={size.num_cpus} --kill-on-bad-exit=0 bash -c '
 
 def _read_into(name: str, text: str) -> str:
     """Return shell code that puts a text into a variable; `sbatch` takes no carriage returns."""
-    lines = text.replace("\r\n", "\n").splitlines()
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     end = f"END_OF_{name}"
     while end in lines:
         end += "_"

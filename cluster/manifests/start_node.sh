@@ -24,10 +24,10 @@ leave() {
   for _ in {1..5}; do rm -rf "${RAY_TMPDIR:-}" 2>/dev/null && break || sleep 1; done
 }
 trap leave EXIT
-# A driver that is interrupted lets go of the output; without one there is nothing to wait for.
-trap 'if [ -n "$merge_pid" ]; then kill -INT -- "-$merge_pid" 2>/dev/null || true; else exit 143; fi' TERM INT
+# A merge lets go of its output when it is told to end.
+trap 'if [ -n "$merge_pid" ]; then kill -TERM -- "-$merge_pid" 2>/dev/null || true; else exit 143; fi' TERM INT
 
-begin() { # in the background, as a process group of its own that heeds interrupts
+begin() { # in the background, as a process group of its own
   set -m
   "$@" &
   set +m

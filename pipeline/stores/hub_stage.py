@@ -58,14 +58,14 @@ class Stage:
         """Hold a lock on such a file.
 
         Raises:
-            OutputError: another run holds it.
+            HeldError: another run holds it.
         """
         lock = self._local.lock(self.journal_path(path))
         try:
             held = lock.__enter__()
         except OutputError as error:
             here, there = Path(self.journal_path(path)).parent, url.rpartition("/")[0]
-            raise OutputError(str(error).replace(str(here), there)) from None
+            raise type(error)(str(error).replace(str(here), there)) from None
         try:
             yield held
         finally:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.errors import HeldError, OutputError
 from raymerge.pipeline.storage import Lock
 from raymerge.pipeline.stores.retry import FAULTS
 
@@ -94,7 +94,8 @@ def hold_lease(store: LeaseStore, url: str) -> Iterator[Lock]:
     """Hold the lock at a URL, and renew it on a thread of its own, until the context ends.
 
     Raises:
-        OutputError: another run holds it, and has renewed it lately.
+        HeldError: another run holds it, and has renewed it lately.
+        OutputError: it cannot be written.
     """
     lease = _take(store, url)
     lease.start()
@@ -185,7 +186,7 @@ def _take(store: LeaseStore, url: str) -> _Lease:
         if holder is not None and holder.token == ours.token:  # it is there, and the answer was lost
             return _Lease(store, url, ours, etag, _now() - age)
         if age < TTL_SECONDS and not (holder and holder.is_dead()):
-            raise OutputError(_refusal(url, holder, age))
+            raise HeldError(_refusal(url, holder, age))
         started = _now()
         new_etag = store.replace(url, ours.encode(), etag)
         if new_etag is not None:

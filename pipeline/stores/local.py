@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from raymerge.pipeline.errors import FetchError, OutputError
+from raymerge.pipeline.errors import FetchError, HeldError, OutputError
 from raymerge.pipeline.ranges import coalesce
 from raymerge.pipeline.storage import Buffer, ByteRange, Lock, Storage, Writer
 from raymerge.pipeline.stores.changes import check_same
@@ -277,7 +277,7 @@ def _lock(path: Path) -> int:
         except BlockingIOError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace")
             os.close(descriptor)
-            raise OutputError(
+            raise HeldError(
                 f"another raymerge run ({holder or 'just started'}) is writing to {path.parent};"
                 " wait for it to end, or choose another directory"
             ) from error

@@ -44,10 +44,12 @@ class FaultLog:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
 
-    def note(self, store: str, operation: str, what: str) -> None:
-        """Count one fault of a store, such as `s3://bucket`, in an operation, such as `GET`."""
+    def note(self, store: str, operation: str, what: str) -> str:
+        """Count one fault of a store, such as `s3://bucket`, in an operation, such as `GET`; return its name."""
+        name = redact(f"{store}: {operation}: {what}")
         with self._lock:
-            self._counts[redact(f"{store}: {operation}: {what}")] += 1
+            self._counts[name] += 1
+        return name
 
     def drain(self) -> tuple[tuple[str, int], ...]:
         """Return what was counted since the last time, by name."""

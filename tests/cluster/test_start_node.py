@@ -25,7 +25,19 @@ from tests.servers.hosts import Host, Network, skip_without_hosts
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = ("--shared-filesystem", "--shard-size", "1", "--memory", "256MiB", "--nodes", "2", "--cpus", "1", "--setup", "")
+OPTIONS = (
+    "--shared-filesystem",
+    "--shard-size",
+    "1",
+    "--memory",
+    "256MiB",
+    "--nodes",
+    "2",
+    "--cpus",
+    "1",
+    "--setup",
+    "",
+)
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +173,10 @@ def test_under_batch_a_main_node_that_is_powered_off(
     one, two = network.hosts
     out = shared / "batch"
     definition = write_manifest("aws-batch", config, out)
-    with start_batch(definition, one, tmp_path / "1", main=one), start_batch(
-        definition, two, tmp_path / "2", main=one
-    ) as child:
+    with (
+        start_batch(definition, one, tmp_path / "1", main=one),
+        start_batch(definition, two, tmp_path / "2", main=one) as child,
+    ):
         while not list(out.glob("model-*.safetensors")):
             assert child.poll() is None, (tmp_path / "2").read_text()
             time.sleep(0.02)
@@ -174,9 +187,10 @@ def test_under_batch_a_main_node_that_is_powered_off(
     one.power_on()
 
     # the next attempt, for which a third machine does not come
-    with start_batch(definition, one, tmp_path / "1", main=one, num_nodes=3, patience=5) as head, start_batch(
-        definition, two, tmp_path / "2", main=one, num_nodes=3
-    ) as child:
+    with (
+        start_batch(definition, one, tmp_path / "1", main=one, num_nodes=3, patience=5) as head,
+        start_batch(definition, two, tmp_path / "2", main=one, num_nodes=3) as child,
+    ):
         assert head.wait(120) == 0, (tmp_path / "1").read_text()
         assert child.wait(30) == 0, (tmp_path / "2").read_text()
     assert "2 of 3 nodes are there, and no more after 5 s" in (tmp_path / "1").read_text()

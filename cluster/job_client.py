@@ -1,0 +1,281 @@
+"""Ray's job API over HTTP, in the standard library alone: a client needs neither Ray nor torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from raymerge.cluster.errors import ClusterConnectError, JobError
+from raymerge.cluster.package import Package
+
+_TIMEOUT_SECONDS = 30.0
+
+_POLL_SECONDS = 1.0
+"""Between looks at a job's log."""
+
+_POLL_SHARE = 10
+"""A look that takes long, as the log has become long, is waited for so many times longer before the next."""
+
+_LOST_SECONDS = 600.0
+"""How long a dropped connection is tried again while a job is followed."""
+
+_MAX_ERROR_NBYTES = 2**16
+
+_ADVICE = (
+    "give the address of the cluster's dashboard, as in http://10.0.0.5:8265, and see that this machine may reach it"
+)
+
+_RAISED = re.compile(r"[\w.]+(?:Error|Exception): ")
+
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the cluster says about a job."""
+
+    id: str
+    status: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    message: str
+    """Of Ray; on failure it ends with the last lines of the log."""
+    exit_code: int | None
+    """Of the driver; None before it has ended, or where it was stopped or never began."""
+    metadata: Mapping[str, str]
+    started: datetime | None
+    ended: datetime | None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.status in _ENDED
+
+
+class JobClient:
+    """A connection to a cluster's job API.
+
+    Raises:
+        ClusterConnectError: from any call: nobody answers, it is not Ray, or it refuses us.
+        JobError: from any call: Ray cannot do what is asked.
+    """
+
+    def __init__(self, address: str) -> None:
+        """Begin; nothing is sent yet.
+
+        Args:
+            address: of the cluster's dashboard, as in `http://head:8265`.
+        """
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ClusterConnectError(
+                f"{address} is not the address of a cluster's job API; give that of its dashboard, as in"
+                " http://10.0.0.5:8265"
+            )
+        if parts.username or parts.password:
+            raise ClusterConnectError(
+                f"the address of {parts.hostname} has a user name or password in it; set RAY_AUTH_TOKEN instead"
+            )
+        self.address = address.rstrip("/")
+        self._token = _find_token()
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def submit(
+        self,
+        job_id: str,
+        command: str,
+        packages: Mapping[str, Package],
+        runtime_env: Mapping[str, Any],
+        about: Mapping[str, str],
+    ) -> None:
+        """Start a job.
+
+        Args:
+            job_id: of the caller's choice; new.
+            command: for the shell of the cluster's head.
+            packages: for the job and its workers, by their names in a runtime environment: `working_dir`, `py_modules`.
+            runtime_env: the rest of it; everybody who may see the cluster can see it.
+            about: what is kept with the job.
+        """
+        environment = dict(runtime_env)
+        for name, package in packages.items():
+            self._upload(package)
+            environment[name] = [package.uri] if name == "py_modules" else package.uri
+        self._call(
+            "POST",
+            "/api/jobs/",
+            {
+                "entrypoint": command,
+                "submission_id": job_id,
+                "runtime_env": environment,
+                "metadata": dict(about),
+            },
+        )
+
+    def list_jobs(self) -> list[Job]:
+        """Return the jobs that the cluster remembers, the latest first."""
+        found = self._call("GET", "/api/jobs/")
+        jobs = [_make_job(item) for item in found if item.get("type") == "SUBMISSION"]
+        return sorted(jobs, key=lambda job: job.started or datetime.max.replace(tzinfo=UTC), reverse=True)
+
+    def find_job(self, job_id: str) -> Job:
+        """Return one job."""
+        return _make_job(self._call("GET", f"/api/jobs/{quote(job_id, safe='')}"))
+
+    def read_log(self, job_id: str) -> str:
+        """Return everything that a job has printed so far."""
+        return str(self._call("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")["logs"] or "")
+
+    def stop(self, job_id: str) -> bool:
+        """Have a job end; return whether it had not already."""
+        return bool(self._call("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")["stopped"])
+
+    def follow(
+        self, job_id: str, on_line: Callable[[str], None], on_trouble: Callable[[str], None] = lambda text: None
+    ) -> Job:
+        """Wait for the end of a job, and pass on what it prints; a connection that drops is made again.
+
+        Args:
+            job_id: which job.
+            on_line: called with each line of its log.
+            on_trouble: told once when the cluster cannot be reached any more.
+
+        Raises:
+            ClusterConnectError: it could not be reached for ten minutes.
+        """
+        seen = 0
+        lost_at: float | None = None
+        while True:
+            started = time.monotonic()
+            try:
+                job = self.find_job(job_id)  # before the log: what has ended prints nothing more
+                log = self.read_log(job_id)
+                lost_at = None
+            except ClusterConnectError as error:
+                if lost_at is None:
+                    lost_at = started
+                    on_trouble(f"{error}; trying again")
+                if started - lost_at > _LOST_SECONDS:
+                    raise
+                time.sleep(_POLL_SECONDS)
+                continue
+            end = len(log) if job.has_ended else log.rfind("\n") + 1
+            for line in log[seen:end].splitlines():
+                on_line(line)
+            seen = max(seen, end)
+            if job.has_ended:
+                return job
+            time.sleep(max(_POLL_SECONDS, _POLL_SHARE * (time.monotonic() - started)))
+
+    def _upload(self, package: Package) -> None:
+        path = f"/api/packages/gcs/{package.name}"
+        try:
+            self._send("GET", path)
+        except _MissingError:
+            self._send("PUT", path, package.content)
+
+    def _call(self, method: str, path: str, body: object = None) -> Any:
+        answer = self._send(method, path, None if body is None else json.dumps(body).encode())
+        try:
+            return json.loads(answer)
+        except ValueError:
+            raise ClusterConnectError(f"{self.address} does not answer as Ray does; {_ADVICE}") from None
+
+    def _send(self, method: str, path: str, data: bytes | None = None) -> bytes:
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        request = urllib.request.Request(f"{self.address}{path}", data, headers, method=method)
+        try:
+            with self._opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._explain(error, path) from None
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise ClusterConnectError(f"nobody answers at {self.address} ({reason}); {_ADVICE}") from None
+
+    def _explain(self, error: urllib.error.HTTPError, path: str) -> ClusterConnectError | JobError:
+        """Return what to raise for an answer that is no success."""
+        try:
+            lines = error.read(_MAX_ERROR_NBYTES).decode(errors="replace").splitlines()
+        except (OSError, HTTPException):
+            lines = []
+        raised = [line for line in lines if _RAISED.match(line)]  # the answer may be a traceback
+        text = (raised or [line for line in lines if line.strip()] or [error.reason])[-1]
+        if error.code in (401, 403):
+            given = "refuses the token that it was given" if self._token else "asks for a token"
+            return ClusterConnectError(
+                f"the cluster at {self.address} {given} (HTTP {error.code}); set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+                " to the token of its head, which `ray get-auth-token` prints there"
+            )
+        if error.code == 404:
+            is_job = path.startswith("/api/jobs/") and "does not exist" in text
+            return _MissingError(
+                f"{text}; `raymerge jobs list` shows those there are"
+                if is_job
+                else f"{self.address}{path}: not found; {_ADVICE}"
+            )
+        if 300 <= error.code < 400:
+            target = error.headers.get("Location", "elsewhere")
+            return ClusterConnectError(f"{self.address} redirects to {target}; give the address of the cluster itself")
+        if error.code >= 500:
+            return ClusterConnectError(f"the cluster at {self.address} answers HTTP {error.code}: {text}")
+        return JobError(f"the cluster at {self.address} refuses (HTTP {error.code}): {text}")
+
+
+class _MissingError(JobError):
+    """The cluster has no such thing."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Takes a redirect as an answer: the token is not for others."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def _find_token() -> str | None:
+    """Return the token that Ray would use; `~/.ray/auth_token`, perhaps that of another cluster, only if told to."""
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode == "disabled":
+        return None
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(given).expanduser() if given else Path.home() / ".ray/auth_token"
+    if not given and mode != "token":
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        if given:
+            raise ClusterConnectError(
+                f"the token's file that RAY_AUTH_TOKEN_PATH names cannot be read: {error}"
+            ) from None
+        return None
+
+
+def _make_job(item: Mapping[str, Any]) -> Job:
+    return Job(
+        id=str(item["submission_id"]),
+        status=str(item["status"]),
+        message=str(item.get("message") or ""),
+        exit_code=item.get("driver_exit_code"),
+        metadata=item.get("metadata") or {},
+        started=_make_time(item.get("start_time")),
+        ended=_make_time(item.get("end_time")),
+    )
+
+
+def _make_time(milliseconds: int | None) -> datetime | None:
+    return None if not milliseconds else datetime.fromtimestamp(milliseconds / 1000, UTC)

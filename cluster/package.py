@@ -1,0 +1,67 @@
+"""What goes to a cluster: this package and the merge's config, as zip files that are named by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import raymerge
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The time of every file in a zip file: what has the same content is to have the same name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A zip file as Ray keeps it for the workers of a job."""
+
+    content: bytes
+
+    @property
+    def name(self) -> str:
+        """Return its name, which says what is in it: what a cluster has already is not sent again."""
+        return f"_ray_pkg_{hashlib.sha256(self.content).hexdigest()[:32]}.zip"
+
+    @property
+    def uri(self) -> str:
+        """Return what a runtime environment calls it."""
+        return f"gcs://{self.name}"
+
+
+def pack_raymerge() -> Package:
+    """Return the code that runs here; workers find it before any other that is installed."""
+    root = Path(next(iter(raymerge.__path__)))
+    files = {}
+    for directory, names, file_names in os.walk(root, followlinks=True):  # of links consists an editable install
+        names[:] = sorted(name for name in names if name != "__pycache__")
+        for name in sorted(file_names):
+            path = Path(directory, name)
+            files[f"raymerge/{path.relative_to(root).as_posix()}"] = path.read_bytes()
+    return pack_files(files)
+
+
+def pack_files(files: Mapping[str, bytes]) -> Package:
+    """Return files as a package.
+
+    Args:
+        files: their content by name.
+    """
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            info = zipfile.ZipInfo(name, _EPOCH)
+            info.external_attr = 0o644 << 16
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, content)
+    return Package(buffer.getvalue())
+
+
+def list_requirements() -> list[str]:
+    """Return what raymerge needs besides Ray, as pip understands it."""
+    return [need for need in metadata.requires("raymerge") or () if "extra ==" not in need.partition(";")[2]]

@@ -1,0 +1,101 @@
+"""What a Ray worker does with one item, and what it tells the driver on the way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
+
+from raymerge.cluster.errors import StoppedError
+from raymerge.cluster.host import name_host
+from raymerge.cluster.outcome import Done, Failed, make_picklable
+from raymerge.cluster.runner import Progress, Work
+
+_REPORT_SECONDS = 0.2
+"""Between reports of a worker."""
+
+_STOP_SECONDS = 0.5
+"""Between looks of a worker at whether the run has stopped."""
+
+_NAMESPACE = b"raymerge"
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """An item is in work; what its worker says first."""
+
+    node_id: str
+    """Of the node that the worker is on, as Ray calls it."""
+
+
+Message = Begun | Progress | Done | Failed
+"""What comes of an item: it begins, some progress, and how it ended."""
+
+
+def serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Message]:
+    """Run one item in a worker: its progress now and then, and at the end what came of it.
+
+    The driver says under a key that the run has stopped, and every worker looks there. An interrupt from Ray may get
+    lost, or strike while Ray itself takes a report, with nobody left to end the work.
+    """
+    lock = threading.Lock()
+    untold: Progress | None = None
+    stop = threading.Event()
+    outcome: list[Done | Failed] = []
+
+    def report(progress: Progress) -> None:
+        nonlocal untold
+        if stop.is_set():
+            raise StoppedError("stopped")
+        with lock:
+            untold = add(untold or Progress(), progress)
+
+    def work_off() -> None:
+        try:
+            outcome.append(Done(work(item, report)))
+        except BaseException as error:  # raised in the driver
+            outcome.append(Failed(make_picklable(error)))
+
+    def take() -> Iterator[Progress]:
+        nonlocal untold
+        with lock:
+            taken, untold = untold, None
+        if taken is not None:
+            yield taken
+
+    yield Begun(ray.get_runtime_context().get_node_id())
+    if _has_stopped(stop_key):
+        yield Failed(StoppedError("stopped"))
+        return
+    name_host(ray.util.get_node_ip_address())
+    thread = threading.Thread(target=work_off, name="work", daemon=True)
+    thread.start()
+    look_at = time.monotonic() + _STOP_SECONDS
+    while thread.is_alive():
+        thread.join(_REPORT_SECONDS)
+        yield from take()
+        if time.monotonic() > look_at:
+            look_at = time.monotonic() + _STOP_SECONDS
+            if _has_stopped(stop_key):
+                stop.set()
+    yield from take()
+    yield outcome[0]
+
+
+def stop_all(stop_key: bytes) -> None:
+    """Have the items that are served under a key end at their next report, and those yet to begin at once."""
+    _internal_kv_put(stop_key, b"", namespace=_NAMESPACE)
+
+
+def add(one: Progress, other: Progress) -> Progress:
+    """Return the progress of both."""
+    return Progress(one.read_nbytes + other.read_nbytes, one.written_nbytes + other.written_nbytes)
+
+
+def _has_stopped(stop_key: bytes) -> bool:
+    return bool(_internal_kv_exists(stop_key, namespace=_NAMESPACE))

@@ -1,0 +1,54 @@
+"""Writes how a merge goes for machines: a JSON object a line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raymerge.pipeline.events import Event, Failed, explain, format_event
+from raymerge.pipeline.interrupt import announced_by
+from raymerge.pipeline.narrator import Narrator
+
+_LOCK_SECONDS = 1.0
+"""For another thread to write its event; it may wait for a reader that does not read, and the process is to end."""
+
+
+class JsonLog(Narrator):
+    """Prints events to stdout."""
+
+    interval_seconds = 2.0
+
+    def __init__(self, *, verbose: bool) -> None:
+        super().__init__(verbose=verbose)
+        self._is_over = False
+        self._lock = threading.Lock()
+
+    def show(self, event: Event) -> None:
+        """Print one event; go on without if nobody reads any more. Safe to use from several threads."""
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
+            return
+        try:
+            if not self._is_over:
+                self._is_over = isinstance(event, Failed)
+                print(format_event(event), flush=True)
+        except BrokenPipeError:
+            self._is_over = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be flushed
+        finally:
+            self._lock.release()
+
+
+@contextmanager
+def open_json_log(*, verbose: bool) -> Iterator[JsonLog]:
+    """Have events printed; an error is the last of them, and ends the process with its exit code."""
+    log = JsonLog(verbose=verbose)
+    with announced_by(lambda: log.show(explain(KeyboardInterrupt()))):
+        try:
+            yield log
+        except BaseException as error:
+            failed = explain(error)
+            log.show(failed)
+            sys.exit(failed.exit_code)

@@ -1,0 +1,359 @@
+"""Merges that are submitted to a cluster: what is sent, what is shown, how they end, and what users do wrong."""
+
+from __future__ import annotations
+
+import io
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+
+from raymerge.cluster.errors import ClusterConnectError
+from raymerge.cluster.job_client import JobClient
+from raymerge.cluster.package import list_requirements, pack_files, pack_raymerge
+from raymerge.pipeline import merge, verify
+from raymerge.pipeline.options import list_arguments, output_options, plan_options
+from tests.checkpoints import read_files, write_config, write_family
+from tests.commands import Cli, run_command, start_command
+from tests.servers.faults import FaultProxy
+from tests.servers.ray_head import RayHead
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with RayHead(num_cpus=2) as head:
+        yield head
+
+
+@pytest.fixture
+def client(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> JobClient:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.job_address)
+    return JobClient(head.job_address)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    family = write_family(tmp_path_factory.mktemp("family"), 1, num_layers=60, dtype=torch.bfloat16)
+    return {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 0.5}} for m in family]}
+
+
+@pytest.fixture
+def file(config: dict[str, Any], tmp_path: Path) -> Path:
+    return write_config(tmp_path / "config of mine.yml", config)
+
+
+# on a cluster
+
+
+@pytest.mark.slow
+def test_the_same_bytes_as_without_a_cluster(
+    client: JobClient, config: dict[str, Any], file: Path, tmp_path: Path
+) -> None:
+    merge(config, tmp_path / "here", shard_size=20_000)
+    out = tmp_path / "on the cluster"
+    done = run_command("submit", file, out, "--shared-filesystem", "--follow", "--shard-size", "20000")
+    assert done.code == 0, done.err
+    assert read_files(out) == read_files(tmp_path / "here")
+    job_id = done.out.strip()
+    assert "shards" in done.err, "its progress is shown"
+    listed = run_command("jobs", "list").out
+    assert f"{job_id}  SUCCEEDED" in listed
+    assert str(out) in listed
+    status = run_command("jobs", "status", job_id).out
+    assert "exit code: 0" in status
+    assert file.name in status
+    assert "Running entrypoint" in run_command("jobs", "logs", job_id).out
+
+
+@pytest.mark.slow
+def test_a_job_runs_the_code_that_was_sent(client: JobClient) -> None:
+    with zipfile.ZipFile(io.BytesIO(pack_raymerge().content)) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["raymerge/sent.py"] = b""
+    command = "python -c 'import raymerge.sent; print(open(\"a file\").read())'"
+    packages = {"py_modules": pack_files(files), "working_dir": pack_files({"a file": b"its content"})}
+    client.submit("code-1", command, packages, {}, {})
+    lines: list[str] = []
+    assert client.follow("code-1", lines.append).exit_code == 0, lines
+    assert "its content" in lines
+
+
+@pytest.mark.slow
+def test_the_code_of_a_job_that_fails(client: JobClient, config: dict[str, Any], tmp_path: Path) -> None:
+    file = write_config(tmp_path / "merge.yml", {**config, "base_model": str(tmp_path / "not there")})
+    done = run_command("submit", file, tmp_path / "out", "--shared-filesystem", "--follow")
+    assert done.code == 2
+    assert "not there: no such directory" in done.err
+    assert "failed with exit code 2" in run_command("jobs", "status", done.out.strip()).out
+
+
+def wait_for(path: Path, what: str) -> None:
+    give_up = time.monotonic() + 60
+    while not list(path.glob(what)):
+        assert time.monotonic() < give_up, f"there is no {what} in {path}"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_stopped_lets_go_and_can_be_gone_on_with(client: JobClient, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("submit", file, out, "--shared-filesystem", "--shard-size", "1")
+    job_id = run_command(*arguments).out.strip()
+    wait_for(out, "*.safetensors")
+    assert run_command("jobs", "stop", job_id).out == f"{job_id}: STOPPED\n"
+    assert "Interrupted" in client.read_log(job_id), "it has tidied up, and was not killed"
+    assert not (out / "model.safetensors.index.json").exists()
+    assert not list(out.glob("**/*.partial*"))
+    again = run_command(*arguments, "--follow")
+    assert again.code == 0, again.err
+    assert "are finished and sound" in again.err
+    verify(out)
+    assert run_command("jobs", "stop", job_id).out == f"{job_id}: STOPPED\n", "it had ended already"
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_the_job_alone(client: JobClient, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start_command("submit", file, out, "--shared-filesystem", "--shard-size", "1", "--follow")
+    wait_for(out, "*.safetensors")
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    job_id = printed.strip()
+    assert f"The job goes on. To see how it goes: raymerge jobs logs {job_id} --follow" in said
+    assert f"raymerge jobs stop {job_id}" in said
+    assert run_command("jobs", "logs", job_id, "--follow").code == 0
+    verify(out)
+
+
+@pytest.mark.slow
+def test_a_connection_that_drops_is_made_again(head: RayHead, client: JobClient) -> None:
+    with FaultProxy(head.job_address) as proxy:
+        through = JobClient(proxy.url)
+        through.submit("drop-1", "for i in 1 2 3 4 5 6; do echo line $i; sleep 1; done", {}, {}, {})
+        lines: list[str] = []
+        troubles: list[str] = []
+
+        def take(line: str) -> None:
+            lines.append(line)
+            if line == "line 2":
+                proxy.down = True
+                threading.Timer(3, setattr, (proxy, "down", False)).start()
+
+        assert through.follow("drop-1", take, troubles.append).status == "SUCCEEDED"
+    assert [line for line in lines if line.startswith("line")] == [f"line {i}" for i in range(1, 7)]
+    assert len(troubles) == 1
+    assert "trying again" in troubles[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("token", "says"), [("", "asks for a token (HTTP 401); set RAY_AUTH_TOKEN"), ("wrong", "refuses the token")]
+)
+def test_without_the_right_token(
+    head: RayHead, token: str, says: str, file: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    outcome = cli("submit", file, tmp_path / "out", "--shared-filesystem", "--address", head.job_address)
+    assert outcome.code == 2
+    assert says in outcome.err
+    assert "wrong" not in outcome.err
+
+
+@pytest.mark.slow
+def test_jobs_that_are_not_there(client: JobClient, cli: Cli) -> None:
+    for command in ("status", "logs", "stop"):
+        outcome = cli("jobs", command, "raymerge-none")
+        assert outcome.code == 2
+        assert "raymerge-none" in outcome.err
+        assert "`raymerge jobs list` shows those there are" in outcome.err
+    client.submit("twice-1", "true", {}, {}, {})
+    with pytest.raises(ClusterConnectError, match="twice-1"):
+        client.submit("twice-1", "true", {}, {}, {})
+
+
+# without one
+
+
+def test_a_client_needs_neither_torch_nor_ray(file: Path, tmp_path: Path) -> None:
+    code = """
+        import sys
+        sys.modules.update(dict.fromkeys(["torch", "ray", "pyarrow", "numpy"]))  # importing them fails
+        from raymerge.pipeline.cli import main
+        main()
+    """
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(code),
+        "submit",
+        str(file),
+        "s3://bucket/out",
+        "--shared-filesystem",
+    ]
+    done = subprocess.run([*command, "--address", "http://127.0.0.1:1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "nobody answers at http://127.0.0.1:1" in done.stderr
+
+
+def test_what_is_the_same_has_the_same_name(tmp_path: Path) -> None:
+    assert pack_raymerge() == pack_raymerge()
+    assert pack_files({"a": b"1"}).name == pack_files({"a": b"1"}).name
+    assert len({pack_files(files).name for files in ({"a": b"1"}, {"a": b"2"}, {"b": b"1"})}) == 3
+    with zipfile.ZipFile(io.BytesIO(pack_raymerge().content)) as archive:
+        names = archive.namelist()
+    assert {"raymerge/__init__.py", "raymerge/ops/linear.py", "raymerge/pipeline/cli.py"} <= set(names)
+    assert not [name for name in names if "__pycache__" in name]
+    assert not {need.partition(">")[0] for need in list_requirements()} & {"ray", "pytest", "ruff"}
+    assert [need for need in list_requirements() if need.startswith("torch")]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"memory": "2 GiB", "threads": 3, "seed": 7, "strict": True, "shard_size": "5GB"},
+        {"private": False, "overwrite": True, "shared_filesystem": True, "storage": "fsspec"},
+    ],
+)
+def test_options_arrive_as_they_were_given(values: dict[str, Any]) -> None:
+    @click.command()
+    @plan_options
+    @output_options
+    def command(**options: Any) -> None:
+        pass
+
+    defaults = command.make_context("c", []).params
+    assert command.make_context("c", list_arguments({**defaults, **values, "follow": True})).params == {
+        **defaults,
+        **values,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "out", "options", "says"),
+    [
+        ({}, "s3://bucket/out", (), "paths of this machine, which the cluster does not have"),
+        ({}, "out", ("--shared-filesystem",), "out: relative paths"),
+        (
+            {"base_model": "s3://me:hidden@bucket/a"},
+            "/out",
+            ("--shared-filesystem",),
+            "the config has a credential in it",
+        ),
+        ({}, "s3://me:hidden@bucket/out", ("--shared-filesystem",), "the output has a credential in it"),
+        ({"merge_method": "bogus"}, "/out", ("--shared-filesystem",), "merge_method"),
+    ],
+)
+def test_what_must_not_be_sent(
+    change: dict[str, Any],
+    out: str,
+    options: tuple[str, ...],
+    says: str,
+    config: dict[str, Any],
+    tmp_path: Path,
+    cli: Cli,
+) -> None:
+    file = write_config(tmp_path / "merge.yml", {**config, **change})
+    outcome = cli("submit", file, out, *options, "--address", "http://127.0.0.1:1")
+    assert outcome.code == 2
+    assert says in outcome.err
+    assert "hidden" not in outcome.err
+
+
+class NotRay(BaseHTTPRequestHandler):
+    """A server of another kind, at `/elsewhere` one that sends clients on."""
+
+    def do_GET(self) -> None:
+        assert self.headers["Authorization"] is None or "elsewhere" in self.path
+        if self.path.startswith("/elsewhere"):
+            self.send_response(302)
+            self.send_header("Location", "http://192.0.2.1/")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"hi")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def not_ray() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), NotRay) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_servers_that_are_not_ray(not_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ClusterConnectError, match="does not answer as Ray does"):
+        JobClient(not_ray).list_jobs()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "hidden")
+    with pytest.raises(ClusterConnectError, match=r"redirects to http://192\.0\.2\.1/"):
+        JobClient(f"{not_ray}/elsewhere").list_jobs()
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("10.0.0.5:6379", "is not the address of a cluster's job API"),
+        ("ray://10.0.0.5:10001", "is not the address of a cluster's job API"),
+        ("http://me:hidden@10.0.0.5:8265", "user name or password"),
+        ("http://127.0.0.1:1", "nobody answers at http://127.0.0.1:1"),
+    ],
+)
+def test_addresses_that_cannot_be(address: str, says: str, cli: Cli) -> None:
+    outcome = cli("jobs", "list", "--address", address)
+    assert outcome.code == 2
+    assert says in outcome.err
+    assert "hidden" not in outcome.err
+
+
+def test_a_cluster_is_to_be_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    outcome = cli("jobs", "list")
+    assert outcome.code == 2
+    assert "--address" in outcome.err
+
+
+def test_a_token_is_sent_only_where_it_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("of some cluster\n")
+    (tmp_path / "token").write_text("of this one\n")
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+
+    def find() -> str | None:
+        return JobClient("http://10.0.0.5:8265")._token
+
+    assert find() is None
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert find() == "of some cluster"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert find() == "of this one"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "in the environment")
+    assert find() == "in the environment"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert find() is None
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ClusterConnectError, match="the token's file that RAY_AUTH_TOKEN_PATH names cannot be read"):
+        find()
