@@ -254,11 +254,12 @@ def _make_job(context: click.Context, *, setup: str, apply: str, is_spread: bool
         raise ConfigError(
             f"{out}: shards for the Hub are gathered on one machine, and the job has several; merge to a bucket"
         )
-    typed: tuple[str, ...] = context.meta[_TYPED]
-    for argument in typed:
-        if redact(argument) != argument:
+    environment: tuple[tuple[str, str], ...] = options["env"]
+    before = setup if options["setup"] is None else options["setup"]
+    for what, text in (("--setup", before), *((f"--env {name}", f"{name}={value}") for name, value in environment)):
+        if redact(text) != text:
             raise ConfigError(
-                f"{redact(argument)}: a credential, which everybody who may see the manifest could read; name a role, a"
+                f"{what} has a credential in it, which everybody who may see the manifest could read; name a role, a"
                 " service account or a secret instead"
             )
     for warning in config.warnings:
@@ -269,10 +270,10 @@ def _make_job(context: click.Context, *, setup: str, apply: str, is_spread: bool
         name=options["name"],
         config=config.text,
         arguments=(out, "--address", "auto", *arguments),
-        setup=setup if options["setup"] is None else options["setup"],
-        environment=options["env"],
+        setup=before,
+        environment=environment,
         num_nodes=options["nodes"],
-        comment=f"{shlex.join(['raymerge', 'manifest', str(context.info_name), *typed])}\n{apply}",
+        comment=f"{shlex.join(['raymerge', 'manifest', str(context.info_name), *context.meta[_TYPED]])}\n{apply}",
     )
 
 

@@ -57,6 +57,9 @@ def make_aws_batch(job: Job, size: NodeSize, target: AwsBatch) -> str:
             f"--name {job.name!r} is no name for AWS Batch; use letters, digits, `-` and `_`, 128 at most"
         )
     secrets = (("RAY_AUTH_TOKEN", target.token_secret), *target.env_secrets)
+    _check_place("--token-secret", target.token_secret)
+    for name, place in target.env_secrets:
+        _check_place(f"--env-secret {name}", place)
     variables = {**start_variables(job, size), "RAYMERGE_CONFIG": job.config}
     gpus = [{"type": "GPU", "value": str(size.num_gpus)}] if size.num_gpus else []
     container = {
@@ -87,3 +90,12 @@ def make_aws_batch(job: Job, size: NodeSize, target: AwsBatch) -> str:
     }
     check_nbytes("the job definition", len(json.dumps(definition)), _MAX_NBYTES)
     return dump_documents(job.comment, definition)
+
+
+def _check_place(flag: str, place: str) -> None:
+    """Refuse what may be the secret itself, without repeating it."""
+    if not place.startswith(("arn:", "/")):
+        raise ManifestError(
+            f"{flag}: neither an ARN nor the path of a parameter, such as /raymerge/token; say where the secret is"
+            " kept, not what it is"
+        )

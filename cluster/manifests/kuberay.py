@@ -47,6 +47,8 @@ def make_kuberay(job: Job, size: NodeSize, target: KubeRay) -> str:
     for flag, name in (("--namespace", target.namespace), ("--service-account", target.service_account)):
         if name is not None:
             _check_name(flag, name, 63)
+    if not all(_NAME.fullmatch(name) for name in target.env_secrets):
+        raise ManifestError("--env-secret takes names of secrets: small letters, digits and `-`")
     metadata = {"name": job.name} | ({"namespace": target.namespace} if target.namespace else {})
     config_map = {
         "apiVersion": "v1",

@@ -205,7 +205,7 @@ def test_a_job_that_is_cancelled_ends_with_the_code_of_the_merge(
     one, _ = network.hosts
     definition = write_manifest("aws-batch", config, shared / "cancelled")
     with start_batch(definition, one, tmp_path / "1", main=one, num_nodes=1) as head:
-        while not one.pids("bin/raymerge merge"):
+        while "linear of 2 models" not in (tmp_path / "1").read_text():
             assert head.poll() is None, (tmp_path / "1").read_text()
             time.sleep(0.05)
         (script,) = one.pids("export RAYMERGE_IS_HEAD=")
