@@ -150,7 +150,7 @@ def test_bash_accepts_it(manifest: Any, gpus: str, tmp_path: Path) -> None:
 # what a user gives arrives
 
 
-def run_shell(code: str, tmp_path: Path, **environment: str) -> list[list[str]]:
+def run_shell(code: str, tmp_path: Path, **environment: str) -> list[list[Any]]:
     """Run shell code, and return the arguments of every program of ours that it called."""
     calls = tmp_path / "calls"
     for program in ("raymerge", "srun", "setup"):

@@ -66,7 +66,8 @@ set -euo pipefail
 {_read_into("RAYMERGE_CONFIG", job.config)}
 {_read_into("RAYMERGE_START", read_start_script())}
 {exports}
-RAYMERGE_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+RAYMERGE_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+RAYMERGE_HEAD=${{RAYMERGE_HEAD%%$'\\n'*}} # the first line
 RAYMERGE_NODES=$SLURM_JOB_NUM_NODES
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
 export RAYMERGE_CONFIG RAYMERGE_START RAYMERGE_HEAD RAYMERGE_NODES RAY_AUTH_TOKEN

@@ -130,7 +130,8 @@ export RAYMERGE_SETUP=''
 export RAYMERGE_COMMAND='raymerge merge merge.yml s3://bucket/merged --address auto --wait'
 export RAYMERGE_RAY_OPTIONS='--num-cpus=32 --num-gpus=4 --memory=135291469824 --object-store-memory=134217728'
 
-RAYMERGE_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+RAYMERGE_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+RAYMERGE_HEAD=${RAYMERGE_HEAD%%$'\n'*} # the first line
 RAYMERGE_NODES=$SLURM_JOB_NUM_NODES
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAYMERGE_CONFIG RAYMERGE_START RAYMERGE_HEAD RAYMERGE_NODES RAY_AUTH_TOKEN
