@@ -27,5 +27,9 @@ class TaskFailedError(RaymergeError):
     """Ray could not run the work of an item at all."""
 
 
+class ManifestError(RaymergeError):
+    """A manifest cannot be made so that the scheduler would take it."""
+
+
 class JobError(RaymergeError):
     """A cluster cannot do what is asked of it about a job."""

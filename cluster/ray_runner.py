@@ -27,15 +27,12 @@ from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
 from raymerge.cluster.errors import HeadLostError, ResourceError, TaskFailedError, WorkerLostError
 from raymerge.cluster.outcome import Done
-from raymerge.cluster.ray_session import HeadWatch, Node, list_nodes
+from raymerge.cluster.ray_session import RESERVED_MEM, HeadWatch, Node, list_nodes
 from raymerge.cluster.ray_task import Begun, Message, add, serve, stop_all
 from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
 
 NUM_ATTEMPTS = 4
 """At an item whose worker is lost or hangs, or whose store fails."""
-
-RESERVED_MEM = 400 * 2**20
-"""Bytes that a worker takes besides its tensors: interpreter, torch, Ray."""
 
 LONELY_SECONDS = 120.0
 """How long no node may have room for an item: one that is powered off may be replaced."""

@@ -18,7 +18,7 @@ from typing import Any
 import raymerge
 from raymerge.cluster.errors import ClusterConnectError, HeadLostError, ResourceError
 
-_SETTINGS = {
+SETTINGS = {
     "RAY_task_oom_retries": "0",  # we repeat an item ourselves, with more memory; Ray would do so for ever
     "RAY_grpc_client_keepalive_time_ms": "15000",  # a node that is cut off is noticed after seven minutes otherwise
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
@@ -26,7 +26,7 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # as without Ray; at 15 a busy machine would hardly run them
 }
-"""Read by Ray when it is imported: a caller that has imported it before has to set them itself."""
+"""Read by Ray when it is imported or started: a caller that has imported it before has to set them itself."""
 
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the drivers of jobs."""
@@ -41,7 +41,10 @@ _HEAD_ANSWER_SECONDS = 2.0
 _HEAD_LOST_SECONDS = 20.0
 """How long it may be silent; after 60 Ray ends the process."""
 
-_STORE_NBYTES = 128 * 2**20
+RESERVED_MEM = 400 * 2**20
+"""Bytes that a worker takes besides its tensors: interpreter, torch, Ray."""
+
+STORE_NBYTES = 128 * 2**20
 """For progress and results, which are small; Ray would take a third of the memory."""
 
 
@@ -103,7 +106,7 @@ def start_ray(num_cpus: int, num_gpus: int | None = None) -> Iterator[RaySession
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             include_dashboard=False,
-            object_store_memory=_STORE_NBYTES,
+            object_store_memory=STORE_NBYTES,
             _temp_dir=f"{directory}/ray",  # Ray lets everybody write there, and nobody else gets past its parent
         ) as session:
             yield session
@@ -184,7 +187,7 @@ def list_nodes() -> tuple[Node, ...]:
 
 @contextmanager
 def _connected(address: str, **options: Any) -> Iterator[RaySession]:
-    settings = _SETTINGS if address == "local" else {**_SETTINGS, "RAY_NUM_REDIS_GET_RETRIES": "5"}
+    settings = SETTINGS if address == "local" else {**SETTINGS, "RAY_NUM_REDIS_GET_RETRIES": "5"}
     for name, value in settings.items():  # retries, a second each: also where a token is refused
         os.environ.setdefault(name, value)
     try:

@@ -11,6 +11,7 @@ import click
 from raymerge import __version__
 from raymerge.pipeline.interrupt import watch_for_interrupts
 from raymerge.pipeline.job_commands import jobs, submit
+from raymerge.pipeline.manifest_command import manifest
 from raymerge.pipeline.options import output_options, plan_options, storage_option
 from raymerge.pipeline.redact import redact
 
@@ -220,5 +221,5 @@ def inspect(url: str, with_tensors: bool, as_json: bool, storage: Literal["auto"
     click.echo(inspection_json(found) if as_json else format_inspection(found, with_tensors=with_tensors))
 
 
-for command in (submit, jobs):
+for command in (submit, jobs, manifest):
     commands.add_command(command)

@@ -42,7 +42,9 @@ def test_readme_names_every_option_of_merge() -> None:
             assert any(f"`{option}" in readme for option in parameter.opts), parameter.opts
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/methods.md", "docs/mergekit.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/methods.md", "docs/mergekit.md", "docs/batch.md", "docs/cluster.md"]
+)
 def test_links_and_named_files_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     names = re.findall(r"\]\(((?!http)[^)#]+)\)", text) + re.findall(

@@ -1,0 +1,101 @@
+"""A job definition for AWS Batch, of several nodes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+from raymerge.cluster.errors import ManifestError
+from raymerge.cluster.manifests.job import (
+    Job,
+    NodeSize,
+    check_nbytes,
+    dump_documents,
+    read_start_script,
+    start_variables,
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+_MAX_NBYTES = 24 * 2**10
+_SHARED_MIB = 512
+"""/dev/shm, where Ray's object store is."""
+_FACTS = """\
+export RAYMERGE_IS_HEAD=$((AWS_BATCH_JOB_NODE_INDEX == AWS_BATCH_JOB_MAIN_NODE_INDEX))
+export RAYMERGE_HEAD=${AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS:-$(hostname)}
+export RAYMERGE_NODES=$AWS_BATCH_JOB_NUM_NODES
+"""
+"""From the scheduler's variables; the main node is not told its own address."""
+
+
+@dataclass(frozen=True, slots=True)
+class AwsBatch:
+    """What only this target needs."""
+
+    image: str
+    job_role: str | None
+    """ARN of the role that the containers have: their right to read and write; None for that of the machines."""
+    execution_role: str
+    """ARN of the role that starts the containers, and may read the secrets."""
+    token_secret: str
+    """The token of the Ray cluster: ARN in the Secrets Manager, or name of a parameter in the Parameter Store."""
+    env_secrets: tuple[tuple[str, str], ...]
+    """Environment variables, and where their values are, in the same form."""
+    num_attempts: int
+    num_seconds: int
+    """Each attempt is ended after."""
+
+
+def make_aws_batch(job: Job, size: NodeSize, target: AwsBatch) -> str:
+    """Return the YAML that `aws batch register-job-definition --cli-input-yaml` takes.
+
+    Raises:
+        ManifestError: a name that Batch would refuse, or too large a config.
+    """
+    if not _NAME.fullmatch(job.name):
+        raise ManifestError(
+            f"--name {job.name!r} is no name for AWS Batch; use letters, digits, `-` and `_`, 128 at most"
+        )
+    secrets = (("RAY_AUTH_TOKEN", target.token_secret), *target.env_secrets)
+    _check_place("--token-secret", target.token_secret)
+    for name, place in target.env_secrets:
+        _check_place(f"--env-secret {name}", place)
+    variables = {**start_variables(job, size), "RAYMERGE_CONFIG": job.config}
+    gpus = [{"type": "GPU", "value": str(size.num_gpus)}] if size.num_gpus else []
+    container = {
+        "image": target.image,
+        "command": ["bash", "-c", _FACTS + read_start_script()],
+        "executionRoleArn": target.execution_role,
+        **({"jobRoleArn": target.job_role} if target.job_role else {}),
+        "resourceRequirements": [
+            {"type": "VCPU", "value": str(size.num_cpus)},
+            {"type": "MEMORY", "value": str(size.mem_nbytes // 2**20)},
+            *gpus,
+        ],
+        "environment": [{"name": name, "value": value} for name, value in variables.items() if value],
+        "secrets": [{"name": name, "valueFrom": place} for name, place in secrets],
+        "linuxParameters": {"initProcessEnabled": True, "sharedMemorySize": _SHARED_MIB},
+        "ulimits": [{"name": "nofile", "softLimit": 65536, "hardLimit": 65536}],
+    }
+    definition = {
+        "jobDefinitionName": job.name,
+        "type": "multinode",
+        "retryStrategy": {"attempts": target.num_attempts},
+        "timeout": {"attemptDurationSeconds": target.num_seconds},
+        "nodeProperties": {
+            "numNodes": job.num_nodes,
+            "mainNode": 0,
+            "nodeRangeProperties": [{"targetNodes": "0:", "container": container}],
+        },
+    }
+    check_nbytes("the job definition", len(json.dumps(definition)), _MAX_NBYTES)
+    return dump_documents(job.comment, definition)
+
+
+def _check_place(flag: str, place: str) -> None:
+    """Refuse what may be the secret itself, without repeating it."""
+    if not place.startswith(("arn:", "/")):
+        raise ManifestError(
+            f"{flag}: neither an ARN nor the path of a parameter, such as /raymerge/token; say where the secret is"
+            " kept, not what it is"
+        )

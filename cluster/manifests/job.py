@@ -1,0 +1,129 @@
+"""A merge as a job of a scheduler: what all kinds of manifests are made from."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+
+import yaml
+
+from raymerge.cluster.errors import ManifestError
+from raymerge.cluster.ray_session import SETTINGS, STORE_NBYTES
+
+CONFIG_FILE = "merge.yml"
+"""What the config is called on the head."""
+
+_OVERHEAD_NBYTES = 2 * 2**30
+"""Of a node's memory: what Ray itself takes, and on the head the driver."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What runs, and on how many machines."""
+
+    name: str
+    config: str
+    """The YAML."""
+    arguments: tuple[str, ...]
+    """Of `raymerge merge`, after the config."""
+    setup: str
+    """Shell commands that run on every machine before Ray starts; may be empty."""
+    environment: tuple[tuple[str, str], ...]
+    """Names and values for all machines; no secrets."""
+    num_nodes: int
+    """Machines that merge."""
+    comment: str
+    """For the first lines: how the manifest was made, and what to do with it."""
+
+    def command(self, config: str) -> str:
+        """Return the command line of the merge, for a shell.
+
+        Args:
+            config: path of the config on the head.
+        """
+        return shlex.join(["raymerge", "merge", config, *self.arguments])
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment of all machines: Ray's settings, which it reads when it starts, and the job's own."""
+        return SETTINGS | dict(self.environment)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSize:
+    """What each machine that merges has."""
+
+    num_cpus: int
+    mem_nbytes: int
+    num_gpus: int
+
+    @property
+    def work_nbytes(self) -> int:
+        """What Ray may give to work, in bytes."""
+        return self.mem_nbytes - _OVERHEAD_NBYTES
+
+    def ray_options(self) -> dict[str, str]:
+        """Return what `ray start` is told about the machine: where a scheduler shares it out, Ray cannot know."""
+        return {
+            "num-cpus": str(self.num_cpus),
+            "num-gpus": str(self.num_gpus),
+            "memory": str(self.work_nbytes),
+            "object-store-memory": str(STORE_NBYTES),
+        }
+
+
+def read_start_script() -> str:
+    """Return the script that every node runs where nothing else starts Ray."""
+    script = files("raymerge.cluster.manifests").joinpath("start_node.sh").read_text("utf-8")
+    return script.partition("\n")[2]  # less the line that names the shell
+
+
+def start_variables(job: Job, size: NodeSize) -> dict[str, str]:
+    """Return what that script finds in its environment, less what only the scheduler knows when the job runs."""
+    return {
+        **job.variables(),
+        "RAY_AUTH_MODE": "token",
+        "RAYMERGE_SETUP": job.setup,
+        "RAYMERGE_COMMAND": job.command(CONFIG_FILE),
+        "RAYMERGE_RAY_OPTIONS": shlex.join(f"--{name}={value}" for name, value in size.ray_options().items()),
+    }
+
+
+def comment_lines(text: str) -> str:
+    r"""Return a text as comments of a shell script or YAML.
+
+    >>> comment_lines("a\nb")
+    '# a\n# b\n'
+    """
+    return "".join(f"# {line}".rstrip() + "\n" for line in text.splitlines())
+
+
+def dump_documents(comment: str, *documents: Mapping[str, object]) -> str:
+    """Return a YAML file; texts of several lines stay readable."""
+    dumped = (yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, width=120) for document in documents)
+    return comment_lines(comment) + "---\n".join(dumped)
+
+
+def check_nbytes(what: str, nbytes: int, most: int) -> None:
+    """Make sure that something fits where it has to go.
+
+    Raises:
+        ManifestError: it does not.
+    """
+    if nbytes > most:
+        raise ManifestError(
+            f"{what} would have {nbytes:,} bytes with the config in it, and {most:,} are allowed; leave comments out of"
+            " the config, or merge on a cluster that runs already: raymerge merge --address"
+        )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as they are."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
