@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
-from raymerge.cluster.ray_runner import RESERVED_MEM, Attempt, RayRunner, choose_node
-from raymerge.cluster.ray_session import Node, list_nodes
+from raymerge.cluster.ray_runner import Attempt, RayRunner, choose_node
+from raymerge.cluster.ray_session import RESERVED_MEM, Node, list_nodes
 from raymerge.cluster.ray_task import Message, serve
 from raymerge.cluster.runner import Item, Report, Resources, Result, Work
 

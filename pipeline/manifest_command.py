@@ -262,7 +262,10 @@ def _make_job(context: click.Context, *, setup: str, apply: str, is_spread: bool
                 f"{what} has a credential in it, which everybody who may see the manifest could read; name a role, a"
                 " service account or a secret instead"
             )
-    for warning in config.warnings:
+    if options["gpu_memory"] and not options["gpus"]:
+        raise ConfigError("--gpu-memory is for GPUs, and the job has none; say how many each machine has with --gpus")
+    idle = ["--gpus without --gpu-memory: the job is given GPUs, and merges without them"]
+    for warning in (*config.warnings, *(idle if options["gpus"] and not options["gpu_memory"] else ())):
         click.echo(redact(f"warning: {warning}"), err=True)
     # The run that this one goes on from may be dead, and its lock not yet free.
     arguments = list_arguments({**options, "wait": True})

@@ -269,6 +269,7 @@ def test_the_default_image_has_the_ray_that_is_tested() -> None:
         ("s3://bucket/out", ("--setup", "curl https://me:pw@host/x"), "--setup has a credential in it"),
         ("s3://bucket/out", ("--env", "1A=b"), "not of the form NAME=VALUE"),
         ("hf://me/out", (), "the job has several"),
+        ("s3://bucket/out", ("--gpu-memory", "16GiB"), "--gpu-memory is for GPUs, and the job has none"),
         ("s3://bucket/out", ("--name", "a\nb"), "characters that are not printed"),
     ],
 )
@@ -315,6 +316,13 @@ def test_a_config_that_is_too_large(cli: Cli, config: Path, kind: str, most: int
     outcome = cli("manifest", kind, config, "s3://bucket/out")
     assert outcome.code == 2
     assert f"{most:,} are allowed" in outcome.err
+
+
+def test_gpus_that_nothing_uses_are_told(cli: Cli, config: Path) -> None:
+    outcome = cli("manifest", "slurm", config, "s3://bucket/out", "--gpus", "1")
+    assert outcome.code == 0
+    assert "warning: --gpus without --gpu-memory" in outcome.err
+    assert not cli("manifest", "slurm", config, "s3://bucket/out", "--gpus", "1", "--gpu-memory", "8GiB").err
 
 
 def test_a_bad_config_is_found_at_once(cli: Cli, config: Path) -> None:

@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# raymerge manifest slurm configs/linear.yml s3://bucket/merged --partition gpu --gpus 4 --cpus 32 --node-memory 128GiB --nodes 2
+# raymerge manifest slurm configs/linear.yml s3://bucket/merged --partition gpu --gpus 4 --cpus 32 --node-memory 128GiB --nodes 2 --gpu-memory 16GiB
 # sbatch FILE
 
 set -euo pipefail
@@ -127,7 +127,7 @@ export RAY_USAGE_STATS_ENABLED=0
 export RAY_worker_niceness=0
 export RAY_AUTH_MODE=token
 export RAYMERGE_SETUP=''
-export RAYMERGE_COMMAND='raymerge merge merge.yml s3://bucket/merged --address auto --wait'
+export RAYMERGE_COMMAND='raymerge merge merge.yml s3://bucket/merged --address auto --gpu-memory 16GiB --wait'
 export RAYMERGE_RAY_OPTIONS='--num-cpus=32 --num-gpus=4 --memory=135291469824 --object-store-memory=134217728'
 
 RAYMERGE_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
