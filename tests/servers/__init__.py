@@ -67,7 +67,7 @@ class ServerProcess:
     def cpu_seconds(self) -> float:
         """Return the CPU seconds, user and system, that the program and its living children have used."""
         ticks = 0
-        for pid in (self.pid, *_children(self.pid)):
+        for pid in (self.pid, *children_of(self.pid)):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
@@ -136,5 +136,6 @@ class ServerFailedError(Exception):
     """A server did not come up."""
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
+    """Return the living children that the main thread of a process has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -19,14 +19,16 @@ from typing import IO, Self
 import pytest
 
 from tests.commands import Outcome
+from tests.servers import children_of
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 _NUM_NETWORKS = 512
 """Of 256 addresses each in 198.18.0.0/15, which is set aside for measuring networks."""
 
-# bash is the init of the host, and reaps what nobody waits for. It ends, and all processes of the host with it, when
-# its standard input does: with the process that has started it, whatever ends that.
+# The init of the host becomes a `cat`, for which the kernel reaps what nobody waits for: a process that has ended and
+# is not reaped seems alive. It ends, and all processes of the host with it, when its standard input does: with the
+# process that has started it, whatever ends that.
 _INIT = r"""
 set -e
 name=$1 tmp=$2
@@ -39,7 +41,7 @@ done
 mount --rbind "$tmp" /tmp
 mount -t tmpfs -o size=2g tmpfs /dev/shm
 echo ready
-read -r || true
+exec env --ignore-signal=CHLD cat
 """
 
 
@@ -171,7 +173,7 @@ class Host:
         _run("tc", "-netns", self._namespace, "qdisc", "replace", "dev", "eth0", *shape.split())
 
     def start(self, *command: str | Path, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-        """Start a command in the host's /tmp; killing what is returned kills the command.
+        """Start a command in the host's /tmp, and return what waits for its end; `kill` kills it.
 
         Args:
             command: program and arguments; the programs of this Python's environment are found first.
@@ -191,6 +193,12 @@ class Host:
                 raise
         return Outcome(process.returncode, out, err)
 
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        """Kill a command, which then leaves nothing behind that seems alive, and wait for its end."""
+        for pid in children_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
     def pids(self, pattern: str) -> list[int]:
         """Return the processes of the host, by the numbers that they have here, whose command line has a text in it."""
         namespace = Path(f"/proc/{self._pid()}/ns/pid").readlink()
@@ -202,6 +210,10 @@ class Host:
             except OSError:  # it has ended
                 continue
         return found
+
+    def received_nbytes(self) -> int:
+        """Return how many bytes have come through the cable since the host was made."""
+        return int(Path(f"/sys/class/net/{self._link}/statistics/tx_bytes").read_text())
 
     def remove(self) -> None:
         """Switch the host off and remove its network."""
@@ -226,10 +238,9 @@ class Host:
     def _pid(self) -> int:
         """Return the number that the host's init has here."""
         assert self._init, f"{self.name} is off"
-        children = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text().split()
-        if not children:
+        if not (children := children_of(self._init.pid)):
             raise HostFailedError(f"{self.name} has ended")
-        return int(children[0])
+        return children[0]
 
 
 class HostFailedError(Exception):
