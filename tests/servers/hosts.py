@@ -166,6 +166,10 @@ class Host:
         """Plug the cable in again."""
         _ip("link", "set", self._link, "up")
 
+    def is_connected(self) -> bool:
+        """Tell whether the cable is plugged in."""
+        return Path(f"/sys/class/net/{self._link}/operstate").read_text() == "up\n"
+
     def limit(self, nbytes_per_second: int) -> None:
         """Have the cable carry no more than this, in each direction."""
         shape = f"root tbf rate {8 * nbytes_per_second}bit burst {max(nbytes_per_second // 100, 2**16)} latency 50ms"

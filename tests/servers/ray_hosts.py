@@ -30,15 +30,22 @@ class RayHosts:
         with ExitStack() as stack:
             self.network = stack.enter_context(Network())
             self.s3 = stack.enter_context(S3Server(self.network.address))
-            self.head = self.network.add_host("head")
-            self.workers = [self.network.add_host(f"worker-{k + 1}") for k in range(num_workers)]
             self.environment = self.s3.environment()
             """Leads all to the S3 server."""
+            self.head = self.network.add_host("head")
             options = ["--num-cpus=0", "--include-dashboard=false"]
             self._run(self.head, "ray", "start", "--head", f"--port={PORT}", *options)
-            with ThreadPoolExecutor(num_workers) as pool:
-                list(pool.map(self.join, self.workers))
+            self.workers: list[Host] = []
+            self.add_workers(num_workers)
             self._stack = stack.pop_all()
+
+    def add_workers(self, num_workers: int) -> None:
+        """Add hosts to the cluster."""
+        first = len(self.workers) + 1
+        added = [self.network.add_host(f"worker-{first + k}") for k in range(num_workers)]
+        with ThreadPoolExecutor(num_workers) as pool:
+            list(pool.map(self.join, added))
+        self.workers += added
 
     @property
     def address(self) -> str:
