@@ -32,12 +32,7 @@ def measure_faults(bench: Bench) -> list[Row]:
         undisturbed = [merges.run("undisturbed", lambda driver: None) for _ in range(_NUM_UNDISTURBED)]
         seconds = statistics.median(run.seconds for run in undisturbed)
         rows = []
-        for name, times, asked, disturb in (
-            ("a worker process killed", 20, None, _kill_worker),
-            ("the driver killed and run again", 5, None, _kill_driver),
-            ("one of the two machines powered off", 5, None, _power_off),
-            ("a machine silently cut off", 3, 120.0, _cut_off),
-        ):
+        for name, times, asked, disturb in FAULTS:
             runs = []
             for _ in range(times):
                 runs.append(merges.run(name, partial(disturb, chance=chance)))
@@ -98,6 +93,15 @@ def _cut_off(driver: Driver, chance: random.Random) -> None:
     worker = chance.choice(driver.hosts.workers)
     driver.hosts.wait_for_work(worker, chance.randrange(100_000, 4_000_000))
     worker.cut_off()
+
+
+FAULTS = (
+    ("a worker process killed", 20, None, _kill_worker),
+    ("the driver killed and run again", 5, None, _kill_driver),
+    ("one of the two machines powered off", 5, None, _power_off),
+    ("one of the two machines silently cut off", 3, 120.0, _cut_off),
+)
+"""How often, and what it may cost at most, in seconds."""
 
 
 def _row(name: str, runs: list[Run], merges: _Merges, undisturbed: float, asked: float | None) -> Row:

@@ -204,7 +204,12 @@ class Host:
         process.wait()
 
     def pids(self, pattern: str) -> list[int]:
-        """Return the processes of the host, by the numbers that they have here, whose command line has a text in it."""
+        """Return the processes of the host, by the numbers that they have here, whose command line has a text in it.
+
+        There are none where it is off.
+        """
+        if self._init is None:
+            return []
         namespace = Path(f"/proc/{self._pid()}/ns/pid").readlink()
         found: list[int] = []
         for process in Path("/proc").glob("[0-9]*"):

@@ -16,11 +16,10 @@ from tests.servers.s3 import S3Server
 PORT = 6379
 
 SETTINGS = {
-    "RAY_grpc_client_keepalive_time_ms": "15000",
-    "RAY_grpc_client_keepalive_timeout_ms": "10000",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # at 15 workers would hardly run where other tests do
 }
-"""For `ray start`, as docs/cluster.md has it."""
+"""For `ray start`."""
 
 
 class RayHosts:
