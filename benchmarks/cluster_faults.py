@@ -56,8 +56,9 @@ class _Merges:
         run = self._cluster.merge(out, _SHARD_SIZE, disturb)
         etags = self._cluster.etags(out)
         self._expected = self._expected or etags
-        self.num_different += etags != self._expected
-        print(f"{name}: {run.seconds:.1f} s, {run.faults}", file=sys.stderr, flush=True)
+        is_different = etags != self._expected
+        self.num_different += is_different
+        print(f"{name}: {run.seconds:.1f} s, {run.faults}{', OTHER BYTES' * is_different}", file=sys.stderr, flush=True)
         return run
 
     def repair(self) -> None:

@@ -22,7 +22,8 @@ def measure_scaling(bench: Bench) -> list[Row]:
     with start_hosts(2) as hosts:
         cluster = Cluster(hosts, bench, LINEAR, "even")
         for num_workers in (2, 4):
-            hosts.add_workers(num_workers - len(hosts.workers))
+            if num_workers > len(hosts.workers):
+                hosts.add_workers(num_workers - len(hosts.workers))
             for worker in hosts.workers:
                 worker.limit(_SPEED)
             runs[num_workers] = [

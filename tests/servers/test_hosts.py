@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -62,6 +63,16 @@ def test_a_host_is_cut_off_limited_and_switched_off(network: Network, tmp_path: 
     assert "refused" in head.run(*fetch("worker")).err
     worker.power_on()
     assert worker.run("ls").out == ""
+
+
+def test_hosts_that_come_later_do_not_disturb(network: Network) -> None:
+    head = network.add_host("head")
+    with socket.create_server((network.address, 0)) as server:
+        connect = ["python", "-c", f"import socket; socket.create_connection({server.getsockname()!r}, 3)"]
+        assert head.run(*connect).code == 0
+        for number in range(6):
+            network.add_host(f"later-{number}")
+            assert head.run(*connect).code == 0
 
 
 def test_a_command_is_killed(network: Network, tmp_path: Path) -> None:
