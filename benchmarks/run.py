@@ -13,6 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from accuracy import measure_accuracy
+from cluster_faults import measure_faults
+from cluster_overhead import measure_overhead, measure_per_shard, measure_scheduling
+from cluster_scaling import measure_scaling
 from gpu import measure_gpu
 from memory import measure_big_tensor, measure_many_models
 from merges import DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Bench
@@ -47,6 +50,11 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "stores-memory": measure_store_memory,
     "stores-disk": measure_disk,
     "stores-hub": measure_hub,
+    "cluster-faults": measure_faults,
+    "cluster-scaling": measure_scaling,
+    "cluster-overhead": measure_overhead,
+    "cluster-shards": measure_per_shard,
+    "cluster-scheduling": measure_scheduling,
 }
 """In the order of the table."""
 

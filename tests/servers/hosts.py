@@ -204,7 +204,12 @@ class Host:
         process.wait()
 
     def pids(self, pattern: str) -> list[int]:
-        """Return the processes of the host, by the numbers that they have here, whose command line has a text in it."""
+        """Return the processes of the host, by the numbers that they have here, whose command line has a text in it.
+
+        There are none where it is off.
+        """
+        if self._init is None:
+            return []
         namespace = Path(f"/proc/{self._pid()}/ns/pid").readlink()
         found: list[int] = []
         for process in Path("/proc").glob("[0-9]*"):
@@ -254,9 +259,11 @@ class HostFailedError(Exception):
 def _claim_bridge() -> int:
     """Make a bridge with a number that no other test has, and return it."""
     for number in range(_NUM_NETWORKS):
-        made = subprocess.run(
-            ["ip", "link", "add", f"rm{number}", "type", "bridge"], check=False, capture_output=True, text=True
-        )
+        # With an address of its own: else it takes one of its hosts', another when hosts come, and these would go on
+        # sending to the former.
+        address = f"02:00:00:00:{number // 256:02x}:{number % 256:02x}"
+        command = ["ip", "link", "add", f"rm{number}", "address", address, "type", "bridge"]
+        made = subprocess.run(command, check=False, capture_output=True, text=True)
         if made.returncode == 0:
             return number
         if "File exists" not in made.stderr:

@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import botocore.config
 import botocore.exceptions
@@ -39,7 +40,7 @@ class Store:
     """May do everything."""
 
     endpoint: str
-    """`http://127.0.0.1:PORT`, for path-style requests."""
+    """`http://ADDRESS:PORT`, for path-style requests."""
     _process: ServerProcess
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class Store:
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "NO_PROXY": "127.0.0.1,localhost",
+            "NO_PROXY": f"{urlsplit(self.endpoint).hostname},127.0.0.1,localhost",
         }
 
     def client(self, keys: Keys | None = None, *, endpoint: str | None = None) -> Any:
@@ -132,7 +133,10 @@ def make_client(endpoint: str, keys: Keys, *, region: str = "us-east-1") -> Any:
 
 
 class S3Server(Store):
-    """A SeaweedFS of its own, in a new directory under the temporary directory. Up in a second or two."""
+    """A SeaweedFS of its own, in a new directory under the temporary directory. Up in a second or two.
+
+    It listens on one address of this machine.
+    """
 
     reader = Keys("AKREADER000000000001", "reader-secret-000000000000000000000000001")
     """May read and list every bucket, and write to none."""
@@ -141,8 +145,9 @@ class S3Server(Store):
     public_bucket = "public"
     """What anybody may read and list without a signature. It exists from the start, and is empty."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         super().__init__()
+        self._host = host
         self._directory = Path(tempfile.mkdtemp(prefix="weed-"))
         identities = [
             {"name": "admin", "actions": ["Admin", "Read", "List", "Tagging", "Write"], **_credentials(self.admin)},
@@ -180,8 +185,8 @@ class S3Server(Store):
                 "-logtostderr=true",
                 "mini",
                 f"-dir={data}",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
+                f"-ip={self._host}",
+                f"-ip.bind={self._host}",
                 f"-s3.config={self._directory / 's3.json'}",
                 f"-s3.port={s3}",
                 f"-master.port={master}",
@@ -204,7 +209,7 @@ class S3Server(Store):
             directory=self._directory,
             environment={"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},  # not 7 new files at the first write to a bucket
         )
-        self.endpoint = f"http://127.0.0.1:{s3}"
+        self.endpoint = f"http://{self._host}:{s3}"
         self._process.wait_until(self._is_ready)
 
     def _is_ready(self) -> bool:

@@ -1,0 +1,54 @@
+"""Merge, and print as JSON what it took the driver: `python benchmarks/cluster_driver.py CONFIG OUT OPTIONS`."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from raymerge.pipeline import Listener, merge
+from raymerge.pipeline.types import ShardResult
+
+
+class Clock(Listener):
+    """Notes when shards begin and end."""
+
+    def __init__(self) -> None:
+        self.first = self.last = time.monotonic()
+
+    def resumed(self, results: list[ShardResult]) -> None:
+        """Begin."""
+        self.first = self.last = time.monotonic()
+
+    def finished(self, result: ShardResult) -> None:
+        """Note the end of a shard."""
+        self.last = time.monotonic()
+        print("finished", result.file, flush=True)
+
+
+def main(config: str, out: str, options: str) -> None:
+    """Merge with the options of `raymerge.pipeline.merge`, as JSON."""
+    arguments: dict[str, Any] = json.loads(options)
+    clock = Clock()
+    report = merge(Path(config), out, listener=clock, **arguments)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    print(
+        json.dumps(
+            {
+                "seconds": report.seconds,
+                "merge_seconds": clock.last - clock.first,
+                "num_shards": report.num_shards,
+                "num_resumed": report.num_resumed,
+                "faults": dict(report.faults),
+                "cpu": usage.ru_utime + usage.ru_stime,
+                "rss": usage.ru_maxrss * 1024,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
