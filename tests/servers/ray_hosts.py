@@ -65,7 +65,7 @@ class RayHosts:
         give_up = time.monotonic() + 60
         received: int | None = None
         while True:
-            if not (pids := worker.pids("ray::_serve")):
+            if not (pids := worker.pids("ray::serve")):
                 received = None
             elif received is None:
                 received = worker.received_nbytes()
