@@ -11,8 +11,8 @@ from merges import LINEAR, Bench
 from report import Row
 
 _SPEED = 10_000_000
-"""Bytes per second through each worker's cable, in each direction. The issue was 50 MB/s: too much for two cores that
-have to serve, carry and merge for all machines."""
+"""Bytes per second through each worker's cable, in each direction: so few that the two cores, which serve, carry and
+merge for all machines, are not what limits them."""
 _SHARD_SIZE = "16MB"
 
 
