@@ -13,7 +13,7 @@ from report import Row
 _SPEED = 10_000_000
 """Bytes per second through each worker's cable, in each direction: so few that the two cores, which serve, carry and
 merge for all machines, are not what limits them."""
-_SHARD_SIZE = "16MB"
+_SHARD_SIZE = "40MB"
 
 
 def measure_scaling(bench: Bench) -> list[Row]:
