@@ -8,7 +8,8 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.client import HTTPException
@@ -26,6 +27,8 @@ _POLL_SECONDS = 1.0
 
 _POLL_SHARE = 10
 """A look that takes long, as the log has become long, is waited for so many times longer before the next."""
+
+_MAX_POLL_SECONDS = 15.0
 
 _LOST_SECONDS = 600.0
 """How long a dropped connection is tried again while a job is followed."""
@@ -76,15 +79,20 @@ class JobClient:
         Args:
             address: of the cluster's dashboard, as in `http://head:8265`.
         """
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if "@" in address:
+            raise ClusterConnectError(
+                f"the address of {address.rpartition('@')[2]} has a user name or password in it; set RAY_AUTH_TOKEN"
+                " instead"
+            )
+        try:
+            parts = urlsplit(address)
+            is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_good = False
+        if not is_good:
             raise ClusterConnectError(
                 f"{address} is not the address of a cluster's job API; give that of its dashboard, as in"
                 " http://10.0.0.5:8265"
-            )
-        if parts.username or parts.password:
-            raise ClusterConnectError(
-                f"the address of {parts.hostname} has a user name or password in it; set RAY_AUTH_TOKEN instead"
             )
         self.address = address.rstrip("/")
         self._token = _find_token()
@@ -124,21 +132,24 @@ class JobClient:
 
     def list_jobs(self) -> list[Job]:
         """Return the jobs that the cluster remembers, the latest first."""
-        found = self._call("GET", "/api/jobs/")
-        jobs = [_make_job(item) for item in found if item.get("type") == "SUBMISSION"]
+        with self._understood():
+            jobs = [_make_job(item) for item in self._call("GET", "/api/jobs/") if item["type"] == "SUBMISSION"]
         return sorted(jobs, key=lambda job: job.started or datetime.max.replace(tzinfo=UTC), reverse=True)
 
     def find_job(self, job_id: str) -> Job:
         """Return one job."""
-        return _make_job(self._call("GET", f"/api/jobs/{quote(job_id, safe='')}"))
+        with self._understood():
+            return _make_job(self._call("GET", f"/api/jobs/{quote(job_id, safe='')}"))
 
     def read_log(self, job_id: str) -> str:
         """Return everything that a job has printed so far."""
-        return str(self._call("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")["logs"] or "")
+        with self._understood():
+            return str(self._call("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")["logs"] or "")
 
     def stop(self, job_id: str) -> bool:
         """Have a job end; return whether it had not already."""
-        return bool(self._call("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")["stopped"])
+        with self._understood():
+            return bool(self._call("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")["stopped"])
 
     def follow(
         self, job_id: str, on_line: Callable[[str], None], on_trouble: Callable[[str], None] = lambda text: None
@@ -151,17 +162,22 @@ class JobClient:
             on_trouble: told once when the cluster cannot be reached any more.
 
         Raises:
-            ClusterConnectError: it could not be reached for ten minutes.
+            ClusterConnectError: it could not be reached at first, or later for ten minutes.
         """
         seen = 0
+        is_reached = False
         lost_at: float | None = None
         while True:
             started = time.monotonic()
             try:
                 job = self.find_job(job_id)  # before the log: what has ended prints nothing more
                 log = self.read_log(job_id)
-                lost_at = None
+                lost_at, is_reached = None, True
+            except RefusedError:
+                raise
             except ClusterConnectError as error:
+                if lost_at is None and not is_reached:
+                    raise
                 if lost_at is None:
                     lost_at = started
                     on_trouble(f"{error}; trying again")
@@ -175,7 +191,7 @@ class JobClient:
             seen = max(seen, end)
             if job.has_ended:
                 return job
-            time.sleep(max(_POLL_SECONDS, _POLL_SHARE * (time.monotonic() - started)))
+            time.sleep(min(max(_POLL_SECONDS, _POLL_SHARE * (time.monotonic() - started)), _MAX_POLL_SECONDS))
 
     def _upload(self, package: Package) -> None:
         path = f"/api/packages/gcs/{package.name}"
@@ -183,6 +199,14 @@ class JobClient:
             self._send("GET", path)
         except _MissingError:
             self._send("PUT", path, package.content)
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Take an answer that lacks what Ray's has for that of another server."""
+        try:
+            yield
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+            raise ClusterConnectError(f"{self.address} does not answer as Ray does; {_ADVICE}") from None
 
     def _call(self, method: str, path: str, body: object = None) -> Any:
         answer = self._send(method, path, None if body is None else json.dumps(body).encode())
@@ -200,7 +224,7 @@ class JobClient:
         except urllib.error.HTTPError as error:
             with error:
                 raise self._explain(error, path) from None
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise ClusterConnectError(f"nobody answers at {self.address} ({reason}); {_ADVICE}") from None
 
@@ -214,7 +238,7 @@ class JobClient:
         text = (raised or [line for line in lines if line.strip()] or [error.reason])[-1]
         if error.code in (401, 403):
             given = "refuses the token that it was given" if self._token else "asks for a token"
-            return ClusterConnectError(
+            return RefusedError(
                 f"the cluster at {self.address} {given} (HTTP {error.code}); set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
                 " to the token of its head, which `ray get-auth-token` prints there"
             )
@@ -227,10 +251,14 @@ class JobClient:
             )
         if 300 <= error.code < 400:
             target = error.headers.get("Location", "elsewhere")
-            return ClusterConnectError(f"{self.address} redirects to {target}; give the address of the cluster itself")
+            return RefusedError(f"{self.address} redirects to {target}; give the address of the cluster itself")
         if error.code >= 500:
             return ClusterConnectError(f"the cluster at {self.address} answers HTTP {error.code}: {text}")
         return JobError(f"the cluster at {self.address} refuses (HTTP {error.code}): {text}")
+
+
+class RefusedError(ClusterConnectError):
+    """The cluster does not let us in, and will not later."""
 
 
 class _MissingError(JobError):
@@ -250,19 +278,25 @@ def _find_token() -> str | None:
     if mode == "disabled":
         return None
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
+        return _check_token(token, "RAY_AUTH_TOKEN")
     given = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(given).expanduser() if given else Path.home() / ".ray/auth_token"
     if not given and mode != "token":
         return None
     try:
-        return path.read_text(encoding="utf-8").strip() or None
+        return _check_token(path.read_text(encoding="utf-8").strip(), str(path)) or None
     except (OSError, UnicodeDecodeError) as error:
         if given:
             raise ClusterConnectError(
                 f"the token's file that RAY_AUTH_TOKEN_PATH names cannot be read: {error}"
             ) from None
         return None
+
+
+def _check_token(token: str, where: str) -> str:
+    if token.isascii() and token.isprintable():
+        return token
+    raise ClusterConnectError(f"{where} holds no token: that is one line of printable ASCII characters")
 
 
 def _make_job(item: Mapping[str, Any]) -> Job:

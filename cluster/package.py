@@ -13,6 +13,8 @@ from pathlib import Path
 
 import raymerge
 
+_SUFFIXES = (".py", ".sh")
+
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of every file in a zip file: what has the same content is to have the same name."""
 
@@ -42,6 +44,8 @@ def pack_raymerge() -> Package:
         names[:] = sorted(name for name in names if name != "__pycache__")
         for name in sorted(file_names):
             path = Path(directory, name)
+            if name.startswith(".") or not (path.suffix in _SUFFIXES or name == "py.typed"):
+                continue  # what an editor or a tool has left there
             files[f"raymerge/{path.relative_to(root).as_posix()}"] = path.read_bytes()
     return pack_files(files)
 

@@ -52,7 +52,6 @@ class ActorRunner(RayRunner):
         super().__init__(num_slots, num_cpus=num_cpus, host=host, retry_on=retry_on, on_retry=on_retry)
         self._num_gpus = math.floor(10_000 / num_sharing) / 10_000  # Ray counts in such steps
         self._most_slots = num_slots
-        self._host = host
         self._idle: list[_Hired] = []
         self._busy: dict[Any, _Hired] = {}
         self._actor = ray.remote(
@@ -72,7 +71,7 @@ class ActorRunner(RayRunner):
         """Yield each item's result as it comes; see `RayRunner.run`."""
         mem_nbytes = max((r.mem_nbytes for r in resources), default=0)  # every actor can do every item
         # An actor that finds no room would keep its item waiting while others are idle.
-        nodes = [node for node in list_nodes() if self._host in (None, node.host)]
+        nodes = [node for node in list_nodes() if self._is_fit(node)]
         slots = sum(self._count_slots(node, mem_nbytes + RESERVED_MEM) for node in nodes)
         self.num_slots = max(1, min(self._most_slots, slots))
         try:
@@ -112,7 +111,8 @@ class ActorRunner(RayRunner):
             self._kill(stream)
 
     def _kill(self, stream: Any) -> None:
-        ray.kill(self._busy.pop(stream).handle)
+        if hired := self._busy.pop(stream, None):
+            ray.kill(hired.handle)
 
 
 class _Server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from ray.exceptions import (
     OutOfMemoryError,
     OwnerDiedError,
     RayError,
+    RuntimeEnvSetupError,
     TaskCancelledError,
     WorkerCrashedError,
 )
@@ -56,6 +58,7 @@ _LOST: Mapping[type[RayError], str] = {
     OwnerDiedError: "its worker died",
     ObjectLostError: "its answer was lost with a node",
     TaskCancelledError: "its task was cancelled",
+    RuntimeEnvSetupError: "its node could not make its environment",
 }
 """What happens to workers, and how it is told."""
 
@@ -105,6 +108,7 @@ class RayRunner(Runner):
         self.num_slots = num_slots
         self._num_cpus = num_cpus
         self._num_gpus = 0.0
+        self._host = host
         self._retry_on = retry_on
         self._on_retry = on_retry
         self._task = ray.remote(
@@ -133,6 +137,7 @@ class RayRunner(Runner):
         waiting = deque(Attempt(i, resources[i].mem_nbytes + RESERVED_MEM) for i in order)
         running: dict[Any, Attempt] = {}
         error: BaseException | None = None
+        give_up_at = math.inf
         stop_key = f"stop-{uuid4().hex}".encode()
         if waiting:
             self._check(max(attempt.mem_nbytes for attempt in waiting))
@@ -151,7 +156,7 @@ class RayRunner(Runner):
                     attempt = waiting.popleft()
                     attempt.heard_at = time.monotonic()
                     running[self._start(attempt, work, items[attempt.item], stop_key)] = attempt
-                for stream in self._wait(running, head):
+                for stream in self._wait(running, head, is_ending=error is not None):
                     attempt = running[stream]
                     attempt.heard_at = time.monotonic()
                     try:
@@ -178,9 +183,14 @@ class RayRunner(Runner):
                             waiting.clear()
                             error = _explain_missing(message.error)
                             stop_all(stop_key)
+                            give_up_at = time.monotonic() + _PATIENCE_SECONDS
                 for stream in _find_hung(running):
                     self._kill(stream)
                     do_again(stream, f"it had reported nothing for {HANG_SECONDS:.0f} s")
+                if time.monotonic() > give_up_at and not any(attempt.begun for attempt in running.values()):
+                    for stream in running:  # they wait for room, perhaps for ever
+                        self._kill(stream)
+                    running.clear()
         except HeadLostError:  # nobody to tell, and the workers end without it
             raise
         except BaseException as broken:  # raised again: whatever broke the run off, its items end
@@ -232,10 +242,11 @@ class RayRunner(Runner):
         return max((node.mem_nbytes for node in nodes if self._is_fit(node)), default=0)
 
     def _is_fit(self, node: Node) -> bool:
-        return node.num_cpus >= self._num_cpus and node.num_gpus >= self._num_gpus
+        has_room = node.num_cpus >= self._num_cpus and node.num_gpus >= self._num_gpus
+        return has_room and self._host in (None, node.host)
 
-    def _wait(self, running: Mapping[Any, Attempt], head: HeadWatch) -> list[Any]:
-        """Return the streams that have something to say; none only where one may hang.
+    def _wait(self, running: Mapping[Any, Attempt], head: HeadWatch, *, is_ending: bool) -> list[Any]:
+        """Return the streams that have something to say; none only where one may hang, or the run is ending.
 
         Raises:
             WorkerLostError: there has been no node for a while on which all of them could run.
@@ -243,9 +254,11 @@ class RayRunner(Runner):
         """
         deadline = time.monotonic() + LONELY_SECONDS
         while True:
-            ready, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
+            ready, _ = ray.wait(list(running), timeout=1.0 if is_ending else _LOOK_SECONDS)
             head.check_sometimes()
-            if ready or _find_hung(running):
+            if ready:
+                ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
+            if ready or is_ending or _find_hung(running):
                 return list(ready)
             if not head.check():
                 continue

@@ -28,6 +28,8 @@ SETTINGS = {
 }
 """Read by Ray when it is imported or started: a caller that has imported it before has to set them itself."""
 
+_AUTH_MODE = "RAY_AUTH_MODE"
+
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the drivers of jobs."""
 
@@ -100,6 +102,7 @@ def start_ray(num_cpus: int, num_gpus: int | None = None) -> Iterator[RaySession
         ClusterConnectError: Ray is not installed, or does not start.
     """
     directory = tempfile.mkdtemp(prefix="raymerge-", dir="/tmp")  # short: sockets with names of 107 bytes are in it
+    mode = os.environ.get(_AUTH_MODE)
     try:
         with _connected(
             "local",
@@ -112,6 +115,8 @@ def start_ray(num_cpus: int, num_gpus: int | None = None) -> Iterator[RaySession
             yield session
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        if mode is None:
+            os.environ.pop(_AUTH_MODE, None)  # set by Ray, which has a token of this machine for those it starts
 
 
 @contextmanager
@@ -194,15 +199,18 @@ def _connected(address: str, **options: Any) -> Iterator[RaySession]:
         import ray
     except ImportError:
         raise ClusterConnectError("Ray is not installed here: pip install 'raymerge[ray]'") from None
+    if ray.is_initialized():
+        raise ClusterConnectError("this process is connected to Ray already; call ray.shutdown() first")
     logging.getLogger("ray").setLevel(logging.ERROR)
     on_term = signal.getsignal(signal.SIGTERM)
     try:
         try:
             ray.init(address, log_to_driver=False, configure_logging=False, **options)
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_term)  # Ray would have us exit there and then
         except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ClusterConnectError(_explain(address, error)) from error
+        finally:
+            if on_term is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_term)  # Ray would have us exit there and then
         nodes = list_nodes()
         if not nodes:
             raise ClusterConnectError(

@@ -172,11 +172,11 @@ class _SparseDeltasRun(KernelRun):
         for delta in deltas[1:]:
             total = torch.add(total, delta, out=signs)
         torch.ge(total, 0, out=signs).mul_(2).sub_(1)
-        torch.mul(deltas[0], signs, out=out).clamp_(min=0)
+        torch.threshold_(torch.mul(deltas[0], signs, out=out), 0, 0)
         if normalize:
             torch.sign(out, out=deltas[0])
         for delta in deltas[1:]:
-            out.add_(delta.mul_(signs).clamp_(min=0))
+            out.add_(torch.threshold_(delta.mul_(signs), 0, 0))
             if normalize:
                 delta.sign_()
         scale = self._kernel.scale

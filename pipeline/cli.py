@@ -151,6 +151,8 @@ def merge(
         if not quiet:
             _print_plan(result, verbose=verbose)
         return
+    if log_json and quiet:
+        raise click.UsageError("--log-json is for machines, and tells them everything; leave -q out")
     from raymerge.pipeline.display import Display
     from raymerge.pipeline.json_log import open_json_log
 

@@ -47,7 +47,7 @@ class Display(Narrator):
             disable=quiet or not self._is_terminal,
         )
         self._task = self._bar.add_task("", total=None, visible=False)
-        self._num_shards = 0
+        self._num_planned = 0
         self._retries: Counter[str] = Counter()
         self._last_line = time.monotonic()
 
@@ -72,7 +72,7 @@ class Display(Narrator):
         """Show one event."""
         match event:
             case Planned():
-                self._num_shards = event.num_shards
+                self._num_planned = event.num_shards
                 self._print(event.text)
             case Warned():
                 self._print(f"warning: {event.text}")
@@ -80,7 +80,7 @@ class Display(Narrator):
                 self._print(f"waiting: {event.text}")
             case Resumed():
                 if event.num_shards:
-                    kept = f"{event.num_shards} of {self._num_shards} shards"
+                    kept = f"{event.num_shards} of {self._num_planned} shards"
                     self._print(f"{kept} are finished and sound; going on with the rest")
             case Progressed():
                 self._show_progress(event)
@@ -97,7 +97,7 @@ class Display(Narrator):
                 self._show_report(event)
             case Failed():
                 self._bar.stop()
-                click.echo(event.text, err=True)
+                click.echo(_printable(event.text), err=True)
 
     def _show_progress(self, event: Progressed) -> None:
         text = format_progress(event)
@@ -122,13 +122,20 @@ class Display(Narrator):
     def _show_report(self, report: MergeReport) -> None:
         self._bar.stop()
         for name in report.nonfinite:
-            click.echo(f"warning: {name}: the output has NaN or infinite values", err=True)
+            click.echo(_printable(f"warning: {name}: the output has NaN or infinite values"), err=True)
         if not self._quiet:
-            click.echo(format_report(report))
+            click.echo(_printable(format_report(report)))
 
     def _print(self, text: str) -> None:
         if not self._quiet:
-            self._bar.console.print(redact(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._bar.console.print(
+                _printable(redact(text)), markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
+
+
+def _printable(text: str) -> str:
+    """Return text that does nothing to a terminal, wherever it comes from."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)
 
 
 def format_progress(event: Progressed) -> str:

@@ -130,7 +130,7 @@ _TYPES = {name: kind for kind, name in _NAMES.items()}
 def explain(error: BaseException) -> Failed:
     """Return what is to be said about an error that ends a command, and the exit code for it."""
     if isinstance(error, RaymergeError):
-        return Failed(type(error).__name__, str(error), 2)
+        return Failed(type(error).__name__, redact(str(error)), 2)
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return Failed(KeyboardInterrupt.__name__, MESSAGE, 130)
     if isinstance(error, ModuleNotFoundError):

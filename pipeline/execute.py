@@ -64,7 +64,9 @@ def run_shard(
     """
     configure_storages(settings)
     torch.set_num_threads(1)
-    first_mem = _measure_first_mem(os.getpid())
+    if task.projected_gpu_mem and device == "cuda":
+        take_gpu()  # before the first measure: what CUDA takes of the host is not the shard's
+    first_mem, first_peak = _measure_first_mem(os.getpid())
     start = time.perf_counter()
     for attempt in range(1, _MAX_ATTEMPTS + 1):
         done = Progress(0, 0)
@@ -91,7 +93,7 @@ def run_shard(
         read_nbytes=done.read_nbytes,
         seconds=time.perf_counter() - start,
         peak_rss=peak_rss(),
-        peak_measured_mem=max(0, peak_rss() - _measure_code() - first_mem),
+        peak_measured_mem=_measure_peak(first_mem, first_peak),
         host=find_host(),
         faults=FAULTS.drain(),
     )
@@ -147,9 +149,16 @@ def peak_rss() -> int:
 
 
 @cache
-def _measure_first_mem(process: int) -> int:
-    """Return what a process, this one, had in memory besides code when it was first asked, in bytes."""
-    return _read_status("RssAnon") if _STATUS.exists() else peak_rss()
+def _measure_first_mem(process: int) -> tuple[int, int]:
+    """Return what a process, this one, had in memory besides code when it was first asked, and its peak, in bytes."""
+    return (_read_status("RssAnon") if _STATUS.exists() else peak_rss()), peak_rss()
+
+
+def _measure_peak(first_mem: int, first_peak: int) -> int:
+    """Return how much more memory than at first there was, in bytes: at the peak, or now where that was before."""
+    if peak_rss() > first_peak or not _STATUS.exists():
+        return max(0, peak_rss() - _measure_code() - first_mem)
+    return max(0, _read_status("RssAnon") - first_mem)
 
 
 def _measure_code() -> int:

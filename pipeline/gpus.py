@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from typing import TYPE_CHECKING
 
 from raymerge.pipeline.errors import ConfigError
@@ -15,6 +16,8 @@ VARIABLE = "CUDA_VISIBLE_DEVICES"
 """Names the GPUs that a process may use; CUDA reads it when it is first used."""
 
 _TURNS = itertools.count()
+_own = threading.local()
+"""Has the number of this thread's GPU as `number`."""
 
 
 def list_gpus() -> list[str]:
@@ -45,14 +48,16 @@ def require_gpus() -> list[str]:
 
 
 def take_gpu() -> torch.device:
-    """Return the GPU for the next task of this thread: all that this process may use, one after the other.
+    """Return the GPU of this thread, ready for a task: the threads of a process take turns in choosing theirs.
 
     Raises:
         ConfigError: there is none.
     """
     import torch
 
-    device = torch.device("cuda", next(_TURNS) % len(require_gpus()))
+    if not hasattr(_own, "number"):
+        _own.number = next(_TURNS) % len(require_gpus())
+    device = torch.device("cuda", _own.number)
     torch.cuda.set_device(device)
     torch.cuda.empty_cache()  # the last task needed other sizes
     return device

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _CONFIG = "merge.yml"
 """The config's name on the cluster."""
 
+_NO_PYTHON = 127
+"""The shell's exit code where there is no such command."""
+
 _STOP_SECONDS = 20
 """A job that is stopped has so long to let go of its lock and end its uploads; Ray's default is 3."""
 
@@ -39,7 +42,8 @@ def submit(config: Path, out: str, address: str, with_pip: bool, follow: bool, *
     The cluster's machines need Ray, and torch and what else raymerge needs unless --pip installs it; raymerge itself
     and CONFIG are sent. Nothing secret is: the machines find their own credentials.
     """
-    from raymerge.cluster.job_client import JobClient
+    from raymerge.cluster.errors import ClusterConnectError
+    from raymerge.cluster.job_client import JobClient, RefusedError
     from raymerge.cluster.package import list_requirements, pack_files, pack_raymerge
     from raymerge.pipeline.config import load_config
     from raymerge.pipeline.travel import check_travels
@@ -68,11 +72,15 @@ def submit(config: Path, out: str, address: str, with_pip: bool, follow: bool, *
     ]
     packages = {"working_dir": pack_files({_CONFIG: loaded.text.encode()}), "py_modules": pack_raymerge()}
     about = {"raymerge": __version__, "config": config.name, "out": out}
-    client.submit(job_id, shlex.join(command), packages, environment, about)
+    try:
+        client.submit(job_id, shlex.join(command), packages, environment, about)
+    except ClusterConnectError as error:
+        hint = f"; it may have begun all the same: {_say('status', client, job_id)}"
+        raise type(error)(f"{error}{'' if isinstance(error, RefusedError) else hint}") from None
     click.echo(job_id)
     if follow:
         sys.exit(_follow(client, job_id))
-    click.echo(f"Submitted. To see how it goes: raymerge jobs logs {job_id} --follow", err=True)
+    click.echo(f"Submitted. To see how it goes: {_say('logs', client, job_id)} --follow", err=True)
 
 
 @click.group()
@@ -151,8 +159,8 @@ def _follow(client: JobClient, job_id: str) -> int:
             job = client.follow(job_id, display.show_line, display.show_line)
     except KeyboardInterrupt:
         click.echo(
-            f"The job goes on. To see how it goes: raymerge jobs logs {job_id} --follow; to stop it: raymerge jobs stop"
-            f" {job_id} --address {client.address}",
+            f"The job goes on. To see how it goes: {_say('logs', client, job_id)} --follow; to stop it:"
+            f" {_say('stop', client, job_id)}",
             err=True,
         )
         return 130
@@ -161,12 +169,19 @@ def _follow(client: JobClient, job_id: str) -> int:
     if job.status == "STOPPED":
         click.echo(f"{job_id} was stopped. What is finished is kept: submit the same merge again to go on.", err=True)
         return 130
-    return 1 if job.exit_code is None else job.exit_code
+    if job.exit_code is None or job.exit_code == _NO_PYTHON:
+        return 2
+    return job.exit_code if job.exit_code >= 0 else 128 - job.exit_code  # by a signal, as shells count
+
+
+def _say(what: str, client: JobClient, job_id: str) -> str:
+    """Return a command about a job, to be copied."""
+    return f"raymerge jobs {what} {job_id} --address {client.address}"
 
 
 def _explain(job: Job) -> str:
     """Return why a job has failed, as far as its log does not say so."""
-    if job.exit_code == 127:
+    if job.exit_code == _NO_PYTHON:
         return (
             f"{job.id} failed: the head of the cluster has no `python` on its PATH; activate the environment that has"
             " Ray and torch before `ray start` there"

@@ -24,6 +24,8 @@ class JsonLog(Narrator):
     def __init__(self, *, verbose: bool) -> None:
         super().__init__(verbose=verbose)
         self._is_over = False
+        self._is_torn = False
+        """Whether an interrupt has left a line without its end."""
         self._lock = threading.Lock()
 
     def show(self, event: Event) -> None:
@@ -33,8 +35,10 @@ class JsonLog(Narrator):
         try:
             if not self._is_over:
                 self._is_over = isinstance(event, Failed)
-                print(format_event(event), flush=True)
-        except BrokenPipeError:
+                line, self._is_torn = ("\n" if self._is_torn else "") + format_event(event), True
+                print(line, flush=True)
+                self._is_torn = False
+        except OSError:  # nobody reads, or the disk is full
             self._is_over = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be flushed
         finally:

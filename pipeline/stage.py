@@ -60,10 +60,7 @@ class HostStage(Stage):
     @contextmanager
     def bring(self, views: Sequence[memoryview], dtypes: Sequence[torch.dtype]) -> Iterator[list[torch.Tensor]]:
         """Look at the bytes as they are."""
-        yield [
-            torch.frombuffer(view, dtype=dtype) if view else torch.empty(0)
-            for view, dtype in zip(views, dtypes, strict=True)
-        ]
+        yield [torch.frombuffer(view, dtype=dtype) for view, dtype in zip(views, dtypes, strict=True)]
 
     def write(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         """Append at once."""

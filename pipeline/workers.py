@@ -70,7 +70,7 @@ def make_runner(
     if session is not None:
         from raymerge.cluster.ray_runner import RayRunner
 
-        is_bound = not session.is_elsewhere and any(scheme_of(url) == "file" for url in urls)
+        is_bound = not session.is_elsewhere and any(scheme_of(url) in ("file", "hf") for url in urls)
         num_slots = count_slots(num_workers, session, gpus)
         num_cpus = _count_cpus(num_workers, session)
         host = session.host if is_bound else None  # nodes that join later have other files

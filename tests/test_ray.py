@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,54 @@ def test_the_same_bytes_from_the_command_line(
     assert done.code == 0, done.err
     assert read_files(tmp_path / "out") == undisturbed
     assert "Started" not in done.err, "Ray speaks through us"
+
+
+@pytest.mark.slow
+def test_nothing_of_ray_is_left_after_an_interrupt(config: dict[str, Any], tmp_path: Path) -> None:
+    file, out = write_config(tmp_path / "merge.yml", config), tmp_path / "out"
+    process = start_command("merge", file, out, "--ray", "--threads", "1", "--shard-size", "1")
+    directories = wait_for(lambda: find_directories(process.pid))
+    wait_for(lambda: list(out.glob("*.safetensors")))
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "run the same command again to go on" in said
+    assert not (out / "model.safetensors.index.json").exists()
+    wait_for(lambda: not any(find_processes(directory) for directory in directories))
+    assert not any(Path(directory).exists() for directory in directories)
+
+
+def find_directories(pid: int) -> set[str]:
+    """Return the temporary directories of the Rays that a process has started."""
+    found = (re.search(r"/tmp/raymerge-\w+", command) for each, command in list_commands() if is_child(each, pid))
+    return {match[0] for match in found if match}
+
+
+def find_processes(text: str) -> list[int]:
+    return [pid for pid, command in list_commands() if text in command]
+
+
+def list_commands() -> list[tuple[int, str]]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append((int(path.parent.name), path.read_bytes().replace(b"\0", b" ").decode(errors="replace")))
+    return found
+
+
+def is_child(pid: int, of: int) -> bool:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == of
+    return False
+
+
+def wait_for(look: Callable[[], Any]) -> Any:
+    """Return what a look finds, once it finds something."""
+    give_up = time.monotonic() + 60
+    while not (found := look()):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    return found
 
 
 def test_ray_is_gone_after_a_start_that_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +190,7 @@ class PowerOff(Listener):
     def finished(self, result: ShardResult) -> None:
         if self.node is not None:
             node, self.node = self.node, None
-            threading.Thread(target=self.cluster.remove_node, args=(node, False)).start()
+            self.cluster.remove_node(node, False)
 
 
 @pytest.mark.slow

@@ -136,28 +136,37 @@ def test_an_interrupt_leaves_the_job_alone(client: JobClient, file: Path, tmp_pa
     printed, said = process.communicate(timeout=30)
     assert process.returncode == 130
     job_id = printed.strip()
-    assert f"The job goes on. To see how it goes: raymerge jobs logs {job_id} --follow" in said
-    assert f"raymerge jobs stop {job_id}" in said
+    assert (
+        f"The job goes on. To see how it goes: raymerge jobs logs {job_id} --address {client.address} --follow" in said
+    )
+    assert f"raymerge jobs stop {job_id} --address {client.address}" in said
     assert run_command("jobs", "logs", job_id, "--follow").code == 0
     verify(out)
 
 
 @pytest.mark.slow
-def test_a_connection_that_drops_is_made_again(head: RayHead, client: JobClient) -> None:
+def test_a_connection_that_drops_is_made_again(head: RayHead, client: JobClient, tmp_path: Path) -> None:
     with FaultProxy(head.job_address) as proxy:
         through = JobClient(proxy.url)
-        through.submit("drop-1", "for i in 1 2 3 4 5 6; do echo line $i; sleep 1; done", {}, {}, {})
+        command = (
+            f"for i in 1 2 3 4; do echo line $i; done; until [ -e {tmp_path}/go ]; do sleep 0.1; done; echo line 5"
+        )
+        through.submit("drop-1", command, {}, {}, {})
         lines: list[str] = []
         troubles: list[str] = []
 
         def take(line: str) -> None:
             lines.append(line)
-            if line == "line 2":
+            if line == "line 4":
                 proxy.down = True
-                threading.Timer(3, setattr, (proxy, "down", False)).start()
 
-        assert through.follow("drop-1", take, troubles.append).status == "SUCCEEDED"
-    assert [line for line in lines if line.startswith("line")] == [f"line {i}" for i in range(1, 7)]
+        def go_on(trouble: str) -> None:
+            troubles.append(trouble)
+            proxy.down = False
+            (tmp_path / "go").touch()
+
+        assert through.follow("drop-1", take, go_on).status == "SUCCEEDED"
+    assert [line for line in lines if line.startswith("line")] == [f"line {i}" for i in range(1, 6)]
     assert len(troubles) == 1
     assert "trying again" in troubles[0]
 
@@ -289,7 +298,7 @@ class NotRay(BaseHTTPRequestHandler):
             self.send_response(200)
         self.send_header("Content-Length", "2")
         self.end_headers()
-        self.wfile.write(b"hi")
+        self.wfile.write(b"{}" if self.path.startswith("/json") else b"hi")
 
     def log_message(self, *_: object) -> None:
         pass
@@ -308,6 +317,11 @@ def not_ray() -> Iterator[str]:
 def test_servers_that_are_not_ray(not_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterConnectError, match="does not answer as Ray does"):
         JobClient(not_ray).list_jobs()
+    for call in (JobClient.list_jobs, lambda client: client.find_job("a"), lambda client: client.read_log("a")):
+        with pytest.raises(ClusterConnectError, match="does not answer as Ray does"):
+            call(JobClient(f"{not_ray}/json"))
+    with pytest.raises(ClusterConnectError, match="nobody answers"):
+        JobClient("http://127.0.0.1:1").follow("a", lambda line: None, lambda text: pytest.fail(text))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hidden")
     with pytest.raises(ClusterConnectError, match=r"redirects to http://192\.0\.2\.1/"):
         JobClient(f"{not_ray}/elsewhere").list_jobs()
@@ -316,6 +330,9 @@ def test_servers_that_are_not_ray(not_ray: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("address", "says"),
     [
+        ("http://[::1", "is not the address of a cluster's job API"),
+        ("http://head..x:8265", "nobody answers at http://head..x:8265"),
+        ("me:hidden@10.0.0.5:8265", "user name or password"),
         ("10.0.0.5:6379", "is not the address of a cluster's job API"),
         ("ray://10.0.0.5:10001", "is not the address of a cluster's job API"),
         ("http://me:hidden@10.0.0.5:8265", "user name or password"),
@@ -354,6 +371,9 @@ def test_a_token_is_sent_only_where_it_is_meant(tmp_path: Path, monkeypatch: pyt
     assert find() == "of this one"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "in the environment")
     assert find() == "in the environment"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "two\nlines")
+    with pytest.raises(ClusterConnectError, match="RAY_AUTH_TOKEN holds no token"):
+        find()
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert find() is None
     monkeypatch.delenv("RAY_AUTH_TOKEN")

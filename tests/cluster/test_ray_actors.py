@@ -16,7 +16,8 @@ from raymerge.cluster.ray_actors import ActorRunner
 from raymerge.cluster.ray_runner import NUM_ATTEMPTS
 from raymerge.cluster.ray_session import RaySession, start_ray
 from raymerge.cluster.runner import Progress, Report, Resources, Runner
-from tests.cluster.runner_contract import RunnerContract, even, nothing, sleep_a_little, square
+from tests.cluster.runner_contract import RunnerContract, even, nothing, square
+from tests.cluster.test_ray_faults import hang_at_first, wait_until_gone
 
 pytestmark = pytest.mark.slow  # a process for each actor
 
@@ -35,10 +36,6 @@ def _session(session: RaySession) -> None:
 class TestActors(RunnerContract):
     def make_runner(self, num_workers: int) -> Runner:
         return ActorRunner(num_workers, num_sharing=3)
-
-    def test_results_come_as_they_are_ready(self) -> None:
-        items = [5.0, 0.0]  # a new process may take seconds to start
-        assert list(self.make_runner(2).run(sleep_a_little, items, even(items), nothing)) == [0.0, 5.0]
 
 
 def where(item: int, report: Report) -> tuple[str, int]:
@@ -86,6 +83,16 @@ def test_items_of_dead_actors_are_done_again(tmp_path: Path) -> None:
     with pytest.raises(WorkerLostError, match=f"after {NUM_ATTEMPTS} attempts, at last because its worker died"):
         list(runner.run(work, [2], even("a"), count))
     assert len(list(tmp_path.glob("2-*"))) == NUM_ATTEMPTS
+
+
+def test_an_item_that_hangs_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymerge.cluster.ray_runner.HANG_SECONDS", 3.0)
+    reasons: list[str] = []
+    runner = ActorRunner(2, num_sharing=1, on_retry=reasons.append)
+    work = partial(hang_at_first, directory=tmp_path)
+    assert sorted(runner.run(work, [0, 1, 2], even("abc"), nothing)) == [0, 1, 2]
+    assert [reason.partition(" (on ")[0] for reason in reasons] == ["it had reported nothing for 3 s"]
+    wait_until_gone(int((tmp_path / "hung").read_text()))
 
 
 def test_what_no_node_with_a_gpu_has_is_refused_at_once(session: RaySession) -> None:

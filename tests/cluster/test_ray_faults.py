@@ -75,7 +75,10 @@ def test_an_item_that_hangs_is_done_again(session: RaySession, tmp_path: Path, m
     ]
     assert reasons == [f"it had reported nothing for 3 s (on {session.host})"]
     assert sum(progress.read_nbytes for progress in seen) == 3
-    pid = int((tmp_path / "hung").read_text())
+    wait_until_gone(int((tmp_path / "hung").read_text()))
+
+
+def wait_until_gone(pid: int) -> None:
     give_up = time.monotonic() + 10
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < give_up, "the worker that hung is still there"
