@@ -296,9 +296,10 @@ class NotRay(BaseHTTPRequestHandler):
             self.send_header("Location", "http://192.0.2.1/")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", "2")
+        body = b"[1]" if self.path.startswith("/json") else b"hi"
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(b"{}" if self.path.startswith("/json") else b"hi")
+        self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         pass
