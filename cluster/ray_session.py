@@ -28,8 +28,6 @@ SETTINGS = {
 }
 """Read by Ray when it is imported or started: a caller that has imported it before has to set them itself."""
 
-_AUTH_MODE = "RAY_AUTH_MODE"
-
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the drivers of jobs."""
 
@@ -102,7 +100,6 @@ def start_ray(num_cpus: int, num_gpus: int | None = None) -> Iterator[RaySession
         ClusterConnectError: Ray is not installed, or does not start.
     """
     directory = tempfile.mkdtemp(prefix="raymerge-", dir="/tmp")  # short: sockets with names of 107 bytes are in it
-    mode = os.environ.get(_AUTH_MODE)
     try:
         with _connected(
             "local",
@@ -115,8 +112,6 @@ def start_ray(num_cpus: int, num_gpus: int | None = None) -> Iterator[RaySession
             yield session
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-        if mode is None:
-            os.environ.pop(_AUTH_MODE, None)  # set by Ray, which has a token of this machine for those it starts
 
 
 @contextmanager

@@ -30,6 +30,12 @@ from tests.servers.faults import FaultProxy
 from tests.servers.ray_head import RayHead
 
 
+@pytest.fixture(autouse=True)
+def _no_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray leaves it in the environment of a process that has started it."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayHead]:
     with RayHead(num_cpus=2) as head:

@@ -96,6 +96,6 @@ def _check_place(flag: str, place: str) -> None:
     """Refuse what may be the secret itself, without repeating it."""
     if not place.startswith(("arn:", "/")):
         raise ManifestError(
-            f"{flag}: neither an ARN nor the path of a parameter, such as /raymerge/token; say where the secret is"
+            f"{flag} is neither an ARN nor the path of a parameter, such as /raymerge/token; say where the secret is"
             " kept, not what it is"
         )
