@@ -15,9 +15,10 @@ from raymerge.cluster.runner import Progress, Resources
 from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.collector import pause_collector
 from raymerge.pipeline.config import MergeConfig, load_config
-from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
+from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.gpus import list_gpus, require_gpus
 from raymerge.pipeline.journal import Journal
+from raymerge.pipeline.listener import Listener
 from raymerge.pipeline.memory import Transfer
 from raymerge.pipeline.merge_report import make_report
 from raymerge.pipeline.model_config import dump_config
@@ -45,7 +46,7 @@ from raymerge.pipeline.storage import (
     storage_settings,
 )
 from raymerge.pipeline.stores.retry import FAULTS
-from raymerge.pipeline.types import Gpus, InputModel, MergePlan, MergeReport, ShardResult, ShardTask
+from raymerge.pipeline.types import Gpus, InputModel, MergePlan, MergeReport, ShardTask
 from raymerge.pipeline.workers import (
     check_reach,
     count_slots,
@@ -63,28 +64,6 @@ Config = Path | str | Mapping[str, Any]
 
 Library = Literal["auto", "fsspec"]
 """What serves object stores and the web."""
-
-
-class Listener:
-    """Is told how a merge goes; override what is of interest."""
-
-    def planned(self, plan: MergePlan) -> None:
-        """The plan is made; nothing is written yet."""
-
-    def held(self, error: HeldError) -> None:
-        """Another run is writing to the output, and is waited for."""
-
-    def resumed(self, results: list[ShardResult]) -> None:
-        """These shards were finished by an earlier run."""
-
-    def progressed(self, progress: Progress) -> None:
-        """Some bytes were read and written."""
-
-    def finished(self, result: ShardResult) -> None:
-        """A shard is finished."""
-
-    def retried(self, reason: str, count: int) -> None:
-        """Something went wrong so many times and was done again: with a worker just now, or on the way to a shard."""
 
 
 def plan(

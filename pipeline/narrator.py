@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections import deque
 
 from raymerge.cluster.runner import Progress
-from raymerge.pipeline.driver import Listener
 from raymerge.pipeline.errors import HeldError
 from raymerge.pipeline.events import Event, Held, Planned, Progressed, Resumed, Retried, Warned
+from raymerge.pipeline.listener import Listener
 from raymerge.pipeline.plan_report import format_plan
 from raymerge.pipeline.types import MergePlan, MergeReport, ShardResult
 

@@ -56,6 +56,11 @@ class Checkpoint:
     """Relative names of files of weights that do not belong to the model: neither merged nor copied."""
 
 
+def is_repository(name: str) -> bool:
+    """Tell whether a model of a config is one of the Hub's, and not a directory here."""
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
 def resolve_models(models: Iterable[ModelRef]) -> tuple[Checkpoint, ...]:
     """Return each model's checkpoint, in the order given.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from raymerge.pipeline.config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.redact import redact
-from raymerge.pipeline.sources import HUB_NAME
+from raymerge.pipeline.sources import is_repository
 from raymerge.pipeline.urls import scheme_of
 
 
@@ -22,11 +22,8 @@ def check_travels(config: MergeConfig, out: str, *, shared_filesystem: bool) -> 
     Raises:
         ConfigError: it names paths of this machine, or has a credential in it.
     """
-    paths = [out] if scheme_of(out) == "file" else []
-    for model in config.referenced_models:
-        is_repository = HUB_NAME.fullmatch(model.path) and not Path(model.path).exists()
-        if scheme_of(model.path) == "file" and not is_repository:
-            paths.append(model.path)
+    names = [out, *(model.path for model in config.referenced_models if not is_repository(model.path))]
+    paths = [name for name in names if scheme_of(name) == "file"]
     if paths and not shared_filesystem:
         raise ConfigError(
             f"{', '.join(paths)}: paths of this machine, which the cluster does not have; use URLs such as"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymerge.cluster.process_runner import StartMethod, make_local_runner, start_fork_server
@@ -13,7 +12,7 @@ from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.gpus import VARIABLE, require_gpus
 from raymerge.pipeline.journal import Journal
 from raymerge.pipeline.redact import redact
-from raymerge.pipeline.sources import HUB_NAME
+from raymerge.pipeline.sources import is_repository
 from raymerge.pipeline.storage import Sharing, StorageSettings, storage_for
 from raymerge.pipeline.types import Gpus, ShardResult, ShardTask
 from raymerge.pipeline.urls import scheme_of
@@ -135,7 +134,7 @@ def prepare_workers(models: Sequence[str], out: str, *, on_gpus: bool) -> None:
         out: path or URL of the output.
         on_gpus: whether workers merge on GPUs.
     """
-    urls = [out, *(f"hf://{name}" if HUB_NAME.fullmatch(name) and not Path(name).exists() else name for name in models)]
+    urls = [out, *(f"hf://{name}" if is_repository(name) else name for name in models)]
     if _choose_start_method(urls, on_gpus=on_gpus) is StartMethod.FRESH:
         start_fork_server(_list_modules(urls))
 
