@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raymerge.pipeline import Listener, merge
-from raymerge.pipeline.types import ShardResult
+from raymerge.pipeline.plan.types import ShardResult
 
 
 class Clock(Listener):

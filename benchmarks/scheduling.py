@@ -15,10 +15,10 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
-from raymerge.cluster import ray_runner
 from raymerge.cluster.outcome import Done
-from raymerge.cluster.ray_runner import RayRunner
-from raymerge.cluster.ray_session import Node, start_ray
+from raymerge.cluster.ray import runner as ray_runner
+from raymerge.cluster.ray.runner import RayRunner
+from raymerge.cluster.ray.session import Node, start_ray
 from raymerge.cluster.runner import Progress, Report, Resources
 
 _SECONDS = 0.1

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 
 from bare_client import Job, main, measured
 
-from raymerge.pipeline.buffers import POOL
-from raymerge.pipeline.memory import MAX_BUFFER_NBYTES
-from raymerge.pipeline.storage import ByteRange, open_storages, storage_for
-from raymerge.pipeline.stores.object_writer import NUM_PARTS, PART_NBYTES
+from raymerge.pipeline.plan.memory import MAX_BUFFER_NBYTES
+from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.objects.writer import NUM_PARTS, PART_NBYTES
 from raymerge.pipeline.stores.remote import NUM_REQUESTS, PIECE_NBYTES
-from raymerge.pipeline.types import StoredFile
+from raymerge.pipeline.stores.seam import ByteRange, open_storages, storage_for
 
 
 def find_tensors(file: StoredFile) -> list[ByteRange]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from raymerge.cluster.ray_session import list_nodes
+from raymerge.cluster.ray.session import list_nodes
 
 _LOOK_SECONDS = 0.5
 

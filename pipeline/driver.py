@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raymerge.cluster.runner import Progress, Resources
-from raymerge.pipeline.buffers import POOL
+from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, resolve_models
+from raymerge.pipeline.checkpoint.model_config import dump_config
 from raymerge.pipeline.collector import pause_collector
-from raymerge.pipeline.config import MergeConfig, load_config
+from raymerge.pipeline.config.merge_config import MergeConfig, load_config
+from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
 from raymerge.pipeline.errors import ConfigError, OutputError
-from raymerge.pipeline.gpus import list_gpus, require_gpus
-from raymerge.pipeline.journal import Journal
-from raymerge.pipeline.listener import Listener
-from raymerge.pipeline.memory import Transfer
-from raymerge.pipeline.merge_report import make_report
-from raymerge.pipeline.model_config import dump_config
-from raymerge.pipeline.output import (
+from raymerge.pipeline.output.journal import Journal
+from raymerge.pipeline.output.state import (
     OutputState,
     check_apart,
     check_state,
@@ -31,12 +28,25 @@ from raymerge.pipeline.output import (
     open_output,
     read_manifest,
 )
-from raymerge.pipeline.plan import Limits, make_fingerprint, make_tasks
-from raymerge.pipeline.recipe import expand
-from raymerge.pipeline.schedule import explain_idle, measure_cost
+from raymerge.pipeline.plan.memory import Transfer
+from raymerge.pipeline.plan.recipe import expand
+from raymerge.pipeline.plan.schedule import explain_idle, measure_cost
+from raymerge.pipeline.plan.shards import Limits, make_fingerprint, make_tasks
+from raymerge.pipeline.plan.types import Gpus, InputModel, MergePlan, MergeReport, ShardTask
+from raymerge.pipeline.progress.listener import Listener
+from raymerge.pipeline.progress.report import make_report
+from raymerge.pipeline.runners import (
+    check_reach,
+    count_slots,
+    list_cluster_variables,
+    make_runner,
+    prepare_workers,
+    run_shard,
+)
 from raymerge.pipeline.sizes import DEFAULT_MEMORY, parse_nbytes
-from raymerge.pipeline.sources import CONFIG, INDEX, Checkpoint, resolve_models
-from raymerge.pipeline.storage import (
+from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.retry import FAULTS
+from raymerge.pipeline.stores.seam import (
     Lock,
     Storage,
     StorageSettings,
@@ -45,19 +55,9 @@ from raymerge.pipeline.storage import (
     storage_for,
     storage_settings,
 )
-from raymerge.pipeline.stores.retry import FAULTS
-from raymerge.pipeline.types import Gpus, InputModel, MergePlan, MergeReport, ShardTask
-from raymerge.pipeline.workers import (
-    check_reach,
-    count_slots,
-    list_cluster_variables,
-    make_runner,
-    prepare_workers,
-    run_shard,
-)
 
 if TYPE_CHECKING:
-    from raymerge.cluster.ray_session import RaySession
+    from raymerge.cluster.ray.session import RaySession
 
 Config = Path | str | Mapping[str, Any]
 """A YAML file, YAML text, or its content."""
@@ -147,7 +147,7 @@ def merge(
     Raises:
         RaymergeError: something the caller can put right; running again goes on with the finished shards.
     """
-    from raymerge.pipeline.stitch import list_outputs
+    from raymerge.pipeline.output.stitch import list_outputs
 
     start = time.perf_counter()
     listener = listener or Listener()
@@ -162,7 +162,7 @@ def merge(
         session: RaySession | None = None
         merge_config = load_config(config, strict=strict)
         if address is not None:
-            from raymerge.cluster.ray_session import connect_ray
+            from raymerge.cluster.ray.session import connect_ray
 
             session = stack.enter_context(connect_ray(address, list_cluster_variables()))
             if gpu_memory is not None:
@@ -177,7 +177,7 @@ def merge(
         the_plan = _plan(merge_config, limits, seed, str(out), session)
         target = check_output(the_plan, out, overwrite=overwrite)
         if ray:
-            from raymerge.cluster.ray_session import start_ray
+            from raymerge.cluster.ray.session import start_ray
 
             session = stack.enter_context(start_ray(the_plan.num_threads))
             if the_plan.gpus is not None:
@@ -219,7 +219,10 @@ def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -
 
 @pause_collector()
 def _plan(config: MergeConfig, limits: Limits, seed: int, out: str, session: RaySession | None = None) -> MergePlan:
-    from raymerge.pipeline.index import build_index, stored_tensors  # pyarrow: not at the start of every command
+    from raymerge.pipeline.checkpoint.table import (  # pyarrow: not at the start of every command
+        build_index,
+        stored_tensors,
+    )
 
     checkpoints = resolve_models(config.referenced_models)
     recipe = expand(config, checkpoints, stored_tensors(build_index(checkpoints)))
@@ -258,8 +261,8 @@ def _carry_out(
     *,
     strict: bool,
 ) -> MergeReport:
-    from raymerge.pipeline.stitch import find_nonfinite, stitch
-    from raymerge.pipeline.verify import check_shard
+    from raymerge.pipeline.output.stitch import find_nonfinite, stitch
+    from raymerge.pipeline.output.verify import check_shard
 
     journal = Journal(out, plan.fingerprint, lock.token)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymerge.pipeline.cli import main
+from raymerge.pipeline.cli.app import main
 from tests.commands import Cli, Outcome
 from tests.servers.fixtures import bucket, s3_server  # noqa: F401
 

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from raymerge.pipeline import Listener, merge
-from raymerge.pipeline.storage import storage_for
-from raymerge.pipeline.stores import retry, web_connection
+from raymerge.pipeline.plan.types import ShardResult
+from raymerge.pipeline.stores import retry
 from raymerge.pipeline.stores.retry import Fault, Patience
-from raymerge.pipeline.types import ShardResult
+from raymerge.pipeline.stores.seam import storage_for
+from raymerge.pipeline.stores.web import connection as web_connection
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli
 from tests.servers import free_ports

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raymerge.ops.registry import load_ops
-from raymerge.pipeline.cli import commands
+from raymerge.pipeline.cli.app import commands
 
 ROOT = Path(__file__).parents[1]
 METHOD_ROWS = {

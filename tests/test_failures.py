@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from raymerge.pipeline import Listener, merge
-from raymerge.pipeline.display import Display
+from raymerge.pipeline.cli.display import Display
 from raymerge.pipeline.errors import FetchError
-from raymerge.pipeline.stores import local_writer
-from raymerge.pipeline.stores.local import LocalStorage
-from raymerge.pipeline.types import MergePlan, ShardResult
+from raymerge.pipeline.plan.types import MergePlan, ShardResult
+from raymerge.pipeline.stores.local import writer as local_writer
+from raymerge.pipeline.stores.local.storage import LocalStorage
 from tests.checkpoints import (
     INDEX,
     llama_config,
@@ -125,8 +125,8 @@ def test_full_disk(can_reserve: bool, tmp_path: Path, cli: Cli, monkeypatch: pyt
 
 LIMITED = """
 import resource, sys
-from raymerge.pipeline.stores import local_writer
-from raymerge.pipeline.cli import main
+from raymerge.pipeline.stores.local import writer as local_writer
+from raymerge.pipeline.cli.app import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (%d, resource.RLIM_INFINITY))
 local_writer._reserve = lambda descriptor, nbytes: None
 sys.argv = ["raymerge", "merge", *sys.argv[1:]]

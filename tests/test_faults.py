@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raymerge.pipeline import merge, verify
-from raymerge.pipeline.storage import storage_for
+from raymerge.pipeline.stores.seam import storage_for
 from tests.checkpoints import read_files, write_family
 from tests.servers.faults import Fault, FaultProxy
 from tests.servers.s3 import S3Server

@@ -10,8 +10,8 @@ import torch
 from raymerge.ops.kernel import Site
 from raymerge.ops.registry import Op
 from raymerge.pipeline import Listener, merge
-from raymerge.pipeline.memory import CONTEXT_NBYTES
-from raymerge.pipeline.types import MergePlan
+from raymerge.pipeline.plan.memory import CONTEXT_NBYTES
+from raymerge.pipeline.plan.types import MergePlan
 from tests.checkpoints import read_files, write_family
 from tests.ops.engine import MemoryBlock, run_kernel
 from tests.ops.samples import make_kernel, make_sources

@@ -11,8 +11,8 @@ import torch
 
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
-from raymerge.pipeline.storage import storage_for
-from raymerge.pipeline.types import MergePlan, ShardResult
+from raymerge.pipeline.plan.types import MergePlan, ShardResult
+from raymerge.pipeline.stores.seam import storage_for
 from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.servers.hub import HubServer

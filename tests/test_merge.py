@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from raymerge.pipeline import merge, plan
-from raymerge.pipeline.buffers import POOL
 from raymerge.pipeline.errors import ConfigError, OutputError, TensorMismatchError
+from raymerge.pipeline.stores.buffers import POOL
 from tests import references
 from tests.checkpoints import (
     Tensors,

@@ -11,7 +11,7 @@ import pytest
 
 from raymerge.pipeline import Listener, merge, plan
 from raymerge.pipeline.errors import ConfigError, OutputError
-from raymerge.pipeline.types import MergePlan, ShardResult
+from raymerge.pipeline.plan.types import MergePlan, ShardResult
 from tests.checkpoints import read_files, write_config, write_llama
 from tests.commands import Cli
 

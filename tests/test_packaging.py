@@ -56,14 +56,14 @@ def test_the_tree_is_not_empty() -> None:
         "raymerge/__init__.py",
         "raymerge/__main__.py",
         "raymerge/py.typed",
-        "raymerge/pipeline/cli.py",
+        "raymerge/pipeline/cli/app.py",
         "raymerge/ops/linear.py",
         "raymerge/cluster/runner.py",
     } <= read_tree().keys()
 
 
 def test_the_wheel_brings_the_command_and_the_licence(wheel: dict[str, bytes]) -> None:
-    assert b"raymerge = raymerge.pipeline.cli:main" in wheel[f"{DIST_INFO}/entry_points.txt"]
+    assert b"raymerge = raymerge.pipeline.cli.app:main" in wheel[f"{DIST_INFO}/entry_points.txt"]
     assert wheel[f"{DIST_INFO}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
 
 

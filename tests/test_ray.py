@@ -20,14 +20,14 @@ import torch
 from ray.cluster_utils import Cluster
 
 from raymerge.cluster.errors import ClusterConnectError, ResourceError, WorkerLostError
-from raymerge.cluster.ray_actors import ActorRunner
-from raymerge.cluster.ray_runner import RayRunner
-from raymerge.cluster.ray_session import Node, RaySession, connect_ray, start_ray
+from raymerge.cluster.ray.actors import ActorRunner
+from raymerge.cluster.ray.runner import RayRunner
+from raymerge.cluster.ray.session import Node, RaySession, connect_ray, start_ray
 from raymerge.cluster.runner import Report
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.types import Gpus, ShardResult, ShardTask
-from raymerge.pipeline.workers import check_reach, count_slots, make_runner, run_shard
+from raymerge.pipeline.plan.types import Gpus, ShardResult, ShardTask
+from raymerge.pipeline.runners import check_reach, count_slots, make_runner, run_shard
 from tests.checkpoints import read_files, write_config, write_family
 from tests.cluster.runner_contract import even, nothing
 from tests.commands import Cli, run_command, start_command
@@ -114,7 +114,7 @@ def test_ray_is_gone_after_a_start_that_was_interrupted(monkeypatch: pytest.Monk
     def interrupt() -> tuple[Node, ...]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("raymerge.cluster.ray_session.list_nodes", interrupt)
+    monkeypatch.setattr("raymerge.cluster.ray.session.list_nodes", interrupt)
     with pytest.raises(KeyboardInterrupt), start_ray(1):
         pass
     assert not ray.is_initialized()
@@ -245,7 +245,7 @@ def test_no_node_is_left(
     cluster: Cluster, config: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("raymerge.cluster.ray_runner.LONELY_SECONDS", 3.0)
+    monkeypatch.setattr("raymerge.cluster.ray.runner.LONELY_SECONDS", 3.0)
     node = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     out = tmp_path / "out"

@@ -34,7 +34,7 @@ def test_help_imports_nothing_heavy() -> None:
     [
         pytest.param("import raymerge.pipeline", id="pipeline"),
         pytest.param("from raymerge.ops.registry import load_ops; print(*load_ops())", id="ops"),
-        pytest.param("import raymerge.pipeline.types, raymerge.cluster.runner", id="seams"),
+        pytest.param("import raymerge.pipeline.plan.types, raymerge.cluster.runner", id="seams"),
     ],
 )
 def test_importing_the_package_leaves_torch_out(code: str) -> None:

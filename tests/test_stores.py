@@ -19,12 +19,12 @@ import torch
 
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError, FetchError, MemoryLimitError, OutputError
-from raymerge.pipeline.storage import StorageSettings, configure_storages, storage_for
+from raymerge.pipeline.plan.types import MergePlan, ShardResult
 from raymerge.pipeline.stores import lease
-from raymerge.pipeline.types import MergePlan, ShardResult
+from raymerge.pipeline.stores.seam import StorageSettings, configure_storages, storage_for
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
-from tests.pipeline.test_memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models
+from tests.pipeline.engine.test_memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models
 from tests.servers.faults import Fault, FaultProxy, is_operation
 from tests.servers.s3 import JuiceServer, S3Server, Store
 

@@ -23,7 +23,7 @@ from raymerge.cluster.errors import ClusterConnectError
 from raymerge.cluster.job_client import JobClient
 from raymerge.cluster.package import list_requirements, pack_files, pack_raymerge
 from raymerge.pipeline import merge, verify
-from raymerge.pipeline.options import list_arguments, output_options, plan_options
+from raymerge.pipeline.cli.options import list_arguments, output_options, plan_options
 from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.servers.faults import FaultProxy
@@ -210,7 +210,7 @@ def test_a_client_needs_neither_torch_nor_ray(file: Path, tmp_path: Path) -> Non
     code = """
         import sys
         sys.modules.update(dict.fromkeys(["torch", "ray", "pyarrow", "numpy"]))  # importing them fails
-        from raymerge.pipeline.cli import main
+        from raymerge.pipeline.cli.app import main
         main()
     """
     command = [
@@ -233,7 +233,7 @@ def test_what_is_the_same_has_the_same_name(tmp_path: Path) -> None:
     assert len({pack_files(files).name for files in ({"a": b"1"}, {"a": b"2"}, {"b": b"1"})}) == 3
     with zipfile.ZipFile(io.BytesIO(pack_raymerge().content)) as archive:
         names = archive.namelist()
-    assert {"raymerge/__init__.py", "raymerge/ops/linear.py", "raymerge/pipeline/cli.py"} <= set(names)
+    assert {"raymerge/__init__.py", "raymerge/ops/linear.py", "raymerge/pipeline/cli/app.py"} <= set(names)
     assert not [name for name in names if "__pycache__" in name]
     assert not {need.partition(">")[0] for need in list_requirements()} & {"ray", "pytest", "ruff"}
     assert [need for need in list_requirements() if need.startswith("torch")]

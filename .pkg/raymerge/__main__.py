@@ -1,5 +1,5 @@
 """`python -m raymerge` is the `raymerge` command."""
 
-from raymerge.pipeline.cli import main
+from raymerge.pipeline.cli.app import main
 
 main()

@@ -10,7 +10,7 @@ from importlib.resources import files
 import yaml
 
 from raymerge.cluster.errors import ManifestError
-from raymerge.cluster.ray_session import SETTINGS, STORE_NBYTES
+from raymerge.cluster.ray.session import SETTINGS, STORE_NBYTES
 
 CONFIG_FILE = "merge.yml"
 """What the config is called on the head."""

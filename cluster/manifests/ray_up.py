@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from raymerge.cluster.errors import ManifestError
 from raymerge.cluster.manifests.job import CONFIG_FILE, Job, check_nbytes, dump_documents
-from raymerge.cluster.ray_session import STORE_NBYTES
+from raymerge.cluster.ray.session import STORE_NBYTES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _MAX_NBYTES = 64 * 2**10

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Protocol
 
 from raymerge.pipeline.errors import HeldError, OutputError
-from raymerge.pipeline.storage import Lock
 from raymerge.pipeline.stores.retry import FAULTS
+from raymerge.pipeline.stores.seam import Lock
 
 TTL_SECONDS = 30.0
 """A lock that has not been renewed for so long, by the store's clock, may be taken."""

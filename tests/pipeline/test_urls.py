@@ -97,7 +97,7 @@ def test_malformed(url: str, message: str) -> None:
 
 
 def test_a_mistyped_url_makes_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raymerge.pipeline.storage import storage_for
+    from raymerge.pipeline.stores.seam import storage_for
 
     monkeypatch.chdir(tmp_path)
     for url in ("s3:bucket/out", "s3//bucket/out", " s3://bucket/out"):

@@ -1,0 +1,339 @@
+"""What a checkpoint consists of, from its listing and its headers alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from raymerge.pipeline.checkpoint.checkpoint import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    is_hidden,
+    is_weights,
+    locate_model,
+    resolve_model,
+)
+from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES, TensorEntry, read_header
+from raymerge.pipeline.checkpoint.model_config import Json, count_layers
+from raymerge.pipeline.checkpoint.names import natural_key
+from raymerge.pipeline.checkpoint.stacks import FoundTensor, Stack, Totals, add_up, split_stacks
+from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_tied
+from raymerge.pipeline.errors import CheckpointError, ConfigError
+from raymerge.pipeline.output.state import MANIFEST
+from raymerge.pipeline.plan.types import ModelRef, StoredFile
+from raymerge.pipeline.redact import redact
+from raymerge.pipeline.stores.seam import Storage, configure_storages, open_storages, storage_for, storage_settings
+from raymerge.pipeline.urls import check_url, is_url, scheme_of
+
+Role = Literal["weights", "other weights", "config", "side file", "other"]
+"""What a file is to a merge: read, left out, read and written anew, copied, left out."""
+
+_NUM_READERS = 8
+_MAX_JSON_NBYTES = 512 * 2**20
+_DAMAGED = "the checkpoint is damaged or mixed from two: download it again"
+_HUB_FILE = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^/]+)?/[^/]+\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file of the model's directory."""
+
+    name: str
+    """Relative to the directory."""
+    nbytes: int
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """How raymerge made the model, by its manifest."""
+
+    version: str
+    method: str
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found. Credentials are taken out of every URL."""
+
+    url: str
+    """The directory, or the one file, at a revision that does not move where there are any."""
+    weights_format: str
+    """`safetensors`, `LoRA adapter`, `GGUF`, `pickled weights`, `other weights` or `no weights`."""
+    architectures: tuple[str, ...]
+    """As config.json has them."""
+    model_type: str
+    """Empty where config.json does not say."""
+    config_num_layers: int | None
+    """What config.json counts."""
+    obstacle: str
+    """Why raymerge cannot merge it; empty where nothing is known that speaks against it."""
+    files: tuple[FoundFile, ...]
+    """By name; hidden ones left out."""
+    tensors: tuple[FoundTensor, ...]
+    """In natural order of their names."""
+    total: Totals
+    dtypes: tuple[tuple[str, Totals], ...]
+    """The one with most bytes first."""
+    stacks: tuple[Stack, ...]
+    """The main one first, then by name."""
+    outside: tuple[FoundTensor, ...]
+    """Tensors that are in no stack."""
+    embedding: str
+    """Name of the token embedding, empty where it cannot be told."""
+    head: str
+    """Name of the output head, empty where none is stored."""
+    is_tied: bool | None
+    """Whether the output head is the token embedding; None where that cannot be told."""
+    made: Made | None
+    """None where raymerge did not make it."""
+    read_nbytes: int
+    num_reads: int
+    """Ranges that were read: one of each small file, and one or two of each header."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files together."""
+        return sum(file.nbytes for file in self.files)
+
+
+def inspect(url: str | Path, *, storage: Literal["auto", "fsspec"] = "auto") -> Inspection:
+    """Say what a checkpoint consists of, reading headers and small files only.
+
+    What cannot be merged is looked at as far as possible, and `obstacle` says why it cannot.
+
+    Args:
+        url: a directory, its URL, a Hub repository (`org/name`, `org/name@revision`, `hf://...`), or a single
+            .safetensors file in any of them.
+        storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
+
+    Raises:
+        ConfigError: the URL is malformed.
+        CheckpointError: nothing is there, or a header is damaged.
+        FetchError: the store refuses or is down.
+    """
+    configure_storages(replace(storage_settings(), library=storage))
+    with open_storages():
+        return _inspect_file(str(url)) if _is_file(str(url)) else _inspect_model(str(url))
+
+
+class _Reads:
+    """Counts what is read."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.num = 0
+
+    def note(self, *sizes: int) -> None:
+        self.nbytes += sum(sizes)
+        self.num += len(sizes)
+
+    def note_header(self, file: StoredFile, entries: Sequence[TensorEntry]) -> None:
+        header_nbytes = entries[0].start if entries else file.nbytes
+        first = min(file.nbytes, FIRST_READ_NBYTES)
+        self.note(first, *([header_nbytes - first] if header_nbytes > first else []))
+
+
+def _is_file(url: str) -> bool:
+    path = urlsplit(url).path if scheme_of(url) in ("http", "https") else url  # a signed URL goes on after its path
+    return path.endswith(".safetensors") and not (scheme_of(url) == "file" and _local_path(url).is_dir())
+
+
+def _local_path(url: str) -> Path:
+    return Path(storage_for(url).absolute(url))
+
+
+def _parse(url: str) -> ModelRef:
+    """Return the model that a URL names: as in a config, but that any path which is there is one."""
+    check_url(url)
+    is_whole = scheme_of(url) != "hf" or "%2F" in url  # with %2F in a revision, the storage alone can tell its end
+    if is_whole and (is_url(url) or _local_path(url).exists()):
+        return ModelRef(url)
+    path, at, revision = url.partition("@")
+    if not path.strip() or (at and not revision.strip()) or "@" in revision:
+        raise ConfigError(f"{url!r} is not a directory, and no `org/name@revision` either; check the name")
+    return ModelRef(path, revision if at else None)
+
+
+def _inspect_file(url: str) -> Inspection:
+    """Look at one .safetensors file, and at nothing beside it."""
+    if scheme_of(url) == "hf" or (_HUB_FILE.fullmatch(url) and not is_url(url) and not _local_path(url).exists()):
+        directory, _, name = url.rpartition("/")
+        url = f"{locate_model(_parse(directory))}/{name}"
+    elif scheme_of(url) == "file":
+        url = str(_local_path(url))
+    storage = storage_for(url)
+    try:
+        file = storage.stat(url)
+    except FileNotFoundError:
+        raise CheckpointError(f"{url}: no such file; check the name") from None
+    reads = _Reads()
+    name = (urlsplit(url).path if scheme_of(url) in ("http", "https") else url).rpartition("/")[2]
+    tensors = _read_tensors(storage, {name: file}, reads)
+    return _summarise(url, {}, "", [FoundFile(name, file.nbytes, "weights")], tensors, None, reads)
+
+
+def _inspect_model(url: str) -> Inspection:
+    url = locate_model(_parse(url))
+    storage = storage_for(url)
+    files = {name: file for name, file in storage.list(url).items() if not is_hidden(name)}
+    if not files:
+        raise CheckpointError(f"{url}: nothing is there; check the name, and that you may list it")
+    reads = _Reads()
+    resolving = [files[name].nbytes for name in (CONFIG, INDEX) if name in files]
+    obstacle = ""
+    weight_map: Mapping[str, str] | None = None
+    try:
+        checkpoint = resolve_model(ModelRef(url))  # where it is pinned to, so that both listings are the same
+    except CheckpointError as error:
+        obstacle = str(error)
+        config = _read_object(storage, files, CONFIG, reads)
+        names = _guess_weights(storage, files, reads)
+        side_names: set[str] = set()
+    else:
+        config, weight_map = checkpoint.config, checkpoint.weight_map
+        names = [file.url.removeprefix(f"{checkpoint.url}/") for file in checkpoint.weight_files]
+        side_names = {name for name, _ in checkpoint.side_files}
+    reads.note(*resolving)
+    tensors = _read_tensors(storage, {name: files[name] for name in names}, reads)
+    if weight_map is not None:
+        obstacle = _compare_index(weight_map, tensors)
+    made = _read_manifest(storage, files, reads)
+    found = [FoundFile(name, file.nbytes, _role(name, names, side_names)) for name, file in files.items()]
+    return _summarise(url, config, obstacle, found, tensors, made, reads)
+
+
+def _read_object(storage: Storage, files: Mapping[str, StoredFile], name: str, reads: _Reads) -> Json:
+    """Return a JSON object; an empty one where there is none, or a damaged one."""
+    file = files.get(name)
+    if file is None or file.nbytes > _MAX_JSON_NBYTES:
+        return {}
+    with suppress(ValueError, RecursionError):
+        content = storage.read(file.url, _MAX_JSON_NBYTES)
+        reads.note(len(content))
+        value = json.loads(content)
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def _guess_weights(storage: Storage, files: Mapping[str, StoredFile], reads: _Reads) -> list[str]:
+    """Return the safetensors files of something that cannot be merged: those of the model, or all."""
+    weight_map = _read_object(storage, files, INDEX, reads).get("weight_map")
+    listed = weight_map.values() if isinstance(weight_map, dict) else ()
+    named = {name for name in listed if isinstance(name, str) and name in files} or {SINGLE}.intersection(files)
+    return sorted(named or (name for name in files if name.endswith(".safetensors")))
+
+
+def _read_tensors(storage: Storage, files: Mapping[str, StoredFile], reads: _Reads) -> list[FoundTensor]:
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        headers = list(pool.map(lambda file: read_header(storage, file), files.values()))
+    tensors = []
+    for (name, file), entries in zip(files.items(), headers, strict=True):
+        reads.note_header(file, entries)
+        tensors += [
+            FoundTensor(entry.name, entry.dtype, entry.shape, name, entry.start, entry.stop) for entry in entries
+        ]
+    return sorted(tensors, key=lambda tensor: (natural_key(tensor.name), tensor.file))
+
+
+def _compare_index(weight_map: Mapping[str, str], tensors: Iterable[FoundTensor]) -> str:
+    """Return what speaks against an index, or nothing."""
+    found: dict[str, str] = {}
+    for tensor in tensors:
+        other = found.setdefault(tensor.name, tensor.file)
+        if other != tensor.file:
+            return f"tensor {tensor.name!r} is in two files, {other} and {tensor.file}; {_DAMAGED}"
+    for name in sorted(weight_map.keys() | found.keys()):
+        if weight_map.get(name) != found.get(name):
+            stated, stored = weight_map.get(name, "in no file"), found.get(name, "in no file")
+            return f"tensor {name!r}: {INDEX} says {stated}, the headers {stored}; {_DAMAGED}"
+    return ""
+
+
+def _read_manifest(storage: Storage, files: Mapping[str, StoredFile], reads: _Reads) -> Made | None:
+    if MANIFEST not in files:
+        return None
+    manifest = _read_object(storage, files, MANIFEST, reads)
+    listed = manifest.get("models")
+    models = [item.get("model") for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+    return Made(
+        str(manifest.get("raymerge", "of unknown version")),
+        str(manifest.get("method", "unknown method")),
+        tuple(redact(str(model)) for model in models),
+    )
+
+
+def _role(name: str, weights: Sequence[str], side_names: set[str]) -> Role:
+    if name in weights:
+        return "weights"
+    if is_weights(name):
+        return "other weights"
+    if name in (CONFIG, INDEX):
+        return "config"
+    return "side file" if name in side_names else "other"
+
+
+def _summarise(
+    url: str,
+    config: Json,
+    obstacle: str,
+    files: Sequence[FoundFile],
+    tensors: Sequence[FoundTensor],
+    made: Made | None,
+    reads: _Reads,
+) -> Inspection:
+    listed = config.get("architectures")
+    architectures = tuple(str(name) for name in listed) if isinstance(listed, list) else ()
+    by_dtype: defaultdict[str, list[FoundTensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_dtype[tensor.dtype].append(tensor)
+    dtypes = sorted(((dtype, add_up(each)) for dtype, each in by_dtype.items()), key=lambda item: -item[1].nbytes)
+    stacks, outside = split_stacks(tensors, count_layers(config))
+    names = [tensor.name for tensor in tensors]
+    return Inspection(
+        url=redact(url),
+        weights_format=_name_format([file.name for file in files if is_weights(file.name)]),
+        architectures=architectures,
+        model_type=str(config.get("model_type") or ""),
+        config_num_layers=count_layers(config),
+        obstacle=redact(obstacle),
+        files=tuple(files),
+        tensors=tuple(tensors),
+        total=add_up(tensors),
+        dtypes=tuple(dtypes),
+        stacks=stacks,
+        outside=outside,
+        embedding=find_embedding(names) or "",
+        head=find_head(names) or "",
+        is_tied=is_tied({**config, "architectures": architectures}, names)
+        if config and find_embedding(names)
+        else None,
+        made=made,
+        read_nbytes=reads.nbytes,
+        num_reads=reads.num,
+    )
+
+
+def _name_format(weights: Sequence[str]) -> str:
+    """Say of what kind files of weights are."""
+    if SINGLE not in weights and any(name.startswith("adapter_model.") for name in weights):
+        return "LoRA adapter"
+    for suffixes, what in (
+        ((".safetensors",), "safetensors"),
+        ((".gguf",), "GGUF"),
+        ((".bin", ".pt", ".pth", ".ckpt"), "pickled weights"),
+    ):
+        if any(name.endswith(suffixes) for name in weights):
+            return what
+    return "other weights" if weights else "no weights"

@@ -1,0 +1,218 @@
+"""config.json: what a merge reads from it, and what it changes in the output's."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raymerge.pipeline.plan.types import ModelRef
+
+Json = dict[str, Any]
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+_INDEX_LISTS = (
+    "mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attention_layers", "fixed_layers",
+    "cross_attention_layers", "hybrid_layer_ids", "full_attn_idxs",
+)  # fmt: skip
+"""Lists of layer numbers, as opposed to lists with one entry for each layer."""
+
+_LAYER_LISTS = (
+    "attn_type_list", "intermediate_size", "activation_sparsity_pattern", "compress_ratios", "block_configs",
+    "num_query_heads", "num_kv_heads", "ffn_multipliers",
+)  # fmt: skip
+"""Fields that may hold one entry for each layer, and whose names do not say so."""
+
+_DEPTH_FIELDS = (
+    "first_k_dense_replace", "sliding_window_pattern", "decoder_sparse_step", "interleave_moe_layer_step",
+    "attn_layer_period", "attn_layer_offset", "no_rope_layer_interval", "num_nextn_predict_layers",
+    "hybrid_override_pattern",
+)  # fmt: skip
+"""Fields that tie a layer's kind to its number in a way that no rule of ours can move."""
+
+_MEANING_FIELDS = (
+    "model_type", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_dim", "rotary_pct", "alibi",
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps",
+    "hidden_act", "hidden_activation", "activation_function",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "multi_query",
+    "sliding_window", "layer_types", "use_parallel_residual", "parallel_attn",
+    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale",
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
+    "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "scoring_func", "n_group", "topk_group",
+)  # fmt: skip
+"""Fields that give the same weights another meaning."""
+
+
+def text_part(config: Json) -> Json:
+    """Return the part of a config.json that describes the language model: a sub-config, or the whole."""
+    for key in _TEXT_PARTS:
+        part = config.get(key)
+        if isinstance(part, dict) and _layer_count_key(inner := text_part(part)):
+            return inner
+    return config
+
+
+def count_layers(config: Json) -> int | None:
+    """Return the number of layers that config.json states, if it does."""
+    part = text_part(config)
+    key = _layer_count_key(part)
+    return part[key] if key else None
+
+
+def ties_embeddings(config: Json) -> bool | None:
+    """Return what config.json says of `tie_word_embeddings`; None where it is silent."""
+    for part in (config, text_part(config)):
+        if isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
+def set_tied(config: Json, tied: bool) -> None:
+    """State `tie_word_embeddings`, wherever the config has it already, and at the top."""
+    part = text_part(config)
+    if "tie_word_embeddings" in part:
+        part["tie_word_embeddings"] = tied
+    config["tie_word_embeddings"] = tied
+
+
+def set_dtype(config: Json, dtype: str) -> None:
+    """State the weights' dtype, under the keys that the config uses.
+
+    Args:
+        config: changed in place, sub-configs included.
+        dtype: torch's word for it, such as `bfloat16`.
+    """
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["torch_dtype"] = dtype
+
+
+def set_no_prediction_layers(config: Json) -> None:
+    """State that no layers for multi-token prediction follow the model's own, wherever the config counts them."""
+    for part in (config, text_part(config)):
+        if "num_nextn_predict_layers" in part:
+            part["num_nextn_predict_layers"] = 0
+
+
+def stack_layers(config: Json, origins: Sequence[tuple[Json, int]]) -> tuple[Json, list[str]]:
+    """Return a copy of a config.json for a new stack of layers, and warnings.
+
+    Args:
+        config: the donor's.
+        origins: for each output layer, the config.json of the model that it comes from and its number there.
+    """
+    result = copy.deepcopy(config)
+    part = text_part(result)
+    old = count_layers(config)
+    if old is None:
+        return result, [f"config.json has no layer count; the output has {len(origins)} layers"]
+    warnings = _stack_part(part, old, origins)
+    if part is not result:  # older multimodal configs state the fields of the language model twice
+        warnings += _stack_part(result, old, origins)
+    return result, list(dict.fromkeys(warnings))
+
+
+def dump_config(config: Json) -> str:
+    """Return the text of a config.json."""
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def compare_configs(configs: Sequence[tuple[ModelRef, Json]], *, is_stack: bool = False) -> list[str]:
+    """Return a warning for each field that gives the weights another meaning and differs between the inputs.
+
+    Args:
+        configs: the donor's first.
+        is_stack: whether layers are stacked anew, so that lists with an entry for each layer follow them.
+    """
+    warnings = []
+    for field in _MEANING_FIELDS:
+        values = [(model, _meaning(config, field)) for model, config in configs]
+        effective = [
+            _default(config, field) if value is None else value
+            for (_, config), (_, value) in zip(configs, values, strict=True)
+        ]
+        if any(value != effective[0] for value in effective[1:]):
+            given = "; ".join(f"{model}: {'not given' if value is None else value}" for model, value in values)
+            outcome = f"the output gets {values[0][0]}'s"
+            if is_stack and field == "layer_types" and _list(configs[0][1], field):
+                outcome = "each layer of the output keeps that of the model it comes from, the first in its slice"
+            warnings.append(
+                f"config.json: {field} differs, so the same weights mean different things in the inputs ({given}); "
+                + outcome
+            )
+    return warnings
+
+
+def _stack_part(part: Json, old: int, origins: Sequence[tuple[Json, int]]) -> list[str]:
+    """Change one section of a config.json, where the count of layers was `old`; return warnings."""
+    warnings = []
+    is_moved = [layer for _, layer in origins] != list(range(old))
+    for name, value in list(part.items()):
+        is_per_layer = ("layer" in name or name in _LAYER_LISTS) and isinstance(value, list) and len(value) == old
+        if name in _LAYER_COUNTS or name == "max_window_layers":
+            part[name] = len(origins) if value == old else value
+        elif name in _INDEX_LISTS and isinstance(value, list):
+            part[name] = [k for k, (origin, layer) in enumerate(origins) if layer in _list(origin, name)]
+        elif is_per_layer:
+            part[name] = [_entry(_list(origin, name), layer, value) for origin, layer in origins]
+        elif name in _DEPTH_FIELDS and value and is_moved:
+            warnings.append(
+                f"config.json: {name} = {value} ties layers to their number and stays as it is; "
+                f"check it against the new stack of {len(origins)} layers"
+            )
+    return warnings
+
+
+def _layer_count_key(part: Json) -> str | None:
+    return next((key for key in _LAYER_COUNTS if type(part.get(key)) is int), None)
+
+
+def _list(config: Json, field: str) -> list[Any]:
+    value = text_part(config).get(field)
+    return value if isinstance(value, list) else []
+
+
+def _entry(values: list[Any], layer: int, fallback: list[Any]) -> Any:
+    return values[layer] if layer < len(values) else fallback[min(layer, len(fallback) - 1)]
+
+
+def _meaning(config: Json, field: str) -> object:
+    """A field's effective value: newer configs nest the rotary fields, and switch sliding windows off by a flag."""
+    part = text_part(config)
+    rope = part.get("rope_parameters")
+    rope = rope if isinstance(rope, Mapping) else {}
+    rope = rope.get("full_attention", rope)  # one set for each type of layer
+    if field in ("rope_theta", "partial_rotary_factor"):
+        return rope.get(field, part.get(field))
+    if field == "rope_scaling":
+        scaling = part.get(field) or {
+            key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")
+        }
+        if not isinstance(scaling, Mapping):
+            return scaling
+        scaling = {key: value for key, value in scaling.items() if value is not None}
+        kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+        return {"rope_type": kind, **scaling} if scaling or kind != "default" else None
+    if field == "sliding_window" and part.get("use_sliding_window") is False:
+        return None
+    if field == "layer_types" and set(_list(config, field)) == {"full_attention"}:
+        return None
+    return part.get(field)
+
+
+def _default(config: Json, field: str) -> object:
+    """What transformers takes where a field is not given; newer versions write these out."""
+    part = text_part(config)
+    num_heads = part.get("num_attention_heads")
+    if field == "rope_theta":
+        return 10000.0
+    if field == "num_key_value_heads":
+        return num_heads
+    if field == "head_dim" and isinstance(num_heads, int) and num_heads and isinstance(part.get("hidden_size"), int):
+        return part["hidden_size"] // num_heads
+    return None

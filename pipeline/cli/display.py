@@ -1,0 +1,153 @@
+"""Shows how a merge goes: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from types import TracebackType
+from typing import Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from raymerge.pipeline.plan.types import MergeReport, ShardResult
+from raymerge.pipeline.progress.events import (
+    Event,
+    Failed,
+    Held,
+    Planned,
+    Progressed,
+    Resumed,
+    Retried,
+    Warned,
+    read_event,
+)
+from raymerge.pipeline.progress.narrator import Narrator
+from raymerge.pipeline.progress.report import format_report
+from raymerge.pipeline.redact import redact
+from raymerge.pipeline.sizes import format_nbytes, format_seconds
+
+_LINE_SECONDS = 10.0
+"""Between lines of progress where there is no terminal."""
+
+
+class Display(Narrator):
+    """Prints events to stderr, and the report to stdout; use it in a `with` block."""
+
+    def __init__(self, *, verbose: bool, quiet: bool) -> None:
+        super().__init__(verbose=verbose)
+        self._quiet = quiet
+        self._is_terminal = sys.stderr.isatty()
+        self._bar = Progress(
+            BarColumn(bar_width=16),
+            TextColumn("{task.description}"),
+            console=Console(stderr=True),
+            disable=quiet or not self._is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, visible=False)
+        self._num_planned = 0
+        self._retries: Counter[str] = Counter()
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show_line(self, line: str) -> None:
+        """Show what a line of a log tells; as it is where it is no event."""
+        event = read_event(line)
+        if event is None:
+            self._print(line)
+        else:
+            self.show(event)
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case Planned():
+                self._num_planned = event.num_shards
+                self._print(event.text)
+            case Warned():
+                self._print(f"warning: {event.text}")
+            case Held():
+                self._print(f"waiting: {event.text}")
+            case Resumed():
+                if event.num_shards:
+                    kept = f"{event.num_shards} of {self._num_planned} shards"
+                    self._print(f"{kept} are finished and sound; going on with the rest")
+            case Progressed():
+                self._show_progress(event)
+            case ShardResult():
+                if self.verbose:
+                    speed = (event.read_nbytes + event.nbytes) / max(event.seconds, 1e-6)
+                    self._print(
+                        f"{event.file}: {format_nbytes(event.nbytes)} in {event.seconds:.1f} s on {event.host}, "
+                        f"{format_nbytes(speed)}/s"
+                    )
+            case Retried():
+                self._show_retry(event)
+            case MergeReport():
+                self._show_report(event)
+            case Failed():
+                self._bar.stop()
+                click.echo(_printable(event.text), err=True)
+
+    def _show_progress(self, event: Progressed) -> None:
+        text = format_progress(event)
+        self._bar.update(
+            self._task,
+            description=text,
+            total=event.to_read_nbytes + event.to_write_nbytes,
+            completed=event.read_nbytes + event.written_nbytes,
+            visible=True,
+        )
+        if not self._is_terminal and time.monotonic() - self._last_line > _LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self._print(text)
+
+    def _show_retry(self, event: Retried) -> None:
+        """Print why something is done again: the first, second, fourth, eighth time, and so on."""
+        before = self._retries[event.reason]
+        after = self._retries[event.reason] = before + event.count
+        if self.verbose or after.bit_length() > before.bit_length():
+            self._print(f"retried: {event.reason}" + (f" ({after} times by now)" if after > 1 else ""))
+
+    def _show_report(self, report: MergeReport) -> None:
+        self._bar.stop()
+        for name in report.nonfinite:
+            click.echo(_printable(f"warning: {name}: the output has NaN or infinite values"), err=True)
+        if not self._quiet:
+            click.echo(_printable(format_report(report)))
+
+    def _print(self, text: str) -> None:
+        if not self._quiet:
+            self._bar.console.print(
+                _printable(redact(text)), markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
+
+
+def _printable(text: str) -> str:
+    """Return text that does nothing to a terminal, wherever it comes from."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)
+
+
+def format_progress(event: Progressed) -> str:
+    """Return how far it is, on one line; a narrow terminal cuts off what is at its end."""
+    parts = [f"{event.num_finished}/{event.num_shards} shards"]
+    if event.seconds_left is not None:
+        parts.append(f"{format_seconds(event.seconds_left)} left")
+    if event.num_retries:
+        parts.append(f"{event.num_retries} retried")
+    parts += [
+        f"read {format_nbytes(event.read_per_second)}/s",
+        f"write {format_nbytes(event.written_per_second)}/s",
+        f"{format_nbytes(event.written_nbytes)} of {format_nbytes(event.to_write_nbytes)}",
+    ]
+    return ", ".join(parts)

@@ -1,0 +1,58 @@
+"""Writes how a merge goes for machines: a JSON object a line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raymerge.pipeline.cli.interrupt import announced_by
+from raymerge.pipeline.progress.events import Event, Failed, explain, format_event
+from raymerge.pipeline.progress.narrator import Narrator
+
+_LOCK_SECONDS = 1.0
+"""For another thread to write its event; it may wait for a reader that does not read, and the process is to end."""
+
+
+class JsonLog(Narrator):
+    """Prints events to stdout."""
+
+    interval_seconds = 2.0
+
+    def __init__(self, *, verbose: bool) -> None:
+        super().__init__(verbose=verbose)
+        self._is_over = False
+        self._is_torn = False
+        """Whether an interrupt has left a line without its end."""
+        self._lock = threading.Lock()
+
+    def show(self, event: Event) -> None:
+        """Print one event; go on without if nobody reads any more. Safe to use from several threads."""
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
+            return
+        try:
+            if not self._is_over:
+                self._is_over = isinstance(event, Failed)
+                line, self._is_torn = ("\n" if self._is_torn else "") + format_event(event), True
+                print(line, flush=True)
+                self._is_torn = False
+        except OSError:  # nobody reads, or the disk is full
+            self._is_over = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be flushed
+        finally:
+            self._lock.release()
+
+
+@contextmanager
+def open_json_log(*, verbose: bool) -> Iterator[JsonLog]:
+    """Have events printed; an error is the last of them, and ends the process with its exit code."""
+    log = JsonLog(verbose=verbose)
+    with announced_by(lambda: log.show(explain(KeyboardInterrupt()))):
+        try:
+            yield log
+        except BaseException as error:
+            failed = explain(error)
+            log.show(failed)
+            sys.exit(failed.exit_code)

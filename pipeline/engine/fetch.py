@@ -1,0 +1,94 @@
+"""Reads a task's inputs, window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, pairwise
+
+from raymerge.pipeline.plan.memory import aligned
+from raymerge.pipeline.plan.windows import Fetch, Window
+from raymerge.pipeline.stores.seam import Buffer, ByteRange, Storage, storage_for
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A window whose bytes have arrived."""
+
+    window: Window
+    views: tuple[memoryview, ...]
+    """Each source's bytes of the window, in order; valid until the next window is asked for."""
+
+
+def fetch_windows(fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Generator[Filled, None, None]:
+    """Yield a task's windows, filled.
+
+    With one buffer, reading and merging are done by the same thread, so that bytes are still in its core's cache when
+    they are merged, and storages are told what is read next. With two, a thread fills one while the other is merged:
+    right where reading is waiting.
+
+    Args:
+        fetches: in order.
+        buffers: one or two; no fetch is larger.
+
+    Raises:
+        FetchError: a range could not be read, or its file has changed.
+    """
+    filling = _fill_ahead if len(buffers) > 1 else _fill_in_turn
+    yield from filling(fetches, buffers)
+
+
+def _fill_in_turn(fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Iterator[Filled]:
+    for fetch, following in pairwise(chain(fetches, [()])):
+        windows = _fill(fetch, buffers[0])
+        coming = _ranges(following)
+        for storage, positions in _by_storage(coming).items():
+            storage.will_read([coming[k] for k in positions])
+        yield from windows
+
+
+def _fill_ahead(fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Iterator[Filled]:
+    with ThreadPoolExecutor(1, thread_name_prefix="fetch") as reader:
+        waiting: Future[list[Filled]] | None = None
+        windows: Future[list[Filled]] | None
+        for number, fetch in enumerate(fetches):
+            windows, waiting = waiting, reader.submit(_fill, fetch, buffers[number % 2])
+            if windows is not None:
+                yield from windows.result()
+        if waiting is not None:
+            yield from waiting.result()
+
+
+def _fill(fetch: Fetch, buffer: Buffer) -> list[Filled]:
+    windows = _lay_out(fetch, buffer)
+    views = [view for filled in windows for view in filled.views]
+    ranges = _ranges(fetch)
+    for storage, positions in _by_storage(ranges).items():
+        storage.read_into([ranges[k] for k in positions], [views[k] for k in positions])
+    return windows
+
+
+def _by_storage(ranges: Iterable[ByteRange]) -> dict[Storage, list[int]]:
+    """Return the positions of the ranges that each storage serves."""
+    found: dict[Storage, list[int]] = {}
+    for position, item in enumerate(ranges):
+        found.setdefault(storage_for(item.file.url), []).append(position)
+    return found
+
+
+def _ranges(fetch: Fetch) -> list[ByteRange]:
+    return [piece for window in fetch for piece in window.ranges()]
+
+
+def _lay_out(fetch: Fetch, buffer: memoryview) -> list[Filled]:
+    """Give each source of each window its place in a buffer."""
+    windows = []
+    offset = 0
+    for window in fetch:
+        views = []
+        for piece in window.ranges():
+            views.append(buffer[offset : offset + piece.nbytes])
+            offset += aligned(piece.nbytes)
+        windows.append(Filled(window, tuple(views)))
+    return windows

@@ -1,0 +1,1 @@
+"""The output directory: its journal, its files, and what makes them a model."""

@@ -1,0 +1,123 @@
+"""What is finished, kept beside the output while it is being made, so that a killed merge can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raymerge import __version__
+from raymerge.pipeline.errors import MergeError, OutputError
+from raymerge.pipeline.plan.types import ShardResult, ShardTask
+from raymerge.pipeline.stores.seam import Writer, storage_for
+
+DIRECTORY = ".raymerge"
+"""In the output directory; gone once the merge is complete."""
+
+LOCK = f"{DIRECTORY}/lock"
+"""Held by the run that writes to the output."""
+
+_PLAN = f"{DIRECTORY}/plan.json"
+_MAX_RECORD_NBYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """The journal of one output directory; picklable, so that workers can write to it."""
+
+    out: str
+    """The output directory."""
+    fingerprint: str
+    """Of the plan that is being carried out."""
+    token: str = ""
+    """Of the lock that this run holds, where it may be lost."""
+
+    def check_held(self) -> None:
+        """Make sure, before something is committed, that the lock is still this run's.
+
+        Raises:
+            OutputError: another run has taken it.
+        """
+        if not self.token:
+            return
+        try:
+            content = storage_for(self.out).read(f"{self.out}/{LOCK}", _MAX_RECORD_NBYTES)
+        except FileNotFoundError:
+            content = b""
+        if self.token.encode() not in content:
+            raise OutputError(
+                f"{self.out}: another run has taken the lock of this one, which had not renewed it in time;"
+                " run again when nobody else writes there"
+            )
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Note which plan this output is made by, and the names of all its files: no others may be deleted."""
+        self._write(_PLAN, {"fingerprint": self.fingerprint, "raymerge": __version__, "files": list(names)})
+
+    def end(self) -> None:
+        """Delete the journal: first the note that something is unfinished, in case that not all of this happens."""
+        storage = storage_for(self.out)
+        storage.delete(f"{self.out}/{_PLAN}")
+        for name in storage.list(f"{self.out}/{DIRECTORY}"):
+            if f"{DIRECTORY}/{name}" != LOCK:
+                storage.delete(f"{self.out}/{DIRECTORY}/{name}")
+
+    def open_shard(self, task: ShardTask) -> Writer:
+        """Begin a shard; until it is committed it lies in the journal's directory."""
+        return self.open_file(task.file, task.nbytes)
+
+    def open_file(self, name: str, nbytes: int, *, exclusive: bool = False) -> Writer:
+        """Begin an output file; where a store cannot hide it until it is committed, the journal's directory does."""
+        partial = name.replace("/", "_")
+        return storage_for(self.out).open_writer(
+            f"{self.out}/{name}", nbytes, f"{self.out}/{DIRECTORY}/{partial}.partial", exclusive=exclusive
+        )
+
+    def record(self, result: ShardResult) -> None:
+        """Note that an output file is finished."""
+        self._write(f"{DIRECTORY}/{result.file}.json", {"fingerprint": self.fingerprint, **dataclasses.asdict(result)})
+
+    def read_records(self, tasks: Sequence[ShardTask]) -> list[ShardResult]:
+        """Return the records of finished files that belong to this plan and whose files are there in full size."""
+        storage = storage_for(self.out)
+        results = []
+        for task in tasks:
+            try:
+                content = storage.read(f"{self.out}/{DIRECTORY}/{task.file}.json", _MAX_RECORD_NBYTES)
+                record = json.loads(content)
+                if record.pop("fingerprint") != self.fingerprint:
+                    continue
+                result = ShardResult(**{**record, "nonfinite": tuple(record["nonfinite"]), "faults": ()})
+                found = storage.stat(f"{self.out}/{task.file}").nbytes
+                if result.file == task.file and found == result.nbytes == task.nbytes:
+                    results.append(result)
+            except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+                continue  # no record, or one that is damaged: the file is made again
+        return results
+
+    def _write(self, name: str, content: object) -> None:
+        storage_for(self.out).write(f"{self.out}/{name}", json.dumps(content, indent=1).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What an unfinished output was begun as."""
+
+    fingerprint: str
+    """Of the plan; empty where the note is damaged."""
+    files: frozenset[str]
+    """Names of the files that the plan makes."""
+
+
+def read_begun(out: str) -> Begun | None:
+    """Return what an unfinished output was begun as; None where there is none."""
+    try:
+        plan = json.loads(storage_for(out).read(f"{out}/{_PLAN}", _MAX_RECORD_NBYTES))
+        return Begun(str(plan["fingerprint"]), frozenset(map(str, plan["files"])))
+    except FileNotFoundError:
+        return None
+    except MergeError:
+        raise
+    except (ValueError, TypeError, KeyError):
+        return Begun("", frozenset())

@@ -1,0 +1,296 @@
+"""The output directory: whether a merge may begin, go on, or has nothing to do there."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, is_weights
+from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
+from raymerge.pipeline.output.journal import DIRECTORY, LOCK, Journal, read_begun
+from raymerge.pipeline.plan.types import InputModel, OutputFile, StoredFile
+from raymerge.pipeline.stores.seam import Lock, Storage, storage_for
+from raymerge.pipeline.urls import is_url, suggest_directory
+
+MANIFEST = "raymerge_manifest.json"
+MAX_MANIFEST_NBYTES = 256 * 2**20
+
+_MODEL_FILES = (CONFIG, INDEX, MANIFEST)
+"""Without these nothing loads, and nothing looks finished."""
+_BESIDE_WEIGHTS = re.compile(
+    r"\.(json|jinja|model|tiktoken|py|ya?ml|md)$|^(merges|vocab|added_tokens)\.txt$|^(LICENSE|NOTICE|USE_POLICY)"
+)
+"""Names that files of a model have; others may be somebody's work."""
+_WAIT_SECONDS = 2.0
+"""Between looks at whether another run has ended."""
+
+_CLEARING = "being cleared"
+"""In place of a fingerprint: no plan has this one."""
+
+
+class OutputState(Enum):
+    """What an output directory is to a plan."""
+
+    NEW = "new"
+    UNFINISHED = "unfinished"
+    """An earlier run of the same plan was interrupted."""
+    COMPLETE = "complete"
+    """An earlier run of the same plan has finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What raymerge needs to know again of a finished output."""
+
+    fingerprint: str
+    files: Mapping[str, OutputFile]
+    """Every file but the manifest itself."""
+    nonfinite: tuple[str, ...]
+    """Tensors with NaN or infinity."""
+
+
+def locate_output(out: str | Path) -> str:
+    """Return the absolute path or URL of an output directory.
+
+    Raises:
+        ConfigError: it is a malformed URL.
+    """
+    return storage_for(str(out)).absolute(str(out))
+
+
+def check_apart(out: str, inputs: Sequence[InputModel]) -> None:
+    """Refuse an output that lies in an input, or in which an input or a file of one lies, links followed.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    storage = storage_for(out)
+    target = storage.resolve(out)
+    for item in inputs:
+        if storage_for(item.url) is not storage:
+            continue
+        for url in (item.url, *(f"{item.url}/{name}" for name in item.names)):
+            other = storage.resolve(url)
+            if f"{target}/".startswith(f"{other}/") or other.startswith(f"{target}/"):
+                raise ConfigError(f"the output {out} and the input {url} overlap; choose another output directory")
+
+
+def check_state(out: str, fingerprint: str, *, overwrite: bool) -> OutputState:
+    """Say what an output directory is to a plan; NEW where what is there is to be deleted first. Writes nothing.
+
+    Raises:
+        OutputError: there is something that is not ours to go on with, or to delete.
+    """
+    storage = storage_for(out)
+    storage.check_space(out, 0)  # says so where nothing can be written at all
+    state = _inspect(storage, out, fingerprint)
+    if not overwrite and not isinstance(state, OutputState):
+        raise OutputError(state)
+    if isinstance(state, OutputState) and not (state is OutputState.COMPLETE and overwrite):
+        return state
+    _find_deletable(storage, out)
+    return OutputState.NEW
+
+
+def measure_nbytes(out: str) -> int:
+    """Return the bytes of the model that is in an output directory, and of what is unfinished there."""
+    storage = storage_for(out)
+    files = {**_list_visible(storage, out), **storage.list(f"{out}/{DIRECTORY}")}
+    return sum(file.nbytes for file in files.values())
+
+
+@contextmanager
+def open_output(
+    out: str,
+    fingerprint: str,
+    names: Sequence[str],
+    *,
+    overwrite: bool,
+    on_held: Callable[[HeldError], None] | None = None,
+) -> Iterator[tuple[OutputState, Lock]]:
+    """Take an output directory for one run, and say what it is to this plan; the journal ends with a run that succeeds.
+
+    Call `check_state` before: where that refuses, there is not to be as much as a lock.
+
+    Args:
+        out: the directory; made if it is not there.
+        fingerprint: of the plan.
+        names: of the files that the plan makes.
+        overwrite: whether an earlier model there may be deleted.
+        on_held: told, once, that another run is writing there, which is then waited for.
+
+    Raises:
+        HeldError: another run is writing there, and is not waited for.
+        OutputError: there is something that is not ours to go on with.
+    """
+    storage = storage_for(out)
+    with ExitStack() as stack:
+        is_told = False
+        while True:
+            try:
+                lock = stack.enter_context(storage.lock(f"{out}/{LOCK}", restart=overwrite))
+                break
+            except HeldError as error:
+                if on_held is None:
+                    raise
+                if not is_told:
+                    on_held(error)
+                    is_told = True
+                time.sleep(_WAIT_SECONDS)
+        state = check_state(out, fingerprint, overwrite=overwrite)
+        if state is OutputState.NEW:
+            if overwrite:
+                _clear(storage, out)
+            Journal(out, fingerprint).begin(names)
+        yield state, lock
+        Journal(out, fingerprint).end()
+
+
+def read_manifest(out: str) -> Manifest:
+    """Return a finished output's manifest.
+
+    Raises:
+        FileNotFoundError: there is none, but other files, or a merge that has begun.
+        OutputError: nothing is there.
+        CheckpointError: there is no such repository, or none that may be read.
+        ValueError: it is damaged.
+    """
+    try:
+        return _load_manifest(out)
+    except FileNotFoundError:
+        storage = storage_for(out)
+        if read_begun(out) is None and not storage.list(storage.pin(out, None)):
+            raise _nothing_there(out) from None
+        raise
+
+
+def _load_manifest(out: str) -> Manifest:
+    content = storage_for(out).read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES)
+    try:
+        manifest = json.loads(content)
+        return Manifest(
+            fingerprint=manifest["fingerprint"],
+            files={name: OutputFile(**file) for name, file in manifest["files"].items()},
+            nonfinite=tuple(manifest["nonfinite"]),
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def find_unlisted(out: str, manifest: Manifest) -> list[str]:
+    """Return the visible files that a manifest does not know of."""
+    return [name for name in _list_visible(storage_for(out), out) if name not in manifest.files and name != MANIFEST]
+
+
+def _nothing_there(out: str) -> OutputError:
+    if is_url(out):
+        return OutputError(f"{out}: nothing is there; check the name, and that you may list it")
+    path = Path(out)
+    hint = suggest_directory(path)
+    if not hint and path.parent.parent == Path.cwd():
+        hint = f"; if a repository on the Hub is meant, write hf://{path.parent.name}/{path.name}"
+    return OutputError(f"{out} has no {MANIFEST}: it was not made by raymerge, or is not a model{hint}")
+
+
+def _inspect(storage: Storage, out: str, fingerprint: str) -> OutputState | str:
+    """Return what a directory is to a plan, or why it is nothing to it."""
+    begun = read_begun(out)
+    if begun is not None:
+        if begun.fingerprint == fingerprint:
+            return OutputState.UNFINISHED
+        return (
+            f"{out} holds an unfinished merge of another config, seed, set of inputs or version; "
+            f"choose another directory, or give --overwrite to start over"
+        )
+    files = {name: file for name, file in storage.list(out).items() if not name.startswith(f"{DIRECTORY}/")}
+    if not files:
+        return OutputState.NEW
+    manifest = _find_manifest(out)
+    if manifest is None or manifest.fingerprint != fingerprint:
+        return (
+            f"{out} is not empty ({_listing(list(files))}); "
+            f"choose another directory, or give --overwrite to replace the model there"
+        )
+    changes = list(_compare_sizes(manifest, files))
+    if changes:
+        return (
+            f"{out} was finished once, but {_listing(changes)}; give --overwrite to make it again"
+            f" (`raymerge verify` lists everything that has changed)"
+        )
+    return OutputState.COMPLETE
+
+
+def _compare_sizes(manifest: Manifest, found: Mapping[str, StoredFile]) -> Iterator[str]:
+    for name, expected in manifest.files.items():
+        if name not in found:
+            yield f"{name} is missing"
+        elif found[name].nbytes != expected.nbytes:
+            yield f"{name} has {found[name].nbytes:,} bytes instead of {expected.nbytes:,}"
+
+
+def _clear(storage: Storage, out: str) -> None:
+    """Delete a model: what makes it loadable first, the journal last. Hidden files stay, as they are in no model.
+
+    Raises:
+        OutputError: the directory does not look like a model, or there is something else in it.
+    """
+    names = _find_deletable(storage, out)
+    Journal(out, _CLEARING).begin(names)  # a run that ends in here leaves something that is known to be half a model
+    for name in sorted(names, key=lambda name: (name not in _MODEL_FILES, name)):
+        storage.delete(f"{out}/{name}")
+    Journal(out, _CLEARING).end()
+
+
+def _find_deletable(storage: Storage, out: str) -> list[str]:
+    """Return the files of the model in a directory: those that raymerge has made, or all of what looks like a model.
+
+    Raises:
+        OutputError: the directory does not look like a model, or there is something else in it.
+    """
+    visible = list(_list_visible(storage, out))
+    begun, manifest = read_begun(out), _find_manifest(out)
+    known: Set[str]
+    if begun is not None:
+        known = begun.files
+    elif manifest is not None:
+        known = manifest.files.keys() | {MANIFEST}
+    else:
+        known = {name for name in visible if "/" not in name and (is_weights(name) or _BESIDE_WEIGHTS.search(name))}
+        is_empty = all(name.startswith(f"{DIRECTORY}/") for name in storage.list(out))
+        if not is_empty and not _is_model(known):
+            raise OutputError(f"{out} is not empty and does not look like a model; nothing was deleted")
+    others = [name for name in visible if name not in known]
+    if others:
+        raise OutputError(
+            f"{out} holds more than a model ({_listing(others)}); "
+            f"nothing was deleted: choose another directory, or clear this one yourself"
+        )
+    return visible
+
+
+def _is_model(names: Set[str]) -> bool:
+    has_weights = any(name.endswith((".safetensors", ".bin")) for name in names)
+    return INDEX in names or MANIFEST in names or (CONFIG in names and has_weights)
+
+
+def _list_visible(storage: Storage, out: str) -> dict[str, StoredFile]:
+    files = storage.list(out)
+    return {name: file for name, file in files.items() if not any(part.startswith(".") for part in name.split("/"))}
+
+
+def _find_manifest(out: str) -> Manifest | None:
+    """Return a finished output's manifest; None where there is none, or a damaged one."""
+    try:
+        return _load_manifest(out)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _listing(items: Sequence[str]) -> str:
+    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")

@@ -1,0 +1,156 @@
+"""Checks a finished model against its manifest, its index and its own headers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from raymerge.cluster.local import LocalRunner
+from raymerge.cluster.runner import Progress, Report, Resources
+from raymerge.pipeline.checkpoint.checkpoint import INDEX
+from raymerge.pipeline.checkpoint.header import read_header
+from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.output.journal import read_begun
+from raymerge.pipeline.output.state import (
+    MANIFEST,
+    MAX_MANIFEST_NBYTES,
+    Manifest,
+    find_unlisted,
+    locate_output,
+    read_manifest,
+)
+from raymerge.pipeline.plan.types import OutputFile, ShardResult, StoredFile
+from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.pieces import PIECE_NBYTES, read_pieces
+from raymerge.pipeline.stores.seam import (
+    Storage,
+    StorageSettings,
+    configure_storages,
+    open_storages,
+    storage_for,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was found sound."""
+
+    num_files: int
+    num_tensors: int
+    nbytes: int
+
+
+def verify(
+    out: str | Path,
+    *,
+    threads: int = 2,
+    storage: Literal["auto", "fsspec"] = "auto",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> VerifyReport:
+    """Read a whole model and compare it with what was written.
+
+    Args:
+        out: the model's directory, as a path or URL.
+        threads: files read at once.
+        storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
+        on_progress: told of the bytes read.
+
+    Raises:
+        ConfigError: `threads` is below 1.
+        OutputError: the model is unfinished, or was not made by raymerge, or a file is missing, extra, or has changed;
+            the message lists every case.
+    """
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}; it must be 1 or more")
+    configure_storages(StorageSettings(storage))
+    with open_storages(), closing(POOL):
+        target = locate_output(out)
+        return _verify(storage_for(target), target, threads, on_progress)
+
+
+def _verify(storage: Storage, out: str, threads: int, on_progress: Callable[[Progress], None]) -> VerifyReport:
+    manifest = _read_manifest(out)
+    files = manifest.files
+    shards = [name for name in files if name.endswith(".safetensors")]
+    problems = [f"{name}: a file that the manifest does not list" for name in find_unlisted(out, manifest)]
+    checks = LocalRunner(threads).run(
+        partial(_check_file, out=out),
+        list(files.items()),
+        [Resources(mem_nbytes=PIECE_NBYTES, cost=file.nbytes) for file in files.values()],
+        on_progress,
+    )
+    problems += sorted(problem for problem in checks if problem)
+    num_tensors = 0
+    if not problems:
+        tensors = {}
+        for shard in shards:
+            for entry in read_header(storage, storage.stat(f"{out}/{shard}")):
+                tensors[entry.name] = shard
+        num_tensors = len(tensors)
+        if INDEX in files:
+            weight_map = json.loads(storage.read(f"{out}/{INDEX}", MAX_MANIFEST_NBYTES))["weight_map"]
+            problems += _compare_index(weight_map, tensors)
+    if problems:
+        raise OutputError(f"{out} is not what was written:\n  " + "\n  ".join(problems))
+    return VerifyReport(len(files), num_tensors, sum(file.nbytes for file in files.values()))
+
+
+def check_shard(
+    result: ShardResult, report: Report, *, out: str, settings: StorageSettings
+) -> tuple[ShardResult, bool]:
+    """Return a recorded shard and whether its file is as it was; read only where its etag has changed."""
+    configure_storages(settings)
+    file = storage_for(out).stat(f"{out}/{result.file}")
+    is_sound = file.etag == result.etag or _hash_file(file, report) == result.sha256
+    return replace(result, etag=file.etag), is_sound
+
+
+def _check_file(item: tuple[str, OutputFile], report: Report, *, out: str) -> str:
+    """Return what is wrong with one file, or nothing."""
+    name, expected = item
+    try:
+        file = storage_for(out).stat(f"{out}/{name}")
+    except FileNotFoundError:
+        return f"{name}: missing"
+    if file.nbytes != expected.nbytes:
+        return f"{name}: {file.nbytes} bytes, {expected.nbytes} were written"
+    found = _hash_file(file, report)
+    return "" if found == expected.sha256 else f"{name}: sha256 is {found}, {expected.sha256} was written"
+
+
+def _hash_file(file: StoredFile, report: Report) -> str:
+    digest = hashlib.sha256()
+    for piece in read_pieces(file):
+        digest.update(piece)
+        report(Progress(read_nbytes=piece.nbytes))
+    return digest.hexdigest()
+
+
+def _read_manifest(out: str) -> Manifest:
+    try:
+        manifest = read_manifest(out)
+    except FileNotFoundError:
+        if read_begun(out) is not None:
+            raise OutputError(f"{out} is unfinished; run the same `raymerge merge` again to finish it") from None
+        raise OutputError(f"{out} has no {MANIFEST}: it was not made by raymerge, or is not a model") from None
+    except ValueError as error:
+        raise OutputError(f"{out}/{MANIFEST} is damaged: {error}") from error
+    for name in manifest.files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise OutputError(f"{out}/{MANIFEST} names a file outside the directory: {name}")
+    return manifest
+
+
+def _compare_index(weight_map: dict[str, str], tensors: dict[str, str]) -> Iterator[str]:
+    for name in sorted(weight_map.keys() | tensors.keys()):
+        if weight_map.get(name) != tensors.get(name):
+            yield (
+                f"{name}: the index says {weight_map.get(name, 'nothing')}, the headers {tensors.get(name, 'nothing')}"
+            )

@@ -1,0 +1,1 @@
+"""Everything that a merge will do, decided before it runs."""

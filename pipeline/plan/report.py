@@ -1,0 +1,156 @@
+"""A plan for people, for machines and as a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.plan.memory import measure_demand
+from raymerge.pipeline.plan.types import MergePlan
+from raymerge.pipeline.redact import redact
+from raymerge.pipeline.sizes import format_memory, format_nbytes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
+    """Return a plan as text; with `verbose`, a line for each shard."""
+    read = sum(task.read_nbytes for task in plan.tasks)
+    reread = sum(task.reread_nbytes for task in plan.tasks)
+    largest = max(task.nbytes for task in plan.tasks)
+    projected = max(task.projected_mem for task in plan.tasks)
+    again = f", and {format_nbytes(reread)} again for second passes over tensors larger than a buffer" if reread else ""
+    shards = f"{len(plan.tasks)} shards, the largest {format_nbytes(largest)}"
+    lines = [
+        f"{plan.method} of {len(plan.models)} models, {plan.donor} gives config.json, tokenizer and other files",
+        f"  tensors  {len(plan.weight_map)}",
+        f"  read     {format_nbytes(read)}{again}",
+        f"  write    {format_nbytes(plan.total_nbytes)} in {shards}",
+        f"  passes   {_num_passes(plan)} to measure, 1 to merge",
+        f"  memory   {format_memory(projected)} for each of {plan.num_threads} threads, at most; "
+        f"{format_memory(plan.allowed_mem)} are allowed in all",
+    ]
+    if plan.gpus is not None:
+        on_gpu = max(task.projected_gpu_mem for task in plan.tasks)
+        lines.append(
+            f"  gpus     {plan.gpus.num_gpus}, {format_memory(on_gpu)} for each of "
+            f"{plan.gpus.num_sharing(plan.num_threads)} threads on one, at most; "
+            f"{format_memory(plan.gpus.allowed_mem)} of each are allowed"
+        )
+    if verbose:
+        lines += [
+            f"  {task.file}: {len(task.merges)} tensors, {format_nbytes(task.nbytes)}, reads "
+            f"{format_nbytes(task.read_nbytes + task.reread_nbytes)}, {format_memory(task.projected_mem)}"
+            for task in plan.tasks
+        ]
+    lines += [f"  not in the output: {line}" for line in plan.dropped]
+    lines += [f"  advice: {line}" for line in plan.advice]
+    return redact("\n".join(lines))
+
+
+def _num_passes(plan: MergePlan) -> int:
+    return max(measure_demand(merge).num_passes for task in plan.tasks for merge in task.merges)
+
+
+def plan_json(plan: MergePlan) -> str:
+    """Return a plan as JSON, without its tensors (see `plan_table`)."""
+    text = json.dumps(
+        {
+            "method": plan.method,
+            "models": [str(model) for model in plan.models],
+            "donor": str(plan.donor),
+            "seed": plan.seed,
+            "fingerprint": plan.fingerprint,
+            "num_tensors": len(plan.weight_map),
+            "read_nbytes": sum(task.read_nbytes for task in plan.tasks),
+            "reread_nbytes": sum(task.reread_nbytes for task in plan.tasks),
+            "write_nbytes": sum(task.nbytes for task in plan.tasks),
+            "num_passes": _num_passes(plan),
+            "num_threads": plan.num_threads,
+            "allowed_mem": plan.allowed_mem,
+            "num_gpus": plan.gpus.num_gpus if plan.gpus else 0,
+            "allowed_gpu_mem": plan.gpus.allowed_mem if plan.gpus else 0,
+            "shards": [
+                {
+                    "file": task.file,
+                    "num_tensors": len(task.merges),
+                    "nbytes": task.nbytes,
+                    "read_nbytes": task.read_nbytes,
+                    "reread_nbytes": task.reread_nbytes,
+                    "projected_mem": task.projected_mem,
+                    "projected_gpu_mem": task.projected_gpu_mem,
+                }
+                for task in plan.tasks
+            ],
+            "side_files": [name for name, _ in plan.side_files],
+            "config": json.loads(plan.config_json),
+            "dropped": list(plan.dropped),
+            "warnings": list(plan.warnings),
+            "advice": list(plan.advice),
+        },
+        indent=2,
+        ensure_ascii=False,
+    )
+    return redact(text)
+
+
+def save_table(plan: MergePlan, path: Path) -> None:
+    """Write the plan's tensor table as Parquet.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        pq.write_table(plan_table(plan), path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+
+
+def plan_table(plan: MergePlan) -> pa.Table:
+    """Return one row for each output tensor: where it goes, what is done, and the byte ranges it comes from."""
+    import pyarrow as pa
+
+    text, number = pa.string(), pa.int64()
+    source_fields = {"model": text, "name": text, "dtype": text, "url": text, "start": number, "stop": number}
+    fields = {
+        "name": text,
+        "file": text,
+        "dtype": text,
+        "shape": pa.list_(number),
+        "nbytes": number,
+        "op": text,
+        "parameters": text,
+        "sources": pa.list_(pa.struct(list(source_fields.items()))),
+    }
+    return pa.Table.from_pylist(
+        [
+            {
+                "name": merge.name,
+                "file": task.file,
+                "dtype": merge.out_dtype,
+                "shape": list(merge.shape),
+                "nbytes": merge.nbytes,
+                "op": merge.op,
+                "parameters": json.dumps(dict(merge.parameters)),
+                "sources": [
+                    {
+                        "model": redact(source.model),
+                        "name": source.name,
+                        "dtype": source.dtype,
+                        "url": redact(source.file.url),
+                        "start": source.start,
+                        "stop": source.stop,
+                    }
+                    for source in merge.sources
+                ],
+            }
+            for task in plan.tasks
+            for merge in task.merges
+        ],
+        schema=pa.schema(list(fields.items())),
+    )

@@ -1,0 +1,144 @@
+"""One output tensor from its sources: parameters resolved, shapes and dtypes checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raymerge.ops.errors import OpParameterError
+from raymerge.ops.registry import Base, Op
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.config.values import Settings, resolve
+from raymerge.pipeline.errors import ConfigError, TensorMismatchError
+from raymerge.pipeline.plan.types import ModelRef, ParameterValue, StoredTensor, TensorMerge
+
+COPY = "copy"
+"""In place of an op: tensors that are not floating-point must be equal in all sources, and are copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One source of an output tensor."""
+
+    model: ModelRef
+    name: str
+    """What filters see: the tensor's name in this model, also where a tied embedding stands in for it."""
+    tensor: StoredTensor
+    settings: tuple[Settings, ...]
+    """Parameters given under this model, highest precedence first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What holds for all sources of a tensor."""
+
+    op: Op
+    base: ModelRef | None
+    settings: tuple[Settings, ...]
+    """Parameters of the slice and of the whole merge, highest precedence first."""
+    out_dtype: str | None
+    """As in a safetensors header; None where the inputs decide."""
+
+
+def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: float) -> TensorMerge:
+    """Return how an output tensor comes about.
+
+    Args:
+        name: of the output tensor.
+        parts: its sources in config order, at least one.
+        scope: what holds for all of them.
+        position: of its layer on a gradient, from 0 to 1.
+
+    Raises:
+        TensorMismatchError: shapes differ, or dtypes cannot be merged.
+        ConfigError: a required parameter is missing.
+        OpParameterError: the op refuses the parameters.
+    """
+    if scope.op.base is Base.REQUIRED:
+        parts = sorted(parts, key=lambda part: part.model != scope.base)
+    _check_shapes(name, parts)
+    dtypes = [part.tensor.dtype for part in parts]
+    shape = parts[0].tensor.shape
+    num_elements = math.prod(shape)
+    sources = tuple(part.tensor for part in parts)
+    if not all(DTYPES[dtype].is_mergeable for dtype in dtypes):
+        _check_copyable(name, parts)
+        return TensorMerge(name, shape, dtypes[0], COPY, (), sources, num_elements, sources[0].nbytes)
+    out_dtype = scope.out_dtype or promote(dtypes)
+    parameters = _resolve_parameters(name, parts, scope, position)
+    try:
+        scope.op.kernel(parameters)
+    except OpParameterError as error:
+        raise OpParameterError(f"{scope.op.name}, tensor {name}: {error}") from error
+    nbytes = num_elements * DTYPES[out_dtype].num_bits // 8
+    return TensorMerge(name, shape, out_dtype, scope.op.name, tuple(parameters.items()), sources, num_elements, nbytes)
+
+
+def promote(dtypes: Sequence[str]) -> str:
+    """Return the smallest dtype that holds the values of all of these floating-point dtypes.
+
+    >>> promote(["BF16", "BF16"]), promote(["BF16", "F16"]), promote(["F32", "BF16"])
+    ('BF16', 'F32', 'F32')
+    """
+    kinds = set(dtypes)
+    if len(kinds) == 1:
+        return dtypes[0]
+    return "F64" if "F64" in kinds else "F32"
+
+
+def _resolve_parameters(
+    name: str, parts: Sequence[Part], scope: Scope, position: float
+) -> Mapping[str, ParameterValue]:
+    """Resolve every parameter of the op; filters on per-model parameters see the input's name, others the output's."""
+    with_parameters = [part for part in parts if not (scope.op.base is Base.REQUIRED and part.model == scope.base)]
+    values: dict[str, ParameterValue] = {}
+    for parameter in scope.op.parameters:
+        if parameter.per_model:
+            found = []
+            for part in with_parameters:
+                value = resolve(parameter, (*part.settings, *scope.settings), part.name, position)
+                if value is None:
+                    raise ConfigError(
+                        f"{scope.op.name} needs {parameter.name!r} for model {part.model} (tensor {part.name}), and "
+                        f"nothing gives it; add it under the model's `parameters`, or at the top for all models"
+                    )
+                found.append(value)
+            values[parameter.name] = tuple(found)
+        else:
+            value = resolve(parameter, scope.settings, name, position)
+            if value is None:
+                raise ConfigError(
+                    f"{scope.op.name} needs {parameter.name!r} (tensor {name}), and nothing gives it; "
+                    f"add it to the top-level `parameters`"
+                )
+            values[parameter.name] = value
+    return values
+
+
+def _check_shapes(name: str, parts: Sequence[Part]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        if part.tensor.shape != first.tensor.shape:
+            hint = ""
+            if part.tensor.shape[1:] == first.tensor.shape[1:] and len(part.tensor.shape) == 2:
+                hint = "; if this is the vocabulary, the models have different tokenizers, which is not supported yet"
+            raise TensorMismatchError(
+                f"{name} is {list(first.tensor.shape)} in {first.model} and {list(part.tensor.shape)} in "
+                f"{part.model}; only tensors of one shape can be merged{hint}"
+            )
+
+
+def _check_copyable(name: str, parts: Sequence[Part]) -> None:
+    first = parts[0]
+    for part in parts:
+        if part.tensor.dtype != first.tensor.dtype:
+            raise TensorMismatchError(
+                f"{name} is {first.tensor.dtype} in {first.model} and {part.tensor.dtype} in {part.model}; "
+                f"tensors that are not floating-point must be the same everywhere"
+            )
+        if part.tensor.dtype.startswith(("F8", "F6", "F4")):
+            raise TensorMismatchError(
+                f"{name} in {part.model} is {part.tensor.dtype}, quantised; that is not supported yet: "
+                f"convert the model to bfloat16 first"
+            )

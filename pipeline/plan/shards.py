@@ -1,0 +1,180 @@
+"""From a recipe to a plan: shards with their headers, memory, and the fingerprint. Pure, without I/O."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from raymerge import __version__
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.header import make_header
+from raymerge.pipeline.plan.memory import (
+    Demand,
+    Transfer,
+    check_fits,
+    choose_buffer_nbytes,
+    measure_demand,
+    project_gpu_mem,
+    project_mem,
+)
+from raymerge.pipeline.plan.types import Gpus, ShardTask, StoredFile, TensorMerge
+from raymerge.pipeline.plan.windows import is_resident
+from raymerge.pipeline.urls import scheme_of
+
+_UNIQUE_ETAGS = ("file", "s3", "gs", "az", "hf")
+"""Elsewhere they may be made of size and time alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the user allows."""
+
+    allowed_mem: int
+    """For tensors and scratch of all workers together, in bytes."""
+    num_threads: int
+    shard_nbytes: int | None
+    """Largest output file, unless one tensor is larger; None for the default."""
+    gpus: Gpus | None = None
+    """What merges; None to merge on the CPU."""
+    transfer: Transfer = field(default=Transfer())
+    """What reading and writing take."""
+
+
+def default_shard_nbytes(total_nbytes: int) -> int:
+    """Return the default size of output files; it follows from the output's size alone, to be the same everywhere.
+
+    It grows with the cube root of the output: 1 GB gives 8 files, enough for a laptop's cores, 140 GB about 200, enough
+    for a hundred workers, and 1.3 TB files of 1.4 GB.
+
+    >>> [default_shard_nbytes(n) // 10**6 for n in (10**6, 10**9, 15 * 10**9, 140 * 10**9, 1340 * 10**9)]
+    [12, 128, 315, 664, 1411]
+    """
+    return max(1, int(128 * (total_nbytes / 10**9) ** (1 / 3))) * 10**6
+
+
+def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tuple[tuple[ShardTask, ...], int, int]:
+    """Cut the output into files and decide how each is made.
+
+    Args:
+        merges: in natural order of names.
+        seed: of the merge.
+        limits: what the user allows.
+
+    Returns:
+        The tasks, how many workers make them at once, and how many the memory would allow if there were more tasks.
+
+    Raises:
+        MemoryLimitError: a tensor does not fit even for one worker.
+    """
+    demands = {merge.name: measure_demand(merge) for merge in merges}
+    check_fits(demands, limits.allowed_mem, limits.transfer, limits.gpus.allowed_mem if limits.gpus else None)
+    kinds = set(demands.values())  # few, of many tensors
+    largest_block = max(demand.block_nbytes for demand in kinds)
+    shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
+    shards = list(split_shards(merges, shard_nbytes))
+    num_allowed = limits.num_threads
+    while num_allowed > 1 and _buffer_nbytes(kinds, limits, num_allowed) < largest_block:
+        num_allowed -= 1
+    num_threads = min(num_allowed, len(shards))
+    buffer_nbytes = _buffer_nbytes(kinds, limits, num_threads)
+    tasks = tuple(
+        _make_task(shard, file, demands, buffer_nbytes, limits, seed)
+        for shard, file in zip(shards, shard_names(len(shards)), strict=True)
+    )
+    return tasks, num_threads, num_allowed
+
+
+def split_shards(merges: Sequence[TensorMerge], shard_nbytes: int) -> Iterator[tuple[TensorMerge, ...]]:
+    """Yield the tensors of each output file: in order, until the next would exceed the size."""
+    shard: list[TensorMerge] = []
+    nbytes = 0
+    for merge in merges:
+        if shard and nbytes + merge.nbytes > shard_nbytes:
+            yield tuple(shard)
+            shard, nbytes = [], 0
+        shard.append(merge)
+        nbytes += merge.nbytes
+    if shard:
+        yield tuple(shard)
+
+
+def shard_names(num_shards: int) -> list[str]:
+    """Return the names of the output files, as Hugging Face loaders expect them.
+
+    >>> shard_names(1), shard_names(2)
+    (['model.safetensors'], ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'])
+    """
+    if num_shards == 1:
+        return ["model.safetensors"]
+    return [f"model-{k:05d}-of-{num_shards:05d}.safetensors" for k in range(1, num_shards + 1)]
+
+
+def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[tuple[str, StoredFile]], config_json: str) -> str:
+    """Return a hash of everything that decides what the model is: recipes, inputs as they are, seed, layout, version.
+
+    Where the inputs lie does not matter if their etags tell, nor do memory and workers.
+
+    Args:
+        tasks: the shards.
+        side_files: what is copied: name in the output, source.
+        config_json: the output's config.json.
+    """
+    copies = [[name, file.nbytes, _identity(file)] for name, file in side_files]
+    digest = hashlib.sha256(json.dumps([__version__, copies, config_json]).encode())
+    for task in tasks:
+        digest.update(json.dumps([task.file, task.seed], ensure_ascii=False).encode())
+        digest.update(task.header)
+        for merge in task.merges:
+            sources = [
+                [s.name, s.dtype, s.start, s.stop, s.file.url.rpartition("/")[2], s.file.nbytes, _identity(s.file)]
+                for s in merge.sources
+            ]
+            record = [merge.name, merge.op, merge.parameters, sources]
+            digest.update(json.dumps(record, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def _identity(file: StoredFile) -> str:
+    """Return what tells a file's content from others: the etag, and the URL where two files may share an etag."""
+    return file.etag if scheme_of(file.url) in _UNIQUE_ETAGS else f"{file.url} {file.etag}"
+
+
+def _buffer_nbytes(demands: Collection[Demand], limits: Limits, num_threads: int) -> int:
+    """One size for all tasks, so that buffers are used again."""
+    gpus = limits.gpus
+    gpu_mem = gpus.allowed_mem // gpus.num_sharing(num_threads) if gpus else None
+    return choose_buffer_nbytes(demands, limits.allowed_mem // num_threads, limits.transfer, gpu_mem)
+
+
+def _make_task(
+    merges: Sequence[TensorMerge],
+    file: str,
+    demands: Mapping[str, Demand],
+    buffer_nbytes: int,
+    limits: Limits,
+    seed: int,
+) -> ShardTask:
+    own = [demands[merge.name] for merge in merges]
+    # Wide dtypes first, so that every tensor is aligned to its own dtype in the file.
+    ordered = tuple(sorted(merges, key=lambda merge: -DTYPES[merge.out_dtype].num_bits))
+    header = make_header([(merge.name, merge.out_dtype, merge.shape, merge.nbytes) for merge in ordered])
+    read = {merge.name: sum(source.nbytes for source in merge.sources) for merge in merges}
+    return ShardTask(
+        file=file,
+        header=header,
+        merges=ordered,
+        nbytes=len(header) + sum(merge.nbytes for merge in merges),
+        read_nbytes=sum(read.values()),
+        reread_nbytes=sum(
+            read[merge.name] * demand.num_passes
+            for merge, demand in zip(merges, own, strict=True)
+            if not is_resident(merge, buffer_nbytes)
+        ),
+        buffer_nbytes=buffer_nbytes,
+        num_buffers=limits.transfer.num_buffers,
+        projected_mem=project_mem(own, buffer_nbytes, limits.transfer, on_gpu=limits.gpus is not None),
+        projected_gpu_mem=project_gpu_mem(own, buffer_nbytes) if limits.gpus else 0,
+        seed=seed,
+    )

@@ -1,0 +1,76 @@
+"""In which pieces a task's inputs are fetched: pure planning, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from raymerge.pipeline.plan.memory import Demand, aligned, measure_demand, stored_nbytes
+from raymerge.pipeline.plan.types import ShardTask, TensorMerge
+from raymerge.pipeline.stores.seam import ByteRange
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Elements [start, stop) of every source of one output tensor, and what is done with them."""
+
+    merge: TensorMerge
+    start: int
+    stop: int
+    passes: range
+    """Which of the kernel's passes run over it; the one after the last measuring pass combines."""
+
+    def ranges(self) -> list[ByteRange]:
+        """Return the bytes to fetch, one range for each source."""
+        return [
+            ByteRange(
+                source.file,
+                source.start + stored_nbytes(source.dtype, self.start),
+                source.start + stored_nbytes(source.dtype, self.stop),
+            )
+            for source in self.merge.sources
+        ]
+
+    def nbytes(self) -> int:
+        """Return the room that it takes in a buffer."""
+        return sum(aligned(r.nbytes) for r in self.ranges())
+
+
+Fetch = tuple[Window, ...]
+"""Windows that are fetched into one buffer together."""
+
+
+def make_fetches(task: ShardTask) -> Iterator[Fetch]:
+    """Yield what a task fetches, in order; no fetch is larger than its buffer."""
+    waiting: list[Window] = []
+    room = task.buffer_nbytes
+    for merge in task.merges:
+        for window in make_windows(merge, measure_demand(merge), task.buffer_nbytes):
+            nbytes = window.nbytes()
+            if nbytes > room:
+                yield tuple(waiting)
+                waiting, room = [], task.buffer_nbytes
+            waiting.append(window)
+            room -= nbytes
+    if waiting:
+        yield tuple(waiting)
+
+
+def make_windows(merge: TensorMerge, demand: Demand, buffer_nbytes: int) -> Iterator[Window]:
+    """Yield the pieces of one tensor: the whole for all passes if it fits, else whole blocks, one pass after another.
+
+    Blocks are never cut differently: windows hold whole blocks.
+    """
+    if is_resident(merge, buffer_nbytes):
+        yield Window(merge, 0, merge.num_elements, range(demand.num_passes + 1))
+        return
+    window_elements = buffer_nbytes // demand.block_nbytes * demand.block_elements
+    for index in range(demand.num_passes + 1):
+        for start in range(0, merge.num_elements, window_elements):
+            stop = min(start + window_elements, merge.num_elements)
+            yield Window(merge, start, stop, range(index, index + 1))
+
+
+def is_resident(merge: TensorMerge, buffer_nbytes: int) -> bool:
+    """Return whether all sources fit in one buffer, so that they are read once for all passes."""
+    return sum(aligned(source.nbytes) for source in merge.sources) <= buffer_nbytes

@@ -1,0 +1,1 @@
+"""What happens during a merge, as events, and how it is told."""

@@ -1,0 +1,142 @@
+"""Tells how a merge goes, as events: one seam for the terminal, for machines, and for a merge that runs elsewhere."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+
+from raymerge.cluster.runner import Progress
+from raymerge.pipeline.errors import HeldError
+from raymerge.pipeline.plan.report import format_plan
+from raymerge.pipeline.plan.types import MergePlan, MergeReport, ShardResult
+from raymerge.pipeline.progress.events import Event, Held, Planned, Progressed, Resumed, Retried, Warned
+from raymerge.pipeline.progress.listener import Listener
+
+_WINDOW_SECONDS = 30.0
+"""Over which speeds are measured."""
+
+_FIRST_PART = 0.001
+"""Of the work: before it is done, how long the rest takes is anybody's guess."""
+
+
+class Narrator(Listener, ABC):
+    """Makes events of what a merge tells; a subclass shows them."""
+
+    interval_seconds = 0.2
+    """Between two reports of progress, at least."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        self.verbose = verbose
+        self._speed = _Speed()
+        self._read: dict[str, int] = {}
+        self._num_finished = self._num_shards = self._num_retries = 0
+        self._done = Progress()
+        self._to_read = self._to_write = self._to_move = 0
+        self._last = time.monotonic()
+
+    @abstractmethod
+    def show(self, event: Event) -> None:
+        """Show one event."""
+
+    def planned(self, plan: MergePlan) -> None:
+        """Tell what the plan is, and what is doubtful about it."""
+        self._num_shards = len(plan.tasks)
+        self._read = {task.file: task.read_nbytes + task.reread_nbytes for task in plan.tasks}
+        self._to_write = sum(task.nbytes for task in plan.tasks)
+        self.show(
+            Planned(
+                method=plan.method,
+                models=tuple(map(str, plan.models)),
+                num_tensors=len(plan.weight_map),
+                num_shards=self._num_shards,
+                read_nbytes=sum(self._read.values()),
+                write_nbytes=self._to_write,
+                fingerprint=plan.fingerprint,
+                text=format_plan(plan, verbose=self.verbose),
+            )
+        )
+        for warning in plan.warnings:
+            self.show(Warned(warning))
+
+    def held(self, error: HeldError) -> None:
+        """Tell whom it waits for."""
+        self.show(Held(str(error)))
+
+    def resumed(self, results: list[ShardResult]) -> None:
+        """Tell what an earlier run has left to do."""
+        kept = sum(result.nbytes for result in results)
+        self._num_finished = len(results)
+        self._to_read = sum(self._read.values()) - sum(self._read[result.file] for result in results)
+        self._to_move = self._to_read + self._to_write - kept
+        self._done = Progress(0, kept)
+        self._last = time.monotonic()
+        self._speed.measure(self._done, self._last)
+        self.show(Resumed(len(results), kept))
+
+    def progressed(self, progress: Progress) -> None:
+        """Tell now and then how far it is."""
+        done = Progress(
+            self._done.read_nbytes + progress.read_nbytes, self._done.written_nbytes + progress.written_nbytes
+        )
+        self._done = done
+        now = time.monotonic()
+        if now - self._last < self.interval_seconds:
+            return
+        self._last = now
+        read_speed, write_speed = self._speed.measure(done, now)
+        left = max(0, self._to_read - done.read_nbytes + self._to_write - done.written_nbytes)
+        speed = read_speed + write_speed
+        is_known = speed > 0 and left < (1 - _FIRST_PART) * self._to_move
+        self.show(
+            Progressed(
+                num_finished=self._num_finished,
+                num_shards=self._num_shards,
+                read_nbytes=done.read_nbytes,
+                to_read_nbytes=self._to_read,
+                written_nbytes=done.written_nbytes,
+                to_write_nbytes=self._to_write,
+                read_per_second=read_speed,
+                written_per_second=write_speed,
+                seconds_left=left / speed if is_known else None,
+                num_retries=self._num_retries,
+            )
+        )
+
+    def finished(self, result: ShardResult) -> None:
+        """Tell of a shard."""
+        self._num_finished += 1
+        self.show(result)
+
+    def retried(self, reason: str, count: int) -> None:
+        """Tell what went wrong and was done again."""
+        self._num_retries += count
+        self.show(Retried(reason, count))
+
+    def reported(self, report: MergeReport) -> None:
+        """Tell what came of it; for whoever called `merge`."""
+        self.show(report)
+
+
+class _Speed:
+    """How fast bytes have moved of late."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, Progress]] = deque()
+
+    def measure(self, done: Progress, now: float) -> tuple[float, float]:
+        """Return the bytes read and written in a second; never less than nothing, though work may be lost.
+
+        Args:
+            done: all so far.
+            now: in seconds; later than at the last call.
+        """
+        self._seen.append((now, done))
+        while len(self._seen) > 2 and now - self._seen[1][0] >= _WINDOW_SECONDS:
+            self._seen.popleft()
+        start, before = self._seen[0]
+        seconds = max(now - start, 1e-6)
+        return (
+            max(0, done.read_nbytes - before.read_nbytes) / seconds,
+            max(0, done.written_nbytes - before.written_nbytes) / seconds,
+        )

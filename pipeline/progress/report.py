@@ -1,0 +1,122 @@
+"""What a merge did, added up, and for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from raymerge.pipeline.output.state import MANIFEST
+from raymerge.pipeline.plan.types import HostReport, MergePlan, MergeReport, ShardResult
+from raymerge.pipeline.redact import redact
+from raymerge.pipeline.sizes import format_memory, format_nbytes, format_seconds
+
+_SHOWN = 8
+"""How many machines a report lists: the slowest."""
+
+
+def make_report(
+    plan: MergePlan,
+    out: str,
+    results: Sequence[ShardResult] = (),
+    *,
+    seconds: float,
+    work_seconds: float = 0.0,
+    num_per_process: int = 1,
+    faults: tuple[tuple[str, int], ...],
+    nonfinite: tuple[str, ...],
+    was_complete: bool = False,
+) -> MergeReport:
+    """Add up what a merge did.
+
+    Args:
+        plan: what was to be done.
+        out: where.
+        results: of the shards that this run made.
+        seconds: since it began.
+        work_seconds: in which shards were made.
+        num_per_process: shards in work at once in one process.
+        faults: what was got over besides what the results tell.
+        nonfinite: tensors of the output.
+        was_complete: whether there was nothing to do.
+    """
+    num_at_once = min(num_per_process, len(results))
+    return MergeReport(
+        out=out,
+        manifest=f"{out}/{MANIFEST}",
+        num_tensors=len(plan.weight_map),
+        num_shards=len(plan.tasks),
+        num_resumed=len(plan.tasks) - len(results),
+        was_complete=was_complete,
+        read_nbytes=sum(result.read_nbytes for result in results),
+        written_nbytes=sum(result.nbytes for result in results),
+        seconds=seconds,
+        work_seconds=work_seconds,
+        slowest=max(results, key=lambda result: result.seconds, default=None),
+        hosts=_add_up_hosts(results),
+        peak_rss=max((result.peak_rss for result in results), default=0),
+        peak_measured_mem=max((result.peak_measured_mem for result in results), default=0),
+        projected_mem=num_at_once * max(task.projected_mem for task in plan.tasks),
+        faults=_add_up([faults, *(result.faults for result in results)]),
+        warnings=plan.warnings,
+        nonfinite=nonfinite,
+    )
+
+
+def format_report(report: MergeReport) -> str:
+    """Return a report as text."""
+    if report.was_complete:
+        return redact(
+            f"{report.out} was complete already: {report.num_tensors} tensors in {report.num_shards} shards\n"
+            f"  manifest  {report.manifest}"
+        )
+    resumed = f", {report.num_resumed} of them made by an earlier run" if report.num_resumed else ""
+    nbytes = report.read_nbytes + report.written_nbytes
+    lines = [
+        f"{report.out}: {report.num_tensors} tensors in {report.num_shards} shards{resumed}",
+        f"  time      {format_seconds(report.seconds)}, read {format_nbytes(report.read_nbytes)}, "
+        f"wrote {format_nbytes(report.written_nbytes)}, together {_format_speed(nbytes, report.seconds)}",
+    ]
+    if (slowest := report.slowest) is not None:
+        lines += [
+            f"  slowest   {slowest.file}: {format_seconds(slowest.seconds)} on {slowest.host}",
+            f"  memory    {format_memory(report.peak_measured_mem)} of {format_memory(report.projected_mem)} planned "
+            f"for tensors and scratch (largest worker); {format_memory(report.peak_rss)} with interpreter and code",
+        ]
+    lines += _list_hosts(report)
+    lines.append(f"  retries   {sum(count for _, count in report.faults) or 'none'}")
+    lines += [f"    {count} x {what}" for what, count in report.faults]
+    lines.append(f"  manifest  {report.manifest}")
+    return redact("\n".join(lines))
+
+
+def _list_hosts(report: MergeReport) -> Iterator[str]:
+    if len(report.hosts) < 2:
+        return
+    hosts = sorted(report.hosts, key=lambda host: host.read_nbytes + host.written_nbytes)
+    more = f", the slowest {_SHOWN}" if len(hosts) > _SHOWN else ""
+    yield f"  machines  {len(hosts)}{more}:"
+    for host in hosts[:_SHOWN]:
+        speed = _format_speed(host.read_nbytes + host.written_nbytes, report.work_seconds)
+        yield f"    {host.host}: {host.num_shards} shards, {speed}"
+
+
+def _format_speed(nbytes: int, seconds: float) -> str:
+    """Return a speed in the unit in which stores and networks are compared."""
+    return f"{nbytes / 1e9 / max(seconds, 1e-6):.3g} GB/s"
+
+
+def _add_up_hosts(results: Iterable[ShardResult]) -> tuple[HostReport, ...]:
+    by_host: dict[str, list[ShardResult]] = {}
+    for result in results:
+        by_host.setdefault(result.host, []).append(result)
+    return tuple(
+        HostReport(host, len(own), sum(result.read_nbytes for result in own), sum(result.nbytes for result in own))
+        for host, own in sorted(by_host.items())
+    )
+
+
+def _add_up(counts: Iterable[tuple[tuple[str, int], ...]]) -> tuple[tuple[str, int], ...]:
+    total: Counter[str] = Counter()
+    for pairs in counts:
+        total.update(dict(pairs))
+    return tuple(sorted(total.items()))

@@ -1,0 +1,164 @@
+"""Where the tasks of a merge run: in which processes of this machine, or on Ray; and what they find there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from raymerge.cluster.process_runner import StartMethod, make_local_runner, start_fork_server
+from raymerge.cluster.runner import Report, Runner
+from raymerge.pipeline.checkpoint.checkpoint import is_repository
+from raymerge.pipeline.engine.gpus import VARIABLE, require_gpus
+from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
+from raymerge.pipeline.output.journal import Journal
+from raymerge.pipeline.plan.types import Gpus, ShardResult, ShardTask
+from raymerge.pipeline.redact import redact
+from raymerge.pipeline.stores.seam import Sharing, StorageSettings, storage_for
+from raymerge.pipeline.urls import scheme_of
+
+if TYPE_CHECKING:
+    from raymerge.cluster.ray.session import RaySession
+
+_EXECUTE = "raymerge.pipeline.engine.shard"
+
+_CLUSTER_VARIABLES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_PROFILE",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "HF_ENDPOINT",
+)
+"""Environment variables that workers of a cluster get as they are here: where stores are, and none of the secrets."""
+
+
+def list_cluster_variables() -> dict[str, str]:
+    """Return the environment variables that workers of a cluster get as they are here.
+
+    Raises:
+        ConfigError: one has a password in it.
+    """
+    variables = {name: os.environ[name] for name in _CLUSTER_VARIABLES if name in os.environ}
+    for name, value in variables.items():
+        if redact(value) != value:
+            raise ConfigError(
+                f"{name} has a password in it, which all users of the cluster would see; give workers their credentials"
+                " on their own machines"
+            )
+    return variables
+
+
+def make_runner(
+    num_workers: int,
+    urls: Sequence[str],
+    session: RaySession | None = None,
+    gpus: Gpus | None = None,
+    on_retry: Callable[[str], None] = lambda reason: None,
+) -> Runner:
+    """Return what runs tasks that read from and write to these URLs.
+
+    Args:
+        num_workers: tasks in work at once on one machine.
+        urls: of inputs and output; their storages say in which processes of this machine that can be.
+        session: where the tasks run, if it is on Ray.
+        gpus: what each machine merges on; None for the CPU.
+        on_retry: told why a task is done again.
+    """
+    if session is not None:
+        from raymerge.cluster.ray.runner import RayRunner
+
+        is_bound = not session.is_elsewhere and any(scheme_of(url) in ("file", "hf") for url in urls)
+        num_slots = count_slots(num_workers, session, gpus)
+        num_cpus = _count_cpus(num_workers, session)
+        host = session.host if is_bound else None  # nodes that join later have other files
+        retry_on = (FetchError, OutputError)  # a machine may have no way to a store, or no credentials for it
+        if gpus is None:
+            return RayRunner(num_slots, num_cpus=num_cpus, host=host, retry_on=retry_on, on_retry=on_retry)
+        from raymerge.cluster.ray.actors import ActorRunner
+
+        num_sharing = gpus.num_sharing(num_workers)
+        return ActorRunner(
+            num_slots, num_sharing=num_sharing, num_cpus=num_cpus, host=host, retry_on=retry_on, on_retry=on_retry
+        )
+    environments = [{VARIABLE: gpu} for gpu in require_gpus()] if gpus is not None else []
+    start_method = _choose_start_method(urls, on_gpus=gpus is not None)
+    return make_local_runner(num_workers, start_method, preload=_list_modules(urls), environments=environments)
+
+
+def count_slots(num_workers: int, session: RaySession | None = None, gpus: Gpus | None = None) -> int:
+    """Return how many tasks are in work at once on all machines; see `make_runner`."""
+    if session is None:
+        return num_workers
+    num_cpus = _count_cpus(num_workers, session)
+    if gpus is None:
+        return sum(node.num_cpus // num_cpus for node in session.nodes)
+    num_sharing = gpus.num_sharing(num_workers)
+    return sum(min(node.num_cpus // num_cpus, node.num_gpus * num_sharing) for node in session.nodes)
+
+
+def check_reach(urls: Sequence[str], session: RaySession, *, shared_filesystem: bool) -> None:
+    """Make sure that workers on other machines find what they are to read and write.
+
+    Args:
+        urls: of inputs and output.
+        session: where the tasks run.
+        shared_filesystem: whether paths mean the same files on every machine.
+
+    Raises:
+        ConfigError: they would not.
+    """
+    if inside := [url for url in urls if storage_for(url).sharing is Sharing.THREADS]:
+        raise ConfigError(f"{', '.join(inside)}: only this process has it; use another store, or leave Ray out")
+    if not session.is_elsewhere:
+        return
+    paths = [url for url in urls if scheme_of(url) == "file"]
+    if paths and not shared_filesystem:
+        raise ConfigError(
+            f"{', '.join(paths)}: paths of this machine, and the cluster has other machines; use URLs such as"
+            " s3://bucket/model, or say --shared-filesystem if the paths mean the same files everywhere"
+        )
+    if scheme_of(urls[0]) == "hf":
+        raise ConfigError(
+            f"{urls[0]}: shards for the Hub are gathered on one machine, and the cluster has others; merge to"
+            " a bucket, or leave --address out"
+        )
+
+
+def prepare_workers(models: Sequence[str], out: str, *, on_gpus: bool) -> None:
+    """Begin to import what workers will need, while the merge is planned.
+
+    Args:
+        models: as the config names them.
+        out: path or URL of the output.
+        on_gpus: whether workers merge on GPUs.
+    """
+    urls = [out, *(f"hf://{name}" if is_repository(name) else name for name in models)]
+    if _choose_start_method(urls, on_gpus=on_gpus) is StartMethod.FRESH:
+        start_fork_server(_list_modules(urls))
+
+
+def run_shard(task: ShardTask, report: Report, *, journal: Journal, settings: StorageSettings) -> ShardResult:
+    """Do what `execute.run_shard` does; a driver that has it done elsewhere need not import torch."""
+    from raymerge.pipeline.engine import shard as execute
+
+    return execute.run_shard(task, report, journal=journal, settings=settings)
+
+
+def _count_cpus(num_workers: int, session: RaySession) -> int:
+    """Return what a task takes up: Ray knows no limit for each node but its processors."""
+    return -(-max(node.num_cpus for node in session.nodes) // num_workers)
+
+
+def _choose_start_method(urls: Sequence[str], *, on_gpus: bool) -> StartMethod:
+    sharing = {storage_for(url).sharing for url in urls}
+    if Sharing.THREADS in sharing:
+        return StartMethod.THREAD
+    is_fresh = on_gpus or Sharing.FRESH in sharing  # CUDA does not survive a fork
+    return StartMethod.FRESH if is_fresh else StartMethod.FORK
+
+
+def _list_modules(urls: Sequence[str]) -> list[str]:
+    """Return the modules that workers need for these URLs."""
+    return [_EXECUTE, *sorted({type(storage_for(url)).__module__ for url in urls})]

@@ -1,0 +1,272 @@
+"""S3 by s3fs: ranges of an object that has not changed, multipart uploads, and conditional writes."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+import botocore.session
+from fsspec.asyn import sync
+from s3fs import S3FileSystem
+from s3fs.core import S3File
+
+from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.fsspec.errors import error_code, is_changed
+from raymerge.pipeline.stores.fsspec.loop import WRITE_SECONDS, run_bounded
+from raymerge.pipeline.stores.fsspec.writer import FsspecWriter, WholeWriter
+from raymerge.pipeline.stores.remote import CHUNK_NBYTES, NUM_REQUESTS, REQUEST_SECONDS
+from raymerge.pipeline.stores.seam import Buffer, Writer
+
+if TYPE_CHECKING:
+    from raymerge.pipeline.stores.fsspec.storage import FsspecStorage
+
+PART_NBYTES = 8 * 2**20
+"""Of an upload; more where that would make too many parts. Smaller files are put in one piece."""
+
+_MAX_NUM_PARTS = 10_000
+_CONNECT_SECONDS = 5
+
+
+class S3Requests:
+    """What s3fs is asked for beyond what every file system has. Also keeps locks: S3 has conditional writes."""
+
+    def __init__(self, storage: FsspecStorage) -> None:
+        self.credentials = "before credentials were looked for"
+        """Which ones requests are made with, for messages."""
+        self._storage = storage
+        self._lock = threading.Lock()
+        self._filesystem: Any = None
+
+    @property
+    def filesystem(self) -> Any:
+        """The one file system of this process.
+
+        Each request is made once: faults are counted, and tried again after, in one place for all stores.
+        """
+        with self._lock:
+            if self._filesystem is None:
+                found = botocore.session.get_session().get_credentials()
+                self.credentials = (
+                    f"with the AWS credentials found by `{found.method}`"
+                    if found
+                    else "without AWS credentials, as none were found"
+                )
+                self._filesystem = S3FileSystem(
+                    anon=found is None,
+                    skip_instance_cache=True,
+                    use_listings_cache=False,
+                    config_kwargs={
+                        "connect_timeout": _CONNECT_SECONDS,
+                        "read_timeout": REQUEST_SECONDS,
+                        "retries": {"total_max_attempts": 1},
+                        "max_pool_connections": 4 * NUM_REQUESTS,
+                    },
+                )
+                self._filesystem.retries = 1
+            return self._filesystem
+
+    def close(self) -> None:
+        """Let go of connections."""
+        with self._lock:
+            self._filesystem = None  # it closes them when nobody uses it any more
+
+    # reading
+
+    @contextmanager
+    def open_range(self, file: StoredFile, start: int, stop: int) -> Iterator[tuple[int, str, Iterator[bytes]]]:
+        """Ask for bytes [start, stop) of an object if it has not changed; return its size, etag, and the body."""
+        filesystem = self.filesystem
+        answer = self._request("get_object", file.url, Range=f"bytes={start}-{stop - 1}", IfMatch=f'"{file.etag}"')
+        body = answer["Body"]
+        total_nbytes = int(answer["ContentRange"].rpartition("/")[2])
+        try:
+            yield total_nbytes, answer["ETag"].strip('"'), _read_chunks(filesystem.loop, body)
+        finally:
+            filesystem.loop.call_soon_threadsafe(body.close)
+
+    # writing
+
+    def open_writer(self, url: str, nbytes: int, *, exclusive: bool) -> Writer:
+        """Begin an object."""
+        if nbytes <= PART_NBYTES:
+            return WholeWriter(self._storage, url, nbytes, lambda data: self._put_small(url, data, exclusive=exclusive))
+        return _PartsWriter(self._storage, url, nbytes, self._open_parts(url, nbytes, exclusive=exclusive))
+
+    def _put_small(self, url: str, data: bytes, *, exclusive: bool) -> None:
+        """Write an object; where there is one of this content, it is our own and the answer was lost, or as good."""
+
+        def put() -> None:
+            if not exclusive:
+                self.put(url, data)
+            elif self.put(url, data, mode="create") is None and not self._holds(url, data):
+                raise FileExistsError(f"{url}: there is an object of this name")
+
+        self._storage.change("PUT", url, put)
+
+    def _holds(self, url: str, data: bytes) -> bool:
+        """Tell whether an object has this content."""
+        try:
+            file = self._storage.stat(url)
+            return file.nbytes == len(data) and self._storage.read(url, len(data)) == data
+        except FileNotFoundError:
+            return False
+
+    def _open_parts(self, url: str, nbytes: int, *, exclusive: bool) -> _PartsFile:
+        part_nbytes = max(PART_NBYTES, -(-nbytes // _MAX_NUM_PARTS))
+        filesystem, path = self._storage.locate(url)
+
+        def patiently(operation: str, function: Callable[[], Any]) -> Any:
+            return self._storage.change(operation, url, function)
+
+        return _PartsFile(patiently, filesystem, path, "xb" if exclusive else "wb", part_nbytes)
+
+    def put(self, url: str, data: bytes, **conditions: str) -> str | None:
+        """Write an object and return its etag; None where a condition does not hold."""
+        filesystem, path = self._storage.locate(url)
+        try:
+            answer = run_bounded(filesystem, "pipe_file", path, data, seconds=WRITE_SECONDS, **conditions)
+        except FileExistsError:
+            return None
+        except OSError as error:
+            if is_changed(error):
+                return None
+            raise
+        return str(answer["ETag"]).strip('"')
+
+    # locking
+
+    def create(self, url: str, data: bytes) -> str | None:
+        """Write an object unless there is one, and return its etag; None where there is one."""
+        return self._storage.change("PUT", url, lambda: self.put(url, data, mode="create"))
+
+    def replace(self, url: str, data: bytes, etag: str) -> str | None:
+        """Write an object that has this etag still, and return its new one; None where it has not, or is gone."""
+
+        def put() -> str | None:
+            try:
+                return self.put(url, data, IfMatch=f'"{etag}"')
+            except FileNotFoundError as error:
+                if error_code(error) == "NoSuchBucket":
+                    raise
+                return None
+
+        return self._storage.change("PUT", url, put)
+
+    def read_with_age(self, url: str) -> tuple[bytes, str, float] | None:
+        """Return an object's content, etag, and the seconds since it was written by the store's clock; None if gone."""
+
+        def read() -> tuple[bytes, str, float]:
+            answer = self._request("get_object", url)
+            content = b"".join(_read_chunks(self.filesystem.loop, answer["Body"]))
+            date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+            now = parsedate_to_datetime(date) if date else datetime.now(UTC)
+            return content, answer["ETag"].strip('"'), (now - answer["LastModified"]).total_seconds()
+
+        try:
+            return self._storage.ask("GET", url, read)
+        except FileNotFoundError:
+            return None
+
+    def delete_if(self, url: str, etag: str) -> None:
+        """Delete an object if it has this etag still: asked first, as not every S3 knows conditions on a DELETE."""
+        filesystem, path = self._storage.locate(url)
+        info = self._storage.ask("HEAD", url, lambda: run_bounded(filesystem, "info", path), is_once=True)
+        if info["ETag"].strip('"') == etag:
+            self._storage.ask(
+                "DELETE", url, lambda: self._request("delete_object", url, IfMatch=f'"{etag}"'), is_once=True
+            )
+
+    def _request(self, method: str, url: str, **parameters: Any) -> Any:
+        filesystem, path = self._storage.locate(url)
+        bucket, key, _ = filesystem.split_path(path)
+        return run_bounded(filesystem, "call_s3", method, Bucket=bucket, Key=key, **parameters)
+
+
+class _PartsFile(S3File):  # type: ignore[misc]
+    """An s3fs file whose requests are tried again one by one: what it was given is not asked for twice."""
+
+    def __init__(
+        self,
+        patiently: Callable[[str, Callable[[], Any]], Any],
+        filesystem: Any,
+        path: str,
+        mode: str,
+        part_nbytes: int,
+    ) -> None:
+        self._patiently = patiently
+        super().__init__(filesystem, path, mode, block_size=part_nbytes, autocommit=False)
+
+    def _call_s3(self, method: str, *kwarglist: Any, **kwargs: Any) -> Any:
+        def request() -> Any:
+            call = self.fs._call_s3, method, self.s3_additional_kwargs, *kwarglist
+            try:
+                return sync(self.fs.loop, *call, timeout=WRITE_SECONDS, **kwargs)
+            except OSError as error:
+                if "IfNoneMatch" in kwargs and is_changed(error):
+                    raise FileExistsError(f"{self.path}: there is an object of this name") from None
+                raise
+
+        return self._patiently(method, request)
+
+
+class _PartsWriter(FsspecWriter):
+    """Uploads a file in parts, one after the other."""
+
+    def __init__(self, storage: FsspecStorage, url: str, nbytes: int, file: _PartsFile) -> None:
+        super().__init__(storage, url, nbytes)
+        self._file = file
+
+    def _append(self, data: Buffer) -> None:
+        while data:  # it sends all that it has at once
+            piece = data[: self._file.blocksize - self._file.buffer.tell()]
+            self._file.write(piece)
+            data = data[piece.nbytes :]
+
+    def _finish(self) -> None:
+        self._file.close()  # sends what is left
+        try:
+            self._file.commit()
+        except (OutputError, FileExistsError):
+            if not self._is_complete():
+                raise
+
+    def _discard(self) -> None:
+        self._file.closed = True  # it would begin an upload when it is thrown away
+        self._file.discard()
+
+    def _is_complete(self) -> bool:
+        """Tell whether the parts have become the object, and only the answer was lost."""
+        parts = self._file.parts
+        digest = hashlib.md5(b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts), usedforsecurity=False)
+        with suppress(OSError):
+            return self.storage.stat(self.url).etag == f"{digest.hexdigest()}-{len(parts)}"
+        return False
+
+
+def _read_chunks(loop: Any, body: Any) -> Iterator[bytes]:
+    """Yield a body in chunks, up to where it breaks."""
+    error: Exception | None = None
+
+    async def read_chunk() -> bytes:
+        nonlocal error
+        chunk = bytearray()
+        try:
+            while len(chunk) < CHUNK_NBYTES:
+                data = await body.read(CHUNK_NBYTES - len(chunk))
+                if not data:
+                    break
+                chunk += data
+        except Exception as caught:
+            error = caught
+        return bytes(chunk)
+
+    while chunk := sync(loop, read_chunk, timeout=REQUEST_SECONDS):
+        yield chunk
+    if error is not None:
+        raise error

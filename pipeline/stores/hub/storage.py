@@ -1,0 +1,381 @@
+"""The Hugging Face Hub: ranged reads of pinned commits, and outputs that appear in one commit.
+
+A journal and a lock cannot live in a repository; they are kept on this machine, beside the stage of what is written and
+not published yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock as ThreadLock
+
+from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
+from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.hub.api import (
+    HubApi,
+    HubPath,
+    find_endpoint,
+    is_missing,
+    is_offline,
+    parse_hub_url,
+    root_of,
+)
+from raymerge.pipeline.stores.hub.cache import find_cached, find_cached_commit, list_cached, not_cached
+from raymerge.pipeline.stores.hub.commit import ATTRIBUTES, check_parent, prepare_branch, publish_branch
+from raymerge.pipeline.stores.hub.lfs import NUM_PARTS
+from raymerge.pipeline.stores.hub.stage import Stage, StagedFile
+from raymerge.pipeline.stores.hub.target import HubTarget
+from raymerge.pipeline.stores.hub.writer import HubWriter
+from raymerge.pipeline.stores.local.storage import LocalStorage
+from raymerge.pipeline.stores.local.writer import file_etag
+from raymerge.pipeline.stores.remote import CHUNK_NBYTES, RemoteStorage
+from raymerge.pipeline.stores.retry import Fault
+from raymerge.pipeline.stores.seam import Buffer, ByteRange, Lock, Writer
+from raymerge.pipeline.stores.web import reader as web_reader
+from raymerge.pipeline.stores.web.client import WebClient, origin_of
+from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, classify_web
+
+_JOURNAL = ".raymerge"
+_MAX_EXPIRIES = 5
+"""In a row, of the signed URLs of one file."""
+
+Tree = Mapping[str, tuple[int, str]]
+
+
+class HubStorage(RemoteStorage):
+    """Model repositories of the Hub."""
+
+    write_nbytes = 2 * NUM_PARTS * CHUNK_NBYTES
+
+    def __init__(self, *, private: bool) -> None:
+        """Begin.
+
+        Args:
+            private: whether repositories that are made are private.
+        """
+        super().__init__()
+        self._private = private
+        self._client = WebClient()
+        self._api = HubApi(self._client)
+        self._local = LocalStorage()
+        self._guard = ThreadLock()
+        self._trees: dict[HubPath, Tree] = {}
+        self._cached: dict[StoredFile, StoredFile | None] = {}
+        self._targets: dict[StoredFile, HubTarget] = {}
+
+    def absolute(self, url: str) -> str:  # noqa: D102
+        return parse_hub_url(url).url
+
+    def resolve(self, url: str) -> str:
+        """Return the URL at the commit that its branch is now, by which inputs are known too."""
+        place = parse_hub_url(url)
+        if place.is_pinned or is_offline():
+            return place.url
+        with self._reading(place):
+            try:
+                return place.at(self._api.find_commit(place)[0]).url
+            except RefusalError as error:
+                if not is_missing(error):
+                    raise
+                return place.url
+
+    def check_space(self, url: str, nbytes: int) -> None:
+        """Refuse what is no branch; how much room there is cannot be known."""
+        _check_writable(parse_hub_url(url))
+
+    def pin(self, url: str, revision: str | None) -> str:
+        """Return the URL of a directory at the commit that a revision is now: one request, two for a gated model."""
+        place = parse_hub_url(url)
+        if revision is not None and "@" in url:
+            raise CheckpointError(f"{url}: a revision is in the URL already, and {revision!r} is given too; leave one")
+        places = [place.at(revision or place.revision)]
+        if revision is not None and "/" in revision:  # org/name@revision/directory, in a config
+            first, _, rest = revision.partition("/")
+            places.append(HubPath(place.repo, first, "/".join(filter(None, (rest, place.path)))))
+        if is_offline():
+            return place.at(find_cached_commit(places[0])).url
+        for number, candidate in enumerate(places, start=1):
+            try:
+                commit, is_gated = self._api.find_commit(candidate)
+                if is_gated:
+                    self._check_access(candidate.at(commit))
+                return candidate.at(commit).url
+            except RefusalError as error:
+                if error.headers.get("X-Error-Code") != "RevisionNotFound" or number == len(places):
+                    raise CheckpointError(self._api.explain(error, places[0])) from None
+            except BrokenError as error:
+                raise FetchError(self._api.explain(error, places[0])) from None
+        raise AssertionError(places)
+
+    def stat(self, url: str) -> StoredFile:  # noqa: D102
+        place = parse_hub_url(url)
+        if _is_journal(place):
+            return replace(self._local.stat(Stage(root_of(place)).journal_path(place.path)), url=url)
+        if place.is_pinned:
+            found = self._read_tree(place).get(place.path)
+        else:
+            staged = Stage(root_of(place)).find(place.path)
+            found = self._find_on_branch(place) if staged is None else _size_and_etag(staged)
+        if found is None:
+            raise FileNotFoundError(f"{url}: no such file")
+        return StoredFile(url, *found)
+
+    def list(self, url: str) -> Mapping[str, StoredFile]:  # noqa: D102
+        place = parse_hub_url(url)
+        found: dict[str, tuple[int, str]] = {}
+        if place.is_pinned:
+            found |= self._read_tree(place)
+        elif not _is_journal(place):
+            found |= self._read_branch(place)
+        found.pop(ATTRIBUTES, None)
+        prefix = f"{place.path}/" if place.path else ""
+        base = place.url
+        files = {
+            path.removeprefix(prefix): StoredFile(f"{base}/{path.removeprefix(prefix)}", *entry)
+            for path, entry in found.items()
+            if path.startswith(prefix)
+        }
+        if not place.is_pinned:
+            for name, file in self._local.list(Stage(root_of(place)).journal_path(place.path)).items():
+                if _JOURNAL in (prefix + name).split("/"):
+                    files[name] = replace(file, url=f"{base}/{name}")
+        return dict(sorted(files.items()))
+
+    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:
+        """Fill each buffer with its range, from this machine where the bytes are here already."""
+        sources = {file: self._find_here(file) for file in dict.fromkeys(item.file for item in ranges)}
+        pairs = list(zip(ranges, buffers, strict=True))
+        for item in ranges:
+            if item.stop > item.file.nbytes:
+                raise FetchError(
+                    f"{item.file.url}: bytes {item.start:,} to {item.stop:,} were asked for,"
+                    f" and the file has {item.file.nbytes:,}"
+                )
+        here = [(replace(item, file=source), view) for item, view in pairs if (source := sources[item.file])]
+        if here:
+            self._local.read_into([item for item, _ in here], [view for _, view in here])
+        there = [(item, view) for item, view in pairs if sources[item.file] is None]
+        if there:
+            super().read_into([item for item, _ in there], [view for _, view in there])
+
+    def check_unchanged(self, file: StoredFile) -> None:
+        """Compare a file with what it was when the plan was made; a commit's files stay what they are."""
+        if parse_hub_url(file.url).is_pinned:
+            return
+        try:
+            found = self.stat(file.url)
+        except FileNotFoundError:
+            raise FetchError(f"{file.url}: was there when the plan was made, and has changed: it is deleted") from None
+        if found != file:
+            raise web_reader.changed(file, found.nbytes, found.etag)
+
+    def open_writer(  # noqa: D102
+        self, url: str, nbytes: int, partial_url: str | None = None, *, exclusive: bool = False
+    ) -> Writer:
+        place = parse_hub_url(url)
+        _check_writable(place)
+        stage = Stage(root_of(place))
+        if _is_journal(place):
+            return stage.open_journal(url, place.path, nbytes, exclusive=exclusive)
+
+        def is_there() -> bool:
+            staged = stage.find(place.path)
+            return self._find_on_branch(place) is not None if staged is None else staged.mode != "delete"
+
+        return HubWriter(url, place, nbytes, self._api, stage, is_there if exclusive else None)
+
+    def delete(self, url: str) -> None:
+        """Take a file out of what is to be published, or note that it is to be deleted then."""
+        place = parse_hub_url(url)
+        _check_writable(place)
+        stage = Stage(root_of(place))
+        if _is_journal(place):
+            self._local.delete(stage.journal_path(place.path))
+        elif self._find_on_branch(place) is not None:
+            stage.put(StagedFile(place.path, "delete", 0, ""))
+        else:
+            stage.remove([place.path])
+
+    @contextmanager
+    def lock(self, url: str, *, restart: bool = False) -> Iterator[Lock]:
+        """Hold a lock on this machine, and make sure that the branch is there and may be written to.
+
+        Runs on other machines are kept apart by the commit that the changes are to: only one can publish.
+        """
+        place = parse_hub_url(url)
+        _check_writable(place)
+        root = root_of(place)
+        stage = Stage(root)
+        try:
+            with stage.lock(url, place.path) as lock:
+                self._begin(root, stage, restart=restart)
+                try:
+                    yield lock
+                finally:
+                    if not stage.is_begun:
+                        stage.forget()
+        finally:
+            stage.tidy()
+
+    def publish(self, url: str, message: str) -> None:  # noqa: D102
+        place = parse_hub_url(url)
+        with self._writing(place):
+            publish_branch(self._api, place, Stage(root_of(place)), message)
+
+    def close(self) -> None:  # noqa: D102
+        super().close()
+        self._client.close()
+        self._local.close()
+        with self._guard:
+            self._trees.clear()
+            self._cached.clear()
+            self._targets.clear()
+
+    def store_name(self, url: str) -> str:  # noqa: D102
+        return find_endpoint()
+
+    def classify(self, error: Exception) -> Fault | None:  # noqa: D102
+        return classify_web(error)
+
+    def explain(self, error: Exception, url: str) -> FetchError:  # noqa: D102
+        return FetchError(self._api.explain(error, parse_hub_url(url)))
+
+    @contextmanager
+    def open_range(self, file: StoredFile, start: int, stop: int) -> Iterator[Iterator[Buffer]]:  # noqa: D102
+        target = self._find_target(file)
+        url = target.find(self._api)
+        headers = self._api.headers(url)
+        try:
+            with web_reader.open_range(self._client, url, headers, file, start, stop, target.check) as chunks:
+                target.num_expiries = 0
+                yield chunks
+        except RefusalError as error:
+            if error.status not in (401, 403) or origin_of(url) == origin_of(find_endpoint()):
+                raise
+            if target.forget(url) > _MAX_EXPIRIES:
+                raise
+            raise BrokenError("the signed URL is no longer good", Fault("403 expired URL")) from None
+
+    def _begin(self, root: HubPath, stage: Stage, *, restart: bool) -> None:
+        """Make sure that a branch can be written to, and note the commit that the changes are to."""
+        with self._writing(root):
+            head = prepare_branch(self._api, root, private=self._private)
+            if stage.is_begun and stage.parent not in (None, head):
+                try:
+                    check_parent(self._api, root, stage, head)
+                except OutputError:
+                    if not restart:
+                        raise
+                    stage.clear()
+                    stage.set_parent(head)
+            elif not stage.is_begun or stage.parent is None:
+                stage.set_parent(head)
+
+    def _find_target(self, file: StoredFile) -> HubTarget:
+        with self._guard:
+            return self._targets.setdefault(file, HubTarget(file))
+
+    def _find_here(self, file: StoredFile) -> StoredFile | None:
+        """Return the local file that has a file's bytes; None where they are to be read from the Hub."""
+        place = parse_hub_url(file.url)
+        if _is_journal(place):
+            return replace(file, url=Stage(root_of(place)).journal_path(place.path))
+        if place.is_pinned:
+            if file not in self._cached:
+                self._cached[file] = find_cached(place, file)
+            if self._cached[file] is None and is_offline():
+                raise not_cached(file)
+            return self._cached[file]
+        stage = Stage(root_of(place))
+        staged = stage.find(place.path)
+        if staged is None:
+            return None
+        found = _size_and_etag(staged)
+        if found is None:
+            raise FetchError(f"{file.url}: changed since the plan was made: it is deleted")
+        if found != (file.nbytes, file.etag):
+            raise web_reader.changed(file, *found)
+        return _stat_here(stage.content_path(staged)) if staged.mode == "regular" else None
+
+    def _find_on_branch(self, place: HubPath) -> tuple[int, str] | None:
+        """Return size and etag of a file as it is published now; None where there is none."""
+        with self._reading(place):
+            try:
+                return self._api.find_file(place)
+            except RefusalError as error:
+                if is_missing(error):
+                    return None
+                raise
+
+    def _read_tree(self, place: HubPath) -> Tree:
+        """Return what is in a commit, which is asked for once."""
+        root = root_of(place)
+        with self._guard:
+            known = self._trees.get(root)
+        if known is None:
+            with self._reading(place):
+                known = list_cached(root) if is_offline() else self._api.list_tree(root)
+            with self._guard:
+                self._trees[root] = known
+        return known
+
+    def _read_branch(self, place: HubPath) -> Tree:
+        """Return what is on a branch, and what will be once it is published; nothing where there is no such branch."""
+        with self._reading(place):
+            try:
+                found = self._api.list_tree(place)
+            except RefusalError as error:
+                if not is_missing(error):
+                    raise
+                found = {}
+        for path, staged in Stage(root_of(place)).read_all().items():
+            entry = _size_and_etag(staged)
+            if entry is None:
+                found.pop(path, None)
+            else:
+                found[path] = entry
+        return found
+
+    def _check_access(self, place: HubPath) -> None:
+        """Make sure that files of a gated repository may be read."""
+        url = f"/{place.repo}/resolve/{place.revision}/config.json"
+        try:
+            self._api.ask("HEAD", url, redirects=False)
+        except RefusalError as error:
+            if error.headers.get("X-Error-Code") != "EntryNotFound":
+                raise
+
+    @contextmanager
+    def _reading(self, place: HubPath) -> Iterator[None]:
+        try:
+            yield
+        except (RefusalError, BrokenError) as error:
+            raise FetchError(self._api.explain(error, place)) from None
+
+    @contextmanager
+    def _writing(self, place: HubPath) -> Iterator[None]:
+        try:
+            yield
+        except (RefusalError, BrokenError) as error:
+            raise OutputError(self._api.explain(error, place)) from None
+
+
+def _is_journal(place: HubPath) -> bool:
+    return _JOURNAL in place.path.split("/")
+
+
+def _check_writable(place: HubPath) -> None:
+    if place.is_pinned:
+        raise OutputError(f"{place.url}: a commit does not change; give a branch, or leave the revision out")
+
+
+def _size_and_etag(staged: StagedFile) -> tuple[int, str] | None:
+    return None if staged.mode == "delete" else (staged.nbytes, staged.etag)
+
+
+def _stat_here(path: Path) -> StoredFile:
+    status = path.stat()
+    return StoredFile(str(path), status.st_size, file_etag(status))

@@ -1,0 +1,296 @@
+"""Files of this machine: positioned reads into the caller's buffers, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat as stat_mode
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from raymerge.pipeline.errors import FetchError, HeldError, OutputError
+from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.changes import check_same
+from raymerge.pipeline.stores.local.writer import LocalWriter, file_etag, is_at, make_parents, output_error
+from raymerge.pipeline.stores.ranges import coalesce
+from raymerge.pipeline.stores.seam import Buffer, ByteRange, Lock, Storage, Writer
+
+_MAX_OPEN_FILES = 64
+_MAX_CALL_NBYTES = 2**30
+_MAX_CALL_BUFFERS = 1024
+_MAX_LOCK_TRIES = 1000
+
+
+def local_path(url: str) -> Path:
+    """Return the path that a plain path or a file:// URL means.
+
+    >>> local_path("file:///models/a%20b").as_posix(), local_path("models/a%20b").as_posix()
+    ('/models/a b', 'models/a%20b')
+    """
+    return Path(unquote(urlsplit(url).path)) if url.startswith("file://") else Path(url)
+
+
+class LocalStorage(Storage):
+    """Local disk, or what is mounted as one."""
+
+    def __init__(self) -> None:
+        self._files = _OpenFiles(_MAX_OPEN_FILES)
+
+    def absolute(self, url: str) -> str:  # noqa: D102
+        return str(local_path(url).expanduser().absolute())
+
+    def resolve(self, url: str) -> str:  # noqa: D102
+        return str(local_path(url).resolve())
+
+    def stat(self, url: str) -> StoredFile:  # noqa: D102
+        try:
+            status = local_path(url).stat()
+        except NotADirectoryError as error:
+            raise FileNotFoundError(error.errno, "no such file", url) from error
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise FetchError(f"{url}: {error.strerror}") from error
+        if not stat_mode.S_ISREG(status.st_mode):
+            raise FileNotFoundError(f"{url}: not a file")
+        return StoredFile(url, status.st_size, file_etag(status))
+
+    def list(self, url: str) -> Mapping[str, StoredFile]:
+        """Return the files below a directory; links to files count, links to directories are not followed."""
+        root = local_path(url)
+        found = {}
+        for directory, _, names in os.walk(root, onerror=_refuse_unreadable):
+            for path in (Path(directory, name) for name in names):
+                if path.is_file():
+                    name = path.relative_to(root).as_posix()
+                    with suppress(FileNotFoundError):  # deleted just now
+                        found[name] = self.stat(f"{url}/{name}")
+        return dict(sorted(found.items()))
+
+    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:  # noqa: D102
+        views = [buffer.cast("B") for buffer in buffers]
+        for item, view in zip(ranges, views, strict=True):
+            if view.nbytes != item.nbytes:
+                raise ValueError(f"a buffer of {view.nbytes} bytes for a range of {item.nbytes}")
+        for group in coalesce(ranges, max_gap=0, max_nbytes=_MAX_CALL_NBYTES):
+            with self._files.opened(group.file) as descriptor:
+                run: list[Buffer] = []
+                start = stop = group.start
+                for member in group.members:
+                    if ranges[member].start != stop or len(run) == _MAX_CALL_BUFFERS:
+                        _read_run(descriptor, group.file, start, run)
+                        run, start = [], ranges[member].start
+                    run.append(views[member])
+                    stop = ranges[member].stop
+                _read_run(descriptor, group.file, start, run)
+                _check_same(group.file, os.fstat(descriptor))
+
+    def will_read(self, ranges: Sequence[ByteRange]) -> None:
+        """Have the kernel read ahead into the page cache, where it can be told to."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for group in coalesce(ranges, max_gap=0, max_nbytes=_MAX_CALL_NBYTES):
+            with suppress(OSError), self._files.opened(group.file) as descriptor:
+                os.posix_fadvise(descriptor, group.start, group.stop - group.start, os.POSIX_FADV_WILLNEED)
+
+    def check_unchanged(self, file: StoredFile) -> None:  # noqa: D102
+        try:
+            status = local_path(file.url).stat()
+        except OSError as error:
+            raise FetchError(f"{file.url}: was there when the plan was made: {error.strerror}") from error
+        _check_same(file, status)
+
+    def open_writer(  # noqa: D102
+        self, url: str, nbytes: int, partial_url: str | None = None, *, exclusive: bool = False
+    ) -> Writer:
+        path = local_path(url)
+        partial = local_path(partial_url) if partial_url else path.with_name(f".{path.name}.partial")
+        return LocalWriter(url, path, partial, nbytes, exclusive=exclusive)
+
+    def check_space(self, url: str, nbytes: int) -> None:
+        """Compare with what is free in the directory, or in the one that it will be made in."""
+        path = local_path(url).absolute()
+        try:
+            directory = next(parent for parent in (path, *path.parents) if parent.is_dir())
+            status = os.statvfs(directory)
+        except OSError:
+            return  # whoever writes there is told
+        free_nbytes = (status.f_bavail if os.geteuid() else status.f_bfree) * status.f_frsize
+        if status.f_blocks and free_nbytes < nbytes:  # some file systems do not say
+            raise OutputError(
+                f"{path}: {nbytes:,} bytes are still to be written, {free_nbytes:,} are free in {directory};"
+                " free space there, or choose another directory"
+            )
+
+    def delete(self, url: str) -> None:
+        """Delete a file; a hidden directory goes with its last file."""
+        path = local_path(url)
+        try:
+            path.unlink(missing_ok=True)
+        except NotADirectoryError:
+            return
+        except OSError as error:
+            raise output_error(error, path, "cannot be deleted") from error
+        _remove_if_spent(path.parent)
+
+    @contextmanager
+    def lock(self, url: str, *, restart: bool = False) -> Iterator[Lock]:
+        """Hold an advisory lock on a file, which says who holds it and is gone afterwards."""
+        path = local_path(url)
+        descriptor = _lock(path)
+        try:
+            yield Lock()
+        finally:
+            if is_at(path, descriptor):
+                path.unlink(missing_ok=True)
+            os.close(descriptor)
+            _remove_if_spent(path.parent)
+
+    def close(self) -> None:  # noqa: D102
+        self._files.close()
+
+
+class _OpenFile:
+    """An open file, how many threads are reading it, and whether it is to be closed after the last."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.num_users = 0
+        self.is_evicted = False
+
+
+class _OpenFiles:
+    """Keeps the files read last open. Each was, when it was opened, the one that was planned with."""
+
+    def __init__(self, max_open: int) -> None:
+        self._max_open = max_open
+        self._lock = threading.Lock()
+        self._files: OrderedDict[StoredFile, _OpenFile] = OrderedDict()
+
+    @contextmanager
+    def opened(self, file: StoredFile) -> Iterator[int]:
+        """Lend a descriptor; it stays open at least as long as the context."""
+        with self._lock:
+            entry = self._files.get(file)
+            if entry is None:
+                entry = self._files[file] = _OpenFile(_open(file))
+            self._files.move_to_end(file)
+            entry.num_users += 1
+            while len(self._files) > self._max_open:
+                self._evict(next(iter(self._files)))
+        try:
+            yield entry.descriptor
+        finally:
+            with self._lock:
+                entry.num_users -= 1
+                if entry.is_evicted and not entry.num_users:
+                    os.close(entry.descriptor)
+
+    def close(self) -> None:
+        """Close what nobody is reading, and the rest when they are done."""
+        with self._lock:
+            for file in list(self._files):
+                self._evict(file)
+
+    def _evict(self, file: StoredFile) -> None:
+        entry = self._files.pop(file)
+        entry.is_evicted = True
+        if not entry.num_users:
+            os.close(entry.descriptor)
+
+
+def _open(file: StoredFile) -> int:
+    try:
+        descriptor = os.open(local_path(file.url), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise FetchError(f"{file.url}: cannot be opened: {error.strerror}") from error
+    try:
+        _check_same(file, os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _read_run(descriptor: int, file: StoredFile, start: int, buffers: Sequence[Buffer]) -> None:
+    """Fill buffers one after the other with the bytes from `start`."""
+    todo = [buffer for buffer in buffers if buffer.nbytes]
+    stop = start + sum(buffer.nbytes for buffer in todo)
+    offset = start
+    while todo:
+        try:
+            got = os.preadv(descriptor, todo, offset)
+        except OSError as error:
+            where = f"bytes {offset:,} to {stop:,} of {file.nbytes:,}"
+            raise FetchError(f"{file.url}: {where} could not be read: {error.strerror}") from error
+        if not got:
+            raise FetchError(
+                f"{file.url}: bytes {start:,} to {stop:,} were expected, the file ends at {offset:,};"
+                " it was cut short while it was read"
+            )
+        offset += got
+        while todo and got >= todo[0].nbytes:
+            got -= todo.pop(0).nbytes
+        if got:
+            todo[0] = todo[0][got:]
+
+
+def _check_same(file: StoredFile, status: os.stat_result) -> None:
+    check_same(file, status.st_size, file_etag(status))
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise FetchError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+
+def _lock(path: Path) -> int:
+    """Return a descriptor that holds the lock, on the file that is there now and not on one just deleted."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    for _ in range(_MAX_LOCK_TRIES):
+        try:
+            make_parents(path)
+        except OSError as error:
+            raise output_error(error, path, "cannot be created") from error
+        try:
+            descriptor = os.open(path, flags, 0o644)
+        except FileNotFoundError:  # another run has just deleted the directory
+            continue
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OutputError(f"{path}: a link, and a lock is needed there; delete the link") from error
+            raise output_error(error, path, "cannot be created") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_at(path, descriptor):
+                since = datetime.now(UTC).astimezone().isoformat(sep=" ", timespec="seconds")
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"pid {os.getpid()}, since {since}".encode(), 0)
+                return descriptor
+            os.close(descriptor)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace")
+            os.close(descriptor)
+            raise HeldError(
+                f"another raymerge run ({holder or 'just started'}) is writing to {path.parent};"
+                " wait for it to end, or choose another directory"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise output_error(error, path, "cannot be locked") from error
+    raise OutputError(
+        f"{path}: deleted each of the {_MAX_LOCK_TRIES:,} times that it was made;"
+        " wait until nobody else writes there, or choose another directory"
+    )
+
+
+def _remove_if_spent(directory: Path) -> None:
+    if directory.name.startswith("."):
+        with suppress(OSError):
+            directory.rmdir()

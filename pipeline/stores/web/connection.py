@@ -1,0 +1,62 @@
+"""Connections to web servers: through which proxy, and with which certificates."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+from base64 import b64encode
+from functools import cache
+from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from raymerge.pipeline.stores.remote import CHUNK_NBYTES
+from raymerge.pipeline.stores.web.errors import BrokenError
+
+
+def make_connection(parts: SplitResult, proxy: SplitResult | None) -> http.client.HTTPConnection:
+    """Return what a request to a host is sent through.
+
+    Raises:
+        BrokenError: the environment names a proxy of a kind that is not supported.
+    """
+    host, port = parts.hostname or "", parts.port
+    if proxy is not None and proxy.scheme != "http":
+        raise BrokenError(f"a {proxy.scheme}:// proxy is set, and only http:// ones are supported", None)
+    through = (proxy.hostname or "", proxy.port or 80) if proxy else (host, port)
+    if parts.scheme != "https":
+        return http.client.HTTPConnection(*through, blocksize=CHUNK_NBYTES)
+    connection = http.client.HTTPSConnection(*through, context=_tls_context(), blocksize=CHUNK_NBYTES)
+    if proxy is not None:
+        connection.set_tunnel(host, port or 443, proxy_credentials(proxy))
+    return connection
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    from httpx2 import create_ssl_context  # where huggingface_hub takes its certificates from
+
+    try:
+        return create_ssl_context()
+    except OSError as error:
+        hint = "SSL_CERT_FILE or SSL_CERT_DIR names a file that is not there, or that has no certificate (PEM)"
+        raise BrokenError(f"no certificates: {hint}: {error}", None) from None
+
+
+def find_proxy(parts: SplitResult) -> SplitResult | None:
+    """Return the proxy that the environment names for a URL, if it does."""
+    proxies = getproxies()
+    found = proxies.get(parts.scheme) or proxies.get("all")
+    if not found or proxy_bypass(parts.hostname or ""):
+        return None
+    return urlsplit(found if "://" in found else f"http://{found}")
+
+
+def proxy_credentials(proxy: SplitResult) -> dict[str, str]:
+    """Return the headers by which a proxy knows us."""
+    return {"Proxy-Authorization": basic_credentials(proxy)} if proxy.username else {}
+
+
+def basic_credentials(parts: SplitResult) -> str:
+    """Return the Authorization header for the user and password in a URL."""
+    text = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+    return f"Basic {b64encode(text.encode()).decode()}"

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_model, resolve_models
+from raymerge.pipeline.errors import CheckpointError
+from raymerge.pipeline.plan.types import ModelRef
+
+SHARDS = {
+    "model-00001-of-00002.safetensors": {"b": torch.ones(2, 3), "a": torch.zeros(4, dtype=torch.bfloat16)},
+    "model-00002-of-00002.safetensors": {"c": torch.arange(5)},
+}
+WEIGHT_MAP = {tensor: file for file, tensors in SHARDS.items() for tensor in tensors}
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    path = tmp_path / "org" / "sharded"
+    path.mkdir(parents=True)
+    for name, tensors in SHARDS.items():
+        safetensors.torch.save_file(tensors, path / name)
+    write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": 72}, "weight_map": WEIGHT_MAP})
+    write_json(path / "config.json", {"model_type": "llama"})
+    return path
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    path = tmp_path / "single"
+    path.mkdir()
+    safetensors.torch.save_file({"a": torch.ones(2)}, path / "model.safetensors")
+    write_json(path / "config.json", {"model_type": "llama"})
+    return path
+
+
+def resolve(path: Path | str) -> Checkpoint:
+    return resolve_model(ModelRef(str(path)))
+
+
+def names(checkpoint: Checkpoint) -> list[str]:
+    return [Path(file.url).relative_to(checkpoint.url).as_posix() for file in checkpoint.weight_files]
+
+
+def test_sharded(sharded: Path) -> None:
+    checkpoint = resolve(sharded)
+    assert checkpoint.model == ModelRef(str(sharded))
+    assert checkpoint.url == str(sharded)
+    assert checkpoint.config == {"model_type": "llama"}
+    assert checkpoint.config_text == '{"model_type": "llama"}'
+    assert names(checkpoint) == sorted(SHARDS)
+    assert [file.nbytes for file in checkpoint.weight_files] == [(sharded / name).stat().st_size for name in SHARDS]
+    assert checkpoint.weight_map == WEIGHT_MAP
+    assert checkpoint.side_files == ()
+    assert checkpoint.other_weights == ()
+
+
+def test_single(single: Path) -> None:
+    checkpoint = resolve(single)
+    assert names(checkpoint) == ["model.safetensors"]
+    assert checkpoint.weight_map is None
+
+
+def test_several_in_the_order_given(single: Path, sharded: Path) -> None:
+    models = [ModelRef(str(sharded)), ModelRef(str(single)), ModelRef(str(sharded))]
+    assert [checkpoint.model for checkpoint in resolve_models(models)] == models
+
+
+def test_the_index_wins_over_a_single_file(sharded: Path) -> None:
+    safetensors.torch.save_file({"x": torch.ones(2)}, sharded / "model.safetensors")
+    checkpoint = resolve(sharded)
+    assert names(checkpoint) == sorted(SHARDS)
+    assert checkpoint.other_weights == ("model.safetensors",)
+
+
+@pytest.mark.parametrize("how", ["relative", "dot", "home", "url"])
+def test_ways_to_name_a_directory(single: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.chdir(single.parent)
+    monkeypatch.setenv("HOME", str(single.parent))
+    path = {"relative": "single", "dot": "./single/", "home": "~/single", "url": single.as_uri()}[how]
+    checkpoint = resolve(path)
+    assert checkpoint.url == str(single)
+    assert checkpoint.model.path == path
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, single: Path) -> Path:
+    """A model in the Hub's cache, with a side file in a directory of its own."""
+    snapshot = tmp_path / "hub" / "snapshots" / "abc"
+    (snapshot / "1_Pooling").mkdir(parents=True)
+    (single / "1_Pooling").mkdir()
+    (single / "1_Pooling" / "config.json").write_text("{}")
+    for k, path in enumerate(sorted(path for path in single.rglob("*") if path.is_file())):
+        blob = tmp_path / "hub" / "blobs" / f"{k}"
+        blob.parent.mkdir(exist_ok=True)
+        path.rename(blob)
+        link = snapshot / path.relative_to(single)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_links_as_in_a_hub_cache(snapshot: Path, tmp_path: Path) -> None:
+    assert [name for name, _ in resolve(snapshot).side_files] == ["1_Pooling/config.json"]
+    assert resolve(snapshot).weight_files[0].nbytes == (snapshot / "model.safetensors").stat().st_size
+    (tmp_path / "link").symlink_to(snapshot)
+    assert len(resolve(tmp_path / "link").side_files) == 1
+
+
+def test_links_within_a_model(single: Path) -> None:
+    (single / "vocab.json").write_text("{}")
+    (single / "other.json").symlink_to("vocab.json")
+    assert [name for name, _ in resolve(single).side_files] == ["other.json", "vocab.json"]
+
+
+@pytest.mark.parametrize("name", ["extra.txt", "config.json", "deep/down.txt"])
+@pytest.mark.parametrize("kind", ["single", "snapshot"])
+def test_links_out_of_a_model(name: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    model: Path = request.getfixturevalue(kind)
+    (tmp_path / "secret.json").write_text("{}")
+    link = model / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(tmp_path / "secret.json", link.parent))
+    refuse(model, f"{link}: a link to {tmp_path}/secret.json, outside .*replace the link by the file")
+
+
+def test_weights_may_be_links_to_anywhere(sharded: Path, tmp_path: Path) -> None:
+    for path in list(sharded.glob("model*")):
+        (sharded / path.name).rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    assert names(resolve(sharded)) == sorted(SHARDS)
+
+
+def test_side_files(single: Path) -> None:
+    side = ["1_Pooling/config.json", "chat_template.jinja", "checkpoint-notes.txt", "docs/runs/x.txt",
+            "generation_config.json", "merges.txt", "modeling_x.py",
+            "tokenizer.json", "tokenizer.model", "vocab.json", "with space/ümläut.txt"]  # fmt: skip
+    weights = ["2_Dense/model.safetensors", "consolidated.safetensors", "model.gguf", "onnx/model.onnx",
+               "optimizer.pt", "original/consolidated.00.pth", "pytorch_model-00001-of-00002.bin", "rust_model.h5",
+               "flax_model.msgpack", "x.ckpt", "onnx/model.onnx_data", "rust_model.ot", "x.tflite", "x.pkl", "x.npz",
+               "x.npy", "x.distcp", "x.mlmodel", "x.mar", "x.nemo", "checkpoint-500/optimizer.pt"]  # fmt: skip
+    ignored = ["README.md", "mergekit_config.yml", "raymerge_manifest.json", ".gitattributes", ".git/HEAD",
+               ".cache/x/y", "__pycache__/modeling_x.pyc", "model.lock", "x.incomplete", "pytorch_model.bin.index.json",
+               "2_Dense/model.safetensors.index.json", ".hidden/README.md", "checkpoint-500/tokenizer.json",
+               "checkpoint-500/a/b.json", "runs/Jan01/events.out.tfevents.1", "adapter_config.json",
+               "lora/adapter_config.json"]  # fmt: skip
+    for name in [*side, *weights, *ignored]:
+        (single / name).parent.mkdir(parents=True, exist_ok=True)
+        (single / name).write_text("content")
+    checkpoint = resolve(single)
+    assert [name for name, _ in checkpoint.side_files] == sorted(side)
+    assert all(file.url == f"{single}/{name}" and file.nbytes == 7 for name, file in checkpoint.side_files)
+    assert list(checkpoint.other_weights) == sorted(weights)
+
+
+# what cannot be merged
+
+
+def refuse(path: Path | str, message: str) -> str:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        resolve(path)
+    return str(caught.value)
+
+
+def test_no_such_directory(tmp_path: Path) -> None:
+    refuse(tmp_path / "missing", "no such directory")
+    refuse("./missing", "no such directory")
+    refuse("missing", "no such directory")
+
+
+def test_a_file_instead_of_a_directory(single: Path) -> None:
+    refuse(single / "model.safetensors", "a file, not a directory; give the directory")
+
+
+def test_a_revision_of_a_directory(single: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"single@main: .* a directory has no revisions; check out 'main' there"):
+        resolve_model(ModelRef(str(single), "main"))
+
+
+def test_no_config(single: Path) -> None:
+    (single / "config.json").unlink()
+    refuse(single, "no config.json")
+
+
+def test_an_empty_directory(tmp_path: Path) -> None:
+    refuse(tmp_path, "nothing is there")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON in UTF-8"),
+        (b"{", "not JSON in UTF-8"),
+        (b"\xff", "not JSON in UTF-8"),
+        (b"[]", "a JSON list, an object is expected"),
+        (b"3", "a JSON int, an object is expected"),
+        (b'{"a":"\\ud800"}', "not JSON in UTF-8"),
+        (b"[" * 100_000, "not JSON in UTF-8"),
+        (b'{"a":' + b"9" * 5_000 + b"}", "not JSON in UTF-8"),
+    ],
+    ids=["empty", "cut", "not UTF-8", "list", "number", "lone surrogate", "deep", "5,000 digits"],
+)
+def test_malformed_json(sharded: Path, name: str, content: bytes, message: str) -> None:
+    (sharded / name).write_bytes(content)
+    refuse(sharded, f"{name}: {message}.*; download the checkpoint again")
+
+
+def test_huge_json(sharded: Path) -> None:
+    os.truncate(sharded / "config.json", 17 * 2**20)
+    refuse(sharded, "config.json: 17,825,792 bytes, at most 16,777,216 are expected")
+    os.truncate(sharded / "config.json", 0)
+    write_json(sharded / "config.json", {})
+    os.truncate(sharded / "model.safetensors.index.json", 2**30)
+    refuse(sharded, "index.json: 1,073,741,824 bytes, at most 536,870,912 are expected")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, "weight_map must be a mapping"),
+        ({"weight_map": {}}, "weight_map must be a mapping of tensor to file, and not empty"),
+        ({"weight_map": ["a"]}, "weight_map must be a mapping"),
+        ({"weight_map": None}, "weight_map must be a mapping"),
+        ({"weight_map": {"a": 1}}, r"weight_map\['a'\] is 1, not the name of a file"),
+        ({"weight_map": {"a": None}}, r"weight_map\['a'\] is None"),
+        ({"weight_map": {"a": "config.json"}}, "'config.json', which is not a .safetensors file"),
+        ({"weight_map": {"a": "pytorch_model.bin"}}, "which is not a .safetensors file"),
+    ],
+)
+def test_malformed_index(sharded: Path, index: Any, message: str) -> None:
+    write_json(sharded / "model.safetensors.index.json", index)
+    refuse(sharded, f"model.safetensors.index.json: .*{message}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/etc/x.safetensors", "../x.safetensors", "a/../../x.safetensors", "./x.safetensors", "a//x.safetensors", "..",
+     "", "C:/x.safetensors", "..\\x.safetensors", "s3://bucket/x.safetensors", "a\n.safetensors", "a\0.safetensors"],
+)  # fmt: skip
+def test_an_index_that_leaves_its_directory(sharded: Path, name: str) -> None:
+    write_json(sharded / "model.safetensors.index.json", {"weight_map": {"a": name}})
+    refuse(sharded, "file name .* (leaves the model's directory|control characters)")
+
+
+def test_missing_shards(sharded: Path) -> None:
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    message = refuse(sharded, "model-00002-of-00002.safetensors missing, of 2 files that model.safetensors.index.json")
+    assert "00001" not in message
+    (sharded / "model-00002-of-00002.safetensors").symlink_to("gone")
+    refuse(sharded, "model-00002-of-00002.safetensors missing")
+
+
+def test_a_shard_of_0_bytes(sharded: Path) -> None:
+    os.truncate(sharded / "model-00002-of-00002.safetensors", 0)
+    refuse(sharded, "model-00002-of-00002.safetensors: 0 bytes; download the checkpoint again")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "no weights: neither model.safetensors nor model.safetensors.index.json"),
+        (["pytorch_model.bin"], r"only pickled weights \(pytorch_model.bin\).*safe_serialization=True"),
+        (["pytorch_model-1.bin", "pytorch_model-2.bin", "pytorch_model.bin.index.json"], "only pickled weights"),
+        (["model.pth"], "only pickled weights"),
+        (["q4.gguf"], r"only GGUF \(q4.gguf\).*gguf_file="),
+        (["consolidated.safetensors", "params.json"], r"but consolidated.safetensors; that is another layout"),
+        (["model-00001-of-00002.safetensors", "pytorch_model.bin"], "neither model.safetensors nor"),
+        (["adapter_model.safetensors", "adapter_config.json"], "a LoRA adapter .*merge_and_unload"),
+        (["adapter_model.bin"], "a LoRA adapter"),
+        (["tf_model.h5"], "no weights"),
+        ([f"{i}.bin" for i in range(9)], r"only pickled weights \(0.bin, 1.bin, 2.bin and 6 more\)"),
+    ],
+)
+def test_other_kinds_of_weights(single: Path, files: list[str], message: str) -> None:
+    (single / "model.safetensors").unlink()
+    for name in files:
+        (single / name).write_bytes(b"x")
+    refuse(single, message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(config.json: quantization_config \(fp8\)\)"),
+        ({"text_config": {"quantization_config": {"bits": 4}}}, r"\(config.json: text_config.quantization_config\)"),
+        ({"a": {"b": {"compression_config": {"x": 1}}}}, r"\(config.json: a.b.compression_config\)"),
+    ],
+)
+def test_quantised(single: Path, config: dict[str, Any], message: str) -> None:
+    write_json(single / "config.json", config)
+    refuse(single, f"{message}; quantised checkpoints are not supported yet; dequantise first")
+
+
+def test_quantised_according_to_another_file(single: Path) -> None:
+    write_json(single / "hf_quant_config.json", {})
+    refuse(single, r"quantised \(hf_quant_config.json\)")
+
+
+def test_not_quantised(single: Path) -> None:
+    write_json(single / "config.json", {"quantization_config": None, "text_config": {"quantization_config": {}}})
+    resolve(single)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\\b", "c:d", "a\x1b[0m"])
+def test_side_files_that_cannot_be_written_elsewhere(single: Path, name: str) -> None:
+    (single / name).touch()
+    message = refuse(single, "rename it")
+    assert message.isprintable()
+
+
+def test_a_file_name_that_is_not_utf8(single: Path) -> None:
+    Path(os.fsdecode(os.fsencode(single) + b"/\xff.txt")).touch()
+    refuse(single, "not UTF-8; rename it").encode()

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from raymerge.pipeline.checkpoint.model_config import (
+    Json,
+    compare_configs,
+    count_layers,
+    dump_config,
+    set_dtype,
+    set_no_prediction_layers,
+    set_tied,
+    stack_layers,
+    text_part,
+    ties_embeddings,
+)
+from raymerge.pipeline.plan.types import ModelRef
+
+QWEN_INSTRUCT: Json = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+}
+DEEPSEEK_DISTILL: Json = QWEN_INSTRUCT | {"rope_theta": 10000, "sliding_window": 4096, "use_mrope": False}
+
+
+def compare(*configs: Json) -> list[str]:
+    return compare_configs([(ModelRef(f"m{k}"), config) for k, config in enumerate(configs)])
+
+
+def stack(config: Json, *parts: tuple[Json, int, int]) -> tuple[Json, list[str]]:
+    return stack_layers(config, [(origin, layer) for origin, start, stop in parts for layer in range(start, stop)])
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({}, None),
+        ({"num_hidden_layers": 32}, 32),
+        ({"n_layer": 12}, 12),
+        ({"n_layers": 6}, 6),
+        ({"num_layers": 24}, 24),
+        ({"num_hidden_layers": None, "num_layers": 28}, 28),
+        ({"num_hidden_layers": True}, None),
+        ({"num_hidden_layers": "32"}, None),
+        ({"num_hidden_layers": 9, "text_config": {"num_hidden_layers": 28}}, 28),
+        ({"num_hidden_layers": 9, "text_config": {"vocab_size": 5}}, 9),
+        ({"text_config": None, "num_hidden_layers": 9}, 9),
+        ({"llm_config": {"num_hidden_layers": 24}}, 24),
+        ({"thinker_config": {"text_config": {"num_hidden_layers": 28}, "audio_config": {}}}, 28),
+    ],
+)
+def test_count_of_layers(config: Json, count: int | None) -> None:
+    assert count_layers(config) == count
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({}, None),
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": None}, None),
+        ({"text_config": {"num_hidden_layers": 1, "tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": False, "text_config": {"num_hidden_layers": 1, "tie_word_embeddings": True}}, False),
+    ],
+)
+def test_tie_as_stated(config: Json, tied: bool | None) -> None:
+    assert ties_embeddings(config) is tied
+
+
+def test_the_tie_is_stated_at_the_top_and_where_it_was() -> None:
+    config: Json = {"text_config": {"num_hidden_layers": 1, "tie_word_embeddings": True}}
+    set_tied(config, False)
+    assert config == {
+        "tie_word_embeddings": False,
+        "text_config": {"num_hidden_layers": 1, "tie_word_embeddings": False},
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {"torch_dtype": "float32"}),
+        ({"dtype": "bfloat16"}, {"dtype": "float32"}),
+        ({"torch_dtype": "bfloat16"}, {"torch_dtype": "float32"}),
+        (
+            {"torch_dtype": "bfloat16", "vision_config": {"dtype": "float16"}, "text_config": {"a": 1}},
+            {"torch_dtype": "float32", "vision_config": {"dtype": "float32"}, "text_config": {"a": 1}},
+        ),
+    ],
+)
+def test_the_dtype_is_stated_under_the_keys_in_use(config: Json, expected: Json) -> None:
+    set_dtype(config, "float32")
+    assert config == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {}),
+        ({"num_nextn_predict_layers": 1}, {"num_nextn_predict_layers": 0}),
+        (
+            {"text_config": {"num_hidden_layers": 2, "num_nextn_predict_layers": 2}},
+            {"text_config": {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}},
+        ),
+    ],
+)
+def test_no_prediction_layers_where_they_are_counted(config: Json, expected: Json) -> None:
+    set_no_prediction_layers(config)
+    assert config == expected
+
+
+def test_stacking_does_not_change_what_it_is_given() -> None:
+    config = {"num_hidden_layers": 2, "layer_types": ["a", "b"]}
+    before = copy.deepcopy(config)
+    stack(config, (config, 0, 2), (config, 0, 1))
+    assert config == before
+
+
+def test_lists_with_an_entry_for_each_layer_follow_the_layers() -> None:
+    a = {"num_hidden_layers": 3, "layer_types": ["a0", "a1", "a2"], "no_rope_layers": [1, 1, 0], "other": [7, 8, 9]}
+    b = {"num_hidden_layers": 4, "layer_types": ["b0", "b1", "b2", "b3"]}
+    result, warnings = stack(a, (a, 0, 2), (b, 1, 4))
+    assert result["num_hidden_layers"] == 5
+    assert result["layer_types"] == ["a0", "a1", "b1", "b2", "b3"]
+    assert result["no_rope_layers"] == [1, 1, 1, 0, 0], "b says nothing of it, so the donor's entries hold"
+    assert result["other"] == [7, 8, 9]
+    assert warnings == []
+
+
+def test_lists_of_layer_numbers_are_renumbered() -> None:
+    a = {"num_hidden_layers": 4, "mlp_only_layers": [0, 3], "moe_layers": []}
+    b = {"num_hidden_layers": 4, "mlp_only_layers": [1], "moe_layers": [2]}
+    result, _ = stack(a, (a, 0, 4), (b, 1, 3), (a, 3, 4))
+    assert result["mlp_only_layers"] == [0, 3, 4, 6]
+    assert result["moe_layers"] == [5]
+
+
+@pytest.mark.parametrize("value", [None, 5, "all"])
+def test_lists_that_are_none_in_another_model(value: Any) -> None:
+    a = {"num_hidden_layers": 2, "mlp_only_layers": [0], "layer_types": ["x", "y"]}
+    b = {"num_hidden_layers": 2, "mlp_only_layers": value, "layer_types": value}
+    result, _ = stack(a, (a, 0, 2), (b, 0, 2))
+    assert (result["mlp_only_layers"], result["layer_types"]) == ([0], ["x", "y", "x", "y"])
+
+
+def test_per_layer_fields_whose_names_do_not_say_so() -> None:
+    config = {"num_hidden_layers": 2, "intermediate_size": [10, 20], "compress_ratios": [1, 4]}
+    result, _ = stack(config, (config, 1, 2), (config, 0, 2))
+    assert (result["intermediate_size"], result["compress_ratios"]) == ([20, 10, 20], [4, 1, 4])
+
+
+@pytest.mark.parametrize(("window", "expected"), [(28, 32), (21, 21), (70, 70)])
+def test_max_window_layers_follows_only_if_it_meant_all_layers(window: int, expected: int) -> None:
+    config = QWEN_INSTRUCT | {"max_window_layers": window}
+    result, _ = stack(config, (config, 0, 16), (config, 12, 28))
+    assert (result["num_hidden_layers"], result["max_window_layers"]) == (32, expected)
+
+
+def test_counts_that_are_stated_more_than_once() -> None:
+    text = {"num_hidden_layers": 2, "layer_types": ["x", "y"]}
+    config = {"num_hidden_layers": 2, "n_layer": 2, "num_layers": 7, "text_config": text}
+    result, _ = stack(config, (config, 0, 2), (config, 1, 2))
+    assert result == {
+        "num_hidden_layers": 3,
+        "n_layer": 3,
+        "num_layers": 7,
+        "text_config": {"num_hidden_layers": 3, "layer_types": ["x", "y", "y"]},
+    }
+
+
+def test_nested_and_flat_models_in_one_stack() -> None:
+    a = {"text_config": {"num_hidden_layers": 2, "layer_types": ["a0", "a1"]}, "vision_config": {"num_layers": 2}}
+    b = {"num_hidden_layers": 2, "layer_types": ["b0", "b1"]}
+    result, _ = stack(a, (a, 0, 1), (b, 1, 2), (b, 0, 1))
+    assert result["text_config"] == {"num_hidden_layers": 3, "layer_types": ["a0", "b1", "b0"]}
+    assert result["vision_config"] == {"num_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("ranges", "num_warnings"),
+    [(((0, 4),), 0), (((0, 2), (1, 4)), 1), (((2, 4), (0, 2)), 1), (((0, 3),), 1)],
+)
+def test_fields_that_count_on_the_order_of_layers(ranges: tuple[tuple[int, int], ...], num_warnings: int) -> None:
+    config = {"num_hidden_layers": 4, "first_k_dense_replace": 1, "decoder_sparse_step": 0}
+    _, warnings = stack(config, *((config, start, stop) for start, stop in ranges))
+    assert len(warnings) == num_warnings
+    assert all("first_k_dense_replace = 1" in warning for warning in warnings)
+
+
+def test_a_config_without_a_count_is_left_alone() -> None:
+    result, warnings = stack({"a": 1}, ({"a": 1}, 0, 3))
+    assert result == {"a": 1}
+    assert len(warnings) == 1
+    assert "3 layers" in warnings[0]
+
+
+def test_the_pair_of_the_readme_differs_in_rope_theta_alone() -> None:
+    warnings = compare(QWEN_INSTRUCT, DEEPSEEK_DISTILL)
+    assert len(warnings) == 1
+    assert all(part in warnings[0] for part in ("rope_theta", "m0: 1000000.0", "m1: 10000", "gets m0's"))
+
+
+def test_a_sliding_window_that_is_switched_on_counts() -> None:
+    on = {"use_sliding_window": True}
+    assert len(compare(QWEN_INSTRUCT | on, QWEN_INSTRUCT | on | {"sliding_window": 4096})) == 1
+    assert len(compare(QWEN_INSTRUCT | on, QWEN_INSTRUCT)) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"rope_theta": 10000}, {"rope_theta": 10000.0}),
+        ({"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+        ({"rope_theta": 1e6, "rope_scaling": None}, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+        ({}, {"rope_theta": 10000.0, "rope_scaling": None}),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}},
+        ),
+        ({"hidden_size": 64, "num_attention_heads": 4}, {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16}),
+        ({"num_attention_heads": 4}, {"num_attention_heads": 4, "num_key_value_heads": 4}),
+        ({}, {"layer_types": ["full_attention", "full_attention"]}),
+        ({"rms_norm_eps": 1e-6}, {"text_config": {"num_hidden_layers": 2, "rms_norm_eps": 1e-6}}),
+        ({"sliding_window": None}, {}),
+    ],
+)
+def test_two_ways_to_say_the_same(one: Json, other: Json) -> None:
+    assert compare(one, other) == []
+    assert compare(other, one) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shown"),
+    [
+        ({}, {"rope_theta": 1e6}, ("rope_theta", "m0: not given", "m1: 1000000.0")),
+        ({"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-6}, ("rms_norm_eps", "1e-05", "1e-06")),
+        ({"hidden_act": "silu"}, {"hidden_act": "gelu"}, ("hidden_act", "silu", "gelu")),
+        ({"num_attention_heads": 8}, {"num_attention_heads": 16}, ("num_attention_heads", "8", "16")),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, {}, ("rope_scaling", "linear", "not given")),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, {"rope_scaling": {"type": "yarn", "factor": 4}}, ("yarn",)),
+        ({"layer_types": ["full_attention"]}, {"layer_types": ["sliding_attention"]}, ("layer_types",)),
+        ({"model_type": "qwen2"}, {"model_type": "qwen3"}, ("model_type", "qwen2", "qwen3")),
+        ({"rope_scaling": "odd"}, {"rope_scaling": 3}, ("rope_scaling", "odd")),
+    ],
+)
+def test_differences_that_change_the_meaning(one: Json, other: Json, shown: tuple[str, ...]) -> None:
+    warnings = compare(one, other)
+    assert any(all(part in warning for part in shown) for warning in warnings)
+
+
+def test_layer_types_follow_the_layers_of_a_stack() -> None:
+    configs = [(ModelRef(name), {"layer_types": [name], "hidden_act": name}) for name in "ab"]
+    act, types = compare_configs(configs, is_stack=True)
+    assert act.endswith("the output gets a's")
+    assert "layer_types differs" in types
+    assert types.endswith("each layer of the output keeps that of the model it comes from, the first in its slice")
+    (types,) = compare_configs([(ModelRef("c"), {}), configs[0]], is_stack=True)[1:]
+    assert types.endswith("the output gets c's"), "a list that the donor lacks is not made up"
+
+
+def test_the_third_model_is_compared_too() -> None:
+    same = {"rope_theta": 1e6}
+    (warning,) = compare(same, same, {"rope_theta": 5e5})
+    assert "m2: 500000.0" in warning
+
+
+def test_what_is_written_can_be_read_again() -> None:
+    config = {"a": "ü", "b": [1, None, 1e-5], "c": {"d": True}}
+    text = dump_config(config)
+    assert "ü" in text
+    assert json.loads(text) == config
+    assert text_part(config) == config

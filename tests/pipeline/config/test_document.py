@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raymerge.pipeline.config.document import MAX_NBYTES, parse_yaml, read_document
+from raymerge.pipeline.errors import ConfigError
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: 1\nb: [x, 2.5, true, null]", {"a": 1, "b": ["x", 2.5, True, None]}),
+        ("a: 1e-5\nb: 1.0e-5", {"a": "1e-5", "b": 1e-5}),
+        ("revision: 2024-05-13", {"revision": "2024-05-13"}),
+        ("a: &x {k: 1}\nb: *x\nc: *x", {"a": {"k": 1}, "b": {"k": 1}, "c": {"k": 1}}),
+        ("a: &x {k: 1, l: 2}\nb: {<<: *x, k: 3}", {"a": {"k": 1, "l": 2}, "b": {"k": 3, "l": 2}}),
+        ("a: !!float 1\nb: !!str 1", {"a": 1.0, "b": "1"}),
+        ("---\na: 1\n...\n", {"a": 1}),
+        ("\ufeffa: 1", {"a": 1}),
+        ("# comment\na: 模型", {"a": "模型"}),
+    ],
+)
+def test_plain_yaml_is_read(text: str, expected: object) -> None:
+    assert parse_yaml(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the config is empty"),
+        ("# only a comment\n", "the config is empty"),
+        ("---\n", "line 2.*not an empty document"),
+        ("merge.yml", "line 1.*not a single value; .*pathlib.Path"),
+        ("- a\n- b", "line 1.*not a list"),
+        ("a: 1\n---\nb: 2", "line 2.*another document"),
+        ("a: 1\nb: [1, 2\nc: 3", "line 3"),
+        ("a: 1\n\tb: 2", "line 2"),
+        ("a: 1\nb: \x00", "line 2: character #x0000"),
+        ("a: !!python/object/apply:os.system [ls]", r"line 1.*the tag !!python/object/apply:os.system is not allowed"),
+        ("a: 1\nb: !model x", "line 2.*the tag !model is not allowed"),
+        ("a: !!binary aGk=", "the tag !!binary is not allowed"),
+        ("a: !!int x", "line 1.*'x' is not a value of its type"),
+        ("a: !!map x", "line 1"),
+        ("a: 0x_", "line 1.*'0x_' is not a value"),
+        pytest.param(f"a: {'9' * 5000}", "line 1.*is not a value", id="huge number"),
+        ("a: 1\nb: 2\na: 3", "line 3.*'a' is there already, on line 1"),
+        ("m:\n  - k: 1\n    k: 1", "line 3.*'k' is there already, on line 2"),
+        ("1: x", "line 1.*a key must be a string"),
+        ("yes: x", "a key must be a string"),
+        ("? [a, b]\n: x", "a key must be a string"),
+        ("a: *nowhere", "line 1.*undefined alias"),
+        ("a: 1\nb: &x [1, *x]", "line 2.*an alias refers to what contains it"),
+        ("a: &x {k: *x}", "an alias refers to what contains it"),
+        ("a: &x {<<: *x}", "an alias refers to what contains it"),
+        ("a: {<<: 3}", "line 1"),
+        pytest.param(BOMB, "line 6.*more than 100000 values", id="bomb"),
+        pytest.param(MERGE_BOMB, "more than 100000 values", id="merge bomb"),
+        pytest.param("a: " + "[" * 3000, "nested too deeply", id="deep"),
+        pytest.param("a: " + "x" * MAX_NBYTES, "longer than", id="long"),
+    ],
+)
+def test_anything_else_is_refused_with_its_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_yaml(text)
+
+
+def test_aliases_may_be_used_as_long_as_they_stay_small() -> None:
+    text = "a: &a [1, 2, 3]\nb: [" + ", ".join(["*a"] * 1000) + "]"
+    assert parse_yaml(text)["b"] == [[1, 2, 3]] * 1000
+
+
+def test_a_file_is_kept_verbatim_and_named_in_messages(tmp_path: Path) -> None:
+    path = tmp_path / "merge.yml"
+    text = "# mine\na:   'x'  # spaced\n"
+    path.write_text(text)
+    assert read_document(path) == (text, {"a": "x"})
+    path.write_text("a: 1\na: 2")
+    with pytest.raises(ConfigError, match=r"merge\.yml: line 2"):
+        read_document(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"a: 1\nb: \xff", "line 2: not UTF-8"),
+        ("a: 1".encode("utf-16"), "line 1: not UTF-8"),
+        pytest.param(b"a: " + b"x" * MAX_NBYTES, "larger than 1048576 bytes", id="long"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "merge.yml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=message):
+        read_document(path)
+
+
+def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the config .*missing\.yml: No such file"):
+        read_document(tmp_path / "missing.yml")
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        read_document(tmp_path)
+
+
+def test_a_parsed_config_becomes_text_that_says_the_same() -> None:
+    config = {"merge_method": "linear", "list": (1, 2), "number": 1e-05, "text": "1e-5"}
+    text, document = read_document(config)
+    assert document == {**config, "list": [1, 2]}
+    assert list(document) == list(config)
+    assert parse_yaml(text) == document
+
+
+def test_a_parsed_config_that_yaml_cannot_say_is_refused() -> None:
+    with pytest.raises(ConfigError, match="YAML cannot say"):
+        read_document({"model": Path("x")})
+    loop: dict[str, object] = {}
+    loop["self"] = loop
+    with pytest.raises(ConfigError, match="contains it"):
+        read_document(loop)

@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raymerge.ops.registry import find_op
+from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
+from raymerge.pipeline.config.merge_config import MergeConfig, load_config
+from raymerge.pipeline.config.values import resolve
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.plan.types import ModelRef
+
+A, B, C = ModelRef("org/a"), ModelRef("org/b"), ModelRef("org/c")
+LINEAR: dict[str, Any] = {
+    "merge_method": "linear",
+    "models": [{"model": "org/a", "parameters": {"weight": 1}}, {"model": "org/b", "parameters": {"weight": 3}}],
+}
+TIES: dict[str, Any] = {
+    "merge_method": "ties",
+    "base_model": "org/a",
+    "models": [{"model": "org/b", "parameters": {"weight": 1}}, {"model": "org/c", "parameters": {"weight": 1}}],
+}
+SLERP: dict[str, Any] = {
+    "merge_method": "slerp",
+    "base_model": "org/a",
+    "slices": [
+        {"sources": [{"model": "org/a", "layer_range": [0, 8]}, {"model": "org/b", "layer_range": [0, 8]}]},
+        {"sources": [{"model": "org/c", "layer_range": [2, 6]}, {"model": "org/a", "layer_range": [8, 12]}]},
+    ],
+    "parameters": {"t": 0.5},
+}
+FORMS = {"linear": LINEAR, "ties": TIES, "slerp": SLERP}
+MISSING = object()
+
+
+def changed(form: str, *changes: tuple[str, object]) -> dict[str, Any]:
+    """Return one of the configs above with the values at some paths (`models.1.parameters.weight`) changed."""
+    config: Any = copy.deepcopy(FORMS[form])
+    for path, value in changes:
+        *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
+        place = config
+        for key in parents:
+            place = place[key] if isinstance(key, int) else place.setdefault(key, {})
+        if value is MISSING:
+            del place[last]
+        elif isinstance(last, int) and last == len(place):
+            place.append(value)
+        else:
+            place[last] = value
+    return config  # type: ignore[no-any-return]
+
+
+def weight_of(config: MergeConfig, index: int, tensor: str = "x") -> object:
+    entry = config.entries[index]
+    return resolve(find_op(config.method).parameters[0], (entry.parameters, config.parameters), tensor, 0.0)
+
+
+def test_a_models_config() -> None:
+    text = yaml.safe_dump(changed("linear", ("dtype", "float16"), ("out_dtype", "torch.bfloat16")))
+    config = load_config(text, strict=True)
+    assert config.method == "linear"
+    assert [entry.model for entry in config.models] == [A, B]
+    assert (weight_of(config, 0), weight_of(config, 1)) == (1.0, 3.0)
+    assert (config.slices, config.base_model, config.warnings) == ((), None, ())
+    assert (config.dtype, config.out_dtype) == ("F16", "BF16")
+    assert config.text == text
+    assert config.referenced_models == (A, B)
+
+
+def test_a_slices_config() -> None:
+    config = load_config(
+        changed("slerp", ("slices.1.base_model", "org/c"), ("slices.0.parameters", {"t": [0, 1]})), strict=True
+    )
+    assert (config.models, config.entries, config.base_model) == ((), (), A)
+    first, second = config.slices
+    assert [(s.model, s.layer_range) for s in first.sources] == [(A, (0, 8)), (B, (0, 8))]
+    assert [(s.model, s.layer_range) for s in second.sources] == [(C, (2, 6)), (A, (8, 12))]
+    assert (first.base_model, second.base_model) == (None, C)
+    (t,) = find_op("slerp").parameters
+    assert resolve(t, (first.parameters, config.parameters), "x", 0.25) == 0.25
+    assert resolve(t, (second.parameters, config.parameters), "x", 0.25) == 0.5
+    assert config.referenced_models == (A, B, C)
+
+
+def test_a_config_survives_pickling() -> None:
+    config = load_config(SLERP)
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_file_a_text_and_a_mapping_say_the_same(tmp_path: Path) -> None:
+    config = load_config(TIES)
+    path = tmp_path / "merge.yml"
+    path.write_text(config.text)
+    assert load_config(path) == load_config(config.text) == config
+
+
+def test_the_base_comes_first_among_the_referenced_models() -> None:
+    config = load_config(changed("linear", ("base_model", "org/b")))
+    assert config.referenced_models == (B, A)
+    assert config.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("org/a", ModelRef("org/a")),
+        ("org/a@v1", ModelRef("org/a", "v1")),
+        ("./dir/a b", ModelRef("./dir/a b")),
+        ("s3://bucket/a", ModelRef("s3://bucket/a")),
+        ({"model": "org/a@v1"}, ModelRef("org/a", "v1")),
+        ({"model": {"path": "/x+y@z"}}, ModelRef("/x+y@z")),
+        ({"model": {"path": "org/a", "revision": "v1"}, "lora": None}, ModelRef("org/a", "v1")),
+    ],
+)
+def test_model_references(written: object, expected: ModelRef) -> None:
+    config = load_config(changed("linear", ("models.0.model", written)), strict=True)
+    assert config.models[0].model == expected
+
+
+@pytest.mark.parametrize("prefix", ["", "torch."])
+@pytest.mark.parametrize("name", OUTPUT_DTYPES)
+def test_dtypes_are_named_as_in_headers(name: str, prefix: str) -> None:
+    assert load_config(changed("linear", ("dtype", prefix + name))).dtype == OUTPUT_DTYPES[name]
+
+
+def test_an_unlisted_base_is_an_input_of_linear_and_needs_a_weight() -> None:
+    config = load_config(changed("linear", ("base_model", "org/c"), ("parameters.weight", 7)))
+    assert [entry.model for entry in config.entries] == [A, B, C]
+    assert [weight_of(config, i) for i in range(3)] == [1.0, 3.0, 7.0]
+    assert config.warnings == (
+        "base_model: org/c is not under `models`, so linear merges it as one more model, after the others; "
+        "list it there, or remove base_model",
+    )
+    assert weight_of(load_config(changed("linear", ("base_model", "org/c"))), 2) is None
+
+
+def test_an_unlisted_base_is_the_last_entry_of_ties_without_a_warning() -> None:
+    config = load_config(TIES, strict=True)
+    assert [entry.model for entry in config.entries] == [B, C, A]
+    listed = load_config(changed("ties", ("models.2", {"model": "org/a"})), strict=True)
+    assert listed.entries == listed.models
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "warning"),
+    [
+        ("linear", ("bogus_key", 1), "bogus_key: unknown key, ignored; Allowed: merge_method, models"),
+        ("linear", ("dtpye", "float16"), "dtpye: unknown key, ignored; did you mean 'dtype'?"),
+        ("linear", ("normalize", False), "normalize: unknown key, ignored; it is a parameter; move it under"),
+        ("linear", ("models.0.weight", 1), "models[0].weight: unknown key, ignored; it is a parameter"),
+        ("linear", ("models.1.layer_range", [0, 1]), "models[1].layer_range: unknown key"),
+        (
+            "linear",
+            ("models.1.parameters.wieght", 1),
+            "models[1].parameters.wieght: unknown parameter, ignored; did you mean 'weight'? Allowed: weight, norm",
+        ),
+        (
+            "linear",
+            ("models.1.parameters.normalize", False),
+            "models[1].parameters.normalize: ignored, because linear has one 'normalize' for all models",
+        ),
+        (
+            "linear",
+            ("parameters.t", 0.5),
+            "parameters.t: ignored, because linear does not use 't' (it belongs to slerp); "
+            "its parameters are: weight, normalize",
+        ),
+        ("ties", ("models.0.parameters.density", 1.5), "models[0].parameters.density: 1.5 is more than 1"),
+        ("ties", ("parameters.density", [0.5, 3]), "parameters.density: 3.0 is more than 1"),
+        (
+            "ties",
+            ("models.2", {"model": "org/a", "parameters": {"weight": 1}}),
+            "models[2].parameters: ignored (weight)",
+        ),
+        ("linear", ("models.0.model", {"model": "x", "lorra": 1}), "models[0].model.lorra: unknown key, ignored; did"),
+        (
+            "linear",
+            ("models.0.model", {"model": "x", "override_architecture": "Y"}),
+            "models[0].model.override_architecture: has no effect",
+        ),
+        ("linear", ("parameters.weight", {"filtre": "x", "value": 1}), "parameters.weight.filtre: unknown key"),
+        ("slerp", ("slices.0.residual_weight", 0.5), "slices[0].residual_weight: has no effect"),
+        ("slerp", ("slices.0.sorces", []), "slices[0].sorces: unknown key, ignored; did you mean 'sources'?"),
+        ("slerp", ("slices.0.sources.1.parameters", {"t": 1}), "slices[0].sources[1].parameters.t: ignored"),
+        ("slerp", ("slices.0.sources.1.t", 1), "slices[0].sources[1].t: unknown key, ignored; it is a parameter"),
+    ],
+)
+def test_what_is_probably_a_mistake_warns_and_is_refused_when_strict(
+    form: str, change: tuple[str, object], warning: str
+) -> None:
+    config = changed(form, change)
+    (given,) = load_config(config).warnings
+    assert given.startswith(warning)
+    with pytest.raises(ConfigError) as refused:
+        load_config(config, strict=True)
+    assert given in str(refused.value)
+
+
+def test_a_density_of_1_is_fine() -> None:
+    load_config(changed("ties", ("parameters.density", [0.2, 1])), strict=True)
+
+
+def test_strict_names_everything_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)bogus: .*models\[0\]\.more: "):
+        load_config(changed("linear", ("bogus", 1), ("models.0.more", 2)), strict=True)
+
+
+def test_parameters_that_have_no_effect_are_not_kept() -> None:
+    config = load_config(changed("linear", ("models.0.parameters.normalize", False), ("parameters.t", "x")))
+    assert set(config.models[0].parameters) == {"weight"}
+    assert config.parameters == {}
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("linear", ("merge_method", MISSING), "merge_method: is missing"),
+        ("linear", ("merge_method", 3), "merge_method: 3 is given, a string"),
+        ("linear", ("merge_method", "liner"), "merge_method 'liner' is unknown; did you mean 'linear'"),
+        ("linear", ("models", MISSING), "no models are given"),
+        ("linear", ("models", []), "models is empty"),
+        ("linear", ("models", {"org/a": 1}), "models: .* a list is needed"),
+        ("linear", ("slices", SLERP["slices"]), "models and slices are given"),
+        ("linear", ("models.0", "org/a"), r"models\[0\]: .* write `- model: org/a`"),
+        ("linear", ("models.0", None), r"models\[0\]: the entry is empty"),
+        ("linear", ("models.0", 3), r"models\[0\]: 3 is given, a mapping"),
+        ("linear", ("models.0.parameters", [1]), r"models\[0\]\.parameters: \[1\] is given, a mapping"),
+        ("linear", ("models.0.parameters.weight", True), r"models\[0\]\.parameters\.weight: true is given"),
+        ("linear", ("models.0.parameters.weight", float("nan")), r"models\[0\]\.parameters\.weight: .*finite"),
+        ("linear", ("parameters.weight", float("-inf")), r"parameters\.weight: .*finite"),
+        ("linear", ("parameters.weight", {"filter": "regex:[", "value": 1}), r"parameters\.weight\.filter: .*regular"),
+        ("linear", ("models.1.model", "org/a"), r"models\[1\]\.model: org/a is listed already, as models\[0\]"),
+        ("linear", ("models.1.model", {"model": {"path": "org/a"}}), "listed already"),
+        ("linear", ("models.0.model", MISSING), r"models\[0\]\.model: no model is named"),
+        ("linear", ("models.0.model", ""), r"models\[0\]\.model: the string is empty"),
+        ("linear", ("models.0.model", 7), r"models\[0\]\.model: 7 is given, .* quotes"),
+        ("linear", ("models.0.model", "a+lora"), r"models\[0\]\.model: 'a\+lora' names a LoRA .* not supported yet"),
+        ("linear", ("models.0.model", "a@b@c"), r"models\[0\]\.model: .* more than one `@`"),
+        ("linear", ("models.0.model", "a@"), "lacks a revision"),
+        ("linear", ("models.0.model", "@b"), "lacks a path"),
+        ("linear", ("models.0.model", {"path": "x"}), r"models\[0\]\.model: `model` is missing"),
+        ("linear", ("models.0.model", {"model": {"revision": "x"}}), r"models\[0\]\.model\.model\.path: nothing"),
+        ("linear", ("models.0.model", {"model": {"path": "x", "revision": 12}}), r"revision: 12 is given, .* quotes"),
+        ("linear", ("models.0.model", {"model": "x", "lora": {"path": "y"}}), r"models\[0\]\.model\.lora: LoRA"),
+        ("linear", ("dtype", "bf16"), "dtype: 'bf16' is no dtype .* did you mean 'bfloat16'"),
+        ("linear", ("out_dtype", "fp16"), "out_dtype: 'fp16' .* did you mean 'float16'"),
+        ("linear", ("dtype", "int64"), "dtype: 'int64' is no dtype .* Allowed: float64, float32, float16, bfloat16"),
+        ("linear", ("dtype", 16), "dtype: 16 is given, a string"),
+        ("linear", ("tokenizer", {}), "tokenizer: not supported yet"),
+        ("linear", ("tokenizer_source", "base"), "tokenizer_source: not supported yet"),
+        ("linear", ("chat_template", "auto"), "chat_template: not supported yet"),
+        ("ties", ("base_model", MISSING), "base_model: ties needs a base model; add `base_model: <the model"),
+        ("ties", ("base_model", ""), "base_model: the string is empty"),
+        ("slerp", ("base_model", MISSING), "base_model: slerp needs a base model; .*`base_model: org/a`"),
+        ("slerp", ("base_model", "org/d"), r"slices\[0\]\.sources: the base model org/d is not among the sources"),
+        ("slerp", ("slices.0.base_model", "org/c"), r"slices\[0\]\.sources: the base model org/c is not among"),
+        ("slerp", ("slices.1.sources.0.model", "org/a"), r"slices\[1\]\.sources: .* listed 2 times"),
+        ("slerp", ("slices.0.sources", []), r"slices\[0\]\.sources: no sources"),
+        ("slerp", ("slices.0.sources", "x"), r"slices\[0\]\.sources: .* a list"),
+        ("slerp", ("slices.1.sources.2", {"model": "x", "layer_range": [0, 4]}), "exactly 1 .* 2 are given"),
+        ("slerp", ("slices.1.sources.0", MISSING), r"slices\[1\]\.sources: slerp takes exactly 1 .* none is given"),
+        (
+            "slerp",
+            ("slices.1.sources.1.layer_range", [8, 13]),
+            r"slices\[1\]\.sources\[1\]\.layer_range: \[8, 13\] is 5",
+        ),
+        ("slerp", ("slices.0.sources.0.layer_range", MISSING), r"sources\[0\]\.layer_range: nothing is given; write"),
+        ("slerp", ("slices.0.sources.0.layer_range", [4, 4]), r"\[4, 4\] holds no layers"),
+        ("slerp", ("slices.0.sources.0.layer_range", [-1, 4]), r"\[-1, 4\] holds no layers"),
+        ("slerp", ("slices.0.sources.0.layer_range", [0, 4, 8]), r"\[0, 4, 8\] is given"),
+        ("slerp", ("slices.0.sources.0.layer_range", [False, True]), r"\[false, true\] is given"),
+        ("slerp", ("slices.0.sources.0.layer_range", [0, 8.0]), r"\[0, 8.0\] is given"),
+        ("slerp", ("slices.0.sources.0.layer_range", "0-8"), '"0-8" is given'),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_path(form: str, change: tuple[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(changed(form, change))
+
+
+def test_modules_are_not_supported_yet() -> None:
+    with pytest.raises(ConfigError, match="modules: not supported yet"):
+        load_config({"merge_method": "linear", "modules": {"text": {"models": []}}})
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "models", "message"),
+    [
+        ("slerp", None, "a b", "base_model: slerp needs a base model; add `base_model: org/a`"),
+        ("slerp", "a", "a", "models: slerp takes exactly 1 model besides the base, none is given"),
+        ("slerp", "a", "a b c", r"models: slerp takes exactly 1 .* 2 are given \(org/b, org/c\)"),
+        ("slerp", "a", "b c", "models: slerp takes exactly 1 .* 2 are given"),
+        ("passthrough", None, "a b", "models: passthrough takes exactly 1 model, 2 are given"),
+        ("passthrough", "b", "a", r"models: passthrough takes exactly 1 model, 2 .* base_model org/b .* remove it"),
+    ],
+)
+def test_the_wrong_number_of_models_is_refused(method: str, base: str | None, models: str, message: str) -> None:
+    config = {"merge_method": method, "models": [{"model": f"org/{name}"} for name in models.split()]}
+    with pytest.raises(ConfigError, match=message):
+        load_config({**config, "base_model": f"org/{base}"} if base else config)
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "models"),
+    [("slerp", "a", "a b"), ("slerp", "a", "b"), ("ties", "a", "a"), ("passthrough", None, "a"), ("linear", "a", "a")],
+)
+def test_the_right_number_of_models_is_accepted(method: str, base: str | None, models: str) -> None:
+    config = {"merge_method": method, "models": [{"model": f"org/{name}"} for name in models.split()]}
+    load_config({**config, "base_model": f"org/{base}"} if base else config, strict=True)
+
+
+def test_a_base_is_only_the_donor_where_slices_are_stacked() -> None:
+    part: dict[str, Any] = {"sources": [{"model": "org/a", "layer_range": [0, 4]}]}
+    stack = {"merge_method": "passthrough", "base_model": "org/b", "slices": [part, part]}
+    config = load_config(stack, strict=True)
+    assert (config.referenced_models, len(config.slices)) == ((B, A), 2)
+    (warning,) = load_config({**stack, "slices": [{**part, "base_model": "org/b"}]}).warnings
+    assert warning.startswith("slices[0].base_model: has no effect, because passthrough takes no base")
+
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_shipped_configs_load(path: Path) -> None:
+    config = load_config(path)
+    assert config.text == path.read_text()
+    assert config.text.startswith("# ")
+    unused = [f"models[{i}].parameters.weight: ignored, because slerp does not use 'weight'" for i in (0, 1)]
+    expected = unused if path.stem == "qwen-deepseek-slerp" else []
+    assert [warning.partition(" (")[0] for warning in config.warnings] == expected
+
+
+def test_the_shipped_configs_show_these_methods() -> None:
+    methods = {load_config(path).method for path in CONFIGS}
+    assert methods == {"linear", "slerp", "task_arithmetic", "ties", "dare_ties", "passthrough"}
+
+
+def test_the_shipped_stack_has_48_layers() -> None:
+    config = load_config(next(path for path in CONFIGS if path.stem == "passthrough-stack"))
+    ranges = [part.sources[0].layer_range for part in config.slices]
+    assert ranges == [(0, 24), (12, 36)]
+
+
+def test_loading_a_config_does_not_import_torch() -> None:
+    load = "from raymerge.pipeline.config.merge_config import load_config; load_config(pathlib.Path(sys.argv[1]))"
+    code = f"import pathlib, sys; {load}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code, CONFIGS[0]], capture_output=True, text=True, check=True)
+    assert "raymerge.ops.linear" in run.stdout.split()
+    assert "torch" not in run.stdout.split()

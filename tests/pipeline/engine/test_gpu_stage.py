@@ -1,0 +1,167 @@
+"""Merges on a GPU that is the CPU in disguise: the same files, and nothing happens before what it depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raymerge.cluster.runner import Report
+from raymerge.ops.random import PAGE_ELEMENTS
+from raymerge.pipeline import Listener, driver, merge
+from raymerge.pipeline import runners as workers
+from raymerge.pipeline.engine import fetch, gpu_stage
+from raymerge.pipeline.engine import shard as execute
+from raymerge.pipeline.errors import ConfigError, MemoryLimitError
+from raymerge.pipeline.plan.memory import CONTEXT_NBYTES, Transfer
+from raymerge.pipeline.plan.types import MergePlan, ShardResult, ShardTask
+from tests.checkpoints import Tensors, add_noise, read_files, write_checkpoint
+from tests.commands import Cli
+from tests.fake_gpu import DEVICE, FakeGpu, FakeMark, FakeQueue
+from tests.test_sameness import METHODS, make_config
+
+LIMITS = {"large": ("1GiB", "4GiB"), "small": ("18MiB", "664MiB")}
+
+
+def make_tensors() -> Tensors:
+    """Return tensors of several blocks, of one, of none, of other dtypes, and one that is copied."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"a": 400_000, "c": 131_072, "d": 10, "e": 0, "f": 900_001}
+    tensors = {name: torch.randn(size, generator=generator).to(torch.bfloat16) for name, size in sizes.items()}
+    tensors["f"][:1000] = float("inf")
+    return tensors | {"b": torch.arange(50_000), "g": torch.randn(300_000, generator=generator)}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    directory = tmp_path_factory.mktemp("family")
+    base = make_tensors()
+    models = [base, *(add_noise(base, seed=k) | {"b": base["b"]} for k in (1, 2))]
+    return tuple(write_checkpoint(directory / f"m{k}", tensors, {}) for k, tensors in enumerate(models))
+
+
+class Keep(Listener):
+    plan: MergePlan
+
+    def planned(self, plan: MergePlan) -> None:
+        self.plan = plan
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """A GPU that every merge of this process uses."""
+    gpu = FakeGpu()
+    run, fill = execute.run_shard, fetch._fill
+
+    def run_there(task: ShardTask, report: Report, **rest: Any) -> ShardResult:
+        with gpu:
+            return run(task, report, **rest, device=DEVICE.type)
+
+    def fill_and_tell(fetched: Any, buffer: Any) -> Any:
+        gpu.host_writes(buffer)
+        return fill(fetched, buffer)
+
+    for module in (driver, workers):
+        monkeypatch.setattr(module, "require_gpus", lambda: ["0"])
+    monkeypatch.setattr(execute, "run_shard", run_there)
+    monkeypatch.setattr(fetch, "_fill", fill_and_tell)
+    monkeypatch.setattr(gpu_stage, "open_queue", gpu.open_queue)
+    return gpu
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("num_buffers", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_files(
+    method: str,
+    num_buffers: int,
+    limits: str,
+    family: tuple[Path, ...],
+    gpu: FakeGpu,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make_config(method, family)
+    merge(config, tmp_path / "cpu", threads=1, seed=3, shard_size="2MB")
+    assert gpu.num_sent == 0
+    keep = Keep()
+    memory, gpu_memory = LIMITS[limits]
+    monkeypatch.setattr(driver, "_measure_transfer", lambda inputs, output: Transfer(num_buffers))
+    merge(
+        config,
+        tmp_path / "gpu",
+        threads=1,
+        seed=3,
+        shard_size="2MB",
+        memory=memory,
+        gpu_memory=gpu_memory,
+        listener=keep,
+    )
+    assert read_files(tmp_path / "gpu") == read_files(tmp_path / "cpu")
+    reread = sum(task.reread_nbytes for task in keep.plan.tasks)
+    assert bool(reread) is (limits == "small" and method != "linear")
+    merges = [m for task in keep.plan.tasks for m in task.merges if m.op != "copy"]
+    assert gpu.num_sent == sum(source.nbytes for m in merges for source in m.sources) + reread, "as they are stored"
+    assert gpu.num_there <= PAGE_ELEMENTS * 4, "nothing is left on the GPU but the table of random words"
+    projected = max(task.projected_gpu_mem for task in keep.plan.tasks) - CONTEXT_NBYTES
+    assert projected // 2 <= gpu.most_there <= projected + 2**20, "what operations need is counted with the context"
+
+
+class CarelessQueue(FakeQueue):
+    """Does not wait for other queues."""
+
+    def wait(self, mark: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("careless", "message"),
+    [
+        ("queue 1", "copy_.default in queue 1 does not wait for"),
+        ("queue 2", "in queue 2 does not wait for aten.copy_.default in queue 1"),
+        ("queue 3", "copy_.default in queue 3 does not wait for"),
+        ("host", "in host does not wait for aten.copy_.default in queue"),
+    ],
+)
+def test_every_wait_is_needed(
+    careless: str,
+    message: str,
+    family: tuple[Path, ...],
+    gpu: FakeGpu,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if careless == "host":
+        monkeypatch.setattr(FakeMark, "synchronize", lambda self: None)
+    open_queue = gpu.open_queue
+
+    def open_careless(device: torch.device) -> FakeQueue:
+        queue = open_queue(device)
+        return CarelessQueue(gpu, queue.name) if queue.name == careless else queue
+
+    monkeypatch.setattr(gpu_stage, "open_queue", open_careless)
+    memory, gpu_memory = LIMITS["small"]
+    with pytest.raises(AssertionError, match=message):
+        merge(make_config("linear", family), tmp_path / "out", threads=1, memory=memory, gpu_memory=gpu_memory)
+
+
+def test_a_gpu_that_runs_full_is_an_error_with_the_tensor(
+    family: tuple[Path, ...], gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "capacity", 10**6)
+    with pytest.raises(MemoryLimitError, match=r"^model.safetensors.*allow less with --gpu-memory, or end what else"):
+        merge(make_config("ties", family), tmp_path / "out", threads=1, gpu_memory="4GiB")
+    monkeypatch.setattr(gpu, "capacity", 2**40)
+    merge(make_config("ties", family), tmp_path / "done", threads=1, gpu_memory="4GiB")
+    monkeypatch.setattr(gpu, "capacity", gpu.most_there - 1)
+    with pytest.raises(MemoryLimitError, match=r"^[acf]: .*allow less with --gpu-memory, or end what else"):
+        merge(make_config("ties", family), tmp_path / "out", threads=1, gpu_memory="4GiB")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu_is_said_before_anything_runs(family: tuple[Path, ...], tmp_path: Path, cli: Cli) -> None:
+    with pytest.raises(ConfigError, match=r"--gpu-memory asks for a GPU on .*: torch .* or leave --gpu-memory out"):
+        merge(make_config("linear", family), tmp_path / "out", gpu_memory="4GiB")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,158 @@
+"""`raymerge verify`: whatever is not as it was written is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from raymerge.pipeline import Listener, merge, verify
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.plan.types import ShardResult
+from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES
+from tests.checkpoints import INDEX, read_files, write_llama
+from tests.commands import Cli
+
+MANIFEST = "raymerge_manifest.json"
+SHARD = "model-00002-of-00006.safetensors"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    models = [{"model": str(write_llama(tmp_path / f"m{k}", k))} for k in range(2)]
+    config = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+    merge(config, tmp_path / "merged", shard_size=5000)
+    assert (tmp_path / "merged" / SHARD).exists()
+    return tmp_path / "merged"
+
+
+def test_sound(out: Path, cli: Cli) -> None:
+    before = read_files(out)
+    report = verify(str(out), threads=3)
+    files = read_files(out)
+    assert files == before
+    assert report.num_files == len(files) - 1  # the manifest itself
+    assert report.num_tensors == 21
+    assert report.nbytes == sum(len(content) for name, content in files.items() if name != MANIFEST)
+    outcome = cli("verify", out)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(f"{out} is sound: {report.num_files} files, 21 tensors, ")
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 0x10
+    path.write_bytes(content)
+
+
+def point_elsewhere(out: Path) -> None:
+    """Let index and manifest agree, and the headers disagree with both."""
+    index = json.loads((out / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00006.safetensors"
+    text = json.dumps(index)
+    (out / INDEX).write_text(text)
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"][INDEX] = {"nbytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (out / MANIFEST).write_text(json.dumps(manifest))
+
+
+def add_file(out: Path, name: str) -> None:
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("{}")
+
+
+def lose_one_and_spoil_another(out: Path) -> None:
+    (out / SHARD).unlink()
+    flip(out / "README.md", 3)
+
+
+def list_outside_file(out: Path) -> None:
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"]["../m0/config.json"] = manifest["files"]["config.json"]
+    (out / MANIFEST).write_text(json.dumps(manifest))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "last byte": (lambda out: flip(out / SHARD, -1), [f"{SHARD}: sha256 is "]),
+    "first byte": (lambda out: flip(out / SHARD, 0), [f"{SHARD}: sha256 is "]),
+    "shortened": (lambda out: (out / SHARD).write_bytes((out / SHARD).read_bytes()[:-1]), [f"{SHARD}: ", " bytes, "]),
+    "emptied": (lambda out: (out / SHARD).write_bytes(b""), [f"{SHARD}: 0 bytes, "]),
+    "missing shard": (lambda out: (out / SHARD).unlink(), [f"{SHARD}: missing"]),
+    "missing tokenizer": (lambda out: (out / "tokenizer_config.json").unlink(), ["tokenizer_config.json: missing"]),
+    "missing index": (lambda out: (out / INDEX).unlink(), [f"{INDEX}: missing"]),
+    **{
+        f"extra {name}": (
+            partial(add_file, name=name),
+            [f"{name}: a file that the manifest does not list"],
+        )
+        for name in ("model-00007-of-00007.safetensors", "adapter_config.json", "sub/code.py")
+    },
+    "config changed": (lambda out: (out / "config.json").write_text("{}"), ["config.json: 2 bytes, "]),
+    "index changed": (lambda out: flip(out / INDEX, 50), [f"{INDEX}: sha256 is "]),
+    "index points elsewhere": (
+        point_elsewhere,
+        ["model.norm.weight: the index says model-00001-of-00006.safetensors, the headers model-0000"],
+    ),
+    "several": (
+        lose_one_and_spoil_another,
+        [f"{SHARD}: missing", "README.md: sha256 is "],
+    ),
+    "manifest missing": (lambda out: (out / MANIFEST).unlink(), [f"has no {MANIFEST}"]),
+    "manifest cut": (lambda out: (out / MANIFEST).write_text("{"), [f"{MANIFEST} is damaged"]),
+    "manifest of another kind": (lambda out: (out / MANIFEST).write_text('{"files": []}'), [f"{MANIFEST} is damaged"]),
+    "manifest that leads outside": (list_outside_file, ["outside the directory: ../m0/config.json"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found(damage: str, out: Path, cli: Cli) -> None:
+    break_it, said = DAMAGES[damage]
+    break_it(out)
+    outcome = cli("verify", out)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"Error: {out}")
+    for text in said:
+        assert text in outcome.err
+    unharmed = {name for name in read_files(out) if not any(name in text for text in said)}
+    assert not [name for name in unharmed if f"\n  {name}:" in outcome.err]
+
+
+def test_hidden_files_are_in_no_model(out: Path) -> None:
+    add_file(out, ".git/HEAD")
+    assert verify(out).num_tensors == 21
+
+
+def test_threads(out: Path) -> None:
+    with pytest.raises(ConfigError, match="threads is 0"):
+        verify(out, threads=0)
+
+
+def test_unfinished(out: Path, tmp_path: Path, cli: Cli) -> None:
+    class Break(Listener):
+        def finished(self, result: ShardResult) -> None:
+            raise RuntimeError("stopped")
+
+    config = {"merge_method": "linear", "models": [{"model": str(tmp_path / "m0")}], "parameters": {"weight": 1}}
+    with pytest.raises(RuntimeError, match="stopped"):
+        merge(config, tmp_path / "half", shard_size=5000, listener=Break())
+    outcome = cli("verify", tmp_path / "half")
+    assert outcome.code == 2
+    assert "is unfinished; run the same `raymerge merge` again" in outcome.err
+    outcome = cli("verify", tmp_path / "absent")
+    assert outcome.code == 2
+    assert "was not made by raymerge, or is not a model" in outcome.err
+
+
+def test_buffers_left_by_a_verify_are_not_shared_by_the_workers_of_a_merge(out: Path, tmp_path: Path) -> None:
+    buffers = [POOL.acquire(OUTPUT_BUFFER_NBYTES) for _ in range(4)]
+    for buffer in buffers:
+        POOL.release(buffer)
+    models = [{"model": str(tmp_path / f"m{k}")} for k in range(2)]
+    config = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+    merge(config, tmp_path / "again", shard_size=5000, threads=4)
+    assert read_files(tmp_path / "again") == read_files(out)

@@ -1,0 +1,130 @@
+"""Checkpoints that are nothing but names, dtypes and shapes: what the planner sees of real ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.config.merge_config import load_config
+from raymerge.pipeline.plan.recipe import Recipe, expand
+from raymerge.pipeline.plan.types import ModelRef, StoredFile, StoredTensor, TensorMerge
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One checkpoint."""
+
+    shapes: Shapes
+    config: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "BF16"
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    """Where they differ from `dtype`."""
+
+
+def llama(num_layers: int = 2, *, head: bool = True, past: int = 0, **config: Any) -> Layout:
+    """Return a Llama of few tensors; `past` more layers follow those that config.json counts."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (8, 4)}
+    for k in range(num_layers + past):
+        shapes[f"model.layers.{k}.mlp.up_proj.weight"] = (6, 4)
+        shapes[f"model.layers.{k}.self_attn.q_proj.weight"] = (4, 4)
+    shapes["model.norm.weight"] = (4,)
+    if head:
+        shapes["lm_head.weight"] = (8, 4)
+    return Layout(shapes, {"num_hidden_layers": num_layers, "architectures": ["LlamaForCausalLM"], **config})
+
+
+def bare(names: Iterable[str], **config: Any) -> Layout:
+    """Return a checkpoint of these tensors, all of one shape."""
+    return Layout(dict.fromkeys(names, (2, 2)), config)
+
+
+def stored_tensors(model: str, layout: Layout) -> dict[str, StoredTensor]:
+    """Return the tensors as if they lay in one file, one after the other."""
+    dtypes = {name: layout.dtypes.get(name, layout.dtype) for name in layout.shapes}
+    nbytes = {name: math.prod(shape) * DTYPES[dtypes[name]].num_bits // 8 for name, shape in layout.shapes.items()}
+    file = StoredFile(f"/models/{model}/model.safetensors", 1000 + sum(nbytes.values()), f"etag of {model}")
+    tensors = {}
+    start = 1000
+    for name, shape in layout.shapes.items():
+        tensors[name] = StoredTensor(model, name, dtypes[name], shape, file, start, start + nbytes[name])
+        start += nbytes[name]
+    return tensors
+
+
+def expand_layouts(config: Mapping[str, Any], models: Mapping[str, Layout]) -> Recipe:
+    """Return the recipe for a merge config over checkpoints of these names."""
+    merge_config = load_config(config)
+    checkpoints = [
+        Checkpoint(model, f"/models/{model}", dict(models[str(model)].config), "", (), None, (), ())
+        for model in merge_config.referenced_models
+    ]
+    return expand(merge_config, checkpoints, {name: stored_tensors(name, layout) for name, layout in models.items()})
+
+
+def linear(*models: str, **more: Any) -> dict[str, Any]:
+    """Return a linear merge of whole models, with equal weights."""
+    return {
+        "merge_method": "linear",
+        "models": [{"model": model} for model in models],
+        "parameters": {"weight": 1.0},
+        **more,
+    }
+
+
+def passthrough(*parts: tuple[str, int, int], **more: Any) -> dict[str, Any]:
+    """Return a stack of layers [start, stop) of one model each."""
+    return {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": model, "layer_range": [start, stop]}]} for model, start, stop in parts],
+        **more,
+    }
+
+
+def by_name(recipe: Recipe) -> dict[str, TensorMerge]:
+    """Return the output tensors by name."""
+    return {merge.name: merge for merge in recipe.merges}
+
+
+def source_names(merge: TensorMerge) -> list[tuple[str, str]]:
+    """Return the model and the name of each source."""
+    return [(source.model, source.name) for source in merge.sources]
+
+
+def parameter(merge: TensorMerge, name: str) -> Any:
+    """Return one resolved parameter."""
+    return dict(merge.parameters)[name]
+
+
+def make_merge(
+    name: str = "w",
+    num_elements: int = 100,
+    *,
+    op: str = "linear",
+    parameters: Mapping[str, Any] | None = None,
+    dtypes: Sequence[str] = ("BF16", "BF16"),
+    out_dtype: str = "BF16",
+    start: int = 0,
+) -> TensorMerge:
+    """Return one output tensor of flat sources, each in a file of its own."""
+    sources = tuple(
+        StoredTensor(
+            f"m{k}", name, dtype, (num_elements,), StoredFile(f"/m{k}/model.safetensors", 2**50, f"e{k}"),
+            start, start + num_elements * DTYPES[dtype].num_bits // 8,
+        )
+        for k, dtype in enumerate(dtypes)
+    )  # fmt: skip
+    if parameters is None:
+        parameters = {"weight": (1.0,) * len(dtypes), "normalize": True}
+    nbytes = num_elements * DTYPES[out_dtype].num_bits // 8
+    return TensorMerge(name, (num_elements,), out_dtype, op, tuple(parameters.items()), sources, num_elements, nbytes)
+
+
+def model_refs(*names: str) -> list[ModelRef]:
+    """Return references to models of these names."""
+    return [ModelRef(name) for name in names]

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymerge.ops.kernel import BLOCK_ELEMENTS
+from raymerge.ops.registry import find_op
+from raymerge.pipeline.errors import MemoryLimitError
+from raymerge.pipeline.plan.memory import (
+    CONTEXT_NBYTES,
+    MAX_BUFFER_NBYTES,
+    Demand,
+    Transfer,
+    aligned,
+    check_fits,
+    choose_buffer_nbytes,
+    measure_demand,
+    out_slot_nbytes,
+    project_gpu_mem,
+    project_mem,
+    stored_nbytes,
+)
+from raymerge.pipeline.sizes import parse_nbytes
+from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES
+from tests.pipeline.plan.layouts import make_merge
+
+TRANSFERS = st.builds(Transfer, st.integers(1, 2), st.integers(0, 2**24))
+DEMANDS = st.lists(
+    st.builds(
+        Demand,
+        block_elements=st.just(2**16),
+        num_blocks=st.integers(1, 100),
+        num_passes=st.integers(0, 3),
+        block_nbytes=st.integers(1, 2**26),
+        scratch_nbytes=st.integers(0, 2**25),
+        state_nbytes=st.integers(0, 2**22),
+        out_nbytes=st.integers(0, 2**19),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def named(demands: Sequence[Demand]) -> dict[str, Demand]:
+    return {f"tensor{k}": demand for k, demand in enumerate(demands)}
+
+
+def test_a_demand_is_one_block_of_every_source_and_the_scratch_that_the_kernel_declares() -> None:
+    merge = make_merge(num_elements=10**7, dtypes=("BF16", "F32", "F64"))
+    demand = measure_demand(merge)
+    kernel = find_op("linear").kernel(dict(merge.parameters))
+    assert demand.block_elements == kernel.block_elements == BLOCK_ELEMENTS
+    assert demand.num_passes == kernel.num_passes
+    assert demand.block_nbytes == (2 + 4 + 8) * BLOCK_ELEMENTS
+    assert demand.scratch_nbytes == (1 + kernel.num_scratch(3)) * BLOCK_ELEMENTS * 4
+
+
+def test_a_tensor_smaller_than_a_block_needs_only_its_size() -> None:
+    demand = measure_demand(make_merge(num_elements=100))
+    assert demand.block_nbytes == 2 * aligned(200) == 2 * 256
+    assert demand.scratch_nbytes == 2 * 100 * 4
+
+
+def test_what_a_kernel_keeps_is_counted_besides_its_scratch() -> None:
+    parameters: dict[str, Any] = {
+        "weight": (1.0,),
+        "density": (0.5,),
+        "normalize": True,
+        "rescale": False,
+        "lambda": 1.0,
+    }
+    merge = make_merge(num_elements=10**7, op="ties", parameters=parameters)
+    demand = measure_demand(merge)
+    assert demand.state_nbytes == find_op("ties").kernel(dict(merge.parameters)).state_nbytes(2) > 0
+    assert (
+        project_mem([demand], 0, Transfer()) == demand.scratch_nbytes + demand.state_nbytes + 2 * OUTPUT_BUFFER_NBYTES
+    )
+
+
+@pytest.mark.parametrize("num_elements", [0, 1])
+def test_empty_tensors_and_scalars(num_elements: int) -> None:
+    demand = measure_demand(make_merge(num_elements=num_elements))
+    assert demand.block_nbytes == 2 * 64 * num_elements
+
+
+def test_copies_need_no_scratch() -> None:
+    demand = measure_demand(make_merge(op="copy", parameters={}, dtypes=("I64",), out_dtype="I64", num_elements=2**30))
+    assert (demand.scratch_nbytes, demand.num_passes, demand.block_nbytes) == (0, 0, 8 * BLOCK_ELEMENTS)
+
+
+@given(st.integers(0, 2**40))
+def test_alignment(nbytes: int) -> None:
+    assert aligned(nbytes) % 64 == 0
+    assert nbytes <= aligned(nbytes) < nbytes + 64
+
+
+@pytest.mark.parametrize(("dtype", "nbytes"), [("F64", 24), ("F32", 12), ("BF16", 6), ("U8", 3), ("BOOL", 3)])
+def test_stored_size(dtype: str, nbytes: int) -> None:
+    assert stored_nbytes(dtype, 3) == nbytes
+
+
+@given(DEMANDS, st.integers(2**20, 2**31), TRANSFERS)
+def test_a_chosen_buffer_keeps_within_the_memory_and_holds_a_block(
+    demands: list[Demand], mem: int, transfer: Transfer
+) -> None:
+    buffer_nbytes = choose_buffer_nbytes(demands, mem, transfer)
+    largest_block = max(demand.block_nbytes for demand in demands)
+    assert project_mem(demands, buffer_nbytes, transfer) <= mem
+    assert buffer_nbytes <= max(MAX_BUFFER_NBYTES, largest_block)
+    fits = project_mem(demands, largest_block, transfer) <= mem
+    assert (buffer_nbytes >= largest_block) is fits
+
+
+def test_a_block_of_many_models_gets_its_room() -> None:
+    merge = make_merge(num_elements=10**9, dtypes=("BF16",) * 300)
+    demand = measure_demand(merge)
+    assert demand.block_nbytes > MAX_BUFFER_NBYTES
+    assert choose_buffer_nbytes([demand], 2**40, Transfer()) == demand.block_nbytes
+
+
+def test_two_buffers_and_what_storages_take_are_counted() -> None:
+    demand = measure_demand(make_merge(num_elements=10**7))
+    alone, both = (project_mem([demand], 10**6, transfer) for transfer in (Transfer(), Transfer(2, 10**5)))
+    assert both == alone + 10**6 + 10**5
+
+
+@given(DEMANDS, st.integers(0, 2**20 - 1), TRANSFERS)
+def test_the_stated_limit_works_and_one_mebibyte_less_does_not(
+    demands: list[Demand], allowed_mem: int, transfer: Transfer
+) -> None:
+    with pytest.raises(MemoryLimitError) as caught:
+        check_fits(named(demands), allowed_mem, transfer)
+    stated = re.search(r"--memory (\w+)$", str(caught.value))
+    assert stated is not None
+    limit = parse_nbytes(stated[1])
+    check_fits(named(demands), limit, transfer)
+    with pytest.raises(MemoryLimitError):
+        check_fits(named(demands), limit - 2**20, transfer)
+
+
+def test_the_message_names_the_tensor_and_both_figures() -> None:
+    small, large = Demand(2**16, 9, 0, 2**20, 2**20, 0, 2**17), Demand(2**16, 9, 1, 2**24, 2**23, 2**21, 2**17)
+    needed = (2**24 + 2**23 + 2**21 + 2 * OUTPUT_BUFFER_NBYTES) // 2**20
+    with pytest.raises(MemoryLimitError) as caught:
+        check_fits({"one": small, "two": large, "three": small}, 20 * 2**20, Transfer())
+    assert str(caught.value) == (
+        f"two needs {needed}MiB for one block of each source with scratch and output buffers, and 20MiB are allowed; "
+        f"the smallest limit that works is --memory {needed}MiB"
+    )
+
+
+# on GPUs
+
+
+def test_a_gpu_holds_two_windows_two_results_and_scratch_for_one() -> None:
+    demand = measure_demand(make_merge(num_elements=10 * BLOCK_ELEMENTS, dtypes=("BF16", "BF16")))
+    window = 3 * BLOCK_ELEMENTS
+    needed = 2 * 2 * 2 * window + 2 * (64 + 2 * window) + 2 * 4 * window + CONTEXT_NBYTES
+    assert project_gpu_mem([demand], 2 * 2 * window) == needed
+    assert out_slot_nbytes(demand, 2 * 2 * window) == 64 + 2 * window
+    assert project_mem([demand], 1000, Transfer(), on_gpu=True) < project_mem([demand], 1000, Transfer())
+
+
+def test_a_window_is_no_larger_than_the_tensor() -> None:
+    small, large = (measure_demand(make_merge(num_elements=n * BLOCK_ELEMENTS + 1)) for n in (3, 1000))
+    buffer_nbytes = 100 * large.block_nbytes
+    assert small.of_window(small.scratch_nbytes, buffer_nbytes) == 4 * small.scratch_nbytes
+    assert large.of_window(large.scratch_nbytes, buffer_nbytes) == 100 * large.scratch_nbytes
+    assert measure_demand(make_merge(num_elements=0)).of_window(100, buffer_nbytes) == 0
+
+
+@given(DEMANDS, st.integers(2**20, 2**31), st.integers(2**29, 2**31), TRANSFERS)
+def test_a_buffer_for_a_gpu_keeps_within_both_memories(
+    demands: list[Demand], mem: int, gpu_mem: int, transfer: Transfer
+) -> None:
+    largest = max(demand.block_nbytes for demand in demands)
+    buffer_nbytes = choose_buffer_nbytes(demands, mem, transfer, gpu_mem)
+
+    def fits(nbytes: int) -> bool:
+        on_host = project_mem(demands, nbytes, transfer, on_gpu=True)
+        return on_host <= mem and project_gpu_mem(demands, nbytes) <= gpu_mem
+
+    assert (buffer_nbytes >= largest) is fits(largest)
+    assert buffer_nbytes < largest or fits(buffer_nbytes)
+    assert buffer_nbytes in (max(MAX_BUFFER_NBYTES, largest), largest - 1) or not fits(2 * buffer_nbytes + 64)
+
+
+@given(DEMANDS, st.integers(0, CONTEXT_NBYTES - 1))
+def test_the_stated_limit_of_a_gpu_works_and_one_mebibyte_less_does_not(demands: list[Demand], allowed: int) -> None:
+    with pytest.raises(MemoryLimitError, match=r"^tensor\d needs \w+ on a GPU") as caught:
+        check_fits(named(demands), 2**40, Transfer(), allowed)
+    stated = re.search(r"--gpu-memory (\w+)$", str(caught.value))
+    assert stated is not None
+    limit = parse_nbytes(stated[1])
+    check_fits(named(demands), 2**40, Transfer(), limit)
+    with pytest.raises(MemoryLimitError):
+        check_fits(named(demands), 2**40, Transfer(), limit - 2**20)

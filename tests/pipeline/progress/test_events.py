@@ -1,0 +1,174 @@
+"""Events travel as lines of JSON, and lines that others wrote do no harm."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymerge.pipeline.cli.display import Display
+from raymerge.pipeline.cli.interrupt import MESSAGE
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.plan.types import HostReport, MergeReport, ShardResult
+from raymerge.pipeline.progress.events import (
+    Event,
+    Failed,
+    Held,
+    Planned,
+    Progressed,
+    Resumed,
+    Retried,
+    Warned,
+    explain,
+    format_event,
+    read_event,
+)
+
+SHARD = ShardResult(
+    file="model-00001-of-00002.safetensors",
+    nbytes=120,
+    sha256="ab",
+    etag="cd",
+    nonfinite=("norm.weight",),
+    read_nbytes=300,
+    seconds=2,
+    peak_rss=2**29,
+    peak_measured_mem=2**28,
+    host="10.0.0.5",
+    faults=(("s3://bucket: GET: 503 SlowDown", 2),),
+)
+REPORT = MergeReport(
+    out="s3://bucket/merged",
+    manifest="s3://bucket/merged/raymerge_manifest.json",
+    num_tensors=3,
+    num_shards=2,
+    num_resumed=0,
+    was_complete=False,
+    read_nbytes=600,
+    written_nbytes=240,
+    seconds=3.5,
+    work_seconds=2.5,
+    slowest=SHARD,
+    hosts=(HostReport("10.0.0.5", 1, 300, 120), HostReport("10.0.0.6", 1, 300, 120)),
+    peak_rss=2**29,
+    peak_measured_mem=2**28,
+    projected_mem=2**28,
+    faults=(("ray: shard: its worker died", 1),),
+    warnings=("doubtful",),
+    nonfinite=("norm.weight",),
+)
+EVENTS: dict[str, Event] = {
+    "planned": Planned("ties", ("a", "b"), 3, 2, 600, 240, "f00", "ties of 2 models\n  tensors  3"),
+    "waiting": Held("another run is writing"),
+    "resumed": Resumed(1, 120),
+    "progress": Progressed(1, 2, 300, 600, 120, 240, 1e9, 4e8, None, 1),
+    "shard": SHARD,
+    "retry": Retried("ray: shard: its worker died", 1),
+    "warning": Warned("ä\u2028\nb"),
+    "done": REPORT,
+    "error": Failed("ConfigError", "models: nothing is given", 2),
+}
+DOCS = (Path(__file__).parents[3] / "docs/progress.md").read_text()
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_there_and_back(name: str) -> None:
+    line = format_event(EVENTS[name])
+    assert line.isascii()
+    assert line.isprintable(), "one line, whatever is in it"
+    assert read_event(line) == EVENTS[name]
+    content = json.loads(line)
+    assert content["event"] == name
+    assert content["time"].endswith("Z")
+    assert abs(datetime.fromisoformat(content["time"]) - datetime.now(UTC)) < timedelta(minutes=1)
+    assert read_event(json.dumps({**content, "of a later version": 1})) == EVENTS[name]
+
+
+def test_every_event_is_tested_and_documented() -> None:
+    assert {type(event) for event in EVENTS.values()} == set(get_args(Event))
+    for name, event in EVENTS.items():
+        row = next(line for line in DOCS.splitlines() if line.startswith(f"| `{name}` |"))
+        for field in dataclasses.fields(event):
+            assert f"`{field.name}`" in row, (name, field.name)
+
+
+def test_nothing_that_was_not_known_is_none() -> None:
+    assert read_event(format_event(dataclasses.replace(REPORT, slowest=None))) == dataclasses.replace(
+        REPORT, slowest=None
+    )
+
+
+def test_no_credential_is_written() -> None:
+    line = format_event(Warned('AWS_SECRET_ACCESS_KEY="hidden1" and https://me:hidden2@host/a'))
+    assert "hidden" not in line
+    assert json.loads(line)["event"] == "warning"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "null",
+        "3",
+        "[]",
+        '"event"',
+        "{}",
+        "Traceback (most recent call last):",
+        '{"event": "unheard of"}',
+        '{"event": ["warning"], "text": "a"}',
+        '{"event": "warning"}',
+        '{"event": "warning", "text": 1}',
+        '{"event": "warning", "text": "a"',
+        '{"event": "resumed", "num_shards": true, "nbytes": 1}',
+        '{"event": "resumed", "num_shards": 1.5, "nbytes": 1}',
+        '{"event": "resumed", "num_shards": "1", "nbytes": 1}',
+        '{"event": "resumed", "num_shards": 1, "nbytes": 1%s}' % ("0" * 400),
+        format_event(EVENTS["progress"]).replace("1000000000.0", "1e999"),
+        format_event(EVENTS["progress"]).replace("1000000000.0", "NaN"),
+        format_event(EVENTS["progress"]).replace("1000000000.0", "1" + "0" * 400),
+        format_event(REPORT).replace('died", 1', 'died"'),
+        format_event(REPORT).replace("3.5", "{}"),
+        "[" * 100_000,
+    ],
+)
+def test_what_is_no_event(line: str) -> None:
+    assert read_event(line) is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(list(EVENTS)), st.data())
+def test_whatever_is_an_event_can_be_shown(name: str, data: st.DataObject) -> None:
+    """Lines of a log are anybody's: with any value in place of a field's they are no event, or one that is printed."""
+    content = json.loads(format_event(EVENTS[name]))
+    field = data.draw(st.sampled_from(sorted(content)))
+    content[field] = data.draw(JSON)
+    with Display(verbose=True, quiet=False) as display:
+        display.show_line(json.dumps(content))
+
+
+def test_errors_are_explained() -> None:
+    assert explain(ConfigError("no models")) == Failed("ConfigError", "no models", 2)
+    assert explain(ConfigError("no models")).text == "Error: no models"
+    assert explain(KeyboardInterrupt()) == Failed("KeyboardInterrupt", MESSAGE, 130)
+    missing = explain(ModuleNotFoundError("No module named 'ray'", name="ray"))
+    assert missing.text.startswith("Error: ray is not installed for ")
+    assert missing.exit_code == 2
+    try:
+        raise LookupError("https://me:hidden@host")
+    except LookupError as error:
+        failed = explain(error)
+    assert (failed.type, failed.exit_code) == ("LookupError", 1)
+    assert failed.text.startswith("Traceback (most recent call last):\n")
+    assert failed.text.endswith("LookupError: https://***@host")
