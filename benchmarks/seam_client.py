@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from bare_client import Job, main, measured
 
 from raymerge.pipeline.plan.memory import MAX_BUFFER_NBYTES
-from raymerge.pipeline.plan.types import StoredFile
 from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.objects.writer import NUM_PARTS, PART_NBYTES
 from raymerge.pipeline.stores.remote import NUM_REQUESTS, PIECE_NBYTES
-from raymerge.pipeline.stores.seam import ByteRange, open_storages, storage_for
+from raymerge.pipeline.stores.seam import open_storages, storage_for
 
 
 def find_tensors(file: StoredFile) -> list[ByteRange]:

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import CheckpointError, FetchError
-from raymerge.pipeline.plan.types import ModelRef, StoredFile
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.seam import Storage, storage_for
 from raymerge.pipeline.urls import is_url, scheme_of, suggest_directory
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "raymerge_manifest.json"
 
 _MAX_CONFIG_NBYTES = 16 * 2**20
 _MAX_INDEX_NBYTES = 512 * 2**20

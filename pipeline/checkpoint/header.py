@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.errors import CheckpointError
-from raymerge.pipeline.plan.types import StoredFile
-from raymerge.pipeline.stores.seam import ByteRange, Storage
+from raymerge.pipeline.stores.files import ByteRange, StoredFile
+from raymerge.pipeline.stores.seam import Storage
 
 MAX_HEADER_NBYTES = 100_000_000
 """Longest JSON that is read; the safetensors library has the same limit."""

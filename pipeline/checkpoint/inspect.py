@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from raymerge.pipeline.checkpoint.checkpoint import (
     CONFIG,
     INDEX,
+    MANIFEST,
     SINGLE,
     is_hidden,
     is_weights,
@@ -25,12 +26,12 @@ from raymerge.pipeline.checkpoint.checkpoint import (
 from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES, TensorEntry, read_header
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
 from raymerge.pipeline.checkpoint.names import natural_key
+from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.stacks import FoundTensor, Stack, Totals, add_up, split_stacks
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_tied
 from raymerge.pipeline.errors import CheckpointError, ConfigError
-from raymerge.pipeline.output.state import MANIFEST
-from raymerge.pipeline.plan.types import ModelRef, StoredFile
 from raymerge.pipeline.redact import redact
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.seam import Storage, configure_storages, open_storages, storage_for, storage_settings
 from raymerge.pipeline.urls import check_url, is_url, scheme_of
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raymerge.pipeline.plan.types import ModelRef
+from raymerge.pipeline.checkpoint.reference import ModelRef
 
 Json = dict[str, Any]
 

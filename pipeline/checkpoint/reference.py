@@ -1,54 +1,17 @@
-"""Names of models as mergekit writes them: `path[@revision][+lora]`, or a mapping; and URLs."""
+"""Which model is meant: a directory, a URL or a repository, at a revision."""
 
 from __future__ import annotations
 
-from raymerge.pipeline.config.node import Place, shown
-from raymerge.pipeline.plan.types import ModelRef
-from raymerge.pipeline.urls import is_url, scheme_of
-
-MAPPING_FORM = "{model: {path: ..., revision: ...}}"
-"""Says what the string form cannot: a path with `@` or `+` in it."""
+from dataclasses import dataclass
 
 
-def parse_model_ref(place: Place) -> ModelRef:
-    """Return the model that is named at a place of the config.
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A checkpoint as the config names it; equal references are read once."""
 
-    Raises:
-        ConfigError: it is no model reference, or one with a LoRA.
-    """
-    if isinstance(place.value, str):
-        return _parse_string(place, place.text())
-    if not place:
-        raise place.error("no model is named; give a directory or a Hub repository, such as `org/name`")
-    if not isinstance(place.value, dict):
-        raise place.error(f"{shown(place.value)} is given, a model's name is needed; put it in quotes if it is one")
-    place.check_keys(("model", "lora", "override_architecture"))
-    if place.get("lora").value is not None:
-        raise place.get("lora").error("LoRA adapters are not supported yet; merge the adapter into its model first")
-    if place.get("override_architecture").value is not None:
-        place.get("override_architecture").warn(
-            "has no effect: the merge follows the checkpoint's own tensor names; remove it"
-        )
-    model = place.get("model")
-    if isinstance(model.value, str):
-        return _parse_string(model, model.text())
-    if not model:
-        raise place.error(f"`model` is missing; write a name, or {MAPPING_FORM}")
-    model.check_keys(("path", "revision"))
-    revision = model.get("revision")
-    return ModelRef(model.get("path").text(), revision.text() if revision.value is not None else None)
+    path: str
+    """A directory, its URL, or the name of a Hub repository."""
+    revision: str | None = None
 
-
-def _parse_string(place: Place, name: str) -> ModelRef:
-    if is_url(name) and scheme_of(name) != "hf":
-        return ModelRef(name)  # no revisions there, and both signs may be part of it
-    hint = f"; if the sign is part of the path, write {MAPPING_FORM}"
-    model, plus, _ = name.partition("+")
-    if plus:
-        raise place.error(f"{name!r} names a LoRA adapter (`model+lora`), which is not supported yet{hint}")
-    path, at, revision = model.partition("@")
-    if "@" in revision:
-        raise place.error(f"{name!r} has more than one `@` (`path@revision`){hint}")
-    if not path.strip() or (at and not revision.strip()):
-        raise place.error(f"{name!r} lacks a {'revision' if path.strip() else 'path'} (`path@revision`){hint}")
-    return ModelRef(path, revision if at else None)
+    def __str__(self) -> str:
+        return f"{self.path}@{self.revision}" if self.revision else self.path

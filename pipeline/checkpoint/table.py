@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from raymerge.pipeline.checkpoint.checkpoint import INDEX, Checkpoint
 from raymerge.pipeline.checkpoint.header import TensorEntry, read_header
+from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.errors import CheckpointError
-from raymerge.pipeline.plan.types import StoredFile, StoredTensor
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.seam import storage_for
 
 _CODED = pa.dictionary(pa.int32(), pa.string())

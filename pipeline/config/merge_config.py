@@ -8,13 +8,13 @@ from pathlib import Path
 
 from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
-from raymerge.pipeline.checkpoint.reference import parse_model_ref
+from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.document import read_document
 from raymerge.pipeline.config.methods import check_models, check_sources, parse_method, parse_settings
 from raymerge.pipeline.config.node import Place, shown, suggest
+from raymerge.pipeline.config.reference import parse_model_ref
 from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.plan.types import ModelRef
 
 _FORMS = ("models", "slices", "modules")
 _NOT_SUPPORTED = {

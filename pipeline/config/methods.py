@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from raymerge.ops.errors import UnknownOpError
 from raymerge.ops.registry import Base, Op, find_op, load_ops
+from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.node import Place, suggest
 from raymerge.pipeline.config.values import Setting, Settings, parse_setting
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.plan.types import ModelRef
 
 
 def parse_method(place: Place) -> Op:

@@ -9,7 +9,8 @@ from itertools import chain, pairwise
 
 from raymerge.pipeline.plan.memory import aligned
 from raymerge.pipeline.plan.windows import Fetch, Window
-from raymerge.pipeline.stores.seam import Buffer, ByteRange, Storage, storage_for
+from raymerge.pipeline.stores.files import Buffer, ByteRange
+from raymerge.pipeline.stores.seam import Storage, storage_for
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,12 +27,13 @@ from raymerge.pipeline.errors import CorruptedError, MemoryLimitError, TensorMis
 from raymerge.pipeline.output.journal import Journal
 from raymerge.pipeline.plan.memory import measure_demand, out_slot_nbytes
 from raymerge.pipeline.plan.resolve import COPY
-from raymerge.pipeline.plan.types import ShardResult, ShardTask, StoredFile, TensorMerge
+from raymerge.pipeline.plan.types import ShardResult, ShardTask, TensorMerge
 from raymerge.pipeline.plan.windows import make_fetches
 from raymerge.pipeline.sizes import format_memory
 from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.retry import FAULTS, one_line
-from raymerge.pipeline.stores.seam import Buffer, StorageSettings, configure_storages, storage_for
+from raymerge.pipeline.stores.seam import StorageSettings, configure_storages, storage_for
 
 COMPUTE_DTYPE = torch.float32
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, is_weights
+from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, MANIFEST, is_weights
 from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
 from raymerge.pipeline.output.journal import DIRECTORY, LOCK, Journal, read_begun
-from raymerge.pipeline.plan.types import InputModel, OutputFile, StoredFile
+from raymerge.pipeline.plan.types import InputModel, OutputFile
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.seam import Lock, Storage, storage_for
 from raymerge.pipeline.urls import is_url, suggest_directory
 
-MANIFEST = "raymerge_manifest.json"
 MAX_MANIFEST_NBYTES = 256 * 2**20
 
 _MODEL_FILES = (CONFIG, INDEX, MANIFEST)

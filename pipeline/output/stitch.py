@@ -10,15 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 
 from raymerge import __version__
-from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX
+from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, MANIFEST
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.output.card import make_card
 from raymerge.pipeline.output.journal import Journal
-from raymerge.pipeline.output.state import MANIFEST, MAX_MANIFEST_NBYTES, read_manifest
-from raymerge.pipeline.plan.types import MergePlan, OutputFile, ShardResult, StoredFile
+from raymerge.pipeline.output.state import MAX_MANIFEST_NBYTES, read_manifest
+from raymerge.pipeline.plan.types import MergePlan, OutputFile, ShardResult
 from raymerge.pipeline.redact import redact
+from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.pieces import read_pieces
-from raymerge.pipeline.stores.seam import Buffer, storage_for
+from raymerge.pipeline.stores.seam import storage_for
 from raymerge.pipeline.urls import revision_of
 
 _OWN_CONFIG = "mergekit_config.yml"

@@ -13,20 +13,14 @@ from typing import Literal
 
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
-from raymerge.pipeline.checkpoint.checkpoint import INDEX
+from raymerge.pipeline.checkpoint.checkpoint import INDEX, MANIFEST
 from raymerge.pipeline.checkpoint.header import read_header
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.output.journal import read_begun
-from raymerge.pipeline.output.state import (
-    MANIFEST,
-    MAX_MANIFEST_NBYTES,
-    Manifest,
-    find_unlisted,
-    locate_output,
-    read_manifest,
-)
-from raymerge.pipeline.plan.types import OutputFile, ShardResult, StoredFile
+from raymerge.pipeline.output.state import MAX_MANIFEST_NBYTES, Manifest, find_unlisted, locate_output, read_manifest
+from raymerge.pipeline.plan.types import OutputFile, ShardResult
 from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.pieces import PIECE_NBYTES, read_pieces
 from raymerge.pipeline.stores.seam import (
     Storage,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from raymerge.pipeline.checkpoint.names import Layers, split_name
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.errors import TensorMismatchError
-from raymerge.pipeline.plan.types import ModelRef, StoredTensor
 
 _SHOWN = 5
 """How many cases a message lists."""

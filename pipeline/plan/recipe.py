@@ -21,13 +21,15 @@ from raymerge.pipeline.checkpoint.model_config import (
     text_part,
 )
 from raymerge.pipeline.checkpoint.names import Layers, find_layers, layer_position, natural_key, split_name
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_tied, name_head
 from raymerge.pipeline.config.merge_config import MergeConfig, OutputSlice
 from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.errors import CheckpointError, ConfigError, TensorMismatchError
 from raymerge.pipeline.plan.accounts import Accounts, count_tensors
 from raymerge.pipeline.plan.resolve import Part, Scope, make_tensor_merge
-from raymerge.pipeline.plan.types import ModelRef, ParameterValue, StoredTensor, TensorMerge
+from raymerge.pipeline.plan.types import ParameterValue, TensorMerge
 
 _EMBEDDING_SIDE = ("embed", "wte", "wpe", "visual", "vision", "projector", "audio", "connector", "merger")
 """Words in names of tensors that come before the layers; what is neither here nor in a stack comes after them."""

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from raymerge.ops.errors import OpParameterError
 from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.config.values import Settings, resolve
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
-from raymerge.pipeline.plan.types import ModelRef, ParameterValue, StoredTensor, TensorMerge
+from raymerge.pipeline.plan.types import ParameterValue, TensorMerge
 
 COPY = "copy"
 """In place of an op: tensors that are not floating-point must be equal in all sources, and are copied."""

@@ -19,8 +19,9 @@ from raymerge.pipeline.plan.memory import (
     project_gpu_mem,
     project_mem,
 )
-from raymerge.pipeline.plan.types import Gpus, ShardTask, StoredFile, TensorMerge
+from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
 from raymerge.pipeline.plan.windows import is_resident
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.urls import scheme_of
 
 _UNIQUE_ETAGS = ("file", "s3", "gs", "az", "hf")

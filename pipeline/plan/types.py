@@ -5,53 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raymerge.ops.registry import Value
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.stores.files import StoredFile
 
 ParameterValue = Value | tuple[Value, ...]
 """A shared parameter's value, or one value for each model."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelRef:
-    """A checkpoint as the config names it; equal references are read once."""
-
-    path: str
-    """A directory, its URL, or the name of a Hub repository."""
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """One file as it was when the plan was made."""
-
-    url: str
-    nbytes: int
-    etag: str
-    """Changes when the content does; for local files made of size, time of change and inode."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One input tensor: where its bytes lie."""
-
-    model: str
-    """The model reference, for messages."""
-    name: str
-    dtype: str
-    """As in a safetensors header."""
-    shape: tuple[int, ...]
-    file: StoredFile
-    start: int
-    """Offset of the first byte in the file."""
-    stop: int
-    """Offset after the last byte: the tensor is [start, stop) of the file."""
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes."""
-        return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from raymerge.pipeline.plan.memory import Demand, aligned, measure_demand, stored_nbytes
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
-from raymerge.pipeline.stores.seam import ByteRange
+from raymerge.pipeline.stores.files import ByteRange
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 import click
 
 from raymerge import RaymergeError
-from raymerge.pipeline.cli.interrupt import MESSAGE
 from raymerge.pipeline.plan.types import MergeReport, ShardResult
 from raymerge.pipeline.redact import redact
 
 _MAX_NUMBER = 2**63
 """Larger ones are not ours."""
+
+MESSAGE = "Interrupted. What is finished is kept: run the same command again to go on."
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from raymerge.pipeline.output.state import MANIFEST
+from raymerge.pipeline.checkpoint.checkpoint import MANIFEST
 from raymerge.pipeline.plan.types import HostReport, MergePlan, MergeReport, ShardResult
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_memory, format_nbytes, format_seconds

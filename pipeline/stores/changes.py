@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raymerge.pipeline.errors import FetchError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import StoredFile
 
 
 def check_same(file: StoredFile, nbytes: int, etag: str) -> None:

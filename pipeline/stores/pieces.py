@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from raymerge.pipeline.plan.types import StoredFile
 from raymerge.pipeline.stores.buffers import POOL
-from raymerge.pipeline.stores.seam import Buffer, ByteRange, storage_for
+from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
+from raymerge.pipeline.stores.seam import storage_for
 
 PIECE_NBYTES = 4 * 2**20
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raymerge.pipeline.plan.types import StoredFile
-from raymerge.pipeline.stores.seam import ByteRange
+from raymerge.pipeline.stores.files import ByteRange, StoredFile
 
 
 @dataclass(frozen=True, slots=True)

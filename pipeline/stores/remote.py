@@ -10,10 +10,10 @@ from threading import Lock as ThreadLock
 from typing import TypeVar
 
 from raymerge.pipeline.errors import FetchError, MergeError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
 from raymerge.pipeline.stores.ranges import ReadGroup, coalesce
 from raymerge.pipeline.stores.retry import Fault, Patience, one_line, retry
-from raymerge.pipeline.stores.seam import Buffer, ByteRange, Sharing, Storage
+from raymerge.pipeline.stores.seam import Sharing, Storage
 
 T = TypeVar("T")
 

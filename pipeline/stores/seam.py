@@ -17,28 +17,11 @@ from mmap import mmap
 from typing import Literal
 
 from raymerge.pipeline.errors import CheckpointError, FetchError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
 from raymerge.pipeline.urls import check_url, scheme_of
-
-Buffer = memoryview
-"""A writable, contiguous view of bytes."""
 
 OUTPUT_BUFFER_NBYTES = 4 * 2**20
 """Merged values on their way out; two such buffers are in use, one being filled and one being written."""
-
-
-@dataclass(frozen=True, slots=True)
-class ByteRange:
-    """Bytes [start, stop) of a file."""
-
-    file: StoredFile
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes it spans."""
-        return self.stop - self.start
 
 
 class Sharing(Enum):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raymerge.pipeline.errors import FetchError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import StoredFile
 
 _CONTENT_KEYS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5", "Content-MD5", "checksum", "sha", "generation")
 """In fsspec's information about a file: the first that is there tells whether the content has changed."""

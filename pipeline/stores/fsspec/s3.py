@@ -16,12 +16,12 @@ from s3fs import S3FileSystem
 from s3fs.core import S3File
 
 from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.fsspec.errors import error_code, is_changed
 from raymerge.pipeline.stores.fsspec.loop import WRITE_SECONDS, run_bounded
 from raymerge.pipeline.stores.fsspec.writer import FsspecWriter, WholeWriter
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, NUM_REQUESTS, REQUEST_SECONDS
-from raymerge.pipeline.stores.seam import Buffer, Writer
+from raymerge.pipeline.stores.seam import Writer
 
 if TYPE_CHECKING:
     from raymerge.pipeline.stores.fsspec.storage import FsspecStorage

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fsspec.registry import get_filesystem_class, known_implementations
 
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
-from raymerge.pipeline.plan.types import StoredFile
 from raymerge.pipeline.stores.changes import changed
+from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
 from raymerge.pipeline.stores.fsspec.errors import (
     classify_error,
     error_code,
@@ -26,7 +26,7 @@ from raymerge.pipeline.stores.fsspec.writer import MovedWriter, WholeWriter
 from raymerge.pipeline.stores.lease import hold_lease
 from raymerge.pipeline.stores.remote import NUM_REQUESTS, PIECE_NBYTES, RemoteStorage
 from raymerge.pipeline.stores.retry import Fault
-from raymerge.pipeline.stores.seam import Buffer, ByteRange, Lock, Sharing, Writer
+from raymerge.pipeline.stores.seam import Lock, Sharing, Writer
 from raymerge.pipeline.urls import split_url
 
 if TYPE_CHECKING:

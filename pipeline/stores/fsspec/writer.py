@@ -8,8 +8,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from raymerge.pipeline.errors import CorruptedError, FetchError, OutputError
-from raymerge.pipeline.plan.types import StoredFile
-from raymerge.pipeline.stores.seam import Buffer, Writer
+from raymerge.pipeline.stores.files import Buffer, StoredFile
+from raymerge.pipeline.stores.seam import Writer
 
 if TYPE_CHECKING:
     from raymerge.pipeline.stores.fsspec.storage import FsspecStorage

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from raymerge.pipeline.errors import CheckpointError, FetchError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.hub.api import HubPath
 from raymerge.pipeline.stores.local.writer import file_etag
 

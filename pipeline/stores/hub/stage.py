@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.hub.api import HubPath, find_endpoint
 from raymerge.pipeline.stores.local.storage import LocalStorage
 from raymerge.pipeline.stores.local.writer import output_error
-from raymerge.pipeline.stores.seam import Buffer, Lock, Writer
+from raymerge.pipeline.stores.seam import Lock, Writer
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock as ThreadLock
 
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
 from raymerge.pipeline.stores.hub.api import (
     HubApi,
     HubPath,
@@ -33,7 +33,7 @@ from raymerge.pipeline.stores.local.storage import LocalStorage
 from raymerge.pipeline.stores.local.writer import file_etag
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, RemoteStorage
 from raymerge.pipeline.stores.retry import Fault
-from raymerge.pipeline.stores.seam import Buffer, ByteRange, Lock, Writer
+from raymerge.pipeline.stores.seam import Lock, Writer
 from raymerge.pipeline.stores.web import reader as web_reader
 from raymerge.pipeline.stores.web.client import WebClient, origin_of
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, classify_web

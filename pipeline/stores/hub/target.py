@@ -8,7 +8,7 @@ from threading import Lock as ThreadLock
 from urllib.parse import quote, urljoin
 
 from raymerge.pipeline.errors import FetchError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.hub.api import HubApi, find_endpoint, parse_hub_url, root_of
 from raymerge.pipeline.stores.hub.lfs import find_download
 from raymerge.pipeline.stores.hub.stage import Stage

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from urllib.parse import quote
 
 from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.hub.api import HubApi, HubPath
 from raymerge.pipeline.stores.hub.lfs import upload_lfs
 from raymerge.pipeline.stores.hub.stage import Stage, StagedFile, git_oid
-from raymerge.pipeline.stores.seam import Buffer, Writer
+from raymerge.pipeline.stores.seam import Writer
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError
 
 _SAMPLE_NBYTES = 512

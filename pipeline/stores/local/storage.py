@@ -15,11 +15,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from raymerge.pipeline.errors import FetchError, HeldError, OutputError
-from raymerge.pipeline.plan.types import StoredFile
 from raymerge.pipeline.stores.changes import check_same
+from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
 from raymerge.pipeline.stores.local.writer import LocalWriter, file_etag, is_at, make_parents, output_error
 from raymerge.pipeline.stores.ranges import coalesce
-from raymerge.pipeline.stores.seam import Buffer, ByteRange, Lock, Storage, Writer
+from raymerge.pipeline.stores.seam import Lock, Storage, Writer
 
 _MAX_OPEN_FILES = 64
 _MAX_CALL_NBYTES = 2**30

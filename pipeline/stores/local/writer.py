@@ -12,8 +12,8 @@ from pathlib import Path
 from threading import get_ident
 
 from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.plan.types import StoredFile
-from raymerge.pipeline.stores.seam import Buffer, Writer
+from raymerge.pipeline.stores.files import Buffer, StoredFile
+from raymerge.pipeline.stores.seam import Writer
 
 _DIRECT_NBYTES = 2**20
 _ALIGNMENT = 4096

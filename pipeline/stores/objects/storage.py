@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import obstore
 
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
-from raymerge.pipeline.plan.types import StoredFile
 from raymerge.pipeline.stores.changes import check_same
+from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.lease import hold_lease
 from raymerge.pipeline.stores.objects.aws import AwsAccount
 from raymerge.pipeline.stores.objects.bucket import Bucket
@@ -30,7 +30,7 @@ from raymerge.pipeline.stores.objects.writer import (
 )
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, RemoteStorage
 from raymerge.pipeline.stores.retry import Fault, Patience
-from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES, Buffer, Lock, Writer
+from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES, Lock, Writer
 from raymerge.pipeline.urls import scheme_of, split_url
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ import obstore
 from awscrt.checksums import crc64nvme
 
 from raymerge.pipeline.errors import CorruptedError, OutputError
-from raymerge.pipeline.plan.types import StoredFile
 from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.objects.bucket import Bucket
 from raymerge.pipeline.stores.objects.errors import ObjectError, translated
-from raymerge.pipeline.stores.seam import Buffer, Writer
+from raymerge.pipeline.stores.seam import Writer
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from email.message import Message
 
 from raymerge.pipeline.errors import FetchError
-from raymerge.pipeline.plan.types import StoredFile
 from raymerge.pipeline.stores import changes
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.web.client import Answer, WebClient
 from raymerge.pipeline.stores.web.errors import RefusalError
 

@@ -10,10 +10,10 @@ from typing import NoReturn
 from urllib.parse import quote, urlsplit
 
 from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError, OutputError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.remote import RemoteStorage
 from raymerge.pipeline.stores.retry import Fault, one_line
-from raymerge.pipeline.stores.seam import Buffer, Lock, Writer
+from raymerge.pipeline.stores.seam import Lock, Writer
 from raymerge.pipeline.stores.web import reader as web_reader
 from raymerge.pipeline.stores.web.client import WebClient
 from raymerge.pipeline.stores.web.connection import basic_credentials

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_model, resolve_models
+from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import CheckpointError
-from raymerge.pipeline.plan.types import ModelRef
 
 SHARDS = {
     "model-00001-of-00002.safetensors": {"b": torch.ones(2, 3), "a": torch.zeros(4, dtype=torch.bfloat16)},

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.header import MAX_HEADER_NBYTES, TensorEntry, make_header, parse_header, read_header
 from raymerge.pipeline.errors import CheckpointError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.local.storage import LocalStorage
 
 ONE = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'

@@ -19,8 +19,8 @@ from raymerge.pipeline.checkpoint.inspect import inspect
 from raymerge.pipeline.checkpoint.stacks import FoundTensor, split_stacks
 from raymerge.pipeline.cli.inspection_report import format_inspection, inspection_json
 from raymerge.pipeline.errors import CheckpointError, ConfigError
+from raymerge.pipeline.stores.files import Buffer, ByteRange
 from raymerge.pipeline.stores.local.storage import LocalStorage
-from raymerge.pipeline.stores.seam import Buffer, ByteRange
 from tests.checkpoints import (
     INDEX,
     llama_config,

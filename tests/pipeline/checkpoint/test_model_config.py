@@ -18,7 +18,7 @@ from raymerge.pipeline.checkpoint.model_config import (
     text_part,
     ties_embeddings,
 )
-from raymerge.pipeline.plan.types import ModelRef
+from raymerge.pipeline.checkpoint.reference import ModelRef
 
 QWEN_INSTRUCT: Json = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -15,9 +15,11 @@ import torch
 
 from raymerge.pipeline.checkpoint.checkpoint import resolve_model, resolve_models
 from raymerge.pipeline.checkpoint.header import TensorEntry, read_header
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.table import SCHEMA, build_index, stored_tensors
 from raymerge.pipeline.errors import CheckpointError, FetchError
-from raymerge.pipeline.plan.types import ModelRef, StoredFile, StoredTensor
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.seam import Storage
 
 Shards = dict[str, dict[str, torch.Tensor]]

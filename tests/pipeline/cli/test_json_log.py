@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from raymerge.pipeline import merge, plan
-from raymerge.pipeline.cli.interrupt import MESSAGE
 from raymerge.pipeline.plan.types import MergeReport
-from raymerge.pipeline.progress.events import read_event
+from raymerge.pipeline.progress.events import MESSAGE, read_event
 from tests.checkpoints import read_files, write_checkpoint, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 

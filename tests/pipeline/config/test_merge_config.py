@@ -12,10 +12,10 @@ import yaml
 
 from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
+from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.config.values import resolve
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.plan.types import ModelRef
 
 A, B, C = ModelRef("org/a"), ModelRef("org/b"), ModelRef("org/c")
 LINEAR: dict[str, Any] = {

@@ -9,9 +9,12 @@ from typing import Any
 
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.config.merge_config import load_config
 from raymerge.pipeline.plan.recipe import Recipe, expand
-from raymerge.pipeline.plan.types import ModelRef, StoredFile, StoredTensor, TensorMerge
+from raymerge.pipeline.plan.types import TensorMerge
+from raymerge.pipeline.stores.files import StoredFile
 
 Shapes = Mapping[str, tuple[int, ...]]
 

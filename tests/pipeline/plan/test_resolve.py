@@ -7,10 +7,13 @@ import pytest
 
 from raymerge.ops.errors import OpParameterError
 from raymerge.ops.registry import find_op
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.config.values import Rule, Setting, Settings
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.plan.resolve import COPY, Part, Scope, make_tensor_merge, promote
-from raymerge.pipeline.plan.types import ModelRef, StoredFile, StoredTensor, TensorMerge
+from raymerge.pipeline.plan.types import TensorMerge
+from raymerge.pipeline.stores.files import StoredFile
 
 
 def settings(**values: float) -> Settings:

@@ -25,8 +25,9 @@ from raymerge.pipeline.plan.shards import (
     shard_names,
     split_shards,
 )
-from raymerge.pipeline.plan.types import Gpus, ShardTask, StoredFile, TensorMerge
+from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
 from raymerge.pipeline.sizes import parse_nbytes
+from raymerge.pipeline.stores.files import StoredFile
 from tests.pipeline.plan.layouts import make_merge
 
 NAMES = st.text('abé.012"\\ \n', min_size=1, max_size=8)

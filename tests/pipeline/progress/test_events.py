@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.pipeline.cli.display import Display
-from raymerge.pipeline.cli.interrupt import MESSAGE
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.plan.types import HostReport, MergeReport, ShardResult
 from raymerge.pipeline.progress.events import (
+    MESSAGE,
     Event,
     Failed,
     Held,

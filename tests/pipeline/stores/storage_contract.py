@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
-from raymerge.pipeline.plan.types import StoredFile
-from raymerge.pipeline.stores.seam import ByteRange, Storage, Writer
+from raymerge.pipeline.stores.files import ByteRange, StoredFile
+from raymerge.pipeline.stores.seam import Storage, Writer
 
 MIB = 2**20
 NAMES = ["plain", "with space", "ümläut-日本語-😀", "100%25 #1?x=y&z", "a'b\"c", "deep/er/and deeper/file.bin"]

@@ -19,12 +19,13 @@ from fsspec.registry import _registry
 
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.stores import retry
+from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.fsspec import loop as fsspec_loop
 from raymerge.pipeline.stores.fsspec import s3 as fsspec_s3
 from raymerge.pipeline.stores.fsspec.errors import classify_error
 from raymerge.pipeline.stores.fsspec.storage import FsspecStorage
 from raymerge.pipeline.stores.retry import FAULTS
-from raymerge.pipeline.stores.seam import ByteRange, Sharing, StorageSettings, configure_storages, storage_for
+from raymerge.pipeline.stores.seam import Sharing, StorageSettings, configure_storages, storage_for
 from tests.pipeline.stores.storage_contract import MIB, StorageContract, make_bytes, read_all, read_ranges
 from tests.servers.faults import Fault, FaultProxy, is_operation
 from tests.servers.s3 import Keys, S3Server

@@ -18,11 +18,11 @@ import pytest
 from huggingface_hub import constants, hf_hub_download
 
 from raymerge.pipeline.errors import CheckpointError, ConfigError, CorruptedError, FetchError, OutputError
+from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.hub.api import parse_hub_url
 from raymerge.pipeline.stores.hub.stage import Stage
 from raymerge.pipeline.stores.hub.storage import HubStorage
 from raymerge.pipeline.stores.retry import FAULTS
-from raymerge.pipeline.stores.seam import ByteRange
 from tests.pipeline.stores.storage_contract import MIB, StorageContract, make_bytes, read_all, read_ranges
 from tests.servers.faults import Fault, FaultProxy, is_operation
 from tests.servers.hub import HubServer

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from raymerge.pipeline.errors import FetchError, OutputError
+from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.local import storage as local_storage
 from raymerge.pipeline.stores.local import writer as local_writer
 from raymerge.pipeline.stores.local.storage import LocalStorage
-from raymerge.pipeline.stores.seam import ByteRange, storage_for
+from raymerge.pipeline.stores.seam import storage_for
 from tests.pipeline.stores.storage_contract import MIB, StorageContract, make_bytes, read_all, read_ranges
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from raymerge.pipeline.errors import ConfigError, CorruptedError, FetchError, OutputError
-from raymerge.pipeline.plan.types import StoredFile
 from raymerge.pipeline.stores import remote, retry
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.lease import Holder
 from raymerge.pipeline.stores.objects.errors import ObjectError
 from raymerge.pipeline.stores.objects.storage import ObjectStorage

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.ranges import coalesce
-from raymerge.pipeline.stores.seam import ByteRange
 
 FILES = [StoredFile(name, 1000, "") for name in "abc"]
 RANGES = st.lists(

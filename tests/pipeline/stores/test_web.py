@@ -19,9 +19,8 @@ from urllib.parse import quote, unquote
 import pytest
 
 from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError, OutputError
-from raymerge.pipeline.plan.types import StoredFile
+from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.retry import FAULTS
-from raymerge.pipeline.stores.seam import ByteRange
 from raymerge.pipeline.stores.web.client import WebClient
 from raymerge.pipeline.stores.web.connection import _tls_context
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError
