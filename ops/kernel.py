@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,16 +18,21 @@ BLOCK_ELEMENTS = 2**17
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Which tensor a kernel works on; whatever it may depend on besides the values."""
+    """The tensor that a kernel works on: everything that it may depend on besides the values."""
 
     name: str
     """The output tensor's name."""
-    num_elements: int
-    """Of the whole tensor."""
+    shape: tuple[int, ...]
+    """Shape of the output tensor and of every source."""
     num_sources: int
     """How many tensors are merged, the base included."""
     seed: int
     """The merge's seed."""
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
 
 
 class Block(ABC):
@@ -61,38 +68,73 @@ class KernelRun(ABC):
     def combine(self, block: Block, out: torch.Tensor) -> None:
         """Write the merged values of one block to `out` (flat, compute dtype)."""
 
+    def figures(self) -> Mapping[str, float]:
+        """Return what was measured anyway, for reports, after the last block; per model as `name[0]`, `name[1]`, ..."""
+        return {}
+
+    def share(self, kernel: Kernel) -> KernelRun:
+        """Return a run of another kernel that starts from what this run has measured.
+
+        Called after the last measuring pass and before `combine`. The runs do not disturb each other: each combines all
+        blocks in order, and they may take turns.
+
+        Args:
+            kernel: its `measuring` equals that of this run's kernel at this site. Where that is the kernel itself, the
+                default is right: a copy.
+        """
+        return copy.deepcopy(self)
+
 
 class Kernel(ABC):
-    """The arithmetic of one merged tensor: parameters only, frozen and picklable.
+    """The arithmetic of one merged tensor: parameters only, frozen, hashable and picklable.
 
     The engine's order of calls, for each tensor:
 
         run = kernel.start(site)
-        for index in range(kernel.num_passes):
+        for index in range(kernel.num_passes(site)):
             for block in blocks: run.measure(index, block)
             run.end_pass(index)
         for block in blocks: run.combine(block, out)
+        run.figures()
 
-    The grid of blocks is anchored at the tensor's first element and depends on `block_elements` alone, so that
-    the result does not depend on how much memory there is. A GPU gets several neighbouring blocks at once, which must
-    give the same bits: whatever is added up is added up for each block of the grid (`sums.add_blocks`).
+    Kernels whose `measuring` is equal measure once: after the last pass, every other one gets its run by
+    `run.share(other)`, and then each combines the block that is at hand in turn.
+
+    The grid of blocks is anchored at the tensor's first element and depends on `grid` alone, so that the result does
+    not depend on how much memory there is. A GPU gets several neighbouring blocks at once, which must give the same
+    bits: whatever is added up is added up for each block of the grid (`sums.add_blocks`).
+
+    What a kernel answers about a site may depend on its shape and its sources, not on its name and seed.
     """
 
-    block_elements: int = BLOCK_ELEMENTS
-    """Elements of a block of the grid; part of the kernel's definition, for sums over blocks depend on it."""
+    compute_dtype: str = "float32"
+    """What sources are converted to, and blocks and scratch are made of: torch's name of a dtype."""
 
-    @property
-    @abstractmethod
-    def num_passes(self) -> int:
-        """How often the sources are measured before they are combined."""
+    def grid(self, site: Site) -> int:
+        """Return how many elements a block has; `site.num_elements` where a kernel needs the whole tensor at once.
 
-    @abstractmethod
-    def num_scratch(self, num_sources: int) -> int:
-        """How many blocks of scratch in the compute dtype a block needs, besides `out`."""
+        Part of the kernel's definition, for sums over blocks depend on it.
+        """
+        return BLOCK_ELEMENTS
 
-    def state_nbytes(self, num_sources: int) -> int:
-        """What a run holds besides scratch and tiny figures, at most, in bytes."""
+    def num_passes(self, site: Site) -> int:
+        """Return how often the sources are measured before they are combined."""
         return 0
+
+    @abstractmethod
+    def num_scratch(self, site: Site) -> int:
+        """Return how many blocks of scratch in the compute dtype a block needs, besides `out`."""
+
+    def state_nbytes(self, site: Site) -> int:
+        """Return the most that a run holds, in bytes, besides scratch and tiny figures: tables, factors of a matrix."""
+        return 0
+
+    def measuring(self, site: Site) -> Hashable:
+        """Return what decides the measuring passes.
+
+        Kernels for which this is equal take the same figures from the same sources, on the same grid.
+        """
+        return self
 
     @abstractmethod
     def start(self, site: Site) -> KernelRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,11 +42,14 @@ class LinearCombination(Kernel):
 
     coefficients: tuple[float, ...]
     divisor: float = 1.0
-    num_passes: int = 0
 
-    def num_scratch(self, num_sources: int) -> int:
+    def num_scratch(self, site: Site) -> int:
         """One, to convert a source in."""
-        return min(1, num_sources - 1)
+        return min(1, site.num_sources - 1)
+
+    def measuring(self, site: Site) -> Hashable:
+        """Nothing is measured."""
+        return LinearCombination
 
     def start(self, site: Site) -> KernelRun:
         """Begin; nothing is kept between blocks."""
@@ -55,6 +59,10 @@ class LinearCombination(Kernel):
 @dataclass(frozen=True)
 class _LinearRun(KernelRun):
     kernel: LinearCombination
+
+    def share(self, kernel: Kernel) -> KernelRun:
+        assert isinstance(kernel, LinearCombination)
+        return _LinearRun(kernel)
 
     def combine(self, block: Block, out: torch.Tensor) -> None:
         import torch

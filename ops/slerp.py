@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,11 +38,18 @@ class Slerp(Kernel):
     """y = c_0 * base + c_1 * x, with coefficients that follow from the angle between the two."""
 
     t: float
-    num_passes: int = 1
 
-    def num_scratch(self, num_sources: int) -> int:
+    def num_passes(self, site: Site) -> int:
+        """One, for the angle."""
+        return 1
+
+    def num_scratch(self, site: Site) -> int:
         """Three to measure: both sources, and their products."""
         return 3
+
+    def measuring(self, site: Site) -> Hashable:
+        """The angle is the same for every t."""
+        return Slerp
 
     def start(self, site: Site) -> KernelRun:
         """Begin; norms and inner product are summed over the blocks."""
@@ -49,10 +57,16 @@ class Slerp(Kernel):
 
 
 class _SlerpRun(KernelRun):
-    def __init__(self, t: float) -> None:
+    def __init__(self, t: float, aa: float = 0.0, bb: float = 0.0, ab: float = 0.0) -> None:
         self._t = t
-        self._aa = self._bb = self._ab = 0.0
+        self._aa, self._bb, self._ab = aa, bb, ab
         self._coefficients = (1.0, 0.0)
+
+    def share(self, kernel: Kernel) -> KernelRun:
+        assert isinstance(kernel, Slerp)
+        run = _SlerpRun(kernel.t, self._aa, self._bb, self._ab)
+        run.end_pass(0)
+        return run
 
     def measure(self, index: int, block: Block) -> None:
         import torch

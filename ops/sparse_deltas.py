@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -41,21 +43,24 @@ class SparseDeltas(Kernel):
     scale: float
     """What the YAML calls lambda."""
 
-    @property
-    def num_passes(self) -> int:
+    def num_passes(self, site: Site) -> int:
         """What the sparsifier needs, and one more to rescale."""
-        if not any(0 < density < 1 for density in self._densities()):
+        if not any(self._thinned()):
             return 0
         return (2 if self.sparsifier == "magnitude" else 0) + self.rescale
 
-    def num_scratch(self, num_sources: int) -> int:
+    def num_scratch(self, site: Site) -> int:
         """The base, two spares, and one delta; all deltas if they are to agree on a sign."""
-        return 3 + max(1, num_sources - 1 if self.consensus == "sum" else 1)
+        return 3 + max(1, site.num_sources - 1 if self.consensus == "sum" else 1)
 
-    def state_nbytes(self, num_sources: int) -> int:
+    def state_nbytes(self, site: Site) -> int:
         """Histograms and collected bits of every model that is trimmed by magnitude."""
-        is_selecting = self.sparsifier == "magnitude" and self.num_passes > 0
-        return (num_sources - 1) * SELECTION_NBYTES + SELECTION_TEMPORARY_NBYTES if is_selecting else 0
+        is_selecting = self.sparsifier == "magnitude" and self.num_passes(site) > 0
+        return (site.num_sources - 1) * SELECTION_NBYTES + SELECTION_TEMPORARY_NBYTES if is_selecting else 0
+
+    def measuring(self, site: Site) -> Hashable:
+        """Which deltas are thinned out, how much and how; neither weights nor scale."""
+        return SparseDeltas, self.sparsifier, self.rescale, self._thinned()
 
     def start(self, site: Site) -> KernelRun:
         """Begin with one tensor."""
@@ -64,7 +69,12 @@ class SparseDeltas(Kernel):
             for source, (weight, density) in enumerate(zip(self.weights, self._densities(), strict=True), start=1)
             if weight != 0 and density > 0
         ]
-        return _SparseDeltasRun(self, models)
+        return _SparseDeltasRun(self, site, models)
+
+    def _thinned(self) -> tuple[float, ...]:
+        """Return the densities of the deltas that a sparsifier is needed for, 0 for those that are kept or left out."""
+        densities = zip(self.weights, self._densities(), strict=True)
+        return tuple(density if weight != 0 and 0 < density < 1 else 0.0 for weight, density in densities)
 
     def _densities(self) -> tuple[float, ...]:
         if self.sparsifier == "none":
@@ -88,6 +98,12 @@ class _Model:
         self.sparsifier = sparsifier
         self.full_sum = self.kept_sum = 0.0
 
+    def take(self, measured: _Model) -> None:
+        """Use what another run has measured on the same delta."""
+        self.full_sum, self.kept_sum = measured.full_sum, measured.kept_sum
+        if measured.sparsifier is not None:
+            self.sparsifier = copy.copy(measured.sparsifier)
+
     @property
     def rescaling(self) -> float:
         """Source: L1 rescaling as mergekit has it, sum |d| / sum |mask * d|."""
@@ -97,9 +113,19 @@ class _Model:
 
 
 class _SparseDeltasRun(KernelRun):
-    def __init__(self, kernel: SparseDeltas, models: list[_Model]) -> None:
+    def __init__(self, kernel: SparseDeltas, site: Site, models: list[_Model]) -> None:
         self._kernel = kernel
+        self._site = site
         self._models = models
+
+    def share(self, kernel: Kernel) -> KernelRun:
+        run = kernel.start(self._site)
+        assert isinstance(run, _SparseDeltasRun)
+        measured = {model.source: model for model in self._models}
+        for model in run._models:
+            if model.sparsifier is not None:
+                model.take(measured[model.source])
+        return run
 
     def measure(self, index: int, block: Block) -> None:
         base, first, second, delta = block.scratch[:4]

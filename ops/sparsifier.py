@@ -13,7 +13,8 @@ class Sparsifier(ABC):
     """Decides which elements of one model's delta are kept; the state for one tensor.
 
     Order of calls: for each of `num_passes`, `measure` for all blocks in order and `end_pass`; then any number of times
-    `trim` for all blocks in order, from the block that starts at 0.
+    `trim` for all blocks in order, from the block that starts at 0. After the passes, a copy (`copy.copy`) trims on its
+    own: `measure` and `end_pass` may change what an attribute refers to, `trim` only replaces attributes.
     """
 
     num_passes: int = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymerge.ops.kernel import Site
+from raymerge.ops.kernel import BLOCK_ELEMENTS, Site
 from raymerge.ops.registry import Op
 from raymerge.pipeline import Listener, merge
 from raymerge.pipeline.plan.memory import CONTEXT_NBYTES
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_op_gives_the_bits_of_the_cpu(op: Op, change: dict[str, bool], dtype: torch.dtype) -> None:
     kernel = make_kernel(op, **{name: value for name, value in change.items() if name})
-    num_elements = 20 * kernel.block_elements + 20_001
+    num_elements = 20 * BLOCK_ELEMENTS + 20_001
     sources = make_sources(op, num_elements, dtype=dtype)
-    num_scratch = kernel.num_scratch(len(sources))
-    scratch = [torch.full((num_elements,), torch.nan, device="cuda") for _ in range(num_scratch)]
+    site = Site("model.layers.0.weight", (num_elements,), len(sources), 0)
+    scratch = [torch.full((num_elements,), torch.nan, device="cuda") for _ in range(kernel.num_scratch(site))]
     block = MemoryBlock(0, num_elements, scratch, [source.cuda() for source in sources])
-    run = kernel.start(Site("model.layers.0.weight", num_elements, len(sources), 0))
-    for index in range(kernel.num_passes):
+    run = kernel.start(site)
+    for index in range(kernel.num_passes(site)):
         run.measure(index, block)
         run.end_pass(index)
     out = torch.full((num_elements,), torch.nan, device="cuda")

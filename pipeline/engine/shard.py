@@ -187,6 +187,7 @@ class _ShardMerger:
         self._scratch = torch.empty(nbytes // COMPUTE_DTYPE.itemsize, dtype=COMPUTE_DTYPE, device=stage.device)
         self._merge: TensorMerge | None = None
         self._kernel: Kernel
+        self._site: Site
         self._run: KernelRun
 
     def add(self, filled: Filled) -> None:
@@ -208,8 +209,9 @@ class _ShardMerger:
             self._merge_window(merge, filled, sources)
 
     def _merge_window(self, merge: TensorMerge, filled: Filled, sources: Sequence[torch.Tensor]) -> None:
+        num_passes = self._kernel.num_passes(self._site)
         for index in filled.window.passes:
-            if index == self._kernel.num_passes:
+            if index == num_passes:
                 for block in self._blocks(filled, sources):
                     self._run.combine(block, block.out)
                     self.stage.write(merge.name, block.out, _torch_dtype(merge.out_dtype))
@@ -222,12 +224,13 @@ class _ShardMerger:
     def _begin(self, merge: TensorMerge) -> None:
         self._merge = merge
         self._kernel = find_op(merge.op).kernel(dict(merge.parameters))
-        self._run = self._kernel.start(Site(merge.name, merge.num_elements, len(merge.sources), self.task.seed))
+        self._site = Site(merge.name, merge.shape, len(merge.sources), self.task.seed)
+        self._run = self._kernel.start(self._site)
 
     def _blocks(self, filled: Filled, sources: Sequence[torch.Tensor]) -> Sequence[_WindowBlock]:
         window = filled.window
-        size = window.stop - window.start if self.stage.takes_windows else self._kernel.block_elements
-        num_scratch = self._kernel.num_scratch(len(sources))
+        size = window.stop - window.start if self.stage.takes_windows else self._kernel.grid(self._site)
+        num_scratch = self._kernel.num_scratch(self._site)
         return [
             _WindowBlock(start, min(start + size, window.stop), window.start, sources, self._scratch, num_scratch)
             for start in range(window.start, window.stop, size)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from raymerge.ops.kernel import BLOCK_ELEMENTS, Kernel
+from raymerge.ops.kernel import BLOCK_ELEMENTS, Kernel, Site
 from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.errors import MemoryLimitError
@@ -67,9 +67,10 @@ def measure_demand(merge: TensorMerge) -> Demand:
         block_elements, num_passes, num_scratch, state_nbytes = BLOCK_ELEMENTS, 0, 0, 0
     else:
         kernel = _make_kernel(merge.op, merge.parameters)
-        block_elements, num_passes = kernel.block_elements, kernel.num_passes
-        num_scratch = 1 + kernel.num_scratch(len(merge.sources))
-        state_nbytes = kernel.state_nbytes(len(merge.sources))
+        site = Site(merge.name, merge.shape, len(merge.sources), seed=0)
+        block_elements, num_passes = max(1, kernel.grid(site)), kernel.num_passes(site)
+        num_scratch = 1 + kernel.num_scratch(site)
+        state_nbytes = kernel.state_nbytes(site)
     num_elements = min(block_elements, merge.num_elements)
     return Demand(
         block_elements,

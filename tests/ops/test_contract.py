@@ -8,15 +8,24 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.ops.registry import Base, Op, load_ops
-from tests.ops.engine import run_kernel
-from tests.ops.samples import make_kernel, make_sources
+from tests.ops.engine import run_kernel, run_kernels
+from tests.ops.samples import make_kernel, make_sources, num_sample_models
 
 OPS = list(load_ops().values())
+VARIANTS: dict[str, list[Any]] = {
+    "weight": [(1.0, -0.25, 0.5), (0.5, 0.0, 0.5)],
+    "t": [0.0, 0.9],
+    "density": [(0.5, 0.2, 1.0)],
+    "lambda": [0.4],
+}
+"""For each parameter that a sweep may vary, values to try."""
 PRINT_DIGESTS = "from tests.ops.test_contract import digest_all; print(digest_all())"
 
 
@@ -40,7 +49,7 @@ def num_threads() -> Iterator[None]:
 class TestEveryOp:
     def test_streams_blocks_as_it_merges_whole_tensors(self, op: Op) -> None:
         kernel = make_kernel(op)
-        tensors = make_sources(op, 2 * kernel.block_elements + 1234)
+        tensors = make_sources(op, 2 * BLOCK_ELEMENTS + 1234)
         whole = run_kernel(kernel, tensors)
         assert torch.equal(run_kernel(kernel, tensors, separate=True), whole)
         assert torch.equal(run_kernel(kernel, tensors), whole)
@@ -55,7 +64,7 @@ class TestEveryOp:
     @pytest.mark.parametrize("excess", [None, -1, 0, 1])
     def test_fills_tensors_of_any_size(self, op: Op, excess: int | None) -> None:
         kernel = make_kernel(op)
-        num_elements = 1 if excess is None else kernel.block_elements + excess
+        num_elements = 1 if excess is None else BLOCK_ELEMENTS + excess
         assert run_kernel(kernel, make_sources(op, num_elements)).isfinite().all()
 
     def test_takes_empty_tensors(self, op: Op) -> None:
@@ -67,7 +76,7 @@ class TestEveryOp:
 
     def test_does_not_depend_on_the_number_of_threads(self, op: Op, num_threads: None) -> None:
         kernel = make_kernel(op)
-        tensors = make_sources(op, 3 * kernel.block_elements)
+        tensors = make_sources(op, 3 * BLOCK_ELEMENTS)
         torch.set_num_threads(1)
         one = run_kernel(kernel, tensors)
         torch.set_num_threads(2)
@@ -126,3 +135,22 @@ def test_depends_neither_on_the_hash_seed_nor_on_the_processor(pytestconfig: pyt
 def test_planning_does_not_import_torch() -> None:
     code = "import sys; from raymerge.ops.registry import load_ops; load_ops(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_kernels_that_measure_the_same_share_it(op: Op) -> None:
+    """Measured once, combined block by block in turn: the bytes of separate merges."""
+    kernels = [make_kernel(op), make_kernel(op)]
+    for parameter in op.parameters:
+        for value in VARIANTS.get(parameter.name, []):
+            change = value[: num_sample_models(op)] if isinstance(value, tuple) else value
+            kernels.append(make_kernel(op, **{parameter.name: change}))
+    tensors = make_tied_sources(op, 2 * BLOCK_ELEMENTS + 1234)
+    for merged, kernel in zip(run_kernels(kernels, tensors), kernels, strict=True):
+        assert torch.equal(merged, run_kernel(kernel, tensors))
+
+
+def make_tied_sources(op: Op, num_elements: int) -> list[torch.Tensor]:
+    """Return sources that differ by few values, so that many elements lie on a threshold."""
+    base, *models = make_sources(op, num_elements, dtype=torch.float32)
+    return [base, *(base + (model - base).mul_(500).round_().div_(512) for model in models)]

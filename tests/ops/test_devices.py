@@ -23,15 +23,14 @@ CASES = [
 def test_every_op(op: Op, change: dict[str, bool]) -> None:
     change.pop("", None)
     kernel = make_kernel(op, **change)
-    num_elements = 2 * kernel.block_elements + 20_001
+    num_elements = 2 * BLOCK_ELEMENTS + 20_001
     sources = make_sources(op, num_elements)
-    site = Site("model.layers.0.weight", num_elements, len(sources), 0)
+    site = Site("model.layers.0.weight", (num_elements,), len(sources), 0)
     with FakeGpu():
-        num_scratch = kernel.num_scratch(len(sources))
-        scratch = [torch.full((num_elements,), torch.nan, device=DEVICE) for _ in range(num_scratch)]
+        scratch = [torch.full((num_elements,), torch.nan, device=DEVICE) for _ in range(kernel.num_scratch(site))]
         block = MemoryBlock(0, num_elements, scratch, [send(source) for source in sources])
         run = kernel.start(site)
-        for index in range(kernel.num_passes):
+        for index in range(kernel.num_passes(site)):
             run.measure(index, block)
             run.end_pass(index)
         out = torch.full((num_elements,), torch.nan, device=DEVICE)

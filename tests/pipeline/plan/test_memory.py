@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymerge.ops.kernel import BLOCK_ELEMENTS
+from raymerge.ops.kernel import BLOCK_ELEMENTS, Site
 from raymerge.ops.registry import find_op
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.memory import (
@@ -54,10 +54,11 @@ def test_a_demand_is_one_block_of_every_source_and_the_scratch_that_the_kernel_d
     merge = make_merge(num_elements=10**7, dtypes=("BF16", "F32", "F64"))
     demand = measure_demand(merge)
     kernel = find_op("linear").kernel(dict(merge.parameters))
-    assert demand.block_elements == kernel.block_elements == BLOCK_ELEMENTS
-    assert demand.num_passes == kernel.num_passes
+    site = Site(merge.name, merge.shape, 3, 0)
+    assert demand.block_elements == kernel.grid(site) == BLOCK_ELEMENTS
+    assert demand.num_passes == kernel.num_passes(site)
     assert demand.block_nbytes == (2 + 4 + 8) * BLOCK_ELEMENTS
-    assert demand.scratch_nbytes == (1 + kernel.num_scratch(3)) * BLOCK_ELEMENTS * 4
+    assert demand.scratch_nbytes == (1 + kernel.num_scratch(site)) * BLOCK_ELEMENTS * 4
 
 
 def test_a_tensor_smaller_than_a_block_needs_only_its_size() -> None:
@@ -76,7 +77,8 @@ def test_what_a_kernel_keeps_is_counted_besides_its_scratch() -> None:
     }
     merge = make_merge(num_elements=10**7, op="ties", parameters=parameters)
     demand = measure_demand(merge)
-    assert demand.state_nbytes == find_op("ties").kernel(dict(merge.parameters)).state_nbytes(2) > 0
+    site = Site(merge.name, merge.shape, 2, 0)
+    assert demand.state_nbytes == find_op("ties").kernel(dict(merge.parameters)).state_nbytes(site) > 0
     assert (
         project_mem([demand], 0, Transfer()) == demand.scratch_nbytes + demand.state_nbytes + 2 * OUTPUT_BUFFER_NBYTES
     )
