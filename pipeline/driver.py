@@ -18,6 +18,7 @@ from raymerge.pipeline.collector import pause_collector
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
 from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.messages import listing
 from raymerge.pipeline.output.journal import Journal
 from raymerge.pipeline.output.state import (
     OutputState,
@@ -322,10 +323,10 @@ def _carry_out(
 
 def _check_finite(nonfinite: Sequence[str], *, strict: bool) -> None:
     if nonfinite and strict:
-        names = ", ".join(nonfinite[:5]) + (f" and {len(nonfinite) - 5} more" if len(nonfinite) > 5 else "")
         raise OutputError(
-            f"NaN or infinite values in {names}, refused because of strict; look for them in the inputs, choose a dtype"
-            " with a larger range (bfloat16, float32) or other parameters, or leave strict out to keep them"
+            f"NaN or infinite values in {listing(nonfinite)}, refused because of strict; look for them in the inputs,"
+            " choose a dtype with a larger range (bfloat16, float32) or other parameters,"
+            " or leave strict out to keep them"
         )
 
 

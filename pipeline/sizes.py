@@ -48,6 +48,15 @@ def format_nbytes(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
+def format_speed(nbytes: float, seconds: float = 1.0) -> str:
+    """Return a speed for people.
+
+    >>> format_speed(987_654_321), format_speed(458_000, 0.5)
+    ('988 MB/s', '916 kB/s')
+    """
+    return f"{format_nbytes(nbytes / max(seconds, 1e-6))}/s"
+
+
 def format_seconds(seconds: float) -> str:
     """Return a time for people; from a minute on, in hours, minutes and seconds.
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import CheckpointError, FetchError
+from raymerge.pipeline.messages import counted, listing
+from raymerge.pipeline.redact import redact
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.seam import Storage, storage_for
 from raymerge.pipeline.urls import is_url, scheme_of, suggest_directory
@@ -56,6 +58,9 @@ class Checkpoint:
     """Tokenizer and everything else that goes along with the weights: relative name, file."""
     other_weights: tuple[str, ...]
     """Relative names of files of weights that do not belong to the model: neither merged nor copied."""
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.model}: {counted(len(self.weight_files), 'file')} of weights in {redact(self.url)})"
 
 
 def is_repository(name: str) -> bool:
@@ -108,7 +113,7 @@ def resolve_model(model: ModelRef) -> Checkpoint:
         missing = sorted(set(weight_names).difference(names))
         if missing:
             raise CheckpointError(
-                f"{url}: {_listing(missing)} missing, of {len(weight_names)} files that {INDEX} names; {_DOWNLOAD}"
+                f"{url}: {listing(missing)} missing, of {len(weight_names)} files that {INDEX} names; {_DOWNLOAD}"
             )
     elif SINGLE in names:
         weight_names = [SINGLE]
@@ -237,24 +242,24 @@ def _no_weights(url: str, names: list[str]) -> CheckpointError:
     there = [name for name in names if is_weights(name)]
     if any(name.startswith("adapter_model.") for name in there):
         return CheckpointError(
-            f"{url}: a LoRA adapter ({_listing(there)}), not a whole model; merge it into its base first"
+            f"{url}: a LoRA adapter ({listing(there)}), not a whole model; merge it into its base first"
             " (peft: model.merge_and_unload()), and save the result"
         )
     if any(name.endswith(".gguf") for name in there):
         return CheckpointError(
-            f"{url}: only GGUF ({_listing(there)}), which is quantised;"
+            f"{url}: only GGUF ({listing(there)}), which is quantised;"
             f" merge the model that it was made from, or convert it: {_convert(', gguf_file=...')}"
         )
     safetensors = [name for name in there if name.endswith(".safetensors")]
     if safetensors:
         return CheckpointError(
-            f"{url}: neither {SINGLE} nor {INDEX}, but {_listing(safetensors)}; that is another layout than that of"
+            f"{url}: neither {SINGLE} nor {INDEX}, but {listing(safetensors)}; that is another layout than that of"
             " transformers. Download the model in transformers' layout, or convert it"
         )
     pickles = [name for name in there if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
         return CheckpointError(
-            f"{url}: only pickled weights ({_listing(pickles)}), which can run code when they are loaded;"
+            f"{url}: only pickled weights ({listing(pickles)}), which can run code when they are loaded;"
             f" if you trust them, convert them to safetensors: {_convert()}"
         )
     return CheckpointError(f"{url}: no weights: neither {SINGLE} nor {INDEX}; {_DOWNLOAD}")
@@ -295,8 +300,3 @@ def _is_side_file(name: str) -> bool:
     is_partial = name.endswith((".lock", ".incomplete"))
     is_left = is_index or is_partial or name in _REWRITTEN or _OF_TRAINING.match(name) is not None
     return not (is_weights(name) or is_left)
-
-
-def _listing(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

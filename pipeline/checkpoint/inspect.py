@@ -30,7 +30,9 @@ from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.stacks import FoundTensor, Stack, Totals, add_up, split_stacks
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_tied
 from raymerge.pipeline.errors import CheckpointError, ConfigError
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.redact import redact
+from raymerge.pipeline.sizes import format_nbytes
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.seam import Storage, configure_storages, open_storages, storage_for, storage_settings
 from raymerge.pipeline.urls import check_url, is_url, scheme_of
@@ -106,6 +108,10 @@ class Inspection:
     def nbytes(self) -> int:
         """Of all files together."""
         return sum(file.nbytes for file in self.files)
+
+    def __repr__(self) -> str:
+        contents = f"{counted(len(self.tensors), 'tensor')} in {counted(len(self.files), 'file')}"
+        return f"Inspection({self.url}: {self.weights_format}, {contents}, {format_nbytes(self.nbytes)})"
 
 
 def inspect(url: str | Path, *, storage: Literal["auto", "fsspec"] = "auto") -> Inspection:

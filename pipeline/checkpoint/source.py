@@ -27,3 +27,6 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Stored bytes."""
         return self.stop - self.start
+
+    def __repr__(self) -> str:
+        return f"StoredTensor({self.name} of {self.model}, {self.dtype} {list(self.shape)})"

@@ -186,12 +186,14 @@ def merge(
 @storage_option
 def verify(out: str, threads: int, storage: Literal["auto", "fsspec"]) -> None:
     """Compare every file of a merged model with its checksum, and the index with the shards."""
+    from raymerge.pipeline.messages import counted
     from raymerge.pipeline.output.verify import verify as check
     from raymerge.pipeline.sizes import format_nbytes
 
     report = check(out, threads=threads, storage=storage)
     click.echo(
-        f"{out} is sound: {report.num_files} files, {report.num_tensors} tensors, {format_nbytes(report.nbytes)}"
+        f"{out} is sound: {counted(report.num_files, 'file')}, {counted(report.num_tensors, 'tensor')},"
+        f" {format_nbytes(report.nbytes)}"
     )
 
 

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.types import MergeReport, ShardResult
 from raymerge.pipeline.progress.events import (
     Event,
@@ -27,7 +28,7 @@ from raymerge.pipeline.progress.events import (
 from raymerge.pipeline.progress.narrator import Narrator
 from raymerge.pipeline.progress.report import format_report
 from raymerge.pipeline.redact import redact
-from raymerge.pipeline.sizes import format_nbytes, format_seconds
+from raymerge.pipeline.sizes import format_nbytes, format_seconds, format_speed
 
 _LINE_SECONDS = 10.0
 """Between lines of progress where there is no terminal."""
@@ -80,17 +81,16 @@ class Display(Narrator):
                 self._print(f"waiting: {event.text}")
             case Resumed():
                 if event.num_shards:
-                    kept = f"{event.num_shards} of {self._num_planned} shards"
-                    self._print(f"{kept} are finished and sound; going on with the rest")
+                    verb = "is" if event.num_shards == 1 else "are"
+                    kept = f"{event.num_shards} of {counted(self._num_planned, 'shard')}"
+                    self._print(f"{kept} {verb} finished and sound; going on with the rest")
             case Progressed():
                 self._show_progress(event)
             case ShardResult():
                 if self.verbose:
-                    speed = (event.read_nbytes + event.nbytes) / max(event.seconds, 1e-6)
-                    self._print(
-                        f"{event.file}: {format_nbytes(event.nbytes)} in {event.seconds:.1f} s on {event.host}, "
-                        f"{format_nbytes(speed)}/s"
-                    )
+                    made = f"{event.file}: {format_nbytes(event.nbytes)} in {format_seconds(event.seconds)}"
+                    speed = format_speed(event.read_nbytes + event.nbytes, event.seconds)
+                    self._print(f"{made} on {event.host}, {speed}")
             case Retried():
                 self._show_retry(event)
             case MergeReport():
@@ -140,14 +140,14 @@ def _printable(text: str) -> str:
 
 def format_progress(event: Progressed) -> str:
     """Return how far it is, on one line; a narrow terminal cuts off what is at its end."""
-    parts = [f"{event.num_finished}/{event.num_shards} shards"]
+    parts = [f"{event.num_finished}/{counted(event.num_shards, 'shard')}"]
     if event.seconds_left is not None:
         parts.append(f"{format_seconds(event.seconds_left)} left")
     if event.num_retries:
         parts.append(f"{event.num_retries} retried")
     parts += [
-        f"read {format_nbytes(event.read_per_second)}/s",
-        f"write {format_nbytes(event.written_per_second)}/s",
+        f"read {format_speed(event.read_per_second)}",
+        f"write {format_speed(event.written_per_second)}",
         f"{format_nbytes(event.written_nbytes)} of {format_nbytes(event.to_write_nbytes)}",
     ]
     return ", ".join(parts)

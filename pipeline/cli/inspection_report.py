@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from raymerge.pipeline.checkpoint.inspect import FoundFile, Inspection
 from raymerge.pipeline.checkpoint.stacks import FoundTensor, Stack, Totals
+from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.sizes import format_nbytes
 
 _WIDTH = 100
@@ -31,8 +32,8 @@ def format_inspection(found: Inspection, *, with_tensors: bool = False) -> str:
     lines += _format_files(found)
     if found.obstacle:
         lines.append(f"  cannot be merged: {_plain(found.obstacle)}")
-    num_reads = f"{found.num_reads:,} read{'' if found.num_reads == 1 else 's'}"
-    lines.append(f"read {format_nbytes(found.read_nbytes)} of {format_nbytes(found.nbytes)} in {num_reads}")
+    total = f"{format_nbytes(found.read_nbytes)} of {format_nbytes(found.nbytes)}"
+    lines.append(f"read {total} in {counted(found.num_reads, 'read')}")
     return "\n".join(lines)
 
 
@@ -168,17 +169,17 @@ def _format_files(found: Inspection) -> Iterator[str]:
     ):
         names = [f"{_plain(file.name)} ({format_nbytes(file.nbytes)})" for file in found.files if file.role in roles]
         if names:
-            shown = [*names[:_MAX_FILES], *([f"and {len(names) - _MAX_FILES} more"] if len(names) > _MAX_FILES else [])]
-            yield from _wrap(label, ", ".join(name.replace(" ", _HARD_SPACE) for name in shown))
+            names = [name.replace(" ", _HARD_SPACE) for name in names]
+            yield from _wrap(label, listing(names, _MAX_FILES))
 
 
 def _files(files: Sequence[FoundFile]) -> str:
     nbytes = format_nbytes(sum(file.nbytes for file in files))
-    return f"{len(files)} file{'' if len(files) == 1 else 's'}, {nbytes}" if files else "none"
+    return f"{counted(len(files), 'file')}, {nbytes}" if files else "none"
 
 
 def _format_totals(total: Totals) -> str:
-    tensors = f"{total.num_tensors:,} tensor{'' if total.num_tensors == 1 else 's'}"
+    tensors = counted(total.num_tensors, "tensor")
     return f"{tensors}, {_format_count(total.num_parameters)} parameters, {format_nbytes(total.nbytes)}"
 
 

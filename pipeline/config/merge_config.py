@@ -11,10 +11,11 @@ from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.document import read_document
 from raymerge.pipeline.config.methods import check_models, check_sources, parse_method, parse_settings
-from raymerge.pipeline.config.node import Place, shown, suggest
+from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import parse_model_ref
 from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.messages import shown, suggest
 
 _FORMS = ("models", "slices", "modules")
 _NOT_SUPPORTED = {

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from raymerge.ops.errors import UnknownOpError
 from raymerge.ops.registry import Base, Op, find_op, load_ops
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.config.node import Place, suggest
+from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.values import Setting, Settings, parse_setting
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.messages import listing, suggest
 
 
 def parse_method(place: Place) -> Op:
@@ -105,7 +106,7 @@ def check_sources(base_place: Place, place: Place, op: Op, sources: Sequence[Mod
         raise base_place.error(f"{op.name} needs a base model; add it, for instance `base_model: {sources[0]}`")
     if base not in sources:
         raise place.error(
-            f"the base model {base} is not among the sources ({_listed(sources)}), and {op.name} needs it in every "
+            f"the base model {base} is not among the sources ({listing(sources)}), and {op.name} needs it in every "
             f"slice; add a source with `model: {base}` and its layer_range"
         )
     if sources.count(base) > 1:
@@ -119,13 +120,9 @@ def _check_count(place: Place, op: Op, models: Sequence[ModelRef], advice: str =
         return
     wanted = f"at least {low}" if high is None else f"exactly {low}" if low == high else f"{low} to {high}"
     besides = " besides the base" if op.base is Base.REQUIRED else ""
-    given = f"{len(models)} are given ({_listed(models)})" if models else "none is given"
-    raise place.error(f"{op.name} takes {wanted} model{'s' if high != 1 else ''}{besides}, {given}{advice}")
-
-
-def _listed(models: Sequence[ModelRef]) -> str:
-    names = [str(model) for model in models[:4]]
-    return ", ".join([*names, "..."] if len(models) > len(names) else names)
+    given = f"{len(models) or 'none'} {'are' if len(models) > 1 else 'is'} given"
+    names = f" ({listing(models)})" if models else ""
+    raise place.error(f"{op.name} takes {wanted} model{'' if high == 1 else 's'}{besides}, {given}{names}{advice}")
 
 
 def _explain_unknown(name: str, op: Op) -> str:
@@ -134,8 +131,7 @@ def _explain_unknown(name: str, op: Op) -> str:
     if not users:
         return f"unknown parameter, ignored; {suggest(name, allowed)}"
     has = f"its parameters are: {', '.join(allowed)}" if allowed else "it has no parameters"
-    names = ", ".join(users if len(users) < 4 else [*users[:3], "..."])
-    return f"ignored, because {op.name} does not use {name!r} (it belongs to {names}); {has}"
+    return f"ignored, because {op.name} does not use {name!r} (it belongs to {listing(users)}); {has}"
 
 
 def _check_density(place: Place, setting: Setting) -> None:

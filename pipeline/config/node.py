@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.messages import shown, suggest
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,30 +88,3 @@ class Place:
             if key not in allowed:
                 wanted = "it is a parameter; move it under `parameters`" if key in parameters else ""
                 self.get(key).warn(f"unknown key, ignored; {wanted or suggest(key, allowed)}")
-
-
-def suggest(name: str, allowed: Collection[str], cutoff: float = 0.6) -> str:
-    """Return advice on a name that is not among the allowed ones.
-
-    >>> suggest("wieght", ["weight", "normalize"])
-    "did you mean 'weight'? Allowed: weight, normalize"
-    >>> suggest("bogus", [])
-    'nothing is allowed here; remove it'
-    """
-    if not allowed:
-        return "nothing is allowed here; remove it"
-    near = difflib.get_close_matches(name.lower(), allowed, n=1, cutoff=cutoff)
-    question = f"did you mean {near[0]!r}? " if near else ""
-    return f"{question}Allowed: {', '.join(allowed)}"
-
-
-def shown(value: object) -> str:
-    """Return a value as messages show it: as YAML would say it, on one line, not too long.
-
-    >>> shown(True), shown(None), shown({"filter": "mlp"})
-    ('true', 'nothing', '{"filter": "mlp"}')
-    """
-    if value is None:
-        return "nothing"
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.config.node import Place, shown
+from raymerge.pipeline.config.node import Place
+from raymerge.pipeline.messages import shown
 from raymerge.pipeline.urls import is_url, scheme_of
 
 MAPPING_FORM = "{model: {path: ..., revision: ...}}"

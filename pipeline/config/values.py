@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raymerge.ops.registry import Parameter, Value
-from raymerge.pipeline.config.node import Place, shown
+from raymerge.pipeline.config.node import Place
+from raymerge.pipeline.messages import shown
 
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _PATTERN_SIGNS = set("*?[]()|^$\\")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, MANIFEST, is_weights
 from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
+from raymerge.pipeline.messages import listing
 from raymerge.pipeline.output.journal import DIRECTORY, LOCK, Journal, read_begun
 from raymerge.pipeline.plan.types import InputModel, OutputFile
 from raymerge.pipeline.stores.files import StoredFile
@@ -214,13 +215,13 @@ def _inspect(storage: Storage, out: str, fingerprint: str) -> OutputState | str:
     manifest = _find_manifest(out)
     if manifest is None or manifest.fingerprint != fingerprint:
         return (
-            f"{out} is not empty ({_listing(list(files))}); "
+            f"{out} is not empty ({listing(list(files))}); "
             f"choose another directory, or give --overwrite to replace the model there"
         )
     changes = list(_compare_sizes(manifest, files))
     if changes:
         return (
-            f"{out} was finished once, but {_listing(changes)}; give --overwrite to make it again"
+            f"{out} was finished once, but {listing(changes)}; give --overwrite to make it again"
             f" (`raymerge verify` lists everything that has changed)"
         )
     return OutputState.COMPLETE
@@ -268,7 +269,7 @@ def _find_deletable(storage: Storage, out: str) -> list[str]:
     others = [name for name in visible if name not in known]
     if others:
         raise OutputError(
-            f"{out} holds more than a model ({_listing(others)}); "
+            f"{out} holds more than a model ({listing(others)}); "
             f"nothing was deleted: choose another directory, or clear this one yourself"
         )
     return visible
@@ -290,7 +291,3 @@ def _find_manifest(out: str) -> Manifest | None:
         return _load_manifest(out)
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _listing(items: Sequence[str]) -> str:
-    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")

@@ -8,6 +8,7 @@ from raymerge.pipeline.checkpoint.names import Layers, split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.errors import TensorMismatchError
+from raymerge.pipeline.messages import counted, listing
 
 _SHOWN = 5
 """How many cases a message lists."""
@@ -49,11 +50,9 @@ class Accounts:
         """
         if not self._problems:
             return
-        more = len(self._problems) - _SHOWN
-        lines = [*self._problems[:_SHOWN], *([f"... and {more} more"] if more > 0 else [])]
         raise TensorMismatchError(
             "the inputs do not fit together:\n  "
-            + "\n  ".join(lines)
+            + listing(self._problems, _SHOWN, separator="\n  ")
             + "\nAll inputs need the same tensors in the same shapes; are they fine-tunes of one base?"
         )
 
@@ -74,7 +73,7 @@ def count_tensors(names: Sequence[str]) -> str:
     >>> count_tensors(["a"]), count_tensors(["a", "b"])
     ('1 tensor (a)', '2 tensors (a, ...)')
     """
-    return f"1 tensor ({names[0]})" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
+    return f"{counted(len(names), 'tensor')} ({names[0]}{', ...' if len(names) > 1 else ''})"
 
 
 def _explain(name: str, layers: Layers) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.memory import measure_demand
 from raymerge.pipeline.plan.types import MergePlan
 from raymerge.pipeline.redact import redact
@@ -23,32 +24,37 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
     largest = max(task.nbytes for task in plan.tasks)
     projected = max(task.projected_mem for task in plan.tasks)
     again = f", and {format_nbytes(reread)} again for second passes over tensors larger than a buffer" if reread else ""
-    shards = f"{len(plan.tasks)} shards, the largest {format_nbytes(largest)}"
+    shards = counted(len(plan.tasks), "shard") + (f", the largest {format_nbytes(largest)}" if plan.tasks[1:] else "")
+    models = counted(len(plan.models), "model")
     lines = [
-        f"{plan.method} of {len(plan.models)} models, {plan.donor} gives config.json, tokenizer and other files",
+        f"{plan.method} of {models}, {plan.donor} gives config.json, tokenizer and other files",
         f"  tensors  {len(plan.weight_map)}",
         f"  read     {format_nbytes(read)}{again}",
         f"  write    {format_nbytes(plan.total_nbytes)} in {shards}",
         f"  passes   {_num_passes(plan)} to measure, 1 to merge",
-        f"  memory   {format_memory(projected)} for each of {plan.num_threads} threads, at most; "
+        f"  memory   {format_memory(projected)} for {_each(plan.num_threads)}, at most; "
         f"{format_memory(plan.allowed_mem)} are allowed in all",
     ]
     if plan.gpus is not None:
         on_gpu = max(task.projected_gpu_mem for task in plan.tasks)
         lines.append(
             f"  gpus     {plan.gpus.num_gpus}, {format_memory(on_gpu)} for each of "
-            f"{plan.gpus.num_sharing(plan.num_threads)} threads on one, at most; "
+            f"{counted(plan.gpus.num_sharing(plan.num_threads), 'thread')} on one, at most; "
             f"{format_memory(plan.gpus.allowed_mem)} of each are allowed"
         )
     if verbose:
         lines += [
-            f"  {task.file}: {len(task.merges)} tensors, {format_nbytes(task.nbytes)}, reads "
+            f"  {task.file}: {counted(len(task.merges), 'tensor')}, {format_nbytes(task.nbytes)}, reads "
             f"{format_nbytes(task.read_nbytes + task.reread_nbytes)}, {format_memory(task.projected_mem)}"
             for task in plan.tasks
         ]
     lines += [f"  not in the output: {line}" for line in plan.dropped]
     lines += [f"  advice: {line}" for line in plan.advice]
     return redact("\n".join(lines))
+
+
+def _each(num_threads: int) -> str:
+    return "one thread" if num_threads == 1 else f"each of {num_threads} threads"
 
 
 def _num_passes(plan: MergePlan) -> int:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from raymerge.ops.registry import Value
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.messages import counted
+from raymerge.pipeline.redact import redact
+from raymerge.pipeline.sizes import format_nbytes, format_seconds
 from raymerge.pipeline.stores.files import StoredFile
 
 ParameterValue = Value | tuple[Value, ...]
@@ -30,6 +33,10 @@ class TensorMerge:
     num_elements: int
     nbytes: int
     """Of the output."""
+
+    def __repr__(self) -> str:
+        what = f"{self.op} of {counted(len(self.sources), 'tensor')}"
+        return f"TensorMerge({self.name}: {what}, {self.out_dtype} {list(self.shape)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,9 @@ class ShardTask:
     """Peak memory on a GPU, in bytes; 0 where it is merged on the CPU."""
     seed: int
 
+    def __repr__(self) -> str:
+        return f"ShardTask({self.file}: {counted(len(self.merges), 'tensor')}, {format_nbytes(self.nbytes)})"
+
 
 @dataclass(frozen=True, slots=True)
 class InputModel:
@@ -85,6 +95,9 @@ class InputModel:
     """The directory that holds its files, at a revision that does not move where there are any."""
     names: tuple[str, ...]
     """Its files, relative to `url`."""
+
+    def __repr__(self) -> str:
+        return f"InputModel({self.model}: {counted(len(self.names), 'file')} in {redact(self.url)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +133,11 @@ class MergePlan:
     fingerprint: str
     """Hash of everything that decides the output's bytes."""
 
+    def __repr__(self) -> str:
+        models, tensors = counted(len(self.inputs), "model"), counted(len(self.weight_map), "tensor")
+        written = f"{format_nbytes(self.total_nbytes)} in {counted(len(self.tasks), 'shard')}"
+        return f"MergePlan({self.method} of {models}, {tensors}, {written})"
+
     @property
     def models(self) -> tuple[ModelRef, ...]:
         """What the config names, in the order of `inputs`."""
@@ -153,6 +171,9 @@ class ShardResult:
     """The machine that made it: its address on a cluster, else its name."""
     faults: tuple[tuple[str, int], ...]
     """What went wrong on the way and was got over, with how often."""
+
+    def __repr__(self) -> str:
+        return f"ShardResult({self.file}: {format_nbytes(self.nbytes)} in {format_seconds(self.seconds)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,3 +227,7 @@ class MergeReport:
     warnings: tuple[str, ...]
     nonfinite: tuple[str, ...]
     """Tensors with NaN or infinity in the output."""
+
+    def __repr__(self) -> str:
+        contents = f"{counted(self.num_tensors, 'tensor')} in {counted(self.num_shards, 'shard')}"
+        return f"MergeReport({redact(self.out)}: {contents}, {format_seconds(self.seconds)})"

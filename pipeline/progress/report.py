@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from raymerge.pipeline.checkpoint.checkpoint import MANIFEST
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.types import HostReport, MergePlan, MergeReport, ShardResult
 from raymerge.pipeline.redact import redact
-from raymerge.pipeline.sizes import format_memory, format_nbytes, format_seconds
+from raymerge.pipeline.sizes import format_memory, format_nbytes, format_seconds, format_speed
 
 _SHOWN = 8
 """How many machines a report lists: the slowest."""
@@ -65,25 +66,24 @@ def make_report(
 def format_report(report: MergeReport) -> str:
     """Return a report as text."""
     if report.was_complete:
-        return redact(
-            f"{report.out} was complete already: {report.num_tensors} tensors in {report.num_shards} shards\n"
-            f"  manifest  {report.manifest}"
-        )
+        return redact(f"{report.out} was complete already: {_contents(report)}\n  manifest  {report.manifest}")
     resumed = f", {report.num_resumed} of them made by an earlier run" if report.num_resumed else ""
     nbytes = report.read_nbytes + report.written_nbytes
     lines = [
-        f"{report.out}: {report.num_tensors} tensors in {report.num_shards} shards{resumed}",
+        f"{report.out}: {_contents(report)}{resumed}",
         f"  time      {format_seconds(report.seconds)}, read {format_nbytes(report.read_nbytes)}, "
-        f"wrote {format_nbytes(report.written_nbytes)}, together {_format_speed(nbytes, report.seconds)}",
+        f"wrote {format_nbytes(report.written_nbytes)}, together {format_speed(nbytes, report.seconds)}",
     ]
     if (slowest := report.slowest) is not None:
-        lines += [
-            f"  slowest   {slowest.file}: {format_seconds(slowest.seconds)} on {slowest.host}",
+        if report.num_shards - report.num_resumed > 1:
+            lines.append(f"  slowest   {slowest.file}: {format_seconds(slowest.seconds)} on {slowest.host}")
+        lines.append(
             f"  memory    {format_memory(report.peak_measured_mem)} of {format_memory(report.projected_mem)} planned "
-            f"for tensors and scratch (largest worker); {format_memory(report.peak_rss)} with interpreter and code",
-        ]
+            f"for tensors and scratch (largest worker); {format_memory(report.peak_rss)} with interpreter and code"
+        )
     lines += _list_hosts(report)
-    lines.append(f"  retries   {sum(count for _, count in report.faults) or 'none'}")
+    if report.faults:
+        lines.append(f"  retries   {sum(count for _, count in report.faults)}")
     lines += [f"    {count} x {what}" for what, count in report.faults]
     lines.append(f"  manifest  {report.manifest}")
     return redact("\n".join(lines))
@@ -96,13 +96,12 @@ def _list_hosts(report: MergeReport) -> Iterator[str]:
     more = f", the slowest {_SHOWN}" if len(hosts) > _SHOWN else ""
     yield f"  machines  {len(hosts)}{more}:"
     for host in hosts[:_SHOWN]:
-        speed = _format_speed(host.read_nbytes + host.written_nbytes, report.work_seconds)
-        yield f"    {host.host}: {host.num_shards} shards, {speed}"
+        speed = format_speed(host.read_nbytes + host.written_nbytes, report.work_seconds)
+        yield f"    {host.host}: {counted(host.num_shards, 'shard')}, {speed}"
 
 
-def _format_speed(nbytes: int, seconds: float) -> str:
-    """Return a speed in the unit in which stores and networks are compared."""
-    return f"{nbytes / 1e9 / max(seconds, 1e-6):.3g} GB/s"
+def _contents(report: MergeReport) -> str:
+    return f"{counted(report.num_tensors, 'tensor')} in {counted(report.num_shards, 'shard')}"
 
 
 def _add_up_hosts(results: Iterable[ShardResult]) -> tuple[HostReport, ...]:
