@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from raymerge.ops.kernel import Kernel
+from raymerge.ops.kernels.sparse_deltas import SparseDeltas
 from raymerge.ops.registry import Base, PerModel, merge_op
-from raymerge.ops.sparse_deltas import SparseDeltas
 
 
 @merge_op(title="Linear DARE", base=Base.REQUIRED, reference="https://arxiv.org/abs/2311.03099", min_models=0)

@@ -7,10 +7,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from raymerge.ops.lazy import torch
 
 BLOCK_ELEMENTS = 2**17
 """Elements of a block: about what a core's L2 cache holds as float32."""

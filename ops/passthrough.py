@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raymerge.ops.kernel import Kernel
-from raymerge.ops.linear import LinearCombination
+from raymerge.ops.kernels.linear import LinearCombination
 from raymerge.ops.registry import Base, PerModel, merge_op
 
 

@@ -108,9 +108,10 @@ def merge_op(
 
 @cache
 def load_ops() -> Mapping[str, Op]:
-    """Return every op by name, in alphabetical order."""
+    """Return every op by name, in alphabetical order; the packages beside them declare none."""
     for module in pkgutil.iter_modules(raymerge.ops.__path__):
-        importlib.import_module(f"raymerge.ops.{module.name}")
+        if not module.ispkg:
+            importlib.import_module(f"raymerge.ops.{module.name}")
     return dict(sorted(_OPS.items()))
 
 

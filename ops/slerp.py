@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
-from raymerge.ops.linear import combine_linearly
+from raymerge.ops.kernels.linear import combine_linearly
+from raymerge.ops.lazy import torch
 from raymerge.ops.registry import Base, merge_op
 from raymerge.ops.sums import add_blocks
-
-if TYPE_CHECKING:
-    import torch
 
 SMALLEST_NORM = 1e-8
 """A vector that is no longer than this counts as a unit vector."""
@@ -69,8 +66,6 @@ class _SlerpRun(KernelRun):
         return run
 
     def measure(self, index: int, block: Block) -> None:
-        import torch
-
         a, b, product = block.scratch[:3]
         block.load(0, a)
         block.load(1, b)
@@ -83,6 +78,11 @@ class _SlerpRun(KernelRun):
 
     def combine(self, block: Block, out: torch.Tensor) -> None:
         combine_linearly(block, self._coefficients, out)
+
+    def figures(self) -> Mapping[str, float]:
+        """Return the cosine of the angle, and the norms of both tensors."""
+        cosine = _find_cosine(self._aa, self._bb, self._ab)
+        return {"cosine": cosine, "norm[0]": math.sqrt(self._aa), "norm[1]": math.sqrt(self._bb)}
 
 
 def slerp_coefficients(t: float, aa: float, bb: float, ab: float) -> tuple[float, float]:
@@ -99,9 +99,13 @@ def slerp_coefficients(t: float, aa: float, bb: float, ab: float) -> tuple[float
     >>> [round(c, 4) for c in slerp_coefficients(0.5, 1.0, 1.0, 0.0)]
     [0.7071, 0.7071]
     """
-    norms = [norm if norm > SMALLEST_NORM else 1.0 for norm in (math.sqrt(aa), math.sqrt(bb))]
-    cosine = max(-1.0, min(1.0, ab / norms[0] / norms[1]))
+    cosine = _find_cosine(aa, bb, ab)
     if abs(cosine) > PARALLEL:
         return 1 - t, t
     angle = math.acos(cosine)
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def _find_cosine(aa: float, bb: float, ab: float) -> float:
+    norms = [norm if norm > SMALLEST_NORM else 1.0 for norm in (math.sqrt(aa), math.sqrt(bb))]
+    return max(-1.0, min(1.0, ab / norms[0] / norms[1]))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from raymerge.ops.kernel import BLOCK_ELEMENTS
-
-if TYPE_CHECKING:
-    import torch
+from raymerge.ops.lazy import torch
 
 _NUM_HALVES, _NUM_ROWS = 2, 16
 """A block is folded to a 32nd of its length: the rows of each half are added up one by one, then the halves."""
@@ -39,8 +35,6 @@ def add_blocks(total: float, x: torch.Tensor) -> float:
 
 
 def _sum_on_cpu(x: torch.Tensor) -> float:
-    import torch
-
     num_elements = x.numel()
     if num_elements < _SMALLEST_FOLDED:
         return x.sum(dtype=torch.float64).item()
@@ -51,8 +45,6 @@ def _sum_on_cpu(x: torch.Tensor) -> float:
 
 def _sum_together(blocks: torch.Tensor) -> torch.Tensor:
     """Return the sum of each row of `blocks`, with the additions in the order in which torch does them on the CPU."""
-    import torch
-
     num_elements = blocks.shape[1]
     if num_elements < _SMALLEST_FOLDED:
         return blocks.sum(1, dtype=torch.float64)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from raymerge.ops import random
-from raymerge.ops.random import PAGE_ELEMENTS, RandomBits, RandomSparsifier
+from raymerge.ops.kernels import random
+from raymerge.ops.kernels.random import PAGE_ELEMENTS, RandomBits, RandomSparsifier
 
 NUM_ELEMENTS = 2**20
 Bits = NDArray[np.uint32]

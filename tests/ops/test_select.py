@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raymerge.ops.kernels.select import MagnitudeSparsifier
 from raymerge.ops.registry import find_op
-from raymerge.ops.select import MagnitudeSparsifier
 from tests.ops.engine import run_kernel
 
 

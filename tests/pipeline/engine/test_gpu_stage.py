@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raymerge.cluster.runner import Report
-from raymerge.ops.random import PAGE_ELEMENTS
+from raymerge.ops.kernels.random import PAGE_ELEMENTS
 from raymerge.pipeline import Listener, driver, merge
 from raymerge.pipeline import runners as workers
 from raymerge.pipeline.engine import fetch, gpu_stage

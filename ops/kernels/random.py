@@ -6,11 +6,10 @@ from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from raymerge.ops.sparsifier import Sparsifier
+from raymerge.ops.kernels.sparsifier import Sparsifier
+from raymerge.ops.lazy import np, torch
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
     from numpy.typing import NDArray
 
     Words = NDArray[np.uint32]
@@ -99,8 +98,6 @@ def _cut_page(page: int, start: int, stop: int) -> tuple[slice, slice]:
 
 def _hash(words: torch.Tensor, key: int, factor: int, bits: torch.Tensor, shifted: torch.Tensor) -> None:
     """Hash with torch, which has no logical shift: the bits that an arithmetic one brings in are masked out."""
-    import torch
-
     torch.bitwise_xor(words, _as_int32(key), out=bits).mul_(_as_int32(factor))
     torch.bitwise_right_shift(bits, _SHIFT, out=shifted).bitwise_and_(2 ** (32 - _SHIFT) - 1)
     bits.bitwise_xor_(shifted).mul_(_as_int32(_FACTOR))
@@ -108,8 +105,6 @@ def _hash(words: torch.Tensor, key: int, factor: int, bits: torch.Tensor, shifte
 
 def _hash_on_cpu(words: Words, key: int, factor: int, bits: Words, shifted: Words) -> None:
     """Hash with numpy, which is faster for having unsigned integers."""
-    import numpy as np
-
     np.bitwise_xor(words, np.uint32(key), out=bits)
     np.multiply(bits, np.uint32(factor), out=bits)
     np.right_shift(bits, np.uint32(_SHIFT), out=shifted)
@@ -119,9 +114,6 @@ def _hash_on_cpu(words: Words, key: int, factor: int, bits: Words, shifted: Word
 
 def _are_below(limit: int, spares: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Return 1 where the unsigned words in `spares[0]` are below the limit and 0 elsewhere, in one of the spares."""
-    import numpy as np
-    import torch
-
     bits, spare = spares
     if bits.device.type != "cpu":
         return torch.lt(_words(bits).bitwise_xor_(-(2**31)), limit - 2**31, out=spare)
@@ -134,8 +126,6 @@ def _are_below(limit: int, spares: tuple[torch.Tensor, torch.Tensor]) -> torch.T
 @cache
 def _numpy_table() -> Words:
     """Return a random word for each place in a page; shared, never written to."""
-    import numpy as np
-
     words = np.arange(PAGE_ELEMENTS, dtype=np.uint32)
     for shift, factor in _ROUNDS:
         words = (words ^ words >> np.uint32(shift)) * np.uint32(factor)
@@ -145,23 +135,16 @@ def _numpy_table() -> Words:
 @cache
 def _table(device: torch.device) -> torch.Tensor:
     """Return the table as int32, on a device."""
-    import numpy as np
-    import torch
-
     return torch.from_numpy(_numpy_table().view(np.int32)).to(device)
 
 
 def _words(scratch: torch.Tensor) -> torch.Tensor:
     """Return as many int32 as there are elements, in the memory of a block of scratch."""
-    import torch
-
     return scratch.view(torch.int32)[: scratch.numel()]
 
 
 def _numpy_words(scratch: torch.Tensor) -> Words:
     """Return as many unsigned 32-bit integers as there are elements, in the memory of a block of scratch."""
-    import numpy as np
-
     return scratch.numpy().view(np.uint32)[: scratch.numel()]
 
 

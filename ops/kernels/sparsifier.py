@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-if TYPE_CHECKING:
-    import torch
+from raymerge.ops.lazy import torch
 
 
 class Sparsifier(ABC):
@@ -19,6 +18,10 @@ class Sparsifier(ABC):
 
     num_passes: int = 0
     """How often the delta is measured before it can be trimmed."""
+
+    def figures(self) -> Mapping[str, float]:
+        """Return what the passes have found, by name, for reports."""
+        return {}
 
     def measure(self, index: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Take the figures of pass `index` from one block; overwrites `delta` and `spares`."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
-from raymerge.ops.random import RandomSparsifier
-from raymerge.ops.select import SELECTION_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
-from raymerge.ops.sparsifier import Sparsifier
+from raymerge.ops.kernels.random import RandomSparsifier
+from raymerge.ops.kernels.select import SELECTION_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
+from raymerge.ops.kernels.sparsifier import Sparsifier
+from raymerge.ops.lazy import torch
 from raymerge.ops.sums import add_blocks
-
-if TYPE_CHECKING:
-    import torch
 
 SMALLEST_SUM = 1e-7
 """A delta with a smaller sum of absolute values is not rescaled."""
@@ -150,6 +148,22 @@ class _SparseDeltasRun(KernelRun):
             if model.sparsifier is not None and index < model.sparsifier.num_passes:
                 model.sparsifier.end_pass(index)
 
+    def figures(self) -> Mapping[str, float]:
+        """Return what was measured of each delta, the first model's as `name[0]`.
+
+        `kept` is the share of its elements that are kept and not zero, `threshold` the smallest of them, and `kept_sum`
+        their share of the sum of absolute values.
+        """
+        figures = {}
+        for model in self._models:
+            found = dict(model.sparsifier.figures()) if model.sparsifier is not None and self._site.num_elements else {}
+            if "kept" in found:
+                found["kept"] /= self._site.num_elements
+            if model.full_sum:
+                found["kept_sum"] = model.kept_sum / model.full_sum
+            figures.update({f"{name}[{model.source - 1}]": value for name, value in found.items()})
+        return figures
+
     def combine(self, block: Block, out: torch.Tensor) -> None:
         if not self._models:
             block.load(0, out)
@@ -180,8 +194,6 @@ class _SparseDeltasRun(KernelRun):
 
     def _combine_agreeing(self, block: Block, out: torch.Tensor) -> None:
         """Source: Yadav et al. 2023, "TIES-Merging", algorithm 1, steps 2 and 3."""
-        import torch
-
         base = block.load(0, block.scratch[0])
         weights = [model.weight for model in self._models]
         common = weights[0] if weights[0] > 0 and len(set(weights)) == 1 else 1.0
@@ -232,8 +244,6 @@ def _sum_weights(took_part: list[torch.Tensor], weights: list[float], spare: tor
         weights: one for each model.
         spare: a block of scratch.
     """
-    import torch
-
     for ones, weight in zip(took_part, weights, strict=True):
         if weight != 1:
             ones.mul_(weight)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from raymerge.ops.sparsifier import Sparsifier
-
-if TYPE_CHECKING:
-    import torch
+from raymerge.ops.kernels.sparsifier import Sparsifier
+from raymerge.ops.lazy import np, torch
 
 _HALF = 16
 _NUM_LOW = 2**16
@@ -49,10 +47,12 @@ class MagnitudeSparsifier(Sparsifier):
         """The smallest absolute value that is kept; known after both passes."""
         return self._threshold
 
+    def figures(self) -> Mapping[str, float]:
+        """Return the threshold, and how many elements are kept that are not zero."""
+        return {"threshold": self._threshold, "kept": self._num_kept if self._threshold else self._num_above}
+
     def measure(self, index: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Count one block, by high bits or by low ones."""
-        import torch
-
         if delta.dtype != torch.float32:
             raise TypeError(f"selection by magnitude works on float32, not on {delta.dtype}")
         bits = delta.abs_().view(torch.int32)
@@ -84,8 +84,6 @@ class MagnitudeSparsifier(Sparsifier):
 
     def trim(self, start: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Set what lies below the threshold to zero, and what lies on it once as many are kept as may be."""
-        import torch
-
         if self._threshold == 0:
             return
         if start == 0:
@@ -104,8 +102,6 @@ class MagnitudeSparsifier(Sparsifier):
 
     def _count_pending(self) -> None:
         """Count what several blocks had in the bin: rarely, for the table is as large as a block."""
-        import torch
-
         if self._pending:
             self._count(torch.cat(self._pending), _NUM_LOW)
         self._pending = []
@@ -113,8 +109,6 @@ class MagnitudeSparsifier(Sparsifier):
 
     def _drop_ties(self, delta: torch.Tensor, spare: torch.Tensor) -> None:
         """Set elements at the threshold to zero once as many were kept as may be."""
-        import torch
-
         is_equal = torch.eq(torch.abs(delta, out=spare), self._threshold, out=spare)
         num_equal = int(is_equal.count_nonzero().item())
         if num_equal > self._left:
@@ -124,13 +118,9 @@ class MagnitudeSparsifier(Sparsifier):
 
 def _low_bits_in_bin(bits: torch.Tensor, high_bits: int, spare: torch.Tensor) -> torch.Tensor:
     """Return the low bits of the numbers with these high bits, in a tensor of their own; overwrites its arguments."""
-    import torch
-
     bits.sub_(high_bits << _HALF)
     if bits.device.type != "cpu":
         return bits[(bits >= 0) & (bits < _NUM_LOW)]
-    import numpy as np
-
     unsigned = bits.numpy().view(np.uint32)
     is_inside = spare.view(torch.uint8)[: bits.numel()].numpy().view(np.bool_)
     np.less(unsigned, np.uint32(_NUM_LOW), out=is_inside)

@@ -1,0 +1,40 @@
+"""Copies of what all inputs have in common, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raymerge.ops.errors import SourceMismatchError
+from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
+from raymerge.ops.lazy import torch
+
+
+@dataclass(frozen=True)
+class Identical(Kernel):
+    """y = x_0, where every other source has the same bytes; an element is a byte."""
+
+    compute_dtype = "uint8"
+
+    def num_scratch(self, site: Site) -> int:
+        """One, for the source that is compared."""
+        return min(1, site.num_sources - 1)
+
+    def start(self, site: Site) -> KernelRun:
+        """Begin; nothing is kept between blocks."""
+        return _IdenticalRun(site.num_sources)
+
+
+@dataclass(frozen=True)
+class _IdenticalRun(KernelRun):
+    num_sources: int
+
+    def combine(self, block: Block, out: torch.Tensor) -> None:
+        """Copy one block.
+
+        Raises:
+            SourceMismatchError: a source has other bytes than source 0.
+        """
+        block.load(0, out)
+        for source in range(1, self.num_sources):
+            if not torch.equal(block.load(source, block.scratch[0]), out):
+                raise SourceMismatchError(source)

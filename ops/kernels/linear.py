@@ -1,0 +1,58 @@
+"""Linear combinations: weighted sums of the inputs themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
+from raymerge.ops.lazy import torch
+
+
+@dataclass(frozen=True)
+class LinearCombination(Kernel):
+    """y = sum(coefficients_i * x_i) / divisor, in config order."""
+
+    coefficients: tuple[float, ...]
+    divisor: float = 1.0
+
+    def num_scratch(self, site: Site) -> int:
+        """One, to convert a source in."""
+        return min(1, site.num_sources - 1)
+
+    def measuring(self, site: Site) -> Hashable:
+        """Nothing is measured."""
+        return LinearCombination
+
+    def start(self, site: Site) -> KernelRun:
+        """Begin; nothing is kept between blocks."""
+        return _LinearRun(self)
+
+
+@dataclass(frozen=True)
+class _LinearRun(KernelRun):
+    kernel: LinearCombination
+
+    def share(self, kernel: Kernel) -> KernelRun:
+        assert isinstance(kernel, LinearCombination)
+        return _LinearRun(kernel)
+
+    def combine(self, block: Block, out: torch.Tensor) -> None:
+        combine_linearly(block, self.kernel.coefficients, out)
+        if self.kernel.divisor != 1:  # as a tensor: by a number, GPUs multiply with the rounded reciprocal
+            out.div_(torch.full((), self.kernel.divisor, dtype=out.dtype, device=out.device))
+
+
+def combine_linearly(block: Block, coefficients: tuple[float, ...], out: torch.Tensor) -> None:
+    """Write sum(coefficients_i * x_i) to `out`.
+
+    Products and sums are rounded one after the other: a fused multiply-add would give other bits on other processors.
+    """
+    block.load(0, out)
+    if coefficients[0] != 1:
+        out.mul_(coefficients[0])
+    for source, coefficient in enumerate(coefficients[1:], start=1):
+        x = block.load(source, block.scratch[0])
+        if coefficient != 1:
+            x.mul_(coefficient)
+        out.add_(x)
