@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,5 +68,6 @@ def pack_files(files: Mapping[str, bytes]) -> Package:
 
 
 def list_requirements() -> list[str]:
-    """Return what raymerge needs besides Ray, as pip understands it."""
-    return [need for need in metadata.requires("raymerge") or () if "extra ==" not in need.partition(";")[2]]
+    """Return what raymerge needs besides Ray, which a cluster has, as pip understands it."""
+    needs = [need for need in metadata.requires("raymerge") or () if "extra ==" not in need.partition(";")[2]]
+    return [need for need in needs if not re.match(r"ray\b", need)]

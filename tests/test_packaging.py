@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email import message_from_bytes
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from raymerge import __version__
 
@@ -65,6 +70,43 @@ def test_the_tree_is_not_empty() -> None:
 def test_the_wheel_brings_the_command_and_the_licence(wheel: dict[str, bytes]) -> None:
     assert b"raymerge = raymerge.pipeline.cli.app:main" in wheel[f"{DIST_INFO}/entry_points.txt"]
     assert wheel[f"{DIST_INFO}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def needs(wheel: dict[str, bytes]) -> list[Requirement]:
+    """Return what `pip install raymerge` brings, extras left out."""
+    lines = message_from_bytes(wheel[f"{DIST_INFO}/METADATA"]).get_all("Requires-Dist", [])
+    return [need for need in map(Requirement, lines) if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def test_an_install_brings_what_every_option_needs(needs: list[Requirement]) -> None:
+    names = {canonicalize_name(need.name) for need in needs}
+    assert {"ray", "torch", "safetensors", "huggingface-hub", "pyarrow", "fsspec", "s3fs"} <= names
+    assert next(need for need in needs if need.name == "ray").extras == {"default"}, "for the dashboard, and jobs"
+
+
+def test_what_is_imported_is_declared(needs: list[Requirement]) -> None:
+    declared = {canonicalize_name(need.name) for need in needs}
+    for need in needs:
+        for line in requires(need.name) or ():
+            part = Requirement(line)
+            if part.marker and any(part.marker.evaluate({"extra": extra}) for extra in need.extras):
+                declared.add(canonicalize_name(part.name))
+    brought_by = packages_distributions()
+    for name, content in read_tree().items():
+        if name.endswith(".py"):
+            for node in ast.walk(ast.parse(content)):
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                for module in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"raymerge"}:
+                    assert declared & set(map(canonicalize_name, brought_by[module])), (name, module)
+
+
+def test_the_constraints_are_within_the_ranges(needs: list[Requirement]) -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    versions = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    for need in needs:
+        assert need.specifier.contains(versions[canonicalize_name(need.name)], prereleases=True), need
 
 
 def test_the_sdist_brings_the_tests(dist: Path) -> None:

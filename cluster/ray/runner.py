@@ -325,6 +325,5 @@ def _explain_missing(error: BaseException) -> BaseException:
 
 
 _NEEDED = (
-    "every machine of the cluster needs the same versions of Python and Ray, and what `pip install 'raymerge[ray]'`"
-    " installs"
+    "every machine of the cluster needs the same versions of Python and Ray, and what `pip install raymerge` installs"
 )

@@ -97,7 +97,7 @@ def start_ray(num_cpus: int, num_gpus: int | None = None) -> Iterator[RaySession
         num_gpus: to be shared by them; those that there are by default.
 
     Raises:
-        ClusterConnectError: Ray is not installed, or does not start.
+        ClusterConnectError: Ray does not start.
     """
     directory = tempfile.mkdtemp(prefix="raymerge-", dir="/tmp")  # short: sockets with names of 107 bytes are in it
     try:
@@ -123,7 +123,7 @@ def connect_ray(address: str, variables: Mapping[str, str]) -> Iterator[RaySessi
         variables: of the environment, which workers get; every user of the cluster can see them.
 
     Raises:
-        ClusterConnectError: Ray is not installed, nobody answers there, or the cluster refuses us.
+        ClusterConnectError: nobody answers there, or the cluster refuses us.
     """
     if address != "auto":
         _check_address(address)
@@ -190,10 +190,8 @@ def _connected(address: str, **options: Any) -> Iterator[RaySession]:
     settings = SETTINGS if address == "local" else {**SETTINGS, "RAY_NUM_REDIS_GET_RETRIES": "5"}
     for name, value in settings.items():  # retries, a second each: also where a token is refused
         os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ImportError:
-        raise ClusterConnectError("Ray is not installed here: pip install 'raymerge[ray]'") from None
+    import ray
+
     if ray.is_initialized():
         raise ClusterConnectError("this process is connected to Ray already; call ray.shutdown() first")
     logging.getLogger("ray").setLevel(logging.ERROR)

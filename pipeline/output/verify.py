@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import safetensors
+
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
 from raymerge.pipeline.checkpoint.checkpoint import INDEX, MANIFEST
-from raymerge.pipeline.checkpoint.header import read_header
+from raymerge.pipeline.checkpoint.header import TensorEntry, read_header
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.output.journal import read_begun
 from raymerge.pipeline.output.state import MAX_MANIFEST_NBYTES, Manifest, find_unlisted, locate_output, read_manifest
@@ -29,6 +31,7 @@ from raymerge.pipeline.stores.seam import (
     open_storages,
     storage_for,
 )
+from raymerge.pipeline.urls import scheme_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +85,12 @@ def _verify(storage: Storage, out: str, threads: int, on_progress: Callable[[Pro
     problems += sorted(problem for problem in checks if problem)
     num_tensors = 0
     if not problems:
-        tensors = {}
+        tensors: dict[str, str] = {}
         for shard in shards:
-            for entry in read_header(storage, storage.stat(f"{out}/{shard}")):
-                tensors[entry.name] = shard
+            entries = read_header(storage, storage.stat(f"{out}/{shard}"))
+            tensors.update((entry.name, shard) for entry in entries)
+            if scheme_of(out) == "file":
+                problems += (f"{shard}: {problem}" for problem in find_disagreements(Path(out, shard), entries))
         num_tensors = len(tensors)
         if INDEX in files:
             weight_map = json.loads(storage.read(f"{out}/{INDEX}", MAX_MANIFEST_NBYTES))["weight_map"]
@@ -140,6 +145,25 @@ def _read_manifest(out: str) -> Manifest:
         if path.is_absolute() or ".." in path.parts:
             raise OutputError(f"{out}/{MANIFEST} names a file outside the directory: {name}")
     return manifest
+
+
+def find_disagreements(path: Path, entries: Iterable[TensorEntry]) -> Iterator[str]:
+    """Yield what the safetensors library reads otherwise than we do in the header of a file."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            slices = ((name, file.get_slice(name)) for name in file.offset_keys())
+            theirs = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices}
+    except safetensors.SafetensorError as error:
+        yield f"the safetensors library does not open it: {error}"
+        return
+    ours = {entry.name: (entry.dtype, entry.shape) for entry in entries}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            yield f"{name}: we read {_show(ours.get(name))}, the safetensors library {_show(theirs.get(name))}"
+
+
+def _show(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return f"{tensor[0]} {list(tensor[1])}" if tensor else "nothing"
 
 
 def _compare_index(weight_map: dict[str, str], tensors: dict[str, str]) -> Iterator[str]:

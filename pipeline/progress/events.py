@@ -135,10 +135,7 @@ def explain(error: BaseException) -> Failed:
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return Failed(KeyboardInterrupt.__name__, MESSAGE, 130)
     if isinstance(error, ModuleNotFoundError):
-        text = (
-            f"{error.name} is not installed for {sys.executable}; install what raymerge needs there:"
-            " pip install raymerge, or 'raymerge[ray]' for Ray"
-        )
+        text = f"{error.name} is not installed for {sys.executable}; install raymerge there again, with what it needs"
         return Failed(type(error).__name__, text, 2)
     text = "".join(traceback.format_exception(error)).rstrip()
     return Failed(type(error).__name__, redact(text), 1)

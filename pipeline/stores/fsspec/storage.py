@@ -329,7 +329,6 @@ def _import_class(scheme: str) -> Any:
         missing = getattr(error.__cause__, "name", None) or ""
         module = known_implementations[scheme]["class"].partition(".")[0]
         package = _PACKAGES.get(missing, missing.partition(".")[0]) if module == "fsspec" else module
-        what = "'raymerge[s3fs]'" if package == "s3fs" else package
-        reason = f"needs {package}: pip install {what}" if package else f"does not work: {error}"
+        reason = f"needs {package}: pip install {package}" if package else f"does not work: {error}"
         option = " with --storage fsspec" if scheme in ("s3", "gs", "az", "http", "https") else ""
         raise ConfigError(f"{scheme}://...{option} {reason}") from error

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from raymerge.pipeline import Listener, merge, verify
+from raymerge.pipeline.checkpoint.header import read_header
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.output.verify import find_disagreements
 from raymerge.pipeline.plan.types import ShardResult
 from raymerge.pipeline.stores.buffers import POOL
-from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES
+from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES, storage_for
 from tests.checkpoints import INDEX, read_files, write_llama
 from tests.commands import Cli
 
@@ -50,15 +53,27 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
+def write_both(out: Path, name: str, content: bytes) -> None:
+    """Change a file, and the manifest with it."""
+    (out / name).write_bytes(content)
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"][name] = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (out / MANIFEST).write_text(json.dumps(manifest))
+
+
+def write_minus_zero(out: Path) -> None:
+    """Write a header whose numbers are ours, and not what the safetensors library takes for an offset."""
+    content = (out / SHARD).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:start].replace(b'"data_offsets":[0,', b'"data_offsets":[-0,')
+    write_both(out, SHARD, len(header).to_bytes(8, "little") + header + content[start:])
+
+
 def point_elsewhere(out: Path) -> None:
     """Let index and manifest agree, and the headers disagree with both."""
     index = json.loads((out / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = "model-00001-of-00006.safetensors"
-    text = json.dumps(index)
-    (out / INDEX).write_text(text)
-    manifest = json.loads((out / MANIFEST).read_text())
-    manifest["files"][INDEX] = {"nbytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    write_both(out, INDEX, json.dumps(index).encode())
 
 
 def add_file(out: Path, name: str) -> None:
@@ -98,6 +113,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         point_elsewhere,
         ["model.norm.weight: the index says model-00001-of-00006.safetensors, the headers model-0000"],
     ),
+    "header that only we read": (
+        write_minus_zero,
+        [f"{SHARD}: the safetensors library does not open it: ", "invalid type: floating point `-0.0`"],
+    ),
     "several": (
         lose_one_and_spoil_another,
         [f"{SHARD}: missing", "README.md: sha256 is "],
@@ -120,6 +139,19 @@ def test_damage_is_found(damage: str, out: Path, cli: Cli) -> None:
         assert text in outcome.err
     unharmed = {name for name in read_files(out) if not any(name in text for text in said)}
     assert not [name for name in unharmed if f"\n  {name}:" in outcome.err]
+
+
+def test_the_safetensors_library_has_a_say(out: Path) -> None:
+    path = out / SHARD
+    first, *rest = read_header(storage_for(str(path)), storage_for(str(path)).stat(str(path)))
+    assert not list(find_disagreements(path, [first, *rest]))
+    for ours, said in (
+        (rest, f"{first.name}: we read nothing, the safetensors library F32 "),
+        ([replace(first, dtype="I32"), *rest], f"{first.name}: we read I32 "),
+        ([replace(first, shape=(1, *first.shape)), *rest], f"{first.name}: we read F32 [1, "),
+    ):
+        (problem,) = find_disagreements(path, ours)
+        assert problem.startswith(said)
 
 
 def test_hidden_files_are_in_no_model(out: Path) -> None:

@@ -148,7 +148,7 @@ def test_absolute() -> None:
 @pytest.mark.parametrize(
     ("scheme", "hidden", "message"),
     [
-        ("s3", "s3fs", r"^s3://\.\.\. with --storage fsspec needs s3fs: pip install 'raymerge\[s3fs\]'$"),
+        ("s3", "s3fs", r"^s3://\.\.\. with --storage fsspec needs s3fs: pip install s3fs$"),
         ("gs", "gcsfs", r"^gs://\.\.\. with --storage fsspec needs gcsfs: pip install gcsfs$"),
         ("sftp", "paramiko", r"^sftp://\.\.\. needs paramiko: pip install paramiko$"),
         ("smb", "smbclient", r"^smb://\.\.\. needs smbprotocol: pip install smbprotocol$"),
