@@ -1,7 +1,7 @@
-"""The plans of the largest merges: time and memory of the driver, and what every task is sent.
+"""The plans of the largest merges: time and memory of the driver, and what every task is sent; the largest headers.
 
 `python benchmarks/planning.py CONFIG` plans a merge and prints how many tensors and tasks there are, and how large the
-largest task is, as JSON.
+largest task is, as JSON. Without CONFIG, it prints the CPU seconds that reading a large header takes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from report import Row
 MAX_SECONDS = 30
 MAX_DRIVER_NBYTES = 2 * 10**9
 MAX_TASK_NBYTES = 10**6
+NUM_HEADER_TENSORS, MAX_HEADER_SECONDS = 20_000, 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,25 @@ def measure_large_plans(bench: Bench) -> list[Row]:
     return [
         _measure_plan(bench, "Llama-3.1-405B", "llama-405b", num_models=16),
         _measure_plan(bench, "DeepSeek-V3", "deepseek-v3", num_models=3),
+    ]
+
+
+def measure_headers(bench: Bench) -> list[Row]:
+    """Return the CPU seconds of reading the header of a file with very many tensors."""
+    command = [sys.executable, __file__]
+    seconds = sorted(
+        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(bench.repeats)
+    )
+    taken = seconds[len(seconds) // 2]
+    return [
+        Row(
+            f"header of {NUM_HEADER_TENSORS:,} tensors",
+            f"at most {MAX_HEADER_SECONDS} s of CPU to read",
+            f"{taken:.2f} s",
+            taken <= MAX_HEADER_SECONDS,
+            f"median of {len(seconds)}, experts of 64 × 8",
+            {"raymerge": seconds},
+        )
     ]
 
 
@@ -77,5 +98,17 @@ def _plan(config: Path) -> PlanSizes:
     )
 
 
+def _read_header() -> float:
+    from raymerge.pipeline.checkpoint.header import make_header, parse_header
+    from raymerge.pipeline.stores.files import StoredFile
+
+    names = (f"model.layers.{k // 9}.mlp.experts.{k % 256}.w{k}.weight" for k in range(NUM_HEADER_TENSORS))
+    header = make_header([(name, "BF16", (64, 8), 1024) for name in names])
+    file = StoredFile("x", len(header) + NUM_HEADER_TENSORS * 1024, "")
+    begin = time.process_time()
+    parse_header(header, file)
+    return time.process_time() - begin
+
+
 if __name__ == "__main__":
-    print(json.dumps(asdict(_plan(Path(sys.argv[1])))))
+    print(json.dumps(asdict(_plan(Path(sys.argv[1]))) if len(sys.argv) > 1 else _read_header()))

@@ -19,7 +19,7 @@ from cluster_scaling import measure_scaling
 from gpu import measure_gpu
 from memory import measure_big_tensor, measure_many_models
 from merges import DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Bench
-from planning import measure_large_plans
+from planning import measure_headers, measure_large_plans
 from processes import CommandFailedError
 from report import Row, describe_machine, to_markdown, write_json
 from sameness import measure_sameness
@@ -44,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "help": measure_help,
     "plan": measure_plan,
     "large-plans": measure_large_plans,
+    "headers": measure_headers,
     "stores-speed": measure_transfer,
     "stores-seam": measure_seam,
     "stores-requests": measure_requests,

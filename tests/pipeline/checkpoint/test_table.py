@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -163,22 +162,3 @@ def test_a_shard_that_changes_in_between(models: list[ModelRef]) -> None:
     safetensors.torch.save_file({"ü": torch.zeros(2, dtype=torch.float16)}, Path(models[1].path) / "model.safetensors")
     with pytest.raises(FetchError, match=r"single/model.safetensors: changed since the plan was made"):
         build_index(checkpoints)
-
-
-def test_speed() -> None:
-    num_rows = 100_000
-    columns = {
-        "model": [f"m{row % 3}" for row in range(num_rows)],
-        "name": [f"model.layers.{row}.weight" for row in range(num_rows)],
-        "dtype": ["BF16"] * num_rows,
-        "shape": [(64, 8)] * num_rows,
-        "file": [f"f{row // 1000}" for row in range(num_rows)],
-        "start": list(range(num_rows)),
-        "stop": list(range(num_rows)),
-        "file_nbytes": [10**12] * num_rows,
-        "etag": ["x"] * num_rows,
-    }
-    index = pa.Table.from_pydict(columns, schema=SCHEMA)
-    begin = time.process_time()
-    assert sum(map(len, stored_tensors(index).values())) == num_rows
-    assert time.process_time() - begin < 3
