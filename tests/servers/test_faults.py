@@ -18,9 +18,9 @@ from obstore.store import S3Store
 
 from tests.servers.faults import Fault, FaultProxy, is_operation
 from tests.servers.s3 import S3Server
+from tests.servers.s3_clients import PART_NBYTES, failure_of, open_store
 from tests.servers.sink import NullSink
 from tests.servers.static import NginxServer
-from tests.servers.test_s3 import PART_NBYTES, failure_of, open_store
 
 DATA = random.Random(0).randbytes(300_000)
 

@@ -10,41 +10,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import botocore.exceptions
 import obstore
 import pytest
 import s3fs
 from obstore.exceptions import AlreadyExistsError, PermissionDeniedError, PreconditionError
 from obstore.store import S3Store
 
-from tests.servers.s3 import JuiceServer, Keys, S3Server, Store
-
-PART_NBYTES = 5 << 20  # S3's smallest
-
-
-def open_store(server: Store, bucket: str, keys: Keys | None = None, *, endpoint: str | None = None) -> S3Store:
-    """Return obstore's store for a bucket."""
-    keys = keys or server.admin
-    return S3Store(
-        bucket,
-        endpoint=endpoint or server.endpoint,
-        region=server.region,
-        access_key_id=keys.access_key_id,
-        secret_access_key=keys.secret_access_key,
-        client_options={"allow_http": True},
-    )
-
-
-def failure_of(call: Callable[[], object]) -> tuple[int, str]:
-    """Return the status and the error code with which botocore's call fails."""
-    with pytest.raises(botocore.exceptions.ClientError) as caught:
-        call()
-    response = caught.value.response
-    return response["ResponseMetadata"]["HTTPStatusCode"], response["Error"]["Code"]
+from tests.servers.s3 import JuiceServer, Keys, S3Server
+from tests.servers.s3_clients import PART_NBYTES, failure_of, open_store
 
 
 @pytest.fixture

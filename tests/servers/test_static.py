@@ -16,9 +16,9 @@ from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionErr
 from obstore.store import S3Store
 
 from tests.servers.s3 import Keys, make_client
+from tests.servers.s3_clients import PART_NBYTES, failure_of
 from tests.servers.sink import KEPT_NBYTES, NullSink
 from tests.servers.static import OUTPUT, LoggedRequest, NginxServer
-from tests.servers.test_s3 import PART_NBYTES, failure_of
 
 DATA = random.Random(0).randbytes(100_000)
 KEYS = Keys("any", "any")

@@ -16,6 +16,7 @@ from raymerge.cluster.errors import ResourceError, TaskFailedError, WorkerLostEr
 from raymerge.cluster.ray.runner import NUM_ATTEMPTS, RayRunner
 from raymerge.cluster.ray.session import RaySession, start_ray
 from raymerge.cluster.runner import Progress, Report, Resources
+from tests.cluster.ray.work import hang_at_first, wait_until_gone
 from tests.cluster.runner_contract import even, nothing, square
 
 
@@ -54,15 +55,6 @@ def test_items_of_dead_workers_are_done_again(session: RaySession, tmp_path: Pat
     assert len(list(tmp_path.glob("2-*"))) == NUM_ATTEMPTS
 
 
-def hang_at_first(item: int, report: Report, *, directory: Path) -> int:
-    """Item 1 hangs once, after it has reported."""
-    report(Progress(read_nbytes=1))
-    if item == 1 and not (directory / "hung").exists():
-        (directory / "hung").write_text(str(os.getpid()))
-        time.sleep(3600)
-    return item
-
-
 def test_an_item_that_hangs_is_done_again(session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raymerge.cluster.ray.runner.HANG_SECONDS", 3.0)
     reasons: list[str] = []
@@ -76,13 +68,6 @@ def test_an_item_that_hangs_is_done_again(session: RaySession, tmp_path: Path, m
     assert reasons == [f"it had reported nothing for 3 s (on {session.host})"]
     assert sum(progress.read_nbytes for progress in seen) == 3
     wait_until_gone(int((tmp_path / "hung").read_text()))
-
-
-def wait_until_gone(pid: int) -> None:
-    give_up = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < give_up, "the worker that hung is still there"
-        time.sleep(0.1)
 
 
 def need_a_module(item: int, report: Report) -> int:
