@@ -12,7 +12,7 @@ PIP := bin/python -m pip --disable-pip-version-check install -qq --progress-bar 
 TYPED := .pkg/raymerge tests $(wildcard docs/demo/*.py) $(wildcard benchmarks/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench clean
+.PHONY: help install demo test test-slow check format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make check   lint, format, types, and which package may import which"
 	@echo "make format  rewrite the sources as 'make check' wants them"
 	@echo "make bench   compare with mergekit, and with copying the same bytes"
+	@echo "make wheel   build dist/raymerge-VERSION-py3-none-any.whl, for pip and for raymerge manifest --wheel"
 	@echo "make install only make or refresh the environment, $(VENV)"
 	@echo "make clean   remove the environments, caches and build outputs"
 
@@ -48,6 +49,9 @@ format: $(VENV)/stamp
 
 bench: $(VENV)/stamp $(PEER_VENV)/stamp
 	$(VENV)/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+wheel: $(VENV)/stamp
+	$(VENV)/bin/python -m build --no-isolation --wheel .
 
 clean:
 	rm -rf $(VENV) $(PEER_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,4 +1,14 @@
-"""Ray's job API over HTTP, in the standard library alone: a client needs neither Ray nor torch."""
+"""A client of Ray's job API; Ray's own `JobSubmissionClient`, tried with Ray 2.60, serves less well.
+
+- It imports all of Ray: 1.5 s of CPU time and 89 MB before the first request; this one takes 0.15 s and 23 MB.
+- RAY_ADDRESS overrides the address it is given, an entry in ~/.netrc the token; without RAY_AUTH_MODE it sends none.
+- It follows redirects: another server's empty list passes for the cluster's, and a submit arrives as a GET.
+- It sets no timeouts, and waits without end for a server that accepts connections and says nothing.
+- A log that it follows ends with an error when the connection drops, and begins again at the first line.
+- Every refusal is a RuntimeError with the reason in its text.
+
+The routes below /api/packages are not documented by Ray; tests hold them against a real head.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raymerge.cluster.process_runner import StartMethod, make_local_runner, start_fork_server
 from raymerge.cluster.runner import Report, Runner
@@ -71,17 +71,18 @@ def make_runner(
 
         is_bound = not session.is_elsewhere and any(scheme_of(url) in ("file", "hf") for url in urls)
         num_slots = count_slots(num_workers, session, gpus)
-        num_cpus = _count_cpus(num_workers, session)
-        host = session.host if is_bound else None  # nodes that join later have other files
-        retry_on = (FetchError, OutputError)  # a machine may have no way to a store, or no credentials for it
+        options: dict[str, Any] = {
+            "num_cpus": _count_cpus(num_workers, session),
+            "host": session.host if is_bound else None,  # nodes that join later have other files
+            "retry_on": (FetchError, OutputError),  # a machine may have no way to a store, or no credentials for it
+            "on_retry": on_retry,
+            "advice": "allow less with --memory, make shards smaller with --shard-size, or add a larger node",
+        }
         if gpus is None:
-            return RayRunner(num_slots, num_cpus=num_cpus, host=host, retry_on=retry_on, on_retry=on_retry)
+            return RayRunner(num_slots, **options)
         from raymerge.cluster.ray.actors import ActorRunner
 
-        num_sharing = gpus.num_sharing(num_workers)
-        return ActorRunner(
-            num_slots, num_sharing=num_sharing, num_cpus=num_cpus, host=host, retry_on=retry_on, on_retry=on_retry
-        )
+        return ActorRunner(num_slots, num_sharing=gpus.num_sharing(num_workers), **options)
     environments = [{VARIABLE: gpu} for gpu in require_gpus()] if gpus is not None else []
     start_method = _choose_start_method(urls, on_gpus=gpus is not None)
     return make_local_runner(num_workers, start_method, preload=_list_modules(urls), environments=environments)

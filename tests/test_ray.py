@@ -353,7 +353,7 @@ def test_a_cluster_without_gpus_is_refused_before_anything_runs(
     config: dict[str, Any], cluster: Cluster, tmp_path: Path
 ) -> None:
     cluster.add_node(num_cpus=1)
-    with pytest.raises(ResourceError, match="the plan needs GPUs, and no node of the cluster has one; leave --gpu-mem"):
+    with pytest.raises(ResourceError, match="the work needs GPUs, and no node of the cluster has one; do without"):
         merge(config, tmp_path / "out", address=cluster.address, shared_filesystem=True, gpu_memory="4GiB")
     assert not (tmp_path / "out").exists()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,28 +34,24 @@ class ActorRunner(RayRunner):
         num_slots: int,
         *,
         num_sharing: int,
-        num_cpus: int = 1,
         host: str | None = None,
-        retry_on: tuple[type[Exception], ...] = (),
-        on_retry: Callable[[str], None] = lambda reason: None,
+        **options: Any,
     ) -> None:
         """Begin.
 
         Args:
             num_slots: items in work at once.
             num_sharing: items that share a GPU.
-            num_cpus: that an item takes up.
             host: the only one to run on; any by default.
-            retry_on: errors of the work that may not come again on another node.
-            on_retry: told why an item is done again.
+            options: those of `RayRunner`.
         """
-        super().__init__(num_slots, num_cpus=num_cpus, host=host, retry_on=retry_on, on_retry=on_retry)
+        super().__init__(num_slots, host=host, **options)
         self._num_gpus = math.floor(10_000 / num_sharing) / 10_000  # Ray counts in such steps
         self._most_slots = num_slots
         self._idle: list[_Hired] = []
         self._busy: dict[Any, _Hired] = {}
         self._actor = ray.remote(
-            num_cpus=num_cpus,
+            num_cpus=self._num_cpus,
             num_gpus=self._num_gpus,
             max_restarts=0,
             resources={f"node:{host}": 0.001} if host else {},

@@ -93,6 +93,7 @@ class RayRunner(Runner):
         host: str | None = None,
         retry_on: tuple[type[Exception], ...] = (),
         on_retry: Callable[[str], None] = lambda reason: None,
+        advice: str = "make items smaller, or add a larger node",
     ) -> None:
         """Begin.
 
@@ -102,6 +103,7 @@ class RayRunner(Runner):
             host: the only one to run on; any by default.
             retry_on: errors of the work that may not come again on another node.
             on_retry: told why an item is done again.
+            advice: what to do about an item that needs more memory than any node has.
         """
         if num_slots < 1:
             raise ValueError(f"{num_slots} slots are given, at least 1 is needed")
@@ -111,6 +113,7 @@ class RayRunner(Runner):
         self._host = host
         self._retry_on = retry_on
         self._on_retry = on_retry
+        self._advice = advice
         self._task = ray.remote(
             num_cpus=num_cpus,
             max_retries=0,
@@ -232,9 +235,8 @@ class RayRunner(Runner):
         largest = self._find_largest(list_nodes())
         if mem_nbytes > largest:
             raise ResourceError(
-                f"a shard needs {mem_nbytes:,} bytes of memory, and no node of the cluster"
-                f"{' with a GPU' if self._num_gpus else ''} has more than {largest:,} to offer; allow less with"
-                " --memory, make shards smaller with --shard-size, or add a larger node"
+                f"an item needs {mem_nbytes:,} bytes of memory, and no node of the cluster"
+                f"{' with a GPU' if self._num_gpus else ''} has more than {largest:,} to offer; {self._advice}"
             )
 
     def _find_largest(self, nodes: Sequence[Node]) -> int:

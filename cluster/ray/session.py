@@ -75,7 +75,7 @@ class RaySession:
         return any(node.host != self.host for node in self.nodes)
 
     def with_gpus(self) -> RaySession:
-        """Return what there is of it for work that needs GPUs.
+        """Return the session restricted to nodes with GPUs.
 
         Raises:
             ResourceError: no node has any.
@@ -83,7 +83,7 @@ class RaySession:
         if nodes := tuple(node for node in self.nodes if node.num_gpus):
             return replace(self, nodes=nodes)
         raise ResourceError(
-            "the plan needs GPUs, and no node of the cluster has one; leave --gpu-memory out, or add a node with GPUs"
+            "the work needs GPUs, and no node of the cluster has one; do without, or add a node with GPUs"
             " (`ray start` says how many it found)"
         )
 

@@ -83,7 +83,7 @@ def test_what_a_worker_lacks_is_named(session: RaySession) -> None:
 
 def test_what_no_node_has_is_refused_at_once(session: RaySession) -> None:
     most = session.nodes[0].mem_nbytes
-    with pytest.raises(ResourceError, match=rf"no node of the cluster has more than {most:,} to offer; allow less"):
+    with pytest.raises(ResourceError, match=rf"no node of the cluster has more than {most:,} to offer; make items"):
         list(RayRunner(1).run(square, [0], [Resources(mem_nbytes=most, cost=1)], nothing))
     with pytest.raises(ResourceError, match="no node of the cluster has more than 0"):
         list(RayRunner(1, num_cpus=3).run(square, [0], even("a"), nothing))
