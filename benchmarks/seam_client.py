@@ -11,20 +11,20 @@ import mmap
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 from bare_client import Job, main, measured
 
 from raymerge.pipeline.plan.memory import MAX_BUFFER_NBYTES
-from raymerge.pipeline.stores.buffers import POOL
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.objects.writer import NUM_PARTS, PART_NBYTES
+from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.remote import NUM_REQUESTS, PIECE_NBYTES
-from raymerge.pipeline.stores.seam import open_storages, storage_for
 
 
-def find_tensors(file: StoredFile) -> list[ByteRange]:
+def find_tensors(stores: Stores, file: StoredFile) -> list[ByteRange]:
     """Return where the tensors of a file are, in order; those that are larger than a buffer in pieces."""
-    storage = storage_for(file.url)
+    storage = stores.at(file.url)
     prefix = memoryview(bytearray(8))
     storage.read_into([ByteRange(file, 0, 8)], [prefix])
     begin = 8 + int.from_bytes(prefix, "little")
@@ -50,13 +50,13 @@ def make_windows(ranges: list[ByteRange]) -> Iterator[list[ByteRange]]:
     yield window
 
 
-def read(job: Job) -> None:
+def read(stores: Stores, job: Job) -> None:
     """Read every tensor into a buffer that is used again."""
     ranges = []
     for bucket, key, _ in job.reads:
         url = f"s3://{bucket}/{key}"
-        ranges += find_tensors(storage_for(url).stat(url))
-    storage = storage_for(ranges[0].file.url)
+        ranges += find_tensors(stores, stores.at(url).stat(url))
+    storage = stores.at(ranges[0].file.url)
     windows = list(make_windows(ranges))
     buffer = memoryview(bytearray(MAX_BUFFER_NBYTES))
 
@@ -73,21 +73,21 @@ def read(job: Job) -> None:
             read_window(window)
 
 
-def write(job: Job) -> None:
+def write(stores: Stores, job: Job) -> None:
     """Write the files, one after the other, from buffers that the writer gives back, as a merge does."""
 
     def write_file(bucket: str, key: str, nbytes: int) -> None:
         url = f"s3://{bucket}/{key}"
-        writer = storage_for(url).open_writer(url, nbytes)
+        writer = stores.at(url).open_writer(url, nbytes)
         free = threading.Semaphore(writer.num_buffers)
 
         def release(buffer: mmap.mmap) -> None:
-            POOL.release(buffer)
+            stores.pool.release(buffer)
             free.release()
 
         for start in range(0, nbytes, writer.buffer_nbytes):
             free.acquire()
-            writer.take(POOL.acquire(writer.buffer_nbytes), min(writer.buffer_nbytes, nbytes - start), release)
+            writer.take(stores.pool.acquire(writer.buffer_nbytes), min(writer.buffer_nbytes, nbytes - start), release)
         writer.commit()
 
     write_file(*job.writes[0])
@@ -106,5 +106,5 @@ if __name__ == "__main__":
         }
         print(json.dumps(settings))
     else:
-        with open_storages():
-            main({"read": read, "write": write})
+        with open_stores() as stores:
+            main({"read": partial(read, stores), "write": partial(write, stores)})

@@ -169,15 +169,19 @@ def make_local_runner(
     return ProcessRunner(num_workers, start_method, preload=preload, environments=environments)
 
 
+_main_lock = threading.Lock()
+
+
 @contextmanager
 def _without_main() -> Iterator[None]:
     """Keep a starting process from running the user's script again, which has nothing that it needs."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _main_lock:  # two runs that start at once would take each other's for the script
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def _assign(worker: _Worker, items: Sequence[Any], waiting: deque[int]) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from raymerge.cluster.runner import Progress, Resources
 from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, resolve_models
@@ -45,26 +45,14 @@ from raymerge.pipeline.runners import (
     run_shard,
 )
 from raymerge.pipeline.sizes import DEFAULT_MEMORY, parse_nbytes
-from raymerge.pipeline.stores.buffers import POOL
-from raymerge.pipeline.stores.retry import FAULTS
-from raymerge.pipeline.stores.seam import (
-    Lock,
-    Storage,
-    StorageSettings,
-    configure_storages,
-    open_storages,
-    storage_for,
-    storage_settings,
-)
+from raymerge.pipeline.stores.open import Library, Stores, StoreSettings, open_stores
+from raymerge.pipeline.stores.seam import Lock, Storage
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray.session import RaySession
 
 Config = Path | str | Mapping[str, Any]
 """A YAML file, YAML text, or its content."""
-
-Library = Literal["auto", "fsspec"]
-"""What serves object stores and the web."""
 
 
 def plan(
@@ -96,12 +84,11 @@ def plan(
     Raises:
         RaymergeError: whatever would go wrong later, as far as it can be known now.
     """
-    _configure(storage, private=storage_settings().private)
     limits = _make_limits(memory, threads, shard_size, seed)
     if gpu_memory is not None:  # on a machine without GPUs: a plan for one with one
         limits = replace(limits, gpus=Gpus(len(list_gpus()) or 1, _nbytes("gpu_memory", gpu_memory)))
-    with open_storages():
-        return _plan(load_config(config, strict=strict), limits, seed, "." if out is None else str(out))
+    with open_stores(StoreSettings(storage)) as stores:
+        return _plan(stores, load_config(config, strict=strict), limits, seed, "." if out is None else str(out))
 
 
 def merge(
@@ -152,14 +139,12 @@ def merge(
 
     start = time.perf_counter()
     listener = listener or Listener()
-    FAULTS.drain()
-    _configure(storage, private=private)
     limits = _make_limits(memory, threads, shard_size, seed)
     if ray and address is not None:
         raise ConfigError("both ray, which starts Ray here, and the address of a running cluster are given; leave one")
     if shared_filesystem and address is None:
         raise ConfigError("shared_filesystem says something about the machines of a cluster; give its address too")
-    with open_storages(), closing(POOL), ExitStack() as stack:
+    with open_stores(StoreSettings(storage, private)) as stores, ExitStack() as stack:
         session: RaySession | None = None
         merge_config = load_config(config, strict=strict)
         if address is not None:
@@ -171,12 +156,12 @@ def merge(
             limits = replace(limits, num_threads=threads or max(node.num_cpus for node in session.nodes))
         elif limits.num_threads > 1 and not ray:
             models = [model.path for model in merge_config.referenced_models]
-            prepare_workers(models, str(out), on_gpus=gpu_memory is not None)
+            prepare_workers(stores, models, str(out), on_gpus=gpu_memory is not None)
         if gpu_memory is not None:
             num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
             limits = replace(limits, gpus=Gpus(num_gpus, _nbytes("gpu_memory", gpu_memory)))
-        the_plan = _plan(merge_config, limits, seed, str(out), session)
-        target = check_output(the_plan, out, overwrite=overwrite)
+        the_plan = _plan(stores, merge_config, limits, seed, str(out), session)
+        target = _check_output(stores, the_plan, out, overwrite=overwrite)
         if ray:
             from raymerge.cluster.ray.session import start_ray
 
@@ -185,49 +170,59 @@ def merge(
                 session = session.with_gpus()
         if session is not None:
             urls = [target, *(item.url for item in the_plan.inputs)]
-            check_reach(urls, session, shared_filesystem=shared_filesystem)
+            check_reach(stores, urls, session, shared_filesystem=shared_filesystem)
         listener.planned(the_plan)
         outputs = list_outputs(the_plan)
         on_held = listener.held if wait else None
-        with open_output(target, the_plan.fingerprint, outputs, overwrite=overwrite, on_held=on_held) as (state, lock):
+        with open_output(stores, target, the_plan.fingerprint, outputs, overwrite=overwrite, on_held=on_held) as (
+            state,
+            lock,
+        ):
             if state is OutputState.COMPLETE:
-                nonfinite = read_manifest(target).nonfinite
+                nonfinite = read_manifest(stores, target).nonfinite
                 _check_finite(nonfinite, strict=strict)
                 return make_report(
                     the_plan,
                     target,
                     seconds=time.perf_counter() - start,
-                    faults=FAULTS.drain(),
+                    faults=stores.faults.drain(),
                     nonfinite=nonfinite,
                     was_complete=True,
                 )
-            return _carry_out(the_plan, target, lock, listener, start, session, strict=strict)
+            return _carry_out(stores, the_plan, target, lock, listener, start, session, strict=strict)
 
 
-def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -> str:
+def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False, storage: Library = "auto") -> str:
     """Make sure that a plan can be carried out in a directory, without writing anything; return its absolute URL.
 
     Raises:
         RaymergeError: it overlaps with an input, holds something else, or has no room.
     """
-    target = locate_output(out)
-    check_apart(target, plan.inputs)
-    check_state(target, plan.fingerprint, overwrite=overwrite)
+    with open_stores(StoreSettings(storage)) as stores:
+        return _check_output(stores, plan, out, overwrite=overwrite)
+
+
+def _check_output(stores: Stores, plan: MergePlan, out: str | Path, *, overwrite: bool) -> str:
+    target = locate_output(stores, out)
+    check_apart(stores, target, plan.inputs)
+    check_state(stores, target, plan.fingerprint, overwrite=overwrite)
     needed = sum(task.nbytes for task in plan.tasks) + sum(file.nbytes for _, file in plan.side_files)
-    storage_for(target).check_space(target, needed - measure_nbytes(target))
+    stores.at(target).check_space(target, needed - measure_nbytes(stores, target))
     return target
 
 
 @pause_collector()
-def _plan(config: MergeConfig, limits: Limits, seed: int, out: str, session: RaySession | None = None) -> MergePlan:
+def _plan(
+    stores: Stores, config: MergeConfig, limits: Limits, seed: int, out: str, session: RaySession | None = None
+) -> MergePlan:
     from raymerge.pipeline.checkpoint.table import (  # pyarrow: not at the start of every command
         build_index,
         stored_tensors,
     )
 
-    checkpoints = resolve_models(config.referenced_models)
-    recipe = expand(config, checkpoints, stored_tensors(build_index(checkpoints)))
-    transfer = _measure_transfer([storage_for(c.url) for c in checkpoints], storage_for(out))
+    checkpoints = resolve_models(stores, config.referenced_models)
+    recipe = expand(config, checkpoints, stored_tensors(build_index(stores, checkpoints)))
+    transfer = _measure_transfer([stores.at(c.url) for c in checkpoints], stores.at(out))
     tasks, num_threads, num_allowed = make_tasks(recipe.merges, seed, replace(limits, transfer=transfer))
     config_json = dump_config(recipe.config)
     side_files = checkpoints[0].side_files
@@ -253,6 +248,7 @@ def _plan(config: MergeConfig, limits: Limits, seed: int, out: str, session: Ray
 
 
 def _carry_out(
+    stores: Stores,
     plan: MergePlan,
     out: str,
     lock: Lock,
@@ -265,23 +261,22 @@ def _carry_out(
     from raymerge.pipeline.output.stitch import find_nonfinite, stitch
     from raymerge.pipeline.output.verify import check_shard
 
-    journal = Journal(out, plan.fingerprint, lock.token)
+    journal = Journal(stores, out, plan.fingerprint, lock.token)
 
     def progressed(progress: Progress) -> None:
         lock.check()
         listener.progressed(progress)
 
     def retried(reason: str) -> None:
-        listener.retried(FAULTS.note("ray", "shard", reason), 1)
+        listener.retried(stores.faults.note("ray", "shard", reason), 1)
 
     urls = [out, *(item.url for item in plan.inputs)]
-    runner = make_runner(plan.num_threads, urls, session, plan.gpus, retried)
-    settings = storage_settings()
+    runner = make_runner(stores, plan.num_threads, urls, session, plan.gpus, retried)
     recorded = journal.read_records(plan.tasks)
     resumed = [
         result
         for result, is_sound in runner.run(
-            partial(check_shard, out=out, settings=settings),
+            partial(check_shard, stores, out=out),
             recorded,
             [Resources(mem_nbytes=0, cost=result.nbytes) for result in recorded],
             lambda progress: None,
@@ -294,7 +289,7 @@ def _carry_out(
     results = []
     work_start = time.perf_counter()
     for result in runner.run(
-        partial(run_shard, journal=journal, settings=settings),
+        partial(run_shard, stores, journal=journal),
         todo,
         [_resources(task) for task in todo],
         progressed,
@@ -316,7 +311,7 @@ def _carry_out(
         seconds=time.perf_counter() - start,
         work_seconds=work_seconds,
         num_per_process=runner.num_per_process,
-        faults=FAULTS.drain(),
+        faults=stores.faults.drain(),
         nonfinite=nonfinite,
     )
 
@@ -335,10 +330,6 @@ def _measure_transfer(inputs: Sequence[Storage], output: Storage) -> Transfer:
         num_buffers=2 if any(storage.is_remote for storage in inputs) else 1,
         nbytes=sum(storage.read_nbytes for storage in dict.fromkeys(inputs)) + output.write_nbytes,
     )
-
-
-def _configure(storage: Library, *, private: bool) -> None:
-    configure_storages(StorageSettings(storage, private))
 
 
 def _names(checkpoint: Checkpoint) -> tuple[str, ...]:

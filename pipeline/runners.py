@@ -14,7 +14,8 @@ from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.output.journal import Journal
 from raymerge.pipeline.plan.types import Gpus, ShardResult, ShardTask
 from raymerge.pipeline.redact import redact
-from raymerge.pipeline.stores.seam import Sharing, StorageSettings, storage_for
+from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.seam import Sharing
 from raymerge.pipeline.urls import scheme_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def list_cluster_variables() -> dict[str, str]:
 
 
 def make_runner(
+    stores: Stores,
     num_workers: int,
     urls: Sequence[str],
     session: RaySession | None = None,
@@ -60,6 +62,7 @@ def make_runner(
     """Return what runs tasks that read from and write to these URLs.
 
     Args:
+        stores: of this merge.
         num_workers: tasks in work at once on one machine.
         urls: of inputs and output; their storages say in which processes of this machine that can be.
         session: where the tasks run, if it is on Ray.
@@ -84,8 +87,8 @@ def make_runner(
 
         return ActorRunner(num_slots, num_sharing=gpus.num_sharing(num_workers), **options)
     environments = [{VARIABLE: gpu} for gpu in require_gpus()] if gpus is not None else []
-    start_method = _choose_start_method(urls, on_gpus=gpus is not None)
-    return make_local_runner(num_workers, start_method, preload=_list_modules(urls), environments=environments)
+    start_method = _choose_start_method(stores, urls, on_gpus=gpus is not None)
+    return make_local_runner(num_workers, start_method, preload=_list_modules(stores, urls), environments=environments)
 
 
 def count_slots(num_workers: int, session: RaySession | None = None, gpus: Gpus | None = None) -> int:
@@ -99,10 +102,11 @@ def count_slots(num_workers: int, session: RaySession | None = None, gpus: Gpus 
     return sum(min(node.num_cpus // num_cpus, node.num_gpus * num_sharing) for node in session.nodes)
 
 
-def check_reach(urls: Sequence[str], session: RaySession, *, shared_filesystem: bool) -> None:
+def check_reach(stores: Stores, urls: Sequence[str], session: RaySession, *, shared_filesystem: bool) -> None:
     """Make sure that workers on other machines find what they are to read and write.
 
     Args:
+        stores: of this merge.
         urls: of inputs and output.
         session: where the tasks run.
         shared_filesystem: whether paths mean the same files on every machine.
@@ -110,7 +114,7 @@ def check_reach(urls: Sequence[str], session: RaySession, *, shared_filesystem: 
     Raises:
         ConfigError: they would not.
     """
-    if inside := [url for url in urls if storage_for(url).sharing is Sharing.THREADS]:
+    if inside := [url for url in urls if stores.at(url).sharing is Sharing.THREADS]:
         raise ConfigError(f"{', '.join(inside)}: only this process has it; use another store, or leave Ray out")
     if not session.is_elsewhere:
         return
@@ -127,24 +131,25 @@ def check_reach(urls: Sequence[str], session: RaySession, *, shared_filesystem: 
         )
 
 
-def prepare_workers(models: Sequence[str], out: str, *, on_gpus: bool) -> None:
+def prepare_workers(stores: Stores, models: Sequence[str], out: str, *, on_gpus: bool) -> None:
     """Begin to import what workers will need, while the merge is planned.
 
     Args:
+        stores: of this merge.
         models: as the config names them.
         out: path or URL of the output.
         on_gpus: whether workers merge on GPUs.
     """
     urls = [out, *(f"hf://{name}" if is_repository(name) else name for name in models)]
-    if _choose_start_method(urls, on_gpus=on_gpus) is StartMethod.FRESH:
-        start_fork_server(_list_modules(urls))
+    if _choose_start_method(stores, urls, on_gpus=on_gpus) is StartMethod.FRESH:
+        start_fork_server(_list_modules(stores, urls))
 
 
-def run_shard(task: ShardTask, report: Report, *, journal: Journal, settings: StorageSettings) -> ShardResult:
+def run_shard(stores: Stores, task: ShardTask, report: Report, *, journal: Journal) -> ShardResult:
     """Do what `execute.run_shard` does; a driver that has it done elsewhere need not import torch."""
     from raymerge.pipeline.engine import shard as execute
 
-    return execute.run_shard(task, report, journal=journal, settings=settings)
+    return execute.run_shard(stores, task, report, journal=journal)
 
 
 def _count_cpus(num_workers: int, session: RaySession) -> int:
@@ -152,14 +157,14 @@ def _count_cpus(num_workers: int, session: RaySession) -> int:
     return -(-max(node.num_cpus for node in session.nodes) // num_workers)
 
 
-def _choose_start_method(urls: Sequence[str], *, on_gpus: bool) -> StartMethod:
-    sharing = {storage_for(url).sharing for url in urls}
+def _choose_start_method(stores: Stores, urls: Sequence[str], *, on_gpus: bool) -> StartMethod:
+    sharing = {stores.at(url).sharing for url in urls}
     if Sharing.THREADS in sharing:
         return StartMethod.THREAD
     is_fresh = on_gpus or Sharing.FRESH in sharing  # CUDA does not survive a fork
     return StartMethod.FRESH if is_fresh else StartMethod.FORK
 
 
-def _list_modules(urls: Sequence[str]) -> list[str]:
+def _list_modules(stores: Stores, urls: Sequence[str]) -> list[str]:
     """Return the modules that workers need for these URLs."""
-    return [_EXECUTE, *sorted({type(storage_for(url)).__module__ for url in urls})]
+    return [_EXECUTE, *sorted({type(stores.at(url)).__module__ for url in urls})]

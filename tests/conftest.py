@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from raymerge.pipeline.cli.app import main
+from raymerge.pipeline.stores.open import Stores, open_stores
 from tests.commands import Cli, Outcome
 from tests.servers.fixtures import bucket, s3_server  # noqa: F401
 
 torch.set_num_threads(1)  # the machine's other cores may be busy, and waiting for them takes longer than the work
+
+
+@pytest.fixture
+def stores() -> Iterator[Stores]:
+    """Storages that are built in the test's own environment."""
+    with open_stores() as stores:
+        yield stores
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ import torch
 from raymerge.pipeline import Listener, merge
 from raymerge.pipeline.plan.types import ShardResult
 from raymerge.pipeline.stores import retry
-from raymerge.pipeline.stores.retry import Fault, Patience
-from raymerge.pipeline.stores.seam import storage_for
+from raymerge.pipeline.stores.retry import Fault, FaultLog, Patience
 from raymerge.pipeline.stores.web import connection as web_connection
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli
@@ -65,14 +64,6 @@ def models(s3_server: S3Server, family: Sequence[Path]) -> list[str]:
     """The family in a bucket."""
     bucket = s3_server.create_bucket("models")
     return [upload(s3_server, bucket, path.name, path) for path in family]
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """No storage is left that was built in another environment."""
-    yield
-    for url in ("s3://any/x", "hf://any/one", "http://any/x", "gs://any/x", "az://any/x"):
-        storage_for(url).close()
 
 
 @pytest.fixture
@@ -440,15 +431,17 @@ def test_patience_with_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "PATIENCE_SECONDS", 1.5)
     monkeypatch.setattr(retry, "FIRST_SECONDS", 0.2)
 
+    faults = FaultLog()
+
     def num_tries(store: str) -> int:
-        patience = Patience(store, "GET")
+        patience = Patience(faults, store, "GET")
         while patience.failed(Fault("connection refused")):
             pass
         return patience.num_attempts
 
     assert num_tries("s3://never-seen") <= 3
-    Patience("s3://answered", "GET").succeeded()
-    Patience("s3://refused", "GET").failed(Fault("503 SlowDown"))
+    Patience(faults, "s3://answered", "GET").succeeded()
+    Patience(faults, "s3://refused", "GET").failed(Fault("503 SlowDown"))
     assert num_tries("s3://answered") > 3
     assert num_tries("s3://refused") > 3
 

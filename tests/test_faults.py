@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raymerge.pipeline import merge, verify
-from raymerge.pipeline.stores.seam import storage_for
+from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import read_files, write_family
 from tests.servers.faults import Fault, FaultProxy
 from tests.servers.s3 import S3Server
@@ -45,9 +45,7 @@ def expected(family: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory)
 def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     with FaultProxy(s3_server.endpoint, seed=1, stall_s=2.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        storage_for("s3://any").close()
         yield proxy
-        storage_for("s3://any").close()
 
 
 @pytest.mark.parametrize("fault", [*ON_S3, None], ids=lambda fault: fault.name.lower() if fault else "all")
@@ -58,6 +56,7 @@ def test_merges_finish(
     bucket: str,
     s3_server: S3Server,
     proxy: FaultProxy,
+    stores: Stores,
 ) -> None:
     models = [upload(s3_server, bucket, f"models/{path.name}", path) for path in family]
     probabilities: dict[Fault, float] = (
@@ -74,6 +73,6 @@ def test_merges_finish(
         assert without_own(download(out)) == expected
         verify(out)
         assert s3_server.uploads_of(bucket) == []
-        for name in storage_for(out).list(out):
-            storage_for(out).delete(f"{out}/{name}")
+        for name in stores.at(out).list(out):
+            stores.at(out).delete(f"{out}/{name}")
     assert num_injected >= 1

@@ -12,7 +12,6 @@ import torch
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
 from raymerge.pipeline.plan.types import MergePlan, ShardResult
-from raymerge.pipeline.stores.seam import storage_for
 from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.servers.hub import HubServer
@@ -53,9 +52,7 @@ def hub(family: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "XDG_STATE_HOME": str(tmp_path / "state"),
         }.items():
             monkeypatch.setenv(name, value)
-        storage_for("hf://any/one").close()
         yield hub
-        storage_for("hf://any/one").close()
 
 
 def published(hub: HubServer, name: str) -> dict[str, bytes]:
@@ -116,7 +113,6 @@ def test_who_may_not_read(hub: HubServer, tmp_path: Path, cli: Cli, monkeypatch:
     hub.create_repo("org/gated", gated=True)
     monkeypatch.setenv("HF_TOKEN", "hf_nobodysuchtoken")
     monkeypatch.delenv("HF_TOKEN")
-    storage_for("hf://any/one").close()
     for name, hint in ((NAMES[2], "hf auth login"), ("org/gated", "accept"), ("org/absent", "no such")):
         config = write_config(tmp_path / "merge.yml", make_config([NAMES[0], NAMES[1], name]))
         outcome = cli("merge", config, tmp_path / "out")
@@ -129,7 +125,6 @@ def test_who_may_not_read(hub: HubServer, tmp_path: Path, cli: Cli, monkeypatch:
 def test_who_may_not_write(hub: HubServer, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add_token("hf_readerreader", user="you", can_read=["private"])
     monkeypatch.setenv("HF_TOKEN", "hf_readerreader")
-    storage_for("hf://any/one").close()
     config = write_config(tmp_path / "merge.yml", make_config(NAMES))
     outcome = cli("merge", config, "hf://me/merged", "--threads", "1")
     assert outcome.code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 
 from raymerge.pipeline import merge, plan
 from raymerge.pipeline.errors import ConfigError, OutputError, TensorMismatchError
-from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.buffers import BufferPool
 from tests import references
 from tests.checkpoints import (
     Tensors,
@@ -281,7 +282,8 @@ def test_nothing_is_held_after_a_merge(tmp_path: Path) -> None:
         plan({"merge_method": "linear", "models": models})
         assert len(set(Path("/proc/self/fd").iterdir()) - files) <= 1  # the directory that is being listed
         merge({"merge_method": "linear", "models": models}, tmp_path / f"{size}", memory=2**24 + size * 2**20)
-        assert not any(POOL._free.values())
+        pools = [found for found in gc.get_objects() if type(found) is BufferPool]
+        assert not any(any(pool._free.values()) for pool in pools)
         assert len(set(Path("/proc/self/fd").iterdir()) - files) <= 1
 
 

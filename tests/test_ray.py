@@ -28,6 +28,7 @@ from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.plan.types import Gpus, ShardResult, ShardTask
 from raymerge.pipeline.runners import check_reach, count_slots, make_runner, run_shard
+from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import read_files, write_config, write_family
 from tests.cluster.runner_contract import even, nothing
 from tests.commands import Cli, run_command, start_command
@@ -137,12 +138,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def die_once(task: ShardTask, report: Report, *, directory: Path, **more: Any) -> ShardResult:
+def die_once(stores: Stores, task: ShardTask, report: Report, *, directory: Path, **more: Any) -> ShardResult:
     """Have the worker of the first shard killed once."""
     if "-00001-" in task.file and not (directory / "died").exists():
         (directory / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return run_shard(task, report, **more)
+    return run_shard(stores, task, report, **more)
 
 
 class Retries(Listener):
@@ -334,7 +335,7 @@ def test_options_for_a_cluster_that_is_not_named(config: dict[str, Any], tmp_pat
 @pytest.mark.parametrize(("num_workers", "num_slots"), [(8, 12), (4, 6), (3, 3), (1, 1)])
 def test_workers_of_one_machine_are_limited(num_workers: int, num_slots: int) -> None:
     nodes = (Node("10.0.0.5", 8, 2**34), Node("10.0.0.6", 4, 2**34))
-    runner = make_runner(num_workers, ["s3://bucket/out"], RaySession("10.0.0.4", nodes))
+    runner = make_runner(Stores(), num_workers, ["s3://bucket/out"], RaySession("10.0.0.4", nodes))
     assert isinstance(runner, RayRunner)
     assert runner.num_slots == num_slots == count_slots(num_workers, RaySession("10.0.0.4", nodes))
 
@@ -344,7 +345,7 @@ def test_workers_of_one_gpu_are_limited(num_workers: int, num_slots: int) -> Non
     nodes = (Node("10.0.0.5", 8, 2**34, 4), Node("10.0.0.6", 4, 2**34, 1), Node("10.0.0.7", 8, 2**34))
     session = RaySession("10.0.0.4", nodes).with_gpus()
     assert session.nodes == nodes[:2]
-    runner = make_runner(num_workers, ["s3://bucket/out"], session, Gpus(4, 2**34))
+    runner = make_runner(Stores(), num_workers, ["s3://bucket/out"], session, Gpus(4, 2**34))
     assert isinstance(runner, ActorRunner)
     assert runner.num_slots == num_slots
 
@@ -369,10 +370,10 @@ def test_paths_of_this_machine_on_others(config: dict[str, Any], tmp_path: Path)
     nodes = (Node("10.0.0.5", 1, 2**34),)
     session = RaySession("10.0.0.4", nodes)
     with pytest.raises(ConfigError, match=r"/models/a: paths of this machine.*--shared-filesystem"):
-        check_reach(["s3://bucket/out", "/models/a"], session, shared_filesystem=False)
-    check_reach(["s3://bucket/out", "/models/a"], session, shared_filesystem=True)
-    check_reach(["/out", "/models/a"], RaySession("10.0.0.5", nodes), shared_filesystem=False)
+        check_reach(Stores(), ["s3://bucket/out", "/models/a"], session, shared_filesystem=False)
+    check_reach(Stores(), ["s3://bucket/out", "/models/a"], session, shared_filesystem=True)
+    check_reach(Stores(), ["/out", "/models/a"], RaySession("10.0.0.5", nodes), shared_filesystem=False)
     with pytest.raises(ConfigError, match="gathered on one machine"):
-        check_reach(["hf://me/merged", "s3://bucket/a"], session, shared_filesystem=True)
+        check_reach(Stores(), ["hf://me/merged", "s3://bucket/a"], session, shared_filesystem=True)
     with pytest.raises(ConfigError, match="only this process has it"):
-        check_reach(["memory://out"], session, shared_filesystem=False)
+        check_reach(Stores(), ["memory://out"], session, shared_filesystem=False)

@@ -21,7 +21,7 @@ from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError, FetchError, MemoryLimitError, OutputError
 from raymerge.pipeline.plan.types import MergePlan, ShardResult
 from raymerge.pipeline.stores import lease
-from raymerge.pipeline.stores.seam import StorageSettings, configure_storages, storage_for
+from raymerge.pipeline.stores.open import Stores, open_stores
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.pipeline.engine.test_memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models
@@ -71,8 +71,9 @@ def upload(server: Store, bucket: str, prefix: str, directory: Path) -> str:
 
 
 def download(url: str) -> dict[str, bytes]:
-    storage = storage_for(url)
-    return {name: storage.read(f"{url}/{name}", 2**30) for name in storage.list(url)}
+    with open_stores() as stores:
+        storage = stores.at(url)
+        return {name: storage.read(f"{url}/{name}", 2**30) for name in storage.list(url)}
 
 
 def without_own(files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -138,11 +139,11 @@ class Stop(Listener):
             raise RuntimeError("the driver broke")
 
 
-def test_a_stopped_merge_goes_on(models: list[str], bucket: str, expected: dict[str, bytes]) -> None:
+def test_a_stopped_merge_goes_on(models: list[str], bucket: str, expected: dict[str, bytes], stores: Stores) -> None:
     out = f"s3://{bucket}/merged"
     with pytest.raises(RuntimeError):
         merge(make_config(models), out, shard_size=SHARD_SIZE, listener=Stop(2))
-    names = list(storage_for(out).list(out))
+    names = list(stores.at(out).list(out))
     assert INDEX not in names
     assert "config.json" not in names
     assert sum(name.endswith(".safetensors.json") for name in names) >= 2
@@ -153,13 +154,13 @@ def test_a_stopped_merge_goes_on(models: list[str], bucket: str, expected: dict[
 
 @pytest.mark.slow
 def test_a_killed_merge_goes_on(
-    models: list[str], bucket: str, s3_server: S3Server, expected: dict[str, bytes], tmp_path: Path
+    models: list[str], bucket: str, s3_server: S3Server, expected: dict[str, bytes], tmp_path: Path, stores: Stores
 ) -> None:
     config = write_config(tmp_path / "merge.yml", make_config(models))
     out = f"s3://{bucket}/merged"
     process = start_command("merge", config, out, "--shard-size", "5kB")
     journal = f"{out}/.raymerge"
-    while process.poll() is None and not any(n.endswith("ors.json") for n in storage_for(out).list(journal)):
+    while process.poll() is None and not any(n.endswith("ors.json") for n in stores.at(out).list(journal)):
         time.sleep(0.01)
     process.kill()
     process.communicate()
@@ -191,17 +192,19 @@ def test_no_byte_of_a_model_touches_the_local_disk(
     assert without_own(download(f"s3://{bucket}/merged")) == expected
 
 
-def test_a_second_run_is_refused(models: list[str], bucket: str, tmp_path: Path, cli: Cli) -> None:
+def test_a_second_run_is_refused(models: list[str], bucket: str, tmp_path: Path, cli: Cli, stores: Stores) -> None:
     config = write_config(tmp_path / "merge.yml", make_config(models))
     out = f"s3://{bucket}/merged"
-    with storage_for(out).lock(f"{out}/.raymerge/lock"):
+    with stores.at(out).lock(f"{out}/.raymerge/lock"):
         outcome = cli("merge", config, out)
     assert outcome.code == 2
     assert "another raymerge run" in outcome.err
     assert cli("merge", config, out).code == 0
 
 
-def test_a_run_whose_lock_was_taken_stops(models: list[str], bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_lock_was_taken_stops(
+    models: list[str], bucket: str, monkeypatch: pytest.MonkeyPatch, stores: Stores
+) -> None:
     monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.1)
     out = f"s3://{bucket}/merged"
 
@@ -211,49 +214,57 @@ def test_a_run_whose_lock_was_taken_stops(models: list[str], bucket: str, monkey
 
         def finished(self, result: ShardResult) -> None:
             if not self.taken:
-                storage_for(out).write(f"{out}/.raymerge/lock", b'{"token": "of another run"}')
+                stores.at(out).write(f"{out}/.raymerge/lock", b'{"token": "of another run"}')
                 self.taken = True
                 time.sleep(1)
 
     with pytest.raises(OutputError, match="lock"):
         merge(make_config(models), out, shard_size=SHARD_SIZE, threads=1, listener=Thief())
-    assert INDEX not in storage_for(out).list(out)
+    assert INDEX not in stores.at(out).list(out)
 
 
-def test_two_that_finish_at_once_do_not_mix(models: list[str], bucket: str) -> None:
+def test_two_that_finish_at_once_do_not_mix(models: list[str], bucket: str, stores: Stores) -> None:
     """The lock failed, and another run has finished here first."""
     out = f"s3://{bucket}/merged"
 
     class Rival(Listener):
         def finished(self, result: ShardResult) -> None:
-            storage_for(out).write(f"{out}/{INDEX}", b"{}")
+            stores.at(out).write(f"{out}/{INDEX}", b"{}")
 
     with pytest.raises(OutputError, match="another run has finished a different model here"):
         merge(make_config(models), out, shard_size=SHARD_SIZE, listener=Rival())
-    assert storage_for(out).read(f"{out}/{INDEX}", 10) == b"{}"
+    assert stores.at(out).read(f"{out}/{INDEX}", 10) == b"{}"
 
 
 class Replace(Listener):
     """Replaces an input when the merge begins, by one of the same size."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, stores: Stores, url: str) -> None:
+        self.storage = stores.at(url)
         self.url = url
 
     def planned(self, plan: MergePlan) -> None:
-        storage = storage_for(self.url)
-        content = bytearray(storage.read(self.url, 2**30))
+        content = bytearray(self.storage.read(self.url, 2**30))
         content[-1] ^= 1
-        storage.write(self.url, bytes(content))
+        self.storage.write(self.url, bytes(content))
 
 
 @pytest.mark.parametrize("library", ["auto", "fsspec"])
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "tokenizer_config.json"])
-def test_a_replaced_input_stops_the_merge(models: list[str], bucket: str, name: str, library: Any) -> None:
+def test_a_replaced_input_stops_the_merge(
+    models: list[str], bucket: str, name: str, library: Any, stores: Stores
+) -> None:
     model = models[1] if name.endswith("safetensors") else models[0]
     out = f"s3://{bucket}/merged"
     with pytest.raises(FetchError, match=f"{model}/{name}.*changed"):
-        merge(make_config(models), out, shard_size=SHARD_SIZE, storage=library, listener=Replace(f"{model}/{name}"))
-    names = list(storage_for(out).list(out))
+        merge(
+            make_config(models),
+            out,
+            shard_size=SHARD_SIZE,
+            storage=library,
+            listener=Replace(stores, f"{model}/{name}"),
+        )
+    names = list(stores.at(out).list(out))
     assert INDEX not in names
     assert "config.json" not in names
 
@@ -298,17 +309,17 @@ def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Stands between raymerge and the S3 server."""
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        storage_for("s3://any").close()
         yield proxy
-        storage_for("s3://any").close()
 
 
 @pytest.mark.slow
-def test_a_store_that_goes_down(models: list[str], bucket: str, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_a_store_that_goes_down(
+    models: list[str], bucket: str, proxy: FaultProxy, tmp_path: Path, stores: Stores
+) -> None:
     config = write_config(tmp_path / "merge.yml", make_config(models))
     out = f"s3://{bucket}/merged"
     process = start_command("merge", config, out, "--shard-size", "5kB")
-    while process.poll() is None and not any(n.endswith("ors.json") for n in storage_for(out).list(f"{out}/.raymerge")):
+    while process.poll() is None and not any(n.endswith("ors.json") for n in stores.at(out).list(f"{out}/.raymerge")):
         time.sleep(0.01)
     proxy.down = True
     started = time.monotonic()
@@ -318,7 +329,7 @@ def test_a_store_that_goes_down(models: list[str], bucket: str, proxy: FaultProx
     assert f"s3://{bucket}" in err
     assert "attempts" in err
     proxy.down = False
-    assert INDEX not in storage_for(out).list(out)
+    assert INDEX not in stores.at(out).list(out)
     outcome = run_command("merge", config, out, "--shard-size", "5kB")
     assert outcome.code == 0, outcome.err
     assert "shards are finished and sound" in outcome.err
@@ -352,9 +363,6 @@ def test_another_s3_server(
     with JuiceServer() as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
-        for settings in (StorageSettings("auto"), StorageSettings("fsspec")):
-            configure_storages(settings)
-            storage_for("s3://any").close()
         bucket = server.create_bucket("another")
         inputs = [upload(server, bucket, f"models/{path.name}", path) for path in family]
         out = f"s3://{bucket}/merged"
@@ -365,9 +373,6 @@ def test_another_s3_server(
         assert without_own(download(out)) == expected
         verify(out, storage=library)
         assert server.uploads_of(bucket) == []
-        for settings in (StorageSettings("auto"), StorageSettings("fsspec")):
-            configure_storages(settings)
-            storage_for("s3://any").close()
 
 
 @pytest.mark.slow
@@ -431,7 +436,7 @@ def test_ctrl_c_ends_within_seconds_while_a_store_is_silent(
         assert "Traceback" not in err
 
 
-def test_a_run_that_lost_its_lock_commits_nothing_more(models: list[str], bucket: str) -> None:
+def test_a_run_that_lost_its_lock_commits_nothing_more(models: list[str], bucket: str, stores: Stores) -> None:
     """It was frozen for a while, and another run has begun since."""
     out = f"s3://{bucket}/merged"
 
@@ -439,7 +444,7 @@ def test_a_run_that_lost_its_lock_commits_nothing_more(models: list[str], bucket
         num_shards = 0
 
         def resumed(self, results: list[ShardResult]) -> None:
-            storage_for(out).write(f"{out}/.raymerge/lock", b'{"token": "of another run"}')
+            stores.at(out).write(f"{out}/.raymerge/lock", b'{"token": "of another run"}')
 
         def finished(self, result: ShardResult) -> None:
             self.num_shards += 1
@@ -448,20 +453,20 @@ def test_a_run_that_lost_its_lock_commits_nothing_more(models: list[str], bucket
     with pytest.raises(OutputError, match="taken the lock"):
         merge(make_config(models), out, shard_size=SHARD_SIZE, listener=freeze)
     assert freeze.num_shards == 0
-    assert not any(name.endswith(".safetensors") for name in storage_for(out).list(out))
+    assert not any(name.endswith(".safetensors") for name in stores.at(out).list(out))
 
 
-def test_a_shard_of_another_run_is_not_published(models: list[str], bucket: str) -> None:
+def test_a_shard_of_another_run_is_not_published(models: list[str], bucket: str, stores: Stores) -> None:
     out = f"s3://{bucket}/merged"
     url = f"{out}/model-00001-of-00010.safetensors"
 
     class Swap(Listener):
         def finished(self, result: ShardResult) -> None:
             if result.file == url.rpartition("/")[2]:
-                content = bytearray(storage_for(out).read(url, 2**30))
+                content = bytearray(stores.at(out).read(url, 2**30))
                 content[-1] ^= 1
-                storage_for(out).write(url, bytes(content))
+                stores.at(out).write(url, bytes(content))
 
     with pytest.raises(OutputError, match="no longer what was written"):
         merge(make_config(models), out, shard_size=SHARD_SIZE, listener=Swap())
-    assert INDEX not in storage_for(out).list(out)
+    assert INDEX not in stores.at(out).list(out)

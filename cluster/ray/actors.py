@@ -83,9 +83,9 @@ class ActorRunner(RayRunner):
             node.num_cpus // self._num_cpus, node.num_gpus * int(1 / self._num_gpus), node.mem_nbytes // mem_nbytes
         )
 
-    def _start(self, attempt: Attempt, work: Work[Any, Any], item: object, stop_key: bytes) -> Any:
+    def _start(self, attempt: Attempt, packed: bytes, item: object, stop_key: bytes) -> Any:
         hired = self._hire(attempt)
-        stream = hired.handle.serve.options(num_returns="streaming").remote(work, item, stop_key)
+        stream = hired.handle.serve.options(num_returns="streaming").remote(packed, item, stop_key)
         self._busy[stream] = hired
         return stream
 
@@ -114,6 +114,6 @@ class ActorRunner(RayRunner):
 class _Server:
     """Lives in a worker process."""
 
-    def serve(self, work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Message]:
+    def serve(self, packed: bytes, item: object, stop_key: bytes) -> Iterator[Message]:
         """Run one item; see `ray_task.serve`."""
-        yield from serve(work, item, stop_key)
+        yield from serve(packed, item, stop_key)

@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 from raymerge.cluster.errors import HeadLostError, ResourceError, TaskFailedError, WorkerLostError
 from raymerge.cluster.outcome import Done
 from raymerge.cluster.ray.session import RESERVED_MEM, HeadWatch, Node, list_nodes
-from raymerge.cluster.ray.task import Begun, Message, add, serve, stop_all
+from raymerge.cluster.ray.task import Begun, Message, add, pack, serve, stop_all
 from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
 
 NUM_ATTEMPTS = 4
@@ -141,6 +141,7 @@ class RayRunner(Runner):
         running: dict[Any, Attempt] = {}
         error: BaseException | None = None
         give_up_at = math.inf
+        packed = pack(work)
         stop_key = f"stop-{uuid4().hex}".encode()
         if waiting:
             self._check(max(attempt.mem_nbytes for attempt in waiting))
@@ -158,7 +159,7 @@ class RayRunner(Runner):
                 while waiting and len(running) < self.num_slots:
                     attempt = waiting.popleft()
                     attempt.heard_at = time.monotonic()
-                    running[self._start(attempt, work, items[attempt.item], stop_key)] = attempt
+                    running[self._start(attempt, packed, items[attempt.item], stop_key)] = attempt
                 for stream in self._wait(running, head, is_ending=error is not None):
                     attempt = running[stream]
                     attempt.heard_at = time.monotonic()
@@ -205,10 +206,10 @@ class RayRunner(Runner):
         if error is not None:
             raise error
 
-    def _start(self, attempt: Attempt, work: Work[Any, Any], item: object, stop_key: bytes) -> Any:
+    def _start(self, attempt: Attempt, packed: bytes, item: object, stop_key: bytes) -> Any:
         """Have an item run; return the stream of what it tells."""
         task = self._task.options(memory=attempt.mem_nbytes, scheduling_strategy=choose_node(attempt))
-        return task.remote(work, item, stop_key)
+        return task.remote(packed, item, stop_key)
 
     def _release(self, stream: Any, *, is_needed: bool) -> None:
         """Take note that an item has ended, and whether its worker is needed for another."""

@@ -6,9 +6,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
 
 from raymerge.cluster.errors import StoppedError
@@ -39,11 +41,16 @@ Message = Begun | Progress | Done | Failed
 """What comes of an item: it begins, some progress, and how it ended."""
 
 
-def serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Message]:
+def serve(packed: bytes, item: object, stop_key: bytes) -> Iterator[Message]:
     """Run one item in a worker: its progress now and then, and at the end what came of it.
 
     The driver says under a key that the run has stopped, and every worker looks there. An interrupt from Ray may get
     lost, or strike while Ray itself takes a report, with nobody left to end the work.
+
+    Args:
+        packed: the work, by `pack`.
+        item: what it is called with.
+        stop_key: of the run.
     """
     lock = threading.Lock()
     untold: Progress | None = None
@@ -59,7 +66,7 @@ def serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Messa
 
     def work_off() -> None:
         try:
-            outcome.append(Done(work(item, report)))
+            outcome.append(Done(_unpack(packed, stop_key)(item, report)))
         except BaseException as error:  # raised in the driver
             outcome.append(Failed(make_picklable(error)))
 
@@ -88,6 +95,19 @@ def serve(work: Work[Any, Any], item: object, stop_key: bytes) -> Iterator[Messa
                 stop.set()
     yield from take()
     yield outcome[0]
+
+
+def pack(work: Work[Any, Any]) -> bytes:
+    """Return work in a form that workers can be sent."""
+    packed: bytes = cloudpickle.dumps(work)
+    return packed
+
+
+@lru_cache(maxsize=1)
+def _unpack(packed: bytes, stop_key: bytes) -> Work[Any, Any]:
+    """Return a run's work: the same for all its items that this worker is given, so that it keeps its connections."""
+    work: Work[Any, Any] = cloudpickle.loads(packed)
+    return work
 
 
 def stop_all(stop_key: bytes) -> None:

@@ -15,7 +15,8 @@ from raymerge.pipeline.errors import CheckpointError, FetchError
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.stores.files import StoredFile
-from raymerge.pipeline.stores.seam import Storage, storage_for
+from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.seam import Storage
 from raymerge.pipeline.urls import is_url, scheme_of, suggest_directory
 
 CONFIG = "config.json"
@@ -68,16 +69,16 @@ def is_repository(name: str) -> bool:
     return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
-def resolve_models(models: Iterable[ModelRef]) -> tuple[Checkpoint, ...]:
+def resolve_models(stores: Stores, models: Iterable[ModelRef]) -> tuple[Checkpoint, ...]:
     """Return each model's checkpoint, in the order given.
 
     Raises:
         CheckpointError: as for `resolve_model`.
     """
-    return tuple(resolve_model(model) for model in models)
+    return tuple(resolve_model(stores, model) for model in models)
 
 
-def resolve_model(model: ModelRef) -> Checkpoint:
+def resolve_model(stores: Stores, model: ModelRef) -> Checkpoint:
     """Find a model's files and read its config.json and its index.
 
     Raises:
@@ -85,8 +86,8 @@ def resolve_model(model: ModelRef) -> Checkpoint:
             weights are of a kind that cannot be merged.
         FetchError: the store refuses or is down.
     """
-    url = locate_model(model)
-    storage = storage_for(url)
+    url = locate_model(stores, model)
+    storage = stores.at(url)
     files = {name: file for name, file in storage.list(url).items() if not is_hidden(name)}
     names = list(files)
     for name in names:
@@ -132,9 +133,9 @@ def resolve_model(model: ModelRef) -> Checkpoint:
     )
 
 
-def locate_model(model: ModelRef) -> str:
+def locate_model(stores: Stores, model: ModelRef) -> str:
     """Return the directory of a model: its URL, the path of one that is there, or a repository on the Hub."""
-    storage = storage_for(model.path)
+    storage = stores.at(model.path)
     if scheme_of(model.path) != "file":
         return storage.pin(model.path, model.revision)
     path = Path(storage.absolute(model.path))
@@ -150,7 +151,7 @@ def locate_model(model: ModelRef) -> str:
             f"{model}: a file, not a directory; give the directory that holds {CONFIG} and the weights"
         )
     if HUB_NAME.fullmatch(model.path):
-        return storage_for(f"hf://{model.path}").pin(f"hf://{model.path}", model.revision)
+        return stores.at(f"hf://{model.path}").pin(f"hf://{model.path}", model.revision)
     raise CheckpointError(f"{model}: no such directory ({path}){suggest_directory(path)}")
 
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -34,7 +34,8 @@ from raymerge.pipeline.messages import counted
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_nbytes
 from raymerge.pipeline.stores.files import StoredFile
-from raymerge.pipeline.stores.seam import Storage, configure_storages, open_storages, storage_for, storage_settings
+from raymerge.pipeline.stores.open import Library, Stores, StoreSettings, open_stores
+from raymerge.pipeline.stores.seam import Storage
 from raymerge.pipeline.urls import check_url, is_url, scheme_of
 
 Role = Literal["weights", "other weights", "config", "side file", "other"]
@@ -114,7 +115,7 @@ class Inspection:
         return f"Inspection({self.url}: {self.weights_format}, {contents}, {format_nbytes(self.nbytes)})"
 
 
-def inspect(url: str | Path, *, storage: Literal["auto", "fsspec"] = "auto") -> Inspection:
+def inspect(url: str | Path, *, storage: Library = "auto") -> Inspection:
     """Say what a checkpoint consists of, reading headers and small files only.
 
     What cannot be merged is looked at as far as possible, and `obstacle` says why it cannot.
@@ -129,9 +130,9 @@ def inspect(url: str | Path, *, storage: Literal["auto", "fsspec"] = "auto") -> 
         CheckpointError: nothing is there, or a header is damaged.
         FetchError: the store refuses or is down.
     """
-    configure_storages(replace(storage_settings(), library=storage))
-    with open_storages():
-        return _inspect_file(str(url)) if _is_file(str(url)) else _inspect_model(str(url))
+    with open_stores(StoreSettings(storage)) as stores:
+        look = _inspect_file if _is_file(stores, str(url)) else _inspect_model
+        return look(stores, str(url))
 
 
 class _Reads:
@@ -151,20 +152,20 @@ class _Reads:
         self.note(first, *([header_nbytes - first] if header_nbytes > first else []))
 
 
-def _is_file(url: str) -> bool:
+def _is_file(stores: Stores, url: str) -> bool:
     path = urlsplit(url).path if scheme_of(url) in ("http", "https") else url  # a signed URL goes on after its path
-    return path.endswith(".safetensors") and not (scheme_of(url) == "file" and _local_path(url).is_dir())
+    return path.endswith(".safetensors") and not (scheme_of(url) == "file" and _local_path(stores, url).is_dir())
 
 
-def _local_path(url: str) -> Path:
-    return Path(storage_for(url).absolute(url))
+def _local_path(stores: Stores, url: str) -> Path:
+    return Path(stores.at(url).absolute(url))
 
 
-def _parse(url: str) -> ModelRef:
+def _parse(stores: Stores, url: str) -> ModelRef:
     """Return the model that a URL names: as in a config, but that any path which is there is one."""
     check_url(url)
     is_whole = scheme_of(url) != "hf" or "%2F" in url  # with %2F in a revision, the storage alone can tell its end
-    if is_whole and (is_url(url) or _local_path(url).exists()):
+    if is_whole and (is_url(url) or _local_path(stores, url).exists()):
         return ModelRef(url)
     path, at, revision = url.partition("@")
     if not path.strip() or (at and not revision.strip()) or "@" in revision:
@@ -172,14 +173,15 @@ def _parse(url: str) -> ModelRef:
     return ModelRef(path, revision if at else None)
 
 
-def _inspect_file(url: str) -> Inspection:
+def _inspect_file(stores: Stores, url: str) -> Inspection:
     """Look at one .safetensors file, and at nothing beside it."""
-    if scheme_of(url) == "hf" or (_HUB_FILE.fullmatch(url) and not is_url(url) and not _local_path(url).exists()):
+    is_bare = not is_url(url) and not _local_path(stores, url).exists()
+    if scheme_of(url) == "hf" or (is_bare and _HUB_FILE.fullmatch(url)):
         directory, _, name = url.rpartition("/")
-        url = f"{locate_model(_parse(directory))}/{name}"
+        url = f"{locate_model(stores, _parse(stores, directory))}/{name}"
     elif scheme_of(url) == "file":
-        url = str(_local_path(url))
-    storage = storage_for(url)
+        url = str(_local_path(stores, url))
+    storage = stores.at(url)
     try:
         file = storage.stat(url)
     except FileNotFoundError:
@@ -190,9 +192,9 @@ def _inspect_file(url: str) -> Inspection:
     return _summarise(url, {}, "", [FoundFile(name, file.nbytes, "weights")], tensors, None, reads)
 
 
-def _inspect_model(url: str) -> Inspection:
-    url = locate_model(_parse(url))
-    storage = storage_for(url)
+def _inspect_model(stores: Stores, url: str) -> Inspection:
+    url = locate_model(stores, _parse(stores, url))
+    storage = stores.at(url)
     files = {name: file for name, file in storage.list(url).items() if not is_hidden(name)}
     if not files:
         raise CheckpointError(f"{url}: nothing is there; check the name, and that you may list it")
@@ -201,7 +203,7 @@ def _inspect_model(url: str) -> Inspection:
     obstacle = ""
     weight_map: Mapping[str, str] | None = None
     try:
-        checkpoint = resolve_model(ModelRef(url))  # where it is pinned to, so that both listings are the same
+        checkpoint = resolve_model(stores, ModelRef(url))  # where it is pinned to, so that both listings are the same
     except CheckpointError as error:
         obstacle = str(error)
         config = _read_object(storage, files, CONFIG, reads)

@@ -14,7 +14,7 @@ from raymerge.pipeline.checkpoint.header import TensorEntry, read_header
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.stores.files import StoredFile
-from raymerge.pipeline.stores.seam import storage_for
+from raymerge.pipeline.stores.open import Stores
 
 _CODED = pa.dictionary(pa.int32(), pa.string())
 
@@ -38,7 +38,7 @@ _NUM_READERS = 16
 _DAMAGED = "the checkpoint is damaged or mixed from two: download it again"
 
 
-def build_index(checkpoints: Iterable[Checkpoint]) -> pa.Table:
+def build_index(stores: Stores, checkpoints: Iterable[Checkpoint]) -> pa.Table:
     """Read every header and return the tensors: checkpoints as given, files by name, tensors as they lie in the file.
 
     Raises:
@@ -47,7 +47,7 @@ def build_index(checkpoints: Iterable[Checkpoint]) -> pa.Table:
     """
     files = [(checkpoint, file) for checkpoint in checkpoints for file in checkpoint.weight_files]
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        headers = list(pool.map(lambda item: read_header(storage_for(item[1].url), item[1]), files))
+        headers = list(pool.map(lambda item: read_header(stores.at(item[1].url), item[1]), files))
     found: dict[str, tuple[Checkpoint, dict[str, StoredFile]]] = {}
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for (checkpoint, file), entries in zip(files, headers, strict=True):

@@ -147,7 +147,7 @@ def merge(
             storage=storage,
             out=out,
         )
-        driver.check_output(result, out, overwrite=overwrite)
+        driver.check_output(result, out, overwrite=overwrite, storage=storage)
         if not quiet:
             _print_plan(result, verbose=verbose)
         return

@@ -10,7 +10,8 @@ from itertools import chain, pairwise
 from raymerge.pipeline.plan.memory import aligned
 from raymerge.pipeline.plan.windows import Fetch, Window
 from raymerge.pipeline.stores.files import Buffer, ByteRange
-from raymerge.pipeline.stores.seam import Storage, storage_for
+from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.seam import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Filled:
     """Each source's bytes of the window, in order; valid until the next window is asked for."""
 
 
-def fetch_windows(fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Generator[Filled, None, None]:
+def fetch_windows(stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Generator[Filled, None, None]:
     """Yield a task's windows, filled.
 
     With one buffer, reading and merging are done by the same thread, so that bytes are still in its core's cache when
@@ -30,6 +31,7 @@ def fetch_windows(fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Genera
     right where reading is waiting.
 
     Args:
+        stores: that have the inputs.
         fetches: in order.
         buffers: one or two; no fetch is larger.
 
@@ -37,44 +39,44 @@ def fetch_windows(fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Genera
         FetchError: a range could not be read, or its file has changed.
     """
     filling = _fill_ahead if len(buffers) > 1 else _fill_in_turn
-    yield from filling(fetches, buffers)
+    yield from filling(stores, fetches, buffers)
 
 
-def _fill_in_turn(fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Iterator[Filled]:
+def _fill_in_turn(stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Iterator[Filled]:
     for fetch, following in pairwise(chain(fetches, [()])):
-        windows = _fill(fetch, buffers[0])
+        windows = _fill(stores, fetch, buffers[0])
         coming = _ranges(following)
-        for storage, positions in _by_storage(coming).items():
+        for storage, positions in _by_storage(stores, coming).items():
             storage.will_read([coming[k] for k in positions])
         yield from windows
 
 
-def _fill_ahead(fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Iterator[Filled]:
+def _fill_ahead(stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Iterator[Filled]:
     with ThreadPoolExecutor(1, thread_name_prefix="fetch") as reader:
         waiting: Future[list[Filled]] | None = None
         windows: Future[list[Filled]] | None
         for number, fetch in enumerate(fetches):
-            windows, waiting = waiting, reader.submit(_fill, fetch, buffers[number % 2])
+            windows, waiting = waiting, reader.submit(_fill, stores, fetch, buffers[number % 2])
             if windows is not None:
                 yield from windows.result()
         if waiting is not None:
             yield from waiting.result()
 
 
-def _fill(fetch: Fetch, buffer: Buffer) -> list[Filled]:
+def _fill(stores: Stores, fetch: Fetch, buffer: Buffer) -> list[Filled]:
     windows = _lay_out(fetch, buffer)
     views = [view for filled in windows for view in filled.views]
     ranges = _ranges(fetch)
-    for storage, positions in _by_storage(ranges).items():
+    for storage, positions in _by_storage(stores, ranges).items():
         storage.read_into([ranges[k] for k in positions], [views[k] for k in positions])
     return windows
 
 
-def _by_storage(ranges: Iterable[ByteRange]) -> dict[Storage, list[int]]:
+def _by_storage(stores: Stores, ranges: Iterable[ByteRange]) -> dict[Storage, list[int]]:
     """Return the positions of the ranges that each storage serves."""
     found: dict[Storage, list[int]] = {}
     for position, item in enumerate(ranges):
-        found.setdefault(storage_for(item.file.url), []).append(position)
+        found.setdefault(stores.at(item.file.url), []).append(position)
     return found
 
 

@@ -12,7 +12,7 @@ from raymerge.pipeline.engine.host_stage import Stage
 from raymerge.pipeline.engine.streams import Mark, open_queue, pinned
 from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.plan.memory import ALIGNMENT, aligned
-from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.buffers import BufferPool
 
 
 @dataclass(slots=True)
@@ -117,18 +117,19 @@ class GpuStage(Stage):
 
 @contextmanager
 def open_gpu_stage(
-    shard: ShardWriter, device: torch.device, inputs: Sequence[memoryview], out_nbytes: int
+    shard: ShardWriter, pool: BufferPool, device: torch.device, inputs: Sequence[memoryview], out_nbytes: int
 ) -> Iterator[GpuStage]:
     """Have a stage on a device for a while.
 
     Args:
         shard: where results go.
+        pool: of the buffers that results come back to.
         device: a GPU; any other one behaves the same, for tests.
         inputs: the buffers that windows are fetched into.
         out_nbytes: room for the results of one window.
     """
     with ExitStack() as stack:
-        outputs = stack.enter_context(POOL.lend(out_nbytes, 2))
+        outputs = stack.enter_context(pool.lend(out_nbytes, 2))
         stack.enter_context(pinned([*inputs, *outputs], device))
         stage = GpuStage(shard, device, len(inputs[0]), outputs)
         stack.callback(stage.wait)

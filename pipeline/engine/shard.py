@@ -30,10 +30,9 @@ from raymerge.pipeline.plan.resolve import COPY
 from raymerge.pipeline.plan.types import ShardResult, ShardTask, TensorMerge
 from raymerge.pipeline.plan.windows import make_fetches
 from raymerge.pipeline.sizes import format_memory
-from raymerge.pipeline.stores.buffers import POOL
 from raymerge.pipeline.stores.files import Buffer, StoredFile
-from raymerge.pipeline.stores.retry import FAULTS, one_line
-from raymerge.pipeline.stores.seam import StorageSettings, configure_storages, storage_for
+from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.retry import one_line
 
 COMPUTE_DTYPE = torch.float32
 
@@ -45,15 +44,15 @@ _MAX_ATTEMPTS = 6
 
 
 def run_shard(
-    task: ShardTask, report: Report, *, journal: Journal, settings: StorageSettings, device: str = "cuda"
+    stores: Stores, task: ShardTask, report: Report, *, journal: Journal, device: str = "cuda"
 ) -> ShardResult:
     """Make one output file and enter it in the journal; once more where a store has something else than it was sent.
 
     Args:
+        stores: of inputs and output.
         task: what to make.
         report: called often; raises if the run is to end.
         journal: of the output.
-        settings: of the storages.
         device: where tasks that are planned for a GPU are merged: on any other one, for tests, the same way.
 
     Raises:
@@ -63,7 +62,6 @@ def run_shard(
         OutputError: the output could not be written.
         TensorMismatchError: tensors that are not floating-point differ between the inputs.
     """
-    configure_storages(settings)
     torch.set_num_threads(1)
     if task.projected_gpu_mem and device == "cuda":
         take_gpu()  # before the first measure: what CUDA takes of the host is not the shard's
@@ -78,12 +76,12 @@ def run_shard(
             report(progress)
 
         try:
-            file, sha256, nonfinite = _make_shard(task, count, journal, device)
+            file, sha256, nonfinite = _make_shard(stores, task, count, journal, device)
             break
         except CorruptedError as error:
             if attempt == _MAX_ATTEMPTS:
                 raise
-            FAULTS.note(journal.out, "write", one_line(error))
+            stores.faults.note(journal.out, "write", one_line(error))
             report(Progress(0, -done.written_nbytes))
     result = ShardResult(
         file=task.file,
@@ -96,27 +94,27 @@ def run_shard(
         peak_rss=peak_rss(),
         peak_measured_mem=_measure_peak(first_mem, first_peak),
         host=find_host(),
-        faults=FAULTS.drain(),
+        faults=stores.faults.drain(),
     )
     journal.record(result)
     return result
 
 
 def _make_shard(
-    task: ShardTask, report: Report, journal: Journal, device: str
+    stores: Stores, task: ShardTask, report: Report, journal: Journal, device: str
 ) -> tuple[StoredFile, str, tuple[str, ...]]:
     """Return the file as it is stored, its sha256, and the tensors with NaN or infinity."""
     writer = journal.open_shard(task)
-    shard = ShardWriter(writer)
+    shard = ShardWriter(writer, stores.pool)
     try:
         shard.append_bytes(task.header)
         report(Progress(written_nbytes=len(task.header)))
         with ExitStack() as stack:
-            buffers = stack.enter_context(POOL.lend(task.buffer_nbytes, task.num_buffers))
+            buffers = stack.enter_context(stores.pool.lend(task.buffer_nbytes, task.num_buffers))
             with _explain_full_gpu(task.file, task):
-                stage = _open_stage(task, shard, buffers, device, stack)
+                stage = _open_stage(stores, task, shard, buffers, device, stack)
                 merger = _ShardMerger(task, shard, stage)
-            for filled in stack.enter_context(closing(fetch_windows(make_fetches(task), buffers))):
+            for filled in stack.enter_context(closing(fetch_windows(stores, make_fetches(task), buffers))):
                 before = shard.nbytes
                 merger.add(filled)
                 report(Progress(sum(len(view) for view in filled.views), shard.nbytes - before))
@@ -125,7 +123,7 @@ def _make_shard(
             report(Progress(0, shard.nbytes - before))
         sha256 = shard.finish()
         for file in dict.fromkeys(source.file for merge in task.merges for source in merge.sources):
-            storage_for(file.url).check_unchanged(file)
+            stores.at(file.url).check_unchanged(file)
         journal.check_held()
     except BaseException:
         shard.abort()
@@ -133,12 +131,14 @@ def _make_shard(
     return writer.commit(), sha256, stage.nonfinite
 
 
-def _open_stage(task: ShardTask, shard: ShardWriter, buffers: list[Buffer], device: str, stack: ExitStack) -> Stage:
+def _open_stage(
+    stores: Stores, task: ShardTask, shard: ShardWriter, buffers: list[Buffer], device: str, stack: ExitStack
+) -> Stage:
     if not task.projected_gpu_mem:
         return HostStage(shard)
     there = take_gpu() if device == "cuda" else torch.device(device)
     out_nbytes = max(out_slot_nbytes(measure_demand(merge), task.buffer_nbytes) for merge in task.merges)
-    return stack.enter_context(open_gpu_stage(shard, there, buffers, out_nbytes))
+    return stack.enter_context(open_gpu_stage(shard, stores.pool, there, buffers, out_nbytes))
 
 
 def peak_rss() -> int:

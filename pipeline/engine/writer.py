@@ -8,7 +8,7 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
-from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.buffers import BufferPool
 from raymerge.pipeline.stores.seam import Writer
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ class ShardWriter:
     nbytes: int
     """Appended so far."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, pool: BufferPool) -> None:
         self.nbytes = 0
+        self._pool = pool
         self._writer = writer
         self._digest = hashlib.sha256()
         self._free = threading.Semaphore(writer.num_buffers)
@@ -103,10 +104,10 @@ class ShardWriter:
     def _acquire(self) -> mmap.mmap:
         """Return a buffer, as soon as there may be one more."""
         self._free.acquire()
-        return POOL.acquire(self._writer.buffer_nbytes)
+        return self._pool.acquire(self._writer.buffer_nbytes)
 
     def _release(self, buffer: mmap.mmap) -> None:
-        POOL.release(buffer)
+        self._pool.release(buffer)
         self._free.release()
 
     def _end(self) -> None:

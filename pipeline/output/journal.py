@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from raymerge import __version__
 from raymerge.pipeline.errors import MergeError, OutputError
 from raymerge.pipeline.plan.types import ShardResult, ShardTask
-from raymerge.pipeline.stores.seam import Writer, storage_for
+from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.seam import Storage, Writer
 
 DIRECTORY = ".raymerge"
 """In the output directory; gone once the merge is complete."""
@@ -26,6 +27,7 @@ _MAX_RECORD_NBYTES = 16 * 2**20
 class Journal:
     """The journal of one output directory; picklable, so that workers can write to it."""
 
+    stores: Stores
     out: str
     """The output directory."""
     fingerprint: str
@@ -42,7 +44,7 @@ class Journal:
         if not self.token:
             return
         try:
-            content = storage_for(self.out).read(f"{self.out}/{LOCK}", _MAX_RECORD_NBYTES)
+            content = self._storage.read(f"{self.out}/{LOCK}", _MAX_RECORD_NBYTES)
         except FileNotFoundError:
             content = b""
         if self.token.encode() not in content:
@@ -57,7 +59,7 @@ class Journal:
 
     def end(self) -> None:
         """Delete the journal: first the note that something is unfinished, in case that not all of this happens."""
-        storage = storage_for(self.out)
+        storage = self._storage
         storage.delete(f"{self.out}/{_PLAN}")
         for name in storage.list(f"{self.out}/{DIRECTORY}"):
             if f"{DIRECTORY}/{name}" != LOCK:
@@ -70,7 +72,7 @@ class Journal:
     def open_file(self, name: str, nbytes: int, *, exclusive: bool = False) -> Writer:
         """Begin an output file; where a store cannot hide it until it is committed, the journal's directory does."""
         partial = name.replace("/", "_")
-        return storage_for(self.out).open_writer(
+        return self._storage.open_writer(
             f"{self.out}/{name}", nbytes, f"{self.out}/{DIRECTORY}/{partial}.partial", exclusive=exclusive
         )
 
@@ -80,7 +82,7 @@ class Journal:
 
     def read_records(self, tasks: Sequence[ShardTask]) -> list[ShardResult]:
         """Return the records of finished files that belong to this plan and whose files are there in full size."""
-        storage = storage_for(self.out)
+        storage = self._storage
         results = []
         for task in tasks:
             try:
@@ -96,8 +98,12 @@ class Journal:
                 continue  # no record, or one that is damaged: the file is made again
         return results
 
+    @property
+    def _storage(self) -> Storage:
+        return self.stores.at(self.out)
+
     def _write(self, name: str, content: object) -> None:
-        storage_for(self.out).write(f"{self.out}/{name}", json.dumps(content, indent=1).encode())
+        self._storage.write(f"{self.out}/{name}", json.dumps(content, indent=1).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +116,10 @@ class Begun:
     """Names of the files that the plan makes."""
 
 
-def read_begun(out: str) -> Begun | None:
+def read_begun(stores: Stores, out: str) -> Begun | None:
     """Return what an unfinished output was begun as; None where there is none."""
     try:
-        plan = json.loads(storage_for(out).read(f"{out}/{_PLAN}", _MAX_RECORD_NBYTES))
+        plan = json.loads(stores.at(out).read(f"{out}/{_PLAN}", _MAX_RECORD_NBYTES))
         return Begun(str(plan["fingerprint"]), frozenset(map(str, plan["files"])))
     except FileNotFoundError:
         return None

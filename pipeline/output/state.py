@@ -17,7 +17,8 @@ from raymerge.pipeline.messages import listing
 from raymerge.pipeline.output.journal import DIRECTORY, LOCK, Journal, read_begun
 from raymerge.pipeline.plan.types import InputModel, OutputFile
 from raymerge.pipeline.stores.files import StoredFile
-from raymerge.pipeline.stores.seam import Lock, Storage, storage_for
+from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.seam import Lock, Storage
 from raymerge.pipeline.urls import is_url, suggest_directory
 
 MAX_MANIFEST_NBYTES = 256 * 2**20
@@ -56,25 +57,25 @@ class Manifest:
     """Tensors with NaN or infinity."""
 
 
-def locate_output(out: str | Path) -> str:
+def locate_output(stores: Stores, out: str | Path) -> str:
     """Return the absolute path or URL of an output directory.
 
     Raises:
         ConfigError: it is a malformed URL.
     """
-    return storage_for(str(out)).absolute(str(out))
+    return stores.at(str(out)).absolute(str(out))
 
 
-def check_apart(out: str, inputs: Sequence[InputModel]) -> None:
+def check_apart(stores: Stores, out: str, inputs: Sequence[InputModel]) -> None:
     """Refuse an output that lies in an input, or in which an input or a file of one lies, links followed.
 
     Raises:
         ConfigError: naming both.
     """
-    storage = storage_for(out)
+    storage = stores.at(out)
     target = storage.resolve(out)
     for item in inputs:
-        if storage_for(item.url) is not storage:
+        if stores.at(item.url) is not storage:
             continue
         for url in (item.url, *(f"{item.url}/{name}" for name in item.names)):
             other = storage.resolve(url)
@@ -82,32 +83,33 @@ def check_apart(out: str, inputs: Sequence[InputModel]) -> None:
                 raise ConfigError(f"the output {out} and the input {url} overlap; choose another output directory")
 
 
-def check_state(out: str, fingerprint: str, *, overwrite: bool) -> OutputState:
+def check_state(stores: Stores, out: str, fingerprint: str, *, overwrite: bool) -> OutputState:
     """Say what an output directory is to a plan; NEW where what is there is to be deleted first. Writes nothing.
 
     Raises:
         OutputError: there is something that is not ours to go on with, or to delete.
     """
-    storage = storage_for(out)
+    storage = stores.at(out)
     storage.check_space(out, 0)  # says so where nothing can be written at all
-    state = _inspect(storage, out, fingerprint)
+    state = _inspect(stores, out, fingerprint)
     if not overwrite and not isinstance(state, OutputState):
         raise OutputError(state)
     if isinstance(state, OutputState) and not (state is OutputState.COMPLETE and overwrite):
         return state
-    _find_deletable(storage, out)
+    _find_deletable(stores, out)
     return OutputState.NEW
 
 
-def measure_nbytes(out: str) -> int:
+def measure_nbytes(stores: Stores, out: str) -> int:
     """Return the bytes of the model that is in an output directory, and of what is unfinished there."""
-    storage = storage_for(out)
+    storage = stores.at(out)
     files = {**_list_visible(storage, out), **storage.list(f"{out}/{DIRECTORY}")}
     return sum(file.nbytes for file in files.values())
 
 
 @contextmanager
 def open_output(
+    stores: Stores,
     out: str,
     fingerprint: str,
     names: Sequence[str],
@@ -120,6 +122,7 @@ def open_output(
     Call `check_state` before: where that refuses, there is not to be as much as a lock.
 
     Args:
+        stores: of this merge.
         out: the directory; made if it is not there.
         fingerprint: of the plan.
         names: of the files that the plan makes.
@@ -130,7 +133,7 @@ def open_output(
         HeldError: another run is writing there, and is not waited for.
         OutputError: there is something that is not ours to go on with.
     """
-    storage = storage_for(out)
+    storage = stores.at(out)
     with ExitStack() as stack:
         is_told = False
         while True:
@@ -144,16 +147,16 @@ def open_output(
                     on_held(error)
                     is_told = True
                 time.sleep(_WAIT_SECONDS)
-        state = check_state(out, fingerprint, overwrite=overwrite)
+        state = check_state(stores, out, fingerprint, overwrite=overwrite)
         if state is OutputState.NEW:
             if overwrite:
-                _clear(storage, out)
-            Journal(out, fingerprint).begin(names)
+                _clear(stores, out)
+            Journal(stores, out, fingerprint).begin(names)
         yield state, lock
-        Journal(out, fingerprint).end()
+        Journal(stores, out, fingerprint).end()
 
 
-def read_manifest(out: str) -> Manifest:
+def read_manifest(stores: Stores, out: str) -> Manifest:
     """Return a finished output's manifest.
 
     Raises:
@@ -163,16 +166,16 @@ def read_manifest(out: str) -> Manifest:
         ValueError: it is damaged.
     """
     try:
-        return _load_manifest(out)
+        return _load_manifest(stores, out)
     except FileNotFoundError:
-        storage = storage_for(out)
-        if read_begun(out) is None and not storage.list(storage.pin(out, None)):
+        storage = stores.at(out)
+        if read_begun(stores, out) is None and not storage.list(storage.pin(out, None)):
             raise _nothing_there(out) from None
         raise
 
 
-def _load_manifest(out: str) -> Manifest:
-    content = storage_for(out).read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES)
+def _load_manifest(stores: Stores, out: str) -> Manifest:
+    content = stores.at(out).read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES)
     try:
         manifest = json.loads(content)
         return Manifest(
@@ -184,9 +187,9 @@ def _load_manifest(out: str) -> Manifest:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def find_unlisted(out: str, manifest: Manifest) -> list[str]:
+def find_unlisted(stores: Stores, out: str, manifest: Manifest) -> list[str]:
     """Return the visible files that a manifest does not know of."""
-    return [name for name in _list_visible(storage_for(out), out) if name not in manifest.files and name != MANIFEST]
+    return [name for name in _list_visible(stores.at(out), out) if name not in manifest.files and name != MANIFEST]
 
 
 def _nothing_there(out: str) -> OutputError:
@@ -199,9 +202,9 @@ def _nothing_there(out: str) -> OutputError:
     return OutputError(f"{out} has no {MANIFEST}: it was not made by raymerge, or is not a model{hint}")
 
 
-def _inspect(storage: Storage, out: str, fingerprint: str) -> OutputState | str:
+def _inspect(stores: Stores, out: str, fingerprint: str) -> OutputState | str:
     """Return what a directory is to a plan, or why it is nothing to it."""
-    begun = read_begun(out)
+    begun = read_begun(stores, out)
     if begun is not None:
         if begun.fingerprint == fingerprint:
             return OutputState.UNFINISHED
@@ -209,10 +212,10 @@ def _inspect(storage: Storage, out: str, fingerprint: str) -> OutputState | str:
             f"{out} holds an unfinished merge of another config, seed, set of inputs or version; "
             f"choose another directory, or give --overwrite to start over"
         )
-    files = {name: file for name, file in storage.list(out).items() if not name.startswith(f"{DIRECTORY}/")}
+    files = {name: file for name, file in stores.at(out).list(out).items() if not name.startswith(f"{DIRECTORY}/")}
     if not files:
         return OutputState.NEW
-    manifest = _find_manifest(out)
+    manifest = _find_manifest(stores, out)
     if manifest is None or manifest.fingerprint != fingerprint:
         return (
             f"{out} is not empty ({listing(list(files))}); "
@@ -235,27 +238,28 @@ def _compare_sizes(manifest: Manifest, found: Mapping[str, StoredFile]) -> Itera
             yield f"{name} has {found[name].nbytes:,} bytes instead of {expected.nbytes:,}"
 
 
-def _clear(storage: Storage, out: str) -> None:
+def _clear(stores: Stores, out: str) -> None:
     """Delete a model: what makes it loadable first, the journal last. Hidden files stay, as they are in no model.
 
     Raises:
         OutputError: the directory does not look like a model, or there is something else in it.
     """
-    names = _find_deletable(storage, out)
-    Journal(out, _CLEARING).begin(names)  # a run that ends in here leaves something that is known to be half a model
+    names = _find_deletable(stores, out)
+    journal = Journal(stores, out, _CLEARING)
+    journal.begin(names)  # a run that ends in here leaves something that is known to be half a model
     for name in sorted(names, key=lambda name: (name not in _MODEL_FILES, name)):
-        storage.delete(f"{out}/{name}")
-    Journal(out, _CLEARING).end()
+        stores.at(out).delete(f"{out}/{name}")
+    journal.end()
 
 
-def _find_deletable(storage: Storage, out: str) -> list[str]:
+def _find_deletable(stores: Stores, out: str) -> list[str]:
     """Return the files of the model in a directory: those that raymerge has made, or all of what looks like a model.
 
     Raises:
         OutputError: the directory does not look like a model, or there is something else in it.
     """
-    visible = list(_list_visible(storage, out))
-    begun, manifest = read_begun(out), _find_manifest(out)
+    visible = list(_list_visible(stores.at(out), out))
+    begun, manifest = read_begun(stores, out), _find_manifest(stores, out)
     known: Set[str]
     if begun is not None:
         known = begun.files
@@ -263,7 +267,7 @@ def _find_deletable(storage: Storage, out: str) -> list[str]:
         known = manifest.files.keys() | {MANIFEST}
     else:
         known = {name for name in visible if "/" not in name and (is_weights(name) or _BESIDE_WEIGHTS.search(name))}
-        is_empty = all(name.startswith(f"{DIRECTORY}/") for name in storage.list(out))
+        is_empty = all(name.startswith(f"{DIRECTORY}/") for name in stores.at(out).list(out))
         if not is_empty and not _is_model(known):
             raise OutputError(f"{out} is not empty and does not look like a model; nothing was deleted")
     others = [name for name in visible if name not in known]
@@ -285,9 +289,9 @@ def _list_visible(storage: Storage, out: str) -> dict[str, StoredFile]:
     return {name: file for name, file in files.items() if not any(part.startswith(".") for part in name.split("/"))}
 
 
-def _find_manifest(out: str) -> Manifest | None:
+def _find_manifest(stores: Stores, out: str) -> Manifest | None:
     """Return a finished output's manifest; None where there is none, or a damaged one."""
     try:
-        return _load_manifest(out)
+        return _load_manifest(stores, out)
     except (FileNotFoundError, ValueError):
         return None

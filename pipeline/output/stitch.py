@@ -18,8 +18,7 @@ from raymerge.pipeline.output.state import MAX_MANIFEST_NBYTES, read_manifest
 from raymerge.pipeline.plan.types import MergePlan, OutputFile, ShardResult
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.stores.files import Buffer, StoredFile
-from raymerge.pipeline.stores.pieces import read_pieces
-from raymerge.pipeline.stores.seam import storage_for
+from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import revision_of
 
 _OWN_CONFIG = "mergekit_config.yml"
@@ -53,7 +52,8 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], journal: Journal) ->
     Raises:
         OutputError: a shard is not there, a file could not be written, or another run has finished here.
     """
-    out, storage = journal.out, storage_for(journal.out)
+    stores, out = journal.stores, journal.out
+    storage = stores.at(out)
     by_file = {result.file: result for result in results}
     for task in plan.tasks:
         found, made = storage.stat(f"{out}/{task.file}"), by_file[task.file]
@@ -81,7 +81,7 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], journal: Journal) ->
         try:
             _write([content], name, len(content), journal, exclusive=name in (MANIFEST, final))
         except FileExistsError:
-            if not _is_ours(name, content, plan, out):
+            if not _is_ours(stores, name, content, plan, out):
                 raise OutputError(
                     f"{out}/{name}: another run has finished a different model here meanwhile;"
                     " choose another directory, or run again with --overwrite when nobody else writes there"
@@ -127,12 +127,12 @@ def make_manifest(plan: MergePlan, results: Sequence[ShardResult], files: dict[s
     return redact(json.dumps(manifest, indent=1, ensure_ascii=False)) + "\n"
 
 
-def _is_ours(name: str, content: bytes, plan: MergePlan, out: str) -> bool:
+def _is_ours(stores: Stores, name: str, content: bytes, plan: MergePlan, out: str) -> bool:
     """Tell whether a file that is there already was written by an earlier try at the same plan."""
     if name != MANIFEST:
-        return storage_for(out).read(f"{out}/{name}", MAX_MANIFEST_NBYTES) == content
+        return stores.at(out).read(f"{out}/{name}", MAX_MANIFEST_NBYTES) == content
     try:
-        return read_manifest(out).fingerprint == plan.fingerprint
+        return read_manifest(stores, out).fingerprint == plan.fingerprint
     except ValueError:
         return False
 
@@ -141,7 +141,7 @@ def _copy(source: StoredFile, name: str, journal: Journal) -> OutputFile:
     digest = hashlib.sha256()
 
     def hashed() -> Iterator[Buffer]:
-        for piece in read_pieces(source):
+        for piece in journal.stores.read_pieces(source):
             digest.update(piece)
             yield piece
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 import safetensors
 
@@ -21,16 +19,8 @@ from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.output.journal import read_begun
 from raymerge.pipeline.output.state import MAX_MANIFEST_NBYTES, Manifest, find_unlisted, locate_output, read_manifest
 from raymerge.pipeline.plan.types import OutputFile, ShardResult
-from raymerge.pipeline.stores.buffers import POOL
 from raymerge.pipeline.stores.files import StoredFile
-from raymerge.pipeline.stores.pieces import PIECE_NBYTES, read_pieces
-from raymerge.pipeline.stores.seam import (
-    Storage,
-    StorageSettings,
-    configure_storages,
-    open_storages,
-    storage_for,
-)
+from raymerge.pipeline.stores.open import COPY_NBYTES, Library, Stores, StoreSettings, open_stores
 from raymerge.pipeline.urls import scheme_of
 
 
@@ -47,7 +37,7 @@ def verify(
     out: str | Path,
     *,
     threads: int = 2,
-    storage: Literal["auto", "fsspec"] = "auto",
+    storage: Library = "auto",
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> VerifyReport:
     """Read a whole model and compare it with what was written.
@@ -65,21 +55,20 @@ def verify(
     """
     if threads < 1:
         raise ConfigError(f"threads is {threads}; it must be 1 or more")
-    configure_storages(StorageSettings(storage))
-    with open_storages(), closing(POOL):
-        target = locate_output(out)
-        return _verify(storage_for(target), target, threads, on_progress)
+    with open_stores(StoreSettings(storage)) as stores:
+        return _verify(stores, locate_output(stores, out), threads, on_progress)
 
 
-def _verify(storage: Storage, out: str, threads: int, on_progress: Callable[[Progress], None]) -> VerifyReport:
-    manifest = _read_manifest(out)
+def _verify(stores: Stores, out: str, threads: int, on_progress: Callable[[Progress], None]) -> VerifyReport:
+    storage = stores.at(out)
+    manifest = _read_manifest(stores, out)
     files = manifest.files
     shards = [name for name in files if name.endswith(".safetensors")]
-    problems = [f"{name}: a file that the manifest does not list" for name in find_unlisted(out, manifest)]
+    problems = [f"{name}: a file that the manifest does not list" for name in find_unlisted(stores, out, manifest)]
     checks = LocalRunner(threads).run(
-        partial(_check_file, out=out),
+        partial(_check_file, stores, out=out),
         list(files.items()),
-        [Resources(mem_nbytes=PIECE_NBYTES, cost=file.nbytes) for file in files.values()],
+        [Resources(mem_nbytes=COPY_NBYTES, cost=file.nbytes) for file in files.values()],
         on_progress,
     )
     problems += sorted(problem for problem in checks if problem)
@@ -100,42 +89,39 @@ def _verify(storage: Storage, out: str, threads: int, on_progress: Callable[[Pro
     return VerifyReport(len(files), num_tensors, sum(file.nbytes for file in files.values()))
 
 
-def check_shard(
-    result: ShardResult, report: Report, *, out: str, settings: StorageSettings
-) -> tuple[ShardResult, bool]:
+def check_shard(stores: Stores, result: ShardResult, report: Report, *, out: str) -> tuple[ShardResult, bool]:
     """Return a recorded shard and whether its file is as it was; read only where its etag has changed."""
-    configure_storages(settings)
-    file = storage_for(out).stat(f"{out}/{result.file}")
-    is_sound = file.etag == result.etag or _hash_file(file, report) == result.sha256
+    file = stores.at(out).stat(f"{out}/{result.file}")
+    is_sound = file.etag == result.etag or _hash_file(stores, file, report) == result.sha256
     return replace(result, etag=file.etag), is_sound
 
 
-def _check_file(item: tuple[str, OutputFile], report: Report, *, out: str) -> str:
+def _check_file(stores: Stores, item: tuple[str, OutputFile], report: Report, *, out: str) -> str:
     """Return what is wrong with one file, or nothing."""
     name, expected = item
     try:
-        file = storage_for(out).stat(f"{out}/{name}")
+        file = stores.at(out).stat(f"{out}/{name}")
     except FileNotFoundError:
         return f"{name}: missing"
     if file.nbytes != expected.nbytes:
         return f"{name}: {file.nbytes} bytes, {expected.nbytes} were written"
-    found = _hash_file(file, report)
+    found = _hash_file(stores, file, report)
     return "" if found == expected.sha256 else f"{name}: sha256 is {found}, {expected.sha256} was written"
 
 
-def _hash_file(file: StoredFile, report: Report) -> str:
+def _hash_file(stores: Stores, file: StoredFile, report: Report) -> str:
     digest = hashlib.sha256()
-    for piece in read_pieces(file):
+    for piece in stores.read_pieces(file):
         digest.update(piece)
         report(Progress(read_nbytes=piece.nbytes))
     return digest.hexdigest()
 
 
-def _read_manifest(out: str) -> Manifest:
+def _read_manifest(stores: Stores, out: str) -> Manifest:
     try:
-        manifest = read_manifest(out)
+        manifest = read_manifest(stores, out)
     except FileNotFoundError:
-        if read_begun(out) is not None:
+        if read_begun(stores, out) is not None:
             raise OutputError(f"{out} is unfinished; run the same `raymerge merge` again to finish it") from None
         raise OutputError(f"{out} has no {MANIFEST}: it was not made by raymerge, or is not a model") from None
     except ValueError as error:

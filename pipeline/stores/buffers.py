@@ -33,7 +33,7 @@ class BufferPool:
             self._free[len(buffer)].append(buffer)
 
     def close(self) -> None:
-        """Let go of the buffers that were given back: the next merge needs other sizes. The pool can still be used."""
+        """Free the buffers that were given back. The pool can still be used."""
         with self._lock:
             self._free.clear()
 
@@ -46,7 +46,3 @@ class BufferPool:
         finally:
             for buffer in buffers:
                 self.release(buffer)
-
-
-POOL = BufferPool()
-"""Shared by all tasks of this process; it holds at most what the plan gives to the workers that run at once."""

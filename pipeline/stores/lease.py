@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from raymerge.pipeline.errors import HeldError, OutputError
-from raymerge.pipeline.stores.retry import FAULTS
+from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Lock
 
 TTL_SECONDS = 30.0
@@ -90,14 +90,14 @@ class Holder:
 
 
 @contextmanager
-def hold_lease(store: LeaseStore, url: str) -> Iterator[Lock]:
+def hold_lease(store: LeaseStore, url: str, faults: FaultLog) -> Iterator[Lock]:
     """Hold the lock at a URL, and renew it on a thread of its own, until the context ends.
 
     Raises:
         HeldError: another run holds it, and has renewed it lately.
         OutputError: it cannot be written.
     """
-    lease = _take(store, url)
+    lease = _take(store, url, faults)
     lease.start()
     try:
         yield lease
@@ -166,7 +166,7 @@ class _Lease(Lock):
         return True
 
 
-def _take(store: LeaseStore, url: str) -> _Lease:
+def _take(store: LeaseStore, url: str, faults: FaultLog) -> _Lease:
     since = datetime.now(UTC).astimezone().isoformat(sep=" ", timespec="seconds")
     ours = Holder(os.getpid(), platform.node(), _boot_id(), since, secrets.token_hex(16))
     for _ in range(_MAX_TRIES):
@@ -175,7 +175,7 @@ def _take(store: LeaseStore, url: str) -> _Lease:
         if etag is not None:
             again = dataclasses.replace(ours, renewals=1)
             if (new_etag := store.create(url, again.encode())) is not None:
-                FAULTS.note(url, "lock", "this store ignores conditions of writes: nothing keeps a second run out")
+                faults.note(url, "lock", "this store ignores conditions of writes: nothing keeps a second run out")
                 return _Lease(store, url, again, new_etag, started)
             return _Lease(store, url, ours, etag, started)
         found = store.read_with_age(url)

@@ -12,7 +12,7 @@ from typing import TypeVar
 from raymerge.pipeline.errors import FetchError, MergeError
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
 from raymerge.pipeline.stores.ranges import ReadGroup, coalesce
-from raymerge.pipeline.stores.retry import Fault, Patience, one_line, retry
+from raymerge.pipeline.stores.retry import Fault, FaultLog, Patience, one_line, retry
 from raymerge.pipeline.stores.seam import Sharing, Storage
 
 T = TypeVar("T")
@@ -43,9 +43,10 @@ class RemoteStorage(Storage):
     sharing = Sharing.FRESH
     read_nbytes = NUM_REQUESTS * 2 * CHUNK_NBYTES
 
-    def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_lock = ThreadLock()
+    def __init__(self, faults: FaultLog) -> None:
+        self.faults = faults
+        self._requesting: ThreadPoolExecutor | None = None
+        self._requesting_lock = ThreadLock()
 
     @abstractmethod
     def store_name(self, url: str) -> str:
@@ -87,10 +88,10 @@ class RemoteStorage(Storage):
         _finish(pending)
 
     def close(self) -> None:  # noqa: D102
-        with self._pool_lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown()
+        with self._requesting_lock:
+            requesting, self._requesting = self._requesting, None
+        if requesting is not None:
+            requesting.shutdown()
 
     def call(self, operation: str, url: str, function: Callable[[], T]) -> T:
         """Carry out a request that may be repeated without harm.
@@ -106,6 +107,7 @@ class RemoteStorage(Storage):
         try:
             return retry(
                 function,
+                faults=self.faults,
                 store=self.store_name(url),
                 operation=operation,
                 classify=self.classify,
@@ -117,15 +119,15 @@ class RemoteStorage(Storage):
             raise self.explain(error, url) from None
 
     def _requests(self) -> ThreadPoolExecutor:
-        with self._pool_lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="request")
-            return self._pool
+        with self._requesting_lock:
+            if self._requesting is None:
+                self._requesting = ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="request")
+            return self._requesting
 
     def _read_piece(self, piece: _Piece) -> None:
         """Read one piece, with as many requests as that takes."""
         file = piece.file
-        patience = Patience(self.store_name(file.url), "GET")
+        patience = Patience(self.faults, self.store_name(file.url), "GET")
         offset = piece.start
         while offset < piece.stop:
             before = offset

@@ -18,7 +18,7 @@ PATIENCE_SECONDS = 40.0
 """How long a store may fail without an interruption before it counts as down."""
 
 FIRST_SECONDS = 15.0
-"""The same for a store that has not answered this process once: it is rather misspelt, or not running, than failing."""
+"""The same for a store that has not answered once: it is rather misspelt, or not running, than failing."""
 
 MAX_RATE_LIMIT_SECONDS = 330.0
 """How long all the waits that a store asks for by name may take: the Hub's limits are for five minutes."""
@@ -38,11 +38,12 @@ class Fault:
 
 
 class FaultLog:
-    """Counts the faults that were got over. Safe to use from several threads."""
+    """Counts the faults that were got over, and knows which stores work. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._reached: set[str] = set()
 
     def note(self, store: str, operation: str, what: str) -> str:
         """Count one fault of a store, such as `s3://bucket`, in an operation, such as `GET`; return its name."""
@@ -58,12 +59,13 @@ class FaultLog:
             self._counts.clear()
         return counts
 
+    def note_answer(self, store: str) -> None:
+        """Note that a store has answered."""
+        self._reached.add(store)
 
-FAULTS = FaultLog()
-"""Of this process."""
-
-_reached: set[str] = set()
-"""The stores that have answered this process."""
+    def has_answered(self, store: str) -> bool:
+        """Tell whether a store has answered once."""
+        return store in self._reached
 
 
 class Patience:
@@ -73,9 +75,10 @@ class Patience:
     for (Retry-After) is waited for instead.
     """
 
-    def __init__(self, store: str, operation: str, seconds: float | None = None) -> None:
+    def __init__(self, faults: FaultLog, store: str, operation: str, seconds: float | None = None) -> None:
         self.num_attempts = 0
         """Failures so far."""
+        self._faults = faults
         self._store = store
         self._operation = operation
         self._seconds = PATIENCE_SECONDS if seconds is None else seconds
@@ -86,16 +89,16 @@ class Patience:
 
     def succeeded(self) -> None:
         """Note that some progress was made, or all is done."""
-        _reached.add(self._store)
+        self._faults.note_answer(self._store)
         self._num_in_a_row = 0
         self._failing_since = None
 
     def failed(self, fault: Fault) -> bool:
         """Note a fault; return True after a wait, or False at once where it has gone on for too long."""
-        FAULTS.note(self._store, self._operation, fault.what)
+        self._faults.note(self._store, self._operation, fault.what)
         if fault.what[:1].isdigit():  # the status of an answer
-            _reached.add(self._store)
-        seconds = self._seconds if self._store in _reached else min(self._seconds, FIRST_SECONDS)
+            self._faults.note_answer(self._store)
+        seconds = self._seconds if self._faults.has_answered(self._store) else min(self._seconds, FIRST_SECONDS)
         now = time.monotonic()
         self.num_attempts += 1
         self._num_in_a_row += 1
@@ -124,6 +127,7 @@ class Patience:
 def retry(
     call: Callable[[], T],
     *,
+    faults: FaultLog,
     store: str,
     operation: str,
     classify: Callable[[Exception], Fault | None],
@@ -133,12 +137,13 @@ def retry(
 
     Args:
         call: what is to be done; doing it twice must do no harm.
+        faults: where what goes wrong is noted.
         store: for the record and messages, such as `s3://bucket`.
         operation: such as `GET`.
         classify: returns the fault that an error is, or None where trying again is useless: it is raised as it is.
         give_up: returns what to raise when it has gone on for too long, from the last error and how it was tried.
     """
-    patience = Patience(store, operation)
+    patience = Patience(faults, store, operation)
     while True:
         try:
             result = call()

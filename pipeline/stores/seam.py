@@ -8,17 +8,13 @@ the output, keeps its journal there with `write`, `read` and `delete`, and calls
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from enum import Enum
-from functools import cache
 from mmap import mmap
-from typing import Literal
 
 from raymerge.pipeline.errors import CheckpointError, FetchError
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
-from raymerge.pipeline.urls import check_url, scheme_of
 
 OUTPUT_BUFFER_NBYTES = 4 * 2**20
 """Merged values on their way out; two such buffers are in use, one being filled and one being written."""
@@ -97,7 +93,7 @@ class Lock:
 
 
 class Storage(ABC):
-    """Files by URL. Built where it is used, never pickled; safe to use from several threads."""
+    """Files by URL. Built by `Stores`, never pickled; safe to use from several threads."""
 
     is_remote = False
     """Whether reads wait for a network: they are then begun while earlier bytes are merged."""
@@ -240,80 +236,3 @@ class Storage(ABC):
             writer.abort()
             raise
         return writer.commit()
-
-
-@dataclass(frozen=True, slots=True)
-class StorageSettings:
-    """What the user may choose; the same in every process of a merge."""
-
-    library: Literal["auto", "fsspec"] = "auto"
-    """What serves object stores and the web: the fastest library for each, or fsspec for all."""
-    private: bool = True
-    """Whether a repository that is made on the Hub is private."""
-
-
-_settings = StorageSettings()
-
-
-def configure_storages(settings: StorageSettings) -> None:
-    """Say how storages of this process are to be built."""
-    global _settings
-    _settings = settings
-
-
-def storage_settings() -> StorageSettings:
-    """Return what `configure_storages` was told."""
-    return _settings
-
-
-def storage_for(url: str) -> Storage:
-    """Return the storage that serves a path or URL; one for the whole process, so that connections are shared.
-
-    Raises:
-        ConfigError: the URL is malformed, or its scheme is not known.
-    """
-    check_url(url)
-    return _storage(scheme_of(url), _settings)
-
-
-@contextmanager
-def open_storages() -> Iterator[None]:
-    """Let go, at the end, of all that storages of this process hold open."""
-    try:
-        yield
-    finally:
-        for storage in _built:
-            storage.close()
-
-
-_built: list[Storage] = []
-
-
-@cache
-def _storage(scheme: str, settings: StorageSettings) -> Storage:
-    storage = _build_storage(scheme, settings)
-    _built.append(storage)
-    return storage
-
-
-def _build_storage(scheme: str, settings: StorageSettings) -> Storage:
-    """Import what a scheme needs, and nothing else."""
-    if scheme == "file":
-        from raymerge.pipeline.stores.local.storage import LocalStorage
-
-        return LocalStorage()
-    if scheme == "hf":
-        from raymerge.pipeline.stores.hub.storage import HubStorage
-
-        return HubStorage(private=settings.private)
-    if settings.library == "auto" and scheme in ("s3", "gs", "az"):
-        from raymerge.pipeline.stores.objects.storage import ObjectStorage
-
-        return ObjectStorage(scheme)
-    if settings.library == "auto" and scheme in ("http", "https"):
-        from raymerge.pipeline.stores.web.storage import WebStorage
-
-        return WebStorage()
-    from raymerge.pipeline.stores.fsspec.storage import FsspecStorage
-
-    return FsspecStorage(scheme)

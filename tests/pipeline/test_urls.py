@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import check_url, is_url, scheme_of, split_url
 
 
@@ -97,10 +98,8 @@ def test_malformed(url: str, message: str) -> None:
 
 
 def test_a_mistyped_url_makes_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raymerge.pipeline.stores.seam import storage_for
-
     monkeypatch.chdir(tmp_path)
     for url in ("s3:bucket/out", "s3//bucket/out", " s3://bucket/out"):
         with pytest.raises(ConfigError):
-            storage_for(url)
+            Stores().at(url)
     assert not list(tmp_path.iterdir())

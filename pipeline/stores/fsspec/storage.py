@@ -25,7 +25,7 @@ from raymerge.pipeline.stores.fsspec.loop import run_bounded
 from raymerge.pipeline.stores.fsspec.writer import MovedWriter, WholeWriter
 from raymerge.pipeline.stores.lease import hold_lease
 from raymerge.pipeline.stores.remote import NUM_REQUESTS, PIECE_NBYTES, RemoteStorage
-from raymerge.pipeline.stores.retry import Fault
+from raymerge.pipeline.stores.retry import Fault, FaultLog
 from raymerge.pipeline.stores.seam import Lock, Sharing, Writer
 from raymerge.pipeline.urls import split_url
 
@@ -58,8 +58,8 @@ class FsspecStorage(RemoteStorage):
 
     write_nbytes = 3 * PIECE_NBYTES  # a part that fills up, its copy as bytes, and what is being sent
 
-    def __init__(self, scheme: str) -> None:
-        super().__init__()
+    def __init__(self, scheme: str, faults: FaultLog) -> None:
+        super().__init__(faults)
         self._scheme = scheme
         self._class = _import_class(scheme)
         self._s3: S3Requests | None = None
@@ -319,7 +319,7 @@ class FsspecStorage(RemoteStorage):
 
     def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:
         """Hold a lease on an object; where the store has no conditional writes, as well as can be."""
-        return hold_lease(self._s3 or FsspecLeases(self), url)
+        return hold_lease(self._s3 or FsspecLeases(self), url, self.faults)
 
 
 def _import_class(scheme: str) -> Any:

@@ -17,7 +17,7 @@ from huggingface_hub import constants, get_token
 from raymerge import __version__
 from raymerge.pipeline.errors import ConfigError, FetchError
 from raymerge.pipeline.stores.remote import REQUEST_SECONDS
-from raymerge.pipeline.stores.retry import one_line, retry
+from raymerge.pipeline.stores.retry import FaultLog, one_line, retry
 from raymerge.pipeline.stores.web.client import Body, Reply, WebClient, origin_of
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, classify_web
 from raymerge.pipeline.urls import check_endpoint, suggest_directory
@@ -105,8 +105,9 @@ def is_offline() -> bool:
 class HubApi:
     """Asks the Hub, again where that may help. Endpoint and token are those of the environment at each call."""
 
-    def __init__(self, client: WebClient) -> None:
+    def __init__(self, client: WebClient, faults: FaultLog) -> None:
         self.client = client
+        self.faults = faults
 
     def headers(self, url: str) -> dict[str, str]:
         """Return what to send with a request: the token too, if it is the Hub that it goes to."""
@@ -161,6 +162,7 @@ class HubApi:
 
         return retry(
             lambda: self.client.ask(method, target, sent, body=body, seconds=seconds, redirects=redirects),
+            faults=self.faults,
             store=endpoint,
             operation=method,
             classify=classify_web,

@@ -115,7 +115,7 @@ class _Publication:
         """Make it and return its id."""
         url = f"{find_endpoint()}/api/models/{self._place.repo}/commit/{quote(self._place.revision, safe='')}"
         body = self._body(message)
-        patience = Patience(find_endpoint(), "commit")
+        patience = Patience(self._api.faults, find_endpoint(), "commit")
         while True:
             try:
                 headers = {**self._api.headers(url), "Content-Type": "application/x-ndjson"}

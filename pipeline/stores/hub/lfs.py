@@ -10,7 +10,7 @@ from typing import Any
 
 from raymerge.pipeline.errors import CorruptedError
 from raymerge.pipeline.stores.hub.api import HubApi, HubPath, find_endpoint, parse_json
-from raymerge.pipeline.stores.retry import FAULTS, Fault, Patience, one_line
+from raymerge.pipeline.stores.retry import Fault, Patience, one_line
 from raymerge.pipeline.stores.web.client import Reply
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, classify_web
 
@@ -41,7 +41,7 @@ def upload_lfs(api: HubApi, place: HubPath, oid: str, nbytes: int, descriptor: i
         RefusalError: the Hub or its store refuses.
         BrokenError: it is down.
     """
-    patience = Patience(find_endpoint(), "PUT")
+    patience = Patience(api.faults, find_endpoint(), "PUT")
     num_corrupted = 0
     while True:
         actions = _ask(api, place, "upload", [(oid, nbytes)])[0].get("actions") or {}
@@ -57,7 +57,7 @@ def upload_lfs(api: HubApi, place: HubPath, oid: str, nbytes: int, descriptor: i
         except (RefusalError, BrokenError) as error:
             if isinstance(error, RefusalError) and error.status in _HAS_OTHER_BYTES:
                 num_corrupted += 1
-                FAULTS.note(find_endpoint(), "PUT", "other bytes arrived")
+                api.faults.note(find_endpoint(), "PUT", "other bytes arrived")
                 if num_corrupted == _MAX_CORRUPTED:
                     raise CorruptedError(
                         f"{place.url}: sent {num_corrupted} times, and the store does not take it as what was sent"
@@ -136,7 +136,7 @@ def _send(api: HubApi, action: Mapping[str, Any], oid: str, nbytes: int, descrip
 
 def _put_part(api: HubApi, url: str, descriptor: int, start: int, stop: int) -> str:
     """Send one part, several times if need be, and return its etag."""
-    patience = Patience(find_endpoint(), "PUT")
+    patience = Patience(api.faults, find_endpoint(), "PUT")
     while True:
         try:
             etag = _put(api, url, {}, descriptor, start, stop).headers.get("ETag")

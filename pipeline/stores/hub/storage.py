@@ -32,7 +32,7 @@ from raymerge.pipeline.stores.hub.writer import HubWriter
 from raymerge.pipeline.stores.local.storage import LocalStorage
 from raymerge.pipeline.stores.local.writer import file_etag
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, RemoteStorage
-from raymerge.pipeline.stores.retry import Fault
+from raymerge.pipeline.stores.retry import Fault, FaultLog
 from raymerge.pipeline.stores.seam import Lock, Writer
 from raymerge.pipeline.stores.web import reader as web_reader
 from raymerge.pipeline.stores.web.client import WebClient, origin_of
@@ -50,16 +50,17 @@ class HubStorage(RemoteStorage):
 
     write_nbytes = 2 * NUM_PARTS * CHUNK_NBYTES
 
-    def __init__(self, *, private: bool) -> None:
+    def __init__(self, faults: FaultLog, *, private: bool) -> None:
         """Begin.
 
         Args:
+            faults: where what goes wrong is noted.
             private: whether repositories that are made are private.
         """
-        super().__init__()
+        super().__init__(faults)
         self._private = private
         self._client = WebClient()
-        self._api = HubApi(self._client)
+        self._api = HubApi(self._client, faults)
         self._local = LocalStorage()
         self._guard = ThreadLock()
         self._trees: dict[HubPath, Tree] = {}

@@ -18,7 +18,7 @@ from raymerge.pipeline.stores import retry as retrying
 from raymerge.pipeline.stores.objects.aws import DEFAULT_REGION, AwsAccount
 from raymerge.pipeline.stores.objects.errors import NO_STORE, ObjectError, classify_fault, translated
 from raymerge.pipeline.stores.remote import REQUEST_SECONDS
-from raymerge.pipeline.stores.retry import Fault, one_line, retry
+from raymerge.pipeline.stores.retry import Fault, FaultLog, one_line, retry
 
 if TYPE_CHECKING:
     from obstore.store import AzureConfig, ClientConfig, RetryConfig, S3Config
@@ -67,16 +67,18 @@ class Bucket:
         reads: makes each request once.
         writes: repeats requests.
         aws: what is known from AWS tools; None in other stores.
+        faults: where what goes wrong is noted.
         region: in S3.
 
     Raises:
         FetchError: settings or credentials are such that no store can be reached with them.
     """
 
-    def __init__(self, scheme: str, name: str, aws: AwsAccount | None) -> None:
+    def __init__(self, scheme: str, name: str, aws: AwsAccount | None, faults: FaultLog) -> None:
         self.url = f"{scheme}://{name}"
         self.name = name
         self.aws = aws
+        self.faults = faults
         self.region = ""
         if aws is not None:
             self.region = aws.region or aws.find_region(name) or DEFAULT_REGION
@@ -161,7 +163,7 @@ class Bucket:
                     raise
 
         try:
-            retry(list_nothing, store=self.url, operation="list", classify=classify, give_up=self._give_up(self.url))
+            self._retry(list_nothing, "list", classify, self._give_up(self.url))
         except ObjectError as error:
             raise FetchError(self.explain(error, self.url)) from None
         self._is_there = True
@@ -198,9 +200,20 @@ class Bucket:
         """
         give_up = self._give_up(url, operation)
         try:
-            return retry(function, store=self.url, operation=operation, classify=classify_fault, give_up=give_up)
+            return self._retry(function, operation, classify_fault, give_up)
         except (ObjectError, FetchError) as error:
             raise OutputError(self.explain(error, url) if isinstance(error, ObjectError) else str(error)) from None
+
+    def _retry(
+        self,
+        function: Callable[[], T],
+        operation: str,
+        classify: Callable[[Exception], Fault | None],
+        give_up: Callable[[Exception, str], Exception],
+    ) -> T:
+        return retry(
+            function, faults=self.faults, store=self.url, operation=operation, classify=classify, give_up=give_up
+        )
 
     def _give_up(self, url: str, operation: str = "list") -> Callable[[Exception, str], Exception]:
         def give_up(error: Exception, summary: str) -> Exception:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import obstore
 
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
+from raymerge.pipeline.stores.buffers import BufferPool
 from raymerge.pipeline.stores.changes import check_same
 from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.lease import hold_lease
@@ -29,7 +30,7 @@ from raymerge.pipeline.stores.objects.writer import (
     unquoted,
 )
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, RemoteStorage
-from raymerge.pipeline.stores.retry import Fault, Patience
+from raymerge.pipeline.stores.retry import Fault, FaultLog, Patience
 from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES, Lock, Writer
 from raymerge.pipeline.urls import scheme_of, split_url
 
@@ -46,9 +47,10 @@ class ObjectStorage(RemoteStorage):
 
     write_nbytes = NUM_BUFFERS * PART_NBYTES - 2 * OUTPUT_BUFFER_NBYTES
 
-    def __init__(self, scheme: str) -> None:
-        super().__init__()
+    def __init__(self, scheme: str, faults: FaultLog, pool: BufferPool) -> None:
+        super().__init__(faults)
         self._scheme = scheme
+        self._pool = pool
         self._lock = ThreadLock()
         self._buckets: dict[str, Bucket] = {}
         self._aws: AwsAccount | None = None
@@ -129,7 +131,7 @@ class ObjectStorage(RemoteStorage):
         self, url: str, nbytes: int, partial_url: str | None = None, *, exclusive: bool = False
     ) -> Writer:
         bucket, key = self._locate_output(url)
-        return ObjectWriter(bucket, url, key, nbytes, exclusive=exclusive)
+        return ObjectWriter(bucket, self._pool, url, key, nbytes, exclusive=exclusive)
 
     def check_space(self, url: str, nbytes: int) -> None:
         """Make sure that there is such a bucket; how much room it has cannot be known."""
@@ -146,7 +148,7 @@ class ObjectStorage(RemoteStorage):
 
     def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:  # noqa: D102
         bucket, key = self._locate_output(url)
-        return hold_lease(_LeaseObject(bucket, key), url)
+        return hold_lease(_LeaseObject(bucket, key), url, self.faults)
 
     def close(self) -> None:  # noqa: D102
         super().close()
@@ -185,7 +187,7 @@ class ObjectStorage(RemoteStorage):
             if name not in self._buckets:
                 if self._scheme == "s3" and self._aws is None:
                     self._aws = AwsAccount()
-                self._buckets[name] = Bucket(self._scheme, name, self._aws)
+                self._buckets[name] = Bucket(self._scheme, name, self._aws, self.faults)
             return self._buckets[name]
 
     def _is_file(self, url: str) -> bool:
@@ -235,7 +237,7 @@ class _LeaseObject:
 
     def delete_if(self, url: str, etag: str) -> None:
         """Look, then delete: nobody may take the lock in between, as it has been renewed lately."""
-        patience = Patience(self._bucket.url, "DELETE", _LEAVING_SECONDS)
+        patience = Patience(self._bucket.faults, self._bucket.url, "DELETE", _LEAVING_SECONDS)
         while True:
             try:
                 with translated("DELETE"):

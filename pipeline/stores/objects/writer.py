@@ -14,7 +14,7 @@ import obstore
 from awscrt.checksums import crc64nvme
 
 from raymerge.pipeline.errors import CorruptedError, OutputError
-from raymerge.pipeline.stores.buffers import POOL
+from raymerge.pipeline.stores.buffers import BufferPool
 from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.objects.bucket import Bucket
 from raymerge.pipeline.stores.objects.errors import ObjectError, translated
@@ -44,7 +44,7 @@ class ObjectWriter(Writer):
     An S3 store computes the CRC64NVME of what arrived; it is compared with that of what was sent.
     """
 
-    def __init__(self, bucket: Bucket, url: str, key: str, nbytes: int, *, exclusive: bool) -> None:
+    def __init__(self, bucket: Bucket, pool: BufferPool, url: str, key: str, nbytes: int, *, exclusive: bool) -> None:
         if exclusive and nbytes > _MAX_EXCLUSIVE_NBYTES:
             raise ValueError(f"{url}: {nbytes:,} bytes cannot be written so that they replace nothing")
         self._bucket = bucket
@@ -61,7 +61,7 @@ class ObjectWriter(Writer):
         else:
             self.buffer_nbytes = max(PART_NBYTES, -(-nbytes // _MAX_PARTS // _ALIGNMENT) * _ALIGNMENT)
             self.num_buffers = NUM_BUFFERS
-            self._parts = _Parts(bucket, key, self.buffer_nbytes)
+            self._parts = _Parts(bucket, pool, key, self.buffer_nbytes)
 
     def write(self, data: Buffer | bytes) -> None:  # noqa: D102
         view = memoryview(data).cast("B")
@@ -196,8 +196,9 @@ class ObjectWriter(Writer):
 class _Parts:
     """A multipart upload of whole parts, or of bytes, which are copied to buffers that are used again."""
 
-    def __init__(self, bucket: Bucket, key: str, part_nbytes: int) -> None:
+    def __init__(self, bucket: Bucket, pool: BufferPool, key: str, part_nbytes: int) -> None:
         self._upload = obstore.open_writer(bucket.writes, key, buffer_size=part_nbytes, max_concurrency=NUM_PARTS)
+        self._pool = pool
         self._part_nbytes = part_nbytes
         self._free = threading.Semaphore(NUM_BUFFERS)
         self._buffer: mmap.mmap | None = None
@@ -218,7 +219,7 @@ class _Parts:
         while data:
             if self._buffer is None:
                 self._free.acquire()
-                self._buffer = POOL.acquire(self._part_nbytes)
+                self._buffer = self._pool.acquire(self._part_nbytes)
             count = min(data.nbytes, self._part_nbytes - self._num_used)
             self._buffer[self._num_used : self._num_used + count] = data[:count]
             self._num_used += count
@@ -244,18 +245,18 @@ class _Parts:
         if self._buffer is None:
             return
         part = memoryview(self._buffer)[: self._num_used]
-        weakref.finalize(part, _give_back, self._buffer, self._free).atexit = False
+        weakref.finalize(part, _give_back, self._pool, self._buffer, self._free).atexit = False
         self._buffer, self._num_used = None, 0
         self.send(part)
 
     def _send_nothing(self) -> None:
         if self._buffer is not None:
-            _give_back(self._buffer, self._free)
+            _give_back(self._pool, self._buffer, self._free)
             self._buffer = None
 
 
-def _give_back(buffer: mmap.mmap, free: threading.Semaphore) -> None:
-    POOL.release(buffer)
+def _give_back(pool: BufferPool, buffer: mmap.mmap, free: threading.Semaphore) -> None:
+    pool.release(buffer)
     free.release()
 
 

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError, OutputError
 from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.remote import RemoteStorage
-from raymerge.pipeline.stores.retry import Fault, one_line
+from raymerge.pipeline.stores.retry import Fault, FaultLog, one_line
 from raymerge.pipeline.stores.seam import Lock, Writer
 from raymerge.pipeline.stores.web import reader as web_reader
 from raymerge.pipeline.stores.web.client import WebClient
@@ -46,8 +46,8 @@ class _Source:
 class WebStorage(RemoteStorage):
     """Reads over HTTP; nothing can be written."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, faults: FaultLog) -> None:
+        super().__init__(faults)
         self._client = WebClient()
 
     def absolute(self, url: str) -> str:  # noqa: D102

@@ -12,6 +12,7 @@ import torch
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_model, resolve_models
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import CheckpointError
+from raymerge.pipeline.stores.open import Stores
 
 SHARDS = {
     "model-00001-of-00002.safetensors": {"b": torch.ones(2, 3), "a": torch.zeros(4, dtype=torch.bfloat16)},
@@ -45,7 +46,7 @@ def single(tmp_path: Path) -> Path:
 
 
 def resolve(path: Path | str) -> Checkpoint:
-    return resolve_model(ModelRef(str(path)))
+    return resolve_model(Stores(), ModelRef(str(path)))
 
 
 def names(checkpoint: Checkpoint) -> list[str]:
@@ -73,7 +74,7 @@ def test_single(single: Path) -> None:
 
 def test_several_in_the_order_given(single: Path, sharded: Path) -> None:
     models = [ModelRef(str(sharded)), ModelRef(str(single)), ModelRef(str(sharded))]
-    assert [checkpoint.model for checkpoint in resolve_models(models)] == models
+    assert [checkpoint.model for checkpoint in resolve_models(Stores(), models)] == models
 
 
 def test_the_index_wins_over_a_single_file(sharded: Path) -> None:
@@ -184,7 +185,7 @@ def test_a_file_instead_of_a_directory(single: Path) -> None:
 
 def test_a_revision_of_a_directory(single: Path) -> None:
     with pytest.raises(CheckpointError, match=r"single@main: .* a directory has no revisions; check out 'main' there"):
-        resolve_model(ModelRef(str(single), "main"))
+        resolve_model(Stores(), ModelRef(str(single), "main"))
 
 
 def test_no_config(single: Path) -> None:

@@ -17,6 +17,7 @@ from raymerge.pipeline.engine import shard as execute
 from raymerge.pipeline.errors import ConfigError, MemoryLimitError
 from raymerge.pipeline.plan.memory import CONTEXT_NBYTES, Transfer
 from raymerge.pipeline.plan.types import MergePlan, ShardResult, ShardTask
+from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import Tensors, add_noise, read_files, write_checkpoint
 from tests.commands import Cli
 from tests.fake_gpu import DEVICE, FakeGpu, FakeMark, FakeQueue
@@ -55,13 +56,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     gpu = FakeGpu()
     run, fill = execute.run_shard, fetch._fill
 
-    def run_there(task: ShardTask, report: Report, **rest: Any) -> ShardResult:
+    def run_there(stores: Stores, task: ShardTask, report: Report, **rest: Any) -> ShardResult:
         with gpu:
-            return run(task, report, **rest, device=DEVICE.type)
+            return run(stores, task, report, **rest, device=DEVICE.type)
 
-    def fill_and_tell(fetched: Any, buffer: Any) -> Any:
+    def fill_and_tell(stores: Stores, fetched: Any, buffer: Any) -> Any:
         gpu.host_writes(buffer)
-        return fill(fetched, buffer)
+        return fill(stores, fetched, buffer)
 
     for module in (driver, workers):
         monkeypatch.setattr(module, "require_gpus", lambda: ["0"])

@@ -16,8 +16,7 @@ from raymerge.pipeline.checkpoint.header import read_header
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.output.verify import find_disagreements
 from raymerge.pipeline.plan.types import ShardResult
-from raymerge.pipeline.stores.buffers import POOL
-from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES, storage_for
+from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import INDEX, read_files, write_llama
 from tests.commands import Cli
 
@@ -141,9 +140,10 @@ def test_damage_is_found(damage: str, out: Path, cli: Cli) -> None:
     assert not [name for name in unharmed if f"\n  {name}:" in outcome.err]
 
 
-def test_the_safetensors_library_has_a_say(out: Path) -> None:
+def test_the_safetensors_library_has_a_say(out: Path, stores: Stores) -> None:
     path = out / SHARD
-    first, *rest = read_header(storage_for(str(path)), storage_for(str(path)).stat(str(path)))
+    storage = stores.at(str(path))
+    first, *rest = read_header(storage, storage.stat(str(path)))
     assert not list(find_disagreements(path, [first, *rest]))
     for ours, said in (
         (rest, f"{first.name}: we read nothing, the safetensors library F32 "),
@@ -178,13 +178,3 @@ def test_unfinished(out: Path, tmp_path: Path, cli: Cli) -> None:
     outcome = cli("verify", tmp_path / "absent")
     assert outcome.code == 2
     assert "was not made by raymerge, or is not a model" in outcome.err
-
-
-def test_buffers_left_by_a_verify_are_not_shared_by_the_workers_of_a_merge(out: Path, tmp_path: Path) -> None:
-    buffers = [POOL.acquire(OUTPUT_BUFFER_NBYTES) for _ in range(4)]
-    for buffer in buffers:
-        POOL.release(buffer)
-    models = [{"model": str(tmp_path / f"m{k}")} for k in range(2)]
-    config = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
-    merge(config, tmp_path / "again", shard_size=5000, threads=4)
-    assert read_files(tmp_path / "again") == read_files(out)

@@ -24,8 +24,9 @@ from raymerge.pipeline.stores.fsspec import loop as fsspec_loop
 from raymerge.pipeline.stores.fsspec import s3 as fsspec_s3
 from raymerge.pipeline.stores.fsspec.errors import classify_error
 from raymerge.pipeline.stores.fsspec.storage import FsspecStorage
-from raymerge.pipeline.stores.retry import FAULTS
-from raymerge.pipeline.stores.seam import Sharing, StorageSettings, configure_storages, storage_for
+from raymerge.pipeline.stores.open import Stores, StoreSettings
+from raymerge.pipeline.stores.retry import FaultLog
+from raymerge.pipeline.stores.seam import Sharing
 from tests.pipeline.stores.storage_contract import MIB, StorageContract, make_bytes, read_all, read_ranges
 from tests.servers.faults import Fault, FaultProxy, is_operation
 from tests.servers.s3 import Keys, S3Server
@@ -60,7 +61,7 @@ register_implementation("plain", PlainFileSystem, clobber=True)
 class TestMemory(StorageContract):
     @pytest.fixture
     def storage(self) -> FsspecStorage:
-        return FsspecStorage("memory")
+        return FsspecStorage("memory", FaultLog())
 
     @pytest.fixture
     def root(self) -> str:
@@ -70,7 +71,7 @@ class TestMemory(StorageContract):
 class TestPlain(StorageContract):
     @pytest.fixture
     def storage(self) -> FsspecStorage:
-        return FsspecStorage("plain")
+        return FsspecStorage("plain", FaultLog())
 
     @pytest.fixture
     def root(self, tmp_path: Path) -> str:
@@ -80,7 +81,7 @@ class TestPlain(StorageContract):
 @pytest.fixture(scope="module")
 def shared_s3() -> Iterator[FsspecStorage]:
     """One for many tests, as it takes a while to connect; it does so in the first test that reads or writes."""
-    storage = FsspecStorage("s3")
+    storage = FsspecStorage("s3", FaultLog())
     yield storage
     storage.close()
 
@@ -110,10 +111,8 @@ def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
 def through(proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FsspecStorage]:
     """A storage whose requests all go through the fault proxy."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    storage = FsspecStorage("s3")
-    FAULTS.drain()
+    storage = FsspecStorage("s3", FaultLog())
     yield storage
-    FAULTS.drain()
     storage.close()
 
 
@@ -128,21 +127,17 @@ def write_parts(storage: FsspecStorage, url: str, data: bytes, *, exclusive: boo
 
 
 def test_which_urls_it_serves() -> None:
-    memory, ftp = (storage_for(f"{scheme}://a/b") for scheme in ("memory", "ftp"))
+    memory, ftp = (Stores().at(f"{scheme}://a/b") for scheme in ("memory", "ftp"))
     assert isinstance(memory, FsspecStorage)
     assert isinstance(ftp, FsspecStorage)
     assert (memory.is_remote, memory.sharing) == (False, Sharing.THREADS)
     assert (ftp.is_remote, ftp.sharing) == (True, Sharing.FRESH)
-    configure_storages(StorageSettings(library="fsspec"))
-    try:
-        assert isinstance(storage_for("s3a://a/b"), FsspecStorage)
-    finally:
-        configure_storages(StorageSettings())
+    assert isinstance(Stores(StoreSettings("fsspec")).at("s3a://a/b"), FsspecStorage)
 
 
 def test_absolute() -> None:
-    assert FsspecStorage("memory").absolute("memory:///a/b/") == "memory://a/b"
-    assert FsspecStorage("s3").absolute("s3a://bucket/a b/") == "s3://bucket/a b"
+    assert FsspecStorage("memory", FaultLog()).absolute("memory:///a/b/") == "memory://a/b"
+    assert FsspecStorage("s3", FaultLog()).absolute("s3a://bucket/a b/") == "s3://bucket/a b"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +153,7 @@ def test_a_package_that_is_missing(scheme: str, hidden: str, message: str, monke
     monkeypatch.setitem(sys.modules, hidden, None)
     monkeypatch.delitem(_registry, scheme, raising=False)
     with pytest.raises(ConfigError, match=message):
-        FsspecStorage(scheme)
+        FsspecStorage(scheme, FaultLog())
 
 
 # names
@@ -166,7 +161,7 @@ def test_a_package_that_is_missing(scheme: str, hidden: str, message: str, monke
 
 @pytest.mark.parametrize("kind", ["memory", "plain", "s3"])
 def test_names_are_no_patterns(kind: str, request: pytest.FixtureRequest, bucket: str, tmp_path: Path) -> None:
-    storage = request.getfixturevalue("s3") if kind == "s3" else FsspecStorage(kind)
+    storage = request.getfixturevalue("s3") if kind == "s3" else FsspecStorage(kind, FaultLog())
     root = {"memory": f"memory://test-{next(_numbers)}", "plain": f"plain://{tmp_path}", "s3": f"s3://{bucket}"}[kind]
     for name in ("[ab]", "a", "b", "*", "**", "x*/[a]", "x1/a", "?"):
         storage.write(f"{root}/{name}", name.encode())
@@ -183,7 +178,7 @@ def test_a_name_that_fsspec_would_cut(url: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setitem(_registry, "sftp", PlainFileSystem)
         monkeypatch.setattr(PlainFileSystem, "_strip_protocol", lambda path: path.partition("?")[0])
     with pytest.raises(FetchError, match=f"^{re.escape(url)}: fsspec takes a part of this name"):
-        FsspecStorage(url.partition(":")[0]).stat(url)
+        FsspecStorage(url.partition(":")[0], FaultLog()).stat(url)
 
 
 def test_directory_markers_are_no_files(s3: FsspecStorage, s3_server: S3Server, bucket: str) -> None:
@@ -283,12 +278,12 @@ def test_faults_of_reads(
     write_parts(through, f"s3://{bucket}/a", data)
     file = through.stat(f"s3://{bucket}/a")
     proxy.clear()
-    FAULTS.drain()
+    through.faults.drain()
     proxy.script([fault, fault], only=is_operation("GetObject"))
     assert read_all(through, file) == data
     assert proxy.injected == {fault: 2}
     if fault is not Fault.RESET:  # aiohttp tries again by itself where a connection has been used before
-        assert sum(count for _, count in FAULTS.drain()) >= 2
+        assert sum(count for _, count in through.faults.drain()) >= 2
 
 
 def test_a_broken_body_is_taken_up_where_it_broke(through: FsspecStorage, proxy: FaultProxy, bucket: str) -> None:
@@ -334,7 +329,7 @@ def test_a_server_for_the_web(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(data)
     with NginxServer(tmp_path) as server:
-        storage = FsspecStorage("http")
+        storage = FsspecStorage("http", FaultLog())
         file = storage.stat(f"{server.endpoint}/dir/a")
         assert file.nbytes == len(data)
         assert read_ranges(storage, [ByteRange(file, 1000, 5 * MIB)]) == [data[1000 : 5 * MIB]]
@@ -444,7 +439,7 @@ def test_an_answer_that_was_lost_does_not_hide_another_writer(
 
 
 def test_the_unfinished_file_is_where_it_is_told_to_be(tmp_path: Path) -> None:
-    storage = FsspecStorage("plain")
+    storage = FsspecStorage("plain", FaultLog())
     root = f"plain://{tmp_path}"
     writer = storage.open_writer(f"{root}/a", 4, f"{root}/.journal/a.partial")
     assert list(storage.list(root)) == [".journal/a.partial"]
@@ -458,7 +453,7 @@ def test_the_unfinished_file_is_where_it_is_told_to_be(tmp_path: Path) -> None:
 
 
 def test_a_file_that_the_store_cuts_short(tmp_path: Path) -> None:
-    storage = FsspecStorage("plain")
+    storage = FsspecStorage("plain", FaultLog())
     writer = storage.open_writer(f"plain://{tmp_path}/a", 4)
     writer.write(b"1234")
     os.truncate(tmp_path / ".a.partial", 0)
@@ -499,7 +494,7 @@ def check_refusals(storage: FsspecStorage, url: str, message: str, secret: str) 
 def test_refused(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch, keys: Keys, message: str) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys.access_key_id)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys.secret_access_key)
-    storage = FsspecStorage("s3")
+    storage = FsspecStorage("s3", FaultLog())
     start = time.monotonic()
     check_refusals(storage, f"s3://{bucket}", rf"^s3://{bucket}.*{message}", keys.secret_access_key)
     assert time.monotonic() - start < 5
@@ -510,7 +505,7 @@ def test_without_credentials(s3_server: S3Server, bucket: str, monkeypatch: pyte
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     s3_server.client().put_object(Bucket=s3_server.public_bucket, Key="a", Body=b"1234")
-    storage = FsspecStorage("s3")
+    storage = FsspecStorage("s3", FaultLog())
     assert storage.read(f"s3://{s3_server.public_bucket}/a", 10) == b"1234"
     check_refusals(storage, f"s3://{bucket}", "asked without AWS credentials, as none were found", "secret")
     s3_server.client().delete_object(Bucket=s3_server.public_bucket, Key="a")
@@ -551,7 +546,7 @@ def hold_as_another(root: str, storage: FsspecStorage) -> None:
 
 
 def test_a_lock_held_elsewhere(s3: FsspecStorage, bucket: str, tmp_path: Path) -> None:
-    for storage, root in ((s3, f"s3://{bucket}"), (FsspecStorage("plain"), f"plain://{tmp_path}")):
+    for storage, root in ((s3, f"s3://{bucket}"), (FsspecStorage("plain", FaultLog()), f"plain://{tmp_path}")):
         hold_as_another(root, storage)
         with pytest.raises(OutputError, match="pid 1, since 2026-01-01, on host elsewhere"):
             storage.lock(f"{root}/lock").__enter__()
@@ -559,7 +554,7 @@ def test_a_lock_held_elsewhere(s3: FsspecStorage, bucket: str, tmp_path: Path) -
 
 
 def test_a_lock_that_was_not_renewed(tmp_path: Path) -> None:
-    storage = FsspecStorage("plain")
+    storage = FsspecStorage("plain", FaultLog())
     hold_as_another(f"plain://{tmp_path}", storage)
     os.utime(tmp_path / "lock", (time.time() - 60, time.time() - 60))
     with storage.lock(f"plain://{tmp_path}/lock") as lock:

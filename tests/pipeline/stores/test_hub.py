@@ -22,7 +22,7 @@ from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.hub.api import parse_hub_url
 from raymerge.pipeline.stores.hub.stage import Stage
 from raymerge.pipeline.stores.hub.storage import HubStorage
-from raymerge.pipeline.stores.retry import FAULTS
+from raymerge.pipeline.stores.retry import FaultLog
 from tests.pipeline.stores.storage_contract import MIB, StorageContract, make_bytes, read_all, read_ranges
 from tests.servers.faults import Fault, FaultProxy, is_operation
 from tests.servers.hub import HubServer
@@ -51,7 +51,6 @@ def _environment(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     server.reset_requests()
     server.part_nbytes = None
     server.redirect_regular = False
-    FAULTS.drain()
     yield
     assert not server.leaked_tokens
     assert not any(WRITER in path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
@@ -59,7 +58,7 @@ def _environment(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def storage() -> Iterator[HubStorage]:
-    storage = HubStorage(private=True)
+    storage = HubStorage(FaultLog(), private=True)
     yield storage
     storage.close()
 
@@ -100,7 +99,7 @@ class TestHub(StorageContract):
 
     @pytest.fixture
     def storage(self) -> Iterator[HubStorage]:
-        storage = HubStorage(private=True)
+        storage = HubStorage(FaultLog(), private=True)
         yield storage
         storage.close()
 
@@ -202,7 +201,7 @@ def test_expired_urls_are_asked_for_again(server: HubServer, storage: HubStorage
     server.expire_urls()
     assert read_ranges(storage, [ByteRange(file, 0, 10), ByteRange(file, 2 * MIB, 2 * MIB + 9)])[0] == SHARD[:10]
     assert sum("/resolve/" in request.path for request in server.requests) == 1
-    assert any("403 expired" in what for what, _ in FAULTS.drain())
+    assert any("403 expired" in what for what, _ in storage.faults.drain())
 
 
 def test_urls_that_never_work(
@@ -336,7 +335,7 @@ def test_what_is_in_the_cache_is_not_read_from_the_hub(
     assert not server.storage_requests
     assert read_all(storage, files["sub/notes.txt"]) == FILES["sub/notes.txt"]
 
-    offline = HubStorage(private=True)
+    offline = HubStorage(FaultLog(), private=True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     server.reset_requests()
     assert offline.pin(f"hf://{model}", None) == f"hf://{model}@{commit}"
@@ -389,7 +388,7 @@ def test_one_commit(server: HubServer, storage: HubStorage) -> None:
 
 def test_public_if_asked_for(server: HubServer) -> None:
     repo = f"me/new-{next(_numbers)}"
-    storage = HubStorage(private=False)
+    storage = HubStorage(FaultLog(), private=False)
     with storage.lock(f"hf://{repo}/.raymerge/lock"):
         assert not server.repos[repo].private
     storage.close()
@@ -503,7 +502,7 @@ def test_faults_while_uploading(
         assert cdn.injected[fault] == 1
         storage.close()
     assert server.read_files(repo)["model.safetensors"] == SHARD
-    assert FAULTS.drain()
+    assert storage.faults.drain()
 
 
 @pytest.mark.slow
@@ -585,7 +584,8 @@ def test_two_directories_of_one_branch(server: HubServer, storage: HubStorage, r
 _WRITE = """
 import sys
 from raymerge.pipeline.stores.hub.storage import HubStorage
-storage = HubStorage(private=True)
+from raymerge.pipeline.stores.retry import FaultLog
+storage = HubStorage(FaultLog(), private=True)
 out = sys.argv[1]
 with storage.lock(f"{out}/.raymerge/lock") as lock:
     storage.write(f"{out}/.raymerge/plan.json", b"{}")
@@ -637,7 +637,8 @@ def test_processes_that_write_to_one_branch(server: HubServer, storage: HubStora
     code = """
 import sys
 from raymerge.pipeline.stores.hub.storage import HubStorage
-storage = HubStorage(private=True)
+from raymerge.pipeline.stores.retry import FaultLog
+storage = HubStorage(FaultLog(), private=True)
 for number in range(5):
     storage.write(f"{sys.argv[1]}/{sys.argv[2]}-{number}.safetensors", sys.argv[2].encode() * 100_000)
     storage.write(f"{sys.argv[1]}/same.json", b"{}")

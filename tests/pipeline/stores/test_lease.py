@@ -14,6 +14,7 @@ import pytest
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.stores import lease
 from raymerge.pipeline.stores.lease import Holder, hold_lease
+from raymerge.pipeline.stores.retry import FaultLog
 
 URL = "store://bucket/out/.raymerge/lock"
 
@@ -102,7 +103,7 @@ def dead_pid() -> int:
 
 
 def test_it_says_who_holds_it_and_is_gone_afterwards(objects: Objects) -> None:
-    with hold_lease(objects, URL) as lock:
+    with hold_lease(objects, URL, FaultLog()) as lock:
         lock.check()
         holder = held(objects)
         assert (holder.pid, holder.host) == (os.getpid(), os.uname().nodename)
@@ -112,7 +113,7 @@ def test_it_says_who_holds_it_and_is_gone_afterwards(objects: Objects) -> None:
             match=rf"another raymerge run \(pid {os.getpid()}, since .*, on host .*\) is writing to store://bucket/out;"
             r".*if it was killed, try again in 30 s",
         ):
-            hold_lease(objects, URL).__enter__()
+            hold_lease(objects, URL, FaultLog()).__enter__()
     assert objects.content is None
 
 
@@ -120,10 +121,10 @@ def test_it_says_who_holds_it_and_is_gone_afterwards(objects: Objects) -> None:
 def test_one_of_another_machine_is_taken_only_when_it_has_expired(objects: Objects, age: float, seconds: int) -> None:
     put(objects, elsewhere(), age=age)
     with pytest.raises(OutputError, match=rf"pid 12, since 2026-01-02.*on host elsewhere.*try again in {seconds} s"):
-        hold_lease(objects, URL).__enter__()
+        hold_lease(objects, URL, FaultLog()).__enter__()
     assert held(objects) == elsewhere()
     objects.now += 31 - age
-    with hold_lease(objects, URL) as lock:
+    with hold_lease(objects, URL, FaultLog()) as lock:
         lock.check()
         assert held(objects).pid == os.getpid()
     assert objects.content is None
@@ -131,30 +132,30 @@ def test_one_of_another_machine_is_taken_only_when_it_has_expired(objects: Objec
 
 def test_one_of_a_dead_process_of_this_machine_is_taken_at_once(objects: Objects) -> None:
     put(objects, of_this_machine(dead_pid()))
-    with hold_lease(objects, URL):
+    with hold_lease(objects, URL, FaultLog()):
         assert held(objects).pid == os.getpid()
 
 
 def test_one_of_a_living_process_is_not(objects: Objects) -> None:
     put(objects, of_this_machine(os.getppid()))
     with pytest.raises(OutputError, match=f"pid {os.getppid()}"):
-        hold_lease(objects, URL).__enter__()
+        hold_lease(objects, URL, FaultLog()).__enter__()
 
 
 @pytest.mark.parametrize("boot", ["", "another boot"])
 def test_a_pid_says_nothing_where_it_cannot_be_looked_up(objects: Objects, boot: str) -> None:
     put(objects, replace(of_this_machine(dead_pid()), boot=boot))
     with pytest.raises(OutputError):
-        hold_lease(objects, URL).__enter__()
+        hold_lease(objects, URL, FaultLog()).__enter__()
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'"', b'{"pid": "x"}', b"\xff"])
 def test_a_damaged_one_expires_too(objects: Objects, content: bytes) -> None:
     objects.content = (content, "etag", objects.now)
     with pytest.raises(OutputError, match=r"another raymerge run \(just started\)"):
-        hold_lease(objects, URL).__enter__()
+        hold_lease(objects, URL, FaultLog()).__enter__()
     objects.now += 31
-    with hold_lease(objects, URL):
+    with hold_lease(objects, URL, FaultLog()):
         pass
 
 
@@ -165,7 +166,7 @@ def test_one_of_many_takes_an_expired_one(objects: Objects) -> None:
     def take() -> None:
         start.wait()
         try:
-            with hold_lease(objects, URL):
+            with hold_lease(objects, URL, FaultLog()):
                 num_taken[0] += 1
                 taken.wait(10)
         except OutputError:
@@ -183,7 +184,7 @@ def test_one_of_many_takes_an_expired_one(objects: Objects) -> None:
 
 @pytest.mark.usefixtures("_quick")
 def test_it_is_renewed_as_long_as_it_is_held(objects: Objects) -> None:
-    with hold_lease(objects, URL) as lock:
+    with hold_lease(objects, URL, FaultLog()) as lock:
         token = held(objects).token
         wait_until(lambda: held(objects).renewals >= 5)
         assert held(objects).token == token
@@ -198,7 +199,7 @@ def test_it_is_renewed_as_long_as_it_is_held(objects: Objects) -> None:
 @pytest.mark.parametrize("num_lost", [1, 3])
 def test_a_write_whose_answer_is_lost_is_ours_all_the_same(objects: Objects, num_lost: int) -> None:
     objects.num_lost = num_lost
-    with hold_lease(objects, URL) as lock:
+    with hold_lease(objects, URL, FaultLog()) as lock:
         wait_until(lambda: held(objects).renewals >= 5)
         lock.check()
     assert objects.num_lost == 0
@@ -207,7 +208,7 @@ def test_a_write_whose_answer_is_lost_is_ours_all_the_same(objects: Objects, num
 
 @pytest.mark.usefixtures("_quick")
 def test_it_is_lost_when_another_run_has_taken_it(objects: Objects) -> None:
-    with hold_lease(objects, URL) as lock:
+    with hold_lease(objects, URL, FaultLog()) as lock:
         put(objects, elsewhere())
         wait_until(lambda: not any(thread.name == "renew lock" for thread in threading.enumerate()))
         with pytest.raises(OutputError, match=r"another raymerge run \(pid 12, since 2026-01-02.* has taken the lock"):
@@ -217,7 +218,7 @@ def test_it_is_lost_when_another_run_has_taken_it(objects: Objects) -> None:
 
 @pytest.mark.usefixtures("_quick")
 def test_it_is_lost_when_it_was_deleted(objects: Objects) -> None:
-    with hold_lease(objects, URL) as lock:
+    with hold_lease(objects, URL, FaultLog()) as lock:
         objects.content = None
         wait_until(lambda: not any(thread.name == "renew lock" for thread in threading.enumerate()))
         with pytest.raises(OutputError, match="somebody has taken the lock"):
@@ -229,7 +230,7 @@ def test_it_is_not_trusted_when_it_could_not_be_renewed_for_long(
 ) -> None:
     monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.02)
     monkeypatch.setattr(lease, "TTL_SECONDS", 2.4)
-    with hold_lease(objects, URL) as lock:
+    with hold_lease(objects, URL, FaultLog()) as lock:
         objects.is_down = True
         lock.check()
         time.sleep(0.6)
@@ -248,7 +249,8 @@ def test_it_does_not_keep_a_process_alive() -> None:
     program = """
         from tests.pipeline.stores.test_lease import Objects, URL
         from raymerge.pipeline.stores.lease import hold_lease
-        context = hold_lease(Objects(), URL)
+        from raymerge.pipeline.stores.retry import FaultLog
+        context = hold_lease(Objects(), URL, FaultLog())
         context.__enter__()
         print("held")
     """

@@ -19,7 +19,7 @@ from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.local import storage as local_storage
 from raymerge.pipeline.stores.local import writer as local_writer
 from raymerge.pipeline.stores.local.storage import LocalStorage
-from raymerge.pipeline.stores.seam import storage_for
+from raymerge.pipeline.stores.open import Stores
 from tests.pipeline.stores.storage_contract import MIB, StorageContract, make_bytes, read_all, read_ranges
 
 
@@ -67,9 +67,10 @@ class TestFileUrls(TestLocalStorage):
 # which storage
 
 
-def test_storage_for_paths_is_one_for_the_process(tmp_path: Path) -> None:
-    assert storage_for("relative/dir") is storage_for(str(tmp_path)) is storage_for(tmp_path.as_uri())
-    assert isinstance(storage_for("odd:name"), LocalStorage)
+def test_there_is_one_storage_for_paths(tmp_path: Path) -> None:
+    stores = Stores()
+    assert stores.at("relative/dir") is stores.at(str(tmp_path)) is stores.at(tmp_path.as_uri())
+    assert isinstance(stores.at("odd:name"), LocalStorage)
 
 
 # reading

@@ -19,11 +19,12 @@ import pytest
 
 from raymerge.pipeline.errors import ConfigError, CorruptedError, FetchError, OutputError
 from raymerge.pipeline.stores import remote, retry
+from raymerge.pipeline.stores.buffers import BufferPool
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.lease import Holder
 from raymerge.pipeline.stores.objects.errors import ObjectError
 from raymerge.pipeline.stores.objects.storage import ObjectStorage
-from raymerge.pipeline.stores.retry import FAULTS
+from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Storage, Writer
 from tests.pipeline.stores.storage_contract import MIB, StorageContract, make_bytes, read_all
 from tests.servers import ServerProcess, free_ports
@@ -36,7 +37,7 @@ PARTS = make_bytes(18 * MIB)
 
 @pytest.fixture
 def storage() -> Iterator[ObjectStorage]:
-    storage = ObjectStorage("s3")
+    storage = ObjectStorage("s3", FaultLog(), BufferPool())
     yield storage
     storage.close()
 
@@ -47,9 +48,7 @@ def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(retry, "PATIENCE_SECONDS", 3.0)
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        FAULTS.drain()
         yield proxy
-        FAULTS.drain()
 
 
 _AZURE_ACCOUNT = "devstoreaccount1"
@@ -97,7 +96,7 @@ class TestAzure(StorageContract):
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", _AZURE_ACCOUNT)
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", _AZURE_KEY)
         monkeypatch.setenv("AZURE_ENDPOINT", azurite)
-        storage = ObjectStorage("az")
+        storage = ObjectStorage("az", FaultLog(), BufferPool())
         yield storage
         storage.close()
 
@@ -109,7 +108,7 @@ class TestAzure(StorageContract):
 class TestS3(StorageContract):
     @pytest.fixture
     def storage(self) -> Iterator[ObjectStorage]:
-        storage = ObjectStorage("s3")
+        storage = ObjectStorage("s3", FaultLog(), BufferPool())
         yield storage
         storage.close()
 
@@ -137,9 +136,9 @@ def write_parts(storage: Storage, url: str, data: bytes = PARTS) -> None:
     finish(storage.open_writer(url, len(data)), data)
 
 
-def drained() -> dict[str, int]:
+def drained(storage: ObjectStorage) -> dict[str, int]:
     """Return the faults that were got over, without the store's name."""
-    return {name.partition(": ")[2]: count for name, count in FAULTS.drain()}
+    return {name.partition(": ")[2]: count for name, count in storage.faults.drain()}
 
 
 # names
@@ -227,7 +226,7 @@ def test_reads_get_over_faults(
     proxy.script([fault, None, fault, None, None, fault], only=is_operation("GetObject"))
     assert read_all(storage, storage.stat(f"s3://{bucket}/a")) == data
     assert proxy.injected == {fault: 3}
-    assert drained() == {f"GET: {READ_FAULTS[fault]}": 3}
+    assert drained(storage) == {f"GET: {READ_FAULTS[fault]}": 3}
 
 
 def test_a_body_that_breaks_is_gone_on_with_where_it_broke(
@@ -258,7 +257,7 @@ def test_looking_gets_over_faults(
     proxy.script([fault] * 2, only=is_operation(operation))
     assert storage.list(f"s3://{bucket}") == {"a": storage.stat(f"s3://{bucket}/a")} == storage.list(f"s3://{bucket}")
     assert proxy.injected == {fault: 2}
-    assert sum(drained().values()) == 2
+    assert sum(drained(storage).values()) == 2
 
 
 MULTIPART = ("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload")
@@ -296,7 +295,7 @@ def test_small_writes_get_over_faults(
     url = f"s3://{bucket}/a"
     assert storage.write(url, PARTS[:1000], exclusive=exclusive) == storage.stat(url)
     assert storage.read(url, 1000) == PARTS[:1000]
-    assert sum(proxy.injected.values()) == sum(drained().values()) >= 1
+    assert sum(proxy.injected.values()) == sum(drained(storage).values()) >= 1
     storage.delete(url)
 
 
@@ -361,7 +360,7 @@ def test_a_store_that_is_down_is_named(
         lambda: read_all(storage, file),
         lambda: storage.write(url, b"1"),
         lambda: storage.delete(url),
-        lambda: ObjectStorage("s3").lock(f"{url}.lock").__enter__(),
+        lambda: ObjectStorage("s3", FaultLog(), BufferPool()).lock(f"{url}.lock").__enter__(),
     ):
         with pytest.raises((FetchError, OutputError), match=rf"s3://{bucket}: .* gave up after \d+ attempts in \d s"):
             attempt()
@@ -536,8 +535,10 @@ def test_uploads_of_a_killed_run_are_swept_and_no_others(
 ) -> None:
     program = f"""
         import os
+        from raymerge.pipeline.stores.buffers import BufferPool
         from raymerge.pipeline.stores.objects.storage import ObjectStorage
-        writer = ObjectStorage("s3").open_writer("s3://{bucket}/out/a", 40 * 2**20)
+        from raymerge.pipeline.stores.retry import FaultLog
+        writer = ObjectStorage("s3", FaultLog(), BufferPool()).open_writer("s3://{bucket}/out/a", 40 * 2**20)
         writer.write(bytes(20 * 2**20))
         os._exit(9)
     """
@@ -571,8 +572,10 @@ def test_the_lock_of_a_killed_run_of_this_machine_is_free(
     url = f"s3://{bucket}/out/lock"
     program = f"""
         import os
+        from raymerge.pipeline.stores.buffers import BufferPool
         from raymerge.pipeline.stores.objects.storage import ObjectStorage
-        context = ObjectStorage("s3").lock("{url}")
+        from raymerge.pipeline.stores.retry import FaultLog
+        context = ObjectStorage("s3", FaultLog(), BufferPool()).lock("{url}")
         context.__enter__()
         os._exit(9)
     """

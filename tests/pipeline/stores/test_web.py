@@ -20,7 +20,7 @@ import pytest
 
 from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError, OutputError
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
-from raymerge.pipeline.stores.retry import FAULTS
+from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.web.client import WebClient
 from raymerge.pipeline.stores.web.connection import _tls_context
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError
@@ -123,7 +123,6 @@ def root(tmp_path: Path) -> Path:
 def server(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    FAULTS.drain()
     server = FileServer(root.parent)
     server.start()
     yield server
@@ -133,7 +132,7 @@ def server(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
 
 @pytest.fixture
 def storage() -> Iterator[WebStorage]:
-    storage = WebStorage()
+    storage = WebStorage(FaultLog())
     yield storage
     storage.close()
 
@@ -269,7 +268,7 @@ def test_faults(server: FileServer, storage: WebStorage, fault: Fault) -> None:
         assert read_all(storage, file) == FILES["model.safetensors"]
         assert proxy.injected[fault] == 2
         storage.close()
-    assert sum(count for _, count in FAULTS.drain()) == 2
+    assert sum(count for _, count in storage.faults.drain()) == 2
 
 
 def test_connections_are_used_again(server: FileServer, storage: WebStorage) -> None:

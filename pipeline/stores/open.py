@@ -1,0 +1,113 @@
+"""Storages by URL: opened for one merge, with its settings, and closed at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock as ThreadLock
+from typing import Literal
+
+from raymerge.pipeline.stores.buffers import BufferPool
+from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
+from raymerge.pipeline.stores.retry import FaultLog
+from raymerge.pipeline.stores.seam import Storage
+from raymerge.pipeline.urls import check_url, scheme_of
+
+Library = Literal["auto", "fsspec"]
+"""What serves object stores and the web: the fastest library for each, or fsspec for all."""
+
+COPY_NBYTES = 4 * 2**20
+"""Bytes of a file in memory while all of it is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """What the user may choose; the same in every process of a merge."""
+
+    library: Library = "auto"
+    private: bool = True
+    """Whether a repository that is made on the Hub is private."""
+
+
+class Stores:
+    """The storages of one merge, with the buffers and the record of faults that they share.
+
+    Safe to use from several threads. Pickled as its settings: a worker process has storages of its own.
+    """
+
+    def __init__(self, settings: StoreSettings = StoreSettings()) -> None:
+        self.settings = settings
+        self.faults = FaultLog()
+        """Of this process."""
+        self.pool = BufferPool()
+        """It holds at most what the plan gives to the workers that run at once in this process."""
+        self._lock = ThreadLock()
+        self._storages: dict[str, Storage] = {}
+
+    def __reduce__(self) -> tuple[type[Stores], tuple[StoreSettings]]:
+        return Stores, (self.settings,)
+
+    def at(self, url: str) -> Storage:
+        """Return the storage that serves a path or URL; one for each scheme, so that connections are shared.
+
+        Raises:
+            ConfigError: the URL is malformed, or its scheme is not known.
+        """
+        check_url(url)
+        scheme = scheme_of(url)
+        with self._lock:
+            if scheme not in self._storages:
+                self._storages[scheme] = self._build(scheme)
+            return self._storages[scheme]
+
+    def read_pieces(self, file: StoredFile) -> Iterator[Buffer]:
+        """Yield a file's bytes in order; each piece is valid until the next is asked for.
+
+        Raises:
+            FetchError: the file could not be read, or has changed.
+        """
+        storage = self.at(file.url)
+        with self.pool.lend(COPY_NBYTES, 1) as (buffer,):
+            for start in range(0, file.nbytes, COPY_NBYTES):
+                piece = ByteRange(file, start, min(start + COPY_NBYTES, file.nbytes))
+                storage.read_into([piece], [buffer[: piece.nbytes]])
+                yield buffer[: piece.nbytes]
+
+    def close(self) -> None:
+        """Close files and connections, and free the buffers; the stores can still be used, and open them again."""
+        for storage in list(self._storages.values()):
+            storage.close()
+        self.pool.close()
+
+    def _build(self, scheme: str) -> Storage:
+        """Import what a scheme needs, and nothing else."""
+        if scheme == "file":
+            from raymerge.pipeline.stores.local.storage import LocalStorage
+
+            return LocalStorage()
+        if scheme == "hf":
+            from raymerge.pipeline.stores.hub.storage import HubStorage
+
+            return HubStorage(self.faults, private=self.settings.private)
+        if self.settings.library == "auto" and scheme in ("s3", "gs", "az"):
+            from raymerge.pipeline.stores.objects.storage import ObjectStorage
+
+            return ObjectStorage(scheme, self.faults, self.pool)
+        if self.settings.library == "auto" and scheme in ("http", "https"):
+            from raymerge.pipeline.stores.web.storage import WebStorage
+
+            return WebStorage(self.faults)
+        from raymerge.pipeline.stores.fsspec.storage import FsspecStorage
+
+        return FsspecStorage(scheme, self.faults)
+
+
+@contextmanager
+def open_stores(settings: StoreSettings = StoreSettings()) -> Iterator[Stores]:
+    """Have storages with these settings until the context ends."""
+    stores = Stores(settings)
+    try:
+        yield stores
+    finally:
+        stores.close()
