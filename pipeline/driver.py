@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from raymerge.cluster.ray.session import RaySession
 
 Config = Path | str | Mapping[str, Any]
-"""A YAML file, YAML text, or its content."""
+"""A YAML file or its name, YAML text, or its content."""
 
 
 def plan(

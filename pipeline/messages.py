@@ -46,6 +46,18 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def find_near(name: str, allowed: Collection[str], cutoff: float = 0.6) -> str | None:
+    """Return the name that was probably meant, if there is one.
+
+    >>> find_near("wieght", ["weight", "normalize"]), find_near("base", ["base_model"]), find_near("x", ["y"])
+    ('weight', 'base_model', None)
+    """
+    near = difflib.get_close_matches(name.lower(), allowed, n=1, cutoff=cutoff)
+    if not near and len(name) > 3:
+        near = [other for other in allowed if name.lower() in other or (len(other) > 3 and other in name.lower())]
+    return near[0] if near else None
+
+
 def suggest(name: str, allowed: Collection[str], cutoff: float = 0.6) -> str:
     """Return advice on a name that is not among the allowed ones.
 
@@ -56,6 +68,6 @@ def suggest(name: str, allowed: Collection[str], cutoff: float = 0.6) -> str:
     """
     if not allowed:
         return "nothing is allowed here; remove it"
-    near = difflib.get_close_matches(name.lower(), allowed, n=1, cutoff=cutoff)
-    question = f"did you mean {near[0]!r}? " if near else ""
+    near = find_near(name, allowed, cutoff)
+    question = f"did you mean {near!r}? " if near else ""
     return f"{question}Allowed: {', '.join(allowed)}"

@@ -276,11 +276,11 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: &a [*a]\n", "an alias refers to what contains it"),
         ("[" * 5000, "nested too deeply"),
         ("merge_method: linear\nmerge_method: slerp\n", "'merge_method' is there already"),
-        ("merge_method: [\n", "line 2"),
+        ("merge_method: [\n", "merge.yml:2:1: "),
         ("", "empty"),
         ("just text", "mapping"),
-        ("a: 1\n---\nb: 2\n", "document"),
-        ("merge_method: lin\x00ear\n", "line 1"),
+        ("a: 1\n---\nb: 2\n", "merge.yml:2:1: a second merge begins here"),
+        ("merge_method: lin\x00ear\n", "merge.yml:1: "),
     ],
 )
 def test_yaml(text: str, said: str, tmp_path: Path, cli: Cli) -> None:

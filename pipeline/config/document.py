@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -14,6 +15,9 @@ MAX_NBYTES = 2**20
 """Largest document that is read."""
 MAX_NODES = 100_000
 """Most nodes that a document may have once its aliases are written out."""
+
+_MAX_SHOWN = 100
+"""Characters of a line that a message shows."""
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {_TAG + kind for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
@@ -30,53 +34,103 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def read_document(source: Path | str | Mapping[str, object]) -> tuple[str, dict[str, object]]:
-    """Return a config's YAML text, verbatim, and the mapping that it holds.
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A config as written."""
 
-    Args:
-        source: a file, YAML text, or an already parsed config (whose text is then written here).
+    text: str
+    """Verbatim; what a parsed config comes to in YAML."""
+    content: dict[str, object]
+    node: yaml.Node | None
+    """The content as YAML has it, with the lines; None where a parsed config was given, whose lines nobody knows."""
+    file: Path | None = None
 
-    Raises:
-        ConfigError: the file cannot be read, or the YAML is not one mapping of plain data.
-    """
-    if isinstance(source, Path):
-        text = _read_text(source)
-        return text, parse_yaml(text, where=f"{source}: ")
-    text = source if isinstance(source, str) else _dump(source)
-    return text, parse_yaml(text)
+    def where(self, line: int | None, column: int | None = None) -> str:
+        """Return where a line is, as it begins a message; with the file's name alone, as outputs mention it."""
+        return _where(self.file and self.file.name, line, column)
+
+    def show(self, line: int | None, message: str, *, label: str = "") -> str:
+        """Return a message about a line, with the line's text; `label` stands before the message."""
+        return _show(self.text, self.file, line, f"{label}{message}")
 
 
-def parse_yaml(text: str, *, where: str = "") -> dict[str, object]:
-    """Return the mapping that a YAML text holds: dicts with string keys, lists, strings, numbers, booleans, None.
+def read_document(source: Path | str | Mapping[str, object]) -> Document:
+    """Return a config's text and the mapping that it holds: dicts with string keys, lists and plain values.
 
     Ordinary anchors, aliases and `<<` merges are resolved.
 
     Args:
-        text: one YAML document.
-        where: put before the line number in messages.
+        source: a file, or its name; YAML text; or an already parsed config (whose text is then written here).
 
     Raises:
-        ConfigError: syntax errors, tags, duplicate keys, aliases that contain themselves or grow too large, or
-            anything but one mapping.
+        ConfigError: the file cannot be read; syntax errors, tags, duplicate keys, aliases that contain themselves or
+            grow too large; or anything but one mapping of plain data.
     """
+    if isinstance(source, str) and _names_file(source):
+        source = Path(source)
+    if isinstance(source, Path):
+        text = _read_text(source)
+        return Document(text, *_parse(text, source), source)
+    if isinstance(source, str):
+        return Document(source, *_parse(source, None))
+    text = _dump(source)
+    return Document(text, _parse(text, None)[0], None)
+
+
+def _names_file(text: str) -> bool:
+    """Tell whether a text is no YAML, but the name of a file of it."""
+    if "\n" in text or not text.strip():
+        return False
+    if re.search(r"\.ya?ml$", text, re.IGNORECASE):
+        return True
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
+
+
+def _parse(text: str, file: Path | None) -> tuple[dict[str, object], yaml.Node]:
+    """Return the mapping that a YAML text holds, and its node."""
     if len(text) > MAX_NBYTES:
+        where = f"{file}: " if file else ""
         raise ConfigError(f"{where}the YAML is longer than {MAX_NBYTES} bytes; this is not a merge config")
     try:
-        return _parse(text)
+        return _construct(text, file)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = " ".join(part for part in (error.context, error.problem, error.note) if part)
-        raise ConfigError(f"{where}{line}{problem}") from error
+        if error.context == "expected a single document in the stream":
+            problem = "a second merge begins here, as mergekit-multi takes it; put each merge in a file of its own"
+        line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
+        raise ConfigError(_show(text, file, line, problem, column)) from error
     except yaml.reader.ReaderError as error:
-        line_number = text.count("\n", 0, error.position) + 1
-        raise ConfigError(
-            f"{where}line {line_number}: character #x{error.character:04x} is not allowed in YAML"
-        ) from error
+        line = text.count("\n", 0, error.position) + 1
+        problem = f"character #x{error.character:04x} is not allowed in YAML"
+        raise ConfigError(_where(file, line) + problem) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where}{error}") from error
+        raise ConfigError(_where(file, None) + str(error)) from error
     except RecursionError as error:
-        raise ConfigError(f"{where}the YAML is nested too deeply") from error
+        raise ConfigError(_where(file, None) + "the YAML is nested too deeply") from error
+
+
+def _where(file: Path | str | None, line: int | None, column: int | None = None) -> str:
+    """Return where something is, as it begins a message; nothing for a text without a line."""
+    if line is None:
+        return f"{file}: " if file else ""
+    if file is None:
+        return f"line {line}{f', column {column}' if column else ''}: "
+    return f"{file}:{line}{f':{column}' if column else ''}: "
+
+
+def _show(text: str, file: Path | None, line: int | None, problem: str, column: int | None = None) -> str:
+    """Return a message about a line, with the line's text."""
+    lines = text.splitlines()
+    if line is None or line > len(lines) or not lines[line - 1].strip():
+        return _where(file, line, column) + problem
+    written = lines[line - 1].rstrip()
+    if len(written) > _MAX_SHOWN:
+        written = f"{written[: _MAX_SHOWN - 3]}..."
+    return f"{_where(file, line, column)}{problem}\n{line:5} | {written}"
 
 
 def _read_text(path: Path) -> str:
@@ -104,24 +158,30 @@ def _dump(config: Mapping[str, object]) -> str:
         raise ConfigError("the config contains itself, or is nested too deeply") from error
 
 
-def _parse(text: str) -> dict[str, object]:
+def _construct(text: str, file: Path | None) -> tuple[dict[str, object], yaml.Node]:
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
         if root is None:
-            raise ConfigError("the config is empty; it needs at least merge_method and models")
+            raise ConfigError(f"{_where(file, None)}the config is empty; it needs at least merge_method and models")
         if not isinstance(root, yaml.MappingNode):
-            is_file = isinstance(root, yaml.ScalarNode) and "\n" not in text
-            hint = "; text is read as YAML, pass a pathlib.Path to read a file" if is_file else ""
+            is_name = file is None and isinstance(root, yaml.ScalarNode) and "\n" not in text
+            hint = "; there is no file of this name either" if is_name else ""
             raise _problem(root, f"a config is a mapping such as `merge_method: linear`, not {_kind(root)}{hint}")
-        _check(root, loader, {}, set())
-        document: dict[str, object] = loader.construct_document(root)
-        return document
+        problems: list[yaml.MarkedYAMLError] = []
+        _check(root, loader, {}, set(), problems)
+        if problems:
+            shown = [_show(text, file, e.problem_mark.line + 1, str(e.problem)) for e in problems if e.problem_mark]
+            raise ConfigError("\n".join(shown)) from problems[0]
+        content: dict[str, object] = loader.construct_document(root)
+        return content, root
     finally:
         loader.dispose()
 
 
-def _check(node: yaml.Node, loader: _Loader, counts: dict[int, int], begun: set[int]) -> int:
+def _check(
+    node: yaml.Node, loader: _Loader, counts: dict[int, int], begun: set[int], problems: list[yaml.MarkedYAMLError]
+) -> int:
     """Return how many nodes there are from here on with all aliases written out.
 
     Args:
@@ -129,6 +189,10 @@ def _check(node: yaml.Node, loader: _Loader, counts: dict[int, int], begun: set[
         loader: makes values of scalars.
         counts: what is known already, by node identity; added to.
         begun: what is begun; those not in `counts` are what this node lies in. Added to.
+        problems: what is wrong with a node; added to.
+
+    Raises:
+        yaml.MarkedYAMLError: there is no end to it.
     """
     if id(node) in counts:
         return counts[id(node)]
@@ -136,25 +200,28 @@ def _check(node: yaml.Node, loader: _Loader, counts: dict[int, int], begun: set[
         raise _problem(node, "an alias refers to what contains it")
     if node.tag not in _PLAIN_TAGS:
         tag = node.tag.replace(_TAG, "!!")
-        raise _problem(node, f"the tag {tag} is not allowed; a config holds plain values only")
+        problems.append(_problem(node, f"the tag {tag} is not allowed; a config holds plain values only"))
     begun.add(id(node))
     total = 1
     if isinstance(node, yaml.ScalarNode):
-        try:
-            loader.construct_object(node)
-        except (ValueError, LookupError) as error:
-            raise _problem(node, f"{node.value[:40]!r} is not a value of its type; put it in quotes") from error
+        if node.tag in _PLAIN_TAGS:
+            try:
+                loader.construct_object(node)
+            except (ValueError, LookupError):
+                problems.append(_problem(node, f"{node.value[:40]!r} is not a value of its type; put it in quotes"))
     elif isinstance(node, yaml.SequenceNode):
-        total += sum(_check(child, loader, counts, begun) for child in node.value)
+        total += sum(_check(child, loader, counts, begun, problems) for child in node.value)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEY_TAGS:
-                raise _problem(key, "a key must be a string; put it in quotes")
-            if key.value in lines:
-                raise _problem(key, f"the key {key.value!r} is there already, on line {lines[key.value]}; keep one")
-            lines[key.value] = key.start_mark.line + 1
-            total += 1 + _check(value, loader, counts, begun)
+                problems.append(_problem(key, "a key must be a string; put it in quotes"))
+            elif key.value in lines:
+                problem = f"the key {key.value!r} is there already, on line {lines[key.value]}; keep one"
+                problems.append(_problem(key, problem))
+            else:
+                lines[key.value] = key.start_mark.line + 1
+            total += 1 + _check(value, loader, counts, begun, problems)
     if total > MAX_NODES:
         raise _problem(node, f"with all aliases written out there are more than {MAX_NODES} values")
     counts[id(node)] = total

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.config.document import read_document
-from raymerge.pipeline.config.methods import check_models, check_sources, parse_method, parse_settings
-from raymerge.pipeline.config.node import Place
-from raymerge.pipeline.config.reference import parse_model_ref
+from raymerge.pipeline.config.document import Document, read_document
+from raymerge.pipeline.config.methods import (
+    Use,
+    check_given,
+    check_models,
+    check_sources,
+    list_parameters,
+    parse_method,
+    parse_settings,
+)
+from raymerge.pipeline.config.node import Place, PlaceError
+from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref
 from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.messages import shown, suggest
+from raymerge.pipeline.messages import counted, shown, suggest
 
 _FORMS = ("models", "slices", "modules")
+_MOE_KEYS = {"experts", "gate_mode", "shared_experts", "experts_per_token"}
 _NOT_SUPPORTED = {
     "tokenizer": "without it the output gets the tokenizer of base_model, or else of the first model",
     "tokenizer_source": "without it the output gets the tokenizer of base_model, or else of the first model",
@@ -108,42 +118,162 @@ def load_config(source: Path | str | Mapping[str, object], *, strict: bool = Fal
     """Return the merge that a mergekit config describes.
 
     Args:
-        source: a YAML file, YAML text, or an already parsed config.
+        source: a YAML file, or its name; YAML text; or an already parsed config.
         strict: refuse what otherwise gives a warning, such as an unknown key.
 
     Raises:
-        ConfigError: the config cannot be read or cannot be meant; the message names the YAML path.
+        ConfigError: the config cannot be read or cannot be meant; the message names every mistake that was found, with
+            its line and YAML path.
     """
-    text, document = read_document(source)
-    root = Place(document)
-    config = _parse(root, text)
-    if strict and root.warnings:
-        problems = "\n".join(f"  {warning}" for warning in root.warnings)
-        raise ConfigError(f"refused because of strict:\n{problems}")
+    document = read_document(source)
+    root = Place(document.content, node=document.node)
+    config = _Reader(root).read(document)
+    if config is None:
+        raise ConfigError(root.findings.explain(document))
+    if strict and config.warnings:
+        raise ConfigError(f"refused because of strict:\n{root.findings.explain(document)}")
     return config
 
 
-def _parse(root: Place, text: str) -> MergeConfig:
-    op = parse_method(root.get("merge_method"))
-    root.check_keys(_KEYS, _parameter_names(op))
-    _check_form(root)
-    for key, advice in _NOT_SUPPORTED.items():
-        if root.get(key).value is not None:
-            raise root.get(key).error(f"not supported yet; {advice}")
-    base = _parse_base(root)
-    models = _parse_models(root, op, base)
-    slices = tuple(_parse_slice(place, root, op, base) for place in _list(root.get("slices")))
-    return MergeConfig(
-        method=op.name,
-        models=models,
-        slices=slices,
-        base_model=base,
-        dtype=_parse_dtype(root.get("dtype")),
-        out_dtype=_parse_dtype(root.get("out_dtype")),
-        parameters=parse_settings(root.get("parameters"), op, of_model=False),
-        text=text,
-        warnings=tuple(root.warnings),
-    )
+class _Reader:
+    """Reads a config, and goes on after a mistake, which is noted, as far as the rest makes sense without it."""
+
+    def __init__(self, root: Place) -> None:
+        self._root = root
+        self._op: Op | None = None
+        self._base: ModelRef | None = None
+        self._parameters: Settings = {}
+        self._uses: list[Use] = []
+        """What needs per-model parameters."""
+
+    def read(self, document: Document) -> MergeConfig | None:
+        """Return what the config says; None where something is wrong with it."""
+        root = self._root
+        if keys := [key for key in root.names() if key in _MOE_KEYS]:
+            error = root.get(keys[0]).error("belongs to mergekit-moe; raymerge cannot build mixtures of experts")
+            root.note(error)
+            return None
+        root.check_keys(_KEYS, list_parameters())
+        self._op = root.attempt(parse_method)
+        with root.gathering():
+            _check_form(root)
+        for key, advice in _NOT_SUPPORTED.items():
+            if (place := root.get(key)).value is not None:
+                place.note(place.error(f"not supported yet; {advice}"))
+        self._base = self._read_base(root)
+        if self._base is None and (near := root.misspelt("base_model")):
+            root.note(near)
+        self._parameters = self._read_parameters(root, of_model=False)
+        models = self._read_models()
+        slices = [place.attempt(self._read_slice) for place in root.get("slices").attempt(_list) or ()]
+        dtypes = [root.get(key).attempt(_parse_dtype) for key in ("dtype", "out_dtype")]
+        if self._op is not None:
+            check_given(self._op, self._uses, per_model=True)
+            levels = [(self._parameters,)] if not slices else [(s.parameters, self._parameters) for s in slices if s]
+            check_given(self._op, [Use((root,), given) for given in levels], per_model=False)
+        if self._op is None or root.findings.errors:
+            return None
+        return MergeConfig(
+            method=self._op.name,
+            models=tuple(models),
+            slices=tuple(part for part in slices if part is not None),
+            base_model=self._base,
+            dtype=dtypes[0],
+            out_dtype=dtypes[1],
+            parameters=self._parameters,
+            text=document.text,
+            warnings=root.findings.list_warnings(document),
+        )
+
+    def _read_base(self, place: Place) -> ModelRef | None:
+        base = place.get("base_model")
+        return None if base.value is None else base.attempt(parse_model_ref)
+
+    def _read_parameters(self, place: Place, *, of_model: bool) -> Settings:
+        written = place.get("parameters")
+        if self._op is None:
+            return {}
+        return written.attempt(partial(parse_settings, op=self._op, of_model=of_model)) or {}
+
+    def _read_models(self) -> list[ModelEntry]:
+        place = self._root.get("models")
+        entries: list[ModelEntry] = []
+        num_errors = len(place.findings.errors)
+        for written in place.attempt(_list) or ():
+            with written.gathering():
+                _check_entry(written, ("model", "parameters"))
+                model, parameters = self._read_model(written), self._read_parameters(written, of_model=True)
+                if model is None:
+                    continue
+                same = next((i for i, other in enumerate(entries) if other.model == model), None)
+                if same is not None:
+                    raise written.get("model").error(
+                        f"{model} is listed already, as models[{same}]; list each model once, with all of its weight"
+                    )
+                entries.append(ModelEntry(model, parameters))
+                self._check_parameters(written, model, (parameters, self._parameters), self._base)
+        if entries and self._op is not None and len(place.findings.errors) == num_errors and self._is_base_sound():
+            with place.gathering():
+                check_models(self._root, self._op, [entry.model for entry in entries], self._base)
+        return entries
+
+    def _read_model(self, place: Place) -> ModelRef | None:
+        written = place.get("model")
+        if written.value is None:
+            place.note(place.missing("model", NO_MODEL))
+            return None
+        return written.attempt(parse_model_ref)
+
+    def _is_base_sound(self) -> bool:
+        return self._base is not None or self._root.get("base_model").value is None
+
+    def _check_parameters(
+        self, place: Place, model: ModelRef, levels: tuple[Settings, ...], base: ModelRef | None, *around: Place
+    ) -> None:
+        """Warn about parameters of a base that takes none; note what others need."""
+        op = self._op
+        if op is None:
+            return
+        if model != base or op.base is not Base.REQUIRED:
+            self._uses.append(Use((place, *around, self._root), levels, model))
+        elif levels[0]:
+            place.get("parameters").warn(
+                f"ignored ({', '.join(levels[0])}), because {model} is the base, and {op.name} takes none for the base"
+            )
+
+    def _read_slice(self, place: Place) -> OutputSlice | None:
+        _check_entry(place, ("sources", "base_model", "residual_weight", "parameters"))
+        if place.get("residual_weight").value is not None:
+            place.get("residual_weight").warn("has no effect, in mergekit neither; remove it")
+        written = place.get("sources")
+        if not written:
+            problem = "no sources are given; list at least one `- model: ...` with its layer_range"
+            raise place.missing("sources", problem)
+        own_base = self._read_base(place)
+        if own_base and self._op and self._op.base is Base.INPUT:
+            place.get("base_model").warn(f"has no effect, because {self._op.name} takes no base; remove it")
+        base = own_base or self._base
+        parameters = self._read_parameters(place, of_model=False)
+        num_errors = len(place.findings.errors)
+        read = partial(self._read_source, around=place, parameters=parameters, base=base)
+        sources = [source.attempt(read) for source in written.elements()]
+        found = tuple(source for source in sources if source is not None)
+        if len(place.findings.errors) > num_errors:
+            return None
+        _check_lengths(written, found)
+        if self._op is not None and self._is_base_sound():
+            check_sources(self._root, written, self._op, [source.model for source in found], base)
+        return OutputSlice(found, own_base, parameters)
+
+    def _read_source(
+        self, place: Place, around: Place, parameters: Settings, base: ModelRef | None
+    ) -> SliceSource | None:
+        _check_entry(place, ("model", "layer_range", "parameters"))
+        model, own = self._read_model(place), self._read_parameters(place, of_model=True)
+        if model is not None:
+            self._check_parameters(place, model, (own, parameters, self._parameters), base, around)
+        layer_range = _parse_layer_range(place.get("layer_range"), place.misspelt("layer_range"))
+        return None if model is None else SliceSource(model, layer_range, own)
 
 
 def _check_form(root: Place) -> None:
@@ -151,78 +281,34 @@ def _check_form(root: Place) -> None:
     if not given:
         written = [form for form in _FORMS if form in root.names()]
         problem = f"{written[0]} is empty" if written else "no models are given"
-        raise root.error(f"{problem}; list what to merge under `models`, or layers of it under `slices`")
+        error = root.error(f"{problem}; list what to merge under `models`, or layers of it under `slices`")
+        raise next((near for form in _FORMS if (near := root.misspelt(form))), error)
     if len(given) > 1:
         raise root.error(f"{' and '.join(given)} are given, and only one can be; keep one of them")
     if given == ["modules"]:
         raise root.get("modules").error("not supported yet; write `models` or `slices`")
 
 
-def _parse_base(place: Place) -> ModelRef | None:
-    base = place.get("base_model")
-    return None if base.value is None else parse_model_ref(base)
-
-
-def _parse_models(root: Place, op: Op, base: ModelRef | None) -> tuple[ModelEntry, ...]:
-    place = root.get("models")
-    places = _list(place)
-    entries: list[ModelEntry] = []
-    for written in places:
-        _check_entry(written, ("model", "parameters"), op)
-        entry = ModelEntry(
-            parse_model_ref(written.get("model")), parse_settings(written.get("parameters"), op, of_model=True)
-        )
-        same = next((i for i, other in enumerate(entries) if other.model == entry.model), None)
-        if same is not None:
-            raise written.get("model").error(
-                f"{entry.model} is listed already, as models[{same}]; list each model once, with all of its weight"
-            )
-        _check_base_parameters(written, op, entry.model, entry.parameters, base)
-        entries.append(entry)
-    if entries:
-        check_models(root.get("base_model"), place, op, [entry.model for entry in entries], base)
-    return tuple(entries)
-
-
-def _parse_slice(place: Place, root: Place, op: Op, base: ModelRef | None) -> OutputSlice:
-    _check_entry(place, ("sources", "base_model", "residual_weight", "parameters"), op)
-    if place.get("residual_weight").value is not None:
-        place.get("residual_weight").warn("has no effect, in mergekit neither; remove it")
-    written = place.get("sources")
-    if not written:
-        raise written.error("no sources are given; list at least one `- model: ...` with its layer_range")
-    own_base = _parse_base(place)
-    if own_base and op.base is Base.INPUT:
-        place.get("base_model").warn(f"has no effect, because {op.name} takes no base; remove it")
-    holds = own_base or base
-    sources = tuple(_parse_source(source, op, holds) for source in written.elements())
+def _check_lengths(place: Place, sources: Sequence[SliceSource]) -> None:
     first = sources[0].layer_range
-    for source, where in zip(sources, written.elements(), strict=True):
+    for source, where in zip(sources, place.elements(), strict=True):
         start, stop = source.layer_range
         if stop - start != first[1] - first[0]:
             raise where.get("layer_range").error(
-                f"[{start}, {stop}] is {stop - start} layers, but the first source of this slice, "
+                f"[{start}, {stop}] is {counted(stop - start, 'layer')}, but the first source of this slice, "
                 f"[{first[0]}, {first[1]}], is {first[1] - first[0]}; give all sources of a slice the same length"
             )
-    check_sources(root.get("base_model"), written, op, [source.model for source in sources], holds)
-    return OutputSlice(sources, own_base, parse_settings(place.get("parameters"), op, of_model=False))
 
 
-def _parse_source(place: Place, op: Op, base: ModelRef | None) -> SliceSource:
-    _check_entry(place, ("model", "layer_range", "parameters"), op)
-    model = parse_model_ref(place.get("model"))
-    settings = parse_settings(place.get("parameters"), op, of_model=True)
-    _check_base_parameters(place, op, model, settings, base)
-    return SliceSource(model, _parse_layer_range(place.get("layer_range")), settings)
-
-
-def _parse_layer_range(place: Place) -> tuple[int, int]:
+def _parse_layer_range(place: Place, misspelt: PlaceError | None) -> tuple[int, int]:
     advice = "write [start, stop], the first layer and the one after the last, such as [0, 32]"
     match place.value:
         case [int() as start, int() as stop] if not isinstance(start, bool) and not isinstance(stop, bool):
             if 0 <= start < stop:
                 return start, stop
             raise place.error(f"[{start}, {stop}] holds no layers; {advice}")
+        case None if misspelt:
+            raise misspelt
     raise place.error(f"{shown(place.value)} is given; {advice}")
 
 
@@ -231,29 +317,21 @@ def _parse_dtype(place: Place) -> str | None:
         return None
     name = place.text().removeprefix("torch.")
     if name not in OUTPUT_DTYPES:
-        raise place.error(f"{name!r} is no dtype that a merge can be written in; {suggest(name, OUTPUT_DTYPES, 0.5)}")
+        advice = suggest(name if "8" not in name else "", OUTPUT_DTYPES, 0.5)
+        if name == "auto":
+            advice = f"leave {place.path} out to keep the models' own"
+        raise place.error(f"{name!r} is no dtype that a merge can be written in; {advice}")
     return OUTPUT_DTYPES[name]
 
 
-def _check_entry(place: Place, keys: tuple[str, ...], op: Op) -> None:
+def _check_entry(place: Place, keys: tuple[str, ...]) -> None:
     """Check that an entry of a list is a mapping with these keys."""
     if isinstance(place.value, str):
         raise place.error(f"{shown(place.value)} is given, a mapping is needed; write `- {keys[0]}: {place.value}`")
     if place.value is None:
         raise place.error(f"the entry is empty; write `- {keys[0]}: ...`")
-    place.check_keys(keys, _parameter_names(op))
-
-
-def _check_base_parameters(place: Place, op: Op, model: ModelRef, settings: Settings, base: ModelRef | None) -> None:
-    if settings and model == base and op.base is Base.REQUIRED:
-        place.get("parameters").warn(
-            f"ignored ({', '.join(settings)}), because {model} is the base, and {op.name} takes none for the base"
-        )
+    place.check_keys(keys, list_parameters())
 
 
 def _list(place: Place) -> list[Place]:
     return list(place.elements()) if place else []
-
-
-def _parameter_names(op: Op) -> list[str]:
-    return [parameter.name for parameter in op.parameters]

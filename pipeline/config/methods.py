@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from functools import cache, partial
 
-from raymerge.ops.errors import UnknownOpError
-from raymerge.ops.registry import Base, Op, find_op, load_ops
+from raymerge.ops.registry import Base, Op, load_ops
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.config.node import Place
+from raymerge.pipeline.config.node import Place, PlaceError
 from raymerge.pipeline.config.values import Setting, Settings, parse_setting
-from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import listing, suggest
+
+_MERGEKIT_METHODS = {
+    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "core_space", "dare_linear", "dare_ties", "della",
+    "della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram",
+    "ramplus_tl", "sce", "slerp", "task_arithmetic", "ties",
+}  # fmt: skip
+"""What mergekit 0.1.5 knows."""
 
 
 def parse_method(place: Place) -> Op:
-    """Return the op that `merge_method` names.
+    """Return the op that a config's `merge_method` names.
 
     Raises:
         ConfigError: there is none.
     """
-    if place.value is None:
-        raise place.error(
-            f"is missing; add it, for instance `merge_method: linear`. There are: {', '.join(load_ops())}"
-        )
-    try:
-        return find_op(place.text())
-    except UnknownOpError as error:
-        raise ConfigError(str(error)) from error
+    ops = load_ops()
+    method = place.get("merge_method")
+    if method.value is None:
+        problem = f"is missing; add it, for instance `merge_method: linear`. There are: {', '.join(ops)}"
+        raise place.missing("merge_method", problem)
+    name = method.text()
+    if name not in ops:
+        if name in _MERGEKIT_METHODS:
+            raise method.error(f"mergekit has {name}, and raymerge not yet. It has: {', '.join(ops)}")
+        raise method.error(f"{name!r} is unknown; {suggest(name, ops)}")
+    return ops[name]
+
+
+@cache
+def list_parameters() -> Set[str]:
+    """Return the names of all parameters of all ops."""
+    return {parameter.name for op in load_ops().values() for parameter in op.parameters}
 
 
 def parse_settings(place: Place, op: Op, *, of_model: bool) -> Settings:
@@ -38,31 +54,79 @@ def parse_settings(place: Place, op: Op, *, of_model: bool) -> Settings:
         of_model: whether they stand under one model, where only per-model parameters have an effect.
 
     Raises:
-        ConfigError: a value is not of the parameter's type.
+        ConfigError: it is no mapping. That a value is not of the parameter's type is noted.
     """
     declared = {parameter.name: parameter for parameter in op.parameters}
     settings: dict[str, Setting] = {}
     for name in place.names():
         written = place.get(name)
         if name not in declared:
-            written.warn(_explain_unknown(name, op))
+            written.warn_unknown(_explain_unknown(name, op))
         elif of_model and not declared[name].per_model:
             written.warn(
                 f"ignored, because {op.name} has one {name!r} for all models; move it to the top-level `parameters`"
             )
         else:
-            settings[name] = parse_setting(written, declared[name])
-            if name == "density":
-                _check_density(written, settings[name])
+            setting = written.attempt(partial(parse_setting, parameter=declared[name]))
+            settings[name] = setting or Setting(())
+            _check_range(written, settings[name])
     return settings
 
 
-def check_models(base_place: Place, place: Place, op: Op, models: Sequence[ModelRef], base: ModelRef | None) -> None:
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Something that needs values of an op's parameters: a model, or a slice, or the whole merge."""
+
+    places: tuple[Place, ...]
+    """Where its `parameters` may be, the nearest first."""
+    levels: tuple[Settings, ...]
+    """What is given there."""
+    model: ModelRef | None = None
+
+
+def check_given(op: Op, uses: Sequence[Use], *, per_model: bool) -> None:
+    """Note which parameters the op needs and nothing gives, or which keys were probably meant for them.
+
+    Args:
+        op: the method.
+        uses: whatever needs the parameters.
+        per_model: which of the op's parameters to look at.
+    """
+    for name in (p.name for p in op.parameters if p.per_model is per_model and p.default is None):
+        lacking = []
+        for use in uses:
+            if any(name in settings for settings in use.levels):
+                continue
+            errors = [error for place in use.places if (error := _find_misplaced(place, name)) is not None]
+            if not errors:
+                lacking.append(use)
+            for error in errors[:1]:
+                use.places[0].note(error)
+        if lacking and per_model:
+            models = listing(dict.fromkeys(use.model for use in lacking))
+            problem = f"{op.name} needs {name!r} for {models}, and nothing gives it; add it under the model's"
+            place = lacking[0].places[0].get("parameters")
+            place.note(place.error(f"{problem} `parameters`, or at the top for all models"))
+        elif lacking:
+            place = lacking[0].places[-1].get("parameters")
+            place.note(
+                place.error(f"{op.name} needs {name!r}, and nothing gives it; add it to the top-level `parameters`")
+            )
+
+
+def _find_misplaced(place: Place, parameter: str) -> PlaceError | None:
+    """Return the error about a key that gives a parameter under another name, or one level too high."""
+    written = place.get(parameter)
+    if written.path in place.findings.unknown:
+        return written.error("unknown key; it is a parameter; move it under `parameters`")
+    return place.get("parameters").misspelt(parameter)
+
+
+def check_models(root: Place, op: Op, models: Sequence[ModelRef], base: ModelRef | None) -> None:
     """Check the models of a config in `models` form against what the op takes.
 
     Args:
-        base_place: `base_model`.
-        place: `models`.
+        root: the config.
         op: the method.
         models: as listed.
         base: the base model, if the config names one.
@@ -70,10 +134,11 @@ def check_models(base_place: Place, place: Place, op: Op, models: Sequence[Model
     Raises:
         ConfigError: the op needs a base and there is none, or it takes another number of models.
     """
+    base_place, place = root.get("base_model"), root.get("models")
     if op.base is Base.REQUIRED:
         if base is None:
             example = str(models[0]) if op.max_models == 1 else "<the model that the others were fine-tuned from>"
-            raise base_place.error(f"{op.name} needs a base model; add `base_model: {example}`")
+            raise root.missing("base_model", f"{op.name} needs a base model; add `base_model: {example}`")
         _check_count(place, op, [model for model in models if model != base])
     elif base is None or base in models:
         _check_count(place, op, models)
@@ -86,11 +151,11 @@ def check_models(base_place: Place, place: Place, op: Op, models: Sequence[Model
         )
 
 
-def check_sources(base_place: Place, place: Place, op: Op, sources: Sequence[ModelRef], base: ModelRef | None) -> None:
+def check_sources(root: Place, place: Place, op: Op, sources: Sequence[ModelRef], base: ModelRef | None) -> None:
     """Check the sources of one output slice against what the op takes.
 
     Args:
-        base_place: `base_model` at the top.
+        root: the config.
         place: the slice's `sources`.
         op: the method.
         sources: the models as listed.
@@ -103,7 +168,8 @@ def check_sources(base_place: Place, place: Place, op: Op, sources: Sequence[Mod
         _check_count(place, op, sources)
         return
     if base is None:
-        raise base_place.error(f"{op.name} needs a base model; add it, for instance `base_model: {sources[0]}`")
+        problem = f"{op.name} needs a base model; add it, for instance `base_model: {sources[0]}`"
+        raise root.missing("base_model", problem)
     if base not in sources:
         raise place.error(
             f"the base model {base} is not among the sources ({listing(sources)}), and {op.name} needs it in every "
@@ -134,7 +200,13 @@ def _explain_unknown(name: str, op: Op) -> str:
     return f"ignored, because {op.name} does not use {name!r} (it belongs to {listing(users)}); {has}"
 
 
-def _check_density(place: Place, setting: Setting) -> None:
-    over = [value for rule in setting.rules for value in rule.values if isinstance(value, float) and value > 1]
-    if over:
+def _check_range(place: Place, setting: Setting) -> None:
+    """Warn about densities and interpolations that are no fractions."""
+    values = [value for rule in setting.rules for value in rule.values if isinstance(value, float)]
+    outside = [value for value in values if not 0 <= value <= 1]
+    if outside and place.path.endswith(".t"):
+        percent = f"; did you mean {outside[0] / 100:g}?" if 1 < outside[0] <= 100 else ""
+        place.warn(f"{outside[0]:g} is outside of 0 to 1, from the base to the other model{percent}")
+    over = [value for value in values if value > 1]
+    if over and place.path.endswith(".density"):
         place.warn(f"{max(over)} is more than 1 and keeps everything, as 1 does; densities lie between 0 and 1")

@@ -1,12 +1,25 @@
-"""A place in a config: what is written there and the path that messages call it by."""
+"""A place in a config: what is written there, the path that messages call it by, and its line."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import yaml
+
+from raymerge.pipeline.config.findings import Finding, Findings
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.messages import shown, suggest
+from raymerge.pipeline.messages import find_near, shown, suggest
+
+T = TypeVar("T")
+
+
+class PlaceError(ConfigError):
+    """Something is wrong at one place of a config."""
+
+    line: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,20 +30,64 @@ class Place:
     """None where nothing is written."""
     path: str = ""
     """Such as `models[1].parameters.weight`; empty for the whole document."""
-    warnings: list[str] = field(default_factory=list)
-    """Where `warn` writes to; one list for the whole document."""
+    findings: Findings = field(default_factory=Findings)
+    """Mistakes found so far; one object for the whole document."""
+    node: yaml.Node | None = None
+    """The value as YAML has it; None where nothing is written, or the config was no text."""
+    line: int | None = None
+    """Of the key, from 1, or of what the missing key belongs to; None at the top level."""
 
     def __bool__(self) -> bool:
         """Whether anything is written here; empty lists, mappings and strings count as nothing."""
         return self.value is not None and self.value not in ([], {}, "")
 
-    def error(self, problem: str) -> ConfigError:
+    def error(self, problem: str) -> PlaceError:
         """Return the error to raise about this place."""
-        return ConfigError(f"{self.path}: {problem}" if self.path else problem)
+        error = PlaceError(f"{self.path}: {problem}" if self.path else problem)
+        error.line = self.line
+        return error
+
+    def missing(self, key: str, problem: str) -> PlaceError:
+        """Return the error to raise about a key that is not here, or else about one that was probably meant for it."""
+        return self.misspelt(key) or self.get(key).error(problem)
+
+    def misspelt(self, key: str) -> PlaceError | None:
+        """Return the error about an unknown key that was probably meant for one that is not here, if there is one."""
+        written = self.value if isinstance(self.value, dict) else {}
+        unknown = [name for name in written if self.get(name).path in self.findings.unknown]
+        near = find_near(key, unknown)
+        return self.get(near).error(f"unknown key; did you mean {key!r}?") if near else None
+
+    def note(self, error: PlaceError) -> None:
+        """Note an error and go on."""
+        finding = Finding(str(error), error.line)
+        if finding not in self.findings.errors:
+            self.findings.errors.append(finding)
 
     def warn(self, problem: str) -> None:
         """Note something that is probably a mistake, and does no harm."""
-        self.warnings.append(f"{self.path}: {problem}")
+        self.findings.warnings.append(Finding(f"{self.path}: {problem}", self.line))
+
+    def warn_unknown(self, problem: str) -> None:
+        """Note a key that has no meaning."""
+        self.findings.unknown.add(self.path)
+        self.warn(problem)
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Note an error about a place, which ends the block, and go on after the block."""
+        try:
+            yield
+        except PlaceError as error:
+            self.note(error)
+
+    def attempt(self, parse: Callable[[Place], T]) -> T | None:
+        """Return what `parse` makes of this place; None where that is an error, which is noted."""
+        try:
+            return parse(self)
+        except PlaceError as error:
+            self.note(error)
+            return None
 
     def names(self) -> tuple[str, ...]:
         """Return a mapping's keys, in the order of the file; none where nothing is written.
@@ -47,7 +104,12 @@ class Place:
     def get(self, key: str) -> Place:
         """Return the place under a key of a mapping."""
         value = self.value.get(key) if isinstance(self.value, dict) else None
-        return Place(value, f"{self.path}.{key}" if self.path else key, self.warnings)
+        node, line = None, self.line
+        if isinstance(self.node, yaml.MappingNode):
+            for key_node, value_node in self.node.value:  # with the pairs of `<<` first
+                if key_node.value == key:
+                    node, line = value_node, key_node.start_mark.line + 1
+        return Place(value, f"{self.path}.{key}" if self.path else key, self.findings, node, line)
 
     def elements(self) -> Iterator[Place]:
         """Yield the places of a list.
@@ -57,8 +119,10 @@ class Place:
         """
         if not isinstance(self.value, list):
             raise self.error(f"{shown(self.value)} is given, a list is needed")
-        for index, value in enumerate(self.value):
-            yield Place(value, f"{self.path}[{index}]", self.warnings)
+        nodes = self.node.value if isinstance(self.node, yaml.SequenceNode) else [None] * len(self.value)
+        for index, (value, node) in enumerate(zip(self.value, nodes, strict=True)):
+            line = node.start_mark.line + 1 if node else self.line
+            yield Place(value, f"{self.path}[{index}]", self.findings, node, line)
 
     def text(self) -> str:
         """Return a string, which may not be blank.
@@ -87,4 +151,4 @@ class Place:
         for key in self.names():
             if key not in allowed:
                 wanted = "it is a parameter; move it under `parameters`" if key in parameters else ""
-                self.get(key).warn(f"unknown key, ignored; {wanted or suggest(key, allowed)}")
+                self.get(key).warn_unknown(f"unknown key, ignored; {wanted or suggest(key, allowed)}")

@@ -10,6 +10,8 @@ from raymerge.pipeline.urls import is_url, scheme_of
 MAPPING_FORM = "{model: {path: ..., revision: ...}}"
 """Says what the string form cannot: a path with `@` or `+` in it."""
 
+NO_MODEL = "no model is named; give a directory or a Hub repository, such as `org/name`"
+
 
 def parse_model_ref(place: Place) -> ModelRef:
     """Return the model that is named at a place of the config.
@@ -20,7 +22,7 @@ def parse_model_ref(place: Place) -> ModelRef:
     if isinstance(place.value, str):
         return _parse_string(place, place.text())
     if not place:
-        raise place.error("no model is named; give a directory or a Hub repository, such as `org/name`")
+        raise place.error(NO_MODEL)
     if not isinstance(place.value, dict):
         raise place.error(f"{shown(place.value)} is given, a model's name is needed; put it in quotes if it is one")
     place.check_keys(("model", "lora", "override_architecture"))

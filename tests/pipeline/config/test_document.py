@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from raymerge.pipeline.config.document import MAX_NBYTES, parse_yaml, read_document
+from raymerge.pipeline.config.document import MAX_NBYTES, read_document
 from raymerge.pipeline.errors import ConfigError
+
+
+def parse_yaml(text: str) -> dict[str, object]:
+    return read_document(text).content
+
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
@@ -39,9 +44,11 @@ def test_plain_yaml_is_read(text: str, expected: object) -> None:
         ("", "the config is empty"),
         ("# only a comment\n", "the config is empty"),
         ("---\n", "line 2.*not an empty document"),
-        ("merge.yml", "line 1.*not a single value; .*pathlib.Path"),
+        ("merge", "line 1.*not a single value; there is no file of this name either"),
+        ("merge.yml", "cannot read the config merge.yml: No such file"),
+        ("dir/Merge.YAML", "cannot read the config dir/Merge.YAML: No such file"),
         ("- a\n- b", "line 1.*not a list"),
-        ("a: 1\n---\nb: 2", "line 2.*another document"),
+        ("a: 1\n---\nb: 2", "line 2.*a second merge begins here"),
         ("a: 1\nb: [1, 2\nc: 3", "line 3"),
         ("a: 1\n\tb: 2", "line 2"),
         ("a: 1\nb: \x00", "line 2: character #x0000"),
@@ -82,9 +89,10 @@ def test_a_file_is_kept_verbatim_and_named_in_messages(tmp_path: Path) -> None:
     path = tmp_path / "merge.yml"
     text = "# mine\na:   'x'  # spaced\n"
     path.write_text(text)
-    assert read_document(path) == (text, {"a": "x"})
+    document = read_document(path)
+    assert (document.text, document.content, document.file) == (text, {"a": "x"}, path)
     path.write_text("a: 1\na: 2")
-    with pytest.raises(ConfigError, match=r"merge\.yml: line 2"):
+    with pytest.raises(ConfigError, match=r"merge\.yml:2: the key 'a'.*\n    2 \| a: 2$"):
         read_document(path)
 
 
@@ -112,10 +120,10 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
 
 def test_a_parsed_config_becomes_text_that_says_the_same() -> None:
     config = {"merge_method": "linear", "list": (1, 2), "number": 1e-05, "text": "1e-5"}
-    text, document = read_document(config)
-    assert document == {**config, "list": [1, 2]}
-    assert list(document) == list(config)
-    assert parse_yaml(text) == document
+    document = read_document(config)
+    assert document.content == {**config, "list": [1, 2]}
+    assert list(document.content) == list(config)
+    assert parse_yaml(document.text) == document.content
 
 
 def test_a_parsed_config_that_yaml_cannot_say_is_refused() -> None:
@@ -125,3 +133,25 @@ def test_a_parsed_config_that_yaml_cannot_say_is_refused() -> None:
     loop["self"] = loop
     with pytest.raises(ConfigError, match="contains it"):
         read_document(loop)
+
+
+def test_a_string_that_names_a_file_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("merge.yml", "merge.YAML", "merge.conf", "dir.yml/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a: 1\n")
+        assert read_document(name).file == Path(name)
+        assert read_document(str(tmp_path / name)).content == {"a": 1}
+    assert read_document("a: merge.yml\n").content == {"a": "merge.yml"}
+    assert read_document("{a: 1}").file is None
+
+
+def test_all_of_what_yaml_itself_does_not_mind_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_document("a: 1\na: 2\nb: !model x\n3: !!int y\n")
+    assert [line.partition(":")[0] for line in str(refused.value).splitlines()[::2]] == [
+        "line 2",
+        "line 3",
+        "line 4",
+        "line 4",
+    ]

@@ -223,7 +223,7 @@ def test_parameters_that_have_no_effect_are_not_kept() -> None:
     [
         ("linear", ("merge_method", MISSING), "merge_method: is missing"),
         ("linear", ("merge_method", 3), "merge_method: 3 is given, a string"),
-        ("linear", ("merge_method", "liner"), "merge_method 'liner' is unknown; did you mean 'linear'"),
+        ("linear", ("merge_method", "liner"), "merge_method: 'liner' is unknown; did you mean 'linear'"),
         ("linear", ("models", MISSING), "no models are given"),
         ("linear", ("models", []), "models is empty"),
         ("linear", ("models", {"org/a": 1}), "models: .* a list is needed"),
@@ -312,7 +312,8 @@ def test_the_wrong_number_of_models_is_refused(method: str, base: str | None, mo
     [("slerp", "a", "a b"), ("slerp", "a", "b"), ("ties", "a", "a"), ("passthrough", None, "a"), ("linear", "a", "a")],
 )
 def test_the_right_number_of_models_is_accepted(method: str, base: str | None, models: str) -> None:
-    config = {"merge_method": method, "models": [{"model": f"org/{name}"} for name in models.split()]}
+    config: dict[str, Any] = {"merge_method": method, "models": [{"model": f"org/{name}"} for name in models.split()]}
+    config["parameters"] = {p.name: 0.5 for p in find_op(method).parameters if p.default is None}
     load_config({**config, "base_model": f"org/{base}"} if base else config, strict=True)
 
 
@@ -325,6 +326,154 @@ def test_a_base_is_only_the_donor_where_slices_are_stacked() -> None:
     assert warning.startswith("slices[0].base_model: has no effect, because passthrough takes no base")
 
 
+SIX_MISTAKES = """\
+merge_method: ties
+base_modl: org/a
+models:
+  - model: org/b
+    parameters:
+      wieght: 0.5
+  - model: org/c+lora
+    weight: 0.5  # under the model itself
+  - &d
+    model: org/d
+    parameters: {weight: heavy, density: 1.5}
+dtype: bf16
+bogus: 1
+"""
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "merge.yml"
+    path.write_text(SIX_MISTAKES)
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    told = str(refused.value).splitlines()
+    lines = SIX_MISTAKES.splitlines()
+    numbers = []
+    for message, shown in zip(told[::2], told[1::2], strict=True):
+        place, number, _ = message.split(":", 2)
+        assert place == str(path)
+        assert shown == f"{number:>5} | {lines[int(number) - 1]}"
+        numbers.append(int(number))
+    assert numbers == [2, 6, 7, 11, 12, 8, 11, 13], "errors in the order of the file, then warnings"
+    assert [message.split(": ")[1] for message in told[::2]] == [
+        "base_modl",
+        "models[0].parameters.wieght",
+        "models[1].model",
+        "models[2].parameters.weight",
+        "dtype",
+        "warning",
+        "warning",
+        "warning",
+    ]
+    assert told[0] == f"{path}:2: base_modl: unknown key; did you mean 'base_model'?"
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "message"),
+    [
+        (
+            "linear",
+            (("merge_method", MISSING), ("merge_methd", "linear")),
+            "merge_methd: unknown key; did you mean 'mer",
+        ),
+        ("linear", (("models", MISSING), ("modles", LINEAR["models"])), "modles: unknown key; did you mean 'models'?"),
+        ("linear", (("models.0.model", MISSING), ("models.0.modell", "x")), "models[0].modell: unknown key; did you"),
+        ("ties", (("base_model", MISSING), ("base", "org/a")), "base: unknown key; did you mean 'base_model'?"),
+        (
+            "ties",
+            (("models.0.parameters", {"wieght": 1}),),
+            "models[0].parameters.wieght: unknown key; did you mean 'weight'?",
+        ),
+        (
+            "ties",
+            (("models.0", {"model": "org/b", "weight": 1}),),
+            "models[0].weight: unknown key; it is a parameter; move it under `parameters`",
+        ),
+        (
+            "ties",
+            (("models", [{"model": "org/b"}, {"model": "org/c"}]), ("parameters", {"wheight": 1})),
+            "parameters.wheight: unknown key; did you mean 'weight'?",
+        ),
+        (
+            "slerp",
+            (("parameters", MISSING), ("t", 0.5)),
+            "t: unknown key; it is a parameter; move it under `parameters`",
+        ),
+        (
+            "slerp",
+            (("slices.0.sources", MISSING), ("slices.0.source", [])),
+            "slices[0].source: unknown key; did you me",
+        ),
+        (
+            "slerp",
+            (("slices.0.sources.0.layer_range", MISSING), ("slices.0.sources.0.layer_rnge", [0, 8])),
+            "slices[0].sources[0].layer_rnge: unknown key; did you mean 'layer_range'?",
+        ),
+    ],
+)
+def test_a_misspelt_key_is_told_instead_of_what_it_leaves_missing(
+    form: str, changes: tuple[tuple[str, object], ...], message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(changed(form, *changes))
+    (told,) = str(refused.value).splitlines()
+    assert told.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        (
+            "ties",
+            ("models", [{"model": f"org/{k}"} for k in range(5)]),
+            "models[0].parameters: ties needs 'weight' for org/0, org/1, org/2 and 2 more, and nothing gives it; add "
+            "it under the model's `parameters`, or at the top for all models",
+        ),
+        (
+            "slerp",
+            ("parameters", MISSING),
+            "parameters: slerp needs 't', and nothing gives it; add it to the top-level",
+        ),
+        ("linear", ("experts", []), "experts: belongs to mergekit-moe; raymerge cannot build mixtures of experts"),
+        ("linear", ("merge_method", "della"), "merge_method: mergekit has della, and raymerge not yet. It has: dare_l"),
+        (
+            "linear",
+            ("dtype", "auto"),
+            "dtype: 'auto' is no dtype that a merge can be written in; leave dtype out to keep",
+        ),
+        ("linear", ("dtype", "float8"), "dtype: 'float8' is no dtype that a merge can be written in; Allowed: float64"),
+    ],
+)
+def test_what_is_missing_or_not_there_yet_is_told_once(form: str, change: tuple[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(changed(form, change))
+    (told,) = str(refused.value).splitlines()
+    assert told.startswith(message)
+
+
+def test_an_interpolation_outside_of_0_to_1_is_doubtful() -> None:
+    (warning,) = load_config(changed("slerp", ("parameters.t", 50))).warnings
+    assert warning == ("parameters.t: 50 is outside of 0 to 1, from the base to the other model; did you mean 0.5?")
+
+
+def test_warnings_name_the_file_and_the_line(tmp_path: Path) -> None:
+    """But not the directory: they get into the output's manifest."""
+    text = "bogus: 1\n" + yaml.safe_dump(LINEAR)
+    (tmp_path / "merge.yml").write_text(text)
+    (in_file,) = load_config(tmp_path / "merge.yml").warnings
+    assert in_file.startswith("merge.yml:1: bogus: unknown key")
+    (in_text,) = load_config(text).warnings
+    assert in_text.startswith("line 1: bogus: unknown key")
+    with pytest.raises(ConfigError) as refused:
+        load_config(tmp_path / "merge.yml", strict=True)
+    first, second, shown = str(refused.value).splitlines()
+    assert first == "refused because of strict:"
+    assert second.startswith(f"{tmp_path}/merge.yml:1: bogus: unknown key")
+    assert shown == "    1 | bogus: 1"
+
+
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yml"))
 
 
@@ -333,7 +482,10 @@ def test_the_shipped_configs_load(path: Path) -> None:
     config = load_config(path)
     assert config.text == path.read_text()
     assert config.text.startswith("# ")
-    unused = [f"models[{i}].parameters.weight: ignored, because slerp does not use 'weight'" for i in (0, 1)]
+    unused = [
+        f"{path.name}:{line}: models[{i}].parameters.weight: ignored, because slerp does not use 'weight'"
+        for i, line in enumerate((5, 8))
+    ]
     expected = unused if path.stem == "qwen-deepseek-slerp" else []
     assert [warning.partition(" (")[0] for warning in config.warnings] == expected
 

@@ -26,7 +26,7 @@ def parameter(kind: type[Value], default: Value | None = None) -> Parameter:
 
 def parse(value: object, kind: type[Value] = float) -> tuple[Setting, list[str]]:
     place = Place(value, "parameters.p")
-    return parse_setting(place, parameter(kind)), place.warnings
+    return parse_setting(place, parameter(kind)), [finding.message for finding in place.findings.warnings]
 
 
 def evaluate(value: object, tensor: str = MLP, position: float = 0.0, kind: type[Value] = float) -> Value | None:

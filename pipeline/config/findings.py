@@ -1,0 +1,47 @@
+"""What is wrong with a config: gathered while it is read, and told at once, each with its line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from raymerge.pipeline.config.document import Document
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One mistake."""
+
+    message: str
+    """Begins with the YAML path."""
+    line: int | None
+    """From 1; None where it has none of its own: something is missing at the top level, or there is no file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """The mistakes of one document."""
+
+    errors: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+    """Mistakes that do no harm by themselves."""
+    unknown: set[str] = field(default_factory=set)
+    """Paths of keys that have no meaning: one may have been meant for a key that is missed."""
+
+    def list_warnings(self, document: Document) -> tuple[str, ...]:
+        """Return the warnings, each with its line."""
+        return tuple(document.where(finding.line) + finding.message for finding in _sorted(self.warnings))
+
+    def explain(self, document: Document) -> str:
+        """Return all mistakes, errors first, in the order of the file, each with its line and the line's text."""
+        errors = [document.show(finding.line, finding.message) for finding in _sorted(self.errors)]
+        paths = {finding.message.partition(": ")[0] for finding in self.errors}
+        others = [warning for warning in self.warnings if warning.message.partition(": ")[0] not in paths]
+        label = "warning: " if errors else ""
+        warnings = [document.show(finding.line, finding.message, label=label) for finding in _sorted(others)]
+        return "\n".join([*errors, *warnings])
+
+
+def _sorted(findings: Iterable[Finding]) -> list[Finding]:
+    """Return findings in the order of the file; those without a line come last."""
+    return sorted(findings, key=lambda finding: (finding.line is None, finding.line or 0))
