@@ -60,6 +60,19 @@ def revision_of(url: str) -> str | None:
     return split_url(url)[1].partition("@")[2].partition("/")[0] or None
 
 
+def repository_of(url: str) -> str | None:
+    """Return the model repository of the Hub that a URL is in; None where it is in none.
+
+    >>> repository_of("hf://org/name@1a2b/dir"), repository_of("/org/name"), repository_of("hf://buckets/org/name")
+    ('org/name', None, None)
+    """
+    if scheme_of(url) != "hf":
+        return None
+    owner, rest = split_url(url)
+    name = rest.partition("/")[0].partition("@")[0]
+    return f"{owner}/{name}" if name and owner != "buckets" else None
+
+
 def check_url(url: str) -> None:
     """Make sure that a URL is well-formed; any path is that does not look like a mistyped URL.
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
+from urllib.parse import quote
 
 import yaml
 
 from raymerge import __version__
 from raymerge.ops.registry import Base, find_op
-from raymerge.pipeline.plan.types import MergePlan
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
+from raymerge.pipeline.messages import listing
+from raymerge.pipeline.plan.types import InputModel, MergePlan
+from raymerge.pipeline.urls import repository_of
 
 _MAX_TITLE_MODELS = 4
 
@@ -20,16 +20,16 @@ _MAX_TITLE_MODELS = 4
 def make_card(plan: MergePlan) -> str:
     """Return the text of the card; it follows from the plan alone, as two outputs of one plan are the same."""
     op = find_op(plan.method)
+    names = {str(item.model): _describe(item) for item in plan.inputs}
+    repositories = list(dict.fromkeys(repository for item in plan.inputs if (repository := repository_of(item.url))))
     front = {
-        "base_model": [model.path for model in plan.models if _HUB_NAME.fullmatch(model.path)],
+        **({"base_model": repositories, "base_model_relation": "merge"} if repositories else {}),
         "library_name": "transformers",
         "tags": ["merge", "mergekit", "raymerge"],
     }
-    if not front["base_model"]:
-        del front["base_model"]
     method = f"[{op.title}]({op.reference})" if op.reference else op.title
     bases = _find_bases(plan) if op.base is Base.REQUIRED else []
-    others = [str(model) for model in plan.models if str(model) not in bases] or [str(model) for model in plan.models]
+    others = [model for model in names if model not in bases] or list(names)
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
@@ -42,7 +42,7 @@ def make_card(plan: MergePlan) -> str:
         "",
         "Models:",
         "",
-        *(f"- {_link(model)}" for model in others),
+        *(f"- {names[model]}" for model in others),
         "",
         "Config:",
         "",
@@ -54,9 +54,7 @@ def make_card(plan: MergePlan) -> str:
 
 def _make_title(plan: MergePlan) -> str:
     names = [PurePosixPath(model.path).name or model.path for model in plan.models]
-    if len(names) > _MAX_TITLE_MODELS:
-        names[_MAX_TITLE_MODELS - 1 :] = [f"{len(names) - _MAX_TITLE_MODELS + 1} more"]
-    return f"{' + '.join(names)} ({plan.method})"
+    return f"{listing(names, _MAX_TITLE_MODELS, separator=' + ')} ({plan.method})"
 
 
 def _find_bases(plan: MergePlan) -> list[str]:
@@ -65,8 +63,13 @@ def _find_bases(plan: MergePlan) -> list[str]:
     return list(dict.fromkeys(merge.sources[0].model for merge in merges if merge.op == plan.method))
 
 
-def _link(model: str) -> str:
-    return f"[{model}](https://huggingface.co/{model})" if _HUB_NAME.fullmatch(model) else f"`{model}`"
+def _describe(item: InputModel) -> str:
+    """Return a model's name; a link if it was read from a repository of the Hub, whatever else is called like one."""
+    repository = repository_of(item.url)
+    if repository is None:
+        return f"`{item.model}`"
+    tree = f"/tree/{quote(item.model.revision, safe='')}" if item.model.revision else ""
+    return f"[{item.model}](https://huggingface.co/{repository}{tree})"
 
 
 def _fenced(text: str) -> list[str]:
