@@ -98,6 +98,10 @@ class Stores:
             from raymerge.pipeline.stores.web.storage import WebStorage
 
             return WebStorage(self.faults)
+        if scheme == "s3":
+            from raymerge.pipeline.stores.fsspec.s3 import S3fsStorage
+
+            return S3fsStorage(self.faults)
         from raymerge.pipeline.stores.fsspec.storage import FsspecStorage
 
         return FsspecStorage(scheme, self.faults)

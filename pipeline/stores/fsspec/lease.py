@@ -6,13 +6,10 @@ import secrets
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
+from raymerge.pipeline.stores.fsspec.files import FsspecFiles
 from raymerge.pipeline.stores.fsspec.loop import run_bounded
 from raymerge.pipeline.stores.seam import Sharing
-
-if TYPE_CHECKING:
-    from raymerge.pipeline.stores.fsspec.storage import FsspecStorage
 
 EXCLUSIVE = threading.RLock()
 """Held by a thread from looking at a file until it has changed it, where the store cannot do both in one step."""
@@ -24,7 +21,7 @@ class FsspecLeases:
     Within one process, and so in memory://, it is exact.
     """
 
-    def __init__(self, storage: FsspecStorage) -> None:
+    def __init__(self, storage: FsspecFiles) -> None:
         self._storage = storage
 
     def create(self, url: str, data: bytes) -> str | None:

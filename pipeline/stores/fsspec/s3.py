@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import botocore.session
 from fsspec.asyn import sync
@@ -16,15 +16,16 @@ from s3fs import S3FileSystem
 from s3fs.core import S3File
 
 from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.stores.changes import check_same
 from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.fsspec.errors import error_code, is_changed
+from raymerge.pipeline.stores.fsspec.files import FsspecFiles
 from raymerge.pipeline.stores.fsspec.loop import WRITE_SECONDS, run_bounded
 from raymerge.pipeline.stores.fsspec.writer import FsspecWriter, WholeWriter
-from raymerge.pipeline.stores.remote import CHUNK_NBYTES, NUM_REQUESTS, REQUEST_SECONDS
-from raymerge.pipeline.stores.seam import Writer
-
-if TYPE_CHECKING:
-    from raymerge.pipeline.stores.fsspec.storage import FsspecStorage
+from raymerge.pipeline.stores.lease import hold_lease
+from raymerge.pipeline.stores.remote import CHUNK_NBYTES, NUM_REQUESTS, REQUEST_SECONDS, RemoteStorage
+from raymerge.pipeline.stores.retry import FaultLog
+from raymerge.pipeline.stores.seam import Lock, Writer
 
 PART_NBYTES = 8 * 2**20
 """Of an upload; more where that would make too many parts. Smaller files are put in one piece."""
@@ -33,19 +34,26 @@ _MAX_NUM_PARTS = 10_000
 _CONNECT_SECONDS = 5
 
 
-class S3Requests:
-    """What s3fs is asked for beyond what every file system has. Also keeps locks: S3 has conditional writes."""
+class S3fsStorage(FsspecFiles):
+    """S3, each request with its condition: a file that has changed is not read, and an exclusive one replaces none."""
 
-    def __init__(self, storage: FsspecStorage) -> None:
-        self.credentials = "before credentials were looked for"
-        """Which ones requests are made with, for messages."""
-        self._storage = storage
+    read_nbytes = RemoteStorage.read_nbytes
+    credentials = "before credentials were looked for"
+
+    def __init__(self, faults: FaultLog) -> None:
+        super().__init__("s3", faults)
         self._lock = threading.Lock()
         self._filesystem: Any = None
 
+    def _is_cut(self, name: str, path: str) -> bool:
+        return super()._is_cut(name, path) or "?versionId=" in name
+
+    def _find_filesystem(self, url: str) -> Any:
+        return self.filesystem
+
     @property
     def filesystem(self) -> Any:
-        """The one file system of this process.
+        """The one file system for all threads.
 
         Each request is made once: faults are counted, and tried again after, in one place for all stores.
         """
@@ -71,32 +79,32 @@ class S3Requests:
                 self._filesystem.retries = 1
             return self._filesystem
 
-    def close(self) -> None:
-        """Let go of connections."""
+    def close(self) -> None:  # noqa: D102
+        super().close()
         with self._lock:
-            self._filesystem = None  # it closes them when nobody uses it any more
+            self._filesystem = None  # it closes connections when nobody uses it any more
 
     # reading
 
     @contextmanager
-    def open_range(self, file: StoredFile, start: int, stop: int) -> Iterator[tuple[int, str, Iterator[bytes]]]:
-        """Ask for bytes [start, stop) of an object if it has not changed; return its size, etag, and the body."""
-        filesystem = self.filesystem
-        answer = self._request("get_object", file.url, Range=f"bytes={start}-{stop - 1}", IfMatch=f'"{file.etag}"')
+    def _open_body(self, file: StoredFile, start: int, stop: int) -> Iterator[Iterator[bytes]]:
+        loop = self.filesystem.loop
+        answer = self.request("get_object", file.url, Range=f"bytes={start}-{stop - 1}", IfMatch=f'"{file.etag}"')
         body = answer["Body"]
-        total_nbytes = int(answer["ContentRange"].rpartition("/")[2])
         try:
-            yield total_nbytes, answer["ETag"].strip('"'), _read_chunks(filesystem.loop, body)
+            check_same(file, int(answer["ContentRange"].rpartition("/")[2]), answer["ETag"].strip('"'))
+            yield _read_chunks(loop, body)
         finally:
-            filesystem.loop.call_soon_threadsafe(body.close)
+            loop.call_soon_threadsafe(body.close)
 
     # writing
 
-    def open_writer(self, url: str, nbytes: int, *, exclusive: bool) -> Writer:
-        """Begin an object."""
+    def open_writer(  # noqa: D102
+        self, url: str, nbytes: int, partial_url: str | None = None, *, exclusive: bool = False
+    ) -> Writer:
         if nbytes <= PART_NBYTES:
-            return WholeWriter(self._storage, url, nbytes, lambda data: self._put_small(url, data, exclusive=exclusive))
-        return _PartsWriter(self._storage, url, nbytes, self._open_parts(url, nbytes, exclusive=exclusive))
+            return WholeWriter(self, url, nbytes, lambda data: self._put_small(url, data, exclusive=exclusive))
+        return _PartsWriter(self, url, nbytes, self._open_parts(url, nbytes, exclusive=exclusive))
 
     def _put_small(self, url: str, data: bytes, *, exclusive: bool) -> None:
         """Write an object; where there is one of this content, it is our own and the answer was lost, or as good."""
@@ -107,28 +115,28 @@ class S3Requests:
             elif self.put(url, data, mode="create") is None and not self._holds(url, data):
                 raise FileExistsError(f"{url}: there is an object of this name")
 
-        self._storage.change("PUT", url, put)
+        self.change("PUT", url, put)
 
     def _holds(self, url: str, data: bytes) -> bool:
         """Tell whether an object has this content."""
         try:
-            file = self._storage.stat(url)
-            return file.nbytes == len(data) and self._storage.read(url, len(data)) == data
+            file = self.stat(url)
+            return file.nbytes == len(data) and self.read(url, len(data)) == data
         except FileNotFoundError:
             return False
 
     def _open_parts(self, url: str, nbytes: int, *, exclusive: bool) -> _PartsFile:
         part_nbytes = max(PART_NBYTES, -(-nbytes // _MAX_NUM_PARTS))
-        filesystem, path = self._storage.locate(url)
+        filesystem, path = self.locate(url)
 
         def patiently(operation: str, function: Callable[[], Any]) -> Any:
-            return self._storage.change(operation, url, function)
+            return self.change(operation, url, function)
 
         return _PartsFile(patiently, filesystem, path, "xb" if exclusive else "wb", part_nbytes)
 
     def put(self, url: str, data: bytes, **conditions: str) -> str | None:
         """Write an object and return its etag; None where a condition does not hold."""
-        filesystem, path = self._storage.locate(url)
+        filesystem, path = self.locate(url)
         try:
             answer = run_bounded(filesystem, "pipe_file", path, data, seconds=WRITE_SECONDS, **conditions)
         except FileExistsError:
@@ -139,18 +147,33 @@ class S3Requests:
             raise
         return str(answer["ETag"]).strip('"')
 
-    # locking
+    def request(self, method: str, url: str, **parameters: Any) -> Any:
+        """Call a method of S3's, once."""
+        filesystem, path = self.locate(url)
+        bucket, key, _ = filesystem.split_path(path)
+        return run_bounded(filesystem, "call_s3", method, Bucket=bucket, Key=key, **parameters)
+
+    def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:
+        """Hold a lease on an object."""
+        return hold_lease(S3Leases(self), url, self.faults)
+
+
+class S3Leases:
+    """What a lock needs: S3 has conditional writes."""
+
+    def __init__(self, storage: S3fsStorage) -> None:
+        self._storage = storage
 
     def create(self, url: str, data: bytes) -> str | None:
         """Write an object unless there is one, and return its etag; None where there is one."""
-        return self._storage.change("PUT", url, lambda: self.put(url, data, mode="create"))
+        return self._storage.change("PUT", url, lambda: self._storage.put(url, data, mode="create"))
 
     def replace(self, url: str, data: bytes, etag: str) -> str | None:
         """Write an object that has this etag still, and return its new one; None where it has not, or is gone."""
 
         def put() -> str | None:
             try:
-                return self.put(url, data, IfMatch=f'"{etag}"')
+                return self._storage.put(url, data, IfMatch=f'"{etag}"')
             except FileNotFoundError as error:
                 if error_code(error) == "NoSuchBucket":
                     raise
@@ -162,8 +185,8 @@ class S3Requests:
         """Return an object's content, etag, and the seconds since it was written by the store's clock; None if gone."""
 
         def read() -> tuple[bytes, str, float]:
-            answer = self._request("get_object", url)
-            content = b"".join(_read_chunks(self.filesystem.loop, answer["Body"]))
+            answer = self._storage.request("get_object", url)
+            content = b"".join(_read_chunks(self._storage.filesystem.loop, answer["Body"]))
             date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
             now = parsedate_to_datetime(date) if date else datetime.now(UTC)
             return content, answer["ETag"].strip('"'), (now - answer["LastModified"]).total_seconds()
@@ -179,13 +202,8 @@ class S3Requests:
         info = self._storage.ask("HEAD", url, lambda: run_bounded(filesystem, "info", path), is_once=True)
         if info["ETag"].strip('"') == etag:
             self._storage.ask(
-                "DELETE", url, lambda: self._request("delete_object", url, IfMatch=f'"{etag}"'), is_once=True
+                "DELETE", url, lambda: self._storage.request("delete_object", url, IfMatch=f'"{etag}"'), is_once=True
             )
-
-    def _request(self, method: str, url: str, **parameters: Any) -> Any:
-        filesystem, path = self._storage.locate(url)
-        bucket, key, _ = filesystem.split_path(path)
-        return run_bounded(filesystem, "call_s3", method, Bucket=bucket, Key=key, **parameters)
 
 
 class _PartsFile(S3File):  # type: ignore[misc]
@@ -218,7 +236,7 @@ class _PartsFile(S3File):  # type: ignore[misc]
 class _PartsWriter(FsspecWriter):
     """Uploads a file in parts, one after the other."""
 
-    def __init__(self, storage: FsspecStorage, url: str, nbytes: int, file: _PartsFile) -> None:
+    def __init__(self, storage: S3fsStorage, url: str, nbytes: int, file: _PartsFile) -> None:
         super().__init__(storage, url, nbytes)
         self._file = file
 

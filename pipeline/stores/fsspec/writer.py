@@ -5,20 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raymerge.pipeline.errors import CorruptedError, FetchError, OutputError
 from raymerge.pipeline.stores.files import Buffer, StoredFile
+from raymerge.pipeline.stores.fsspec.files import FsspecFiles
 from raymerge.pipeline.stores.seam import Writer
-
-if TYPE_CHECKING:
-    from raymerge.pipeline.stores.fsspec.storage import FsspecStorage
 
 
 class FsspecWriter(Writer):
     """Counts what is written, and makes sure at the end that the store has all of it."""
 
-    def __init__(self, storage: FsspecStorage, url: str, nbytes: int) -> None:
+    def __init__(self, storage: FsspecFiles, url: str, nbytes: int) -> None:
         self.storage = storage
         self.url = url
         self.nbytes = nbytes
@@ -90,7 +88,7 @@ class FsspecWriter(Writer):
 class WholeWriter(FsspecWriter):
     """Collects a file, and puts it in one piece: for small ones, and for memory."""
 
-    def __init__(self, storage: FsspecStorage, url: str, nbytes: int, put: Callable[[bytes], None]) -> None:
+    def __init__(self, storage: FsspecFiles, url: str, nbytes: int, put: Callable[[bytes], None]) -> None:
         super().__init__(storage, url, nbytes)
         self._put = put
         self._pieces: list[bytes] = []
@@ -110,7 +108,7 @@ class WholeWriter(FsspecWriter):
 class MovedWriter(FsspecWriter):
     """Writes a file under another name, and moves it to its own."""
 
-    def __init__(self, storage: FsspecStorage, url: str, partial_url: str, nbytes: int) -> None:
+    def __init__(self, storage: FsspecFiles, url: str, partial_url: str, nbytes: int) -> None:
         super().__init__(storage, url, nbytes)
         self._partial_url = partial_url
         self._file: Any = None

@@ -23,6 +23,8 @@ from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.fsspec import loop as fsspec_loop
 from raymerge.pipeline.stores.fsspec import s3 as fsspec_s3
 from raymerge.pipeline.stores.fsspec.errors import classify_error
+from raymerge.pipeline.stores.fsspec.files import FsspecFiles
+from raymerge.pipeline.stores.fsspec.s3 import S3fsStorage, S3Leases
 from raymerge.pipeline.stores.fsspec.storage import FsspecStorage
 from raymerge.pipeline.stores.open import Stores, StoreSettings
 from raymerge.pipeline.stores.retry import FaultLog
@@ -79,16 +81,16 @@ class TestPlain(StorageContract):
 
 
 @pytest.fixture(scope="module")
-def shared_s3() -> Iterator[FsspecStorage]:
+def shared_s3() -> Iterator[S3fsStorage]:
     """One for many tests, as it takes a while to connect; it does so in the first test that reads or writes."""
-    storage = FsspecStorage("s3", FaultLog())
+    storage = S3fsStorage(FaultLog())
     yield storage
     storage.close()
 
 
 class TestS3fs(StorageContract):
     @pytest.fixture
-    def storage(self, bucket: str, shared_s3: FsspecStorage) -> FsspecStorage:
+    def storage(self, bucket: str, shared_s3: S3fsStorage) -> S3fsStorage:
         return shared_s3
 
     @pytest.fixture
@@ -97,7 +99,7 @@ class TestS3fs(StorageContract):
 
 
 @pytest.fixture
-def s3(bucket: str, shared_s3: FsspecStorage) -> FsspecStorage:
+def s3(bucket: str, shared_s3: S3fsStorage) -> S3fsStorage:
     return shared_s3
 
 
@@ -108,15 +110,15 @@ def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-def through(proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FsspecStorage]:
+def through(proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3fsStorage]:
     """A storage whose requests all go through the fault proxy."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    storage = FsspecStorage("s3", FaultLog())
+    storage = S3fsStorage(FaultLog())
     yield storage
     storage.close()
 
 
-def write_parts(storage: FsspecStorage, url: str, data: bytes, *, exclusive: bool = False) -> None:
+def write_parts(storage: FsspecFiles, url: str, data: bytes, *, exclusive: bool = False) -> None:
     writer = storage.open_writer(url, len(data), exclusive=exclusive)
     for start in range(0, len(data), 3 * MIB):
         writer.write(data[start : start + 3 * MIB])
@@ -132,18 +134,17 @@ def test_which_urls_it_serves() -> None:
     assert isinstance(ftp, FsspecStorage)
     assert (memory.is_remote, memory.sharing) == (False, Sharing.THREADS)
     assert (ftp.is_remote, ftp.sharing) == (True, Sharing.FRESH)
-    assert isinstance(Stores(StoreSettings("fsspec")).at("s3a://a/b"), FsspecStorage)
+    assert isinstance(Stores(StoreSettings("fsspec")).at("s3a://a/b"), S3fsStorage)
 
 
 def test_absolute() -> None:
     assert FsspecStorage("memory", FaultLog()).absolute("memory:///a/b/") == "memory://a/b"
-    assert FsspecStorage("s3", FaultLog()).absolute("s3a://bucket/a b/") == "s3://bucket/a b"
+    assert S3fsStorage(FaultLog()).absolute("s3a://bucket/a b/") == "s3://bucket/a b"
 
 
 @pytest.mark.parametrize(
     ("scheme", "hidden", "message"),
     [
-        ("s3", "s3fs", r"^s3://\.\.\. with --storage fsspec needs s3fs: pip install s3fs$"),
         ("gs", "gcsfs", r"^gs://\.\.\. with --storage fsspec needs gcsfs: pip install gcsfs$"),
         ("sftp", "paramiko", r"^sftp://\.\.\. needs paramiko: pip install paramiko$"),
         ("smb", "smbclient", r"^smb://\.\.\. needs smbprotocol: pip install smbprotocol$"),
@@ -178,10 +179,10 @@ def test_a_name_that_fsspec_would_cut(url: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setitem(_registry, "sftp", PlainFileSystem)
         monkeypatch.setattr(PlainFileSystem, "_strip_protocol", lambda path: path.partition("?")[0])
     with pytest.raises(FetchError, match=f"^{re.escape(url)}: fsspec takes a part of this name"):
-        FsspecStorage(url.partition(":")[0], FaultLog()).stat(url)
+        Stores(StoreSettings("fsspec")).at(url).stat(url)
 
 
-def test_directory_markers_are_no_files(s3: FsspecStorage, s3_server: S3Server, bucket: str) -> None:
+def test_directory_markers_are_no_files(s3: S3fsStorage, s3_server: S3Server, bucket: str) -> None:
     for key in ("dir/", "dir/below/"):
         s3_server.client().put_object(Bucket=bucket, Key=key, Body=b"")
     s3.write(f"s3://{bucket}/dir/a", b"")
@@ -192,7 +193,7 @@ def test_directory_markers_are_no_files(s3: FsspecStorage, s3_server: S3Server, 
             s3.stat(f"s3://{bucket}/{name}")
 
 
-def test_nothing_is_remembered(s3: FsspecStorage, s3_server: S3Server, bucket: str) -> None:
+def test_nothing_is_remembered(s3: S3fsStorage, s3_server: S3Server, bucket: str) -> None:
     client = s3_server.client()
     assert list(s3.list(f"s3://{bucket}/dir")) == []
     for content in (b"1", b"22"):
@@ -205,7 +206,7 @@ def test_nothing_is_remembered(s3: FsspecStorage, s3_server: S3Server, bucket: s
         s3.stat(f"s3://{bucket}/dir/a")
 
 
-def test_etags_are_those_of_obstore(s3: FsspecStorage, s3_server: S3Server, bucket: str) -> None:
+def test_etags_are_those_of_obstore(s3: S3fsStorage, s3_server: S3Server, bucket: str) -> None:
     s3.write(f"s3://{bucket}/small", b"1234")
     write_parts(s3, f"s3://{bucket}/large", make_bytes(9 * MIB))
     store = obstore.store.S3Store(
@@ -223,7 +224,7 @@ def test_etags_are_those_of_obstore(s3: FsspecStorage, s3_server: S3Server, buck
 # reading
 
 
-def test_each_request_names_range_and_etag(through: FsspecStorage, proxy: FaultProxy, bucket: str) -> None:
+def test_each_request_names_range_and_etag(through: S3fsStorage, proxy: FaultProxy, bucket: str) -> None:
     data = make_bytes(20 * MIB)
     write_parts(through, f"s3://{bucket}/a", data)
     file = through.stat(f"s3://{bucket}/a")
@@ -245,7 +246,7 @@ def slow(*values: object) -> Any:
 
 
 @pytest.mark.parametrize("data", [b"12345678", b"1234"])
-def test_replaced_between_two_requests(s3: FsspecStorage, bucket: str, data: bytes) -> None:
+def test_replaced_between_two_requests(s3: S3fsStorage, bucket: str, data: bytes) -> None:
     s3.write(f"s3://{bucket}/a", b"abcdefgh")
     file = s3.stat(f"s3://{bucket}/a")
     with s3.open_range(file, 0, 4) as chunks:
@@ -268,7 +269,7 @@ def test_replaced_between_two_requests(s3: FsspecStorage, bucket: str, data: byt
     ],
 )
 def test_faults_of_reads(
-    through: FsspecStorage, proxy: FaultProxy, bucket: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
+    through: S3fsStorage, proxy: FaultProxy, bucket: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault in (Fault.STALL, Fault.STALL_IN_BODY):
         monkeypatch.setattr(fsspec_s3, "REQUEST_SECONDS", 0.7)
@@ -286,7 +287,7 @@ def test_faults_of_reads(
         assert sum(count for _, count in through.faults.drain()) >= 2
 
 
-def test_a_broken_body_is_taken_up_where_it_broke(through: FsspecStorage, proxy: FaultProxy, bucket: str) -> None:
+def test_a_broken_body_is_taken_up_where_it_broke(through: S3fsStorage, proxy: FaultProxy, bucket: str) -> None:
     data = make_bytes(6 * MIB)
     through.write(f"s3://{bucket}/a", data)
     file = through.stat(f"s3://{bucket}/a")
@@ -299,7 +300,7 @@ def test_a_broken_body_is_taken_up_where_it_broke(through: FsspecStorage, proxy:
 
 
 def test_a_store_that_is_down(
-    through: FsspecStorage, proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+    through: S3fsStorage, proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "PATIENCE_SECONDS", 0.3)
     through.write(f"s3://{bucket}/a", b"1234")
@@ -347,7 +348,7 @@ def test_a_server_for_the_web(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_written", [0, 3 * MIB, 17 * MIB, 20 * MIB])
-def test_abort_leaves_no_upload(s3: FsspecStorage, s3_server: S3Server, bucket: str, num_written: int) -> None:
+def test_abort_leaves_no_upload(s3: S3fsStorage, s3_server: S3Server, bucket: str, num_written: int) -> None:
     writer = s3.open_writer(f"s3://{bucket}/a", 20 * MIB)
     writer.write(bytes(num_written))
     assert s3_server.uploads_of(bucket) == (["a"] if num_written > 8 * MIB else [])
@@ -372,7 +373,7 @@ _PARTS = ("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload")
 )
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_faults_of_writes(
-    through: FsspecStorage,
+    through: S3fsStorage,
     proxy: FaultProxy,
     s3_server: S3Server,
     bucket: str,
@@ -391,7 +392,7 @@ def test_faults_of_writes(
 
 
 @pytest.mark.slow
-def test_faults_of_all_kinds(through: FsspecStorage, proxy: FaultProxy, s3_server: S3Server, bucket: str) -> None:
+def test_faults_of_all_kinds(through: S3fsStorage, proxy: FaultProxy, s3_server: S3Server, bucket: str) -> None:
     url = f"s3://{bucket}/a"
     proxy.stall_s = 0.2
     proxy.faults = dict.fromkeys(Fault, 0.02)
@@ -407,7 +408,7 @@ def test_faults_of_all_kinds(through: FsspecStorage, proxy: FaultProxy, s3_serve
 
 
 def test_an_error_in_mid_file_leaves_nothing(
-    through: FsspecStorage, proxy: FaultProxy, s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+    through: S3fsStorage, proxy: FaultProxy, s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "PATIENCE_SECONDS", 0.3)
     writer = through.open_writer(f"s3://{bucket}/a", 20 * MIB)
@@ -420,7 +421,7 @@ def test_an_error_in_mid_file_leaves_nothing(
     assert s3_server.keys_of(bucket) == []
 
 
-def test_a_large_exclusive_file_replaces_nothing(s3: FsspecStorage, s3_server: S3Server, bucket: str) -> None:
+def test_a_large_exclusive_file_replaces_nothing(s3: S3fsStorage, s3_server: S3Server, bucket: str) -> None:
     s3.write(f"s3://{bucket}/a", b"first")
     with pytest.raises(FileExistsError):
         write_parts(s3, f"s3://{bucket}/a", bytes(9 * MIB), exclusive=True)
@@ -429,7 +430,7 @@ def test_a_large_exclusive_file_replaces_nothing(s3: FsspecStorage, s3_server: S
 
 
 def test_an_answer_that_was_lost_does_not_hide_another_writer(
-    through: FsspecStorage, proxy: FaultProxy, bucket: str
+    through: S3fsStorage, proxy: FaultProxy, bucket: str
 ) -> None:
     through.write(f"s3://{bucket}/a", b"theirs")
     proxy.script([Fault.RESET], only=is_operation("PutObject"))
@@ -467,7 +468,7 @@ def test_a_file_that_the_store_cuts_short(tmp_path: Path) -> None:
 # refusals
 
 
-def check_refusals(storage: FsspecStorage, url: str, message: str, secret: str) -> None:
+def check_refusals(storage: FsspecFiles, url: str, message: str, secret: str) -> None:
     actions: list[Callable[[], object]] = [
         lambda: storage.stat(f"{url}/a"),
         lambda: storage.list(url),
@@ -494,7 +495,7 @@ def check_refusals(storage: FsspecStorage, url: str, message: str, secret: str) 
 def test_refused(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch, keys: Keys, message: str) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys.access_key_id)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys.secret_access_key)
-    storage = FsspecStorage("s3", FaultLog())
+    storage = S3fsStorage(FaultLog())
     start = time.monotonic()
     check_refusals(storage, f"s3://{bucket}", rf"^s3://{bucket}.*{message}", keys.secret_access_key)
     assert time.monotonic() - start < 5
@@ -505,14 +506,14 @@ def test_without_credentials(s3_server: S3Server, bucket: str, monkeypatch: pyte
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     s3_server.client().put_object(Bucket=s3_server.public_bucket, Key="a", Body=b"1234")
-    storage = FsspecStorage("s3", FaultLog())
+    storage = S3fsStorage(FaultLog())
     assert storage.read(f"s3://{s3_server.public_bucket}/a", 10) == b"1234"
     check_refusals(storage, f"s3://{bucket}", "asked without AWS credentials, as none were found", "secret")
     s3_server.client().delete_object(Bucket=s3_server.public_bucket, Key="a")
     storage.close()
 
 
-def test_no_such_bucket(s3: FsspecStorage) -> None:
+def test_no_such_bucket(s3: S3fsStorage) -> None:
     message = "s3://nowhere/?.*: there is no bucket `nowhere`; create it, or check its name"
     for action in (
         lambda: s3.stat("s3://nowhere/a"),
@@ -540,12 +541,12 @@ def test_what_may_pass() -> None:
 # locking
 
 
-def hold_as_another(root: str, storage: FsspecStorage) -> None:
+def hold_as_another(root: str, storage: FsspecFiles) -> None:
     holder = {"pid": 1, "host": "elsewhere", "boot": "", "since": "2026-01-01", "token": "t", "renewals": 3}
     storage.write(f"{root}/lock", json.dumps(holder).encode())
 
 
-def test_a_lock_held_elsewhere(s3: FsspecStorage, bucket: str, tmp_path: Path) -> None:
+def test_a_lock_held_elsewhere(s3: S3fsStorage, bucket: str, tmp_path: Path) -> None:
     for storage, root in ((s3, f"s3://{bucket}"), (FsspecStorage("plain", FaultLog()), f"plain://{tmp_path}")):
         hold_as_another(root, storage)
         with pytest.raises(OutputError, match="pid 1, since 2026-01-01, on host elsewhere"):
@@ -562,10 +563,9 @@ def test_a_lock_that_was_not_renewed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_is_replaced_only_as_it_was_read(s3: FsspecStorage, bucket: str) -> None:
+def test_a_lock_is_replaced_only_as_it_was_read(s3: S3fsStorage, bucket: str) -> None:
     url = f"s3://{bucket}/lock"
-    leases = s3._s3
-    assert leases is not None
+    leases = S3Leases(s3)
     first = leases.create(url, b"1")
     assert first is not None
     assert leases.create(url, b"2") is None
