@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raymerge.pipeline import Listener, merge
-from raymerge.pipeline.plan.types import ShardResult
+from raymerge.pipeline.plan.types import ShardResult, ShardTask
 
 
 class Clock(Listener):
@@ -19,7 +19,7 @@ class Clock(Listener):
     def __init__(self) -> None:
         self.first = self.last = time.monotonic()
 
-    def resumed(self, results: list[ShardResult]) -> None:
+    def resumed(self, tasks: list[ShardTask]) -> None:
         """Begin."""
         self.first = self.last = time.monotonic()
 

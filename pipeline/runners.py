@@ -131,25 +131,25 @@ def check_reach(stores: Stores, urls: Sequence[str], session: RaySession, *, sha
         )
 
 
-def prepare_workers(stores: Stores, models: Sequence[str], out: str, *, on_gpus: bool) -> None:
+def prepare_workers(stores: Stores, models: Sequence[str], outs: Sequence[str], *, on_gpus: bool) -> None:
     """Begin to import what workers will need, while the merge is planned.
 
     Args:
         stores: of this merge.
         models: as the config names them.
-        out: path or URL of the output.
+        outs: paths or URLs of the outputs.
         on_gpus: whether workers merge on GPUs.
     """
-    urls = [out, *(f"hf://{name}" if is_repository(name) else name for name in models)]
+    urls = [*outs, *(f"hf://{name}" if is_repository(name) else name for name in models)]
     if _choose_start_method(stores, urls, on_gpus=on_gpus) is StartMethod.FRESH:
         start_fork_server(_list_modules(stores, urls))
 
 
-def run_shard(stores: Stores, task: ShardTask, report: Report, *, journal: Journal) -> ShardResult:
+def run_shard(stores: Stores, task: ShardTask, report: Report, *, journals: Sequence[Journal]) -> ShardResult:
     """Do what `execute.run_shard` does; a driver that has it done elsewhere need not import torch."""
     from raymerge.pipeline.engine import shard as execute
 
-    return execute.run_shard(stores, task, report, journal=journal)
+    return execute.run_shard(stores, task, report, journals=journals)
 
 
 def _count_cpus(num_workers: int, session: RaySession) -> int:

@@ -17,6 +17,8 @@ Tensors = dict[str, torch.Tensor]
 HIDDEN, VOCAB = 16, 32
 
 INDEX = "model.safetensors.index.json"
+MANIFEST = "raymerge_manifest.json"
+FIGURES = "raymerge_figures.parquet"
 
 
 def llama_config(num_layers: int = 2, **changes: Any) -> dict[str, Any]:
@@ -175,6 +177,15 @@ def read_tensors(directory: Path) -> Tensors:
     for file in sorted(directory.glob("*.safetensors")):
         tensors.update(load_file(file))
     return tensors
+
+
+def read_model(directory: Path) -> dict[str, bytes | dict[str, Any]]:
+    """Return what is the same on every processor: all files but the figures, whose last digits depend on it."""
+    files: dict[str, Any] = dict(read_files(directory))
+    del files[FIGURES]
+    manifest = json.loads(files[MANIFEST])
+    del manifest["figures"], manifest["files"][FIGURES]
+    return files | {MANIFEST: manifest}
 
 
 def read_files(directory: Path) -> dict[str, bytes]:

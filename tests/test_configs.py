@@ -170,7 +170,7 @@ def test_filters_and_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for model in find_models(yaml.safe_load(config.read_text())):
         architecture, config_json = describe(model)
         write_sparse(tmp_path / model, architecture.shapes(small=True), config_json)
-    t = {merge.name: dict(merge.parameters)["t"] for task in plan(config).tasks for merge in task.merges}
+    t = {merge.name: dict(merge.variants[0].parameters)["t"] for task in plan(config).tasks for merge in task.merges}
     assert t["model.embed_tokens.weight"] == t["lm_head.weight"] == t["model.layers.7.input_layernorm.weight"] == 0.5
     for layer, attention in ((0, 0.0), (31, 1.0), (16, 0.3 + 0.4 * (16 / 31 * 4 - 2))):
         assert t[f"model.layers.{layer}.self_attn.q_proj.weight"] == pytest.approx(attention)

@@ -12,7 +12,7 @@ from raymerge.ops.registry import Op
 from raymerge.pipeline import Listener, merge
 from raymerge.pipeline.plan.memory import CONTEXT_NBYTES
 from raymerge.pipeline.plan.types import MergePlan
-from tests.checkpoints import read_files, write_family
+from tests.checkpoints import read_model, write_family
 from tests.ops.engine import MemoryBlock, run_kernel
 from tests.ops.samples import make_kernel, make_sources
 from tests.ops.test_devices import CASES
@@ -52,7 +52,7 @@ def test_the_same_files(method: str, memory: str, threads: int, family: tuple[Pa
     config = make_config(method, family)
     merge(config, tmp_path / "cpu", seed=3, shard_size="20MB")
     merge(config, tmp_path / "gpu", seed=3, shard_size="20MB", memory=memory, threads=threads, gpu_memory="8GiB")
-    assert read_files(tmp_path / "gpu") == read_files(tmp_path / "cpu")
+    assert read_model(tmp_path / "gpu") == read_model(tmp_path / "cpu")
 
 
 class Keep(Listener):

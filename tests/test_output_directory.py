@@ -212,7 +212,7 @@ def test_room_is_compared_before_any_work(models: list[Path], tmp_path: Path, mo
     out = tmp_path / "merged"
     config = make_config(models)
     the_plan = plan(config, shard_size=3000)
-    needed = sum(task.nbytes for task in the_plan.tasks) + sum(file.nbytes for _, file in the_plan.side_files)
+    needed = sum(task.nbytes for task in the_plan.tasks) + sum(file.nbytes for file in the_plan.outputs[0].side_files)
 
     def pretend(free_nbytes: int) -> None:
         status = SimpleNamespace(f_blocks=9, f_frsize=1, f_bavail=free_nbytes, f_bfree=free_nbytes)

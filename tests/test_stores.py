@@ -19,7 +19,7 @@ import torch
 
 from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError, FetchError, MemoryLimitError, OutputError
-from raymerge.pipeline.plan.types import MergePlan, ShardResult
+from raymerge.pipeline.plan.types import MergePlan, ShardResult, ShardTask
 from raymerge.pipeline.stores import lease
 from raymerge.pipeline.stores.open import Stores, open_stores
 from tests.checkpoints import INDEX, read_files, write_config, write_family
@@ -443,7 +443,7 @@ def test_a_run_that_lost_its_lock_commits_nothing_more(models: list[str], bucket
     class Freeze(Listener):
         num_shards = 0
 
-        def resumed(self, results: list[ShardResult]) -> None:
+        def resumed(self, tasks: list[ShardTask]) -> None:
             stores.at(out).write(f"{out}/.raymerge/lock", b'{"token": "of another run"}')
 
         def finished(self, result: ShardResult) -> None:

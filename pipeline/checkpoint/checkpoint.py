@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from raymerge.pipeline.checkpoint.manifest import FIGURES, MANIFEST
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import CheckpointError, FetchError
 from raymerge.pipeline.messages import counted, listing
@@ -22,7 +23,6 @@ from raymerge.pipeline.urls import is_url, scheme_of, suggest_directory
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MANIFEST = "raymerge_manifest.json"
 
 _MAX_CONFIG_NBYTES = 16 * 2**20
 _MAX_INDEX_NBYTES = 512 * 2**20
@@ -31,7 +31,7 @@ _WEIGHT_SUFFIXES = (
     ".ot", ".tflite", ".pkl", ".npz", ".npy", ".distcp", ".mlmodel", ".mar", ".nemo",
 )  # fmt: skip
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_REWRITTEN = {CONFIG, "README.md", "mergekit_config.yml", "raymerge_manifest.json"}
+_REWRITTEN = {CONFIG, "README.md", "mergekit_config.yml", MANIFEST, FIGURES}
 _OF_TRAINING = re.compile(r"(checkpoint-[^/]*|runs)/|(.*/)?adapter_config\.json$")
 """Files that a trainer leaves beside the model, and that say nothing about it."""
 _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")

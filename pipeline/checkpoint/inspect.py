@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 from raymerge.pipeline.checkpoint.checkpoint import (
     CONFIG,
     INDEX,
-    MANIFEST,
     SINGLE,
     is_hidden,
     is_weights,
@@ -24,6 +23,7 @@ from raymerge.pipeline.checkpoint.checkpoint import (
     resolve_model,
 )
 from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES, TensorEntry, read_header
+from raymerge.pipeline.checkpoint.manifest import MANIFEST, Origin, parse_origin
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.checkpoint.reference import ModelRef
@@ -55,15 +55,6 @@ class FoundFile:
     """Relative to the directory."""
     nbytes: int
     role: Role
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """How raymerge made the model, by its manifest."""
-
-    version: str
-    method: str
-    models: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +90,7 @@ class Inspection:
     """Name of the output head, empty where none is stored."""
     is_tied: bool | None
     """Whether the output head is the token embedding; None where that cannot be told."""
-    made: Made | None
+    made: Origin | None
     """None where raymerge did not make it."""
     read_nbytes: int
     num_reads: int
@@ -217,7 +208,7 @@ def _inspect_model(stores: Stores, url: str) -> Inspection:
     tensors = _read_tensors(storage, {name: files[name] for name in names}, reads)
     if weight_map is not None:
         obstacle = _compare_index(weight_map, tensors)
-    made = _read_manifest(storage, files, reads)
+    made = _read_origin(storage, files, reads)
     found = [FoundFile(name, file.nbytes, _role(name, names, side_names)) for name, file in files.items()]
     return _summarise(url, config, obstacle, found, tensors, made, reads)
 
@@ -270,17 +261,8 @@ def _compare_index(weight_map: Mapping[str, str], tensors: Iterable[FoundTensor]
     return ""
 
 
-def _read_manifest(storage: Storage, files: Mapping[str, StoredFile], reads: _Reads) -> Made | None:
-    if MANIFEST not in files:
-        return None
-    manifest = _read_object(storage, files, MANIFEST, reads)
-    listed = manifest.get("models")
-    models = [item.get("model") for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
-    return Made(
-        str(manifest.get("raymerge", "of unknown version")),
-        str(manifest.get("method", "unknown method")),
-        tuple(redact(str(model)) for model in models),
-    )
+def _read_origin(storage: Storage, files: Mapping[str, StoredFile], reads: _Reads) -> Origin | None:
+    return parse_origin(_read_object(storage, files, MANIFEST, reads)) if MANIFEST in files else None
 
 
 def _role(name: str, weights: Sequence[str], side_names: set[str]) -> Role:
@@ -299,7 +281,7 @@ def _summarise(
     obstacle: str,
     files: Sequence[FoundFile],
     tensors: Sequence[FoundTensor],
-    made: Made | None,
+    made: Origin | None,
     reads: _Reads,
 ) -> Inspection:
     listed = config.get("architectures")

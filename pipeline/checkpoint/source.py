@@ -1,21 +1,79 @@
-"""Input tensors: where the values of one come from."""
+"""Input tensors: which bytes their values come from, and how these are decoded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 
-from raymerge.pipeline.stores.files import StoredFile
+from raymerge.ops.decoder import Decoder, Plain
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.stores.files import ByteRange, StoredFile, aligned
+
+Identity = str | int | list["Identity"]
+"""JSON that is equal for two sources only if their values are."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One input tensor: where its bytes lie."""
+class Source(ABC):
+    """One input tensor, as a view of its model shows it; frozen and picklable.
+
+    Planning asks for sizes, dtype and identity; a worker fetches `ranges` and hands what arrives to `decoder`.
+    """
+
+    __slots__ = ()
 
     model: str
     """The model reference, for messages."""
     name: str
+    """The tensor's name in the checkpoint, for messages."""
     dtype: str
-    """As in a safetensors header."""
+    """Of the decoded values, as in a safetensors header: what the output's dtype follows from."""
+    shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def decoder(self) -> Decoder:
+        """What turns the bytes into values."""
+
+    @property
+    @abstractmethod
+    def origins(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors that it reads: all of them count as used."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> Identity:
+        """What decides its values, for the fingerprint of a plan."""
+
+    @abstractmethod
+    def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
+        """Return the bytes that elements [start, stop) are decoded from, in the order in which they are decoded."""
+
+    @abstractmethod
+    def max_nbytes(self, num_elements: int) -> int:
+        """Return the most room that the ranges of so many neighbouring elements take in a buffer, in bytes.
+
+        Ranges start at multiples of `stores.files.ALIGNMENT`. Twice the elements take at most twice the room.
+        """
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read if all of it is read once."""
+        return sum(piece.nbytes for piece in self.ranges(0, self.num_elements))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor(Source):
+    """One tensor as it lies in a file."""
+
+    model: str
+    name: str
+    dtype: str
     shape: tuple[int, ...]
     file: StoredFile
     start: int
@@ -27,6 +85,36 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Stored bytes."""
         return self.stop - self.start
+
+    @property
+    def decoder(self) -> Decoder:
+        """Plain values."""
+        return Plain(DTYPES[self.dtype].torch_name)
+
+    @property
+    def origins(self) -> tuple[StoredTensor, ...]:
+        """Itself."""
+        return (self,)
+
+    @property
+    def identity(self) -> Identity:
+        """Its place in its file, and the file's content."""
+        file = self.file
+        name = file.url.rpartition("/")[2]
+        return [self.name, self.dtype, self.start, self.stop, name, file.nbytes, file.content_id]
+
+    def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
+        """Return one range."""
+        num_bits = DTYPES[self.dtype].num_bits
+        return (ByteRange(self.file, self.start + start * num_bits // 8, self.start + stop * num_bits // 8),)
+
+    def max_nbytes(self, num_elements: int) -> int:
+        """Return the size of the elements as stored."""
+        return aligned(num_elements * DTYPES[self.dtype].num_bits // 8)
+
+    def as_bytes(self) -> StoredTensor:
+        """Return the same bytes as a flat tensor of uint8, to be copied and never converted."""
+        return replace(self, dtype="U8", shape=(self.nbytes,))
 
     def __repr__(self) -> str:
         return f"StoredTensor({self.name} of {self.model}, {self.dtype} {list(self.shape)})"

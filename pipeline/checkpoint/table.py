@@ -1,4 +1,4 @@
-"""The tensor index: one row for each tensor of each input, as a pyarrow table."""
+"""The tensor table: one row for each tensor of each checkpoint, as a pyarrow table."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SCHEMA = pa.schema(
         pa.field("etag", _CODED, nullable=False),
     ]
 )
-"""Columns of the index; `file` is a URL, and the tensor is the bytes [start, stop) of it."""
+"""Columns of the table; `file` is a URL, and the tensor is the bytes [start, stop) of it."""
 
 _NUM_READERS = 16
 """Far stores take a while to answer, whatever is asked for; this many answers can be waited for at once."""
 _DAMAGED = "the checkpoint is damaged or mixed from two: download it again"
 
 
-def build_index(stores: Stores, checkpoints: Iterable[Checkpoint]) -> pa.Table:
+def read_table(stores: Stores, checkpoints: Iterable[Checkpoint]) -> pa.Table:
     """Read every header and return the tensors: checkpoints as given, files by name, tensors as they lie in the file.
 
     Raises:
@@ -67,11 +67,11 @@ def build_index(stores: Stores, checkpoints: Iterable[Checkpoint]) -> pa.Table:
     return pa.Table.from_pydict(columns, schema=SCHEMA)
 
 
-def stored_tensors(index: pa.Table) -> dict[str, dict[str, StoredTensor]]:
+def list_tensors(table: pa.Table) -> dict[str, dict[str, StoredTensor]]:
     """Return the rows by model, as `str` of its reference, and by tensor name, in the order of the table."""
     files: dict[tuple[str, int, str], StoredFile] = {}
     result: dict[str, dict[str, StoredTensor]] = {}
-    for batch in index.to_batches():
+    for batch in table.to_batches():
         models, dtypes = _texts(batch["model"]), _texts(batch["dtype"])
         places = zip(
             _texts(batch["file"]), batch["file_nbytes"].to_numpy().tolist(), _texts(batch["etag"]), strict=True

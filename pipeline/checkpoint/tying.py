@@ -22,7 +22,12 @@ _HEADLESS = re.compile(r"(Classification|QuestionAnswering|(?<!Head)(?<!Heads)Mo
 
 def find_head(names: Iterable[str]) -> str | None:
     """Return the name of a checkpoint's output head, if it is among its tensors."""
-    return next((name for name in names if name.endswith(_HEADS) and split_name(name) is None), None)
+    return next(filter(is_head, names), None)
+
+
+def is_head(name: str) -> bool:
+    """Tell by its name whether a tensor is an output head."""
+    return name.endswith(_HEADS) and split_name(name) is None
 
 
 def find_embedding(names: Iterable[str]) -> str | None:

@@ -7,9 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
-from raymerge.pipeline.plan.memory import aligned
 from raymerge.pipeline.plan.windows import Fetch, Window
-from raymerge.pipeline.stores.files import Buffer, ByteRange
+from raymerge.pipeline.stores.files import Buffer, ByteRange, aligned
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Storage
 
@@ -19,8 +18,13 @@ class Filled:
     """A window whose bytes have arrived."""
 
     window: Window
-    views: tuple[memoryview, ...]
-    """Each source's bytes of the window, in order; valid until the next window is asked for."""
+    views: tuple[tuple[memoryview, ...], ...]
+    """For each source the bytes of its ranges, in order; valid until the next window is asked for."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that were read."""
+        return sum(len(view) for views in self.views for view in views)
 
 
 def fetch_windows(stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Generator[Filled, None, None]:
@@ -65,7 +69,7 @@ def _fill_ahead(stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buff
 
 def _fill(stores: Stores, fetch: Fetch, buffer: Buffer) -> list[Filled]:
     windows = _lay_out(fetch, buffer)
-    views = [view for filled in windows for view in filled.views]
+    views = [view for filled in windows for views in filled.views for view in views]
     ranges = _ranges(fetch)
     for storage, positions in _by_storage(stores, ranges).items():
         storage.read_into([ranges[k] for k in positions], [views[k] for k in positions])
@@ -81,7 +85,7 @@ def _by_storage(stores: Stores, ranges: Iterable[ByteRange]) -> dict[Storage, li
 
 
 def _ranges(fetch: Fetch) -> list[ByteRange]:
-    return [piece for window in fetch for piece in window.ranges()]
+    return [piece for window in fetch for pieces in window.ranges() for piece in pieces]
 
 
 def _lay_out(fetch: Fetch, buffer: memoryview) -> list[Filled]:
@@ -90,8 +94,11 @@ def _lay_out(fetch: Fetch, buffer: memoryview) -> list[Filled]:
     offset = 0
     for window in fetch:
         views = []
-        for piece in window.ranges():
-            views.append(buffer[offset : offset + piece.nbytes])
-            offset += aligned(piece.nbytes)
+        for pieces in window.ranges():
+            places = []
+            for piece in pieces:
+                places.append(buffer[offset : offset + piece.nbytes])
+                offset += aligned(piece.nbytes)
+            views.append(tuple(places))
         windows.append(Filled(window, tuple(views)))
     return windows

@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from raymerge.pipeline.stores.buffers import BufferPool
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.seam import Writer
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class ShardWriter:
     """Collects and hashes bytes in buffers, and hands each full one to a thread that writes it.
 
-    `append` any number of times, then `finish`, then `commit` on the writer beneath; on an error, `abort`.
+    `append` any number of times, then `finish`, then `commit`; on an error, `abort`.
     """
 
     nbytes: int
@@ -81,6 +82,15 @@ class ShardWriter:
         if self._error is not None:
             raise self._error
         return self._digest.hexdigest()
+
+    def commit(self) -> StoredFile:
+        """Make the finished file visible, and return it as it is stored.
+
+        Raises:
+            CorruptedError: the store has something else than what was written.
+            OutputError: the store refuses.
+        """
+        return self._writer.commit()
 
     def abort(self) -> None:
         """Stop, and forget what was written."""

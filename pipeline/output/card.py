@@ -11,13 +11,13 @@ import yaml
 from raymerge import __version__
 from raymerge.ops.registry import Base, find_op
 from raymerge.pipeline.messages import listing
-from raymerge.pipeline.plan.types import InputModel, MergePlan
+from raymerge.pipeline.plan.types import InputModel, MergePlan, PlannedOutput
 from raymerge.pipeline.urls import repository_of
 
 _MAX_TITLE_MODELS = 4
 
 
-def make_card(plan: MergePlan) -> str:
+def make_card(plan: MergePlan, output: PlannedOutput) -> str:
     """Return the text of the card; it follows from the plan alone, as two outputs of one plan are the same."""
     op = find_op(plan.method)
     names = {str(item.model): _describe(item) for item in plan.inputs}
@@ -46,7 +46,7 @@ def make_card(plan: MergePlan) -> str:
         "",
         "Config:",
         "",
-        *_fenced(plan.config_text),
+        *_fenced(output.config_text),
         "",
     ]
     return "\n".join(lines)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from raymerge import __version__
 from raymerge.pipeline.errors import MergeError, OutputError
-from raymerge.pipeline.plan.types import ShardResult, ShardTask
+from raymerge.pipeline.plan.types import ShardFile, ShardOutput
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Storage, Writer
 
@@ -65,9 +65,9 @@ class Journal:
             if f"{DIRECTORY}/{name}" != LOCK:
                 storage.delete(f"{self.out}/{DIRECTORY}/{name}")
 
-    def open_shard(self, task: ShardTask) -> Writer:
+    def open_shard(self, output: ShardOutput) -> Writer:
         """Begin a shard; until it is committed it lies in the journal's directory."""
-        return self.open_file(task.file, task.nbytes)
+        return self.open_file(output.file, output.nbytes)
 
     def open_file(self, name: str, nbytes: int, *, exclusive: bool = False) -> Writer:
         """Begin an output file; where a store cannot hide it until it is committed, the journal's directory does."""
@@ -76,27 +76,31 @@ class Journal:
             f"{self.out}/{name}", nbytes, f"{self.out}/{DIRECTORY}/{partial}.partial", exclusive=exclusive
         )
 
-    def record(self, result: ShardResult) -> None:
-        """Note that an output file is finished."""
-        self._write(f"{DIRECTORY}/{result.file}.json", {"fingerprint": self.fingerprint, **dataclasses.asdict(result)})
+    def record(self, file: ShardFile) -> None:
+        """Note that a shard is finished."""
+        self._write(f"{DIRECTORY}/{file.file}.json", {"fingerprint": self.fingerprint, **dataclasses.asdict(file)})
 
-    def read_records(self, tasks: Sequence[ShardTask]) -> list[ShardResult]:
-        """Return the records of finished files that belong to this plan and whose files are there in full size."""
-        storage = self._storage
-        results = []
-        for task in tasks:
+    def read_records(self, outputs: Iterable[ShardOutput]) -> dict[str, ShardFile]:
+        """Return by name the finished shards of this plan whose files are there in full size.
+
+        Args:
+            outputs: the shards that the plan makes here.
+        """
+        found = {}
+        for output in outputs:
             try:
-                content = storage.read(f"{self.out}/{DIRECTORY}/{task.file}.json", _MAX_RECORD_NBYTES)
-                record = json.loads(content)
+                record = json.loads(
+                    self._storage.read(f"{self.out}/{DIRECTORY}/{output.file}.json", _MAX_RECORD_NBYTES)
+                )
                 if record.pop("fingerprint") != self.fingerprint:
                     continue
-                result = ShardResult(**{**record, "nonfinite": tuple(record["nonfinite"]), "faults": ()})
-                found = storage.stat(f"{self.out}/{task.file}").nbytes
-                if result.file == task.file and found == result.nbytes == task.nbytes:
-                    results.append(result)
+                file = ShardFile(**{**record, "nonfinite": tuple(record["nonfinite"])})
+                nbytes = self._storage.stat(f"{self.out}/{output.file}").nbytes
+                if file.file == output.file and nbytes == file.nbytes == output.nbytes:
+                    found[file.file] = file
             except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
                 continue  # no record, or one that is damaged: the file is made again
-        return results
+        return found
 
     @property
     def _storage(self) -> Storage:

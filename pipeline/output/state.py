@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, MANIFEST, is_weights
+from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, is_weights
+from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Manifest, parse_manifest
 from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.output.journal import DIRECTORY, LOCK, Journal, read_begun
-from raymerge.pipeline.plan.types import InputModel, OutputFile
+from raymerge.pipeline.plan.types import InputModel
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Lock, Storage
 from raymerge.pipeline.urls import is_url, suggest_directory
-
-MAX_MANIFEST_NBYTES = 256 * 2**20
 
 _MODEL_FILES = (CONFIG, INDEX, MANIFEST)
 """Without these nothing loads, and nothing looks finished."""
@@ -44,17 +41,6 @@ class OutputState(Enum):
     """An earlier run of the same plan was interrupted."""
     COMPLETE = "complete"
     """An earlier run of the same plan has finished."""
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What raymerge needs to know again of a finished output."""
-
-    fingerprint: str
-    files: Mapping[str, OutputFile]
-    """Every file but the manifest itself."""
-    nonfinite: tuple[str, ...]
-    """Tensors with NaN or infinity."""
 
 
 def locate_output(stores: Stores, out: str | Path) -> str:
@@ -175,16 +161,7 @@ def read_manifest(stores: Stores, out: str) -> Manifest:
 
 
 def _load_manifest(stores: Stores, out: str) -> Manifest:
-    content = stores.at(out).read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES)
-    try:
-        manifest = json.loads(content)
-        return Manifest(
-            fingerprint=manifest["fingerprint"],
-            files={name: OutputFile(**file) for name, file in manifest["files"].items()},
-            nonfinite=tuple(manifest["nonfinite"]),
-        )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return parse_manifest(stores.at(out).read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES))
 
 
 def find_unlisted(stores: Stores, out: str, manifest: Manifest) -> list[str]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 from raymerge import __version__
-from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, MANIFEST
+from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX
+from raymerge.pipeline.checkpoint.manifest import FIGURES, MANIFEST, MAX_MANIFEST_NBYTES, Manifest, OutputFile
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.output.card import make_card
 from raymerge.pipeline.output.journal import Journal
-from raymerge.pipeline.output.state import MAX_MANIFEST_NBYTES, read_manifest
-from raymerge.pipeline.plan.types import MergePlan, OutputFile, ShardResult
+from raymerge.pipeline.output.state import read_manifest
+from raymerge.pipeline.plan.types import Copied, MergePlan, PlannedOutput, ShardFile
 from raymerge.pipeline.redact import redact
-from raymerge.pipeline.stores.files import Buffer, StoredFile
-from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.files import Buffer
 from raymerge.pipeline.urls import revision_of
 
 _OWN_CONFIG = "mergekit_config.yml"
@@ -26,17 +25,17 @@ _CARD = "README.md"
 
 
 def list_outputs(plan: MergePlan) -> list[str]:
-    """Return the name of every file of the output."""
-    names = [*(task.file for task in plan.tasks), *(name for name, _ in plan.side_files)]
-    return [*names, _OWN_CONFIG, _CARD, MANIFEST, CONFIG, *([INDEX] if len(plan.tasks) > 1 else [])]
+    """Return the name of every file of an output."""
+    names = [*(task.file for task in plan.tasks), *(file.name for file in plan.outputs[0].side_files)]
+    return [*names, _OWN_CONFIG, _CARD, MANIFEST, FIGURES, *([INDEX] if len(plan.tasks) > 1 else [])]
 
 
-def find_nonfinite(results: Iterable[ShardResult]) -> tuple[str, ...]:
+def find_nonfinite(files: Iterable[ShardFile]) -> tuple[str, ...]:
     """Return the tensors with NaN or infinity, by name."""
-    return tuple(sorted(name for result in results for name in result.nonfinite))
+    return tuple(sorted(name for file in files for name in file.nonfinite))
 
 
-def stitch(plan: MergePlan, results: Sequence[ShardResult], journal: Journal) -> None:
+def stitch(plan: MergePlan, output: PlannedOutput, shards: Sequence[ShardFile], journal: Journal) -> None:
     """Complete an output directory.
 
     The order matters: the donor's files, the card and the manifest first, then config.json, and last of all the index,
@@ -46,42 +45,49 @@ def stitch(plan: MergePlan, results: Sequence[ShardResult], journal: Journal) ->
 
     Args:
         plan: what was to be done.
-        results: one for each of its tasks.
+        output: the model of the plan that is made here.
+        shards: its files, one for each task.
         journal: of the output directory.
 
     Raises:
         OutputError: a shard is not there, a file could not be written, or another run has finished here.
     """
+    from raymerge.pipeline.output.figures import dump_figures, make_figures, summarise  # pyarrow: slow to import
+
     stores, out = journal.stores, journal.out
     storage = stores.at(out)
-    by_file = {result.file: result for result in results}
+    by_name = {shard.file: shard for shard in shards}
     for task in plan.tasks:
-        found, made = storage.stat(f"{out}/{task.file}"), by_file[task.file]
+        found, made = storage.stat(f"{out}/{task.file}"), by_name[task.file]
         if (found.nbytes, found.etag) != (made.nbytes, made.etag):
             raise OutputError(
                 f"{out}/{task.file} is no longer what was written: {found.nbytes:,} bytes, etag {found.etag};"
                 f" {made.nbytes:,} bytes, etag {made.etag} are expected; run again when nobody else writes there"
             )
-    files = {result.file: OutputFile(result.nbytes, result.sha256) for result in results}
-    for name, source in plan.side_files:
-        files[name] = _copy(source, name, journal)
-
-    texts = {_OWN_CONFIG: redact(plan.config_text), _CARD: redact(make_card(plan))}
-    last = {CONFIG: plan.config_json}
+    files = {shard.file: OutputFile(shard.nbytes, shard.sha256) for shard in shards}
+    contents = {_OWN_CONFIG: redact(output.config_text).encode(), _CARD: redact(make_card(plan, output)).encode()}
+    for side_file in output.side_files:
+        if isinstance(side_file, Copied):
+            files[side_file.name] = _copy(side_file, journal)
+        elif side_file.name != CONFIG:
+            contents[side_file.name] = side_file.text.encode()
+    figures = make_figures(plan, shards)
+    contents[FIGURES] = dump_figures(figures)
+    last = {CONFIG: output.config_json.encode()}
     if len(plan.tasks) > 1:
-        last[INDEX] = make_index(plan)
-    for name, text in (texts | last).items():
-        files[name] = OutputFile(len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
-    texts[MANIFEST] = make_manifest(plan, results, files)
+        last[INDEX] = make_index(plan).encode()
+    for name, content in (contents | last).items():
+        files[name] = OutputFile(len(content), hashlib.sha256(content).hexdigest())
+    nonfinite = find_nonfinite(shards)
+    contents[MANIFEST] = make_manifest(plan, output, nonfinite, summarise(figures), files).dump().encode()
     final = next(reversed(last))
-    for name, text in (texts | last).items():
-        content = text.encode()
+    for name, content in (contents | last).items():
         if name == final:
             journal.check_held()
         try:
             _write([content], name, len(content), journal, exclusive=name in (MANIFEST, final))
         except FileExistsError:
-            if not _is_ours(stores, name, content, plan, out):
+            if not _is_ours(name, content, output, journal):
                 raise OutputError(
                     f"{out}/{name}: another run has finished a different model here meanwhile;"
                     " choose another directory, or run again with --overwrite when nobody else writes there"
@@ -98,55 +104,64 @@ def make_index(plan: MergePlan) -> str:
     return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, ensure_ascii=False) + "\n"
 
 
-def make_manifest(plan: MergePlan, results: Sequence[ShardResult], files: dict[str, OutputFile]) -> str:
-    """Return `raymerge_manifest.json`: where the output comes from, and the checksum of every file.
+def make_manifest(
+    plan: MergePlan,
+    output: PlannedOutput,
+    nonfinite: Sequence[str],
+    figures: Mapping[str, Mapping[str, float]],
+    files: Mapping[str, OutputFile],
+) -> Manifest:
+    """Return where an output comes from, and the checksum of every file.
 
     Args:
         plan: what was done.
-        results: of its tasks.
+        output: the model of the plan.
+        nonfinite: its tensors with NaN or infinity.
+        figures: summary of what is known of its tensors.
         files: every other file of the output, by name.
     """
-    sources = {(source.model, source.file) for task in plan.tasks for merge in task.merges for source in merge.sources}
+    sources = (source for task in plan.tasks for merge in task.merges for source in merge.sources)
+    origins = {(tensor.model, tensor.file) for source in sources for tensor in source.origins}
     urls = {str(item.model): item.url for item in plan.inputs}
-    inputs = sorted((model, file.url.removeprefix(f"{urls[model]}/"), file.nbytes) for model, file in sources)
-    manifest = {
-        "raymerge": __version__,
-        "torch": version("torch"),
-        "python": platform.python_version(),
-        "fingerprint": plan.fingerprint,
-        "seed": plan.seed,
-        "method": plan.method,
-        "config": plan.config_text,
-        "models": [{"model": str(item.model), "revision": revision_of(item.url)} for item in plan.inputs],
-        "inputs": [{"model": model, "file": name, "nbytes": nbytes} for model, name, nbytes in inputs],
-        "warnings": list(plan.warnings),
-        "dropped": list(plan.dropped),
-        "nonfinite": find_nonfinite(results),
-        "files": {name: dataclasses.asdict(file) for name, file in sorted(files.items())},
-    }
-    return redact(json.dumps(manifest, indent=1, ensure_ascii=False)) + "\n"
+    inputs = sorted((model, file.url.removeprefix(f"{urls[model]}/"), file.nbytes) for model, file in origins)
+    return Manifest(
+        raymerge=__version__,
+        torch=version("torch"),
+        python=platform.python_version(),
+        fingerprint=output.fingerprint,
+        seed=output.seed,
+        method=plan.method,
+        config=output.config_text,
+        models=[{"model": str(item.model), "revision": revision_of(item.url)} for item in plan.inputs],
+        inputs=[{"model": model, "file": name, "nbytes": nbytes} for model, name, nbytes in inputs],
+        warnings=output.warnings,
+        dropped=plan.dropped,
+        nonfinite=nonfinite,
+        figures=figures,
+        files=dict(sorted(files.items())),
+    )
 
 
-def _is_ours(stores: Stores, name: str, content: bytes, plan: MergePlan, out: str) -> bool:
+def _is_ours(name: str, content: bytes, output: PlannedOutput, journal: Journal) -> bool:
     """Tell whether a file that is there already was written by an earlier try at the same plan."""
     if name != MANIFEST:
-        return stores.at(out).read(f"{out}/{name}", MAX_MANIFEST_NBYTES) == content
+        return journal.stores.at(journal.out).read(f"{journal.out}/{name}", MAX_MANIFEST_NBYTES) == content
     try:
-        return read_manifest(stores, out).fingerprint == plan.fingerprint
+        return read_manifest(journal.stores, journal.out).fingerprint == output.fingerprint
     except ValueError:
         return False
 
 
-def _copy(source: StoredFile, name: str, journal: Journal) -> OutputFile:
+def _copy(file: Copied, journal: Journal) -> OutputFile:
     digest = hashlib.sha256()
 
     def hashed() -> Iterator[Buffer]:
-        for piece in journal.stores.read_pieces(source):
+        for piece in journal.stores.read_pieces(file.source):
             digest.update(piece)
             yield piece
 
-    _write(hashed(), name, source.nbytes, journal)
-    return OutputFile(source.nbytes, digest.hexdigest())
+    _write(hashed(), file.name, file.nbytes, journal)
+    return OutputFile(file.nbytes, digest.hexdigest())
 
 
 def _write(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -13,12 +13,13 @@ import safetensors
 
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
-from raymerge.pipeline.checkpoint.checkpoint import INDEX, MANIFEST
+from raymerge.pipeline.checkpoint.checkpoint import INDEX
 from raymerge.pipeline.checkpoint.header import TensorEntry, read_header
+from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Manifest, OutputFile
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.output.journal import read_begun
-from raymerge.pipeline.output.state import MAX_MANIFEST_NBYTES, Manifest, find_unlisted, locate_output, read_manifest
-from raymerge.pipeline.plan.types import OutputFile, ShardResult
+from raymerge.pipeline.output.state import find_unlisted, locate_output, read_manifest
+from raymerge.pipeline.plan.types import ShardFile
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import COPY_NBYTES, Library, Stores, StoreSettings, open_stores
 from raymerge.pipeline.urls import scheme_of
@@ -89,11 +90,22 @@ def _verify(stores: Stores, out: str, threads: int, on_progress: Callable[[Progr
     return VerifyReport(len(files), num_tensors, sum(file.nbytes for file in files.values()))
 
 
-def check_shard(stores: Stores, result: ShardResult, report: Report, *, out: str) -> tuple[ShardResult, bool]:
-    """Return a recorded shard and whether its file is as it was; read only where its etag has changed."""
-    file = stores.at(out).stat(f"{out}/{result.file}")
-    is_sound = file.etag == result.etag or _hash_file(stores, file, report) == result.sha256
-    return replace(result, etag=file.etag), is_sound
+def check_shard(
+    stores: Stores, item: tuple[int, ShardFile], report: Report, *, outs: Sequence[str]
+) -> tuple[int, ShardFile] | None:
+    """Return a recorded shard if its file is as it was; read only where its etag has changed.
+
+    Args:
+        stores: of the outputs.
+        item: which of the outputs, and the shard there.
+        report: told of the bytes read.
+        outs: the output directories.
+    """
+    output, recorded = item
+    file = stores.at(outs[output]).stat(f"{outs[output]}/{recorded.file}")
+    if file.etag != recorded.etag and _hash_file(stores, file, report) != recorded.sha256:
+        return None
+    return output, replace(recorded, etag=file.etag)
 
 
 def _check_file(stores: Stores, item: tuple[str, OutputFile], report: Report, *, out: str) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from raymerge.pipeline.checkpoint.names import Layers, split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import counted, listing
 
@@ -18,21 +17,17 @@ class Accounts:
     """The books of a recipe: tensors used, dropped by a rule, missing, and misfits."""
 
     def __init__(self) -> None:
-        self._used: set[tuple[ModelRef, str]] = set()
-        self._dropped: dict[tuple[ModelRef, str], str] = {}
+        self._used: set[tuple[str, str]] = set()
+        self._dropped: dict[tuple[str, str], str] = {}
         self._problems: list[str] = []
 
-    def use(self, model: ModelRef, name: str) -> None:
-        """Note that an input tensor is merged."""
-        self._used.add((model, name))
+    def use(self, source: Source) -> None:
+        """Note that the stored tensors behind a source are used."""
+        self._used.update((tensor.model, tensor.name) for tensor in source.origins)
 
     def drop(self, model: ModelRef, name: str, rule: str) -> None:
-        """Note that an input tensor is left out, and why."""
-        self._dropped[model, name] = rule
-
-    def is_dropped(self, model: ModelRef, name: str) -> bool:
-        """Return whether a rule has left this tensor out."""
-        return (model, name) in self._dropped
+        """Note that a stored tensor is left out, and why."""
+        self._dropped[str(model), name] = rule
 
     def miss(self, name: str, model: ModelRef, has: Sequence[ModelRef]) -> None:
         """Note that a model lacks a tensor that others have."""
@@ -43,7 +38,7 @@ class Accounts:
         self._problems.append(problem)
 
     def check(self) -> None:
-        """Refuse a recipe that does not come out even.
+        """Refuse a recipe with missing or misfit tensors.
 
         Raises:
             TensorMismatchError: a tensor is missing in a model, or tensors do not fit.
@@ -56,13 +51,22 @@ class Accounts:
             + "\nAll inputs need the same tensors in the same shapes; are they fine-tunes of one base?"
         )
 
-    def explain_dropped(self, models: Iterable[tuple[ModelRef, Mapping[str, StoredTensor], Layers]]) -> tuple[str, ...]:
-        """Return a line for each group of input tensors that are not in the output, with the rule for it."""
+    def explain_dropped(
+        self,
+        stored: Mapping[ModelRef, Iterable[str]],
+        explain: Callable[[ModelRef, str], str],
+    ) -> tuple[str, ...]:
+        """Return a line for each group of stored tensors that are not in the output, with the rule for it.
+
+        Args:
+            stored: the names of each model's tensors.
+            explain: returns the rule for a tensor that nothing has used or dropped.
+        """
         groups: dict[tuple[ModelRef, str], list[str]] = {}
-        for model, tensors, layers in models:
-            for name in tensors:
-                if (model, name) not in self._used:
-                    rule = self._dropped.get((model, name)) or _explain(name, layers)
+        for model, names in stored.items():
+            for name in names:
+                if (str(model), name) not in self._used:
+                    rule = self._dropped.get((str(model), name)) or explain(model, name)
                     groups.setdefault((model, rule), []).append(name)
         return tuple(f"{model}: {count_tensors(names)}: {rule}" for (model, rule), names in groups.items())
 
@@ -74,13 +78,3 @@ def count_tensors(names: Sequence[str]) -> str:
     ('1 tensor (a)', '2 tensors (a, ...)')
     """
     return f"{counted(len(names), 'tensor')} ({names[0]}{', ...' if len(names) > 1 else ''})"
-
-
-def _explain(name: str, layers: Layers) -> str:
-    """The rule by which slices leave out a tensor."""
-    split = split_name(name)
-    if split is not None and split.stack == layers.main:
-        if split.layer >= layers.num_layers:
-            return "layers past the model's own, for multi-token prediction; slices stack the model's own layers"
-        return "layers in no slice"
-    return "embeddings come from the first slice's models, final norm and head from the last slice's"

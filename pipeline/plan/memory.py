@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
-from raymerge.ops.kernel import BLOCK_ELEMENTS, Kernel, Site
-from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.errors import MemoryLimitError
-from raymerge.pipeline.plan.resolve import COPY
-from raymerge.pipeline.plan.types import ParameterValue, TensorMerge
+from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.sizes import format_memory
+from raymerge.pipeline.stores.files import ALIGNMENT
 from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES
 
-COMPUTE_NBYTES = 4
-"""Bytes of a float32."""
+_ITEM_NBYTES = {dtype.torch_name: dtype.num_bits // 8 for dtype in DTYPES.values()}
+"""Bytes of an element, by torch's word for the dtype."""
 
 MAX_BUFFER_NBYTES = 64 * 2**20
 """Holds a layer's matrix of several models for all passes; larger buffers do not pay, for fresh memory costs more than
@@ -25,9 +22,6 @@ reading a file again from the page cache."""
 CONTEXT_NBYTES = 640 * 2**20
 """What CUDA takes of a GPU for each process, and for what operations allocate for themselves. An estimate: not measured
 yet."""
-
-ALIGNMENT = 64
-"""Each source's bytes start at a multiple of this in an input buffer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +49,7 @@ class Demand:
         return self.scratch_nbytes + self.state_nbytes
 
     def of_window(self, nbytes: int, buffer_nbytes: int) -> int:
-        """Return what is `nbytes` for one block for all blocks of a window, of which a buffer holds one at least."""
+        """Scale a per-block size to a whole window; a buffer holds one block at least."""
         if self.num_blocks <= 1:
             return nbytes * self.num_blocks
         return -(-nbytes * min(self.num_blocks * self.block_nbytes, buffer_nbytes) // self.block_nbytes)
@@ -63,30 +57,30 @@ class Demand:
 
 def measure_demand(merge: TensorMerge) -> Demand:
     """Return what a tensor needs."""
-    if merge.op == COPY:
-        block_elements, num_passes, num_scratch, state_nbytes = BLOCK_ELEMENTS, 0, 0, 0
-    else:
-        kernel = _make_kernel(merge.op, merge.parameters)
-        site = Site(merge.name, merge.shape, len(merge.sources), seed=0)
-        block_elements, num_passes = max(1, kernel.grid(site)), kernel.num_passes(site)
-        num_scratch = 1 + kernel.num_scratch(site)
-        state_nbytes = kernel.state_nbytes(site)
-    num_elements = min(block_elements, merge.num_elements)
+    sites = [(variant.kernel, merge.site(variant)) for variant in merge.variants]
+    kernel, site = sites[0]
+    grid = max(1, kernel.grid(site))
+    num_elements = min(grid, merge.num_elements)
+    states = {kernel.measuring(site): kernel.state_nbytes(site) for kernel, site in sites}
     return Demand(
-        block_elements,
-        -(-merge.num_elements // block_elements),
-        num_passes,
-        sum(aligned(stored_nbytes(source.dtype, num_elements)) for source in merge.sources),
-        num_scratch * num_elements * COMPUTE_NBYTES,
-        state_nbytes,
-        0 if merge.op == COPY else stored_nbytes(merge.out_dtype, num_elements),
+        block_elements=grid,
+        num_blocks=-(-merge.num_elements // grid),
+        num_passes=max(kernel.num_passes(site) for kernel, site in sites),
+        block_nbytes=sum(source.max_nbytes(num_elements) for source in merge.sources),
+        scratch_nbytes=num_elements * _ITEM_NBYTES[kernel.compute_dtype] * count_scratch(merge)
+        + max(source.decoder.temporary_nbytes(num_elements) for source in merge.sources),
+        state_nbytes=sum(states.values()),
+        out_nbytes=num_elements * DTYPES[merge.written_dtype].num_bits // 8,
     )
 
 
-@lru_cache(maxsize=256)
-def _make_kernel(op: str, parameters: tuple[tuple[str, ParameterValue], ...]) -> Kernel:
-    """Return a kernel to ask for its demands; most tensors of a merge have the same parameters."""
-    return find_op(op).kernel(dict(parameters))
+def count_scratch(merge: TensorMerge) -> int:
+    """Return the blocks in the compute dtype that a worker has for a tensor.
+
+    The result, the kernels' scratch and, where several variants are made of them, the decoded sources.
+    """
+    decoded = len(merge.sources) if len(merge.variants) > 1 else 0
+    return 1 + max(variant.kernel.num_scratch(merge.site(variant)) for variant in merge.variants) + decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +88,11 @@ class Transfer:
     """What reading and writing take, in each worker."""
 
     num_buffers: int = 1
-    """Input buffers: 2 where the next is filled while one is merged."""
+    """Input buffers."""
     nbytes: int = 0
-    """Memory that the storages take besides."""
+    """Memory that the storages take besides, for all outputs together."""
+    num_outputs: int = 1
+    """Files that are written at once."""
 
 
 def choose_buffer_nbytes(
@@ -122,7 +118,7 @@ def choose_buffer_nbytes(
     def fits(nbytes: int) -> bool:
         return (
             project_mem(demands, nbytes, transfer, on_gpu=True) <= worker_mem
-            and project_gpu_mem(demands, nbytes) <= worker_gpu_mem
+            and project_gpu_mem(demands, nbytes, transfer.num_outputs) <= worker_gpu_mem
         )
 
     while useful > largest and not fits(useful):
@@ -136,19 +132,20 @@ def project_mem(demands: Collection[Demand], buffer_nbytes: int, transfer: Trans
     Where a GPU merges, there is no scratch, but two buffers for the results of a window.
     """
     if on_gpu:
-        working = 2 * max(out_slot_nbytes(demand, buffer_nbytes) for demand in demands)
+        working = 2 * transfer.num_outputs * max(out_slot_nbytes(demand, buffer_nbytes) for demand in demands)
     else:
         working = max(demand.working_nbytes for demand in demands)
-    return transfer.num_buffers * buffer_nbytes + working + 2 * OUTPUT_BUFFER_NBYTES + transfer.nbytes
+    writing = 2 * transfer.num_outputs * OUTPUT_BUFFER_NBYTES + transfer.nbytes
+    return transfer.num_buffers * buffer_nbytes + working + writing
 
 
-def project_gpu_mem(demands: Collection[Demand], buffer_nbytes: int) -> int:
+def project_gpu_mem(demands: Collection[Demand], buffer_nbytes: int, num_outputs: int = 1) -> int:
     """Return the peak memory of a task on its GPU, in bytes.
 
     Two windows of the inputs, two of the results, and scratch for one, for a GPU takes a window at once.
     """
     working = max(demand.of_window(demand.working_nbytes, buffer_nbytes) for demand in demands)
-    results = 2 * max(out_slot_nbytes(demand, buffer_nbytes) for demand in demands)
+    results = 2 * num_outputs * max(out_slot_nbytes(demand, buffer_nbytes) for demand in demands)
     return 2 * buffer_nbytes + working + results + CONTEXT_NBYTES
 
 
@@ -177,7 +174,7 @@ def check_fits(
         return project_mem(demands, _largest_block(demands), transfer, on_gpu=on_gpu)
 
     def project_on_gpu(demands: Collection[Demand]) -> int:
-        return project_gpu_mem(demands, _largest_block(demands))
+        return project_gpu_mem(demands, _largest_block(demands), transfer.num_outputs)
 
     _refuse_more(demands, project, allowed_mem, "--memory")
     if allowed_gpu_mem is not None:
@@ -200,17 +197,3 @@ def _refuse_more(
 
 def _largest_block(demands: Collection[Demand]) -> int:
     return max(demand.block_nbytes for demand in demands)
-
-
-def aligned(nbytes: int) -> int:
-    """Round up to where the next source may start in a buffer.
-
-    >>> aligned(1), aligned(64)
-    (64, 64)
-    """
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def stored_nbytes(dtype: str, num_elements: int) -> int:
-    """Return the size of so many elements in a dtype of whole bytes, in bytes."""
-    return num_elements * DTYPES[dtype].num_bits // 8

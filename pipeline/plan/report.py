@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raymerge.pipeline.checkpoint.checkpoint import CONFIG
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.memory import measure_demand
@@ -68,7 +69,7 @@ def plan_json(plan: MergePlan) -> str:
             "method": plan.method,
             "models": [str(model) for model in plan.models],
             "donor": str(plan.donor),
-            "seed": plan.seed,
+            "seed": plan.outputs[0].seed,
             "fingerprint": plan.fingerprint,
             "num_tensors": len(plan.weight_map),
             "read_nbytes": sum(task.read_nbytes for task in plan.tasks),
@@ -91,8 +92,8 @@ def plan_json(plan: MergePlan) -> str:
                 }
                 for task in plan.tasks
             ],
-            "side_files": [name for name, _ in plan.side_files],
-            "config": json.loads(plan.config_json),
+            "side_files": [file.name for file in plan.outputs[0].side_files if file.name != CONFIG],
+            "config": json.loads(plan.outputs[0].config_json),
             "dropped": list(plan.dropped),
             "warnings": list(plan.warnings),
             "advice": list(plan.advice),
@@ -142,17 +143,18 @@ def plan_table(plan: MergePlan) -> pa.Table:
                 "shape": list(merge.shape),
                 "nbytes": merge.nbytes,
                 "op": merge.op,
-                "parameters": json.dumps(dict(merge.parameters)),
+                "parameters": json.dumps(dict(merge.variants[0].parameters)),
                 "sources": [
                     {
-                        "model": redact(source.model),
-                        "name": source.name,
-                        "dtype": source.dtype,
-                        "url": redact(source.file.url),
-                        "start": source.start,
-                        "stop": source.stop,
+                        "model": redact(tensor.model),
+                        "name": tensor.name,
+                        "dtype": tensor.dtype,
+                        "url": redact(tensor.file.url),
+                        "start": tensor.start,
+                        "stop": tensor.stop,
                     }
                     for source in merge.sources
+                    for tensor in source.origins
                 ],
             }
             for task in plan.tasks

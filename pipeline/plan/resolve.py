@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raymerge.ops.errors import OpParameterError
+from raymerge.ops.kernels.copy import Identical
 from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.checkpoint.source import Source, StoredTensor
 from raymerge.pipeline.config.values import Settings, resolve
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
-from raymerge.pipeline.plan.types import ParameterValue, TensorMerge
+from raymerge.pipeline.plan.types import ParameterValue, TensorMerge, Variant
 
 COPY = "copy"
-"""In place of an op: tensors that are not floating-point must be equal in all sources, and are copied."""
+"""What stands for an op where tensors are not floating-point: all sources must be equal, and are copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Part:
     model: ModelRef
     name: str
     """What filters see: the tensor's name in this model, also where a tied embedding stands in for it."""
-    tensor: StoredTensor
+    source: Source
     settings: tuple[Settings, ...]
     """Parameters given under this model, highest precedence first."""
 
@@ -43,7 +43,7 @@ class Scope:
     """As in a safetensors header; None where the inputs decide."""
 
 
-def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: float) -> TensorMerge:
+def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: float, seed: int) -> TensorMerge:
     """Return how an output tensor comes about.
 
     Args:
@@ -51,6 +51,7 @@ def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: 
         parts: its sources in config order, at least one.
         scope: what holds for all of them.
         position: of its layer on a gradient, from 0 to 1.
+        seed: of the merge.
 
     Raises:
         TensorMismatchError: shapes differ, or dtypes cannot be merged.
@@ -60,21 +61,20 @@ def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: 
     if scope.op.base is Base.REQUIRED:
         parts = sorted(parts, key=lambda part: part.model != scope.base)
     _check_shapes(name, parts)
-    dtypes = [part.tensor.dtype for part in parts]
-    shape = parts[0].tensor.shape
-    num_elements = math.prod(shape)
-    sources = tuple(part.tensor for part in parts)
+    dtypes = [part.source.dtype for part in parts]
+    shape = parts[0].source.shape
     if not all(DTYPES[dtype].is_mergeable for dtype in dtypes):
-        _check_copyable(name, parts)
-        return TensorMerge(name, shape, dtypes[0], COPY, (), sources, num_elements, sources[0].nbytes)
+        sources = _as_bytes(name, parts)
+        return TensorMerge(name, shape, dtypes[0], "U8", COPY, sources, (Variant((), Identical(), seed),))
     out_dtype = scope.out_dtype or promote(dtypes)
     parameters = _resolve_parameters(name, parts, scope, position)
     try:
-        scope.op.kernel(parameters)
+        kernel = scope.op.kernel(parameters)
     except OpParameterError as error:
         raise OpParameterError(f"{scope.op.name}, tensor {name}: {error}") from error
-    nbytes = num_elements * DTYPES[out_dtype].num_bits // 8
-    return TensorMerge(name, shape, out_dtype, scope.op.name, tuple(parameters.items()), sources, num_elements, nbytes)
+    sources = tuple(part.source for part in parts)
+    variant = Variant(tuple(parameters.items()), kernel, seed)
+    return TensorMerge(name, shape, out_dtype, out_dtype, scope.op.name, sources, (variant,))
 
 
 def promote(dtypes: Sequence[str]) -> str:
@@ -121,26 +121,35 @@ def _resolve_parameters(
 def _check_shapes(name: str, parts: Sequence[Part]) -> None:
     first = parts[0]
     for part in parts[1:]:
-        if part.tensor.shape != first.tensor.shape:
+        if part.source.shape != first.source.shape:
             hint = ""
-            if part.tensor.shape[1:] == first.tensor.shape[1:] and len(part.tensor.shape) == 2:
+            if part.source.shape[1:] == first.source.shape[1:] and len(part.source.shape) == 2:
                 hint = "; if this is the vocabulary, the models have different tokenizers, which is not supported yet"
             raise TensorMismatchError(
-                f"{name} is {list(first.tensor.shape)} in {first.model} and {list(part.tensor.shape)} in "
+                f"{name} is {list(first.source.shape)} in {first.model} and {list(part.source.shape)} in "
                 f"{part.model}; only tensors of one shape can be merged{hint}"
             )
 
 
-def _check_copyable(name: str, parts: Sequence[Part]) -> None:
+def _as_bytes(name: str, parts: Sequence[Part]) -> tuple[Source, ...]:
+    """Return tensors that are not floating-point as bytes, which must be the same in all sources."""
     first = parts[0]
+    sources = []
     for part in parts:
-        if part.tensor.dtype != first.tensor.dtype:
+        if part.source.dtype != first.source.dtype:
             raise TensorMismatchError(
-                f"{name} is {first.tensor.dtype} in {first.model} and {part.tensor.dtype} in {part.model}; "
+                f"{name} is {first.source.dtype} in {first.model} and {part.source.dtype} in {part.model}; "
                 f"tensors that are not floating-point must be the same everywhere"
             )
-        if part.tensor.dtype.startswith(("F8", "F6", "F4")):
+        if part.source.dtype.startswith(("F8", "F6", "F4")):
             raise TensorMismatchError(
-                f"{name} in {part.model} is {part.tensor.dtype}, quantised; that is not supported yet: "
+                f"{name} in {part.model} is {part.source.dtype}, quantised; that is not supported yet: "
                 f"convert the model to bfloat16 first"
             )
+        if not isinstance(part.source, StoredTensor):
+            raise TensorMismatchError(
+                f"{name} in {part.model} is {part.source.dtype}, and not as the file has it: only floating-point "
+                f"tensors can be made of others"
+            )
+        sources.append(part.source.as_bytes())
+    return tuple(sources)

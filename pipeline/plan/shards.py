@@ -19,13 +19,8 @@ from raymerge.pipeline.plan.memory import (
     project_gpu_mem,
     project_mem,
 )
-from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
+from raymerge.pipeline.plan.types import Gpus, ShardOutput, ShardTask, SideFile, TensorMerge
 from raymerge.pipeline.plan.windows import is_resident
-from raymerge.pipeline.stores.files import StoredFile
-from raymerge.pipeline.urls import scheme_of
-
-_UNIQUE_ETAGS = ("file", "s3", "gs", "az", "hf")
-"""Elsewhere they may be made of size and time alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +50,11 @@ def default_shard_nbytes(total_nbytes: int) -> int:
     return max(1, int(128 * (total_nbytes / 10**9) ** (1 / 3))) * 10**6
 
 
-def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tuple[tuple[ShardTask, ...], int, int]:
+def make_tasks(merges: Sequence[TensorMerge], limits: Limits) -> tuple[tuple[ShardTask, ...], int, int]:
     """Cut the output into files and decide how each is made.
 
     Args:
         merges: in natural order of names.
-        seed: of the merge.
         limits: what the user allows.
 
     Returns:
@@ -81,7 +75,7 @@ def make_tasks(merges: Sequence[TensorMerge], seed: int, limits: Limits) -> tupl
     num_threads = min(num_allowed, len(shards))
     buffer_nbytes = _buffer_nbytes(kinds, limits, num_threads)
     tasks = tuple(
-        _make_task(shard, file, demands, buffer_nbytes, limits, seed)
+        _make_task(shard, file, demands, buffer_nbytes, limits)
         for shard, file in zip(shards, shard_names(len(shards)), strict=True)
     )
     return tasks, num_threads, num_allowed
@@ -112,34 +106,25 @@ def shard_names(num_shards: int) -> list[str]:
     return [f"model-{k:05d}-of-{num_shards:05d}.safetensors" for k in range(1, num_shards + 1)]
 
 
-def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[tuple[str, StoredFile]], config_json: str) -> str:
-    """Return a hash of everything that decides what the model is: recipes, inputs as they are, seed, layout, version.
+def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[SideFile], output: int = 0) -> str:
+    """Return a hash of everything that decides what a model is: recipes, inputs as they are, seed, layout, version.
 
     Where the inputs lie does not matter if their etags tell, nor do memory and workers.
 
     Args:
         tasks: the shards.
-        side_files: what is copied: name in the output, source.
-        config_json: the output's config.json.
+        side_files: the output's other files.
+        output: which of the plan's outputs.
     """
-    copies = [[name, file.nbytes, _identity(file)] for name, file in side_files]
-    digest = hashlib.sha256(json.dumps([__version__, copies, config_json]).encode())
+    digest = hashlib.sha256(json.dumps([__version__, [file.identity for file in side_files]]).encode())
     for task in tasks:
-        digest.update(json.dumps([task.file, task.seed], ensure_ascii=False).encode())
-        digest.update(task.header)
+        digest.update(task.outputs[output].header)
         for merge in task.merges:
-            sources = [
-                [s.name, s.dtype, s.start, s.stop, s.file.url.rpartition("/")[2], s.file.nbytes, _identity(s.file)]
-                for s in merge.sources
-            ]
-            record = [merge.name, merge.op, merge.parameters, sources]
+            variant = merge.variants[output]
+            sources = [source.identity for source in merge.sources]
+            record = [task.file, merge.name, merge.op, variant.parameters, variant.seed, sources]
             digest.update(json.dumps(record, ensure_ascii=False).encode())
     return digest.hexdigest()
-
-
-def _identity(file: StoredFile) -> str:
-    """Return what tells a file's content from others: the etag, and the URL where two files may share an etag."""
-    return file.etag if scheme_of(file.url) in _UNIQUE_ETAGS else f"{file.url} {file.etag}"
 
 
 def _buffer_nbytes(demands: Collection[Demand], limits: Limits, num_threads: int) -> int:
@@ -155,18 +140,16 @@ def _make_task(
     demands: Mapping[str, Demand],
     buffer_nbytes: int,
     limits: Limits,
-    seed: int,
 ) -> ShardTask:
     own = [demands[merge.name] for merge in merges]
     # Wide dtypes first, so that every tensor is aligned to its own dtype in the file.
     ordered = tuple(sorted(merges, key=lambda merge: -DTYPES[merge.out_dtype].num_bits))
     header = make_header([(merge.name, merge.out_dtype, merge.shape, merge.nbytes) for merge in ordered])
     read = {merge.name: sum(source.nbytes for source in merge.sources) for merge in merges}
+    output = ShardOutput(file, header, len(header) + sum(merge.nbytes for merge in merges))
     return ShardTask(
-        file=file,
-        header=header,
+        outputs=(output,) * limits.transfer.num_outputs,
         merges=ordered,
-        nbytes=len(header) + sum(merge.nbytes for merge in merges),
         read_nbytes=sum(read.values()),
         reread_nbytes=sum(
             read[merge.name] * demand.num_passes
@@ -176,6 +159,5 @@ def _make_task(
         buffer_nbytes=buffer_nbytes,
         num_buffers=limits.transfer.num_buffers,
         projected_mem=project_mem(own, buffer_nbytes, limits.transfer, on_gpu=limits.gpus is not None),
-        projected_gpu_mem=project_gpu_mem(own, buffer_nbytes) if limits.gpus else 0,
-        seed=seed,
+        projected_gpu_mem=project_gpu_mem(own, buffer_nbytes, limits.transfer.num_outputs) if limits.gpus else 0,
     )

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
 
+from raymerge.ops.kernel import Kernel, Site
 from raymerge.ops.registry import Value
+from raymerge.pipeline.checkpoint.checkpoint import CONFIG
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_nbytes, format_seconds
@@ -16,23 +22,51 @@ ParameterValue = Value | tuple[Value, ...]
 """A shared parameter's value, or one value for each model."""
 
 
+Parameters = tuple[tuple[str, ParameterValue], ...]
+"""Every parameter of an op, by name; a per-model parameter has one value for each source that it belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How one output of a plan has a tensor made."""
+
+    parameters: Parameters
+    kernel: Kernel
+    """What the op returned for the parameters."""
+    seed: int
+    """Of the merge."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorMerge:
-    """One output tensor and how it comes about."""
+    """One tensor of every output, and how it comes about."""
 
     name: str
     shape: tuple[int, ...]
     out_dtype: str
     """As in a safetensors header."""
+    written_dtype: str
+    """What the kernels' results are rounded to: `out_dtype`, or U8 where bytes are copied as they are."""
     op: str
     """A registered op, or `copy`: the sources must be equal, and the first one's bytes are written."""
-    parameters: tuple[tuple[str, ParameterValue], ...]
-    """Every parameter of the op, by name; a per-model parameter has one value for each source that it belongs to."""
-    sources: tuple[StoredTensor, ...]
+    sources: tuple[Source, ...]
     """In config order; where the op requires a base, that comes first."""
-    num_elements: int
-    nbytes: int
-    """Of the output."""
+    variants: tuple[Variant, ...]
+    """One for each output; all have one grid."""
+
+    @property
+    def num_elements(self) -> int:
+        """Elements as the kernels see them; bytes where these are copied."""
+        return math.prod(self.sources[0].shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in one output, in bytes."""
+        return self.num_elements * DTYPES[self.written_dtype].num_bits // 8
+
+    def site(self, variant: Variant) -> Site:
+        """Return what a variant's kernel is told about the tensor."""
+        return Site(self.name, self.sources[0].shape, len(self.sources), variant.seed)
 
     def __repr__(self) -> str:
         what = f"{self.op} of {counted(len(self.sources), 'tensor')}"
@@ -57,17 +91,25 @@ class Gpus:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardTask:
-    """One output file; all that a worker needs to know."""
+class ShardOutput:
+    """One file that a task writes."""
 
     file: str
     """Its final name, relative to the output directory."""
     header: bytes
     """The file's first bytes: the length, and the JSON padded to a multiple of 8."""
-    merges: tuple[TensorMerge, ...]
-    """In the order in which they are written."""
     nbytes: int
     """Of the finished file, header included."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """The same shard of every output; all that a worker needs to know."""
+
+    outputs: tuple[ShardOutput, ...]
+    """One for each output of the plan; all of one name and layout."""
+    merges: tuple[TensorMerge, ...]
+    """In the order in which they are written."""
     read_nbytes: int
     """Bytes read once for each tensor; see `reread_nbytes`."""
     reread_nbytes: int
@@ -80,10 +122,61 @@ class ShardTask:
     """Peak memory for tensors and scratch, in bytes."""
     projected_gpu_mem: int
     """Peak memory on a GPU, in bytes; 0 where it is merged on the CPU."""
-    seed: int
+
+    @property
+    def file(self) -> str:
+        """The shard's name, the same in every output."""
+        return self.outputs[0].file
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files together, in bytes."""
+        return sum(output.nbytes for output in self.outputs)
 
     def __repr__(self) -> str:
         return f"ShardTask({self.file}: {counted(len(self.merges), 'tensor')}, {format_nbytes(self.nbytes)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A file of the output that is copied from an input."""
+
+    name: str
+    """In the output."""
+    source: StoredFile
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.source.nbytes
+
+    @property
+    def identity(self) -> list[str | int]:
+        """What decides its content."""
+        return [self.name, self.nbytes, self.source.content_id]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file of the output that the plan makes."""
+
+    name: str
+    """In the output."""
+    text: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return len(self.text.encode())
+
+    @property
+    def identity(self) -> list[str | int]:
+        """What decides its content."""
+        return [self.name, self.text]
+
+
+SideFile = Copied | Written
+"""A file of the output that is no shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +194,36 @@ class InputModel:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedOutput:
+    """One model that the plan makes."""
+
+    config_text: str
+    """The YAML as given."""
+    seed: int
+    side_files: tuple[SideFile, ...]
+    """config.json, and what goes along with the donor's weights."""
+    warnings: tuple[str, ...]
+    fingerprint: str
+    """Hash of everything that decides the output's bytes."""
+
+    @property
+    def config_json(self) -> str:
+        """The text of config.json."""
+        return next(file.text for file in self.side_files if isinstance(file, Written) and file.name == CONFIG)
+
+
+@dataclass(frozen=True, slots=True)
 class MergePlan:
     """Everything that will happen, decided."""
 
     tasks: tuple[ShardTask, ...]
+    outputs: tuple[PlannedOutput, ...]
+    """The models that are made of one reading of the inputs: one, unless variants are planned together."""
     donor: ModelRef
-    """Whose config.json, tokenizer and other files the output gets."""
-    config_json: str
-    """The output's config.json."""
-    side_files: tuple[tuple[str, StoredFile], ...]
-    """Files copied from the donor: name in the output, source."""
+    """Whose config.json, tokenizer and other files the outputs get."""
     inputs: tuple[InputModel, ...]
     """Base first, then in order of appearance."""
     method: str
-    config_text: str
-    """The YAML as given."""
-    seed: int
-    warnings: tuple[str, ...]
     advice: tuple[str, ...]
     """What would be faster on the machines at hand; nothing of it gets into the output."""
     dropped: tuple[str, ...]
@@ -129,9 +235,7 @@ class MergePlan:
     gpus: Gpus | None
     """What merges; None where the CPU does."""
     total_nbytes: int
-    """Of the output's tensors."""
-    fingerprint: str
-    """Hash of everything that decides the output's bytes."""
+    """Size of the tensors of one output, in bytes."""
 
     def __repr__(self) -> str:
         models, tensors = counted(len(self.inputs), "model"), counted(len(self.weight_map), "tensor")
@@ -148,10 +252,21 @@ class MergePlan:
         """Which file each output tensor is in."""
         return {merge.name: task.file for task in self.tasks for merge in task.merges}
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The warnings of all outputs, each once."""
+        return tuple(dict.fromkeys(warning for output in self.outputs for warning in output.warnings))
+
+    @property
+    def fingerprint(self) -> str:
+        """The output's fingerprint, or a hash of those of several outputs."""
+        fingerprints = [output.fingerprint for output in self.outputs]
+        return fingerprints[0] if len(fingerprints) == 1 else sha256("".join(fingerprints).encode()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
-class ShardResult:
-    """One finished output file; also its record in the journal."""
+class ShardFile:
+    """One finished file of one output; also its record in the journal."""
 
     file: str
     nbytes: int
@@ -160,6 +275,20 @@ class ShardResult:
     """Of the file in the output's store when it was finished."""
     nonfinite: tuple[str, ...]
     """Tensors with NaN or infinity in the output."""
+    figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict, compare=False)
+    """What is known of each tensor, by its name: its `norm`, and what the kernel measured anyway; in no log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What came of one task."""
+
+    file: str
+    """The shard's name, the same in every output."""
+    nbytes: int
+    """Size of all files together, in bytes."""
+    files: tuple[ShardFile, ...]
+    """One for each output of the plan."""
     read_nbytes: int
     """Bytes read in fact, rereads included."""
     seconds: float
@@ -174,14 +303,6 @@ class ShardResult:
 
     def __repr__(self) -> str:
         return f"ShardResult({self.file}: {format_nbytes(self.nbytes)} in {format_seconds(self.seconds)})"
-
-
-@dataclass(frozen=True, slots=True)
-class OutputFile:
-    """One finished file that is not a shard."""
-
-    nbytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from raymerge.pipeline.plan.memory import Demand, aligned, measure_demand, stored_nbytes
+from raymerge.pipeline.plan.memory import Demand, measure_demand
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
-from raymerge.pipeline.stores.files import ByteRange
+from raymerge.pipeline.stores.files import ByteRange, aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +20,13 @@ class Window:
     passes: range
     """Which of the kernel's passes run over it; the one after the last measuring pass combines."""
 
-    def ranges(self) -> list[ByteRange]:
-        """Return the bytes to fetch, one range for each source."""
-        return [
-            ByteRange(
-                source.file,
-                source.start + stored_nbytes(source.dtype, self.start),
-                source.start + stored_nbytes(source.dtype, self.stop),
-            )
-            for source in self.merge.sources
-        ]
+    def ranges(self) -> list[tuple[ByteRange, ...]]:
+        """Return the bytes to fetch, for each source."""
+        return [source.ranges(self.start, self.stop) for source in self.merge.sources]
 
     def nbytes(self) -> int:
         """Return the room that it takes in a buffer."""
-        return sum(aligned(r.nbytes) for r in self.ranges())
+        return sum(aligned(piece.nbytes) for pieces in self.ranges() for piece in pieces)
 
 
 Fetch = tuple[Window, ...]
@@ -73,4 +66,4 @@ def make_windows(merge: TensorMerge, demand: Demand, buffer_nbytes: int) -> Iter
 
 def is_resident(merge: TensorMerge, buffer_nbytes: int) -> bool:
     """Return whether all sources fit in one buffer, so that they are read once for all passes."""
-    return sum(aligned(source.nbytes) for source in merge.sources) <= buffer_nbytes
+    return sum(source.max_nbytes(source.num_elements) for source in merge.sources) <= buffer_nbytes

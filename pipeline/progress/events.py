@@ -144,7 +144,14 @@ def explain(error: BaseException) -> Failed:
 def format_event(event: Event) -> str:
     """Return an event as a line of JSON, with its name and the time."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return redact(json.dumps({"event": _NAMES[type(event)], "time": now, **asdict(event)}))
+    return redact(
+        json.dumps({"event": _NAMES[type(event)], "time": now, **asdict(event, dict_factory=_without_figures)})
+    )
+
+
+def _without_figures(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a part of an event; figures of every tensor would make lines of megabytes."""
+    return {name: value for name, value in items if name != "figures"}
 
 
 def read_event(line: str) -> Event | None:
@@ -166,7 +173,13 @@ def _decode(value: Any, kind: Any) -> Any:
     """
     if is_dataclass(kind) and isinstance(kind, type):
         hints = get_type_hints(kind)
-        return kind(**{field.name: _decode(value[field.name], hints[field.name]) for field in fields(kind)})
+        return kind(
+            **{
+                field.name: _decode(value[field.name], hints[field.name])
+                for field in fields(kind)
+                if field.name != "figures"
+            }
+        )
     if isinstance(kind, UnionType):
         wanted, _ = get_args(kind)
         return None if value is None else _decode(value, wanted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raymerge.cluster.runner import Progress
 from raymerge.pipeline.errors import HeldError
-from raymerge.pipeline.plan.types import MergePlan, ShardResult
+from raymerge.pipeline.plan.types import MergePlan, ShardResult, ShardTask
 
 
 class Listener:
@@ -16,8 +16,8 @@ class Listener:
     def held(self, error: HeldError) -> None:
         """Another run is writing to the output, and is waited for."""
 
-    def resumed(self, results: list[ShardResult]) -> None:
-        """These shards were finished by an earlier run."""
+    def resumed(self, tasks: list[ShardTask]) -> None:
+        """An earlier run has done these tasks."""
 
     def progressed(self, progress: Progress) -> None:
         """Some bytes were read and written."""

@@ -9,7 +9,7 @@ from collections import deque
 from raymerge.cluster.runner import Progress
 from raymerge.pipeline.errors import HeldError
 from raymerge.pipeline.plan.report import format_plan
-from raymerge.pipeline.plan.types import MergePlan, MergeReport, ShardResult
+from raymerge.pipeline.plan.types import MergePlan, MergeReport, ShardResult, ShardTask
 from raymerge.pipeline.progress.events import Event, Held, Planned, Progressed, Resumed, Retried, Warned
 from raymerge.pipeline.progress.listener import Listener
 
@@ -63,16 +63,16 @@ class Narrator(Listener, ABC):
         """Tell whom it waits for."""
         self.show(Held(str(error)))
 
-    def resumed(self, results: list[ShardResult]) -> None:
+    def resumed(self, tasks: list[ShardTask]) -> None:
         """Tell what an earlier run has left to do."""
-        kept = sum(result.nbytes for result in results)
-        self._num_finished = len(results)
-        self._to_read = sum(self._read.values()) - sum(self._read[result.file] for result in results)
+        kept = sum(task.nbytes for task in tasks)
+        self._num_finished = len(tasks)
+        self._to_read = sum(self._read.values()) - sum(self._read[task.file] for task in tasks)
         self._to_move = self._to_read + self._to_write - kept
         self._done = Progress(0, kept)
         self._last = time.monotonic()
         self._speed.measure(self._done, self._last)
-        self.show(Resumed(len(results), kept))
+        self.show(Resumed(len(tasks), kept))
 
     def progressed(self, progress: Progress) -> None:
         """Tell now and then how far it is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from raymerge.pipeline.checkpoint.checkpoint import MANIFEST
+from raymerge.pipeline.checkpoint.manifest import MANIFEST
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.types import HostReport, MergePlan, MergeReport, ShardResult
 from raymerge.pipeline.redact import redact

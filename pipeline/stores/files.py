@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raymerge.pipeline.urls import scheme_of
+
+Buffer = memoryview
+"""A writable, contiguous view of bytes."""
+
+ALIGNMENT = 64
+"""Each range starts at a multiple of this in an input buffer."""
+
+_UNIQUE_ETAGS = ("file", "s3", "gs", "az", "hf")
+"""Elsewhere they may be made of size and time alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
@@ -14,9 +25,10 @@ class StoredFile:
     etag: str
     """Changes when the content does; for local files made of size, time of change and inode."""
 
-
-Buffer = memoryview
-"""A writable, contiguous view of bytes."""
+    @property
+    def content_id(self) -> str:
+        """What tells the content from any other: the etag, and the URL where two files may share an etag."""
+        return self.etag if scheme_of(self.url) in _UNIQUE_ETAGS else f"{self.url} {self.etag}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +43,12 @@ class ByteRange:
     def nbytes(self) -> int:
         """How many bytes it spans."""
         return self.stop - self.start
+
+
+def aligned(nbytes: int) -> int:
+    """Round up to where the next range may start in a buffer.
+
+    >>> aligned(1), aligned(64)
+    (64, 64)
+    """
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -16,7 +16,7 @@ from raymerge.pipeline.checkpoint.checkpoint import resolve_model, resolve_model
 from raymerge.pipeline.checkpoint.header import TensorEntry, read_header
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
-from raymerge.pipeline.checkpoint.table import SCHEMA, build_index, stored_tensors
+from raymerge.pipeline.checkpoint.table import SCHEMA, list_tensors, read_table
 from raymerge.pipeline.errors import CheckpointError, FetchError
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
@@ -58,12 +58,12 @@ def test_many_answers_are_waited_for_at_once(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("raymerge.pipeline.checkpoint.table.read_header", meet)
     shards = {f"model-{k:05d}-of-00016.safetensors": {f"w{k}": torch.zeros(1)} for k in range(1, 17)}
-    assert build_index(Stores(), resolve_models(Stores(), [write_model(tmp_path / "a", shards)])).num_rows == 16
+    assert read_table(Stores(), resolve_models(Stores(), [write_model(tmp_path / "a", shards)])).num_rows == 16
 
 
 def test_rows(models: list[ModelRef]) -> None:
     checkpoints = resolve_models(Stores(), models)
-    index = build_index(Stores(), checkpoints)
+    index = read_table(Stores(), checkpoints)
     assert index.schema == SCHEMA
     assert index.num_rows == 6
     rows = index.to_pylist()
@@ -85,8 +85,8 @@ def test_rows(models: list[ModelRef]) -> None:
 
 def test_stored_tensors(models: list[ModelRef]) -> None:
     checkpoints = resolve_models(Stores(), models)
-    index = build_index(Stores(), checkpoints)
-    tensors = stored_tensors(index)
+    index = read_table(Stores(), checkpoints)
+    tensors = list_tensors(index)
     assert list(tensors) == [str(model) for model in models]
     expected = {
         row["name"]: StoredTensor(
@@ -108,19 +108,19 @@ def test_stored_tensors(models: list[ModelRef]) -> None:
 
 
 def test_stored_tensors_of_a_part_of_a_table(models: list[ModelRef], tmp_path: Path) -> None:
-    index = build_index(Stores(), resolve_models(Stores(), models))
-    whole = stored_tensors(index)
-    cut = stored_tensors(pa.concat_tables([index.slice(1, 2), index.slice(3, 3)]))
+    index = read_table(Stores(), resolve_models(Stores(), models))
+    whole = list_tensors(index)
+    cut = list_tensors(pa.concat_tables([index.slice(1, 2), index.slice(3, 3)]))
     assert sum(map(len, cut.values())) == 5
     assert all(whole[model][name] == tensor for model in cut for name, tensor in cut[model].items())
     pyarrow.parquet.write_table(index, tmp_path / "index.parquet")
-    assert stored_tensors(pyarrow.parquet.read_table(tmp_path / "index.parquet")) == whole
+    assert list_tensors(pyarrow.parquet.read_table(tmp_path / "index.parquet")) == whole
 
 
 def test_no_checkpoints() -> None:
-    index = build_index(Stores(), [])
+    index = read_table(Stores(), [])
     assert index.schema == SCHEMA
-    assert stored_tensors(index) == {}
+    assert list_tensors(index) == {}
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_index_and_headers_disagree(tmp_path: Path, weight_map: dict[str, str | 
         shards[TWO]["c"] = torch.ones(1)
     model = write_model(tmp_path / "m", shards, {name: file for name, file in weight_map.items() if file})
     with pytest.raises(CheckpointError, match=message.format(ONE=ONE, TWO=TWO)):
-        build_index(Stores(), [resolve_model(Stores(), model)])
+        read_table(Stores(), [resolve_model(Stores(), model)])
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     shards: Shards = {ONE: {"a": torch.ones(1), "b": torch.ones(1)}, TWO: {"a": torch.ones(1)}}
     model = write_model(tmp_path / "m", shards)
     with pytest.raises(CheckpointError, match=f"tensor 'a' is in two files, .*{ONE} and .*{TWO}"):
-        build_index(Stores(), [resolve_model(Stores(), model)])
+        read_table(Stores(), [resolve_model(Stores(), model)])
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def test_a_shard_of_another_length(models: list[ModelRef], nbytes: int, message:
     path = Path(models[0].path) / ONE
     os.truncate(path, path.stat().st_size + nbytes)
     with pytest.raises(CheckpointError, match=f"{ONE}: .*{message}.*download it again"):
-        build_index(Stores(), resolve_models(Stores(), models))
+        read_table(Stores(), resolve_models(Stores(), models))
 
 
 def test_a_shard_that_changes_in_between(models: list[ModelRef]) -> None:
     checkpoints = resolve_models(Stores(), models)
     safetensors.torch.save_file({"ü": torch.zeros(2, dtype=torch.float16)}, Path(models[1].path) / "model.safetensors")
     with pytest.raises(FetchError, match=r"single/model.safetensors: changed since the plan was made"):
-        build_index(Stores(), checkpoints)
+        read_table(Stores(), checkpoints)

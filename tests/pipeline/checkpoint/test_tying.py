@@ -6,7 +6,17 @@ import pytest
 
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_tied, name_head
 from raymerge.pipeline.plan.recipe import Recipe
-from tests.pipeline.plan.layouts import Layout, bare, by_name, expand_layouts, linear, llama, passthrough, source_names
+from tests.pipeline.plan.layouts import (
+    Layout,
+    bare,
+    by_name,
+    expand_layouts,
+    linear,
+    llama,
+    parameters_of,
+    passthrough,
+    source_names,
+)
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TIED = llama(head=False, tie_word_embeddings=True)
@@ -125,8 +135,8 @@ def test_a_nested_flag_is_cleared_too() -> None:
 def test_filters_on_the_head_see_its_name_where_an_embedding_stands_in() -> None:
     weight = [{"filter": "lm_head", "value": 3.0}, {"value": 1.0}]
     recipe = merge(TIED, UNTIED, parameters={"weight": weight})
-    assert dict(by_name(recipe)[HEAD].parameters)["weight"] == (3.0, 3.0)
-    assert dict(by_name(recipe)[EMBEDDING].parameters)["weight"] == (1.0, 1.0)
+    assert parameters_of(by_name(recipe)[HEAD])["weight"] == (3.0, 3.0)
+    assert parameters_of(by_name(recipe)[EMBEDDING])["weight"] == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("tied", [True, False, None])

@@ -10,7 +10,7 @@ import torch
 
 from raymerge.cluster.runner import Report
 from raymerge.ops.kernels.random import PAGE_ELEMENTS
-from raymerge.pipeline import Listener, driver, merge
+from raymerge.pipeline import Listener, driver, merge, planner
 from raymerge.pipeline import runners as workers
 from raymerge.pipeline.engine import fetch, gpu_stage
 from raymerge.pipeline.engine import shard as execute
@@ -18,7 +18,7 @@ from raymerge.pipeline.errors import ConfigError, MemoryLimitError
 from raymerge.pipeline.plan.memory import CONTEXT_NBYTES, Transfer
 from raymerge.pipeline.plan.types import MergePlan, ShardResult, ShardTask
 from raymerge.pipeline.stores.open import Stores
-from tests.checkpoints import Tensors, add_noise, read_files, write_checkpoint
+from tests.checkpoints import Tensors, add_noise, read_model, write_checkpoint
 from tests.commands import Cli
 from tests.fake_gpu import DEVICE, FakeGpu, FakeMark, FakeQueue
 from tests.test_sameness import METHODS, make_config
@@ -89,7 +89,7 @@ def test_the_same_files(
     assert gpu.num_sent == 0
     keep = Keep()
     memory, gpu_memory = LIMITS[limits]
-    monkeypatch.setattr(driver, "_measure_transfer", lambda inputs, output: Transfer(num_buffers))
+    monkeypatch.setattr(planner, "_measure_transfer", lambda *_: Transfer(num_buffers))
     merge(
         config,
         tmp_path / "gpu",
@@ -100,10 +100,10 @@ def test_the_same_files(
         gpu_memory=gpu_memory,
         listener=keep,
     )
-    assert read_files(tmp_path / "gpu") == read_files(tmp_path / "cpu")
+    assert read_model(tmp_path / "gpu") == read_model(tmp_path / "cpu")
     reread = sum(task.reread_nbytes for task in keep.plan.tasks)
     assert bool(reread) is (limits == "small" and method != "linear")
-    merges = [m for task in keep.plan.tasks for m in task.merges if m.op != "copy"]
+    merges = [m for task in keep.plan.tasks for m in task.merges]
     assert gpu.num_sent == sum(source.nbytes for m in merges for source in m.sources) + reread, "as they are stored"
     assert gpu.num_there <= PAGE_ELEMENTS * 4, "nothing is left on the GPU but the table of random words"
     projected = max(task.projected_gpu_mem for task in keep.plan.tasks) - CONTEXT_NBYTES

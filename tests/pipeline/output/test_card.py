@@ -34,7 +34,7 @@ def on_hub(the_plan: MergePlan, prefix: str = "hf://") -> MergePlan:
 
 def read_card(the_plan: MergePlan) -> tuple[dict[str, Any], str]:
     """Return the front matter and the text of a card."""
-    before, front, text = make_card(the_plan).split("---\n", 2)
+    before, front, text = make_card(the_plan, the_plan.outputs[0]).split("---\n", 2)
     assert before == ""
     return yaml.safe_load(front), text
 

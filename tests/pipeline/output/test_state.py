@@ -26,6 +26,7 @@ from tests.checkpoints import (
 )
 
 MANIFEST = "raymerge_manifest.json"
+FIGURES = "raymerge_figures.parquet"
 TEXT = """# A comment, and a string with `ticks` ``` and a snowman \N{SNOWMAN}.
 merge_method: linear
 models:
@@ -88,7 +89,7 @@ def test_which_files_there_are(out: Path) -> None:
     num_shards = len(shards)
     assert num_shards > 3
     assert shards == {f"model-{k:05d}-of-{num_shards:05d}.safetensors" for k in range(1, num_shards + 1)}
-    ours = {"config.json", "tokenizer_config.json", INDEX, MANIFEST, "README.md", "mergekit_config.yml"}
+    ours = {"config.json", "tokenizer_config.json", INDEX, MANIFEST, FIGURES, "README.md", "mergekit_config.yml"}
     assert read_files(out).keys() == shards | ours | SIDE_FILES.keys()
     assert {path.name for path in out.iterdir() if path.name.startswith(".")} == set()
 

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raymerge.ops.kernels.copy import Identical
+from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.config.merge_config import load_config
-from raymerge.pipeline.plan.recipe import Recipe, expand
-from raymerge.pipeline.plan.types import TensorMerge
+from raymerge.pipeline.plan.recipe import Recipe, expand, open_model
+from raymerge.pipeline.plan.resolve import COPY
+from raymerge.pipeline.plan.types import TensorMerge, Variant
 from raymerge.pipeline.stores.files import StoredFile
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -67,7 +70,9 @@ def expand_layouts(config: Mapping[str, Any], models: Mapping[str, Layout]) -> R
         Checkpoint(model, f"/models/{model}", dict(models[str(model)].config), "", (), None, (), ())
         for model in merge_config.referenced_models
     ]
-    return expand(merge_config, checkpoints, {name: stored_tensors(name, layout) for name, layout in models.items()})
+    return expand(
+        merge_config, [open_model(c, stored_tensors(str(c.model), models[str(c.model)])) for c in checkpoints]
+    )
 
 
 def linear(*models: str, **more: Any) -> dict[str, Any]:
@@ -101,7 +106,13 @@ def source_names(merge: TensorMerge) -> list[tuple[str, str]]:
 
 def parameter(merge: TensorMerge, name: str) -> Any:
     """Return one resolved parameter."""
-    return dict(merge.parameters)[name]
+    return parameters_of(merge)[name]
+
+
+def parameters_of(merge: TensorMerge) -> dict[str, Any]:
+    """Return the resolved parameters of the only variant."""
+    (variant,) = merge.variants
+    return dict(variant.parameters)
 
 
 def make_merge(
@@ -113,6 +124,7 @@ def make_merge(
     dtypes: Sequence[str] = ("BF16", "BF16"),
     out_dtype: str = "BF16",
     start: int = 0,
+    seed: int = 0,
 ) -> TensorMerge:
     """Return one output tensor of flat sources, each in a file of its own."""
     sources = tuple(
@@ -124,8 +136,15 @@ def make_merge(
     )  # fmt: skip
     if parameters is None:
         parameters = {"weight": (1.0,) * len(dtypes), "normalize": True}
-    nbytes = num_elements * DTYPES[out_dtype].num_bits // 8
-    return TensorMerge(name, (num_elements,), out_dtype, op, tuple(parameters.items()), sources, num_elements, nbytes)
+    if op == COPY:
+        copied = tuple(source.as_bytes() for source in sources)
+        return TensorMerge(name, (num_elements,), out_dtype, "U8", op, copied, (Variant((), Identical(), seed),))
+    return TensorMerge(name, (num_elements,), out_dtype, out_dtype, op, sources, (make_variant(op, parameters, seed),))
+
+
+def make_variant(op: str, parameters: Mapping[str, Any], seed: int = 0) -> Variant:
+    """Return one variant of a tensor."""
+    return Variant(tuple(parameters.items()), find_op(op).kernel(parameters), seed)
 
 
 def model_refs(*names: str) -> list[ModelRef]:

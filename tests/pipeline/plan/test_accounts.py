@@ -2,21 +2,19 @@ from __future__ import annotations
 
 import pytest
 
-from raymerge.pipeline.checkpoint.names import find_layers
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.plan.accounts import Accounts
-from tests.pipeline.plan.layouts import llama, model_refs, stored_tensors
+from tests.pipeline.plan.layouts import bare, llama, model_refs, stored_tensors
 
 A, B, C = model_refs("a", "b", "c")
 
 
 def test_books_without_problems_come_out_even() -> None:
     accounts = Accounts()
-    accounts.use(A, "w")
+    accounts.use(stored_tensors("a", bare(["w"]))["w"])
     accounts.drop(B, "w", "a rule")
     accounts.check()
-    assert accounts.is_dropped(B, "w")
-    assert not accounts.is_dropped(A, "w")
+    assert accounts.explain_dropped({A: ["w"], B: ["w"]}, lambda model, name: "unused") == ("b: 1 tensor (w): a rule",)
 
 
 @pytest.mark.parametrize(("num_problems", "more"), [(1, ""), (5, ""), (6, "and 1 more"), (12, "and 7 more")])
@@ -43,21 +41,16 @@ def test_problems_are_listed_as_they_came() -> None:
 def test_what_is_left_out_is_grouped_by_model_and_rule() -> None:
     layout = llama(3, past=1)
     tensors = {model: stored_tensors(str(model), layout) for model in (A, B)}
-    layers = find_layers([(t.name, t.nbytes) for t in tensors[A].values()], 3)
     accounts = Accounts()
     for name in tensors[A]:
         if "layers" not in name:
-            accounts.use(A, name)
+            accounts.use(tensors[A][name])
     accounts.drop(B, "model.norm.weight", "a rule of its own")
-    lines = accounts.explain_dropped([(model, tensors[model], layers) for model in (A, B)])
+    lines = accounts.explain_dropped(tensors, lambda model, name: "past" if "layers.3" in name else "unused")
     assert lines == (
-        "a: 6 tensors (model.layers.0.mlp.up_proj.weight, ...): layers in no slice",
-        "a: 2 tensors (model.layers.3.mlp.up_proj.weight, ...): layers past the model's own, for multi-token "
-        "prediction; slices stack the model's own layers",
-        "b: 2 tensors (model.embed_tokens.weight, ...): embeddings come from the first slice's models, final norm and "
-        "head from the last slice's",
-        "b: 6 tensors (model.layers.0.mlp.up_proj.weight, ...): layers in no slice",
-        "b: 2 tensors (model.layers.3.mlp.up_proj.weight, ...): layers past the model's own, for multi-token "
-        "prediction; slices stack the model's own layers",
+        "a: 6 tensors (model.layers.0.mlp.up_proj.weight, ...): unused",
+        "a: 2 tensors (model.layers.3.mlp.up_proj.weight, ...): past",
+        "b: 8 tensors (model.embed_tokens.weight, ...): unused",
+        "b: 2 tensors (model.layers.3.mlp.up_proj.weight, ...): past",
         "b: 1 tensor (model.norm.weight): a rule of its own",
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,25 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Site
-from raymerge.ops.registry import find_op
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.memory import (
     CONTEXT_NBYTES,
     MAX_BUFFER_NBYTES,
     Demand,
     Transfer,
-    aligned,
     check_fits,
     choose_buffer_nbytes,
     measure_demand,
     out_slot_nbytes,
     project_gpu_mem,
     project_mem,
-    stored_nbytes,
 )
 from raymerge.pipeline.sizes import parse_nbytes
+from raymerge.pipeline.stores.files import aligned
 from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES
-from tests.pipeline.plan.layouts import make_merge
+from tests.pipeline.plan.layouts import make_merge, make_variant
 
 TRANSFERS = st.builds(Transfer, st.integers(1, 2), st.integers(0, 2**24))
 DEMANDS = st.lists(
@@ -53,7 +52,7 @@ def named(demands: Sequence[Demand]) -> dict[str, Demand]:
 def test_a_demand_is_one_block_of_every_source_and_the_scratch_that_the_kernel_declares() -> None:
     merge = make_merge(num_elements=10**7, dtypes=("BF16", "F32", "F64"))
     demand = measure_demand(merge)
-    kernel = find_op("linear").kernel(dict(merge.parameters))
+    kernel = merge.variants[0].kernel
     site = Site(merge.name, merge.shape, 3, 0)
     assert demand.block_elements == kernel.grid(site) == BLOCK_ELEMENTS
     assert demand.num_passes == kernel.num_passes(site)
@@ -78,7 +77,7 @@ def test_what_a_kernel_keeps_is_counted_besides_its_scratch() -> None:
     merge = make_merge(num_elements=10**7, op="ties", parameters=parameters)
     demand = measure_demand(merge)
     site = Site(merge.name, merge.shape, 2, 0)
-    assert demand.state_nbytes == find_op("ties").kernel(dict(merge.parameters)).state_nbytes(site) > 0
+    assert demand.state_nbytes == merge.variants[0].kernel.state_nbytes(site) > 0
     assert (
         project_mem([demand], 0, Transfer()) == demand.scratch_nbytes + demand.state_nbytes + 2 * OUTPUT_BUFFER_NBYTES
     )
@@ -90,20 +89,29 @@ def test_empty_tensors_and_scalars(num_elements: int) -> None:
     assert demand.block_nbytes == 2 * 64 * num_elements
 
 
-def test_copies_need_no_scratch() -> None:
-    demand = measure_demand(make_merge(op="copy", parameters={}, dtypes=("I64",), out_dtype="I64", num_elements=2**30))
-    assert (demand.scratch_nbytes, demand.num_passes, demand.block_nbytes) == (0, 0, 8 * BLOCK_ELEMENTS)
+@pytest.mark.parametrize("num_sources", [1, 3])
+def test_copies_are_made_and_compared_byte_by_byte(num_sources: int) -> None:
+    dtypes = ("I64",) * num_sources
+    demand = measure_demand(make_merge(op="copy", parameters={}, dtypes=dtypes, out_dtype="I64", num_elements=2**30))
+    assert (demand.num_passes, demand.block_nbytes) == (0, num_sources * BLOCK_ELEMENTS)
+    assert demand.scratch_nbytes == min(2, num_sources) * BLOCK_ELEMENTS
+
+
+def test_several_outputs_share_scratch_and_decoded_sources() -> None:
+    merge = make_merge(num_elements=10**7)
+    single = measure_demand(merge)
+    weights = [(1.0, weight) for weight in (1.0, 2.0, 3.0)]
+    variants = tuple(make_variant("linear", {"weight": weight, "normalize": True}) for weight in weights)
+    several = measure_demand(replace(merge, variants=variants))
+    assert several.scratch_nbytes == single.scratch_nbytes + 2 * BLOCK_ELEMENTS * 4
+    one, three = (project_mem([single], 0, Transfer(num_outputs=count)) for count in (1, 3))
+    assert three == one + 2 * 2 * OUTPUT_BUFFER_NBYTES
 
 
 @given(st.integers(0, 2**40))
 def test_alignment(nbytes: int) -> None:
     assert aligned(nbytes) % 64 == 0
     assert nbytes <= aligned(nbytes) < nbytes + 64
-
-
-@pytest.mark.parametrize(("dtype", "nbytes"), [("F64", 24), ("F32", 12), ("BF16", 6), ("U8", 3), ("BOOL", 3)])
-def test_stored_size(dtype: str, nbytes: int) -> None:
-    assert stored_nbytes(dtype, 3) == nbytes
 
 
 @given(DEMANDS, st.integers(2**20, 2**31), TRANSFERS)

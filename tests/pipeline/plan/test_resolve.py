@@ -14,6 +14,7 @@ from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.plan.resolve import COPY, Part, Scope, make_tensor_merge, promote
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.files import StoredFile
+from tests.pipeline.plan.layouts import parameters_of
 
 
 def settings(**values: float) -> Settings:
@@ -37,11 +38,11 @@ def scope(op: str, given: Settings | None = None, *, base: str | None = None, ou
 
 
 def merged(parts: list[Part], where: Scope, *, name: str = "w", position: float = 0.0) -> TensorMerge:
-    return make_tensor_merge(name, parts, where, position)
+    return make_tensor_merge(name, parts, where, position, seed=0)
 
 
 def parameters(merge: TensorMerge) -> Mapping[str, Any]:
-    return dict(merge.parameters)
+    return parameters_of(merge)
 
 
 def test_one_value_for_each_model_in_config_order() -> None:
@@ -138,7 +139,7 @@ def test_promotion_does_not_depend_on_the_order() -> None:
 @pytest.mark.parametrize("dtype", ["I64", "U8", "BOOL", "I32"])
 def test_tensors_that_are_not_floating_point_are_copied_as_they_are(dtype: str) -> None:
     merge = merged([part("a", dtype=dtype), part("b", dtype=dtype)], scope("linear", out_dtype="BF16"))
-    assert (merge.op, merge.out_dtype, merge.parameters, merge.nbytes) == (COPY, dtype, (), 12)
+    assert (merge.op, merge.out_dtype, parameters_of(merge), merge.nbytes) == (COPY, dtype, {}, 12)
     assert len(merge.sources) == 2, "both are read, for they have to be equal"
 
 

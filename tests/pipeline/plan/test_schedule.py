@@ -23,7 +23,7 @@ MERGES = st.lists(st.integers(1, 400), min_size=1, max_size=60).map(
 
 
 def plan(merges: list[TensorMerge], shard_nbytes: int) -> tuple[ShardTask, ...]:
-    return make_tasks(merges, 0, Limits(2**40, 1, shard_nbytes))[0]
+    return make_tasks(merges, Limits(2**40, 1, shard_nbytes))[0]
 
 
 def last(tasks: tuple[ShardTask, ...], num_workers: int) -> int:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
+from raymerge.pipeline.checkpoint.checkpoint import CONFIG
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.header import parse_header
 from raymerge.pipeline.checkpoint.names import natural_key
@@ -25,10 +26,10 @@ from raymerge.pipeline.plan.shards import (
     shard_names,
     split_shards,
 )
-from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
+from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge, Written
 from raymerge.pipeline.sizes import parse_nbytes
 from raymerge.pipeline.stores.files import StoredFile
-from tests.pipeline.plan.layouts import make_merge
+from tests.pipeline.plan.layouts import make_merge, make_variant
 
 NAMES = st.text('abé.012"\\ \n', min_size=1, max_size=8)
 MERGES = st.lists(
@@ -59,7 +60,8 @@ LARGE = st.lists(
 def plan(merges: list[TensorMerge], *, mem: int = 2**30, threads: int = 2, shard: int | None = None, seed: int = 0) -> (
     tuple[tuple[ShardTask, ...], int]
 ):  # fmt: skip
-    return make_tasks(merges, seed, Limits(mem, threads, shard))[:2]
+    seeded = [replace(m, variants=tuple(replace(v, seed=seed) for v in m.variants)) for m in merges]
+    return make_tasks(seeded, Limits(mem, threads, shard))[:2]
 
 
 @given(MERGES, st.integers(1, 3000))
@@ -77,11 +79,12 @@ def test_every_tensor_is_in_one_shard_in_order_and_within_the_size(merges: list[
 def test_headers_are_what_both_parsers_read(merges: list[TensorMerge], size: int) -> None:
     tasks, _ = plan(merges, shard=size)
     for task in tasks:
-        content = task.header + bytes(task.nbytes - len(task.header))
-        entries = parse_header(task.header, StoredFile("x", task.nbytes, ""))
+        header = task.outputs[0].header
+        content = header + bytes(task.nbytes - len(header))
+        entries = parse_header(header, StoredFile("x", task.nbytes, ""))
         assert {e.name: (e.dtype, e.shape) for e in entries} == {m.name: (m.out_dtype, m.shape) for m in task.merges}
         assert [e.start for e in entries if e.start < e.stop] == [
-            len(task.header) + sum(m.nbytes for m in task.merges[:k]) for k, m in enumerate(task.merges) if m.nbytes
+            len(header) + sum(m.nbytes for m in task.merges[:k]) for k, m in enumerate(task.merges) if m.nbytes
         ]
         for entry in entries:
             assert entry.start % {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}[entry.dtype] == 0
@@ -116,7 +119,7 @@ def test_a_shard_may_be_exactly_as_large_as_allowed(size: int, expected: list[in
 def test_bytes_to_read_and_write_are_the_sums(merges: list[TensorMerge], size: int) -> None:
     tasks, _ = plan(merges, shard=size)
     assert sum(task.read_nbytes for task in tasks) == sum(source.nbytes for m in merges for source in m.sources)
-    assert sum(task.nbytes - len(task.header) for task in tasks) == sum(merge.nbytes for merge in merges)
+    assert sum(task.nbytes - len(task.outputs[0].header) for task in tasks) == sum(merge.nbytes for merge in merges)
     assert all(task.reread_nbytes == 0 for task in tasks)
 
 
@@ -181,8 +184,9 @@ def test_the_default_depends_on_the_output_alone() -> None:
 def moved(merge: TensorMerge, **changes: object) -> TensorMerge:
     """The same merge from other files."""
     sources = tuple(
-        dataclasses.replace(source, file=dataclasses.replace(source.file, **changes))  # type: ignore[arg-type]
+        replace(stored, file=replace(stored.file, **changes))  # type: ignore[arg-type]
         for source in merge.sources
+        for stored in source.origins
     )
     return dataclasses.replace(merge, sources=sources)
 
@@ -191,7 +195,7 @@ def test_the_fingerprint_does_not_know_of_memory_workers_and_directories() -> No
     merges = [make_merge(f"w{k}", 10**6, op="slerp", parameters={"t": 0.5}) for k in range(5)]
     elsewhere = [moved(merge, url="/somewhere/else/model.safetensors") for merge in merges]
     prints = {
-        make_fingerprint(plan(inputs, mem=mem, threads=threads)[0], (), "{}")
+        make_fingerprint(plan(inputs, mem=mem, threads=threads)[0], ())
         for inputs in (merges, elsewhere)
         for mem in (2**24, 2**25, 2**33)
         for threads in (1, 2, 5)
@@ -202,25 +206,33 @@ def test_the_fingerprint_does_not_know_of_memory_workers_and_directories() -> No
 def test_the_fingerprint_knows_everything_else() -> None:
     merges = [make_merge(f"w{k}", 1000) for k in range(3)]
     first = merges[0]
-    source = first.sources[0]
+    (source,) = first.sources[0].origins
 
     def changed(**changes: object) -> list[TensorMerge]:
         return [dataclasses.replace(first, **changes), *merges[1:]]  # type: ignore[arg-type]
 
+    def with_parameters(op: str, **parameters: object) -> list[TensorMerge]:
+        return changed(op=op, variants=(make_variant(op, parameters),))
+
     prints = [
-        make_fingerprint(plan(inputs, shard=shard, seed=seed)[0], (), config)
+        make_fingerprint(plan(inputs, shard=shard, seed=seed)[0], [Written(CONFIG, config)])
         for inputs, shard, seed, config in (
             (merges, None, 0, "{}"),
             (merges, None, 1, "{}"),
             (merges, None, 0, "{ }"),
             (merges, 2000, 0, "{}"),
             (merges[:2], None, 0, "{}"),
-            (changed(parameters=(("weight", (1.0, 1.0000001)), ("normalize", True))), None, 0, "{}"),
-            (changed(parameters=(("weight", (1.0, 1.0)), ("normalize", False))), None, 0, "{}"),
-            (changed(op="passthrough", parameters=(("scale", (1.0, 1.0)),)), None, 0, "{}"),
+            (
+                changed(variants=(make_variant("linear", {"weight": (1.0, 1.0000001), "normalize": True}),)),
+                None,
+                0,
+                "{}",
+            ),
+            (with_parameters("linear", weight=(1.0, 1.0), normalize=False), None, 0, "{}"),
+            (with_parameters("passthrough", scale=(1.0, 1.0)), None, 0, "{}"),
             (changed(name="v0"), None, 0, "{}"),
             (changed(shape=(10, 100)), None, 0, "{}"),
-            (changed(out_dtype="F16"), None, 0, "{}"),
+            (changed(out_dtype="F16", written_dtype="F16"), None, 0, "{}"),
             (changed(sources=first.sources[::-1]), None, 0, "{}"),
             (changed(sources=(dataclasses.replace(source, start=2, stop=2002), first.sources[1])), None, 0, "{}"),
             ([moved(first, etag="another"), *merges[1:]], None, 0, "{}"),
@@ -240,11 +252,11 @@ def test_tasks_survive_pickling(merges: list[TensorMerge]) -> None:
 def test_workers_that_share_a_gpu_divide_its_memory() -> None:
     merges = [make_merge(f"w{k}", 10**7) for k in range(8)]
     limits = Limits(2**36, 8, 1)
-    on_cpu, _, _ = make_tasks(merges, 0, limits)
+    on_cpu, _, _ = make_tasks(merges, limits)
     assert {task.projected_gpu_mem for task in on_cpu} == {0}
     for num_gpus, gpu_mem, expected in ((1, 2**30, 1), (1, 2**32, 6), (2, 2**32, 8), (4, 2**30, 4)):
-        tasks, num_threads, _ = make_tasks(merges, 0, replace(limits, gpus=Gpus(num_gpus, gpu_mem)))
+        tasks, num_threads, _ = make_tasks(merges, replace(limits, gpus=Gpus(num_gpus, gpu_mem)))
         assert num_threads == expected
         sharing = -(-num_threads // num_gpus)
         assert all(CONTEXT_NBYTES < task.projected_gpu_mem <= gpu_mem // sharing for task in tasks)
-        assert make_fingerprint(tasks, (), "") == make_fingerprint(on_cpu, (), "")
+        assert make_fingerprint(tasks, ()) == make_fingerprint(on_cpu, ())

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymerge.pipeline.plan.memory import aligned, measure_demand
+from raymerge.pipeline.plan.memory import measure_demand
 from raymerge.pipeline.plan.shards import Limits, make_tasks
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.plan.windows import Window, is_resident, make_fetches, make_windows
+from raymerge.pipeline.stores.files import aligned
 from tests.pipeline.plan.layouts import make_merge
 
 TIES: dict[str, Any] = {
@@ -41,7 +42,7 @@ def merges(draw: st.DrawFn) -> TensorMerge:
 
 
 def make_task(*merges: TensorMerge, mem: int = 2**30) -> ShardTask:
-    tasks, *_ = make_tasks(merges, 0, Limits(mem, 1, 2**60))
+    tasks, *_ = make_tasks(merges, Limits(mem, 1, 2**60))
     return tasks[0]
 
 
@@ -75,7 +76,7 @@ def test_fetches_read_every_byte_as_often_as_planned(all_merges: list[TensorMerg
     fetches = list(make_fetches(task))
     assert all(fetch for fetch in fetches)
     assert all(sum(window.nbytes() for window in fetch) <= task.buffer_nbytes for fetch in fetches)
-    assert sum(r.nbytes for fetch in fetches for window in fetch for r in window.ranges()) == (
+    assert sum(r.nbytes for fetch in fetches for window in fetch for (r,) in window.ranges()) == (
         task.read_nbytes + task.reread_nbytes
     )
     order = [window.merge.name for fetch in fetches for window in fetch]
@@ -83,9 +84,10 @@ def test_fetches_read_every_byte_as_often_as_planned(all_merges: list[TensorMerg
     starts: dict[str, list[int]] = defaultdict(list)
     for fetch in fetches:
         for window in fetch:
-            for source, piece in zip(window.merge.sources, window.ranges(), strict=True):
-                assert piece.file == source.file
-                assert source.start <= piece.start <= piece.stop <= source.stop
+            for source, (piece,) in zip(window.merge.sources, window.ranges(), strict=True):
+                (stored,) = source.origins
+                assert piece.file == stored.file
+                assert stored.start <= piece.start <= piece.stop <= stored.stop
             starts[window.merge.name].append(window.start)
     for merge in task.merges:
         rounds = starts[merge.name].count(0)
@@ -108,7 +110,7 @@ def test_a_tensor_that_just_fits_is_read_once(room: int) -> None:
 def test_ranges_of_a_window_lie_in_its_sources() -> None:
     merge = make_merge(num_elements=1000, dtypes=("BF16", "F32"), start=500)
     ranges = Window(merge, 100, 300, range(1)).ranges()
-    assert [(r.start, r.stop) for r in ranges] == [(700, 1100), (900, 1700)]
+    assert [(r.start, r.stop) for (r,) in ranges] == [(700, 1100), (900, 1700)]
 
 
 @given(st.integers(1, 20), st.integers(-1, 1))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from raymerge.pipeline.cli.display import Display
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.plan.types import HostReport, MergeReport, ShardResult
+from raymerge.pipeline.plan.types import HostReport, MergeReport, ShardFile, ShardResult
 from raymerge.pipeline.progress.events import (
     MESSAGE,
     Event,
@@ -33,9 +33,7 @@ from raymerge.pipeline.progress.events import (
 SHARD = ShardResult(
     file="model-00001-of-00002.safetensors",
     nbytes=120,
-    sha256="ab",
-    etag="cd",
-    nonfinite=("norm.weight",),
+    files=(ShardFile("model-00001-of-00002.safetensors", 120, "ab", "cd", ("norm.weight",)),),
     read_nbytes=300,
     seconds=2,
     peak_rss=2**29,

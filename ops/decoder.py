@@ -1,0 +1,62 @@
+"""The seam between stored bytes and the values that kernels see."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """The stored bytes behind some elements of one source, where they are merged."""
+
+    pieces: Sequence[torch.Tensor]
+    """Flat uint8 tensors, one for each byte range that the source asked for, in its order."""
+    start: int
+    """First element of the source that the pieces were fetched for."""
+    stop: int
+    """Element after the last: the pieces are enough to decode [start, stop)."""
+
+
+class Decoder(ABC):
+    """Turns the stored bytes of a source into values; frozen, hashable and picklable.
+
+    The engine calls `decode` any number of times for each `Raw`, block by block, in any order, on the device that holds
+    the pieces. The same elements give the same values wherever they are cut.
+    """
+
+    def temporary_nbytes(self, num_elements: int) -> int:
+        """Return the memory that decoding so many elements at once takes besides the output, in bytes."""
+        return 0
+
+    @abstractmethod
+    def decode(self, raw: Raw, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
+        """Write the values of elements [start, stop) to `out` and return it.
+
+        Args:
+            raw: the bytes of [raw.start, raw.stop), which holds [start, stop).
+            start: index of the first element in the flattened source.
+            stop: index after the last element.
+            out: flat, of `stop - start` elements, in the kernel's compute dtype.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Plain(Decoder):
+    """Values stored one after the other, in a dtype that torch knows."""
+
+    dtype: str
+    """Torch's word for it, such as `bfloat16`."""
+
+    def decode(self, raw: Raw, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
+        """Convert the values; exact from every dtype that is no wider than `out`."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        first = (start - raw.start) * dtype.itemsize
+        return out.copy_(raw.pieces[0][first : first + (stop - start) * dtype.itemsize].view(dtype))

@@ -1,0 +1,84 @@
+"""Ways to look at a model: which tensors it has, and what they are made of. Views stack."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.source import Source, StoredTensor
+from raymerge.pipeline.checkpoint.tying import find_embedding, find_head
+
+
+class View(ABC):
+    """A model as a merge sees it. Whoever plans a merge asks for names and sources, and never how they come about.
+
+    A view that stands on another one changes what that one shows: it decodes, adds, renames or hides tensors.
+    """
+
+    ref: ModelRef
+
+    @abstractmethod
+    def names(self) -> Collection[str]:
+        """Return the tensors that there are, in the order of the files."""
+
+    @abstractmethod
+    def find(self, name: str) -> Source | None:
+        """Return a tensor; None where there is none of this name."""
+
+    def hidden(self) -> Mapping[str, str]:
+        """Return the stored tensors that are left out on purpose, each with the rule that says so."""
+        return {}
+
+
+class StoredView(View):
+    """The tensors as the checkpoint stores them."""
+
+    def __init__(self, ref: ModelRef, tensors: Mapping[str, StoredTensor]) -> None:
+        self.ref = ref
+        self._tensors = tensors
+
+    def names(self) -> Collection[str]:
+        """Return the stored names."""
+        return self._tensors.keys()
+
+    def find(self, name: str) -> Source | None:
+        """Return the stored tensor."""
+        return self._tensors.get(name)
+
+
+class TiedView(View):
+    """A model whose output head is its embedding: loaders ignore a head that is stored."""
+
+    def __init__(self, below: View, head: str | None) -> None:
+        """Look at a tied model.
+
+        Args:
+            below: the model as stored.
+            head: the name under which the embedding is seen as head as well; None if the output is tied, too.
+        """
+        self.ref = below.ref
+        self._below = below
+        self._head = head
+        self._stored_head = find_head(below.names())
+        self._embedding = find_embedding(below.names())
+
+    def names(self) -> Collection[str]:
+        """Return the names below, but for a stored head, and that of the head."""
+        names = [name for name in self._below.names() if name != self._stored_head]
+        return [*names, self._head] if self._head else names
+
+    def find(self, name: str) -> Source | None:
+        """Return the embedding in place of the head."""
+        if name == self._head:
+            return self._below.find(self._embedding or name)
+        return None if name == self._stored_head else self._below.find(name)
+
+    def hidden(self) -> Mapping[str, str]:
+        """Return the stored head."""
+        if self._stored_head is None:
+            return self._below.hidden()
+        rule = "tie_word_embeddings is true, so loaders ignore it"
+        if self._head is not None:
+            rule = "the model's head is tied to its embedding, which is merged instead"
+        return {**self._below.hidden(), self._stored_head: rule}

@@ -1,0 +1,84 @@
+"""Where the values of a task are: how a window gets to the processor that merges it, and how the results come back."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from raymerge.pipeline.engine.writer import ShardWriter
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+class Tally:
+    """What is known of the tensors that have been written to one shard."""
+
+    def __init__(self) -> None:
+        self._squares: dict[str, float] = {}
+        self._nonfinite: dict[str, None] = {}
+
+    @property
+    def nonfinite(self) -> tuple[str, ...]:
+        """Tensors with NaN or infinity among what was written."""
+        return tuple(self._nonfinite)
+
+    def add(self, name: str, squares: float, values: torch.Tensor, dtype: torch.dtype) -> None:
+        """Note some values of a tensor.
+
+        Args:
+            name: of the tensor.
+            squares: the sum of their squares, in float32: overflow is told from infinity by looking at the values.
+            values: flat, on the CPU, rounded or not.
+            dtype: what they are rounded to in the file.
+        """
+        largest = torch.finfo(dtype).max
+        if not squares < min(largest * largest, _LARGEST):
+            values = values.to(dtype)
+            squares = float(values.double().square().sum())
+            if not values.isfinite().all():
+                self._nonfinite[name] = None
+        self._squares[name] = self._squares.get(name, 0.0) + squares
+
+    def figures(self) -> Mapping[str, Mapping[str, float]]:
+        """Return the norm of each tensor, right to about five digits."""
+        return {name: {"norm": math.sqrt(total)} for name, total in self._squares.items()}
+
+
+class Stage(ABC):
+    """Moves values. For each window: `bring`, and while it is there `write` for its pieces, in their order.
+
+    `flush` at the end.
+    """
+
+    device: torch.device
+    """Where tensors to work with are made."""
+    takes_windows: bool
+    """Whether a whole window is one piece for kernels, instead of a block."""
+
+    def __init__(self, shards: Sequence[ShardWriter]) -> None:
+        """Write to one shard for each output."""
+        self._shards = shards
+        self.tallies = [Tally() for _ in shards]
+
+    @abstractmethod
+    def bring(self, views: Sequence[memoryview]) -> AbstractContextManager[list[torch.Tensor]]:
+        """Have bytes on the device, as flat uint8 tensors; `views` are not needed any more after the context."""
+
+    @abstractmethod
+    def write(self, output: int, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+        """Append values of a tensor to the shard of one output, rounded to a dtype; sooner or later.
+
+        Args:
+            output: which shard.
+            name: of the tensor.
+            values: flat.
+            dtype: of the file.
+        """
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Append what has not been so far."""

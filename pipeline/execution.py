@@ -1,0 +1,147 @@
+"""Carries out a plan: the shards on their runner, then what makes models of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from raymerge.cluster.runner import Progress, Resources, Runner
+from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.messages import listing
+from raymerge.pipeline.output.journal import Journal
+from raymerge.pipeline.output.stitch import find_nonfinite, stitch
+from raymerge.pipeline.output.verify import check_shard
+from raymerge.pipeline.plan.schedule import measure_cost
+from raymerge.pipeline.plan.types import MergePlan, ShardFile, ShardResult, ShardTask
+from raymerge.pipeline.progress.listener import Listener
+from raymerge.pipeline.runners import make_runner, run_shard
+from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.seam import Lock
+
+if TYPE_CHECKING:
+    from raymerge.cluster.ray.session import RaySession
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What came of a plan."""
+
+    results: tuple[ShardResult, ...]
+    """Of the tasks that this run did."""
+    seconds: float
+    """In which shards were made."""
+    num_per_process: int
+    """Shards in work at once in one process."""
+    nonfinite: tuple[tuple[str, ...], ...]
+    """For each output its tensors with NaN or infinity."""
+
+
+def carry_out(
+    stores: Stores,
+    plan: MergePlan,
+    outs: Sequence[str],
+    locks: Sequence[Lock],
+    listener: Listener,
+    session: RaySession | None,
+    *,
+    strict: bool,
+) -> Execution:
+    """Make every shard that an earlier run has not finished, and complete the outputs.
+
+    Args:
+        stores: of inputs and outputs.
+        plan: what to do.
+        outs: the output directories, in the plan's order.
+        locks: held on them.
+        listener: told how it goes.
+        session: the Ray cluster that does the work, if any.
+        strict: whether NaN and infinity are refused.
+
+    Raises:
+        RaymergeError: something the caller can put right; running again goes on with the finished shards.
+    """
+    journals = [
+        Journal(stores, out, output.fingerprint, lock.token)
+        for out, output, lock in zip(outs, plan.outputs, locks, strict=True)
+    ]
+
+    def check_locks() -> None:
+        for lock in locks:
+            lock.check()
+
+    def progressed(progress: Progress) -> None:
+        check_locks()
+        listener.progressed(progress)
+
+    def retried(reason: str) -> None:
+        listener.retried(stores.faults.note("ray", "shard", reason), 1)
+
+    urls = [*outs, *(item.url for item in plan.inputs)]
+    runner = make_runner(stores, plan.num_threads, urls, session, plan.gpus, retried)
+    finished = _find_finished(stores, plan, journals, runner)
+    listener.resumed([task for task in plan.tasks if task.file in finished])
+    todo = [task for task in plan.tasks if task.file not in finished]
+    results = []
+    start = time.perf_counter()
+    work = partial(run_shard, stores, journals=journals)
+    for result in runner.run(work, todo, [_measure_resources(task) for task in todo], progressed):
+        for reason, count in result.faults:
+            listener.retried(reason, count)
+        listener.finished(result)
+        results.append(result)
+        finished[result.file] = result.files
+        check_locks()
+    seconds = time.perf_counter() - start
+    shards = [[files[k] for files in finished.values()] for k in range(len(journals))]
+    nonfinite = tuple(find_nonfinite(files) for files in shards)
+    for names in nonfinite:
+        check_finite(names, strict=strict)
+    check_locks()
+    for journal, output, files in zip(journals, plan.outputs, shards, strict=True):
+        stitch(plan, output, files, journal)
+    return Execution(tuple(results), seconds, runner.num_per_process, nonfinite)
+
+
+def check_finite(nonfinite: Sequence[str], *, strict: bool) -> None:
+    """Refuse NaN and infinity if that is wanted.
+
+    Raises:
+        OutputError: naming some of the tensors.
+    """
+    if nonfinite and strict:
+        raise OutputError(
+            f"NaN or infinite values in {listing(nonfinite, 5)}, refused because of strict; look for them in the"
+            " inputs, choose a dtype with a larger range (bfloat16, float32) or other parameters, or leave strict out"
+            " to keep them"
+        )
+
+
+def _find_finished(
+    stores: Stores, plan: MergePlan, journals: Sequence[Journal], runner: Runner
+) -> dict[str, tuple[ShardFile, ...]]:
+    """Return by name the shards that an earlier run has finished in all outputs, and that are as it left them."""
+    recorded = [
+        (position, file)
+        for position, journal in enumerate(journals)
+        for file in journal.read_records(task.outputs[position] for task in plan.tasks).values()
+    ]
+    checks = runner.run(
+        partial(check_shard, stores, outs=[journal.out for journal in journals]),
+        recorded,
+        [Resources(mem_nbytes=0, cost=file.nbytes) for _, file in recorded],
+        lambda progress: None,
+    )
+    sound = {(position, file.file): file for position, file in filter(None, checks)}
+    positions = range(len(journals))
+    return {
+        task.file: tuple(sound[k, task.file] for k in positions)
+        for task in plan.tasks
+        if all((k, task.file) in sound for k in positions)
+    }
+
+
+def _measure_resources(task: ShardTask) -> Resources:
+    return Resources(mem_nbytes=task.projected_mem, cost=measure_cost(task))

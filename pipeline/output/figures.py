@@ -1,0 +1,54 @@
+"""raymerge_figures.parquet: what is known of each tensor of a merged model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raymerge.pipeline.plan.types import MergePlan, ShardFile
+
+
+def make_figures(plan: MergePlan, files: Sequence[ShardFile]) -> pa.Table:
+    """Return one row for each tensor: its name and file, its norm, and what its kernel has measured.
+
+    Args:
+        plan: what was done.
+        files: the shards of one output.
+    """
+    by_file = {file.file: file.figures for file in files}
+    rows = [
+        {"name": merge.name, "file": task.file, **by_file[task.file].get(merge.name, {})}
+        for task in plan.tasks
+        for merge in task.merges
+    ]
+    measured = sorted({key for row in rows for key in row} - {"name", "file", "norm"})
+    schema = pa.schema(
+        [("name", pa.string()), ("file", pa.string()), *((key, pa.float32()) for key in ("norm", *measured))]
+    )
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def summarise(figures: pa.Table) -> Mapping[str, Mapping[str, float]]:
+    """Return the smallest, mean and largest finite value of each column of figures, to five digits."""
+    summary = {}
+    for name in figures.column_names[2:]:
+        values = [value for value in figures[name].to_pylist() if value is not None and math.isfinite(value)]
+        if values:
+            least, mean, most = min(values), math.fsum(values) / len(values), max(values)
+            summary[name] = {"min": _shorten(least), "mean": _shorten(mean), "max": _shorten(most)}
+    return summary
+
+
+def dump_figures(figures: pa.Table) -> bytes:
+    """Return the content of the Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(figures, sink)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _shorten(value: float) -> float:
+    return float(f"{value:.5g}")

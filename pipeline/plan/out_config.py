@@ -1,0 +1,60 @@
+"""The output's config.json: the donor's, with what the merge changes."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.model_config import Json, compare_configs, count_layers, set_dtype, set_tied
+from raymerge.pipeline.checkpoint.tying import find_head
+from raymerge.pipeline.plan.forms.form import Form, Model
+from raymerge.pipeline.plan.types import TensorMerge
+
+
+def make_out_config(form: Form, merges: Sequence[TensorMerge], donor: Model) -> tuple[Json, list[str]]:
+    """Return the output's config.json, and warnings.
+
+    Args:
+        form: of the merge.
+        merges: every output tensor.
+        donor: the model whose config.json is taken, as it is stored.
+    """
+    config = form.make_config(copy.deepcopy(donor.config))
+    warnings = []
+    out_has_head = find_head(merge.name for merge in merges) is not None
+    if out_has_head and donor.is_tied:
+        set_tied(config, False)
+        warnings.append(
+            f"the inputs do not share one tied embedding, so the output gets a head of its own and "
+            f"tie_word_embeddings: false ({donor.ref} has it tied)"
+        )
+    elif not out_has_head and not donor.is_tied and find_head(donor.view.names()):
+        set_tied(config, True)
+    nbytes_by_dtype: Counter[str] = Counter()
+    for merge in merges:
+        if DTYPES[merge.out_dtype].is_mergeable:
+            nbytes_by_dtype[merge.out_dtype] += merge.nbytes
+    if nbytes_by_dtype:
+        set_dtype(config, DTYPES[nbytes_by_dtype.most_common(1)[0][0]].torch_name)
+    return config, warnings
+
+
+def check_configs(models: Iterable[Model], *, moves_layers: bool) -> list[str]:
+    """Return warnings of config.json files that differ in meaning, or count layers that are not there.
+
+    Args:
+        models: the donor first.
+        moves_layers: whether the output's layers are numbered anew.
+    """
+    models = list(models)
+    warnings = compare_configs([(model.ref, model.config) for model in models], is_stack=moves_layers)
+    for model in models:
+        stated = count_layers(model.config)
+        if stated is not None and stated > model.layers.num_layers:
+            warnings.append(
+                f"{model.ref}: config.json states {stated} layers, and the checkpoint has {model.layers.num_layers}; "
+                f"is it complete?"
+            )
+    return warnings

@@ -1,0 +1,52 @@
+"""Several outputs of one plan: merges that differ in parameters alone, made of one reading of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from raymerge.pipeline.errors import TensorMismatchError
+from raymerge.pipeline.plan.recipe import Recipe
+from raymerge.pipeline.plan.types import MergePlan, TensorMerge
+
+
+def join_variants(recipes: Sequence[Recipe]) -> tuple[TensorMerge, ...]:
+    """Return the output tensors of several merges, each to be made for all of them at once.
+
+    Raises:
+        TensorMismatchError: two of them do not make the same tensors of the same sources.
+    """
+    first, *others = recipes
+    for recipe in others:
+        if [merge.name for merge in recipe.merges] != [merge.name for merge in first.merges]:
+            raise TensorMismatchError("the variants of one plan make different tensors; they may differ in parameters")
+    return tuple(_join(merges) for merges in zip(*(recipe.merges for recipe in recipes), strict=True))
+
+
+def select_outputs(plan: MergePlan, positions: Sequence[int]) -> MergePlan:
+    """Return a plan for some of the outputs only, in the memory that was planned for all."""
+    if len(positions) == len(plan.outputs):
+        return plan
+    tasks = [
+        replace(
+            task,
+            outputs=tuple(task.outputs[k] for k in positions),
+            merges=tuple(replace(merge, variants=tuple(merge.variants[k] for k in positions)) for merge in task.merges),
+        )
+        for task in plan.tasks
+    ]
+    return replace(plan, tasks=tuple(tasks), outputs=tuple(plan.outputs[k] for k in positions))
+
+
+def _join(merges: Sequence[TensorMerge]) -> TensorMerge:
+    first = merges[0]
+    variants = tuple(variant for merge in merges for variant in merge.variants)
+    grids = {variant.kernel.grid(first.site(variant)) for variant in variants}
+    dtypes = {variant.kernel.compute_dtype for variant in variants}
+    for merge in merges[1:]:
+        if replace(merge, variants=first.variants) != first or len(grids) > 1 or len(dtypes) > 1:
+            raise TensorMismatchError(
+                f"{first.name}: not all variants of the plan make this tensor in one way; they may differ in"
+                " parameters, and not in sources, shape, dtype or the kernel's grid"
+            )
+    return replace(first, variants=variants)

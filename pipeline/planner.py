@@ -1,0 +1,105 @@
+"""From configs to a plan: which files, tensors, shards and how much memory. Reads headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, resolve_models
+from raymerge.pipeline.checkpoint.model_config import dump_config
+from raymerge.pipeline.collector import pause_collector
+from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.plan.memory import Transfer
+from raymerge.pipeline.plan.recipe import expand, open_model
+from raymerge.pipeline.plan.schedule import explain_idle
+from raymerge.pipeline.plan.shards import Limits, make_fingerprint, make_tasks
+from raymerge.pipeline.plan.types import Copied, InputModel, MergePlan, PlannedOutput, SideFile, Written
+from raymerge.pipeline.plan.variants import join_variants
+from raymerge.pipeline.runners import count_slots
+from raymerge.pipeline.stores.open import Stores
+
+if TYPE_CHECKING:
+    from raymerge.cluster.ray.session import RaySession
+
+
+@pause_collector()
+def make_plan(
+    stores: Stores,
+    configs: Sequence[MergeConfig],
+    outs: Sequence[str],
+    limits: Limits,
+    seed: int,
+    session: RaySession | None = None,
+) -> MergePlan:
+    """Decide everything that a merge will do, or several merges that differ in parameters alone.
+
+    Args:
+        stores: of the inputs and outputs.
+        configs: one for each output, of the same models.
+        outs: paths or URLs of the outputs; they decide how much memory writing takes.
+        limits: what the user allows.
+        seed: for methods that draw random numbers.
+        session: the Ray cluster that does the work, if any.
+
+    Raises:
+        RaymergeError: whatever would go wrong later, as far as it can be known now.
+    """
+    from raymerge.pipeline.checkpoint.table import list_tensors, read_table  # pyarrow: slow to import
+
+    first = configs[0]
+    if any(config.referenced_models != first.referenced_models for config in configs):
+        raise ConfigError("the variants of one plan name different models; they may differ in parameters only")
+    checkpoints = resolve_models(stores, first.referenced_models)
+    tensors = list_tensors(read_table(stores, checkpoints))
+    models = [open_model(checkpoint, tensors.get(str(checkpoint.model), {})) for checkpoint in checkpoints]
+    recipes = [expand(config, models, seed) for config in configs]
+    merges = join_variants(recipes)
+    transfer = _measure_transfer(stores, checkpoints, outs)
+    tasks, num_threads, num_allowed = make_tasks(merges, replace(limits, transfer=transfer))
+    copied = [Copied(name, file) for name, file in checkpoints[0].side_files]
+    outputs = []
+    for position, (config, recipe) in enumerate(zip(configs, recipes, strict=True)):
+        side_files: tuple[SideFile, ...] = (*copied, Written(CONFIG, dump_config(recipe.config)))
+        fingerprint = make_fingerprint(tasks, side_files, position)
+        warnings = (*config.warnings, *recipe.warnings)
+        outputs.append(PlannedOutput(config.text, seed, side_files, warnings, fingerprint))
+    advice = explain_idle(tasks, count_slots(num_allowed, session, limits.gpus))
+    return MergePlan(
+        tasks=tasks,
+        outputs=tuple(outputs),
+        donor=checkpoints[0].model,
+        inputs=tuple(InputModel(c.model, c.url, _list_files(c)) for c in checkpoints),
+        method=first.method,
+        advice=(advice,) if advice else (),
+        dropped=(*recipes[0].dropped, *_explain_other_weights(checkpoints)),
+        num_threads=num_threads,
+        allowed_mem=limits.allowed_mem,
+        gpus=limits.gpus,
+        total_nbytes=sum(merge.nbytes for merge in merges),
+    )
+
+
+def _measure_transfer(stores: Stores, checkpoints: Sequence[Checkpoint], outs: Sequence[str]) -> Transfer:
+    inputs = dict.fromkeys(stores.at(checkpoint.url) for checkpoint in checkpoints)
+    return Transfer(
+        num_buffers=2 if any(storage.is_remote for storage in inputs) else 1,
+        nbytes=sum(storage.read_nbytes for storage in inputs) + sum(stores.at(out).write_nbytes for out in outs),
+        num_outputs=len(outs),
+    )
+
+
+def _list_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return every file of a checkpoint, relative to it."""
+    weights = (file.url.removeprefix(f"{checkpoint.url}/") for file in checkpoint.weight_files)
+    index = () if checkpoint.weight_map is None else (INDEX,)
+    return (CONFIG, *index, *weights, *checkpoint.other_weights, *(name for name, _ in checkpoint.side_files))
+
+
+def _explain_other_weights(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    return [
+        f"{c.model}: {name}: weights that are not part of the checkpoint; neither merged nor copied"
+        for c in checkpoints
+        for name in c.other_weights
+    ]

@@ -1,0 +1,108 @@
+"""Several outputs of one plan: the bytes of as many merges, from one reading of the inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raymerge.pipeline import Listener
+from raymerge.pipeline.driver import merge, merge_variants
+from raymerge.pipeline.errors import ConfigError, TensorMismatchError
+from raymerge.pipeline.plan.types import MergePlan, ShardResult
+from tests.checkpoints import read_files, write_family
+
+VALUES: dict[str, list[dict[str, Any]]] = {
+    "linear": [{"weight": weight} for weight in ([0.1, 0.9], 0.5, [1, 0.2])],
+    "slerp": [{"t": t} for t in (0.2, 0.5, [0, 1])],
+    "ties": [{"density": density, "weight": weight} for density, weight in ((0.3, 1), (0.3, 0.4), (1, 0.4))],
+    "dare_ties": [{"density": density, "weight": 0.5, "rescale": True} for density in (0.3, 0.3, 0.8)],
+}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return write_family(tmp_path_factory.mktemp("family"), 2, num_layers=3, dtype=torch.bfloat16, vocab=9000, hidden=80)
+
+
+def make_config(method: str, family: tuple[Path, ...], parameters: dict[str, Any]) -> dict[str, Any]:
+    models = family[:2] if method == "slerp" else family[1:]
+    base = {} if method == "linear" else {"base_model": str(family[0])}
+    listed = [{"model": str(model)} for model in models]
+    return {"merge_method": method, **base, "models": listed, "parameters": parameters}
+
+
+class Watch(Listener):
+    plan: MergePlan
+
+    def __init__(self) -> None:
+        self.read_nbytes = 0
+
+    def planned(self, plan: MergePlan) -> None:
+        self.plan = plan
+
+    def finished(self, result: ShardResult) -> None:
+        self.read_nbytes += result.read_nbytes
+
+
+@pytest.mark.parametrize(("memory", "threads"), [("4GiB", 1), ("4GiB", 2), ("48MiB", 1)])
+@pytest.mark.parametrize("method", VALUES)
+def test_each_output_is_what_its_own_merge_gives(
+    method: str, memory: str, threads: int, family: tuple[Path, ...], tmp_path: Path
+) -> None:
+    configs = [make_config(method, family, parameters) for parameters in VALUES[method]]
+    outs = [tmp_path / f"variant{k}" for k in range(len(configs))]
+    watch = Watch()
+    reports = merge_variants(configs, outs, memory=memory, threads=threads, seed=7, shard_size="500kB", listener=watch)
+    assert [report.out for report in reports] == [str(out) for out in outs]
+    planned = sum(task.read_nbytes + task.reread_nbytes for task in watch.plan.tasks)
+    assert watch.read_nbytes == planned
+    stored = sum(source.nbytes for task in watch.plan.tasks for m in task.merges for source in m.sources)
+    assert sum(task.read_nbytes for task in watch.plan.tasks) == stored, "once for all outputs"
+    for config, out in zip(configs, outs, strict=True):
+        alone = tmp_path / "alone" / out.name
+        merge(config, alone, seed=7, shard_size="500kB")
+        assert read_files(out) == read_files(alone)
+
+
+def test_an_interrupted_run_of_several_outputs_is_finished(family: tuple[Path, ...], tmp_path: Path) -> None:
+    class Stop(Listener):
+        num_finished = 0
+
+        def finished(self, result: ShardResult) -> None:
+            self.num_finished += 1
+            if self.num_finished == 2:
+                raise KeyboardInterrupt
+
+    configs = [make_config("ties", family, parameters) for parameters in VALUES["ties"]]
+    outs = [tmp_path / f"variant{k}" for k in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        merge_variants(configs, outs, threads=1, shard_size="500kB", listener=Stop())
+    assert not any((out / "config.json").exists() for out in outs)
+    reports = merge_variants(configs, outs, shard_size="500kB")
+    assert {report.num_resumed for report in reports} == {2}
+    for config, out in zip(configs, outs, strict=True):
+        merge(config, tmp_path / "alone" / out.name, shard_size="500kB")
+        assert read_files(out) == read_files(tmp_path / "alone" / out.name)
+
+
+def test_an_output_that_is_complete_is_left_alone(family: tuple[Path, ...], tmp_path: Path) -> None:
+    configs = [make_config("slerp", family, parameters) for parameters in VALUES["slerp"]]
+    outs = [tmp_path / f"variant{k}" for k in range(3)]
+    merge(configs[1], outs[1])
+    before = {path: path.stat().st_mtime_ns for path in outs[1].iterdir()}
+    reports = merge_variants(configs, outs)
+    assert [report.was_complete for report in reports] == [False, True, False]
+    assert before == {path: path.stat().st_mtime_ns for path in outs[1].iterdir()}
+
+
+def test_variants_differ_in_parameters_only(family: tuple[Path, ...], tmp_path: Path) -> None:
+    outs = [tmp_path / "a", tmp_path / "b"]
+    one = make_config("linear", family, {"weight": 1})
+    with pytest.raises(ConfigError, match="different models"):
+        merge_variants([one, {**one, "models": [one["models"][0]]}], outs)
+    with pytest.raises(TensorMismatchError, match="may differ in parameters"):
+        merge_variants([one, {**one, "out_dtype": "float16"}], outs)
+    assert not any(out.exists() for out in outs)
