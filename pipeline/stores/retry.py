@@ -85,13 +85,14 @@ class Patience:
         self._num_in_a_row = 0
         self._failing_since: float | None = None
         self._asked_seconds = 0.0
-        self._start = time.monotonic()
+        self._start = self._last_progress = time.monotonic()
 
     def succeeded(self) -> None:
         """Note that some progress was made, or all is done."""
         self._faults.note_answer(self._store)
         self._num_in_a_row = 0
         self._failing_since = None
+        self._last_progress = time.monotonic()
 
     def failed(self, fault: Fault) -> bool:
         """Note a fault; return True after a wait, or False at once where it has gone on for too long."""
@@ -103,7 +104,7 @@ class Patience:
         self.num_attempts += 1
         self._num_in_a_row += 1
         if self._failing_since is None:
-            self._failing_since = now if self._num_in_a_row > 1 else self._start
+            self._failing_since = self._last_progress
         delay = min(_MAX_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0 ** (self._num_in_a_row - 1))
         delay *= random.uniform(0.5, 1.0)
         if fault.retry_after is not None:
