@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +45,36 @@ def run_command(*arguments: str | Path, cwd: Path | None = None, env: Mapping[st
     process = start_command(*arguments, cwd=cwd, env=env)
     out, err = process.communicate(timeout=120)
     return Outcome(process.returncode, out, err)
+
+
+def run_in_terminal(*arguments: str | Path, columns: int = 80, env: Mapping[str, str | None] | None = None) -> str:
+    """Run a raymerge process in a terminal of its own, and return all that it has sent there.
+
+    Args:
+        arguments: of the command.
+        columns: the terminal's width.
+        env: changes to the environment; None takes a variable out.
+    """
+    environment = {**os.environ, "TERM": "xterm-256color", **(env or {})}
+    terminal, inside = os.openpty()
+    termios.tcsetwinsize(inside, (24, columns))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raymerge", *map(str, arguments)],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        env={name: value for name, value in environment.items() if value is not None},
+        start_new_session=True,
+    )
+    os.close(inside)
+    sent = b""
+    with os.fdopen(terminal, "rb", buffering=0) as screen, suppress(OSError):  # EIO when nobody has it open any more
+        while piece := screen.read(65536):
+            sent += piece
+    process.wait(timeout=120)
+    return sent.decode()
+
+
+def strip_controls(sent: str) -> str:
+    """Return what a terminal was sent without colours and movements."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent)

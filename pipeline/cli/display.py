@@ -30,6 +30,8 @@ from raymerge.pipeline.progress.report import format_report
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_nbytes, format_seconds, format_speed
 
+_BAR_WIDTH = 16
+
 _LINE_SECONDS = 10.0
 """Between lines of progress where there is no terminal."""
 
@@ -42,8 +44,8 @@ class Display(Narrator):
         self._quiet = quiet
         self._is_terminal = sys.stderr.isatty()
         self._bar = Progress(
-            BarColumn(bar_width=16),
-            TextColumn("{task.description}"),
+            BarColumn(_BAR_WIDTH, complete_style="cyan", finished_style="green"),
+            TextColumn("{task.description}", markup=False),
             console=Console(stderr=True),
             disable=quiet or not self._is_terminal,
         )
@@ -100,7 +102,7 @@ class Display(Narrator):
                 click.echo(_printable(event.text), err=True)
 
     def _show_progress(self, event: Progressed) -> None:
-        text = format_progress(event)
+        text = format_progress(event, self._bar.console.width - _BAR_WIDTH - 1 if self._is_terminal else None)
         self._bar.update(
             self._task,
             description=text,
@@ -138,10 +140,10 @@ def _printable(text: str) -> str:
     return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)
 
 
-def format_progress(event: Progressed) -> str:
-    """Return how far it is, on one line; a narrow terminal cuts off what is at its end."""
+def format_progress(event: Progressed, max_width: int | None = None) -> str:
+    """Return how far it is, on one line; what does not fit in the width is left out, from the end."""
     parts = [f"{event.num_finished}/{counted(event.num_shards, 'shard')}"]
-    if event.seconds_left is not None:
+    if event.seconds_left is not None and event.num_finished < event.num_shards:
         parts.append(f"{format_seconds(event.seconds_left)} left")
     if event.num_retries:
         parts.append(f"{event.num_retries} retried")
@@ -150,4 +152,6 @@ def format_progress(event: Progressed) -> str:
         f"write {format_speed(event.written_per_second)}",
         f"{format_nbytes(event.written_nbytes)} of {format_nbytes(event.to_write_nbytes)}",
     ]
+    while max_width is not None and len(parts) > 1 and len(", ".join(parts)) > max_width:
+        parts.pop()
     return ", ".join(parts)

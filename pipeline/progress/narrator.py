@@ -76,13 +76,14 @@ class Narrator(Listener, ABC):
 
     def progressed(self, progress: Progress) -> None:
         """Tell now and then how far it is."""
-        done = Progress(
+        self._done = Progress(
             self._done.read_nbytes + progress.read_nbytes, self._done.written_nbytes + progress.written_nbytes
         )
-        self._done = done
         now = time.monotonic()
-        if now - self._last < self.interval_seconds:
-            return
+        if now - self._last >= self.interval_seconds:
+            self._tell_progress(self._done, now)
+
+    def _tell_progress(self, done: Progress, now: float) -> None:
         self._last = now
         read_speed, write_speed = self._speed.measure(done, now)
         left = max(0, self._to_read - done.read_nbytes + self._to_write - done.written_nbytes)
@@ -104,9 +105,11 @@ class Narrator(Listener, ABC):
         )
 
     def finished(self, result: ShardResult) -> None:
-        """Tell of a shard."""
+        """Tell of a shard; after the last one also that everything is read and written."""
         self._num_finished += 1
         self.show(result)
+        if self._num_finished == self._num_shards:
+            self._tell_progress(Progress(self._to_read, self._to_write), time.monotonic())
 
     def retried(self, reason: str, count: int) -> None:
         """Tell what went wrong and was done again."""

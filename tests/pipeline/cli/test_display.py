@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from raymerge.pipeline.plan.types import MergeReport
 from raymerge.pipeline.progress.events import Progressed, Retried, read_event
 from raymerge.pipeline.progress.report import format_report
 from tests.checkpoints import write_config, write_family
-from tests.commands import Cli
+from tests.commands import Cli, run_in_terminal, strip_controls
 from tests.pipeline.progress.test_events import EVENTS, REPORT, SHARD
+
+COLOURS = {"NO_COLOR": None, "FORCE_COLOR": None}
+"""What the environment says of them: nothing."""
 
 
 def test_progress_on_one_line() -> None:
@@ -22,6 +26,42 @@ def test_progress_on_one_line() -> None:
     assert format_progress(step) == "12/40 shards, 0:01:23 left, read 420 MB/s, write 140 MB/s, 300 MB of 1 GB"
     stuck = replace(step, read_per_second=0.0, written_per_second=0.0, seconds_left=None, num_retries=3)
     assert format_progress(stuck) == "12/40 shards, 3 retried, read 0 B/s, write 0 B/s, 300 MB of 1 GB"
+    of_one = replace(step, num_finished=0, num_shards=1, seconds_left=0.0)
+    assert format_progress(of_one) == "0/1 shard, 0.0 s left, read 420 MB/s, write 140 MB/s, 300 MB of 1 GB"
+    finished = replace(of_one, num_finished=1, written_nbytes=10**9)
+    assert format_progress(finished) == "1/1 shard, read 420 MB/s, write 140 MB/s, 1 GB of 1 GB"
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (73, "12/40 shards, 0:01:23 left, read 420 MB/s, write 140 MB/s, 300 MB of 1 GB"),
+        (72, "12/40 shards, 0:01:23 left, read 420 MB/s, write 140 MB/s"),
+        (40, "12/40 shards, 0:01:23 left"),
+        (5, "12/40 shards"),
+    ],
+)
+def test_progress_that_does_not_fit_is_shortened_by_whole_figures(width: int, shown: str) -> None:
+    step = Progressed(12, 40, 10**9, 3 * 10**9, 3 * 10**8, 10**9, 4.2e8, 1.4e8, 83.0, 0)
+    assert format_progress(step, width) == shown
+
+
+@pytest.mark.parametrize("columns", [120, 80, 40])
+@pytest.mark.parametrize("shard_size", ["5kB", "1GB"])
+def test_the_last_frame_is_the_finished_one(tmp_path: Path, shard_size: str, columns: int) -> None:
+    family = write_family(tmp_path / "in", 2, dtype=torch.bfloat16)
+    content = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in family]}
+    config = write_config(tmp_path / "merge.yml", content)
+    sent = run_in_terminal("merge", config, tmp_path / "out", "--shard-size", shard_size, columns=columns, env=COLOURS)
+    shown = [part for part in sent.split("\x1b[2K") if "━" in part][-1]
+    assert "\x1b[32m" + "━" * 16 + "\x1b[0m" in shown, "all of the bar in one colour"
+    last = strip_controls(shown).splitlines()[0]
+    num_shards = len(list((tmp_path / "out").glob("*.safetensors")))
+    assert last.startswith("━" * 16 + f" {num_shards}/{num_shards} shard")
+    assert "left" not in last
+    assert len(last.rstrip()) <= columns
+    if columns == 120:
+        assert re.search(r"(\S+ [kM]?B) of \1$", last.rstrip())
 
 
 @pytest.mark.parametrize(("verbose", "told"), [(False, [1, 2, 4, 9, 16]), (True, [1, 2, 3, 4, 9, 10, 16])])
