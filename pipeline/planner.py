@@ -46,14 +46,15 @@ def make_plan(
     Raises:
         RaymergeError: whatever would go wrong later, as far as it can be known now.
     """
-    from raymerge.pipeline.checkpoint.table import list_tensors, read_table  # pyarrow: slow to import
+    from raymerge.pipeline.checkpoint.table import index_tensors, list_tensors, read_table  # pyarrow: slow to import
 
     first = configs[0]
     if any(config.referenced_models != first.referenced_models for config in configs):
         raise ConfigError("the variants of one plan name different models; they may differ in parameters only")
     checkpoints = resolve_models(stores, first.referenced_models)
-    tensors = list_tensors(read_table(stores, checkpoints))
-    models = [open_model(checkpoint, tensors.get(str(checkpoint.model), {})) for checkpoint in checkpoints]
+    table = read_table(stores, {str(checkpoint.model): checkpoint.weight_files for checkpoint in checkpoints})
+    tensors = list_tensors(table)
+    models = [open_model(c, index_tensors(c, tensors.get(str(c.model), ()))) for c in checkpoints]
     recipes = [expand(config, models, seed) for config in configs]
     merges = join_variants(recipes)
     transfer = _measure_transfer(stores, checkpoints, outs)

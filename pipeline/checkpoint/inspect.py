@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -22,12 +21,13 @@ from raymerge.pipeline.checkpoint.checkpoint import (
     locate_model,
     resolve_model,
 )
-from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES, TensorEntry, read_header
+from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, Origin, parse_origin
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.checkpoint.stacks import FoundTensor, Stack, Totals, add_up, split_stacks
+from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.checkpoint.stacks import Stack, Totals, add_up, split_stacks
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_tied
 from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.messages import counted
@@ -41,9 +41,7 @@ from raymerge.pipeline.urls import check_url, is_url, scheme_of
 Role = Literal["weights", "other weights", "config", "side file", "other"]
 """What a file is to a merge: read, left out, read and written anew, copied, left out."""
 
-_NUM_READERS = 8
 _MAX_JSON_NBYTES = 512 * 2**20
-_DAMAGED = "the checkpoint is damaged or mixed from two: download it again"
 _HUB_FILE = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^/]+)?/[^/]+\.safetensors")
 
 
@@ -75,14 +73,14 @@ class Inspection:
     """Why raymerge cannot merge it; empty where nothing is known that speaks against it."""
     files: tuple[FoundFile, ...]
     """By name; hidden ones left out."""
-    tensors: tuple[FoundTensor, ...]
-    """In natural order of their names."""
+    tensors: tuple[StoredTensor, ...]
+    """In natural order of their names; each file is called by its name relative to the directory."""
     total: Totals
     dtypes: tuple[tuple[str, Totals], ...]
     """The one with most bytes first."""
     stacks: tuple[Stack, ...]
     """The main one first, then by name."""
-    outside: tuple[FoundTensor, ...]
+    outside: tuple[StoredTensor, ...]
     """Tensors that are in no stack."""
     embedding: str
     """Name of the token embedding, empty where it cannot be told."""
@@ -137,8 +135,7 @@ class _Reads:
         self.nbytes += sum(sizes)
         self.num += len(sizes)
 
-    def note_header(self, file: StoredFile, entries: Sequence[TensorEntry]) -> None:
-        header_nbytes = entries[0].start if entries else file.nbytes
+    def note_header(self, file: StoredFile, header_nbytes: int) -> None:
         first = min(file.nbytes, FIRST_READ_NBYTES)
         self.note(first, *([header_nbytes - first] if header_nbytes > first else []))
 
@@ -179,7 +176,7 @@ def _inspect_file(stores: Stores, url: str) -> Inspection:
         raise CheckpointError(f"{url}: no such file; check the name") from None
     reads = _Reads()
     name = (urlsplit(url).path if scheme_of(url) in ("http", "https") else url).rpartition("/")[2]
-    tensors = _read_tensors(storage, {name: file}, reads)
+    tensors = _read_tensors(stores, {name: file}, reads)
     return _summarise(url, {}, "", [FoundFile(name, file.nbytes, "weights")], tensors, None, reads)
 
 
@@ -205,9 +202,12 @@ def _inspect_model(stores: Stores, url: str) -> Inspection:
         names = [file.url.removeprefix(f"{checkpoint.url}/") for file in checkpoint.weight_files]
         side_names = {name for name, _ in checkpoint.side_files}
     reads.note(*resolving)
-    tensors = _read_tensors(storage, {name: files[name] for name in names}, reads)
+    tensors = _read_tensors(stores, {name: files[name] for name in names}, reads)
     if weight_map is not None:
-        obstacle = _compare_index(weight_map, tensors)
+        from raymerge.pipeline.checkpoint.table import DAMAGED, find_index_faults
+
+        fault = next(find_index_faults(url, weight_map, tensors), None)
+        obstacle = f"{fault}; {DAMAGED}" if fault else ""
     made = _read_origin(storage, files, reads)
     found = [FoundFile(name, file.nbytes, _role(name, names, side_names)) for name, file in files.items()]
     return _summarise(url, config, obstacle, found, tensors, made, reads)
@@ -235,30 +235,17 @@ def _guess_weights(storage: Storage, files: Mapping[str, StoredFile], reads: _Re
     return sorted(named or (name for name in files if name.endswith(".safetensors")))
 
 
-def _read_tensors(storage: Storage, files: Mapping[str, StoredFile], reads: _Reads) -> list[FoundTensor]:
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        headers = list(pool.map(lambda file: read_header(storage, file), files.values()))
-    tensors = []
-    for (name, file), entries in zip(files.items(), headers, strict=True):
-        reads.note_header(file, entries)
-        tensors += [
-            FoundTensor(entry.name, entry.dtype, entry.shape, name, entry.start, entry.stop) for entry in entries
-        ]
-    return sorted(tensors, key=lambda tensor: (natural_key(tensor.name), tensor.file))
+def _read_tensors(stores: Stores, files: Mapping[str, StoredFile], reads: _Reads) -> list[StoredTensor]:
+    """Return the tensors of some files, each file called by its name here."""
+    from raymerge.pipeline.checkpoint.table import list_tensors, read_table  # pyarrow: slow to import
 
-
-def _compare_index(weight_map: Mapping[str, str], tensors: Iterable[FoundTensor]) -> str:
-    """Return what speaks against an index, or nothing."""
-    found: dict[str, str] = {}
-    for tensor in tensors:
-        other = found.setdefault(tensor.name, tensor.file)
-        if other != tensor.file:
-            return f"tensor {tensor.name!r} is in two files, {other} and {tensor.file}; {_DAMAGED}"
-    for name in sorted(weight_map.keys() | found.keys()):
-        if weight_map.get(name) != found.get(name):
-            stated, stored = weight_map.get(name, "in no file"), found.get(name, "in no file")
-            return f"tensor {name!r}: {INDEX} says {stated}, the headers {stored}; {_DAMAGED}"
-    return ""
+    names = {file.url: name for name, file in files.items()}
+    tensors = [t for listed in list_tensors(read_table(stores, {"": files.values()})).values() for t in listed]
+    starts = {tensor.file.url: tensor.start for tensor in reversed(tensors)}
+    for file in files.values():
+        reads.note_header(file, starts.get(file.url, file.nbytes))
+    tensors = [replace(tensor, file=StoredFile(names[tensor.file.url], tensor.file.nbytes, "")) for tensor in tensors]
+    return sorted(tensors, key=lambda tensor: (natural_key(tensor.name), tensor.file.url))
 
 
 def _read_origin(storage: Storage, files: Mapping[str, StoredFile], reads: _Reads) -> Origin | None:
@@ -280,13 +267,13 @@ def _summarise(
     config: Json,
     obstacle: str,
     files: Sequence[FoundFile],
-    tensors: Sequence[FoundTensor],
+    tensors: Sequence[StoredTensor],
     made: Origin | None,
     reads: _Reads,
 ) -> Inspection:
     listed = config.get("architectures")
     architectures = tuple(str(name) for name in listed) if isinstance(listed, list) else ()
-    by_dtype: defaultdict[str, list[FoundTensor]] = defaultdict(list)
+    by_dtype: defaultdict[str, list[StoredTensor]] = defaultdict(list)
     for tensor in tensors:
         by_dtype[tensor.dtype].append(tensor)
     dtypes = sorted(((dtype, add_up(each)) for dtype, each in by_dtype.items()), key=lambda item: -item[1].nbytes)

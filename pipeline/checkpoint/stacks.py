@@ -9,27 +9,7 @@ from itertools import groupby
 from math import prod
 
 from raymerge.pipeline.checkpoint.names import find_layers, natural_key, split_name
-
-
-@dataclass(frozen=True, slots=True)
-class FoundTensor:
-    """A tensor, as a header has it."""
-
-    name: str
-    dtype: str
-    """As in a safetensors header."""
-    shape: tuple[int, ...]
-    file: str
-    """Name of the file, relative to the directory."""
-    start: int
-    """Offset of the first byte in the file."""
-    stop: int
-    """Offset after the last byte: the tensor is [start, stop) of the file."""
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes."""
-        return self.stop - self.start
+from raymerge.pipeline.checkpoint.source import StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +45,21 @@ class Stack:
     total: Totals
 
 
-def add_up(tensors: Sequence[FoundTensor]) -> Totals:
+def add_up(tensors: Sequence[StoredTensor]) -> Totals:
     """Return how many tensors there are, and how large they are together."""
     return Totals(len(tensors), sum(prod(tensor.shape) for tensor in tensors), sum(tensor.nbytes for tensor in tensors))
 
 
 def split_stacks(
-    tensors: Sequence[FoundTensor], config_num_layers: int | None
-) -> tuple[tuple[Stack, ...], tuple[FoundTensor, ...]]:
+    tensors: Sequence[StoredTensor], config_num_layers: int | None
+) -> tuple[tuple[Stack, ...], tuple[StoredTensor, ...]]:
     """Return the layer stacks, and the tensors that are in none.
 
     A stack may begin anywhere: a single file of a checkpoint has some layers from the middle. Two numbers that are not
     neighbours, as modules of a sequence have, are no stack.
     """
     main = find_layers(((tensor.name, tensor.nbytes) for tensor in tensors), config_num_layers).main
-    members: defaultdict[str, defaultdict[int, list[FoundTensor]]] = defaultdict(lambda: defaultdict(list))
+    members: defaultdict[str, defaultdict[int, list[StoredTensor]]] = defaultdict(lambda: defaultdict(list))
     for tensor in tensors:
         split = split_name(tensor.name)
         if split is not None:
@@ -94,7 +74,7 @@ def split_stacks(
     return tuple(stacks[prefix] for prefix in ordered), tuple(outside)
 
 
-def _make_stack(prefix: str, layers: Mapping[int, Sequence[FoundTensor]]) -> Stack:
+def _make_stack(prefix: str, layers: Mapping[int, Sequence[StoredTensor]]) -> Stack:
     kinds: defaultdict[frozenset[tuple[str, str, tuple[int, ...]]], list[int]] = defaultdict(list)
     for layer in sorted(layers):
         begin = len(f"{prefix}{layer}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -35,25 +35,33 @@ SCHEMA = pa.schema(
 
 _NUM_READERS = 16
 """Far stores take a while to answer, whatever is asked for; this many answers can be waited for at once."""
-_DAMAGED = "the checkpoint is damaged or mixed from two: download it again"
+DAMAGED = "the checkpoint is damaged or mixed from two: download it again"
 
 
-def read_table(stores: Stores, checkpoints: Iterable[Checkpoint]) -> pa.Table:
-    """Read every header and return the tensors: checkpoints as given, files by name, tensors as they lie in the file.
+def read_table(stores: Stores, models: Mapping[str, Iterable[StoredFile]], known: pa.Table | None = None) -> pa.Table:
+    """Read the header of every file and return the tensors: models as given, files by name, tensors as they lie there.
+
+    Args:
+        stores: that have the files.
+        models: the files of each model, by its reference as text.
+        known: a table that was read before; files that are as they were then are not read again.
 
     Raises:
-        CheckpointError: a header is malformed, or a checkpoint's headers and its index file disagree.
+        CheckpointError: a header is malformed.
         FetchError: a file could not be read.
     """
-    files = [(checkpoint, file) for checkpoint in checkpoints for file in checkpoint.weight_files]
+    files = [(model, file) for model, listed in models.items() for file in listed]
+    headers: dict[StoredFile, Sequence[TensorEntry | StoredTensor]] = {}
+    if known is not None:
+        headers |= _group_by_file(known)
+    unread = [file for file in dict.fromkeys(file for _, file in files) if file not in headers]
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        headers = list(pool.map(lambda item: read_header(stores.at(item[1].url), item[1]), files))
-    found: dict[str, tuple[Checkpoint, dict[str, StoredFile]]] = {}
+        found = pool.map(lambda file: read_header(stores.at(file.url), file), unread)
+        headers |= dict(zip(unread, found, strict=True))
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for (checkpoint, file), entries in zip(files, headers, strict=True):
-        tensors = found.setdefault(str(checkpoint.model), (checkpoint, {}))[1]
-        _add_tensors(tensors, file, entries)
-        columns["model"] += [str(checkpoint.model)] * len(entries)
+    for model, file in files:
+        entries = headers[file]
+        columns["model"] += [model] * len(entries)
         columns["name"] += [entry.name for entry in entries]
         columns["dtype"] += [entry.dtype for entry in entries]
         columns["shape"] += [entry.shape for entry in entries]
@@ -62,15 +70,13 @@ def read_table(stores: Stores, checkpoints: Iterable[Checkpoint]) -> pa.Table:
         columns["stop"] += [entry.stop for entry in entries]
         columns["file_nbytes"] += [file.nbytes] * len(entries)
         columns["etag"] += [file.etag] * len(entries)
-    for checkpoint, tensors in found.values():
-        _check_weight_map(checkpoint, tensors)
     return pa.Table.from_pydict(columns, schema=SCHEMA)
 
 
-def list_tensors(table: pa.Table) -> dict[str, dict[str, StoredTensor]]:
-    """Return the rows by model, as `str` of its reference, and by tensor name, in the order of the table."""
+def list_tensors(table: pa.Table) -> dict[str, list[StoredTensor]]:
+    """Return the tensors of each model, by its reference as text, in the order of the table."""
     files: dict[tuple[str, int, str], StoredFile] = {}
-    result: dict[str, dict[str, StoredTensor]] = {}
+    result: dict[str, list[StoredTensor]] = {}
     for batch in table.to_batches():
         models, dtypes = _texts(batch["model"]), _texts(batch["dtype"])
         places = zip(
@@ -90,31 +96,51 @@ def list_tensors(table: pa.Table) -> dict[str, dict[str, StoredTensor]]:
             file = files.get(place)
             if file is None:
                 file = files[place] = StoredFile(*place)
-            result.setdefault(model, {})[name] = StoredTensor(model, name, dtype, shape, file, start, stop)
+            result.setdefault(model, []).append(StoredTensor(model, name, dtype, shape, file, start, stop))
     return result
 
 
-def _add_tensors(tensors: dict[str, StoredFile], file: StoredFile, entries: Sequence[TensorEntry]) -> None:
-    """Note which file holds each tensor."""
-    for entry in entries:
-        other = tensors.setdefault(entry.name, file)
-        if other is not file:
-            raise CheckpointError(f"tensor {entry.name!r} is in two files, {other.url} and {file.url}; {_DAMAGED}")
+def index_tensors(checkpoint: Checkpoint, tensors: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
+    """Return a checkpoint's tensors by name.
+
+    Raises:
+        CheckpointError: its headers and its index file disagree.
+    """
+    tensors = list(tensors)
+    for fault in find_index_faults(checkpoint.url, checkpoint.weight_map, tensors):
+        raise CheckpointError(f"{checkpoint.url}: {fault}; {DAMAGED}")
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def _check_weight_map(checkpoint: Checkpoint, tensors: dict[str, StoredFile]) -> None:
-    """Compare the index file with the headers, both ways."""
-    if checkpoint.weight_map is None:
+def find_index_faults(url: str, weight_map: Mapping[str, str] | None, tensors: Iterable[StoredTensor]) -> Iterator[str]:
+    """Yield what is wrong between the headers of a model and its index.
+
+    Args:
+        url: of the model's directory.
+        weight_map: tensor to file, as the index has it; None where there is no index.
+        tensors: as the headers have them.
+    """
+    found: dict[str, str] = {}
+    for tensor in tensors:
+        name = tensor.file.url.removeprefix(f"{url}/")
+        other = found.setdefault(tensor.name, name)
+        if other != name:
+            yield f"tensor {tensor.name!r} is in two files, {other} and {name}"
+    if weight_map is None:
         return
-    index = f"{checkpoint.url}/{INDEX}"
-    for name, file in checkpoint.weight_map.items():
-        found = tensors.get(name)
-        if found is None or found.url != f"{checkpoint.url}/{file}":
-            where = f"in {found.url}" if found else "in no file of the checkpoint"
-            raise CheckpointError(f"tensor {name!r} is {where}, but {index} says {file}; {_DAMAGED}")
-    if len(tensors) > len(checkpoint.weight_map):
-        name = next(name for name in tensors if name not in checkpoint.weight_map)
-        raise CheckpointError(f"tensor {name!r} is in {tensors[name].url}, but not in {index}; {_DAMAGED}")
+    for name in sorted(weight_map.keys() | found.keys()):
+        if weight_map.get(name) != found.get(name):
+            stated, stored = weight_map.get(name, "no file"), found.get(name, "no file")
+            yield f"tensor {name!r} is in {stored}, but {INDEX} says {stated}"
+
+
+def _group_by_file(table: pa.Table) -> dict[StoredFile, list[StoredTensor]]:
+    """Return the rows of each file once, even if several models share it."""
+    groups: dict[StoredFile, dict[str, StoredTensor]] = {}
+    for tensors in list_tensors(table).values():
+        for tensor in tensors:
+            groups.setdefault(tensor.file, {})[tensor.name] = tensor
+    return {file: list(tensors.values()) for file, tensors in groups.items()}
 
 
 def _texts(column: pa.Array) -> list[str]:

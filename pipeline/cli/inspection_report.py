@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from raymerge.pipeline.checkpoint.inspect import FoundFile, Inspection
-from raymerge.pipeline.checkpoint.stacks import FoundTensor, Stack, Totals
+from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.checkpoint.stacks import Stack, Totals
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.sizes import format_nbytes
 
@@ -26,7 +27,7 @@ def format_inspection(found: Inspection, *, with_tensors: bool = False) -> str:
         lines.append("  tensors: name, dtype, shape, size, and the bytes [start, stop) of a file")
         lines += [
             f"    {_plain(tensor.name)}  {tensor.dtype}  {_shape(tensor)}  {format_nbytes(tensor.nbytes)}"
-            f"  {_plain(tensor.file)} {tensor.start}-{tensor.stop}"
+            f"  {_plain(tensor.file.url)} {tensor.start}-{tensor.stop}"
             for tensor in found.tensors
         ]
     lines += _format_files(found)
@@ -76,7 +77,7 @@ def inspection_json(found: Inspection) -> str:
                     "dtype": tensor.dtype,
                     "shape": list(tensor.shape),
                     "nbytes": tensor.nbytes,
-                    "file": tensor.file,
+                    "file": tensor.file.url,
                     "start": tensor.start,
                     "stop": tensor.stop,
                 }
@@ -204,7 +205,7 @@ def _runs(runs: Sequence[tuple[int, int]]) -> str:
     return " ".join(f"[{start}, {stop})" for start, stop in runs)
 
 
-def _shape(tensor: FoundTensor) -> str:
+def _shape(tensor: StoredTensor) -> str:
     return str(list(tensor.shape))
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import safetensors
@@ -14,8 +15,9 @@ import safetensors
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
 from raymerge.pipeline.checkpoint.checkpoint import INDEX
-from raymerge.pipeline.checkpoint.header import TensorEntry, read_header
+from raymerge.pipeline.checkpoint.header import TensorEntry
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Manifest, OutputFile
+from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.output.journal import read_begun
 from raymerge.pipeline.output.state import find_unlisted, locate_output, read_manifest
@@ -61,10 +63,8 @@ def verify(
 
 
 def _verify(stores: Stores, out: str, threads: int, on_progress: Callable[[Progress], None]) -> VerifyReport:
-    storage = stores.at(out)
     manifest = _read_manifest(stores, out)
     files = manifest.files
-    shards = [name for name in files if name.endswith(".safetensors")]
     problems = [f"{name}: a file that the manifest does not list" for name in find_unlisted(stores, out, manifest)]
     checks = LocalRunner(threads).run(
         partial(_check_file, stores, out=out),
@@ -75,16 +75,9 @@ def _verify(stores: Stores, out: str, threads: int, on_progress: Callable[[Progr
     problems += sorted(problem for problem in checks if problem)
     num_tensors = 0
     if not problems:
-        tensors: dict[str, str] = {}
-        for shard in shards:
-            entries = read_header(storage, storage.stat(f"{out}/{shard}"))
-            tensors.update((entry.name, shard) for entry in entries)
-            if scheme_of(out) == "file":
-                problems += (f"{shard}: {problem}" for problem in find_disagreements(Path(out, shard), entries))
+        tensors = _read_tensors(stores, out, [name for name in files if name.endswith(".safetensors")])
         num_tensors = len(tensors)
-        if INDEX in files:
-            weight_map = json.loads(storage.read(f"{out}/{INDEX}", MAX_MANIFEST_NBYTES))["weight_map"]
-            problems += _compare_index(weight_map, tensors)
+        problems += _compare_tensors(stores, out, tensors, has_index=INDEX in files)
     if problems:
         raise OutputError(f"{out} is not what was written:\n  " + "\n  ".join(problems))
     return VerifyReport(len(files), num_tensors, sum(file.nbytes for file in files.values()))
@@ -145,7 +138,27 @@ def _read_manifest(stores: Stores, out: str) -> Manifest:
     return manifest
 
 
-def find_disagreements(path: Path, entries: Iterable[TensorEntry]) -> Iterator[str]:
+def _read_tensors(stores: Stores, out: str, shards: Sequence[str]) -> list[StoredTensor]:
+    from raymerge.pipeline.checkpoint.table import list_tensors, read_table  # pyarrow: slow to import
+
+    files = [stores.at(out).stat(f"{out}/{name}") for name in shards]
+    return list_tensors(read_table(stores, {out: files})).get(out, [])
+
+
+def _compare_tensors(stores: Stores, out: str, tensors: Sequence[StoredTensor], *, has_index: bool) -> Iterator[str]:
+    """Yield what the index or, where files are local, the safetensors library say otherwise than the headers."""
+    from raymerge.pipeline.checkpoint.table import find_index_faults
+
+    if scheme_of(out) == "file":
+        for url, entries in groupby(tensors, lambda tensor: tensor.file.url):
+            yield from (f"{Path(url).name}: {problem}" for problem in find_disagreements(Path(url), entries))
+    weight_map = None
+    if has_index:
+        weight_map = json.loads(stores.at(out).read(f"{out}/{INDEX}", MAX_MANIFEST_NBYTES))["weight_map"]
+    yield from find_index_faults(out, weight_map, tensors)
+
+
+def find_disagreements(path: Path, entries: Iterable[TensorEntry | StoredTensor]) -> Iterator[str]:
     """Yield what the safetensors library reads otherwise than we do in the header of a file."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -162,11 +175,3 @@ def find_disagreements(path: Path, entries: Iterable[TensorEntry]) -> Iterator[s
 
 def _show(tensor: tuple[str, tuple[int, ...]] | None) -> str:
     return f"{tensor[0]} {list(tensor[1])}" if tensor else "nothing"
-
-
-def _compare_index(weight_map: dict[str, str], tensors: dict[str, str]) -> Iterator[str]:
-    for name in sorted(weight_map.keys() | tensors.keys()):
-        if weight_map.get(name) != tensors.get(name):
-            yield (
-                f"{name}: the index says {weight_map.get(name, 'nothing')}, the headers {tensors.get(name, 'nothing')}"
-            )

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from raymerge.pipeline import merge
 from raymerge.pipeline.checkpoint.inspect import inspect
-from raymerge.pipeline.checkpoint.stacks import FoundTensor, split_stacks
+from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.checkpoint.stacks import split_stacks
 from raymerge.pipeline.cli.inspection_report import format_inspection, inspection_json
 from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.stores.files import Buffer, ByteRange
@@ -78,7 +79,7 @@ def test_every_tensor_is_where_it_says(sharded: Path, reads: list[int]) -> None:
     assert {tensor.name for tensor in found.tensors} == tensors.keys()
     for tensor in found.tensors:
         expected = tensors[tensor.name]
-        stored = (sharded / tensor.file).read_bytes()[tensor.start : tensor.stop]
+        stored = (sharded / tensor.file.url).read_bytes()[tensor.start : tensor.stop]
         assert (tensor.dtype, tensor.shape) == ("BF16", tuple(expected.shape))
         assert stored == expected.view(torch.int16).numpy().tobytes()
     assert found.total.num_tensors == len(tensors) == 30
@@ -116,9 +117,8 @@ def test_what_it_is(sharded: Path) -> None:
     assert found.made is None
 
 
-def found_tensors(layout: Layout) -> list[FoundTensor]:
-    tensors = stored_tensors("m", layout).values()
-    return [FoundTensor(t.name, t.dtype, t.shape, "model.safetensors", t.start, t.stop) for t in tensors]
+def found_tensors(layout: Layout) -> list[StoredTensor]:
+    return list(stored_tensors("m", layout).values())
 
 
 STACKS: dict[str, tuple[Layout, int | None, list[tuple[str, list[list[tuple[int, int]]]]], int]] = {
@@ -185,7 +185,7 @@ def test_one_file(sharded: Path, reads: list[int], cli: Cli) -> None:
     path = sharded / "model-00002-of-00003.safetensors"
     found = inspect(path)
     assert [file.name for file in found.files] == [path.name]
-    assert {tensor.file for tensor in found.tensors} == {path.name}
+    assert {tensor.file.url for tensor in found.tensors} == {path.name}
     assert found.total.num_tensors == 10
     assert len(reads) == found.num_reads == 1
     assert (found.architectures, found.is_tied) == ((), None)
@@ -290,7 +290,7 @@ UNMERGEABLE: dict[str, tuple[Callable[[Path], None], str, str, int]] = {
     "no config.json": (lose_config, "safetensors", "no config.json", 21),
     "broken config.json": (break_config, "safetensors", "not JSON", 21),
     "a file is missing": (name_a_missing_file, "safetensors", "lost.safetensors missing", 21),
-    "index of another": (state_another_tensor, "safetensors", "tensor 'b': model.safetensors.index.json says", 21),
+    "index of another": (state_another_tensor, "safetensors", "tensor 'b' is in no file, but model.safetensors", 21),
     "index that leads out": (leave_the_directory, "safetensors", "'../secret.safetensors' leaves", 21),
 }
 
@@ -390,7 +390,7 @@ def test_tensors(sharded: Path, cli: Cli) -> None:
     for tensor in found.tensors:
         line = f"    {tensor.name}  BF16  {list(tensor.shape)}  "
         assert any(
-            text.startswith(line) and text.endswith(f"  {tensor.file} {tensor.start}-{tensor.stop}")
+            text.startswith(line) and text.endswith(f"  {tensor.file.url} {tensor.start}-{tensor.stop}")
             for text in outcome.out.splitlines()
         )
     assert "start" not in cli("inspect", sharded).out
@@ -497,7 +497,7 @@ def test_in_a_bucket(
     found, local = inspect(url, storage=storage), inspect(sharded)
     assert found == dataclasses.replace(local, url=url)
     file = inspect(f"{url}/model-00002-of-00003.safetensors", storage=storage)
-    assert file.tensors == tuple(t for t in local.tensors if t.file == "model-00002-of-00003.safetensors")
+    assert file.tensors == tuple(t for t in local.tensors if t.file.url == "model-00002-of-00003.safetensors")
     outcome = cli("inspect", f"{url}/", "--storage", storage)
     assert (outcome.code, outcome.err) == (0, "")
     assert f"  where      {url}\n" in outcome.out

@@ -12,11 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from raymerge.pipeline.checkpoint.checkpoint import resolve_model, resolve_models
+from raymerge.pipeline.checkpoint.checkpoint import resolve_models
 from raymerge.pipeline.checkpoint.header import TensorEntry, read_header
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
-from raymerge.pipeline.checkpoint.table import SCHEMA, list_tensors, read_table
+from raymerge.pipeline.checkpoint.table import SCHEMA, index_tensors, list_tensors, read_table
 from raymerge.pipeline.errors import CheckpointError, FetchError
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
@@ -49,6 +49,16 @@ def models(tmp_path: Path) -> list[ModelRef]:
     return [write_model(tmp_path / "sharded", sharded), write_model(tmp_path / "single", single)]
 
 
+def read_models(models: list[ModelRef]) -> pa.Table:
+    """Return the table of some models, whose headers and index agree."""
+    checkpoints = resolve_models(Stores(), models)
+    table = read_table(Stores(), {str(c.model): c.weight_files for c in checkpoints})
+    tensors = list_tensors(table)
+    for checkpoint in checkpoints:
+        index_tensors(checkpoint, tensors.get(str(checkpoint.model), []))
+    return table
+
+
 def test_many_answers_are_waited_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together = threading.Barrier(16, timeout=20)
 
@@ -58,12 +68,12 @@ def test_many_answers_are_waited_for_at_once(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("raymerge.pipeline.checkpoint.table.read_header", meet)
     shards = {f"model-{k:05d}-of-00016.safetensors": {f"w{k}": torch.zeros(1)} for k in range(1, 17)}
-    assert read_table(Stores(), resolve_models(Stores(), [write_model(tmp_path / "a", shards)])).num_rows == 16
+    assert read_models([write_model(tmp_path / "a", shards)]).num_rows == 16
 
 
 def test_rows(models: list[ModelRef]) -> None:
     checkpoints = resolve_models(Stores(), models)
-    index = read_table(Stores(), checkpoints)
+    index = read_table(Stores(), {str(c.model): c.weight_files for c in checkpoints})
     assert index.schema == SCHEMA
     assert index.num_rows == 6
     rows = index.to_pylist()
@@ -85,7 +95,7 @@ def test_rows(models: list[ModelRef]) -> None:
 
 def test_stored_tensors(models: list[ModelRef]) -> None:
     checkpoints = resolve_models(Stores(), models)
-    index = read_table(Stores(), checkpoints)
+    index = read_table(Stores(), {str(c.model): c.weight_files for c in checkpoints})
     tensors = list_tensors(index)
     assert list(tensors) == [str(model) for model in models]
     expected = {
@@ -100,25 +110,25 @@ def test_stored_tensors(models: list[ModelRef]) -> None:
         )
         for row in index.to_pylist()
     }
-    assert {name: tensor for of_model in tensors.values() for name, tensor in of_model.items()} == expected
-    sharded = tensors[str(models[0])]
+    assert {tensor.name: tensor for listed in tensors.values() for tensor in listed} == expected
+    sharded = {tensor.name: tensor for tensor in tensors[str(models[0])]}
     assert sharded["a"].file == checkpoints[0].weight_files[0]
     assert sharded["a"].file is sharded["b"].file
     assert all(type(size) is int for tensor in sharded.values() for size in tensor.shape)
 
 
 def test_stored_tensors_of_a_part_of_a_table(models: list[ModelRef], tmp_path: Path) -> None:
-    index = read_table(Stores(), resolve_models(Stores(), models))
+    index = read_models(models)
     whole = list_tensors(index)
     cut = list_tensors(pa.concat_tables([index.slice(1, 2), index.slice(3, 3)]))
     assert sum(map(len, cut.values())) == 5
-    assert all(whole[model][name] == tensor for model in cut for name, tensor in cut[model].items())
+    assert all(tensor in whole[model] for model in cut for tensor in cut[model])
     pyarrow.parquet.write_table(index, tmp_path / "index.parquet")
     assert list_tensors(pyarrow.parquet.read_table(tmp_path / "index.parquet")) == whole
 
 
 def test_no_checkpoints() -> None:
-    index = read_table(Stores(), [])
+    index = read_table(Stores(), {})
     assert index.schema == SCHEMA
     assert list_tensors(index) == {}
 
@@ -126,9 +136,9 @@ def test_no_checkpoints() -> None:
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": ONE, "b": TWO, "x": ONE}, "tensor 'x' is in no file of the checkpoint, but .*index.json says {ONE}"),
+        ({"a": ONE, "b": TWO, "x": ONE}, "tensor 'x' is in no file, but .*index.json says {ONE}"),
         ({"a": TWO, "b": ONE}, "tensor 'a' is in .*{ONE}, but .*index.json says {TWO}"),
-        ({"a": ONE, "b": TWO, "dropped": None}, "tensor 'c' is in .*{TWO}, but not in .*index.json"),
+        ({"a": ONE, "b": TWO, "dropped": None}, "tensor 'c' is in .*{TWO}, but .*index.json says no file"),
     ],
 )
 def test_index_and_headers_disagree(tmp_path: Path, weight_map: dict[str, str | None], message: str) -> None:
@@ -137,14 +147,14 @@ def test_index_and_headers_disagree(tmp_path: Path, weight_map: dict[str, str | 
         shards[TWO]["c"] = torch.ones(1)
     model = write_model(tmp_path / "m", shards, {name: file for name, file in weight_map.items() if file})
     with pytest.raises(CheckpointError, match=message.format(ONE=ONE, TWO=TWO)):
-        read_table(Stores(), [resolve_model(Stores(), model)])
+        read_models([model])
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     shards: Shards = {ONE: {"a": torch.ones(1), "b": torch.ones(1)}, TWO: {"a": torch.ones(1)}}
     model = write_model(tmp_path / "m", shards)
     with pytest.raises(CheckpointError, match=f"tensor 'a' is in two files, .*{ONE} and .*{TWO}"):
-        read_table(Stores(), [resolve_model(Stores(), model)])
+        read_models([model])
 
 
 @pytest.mark.parametrize(
@@ -155,11 +165,29 @@ def test_a_shard_of_another_length(models: list[ModelRef], nbytes: int, message:
     path = Path(models[0].path) / ONE
     os.truncate(path, path.stat().st_size + nbytes)
     with pytest.raises(CheckpointError, match=f"{ONE}: .*{message}.*download it again"):
-        read_table(Stores(), resolve_models(Stores(), models))
+        read_models(models)
 
 
 def test_a_shard_that_changes_in_between(models: list[ModelRef]) -> None:
     checkpoints = resolve_models(Stores(), models)
     safetensors.torch.save_file({"ü": torch.zeros(2, dtype=torch.float16)}, Path(models[1].path) / "model.safetensors")
     with pytest.raises(FetchError, match=r"single/model.safetensors: changed since the plan was made"):
-        read_table(Stores(), checkpoints)
+        read_table(Stores(), {str(c.model): c.weight_files for c in checkpoints})
+
+
+def test_headers_that_are_known_are_not_read_again(models: list[ModelRef], monkeypatch: pytest.MonkeyPatch) -> None:
+    known = read_models(models)
+    (Path(models[1].path) / "model.safetensors").unlink()
+    write_model(Path(models[1].path), {"model.safetensors": {"new": torch.ones(3)}})
+    read: list[str] = []
+
+    def note(storage: Storage, file: StoredFile) -> tuple[TensorEntry, ...]:
+        read.append(file.url)
+        return read_header(storage, file)
+
+    monkeypatch.setattr("raymerge.pipeline.checkpoint.table.read_header", note)
+    checkpoints = resolve_models(Stores(), models)
+    found = read_table(Stores(), {str(c.model): c.weight_files for c in checkpoints}, known)
+    assert read == [f"{models[1]}/model.safetensors"]
+    monkeypatch.undo()
+    assert found == read_models(models) != known
