@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raymerge.pipeline import Listener, merge
+from raymerge import Listener, merge
 from raymerge.pipeline.plan.types import ShardResult, ShardTask
 
 
@@ -30,7 +30,7 @@ class Clock(Listener):
 
 
 def main(config: str, out: str, options: str) -> None:
-    """Merge with the options of `raymerge.pipeline.merge`, as JSON."""
+    """Merge with the options of `raymerge.merge`, as JSON."""
     arguments: dict[str, Any] = json.loads(options)
     clock = Clock()
     report = merge(Path(config), out, listener=clock, **arguments)

@@ -88,7 +88,7 @@ def _count(config: Path) -> PlanSizes:
 
 
 def _plan(config: Path) -> PlanSizes:
-    from raymerge.pipeline import plan
+    from raymerge import plan
 
     tasks = plan(config).tasks
     return PlanSizes(

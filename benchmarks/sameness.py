@@ -18,7 +18,7 @@ RUNS = (
     ("4", "4GiB", "0"),
     ("1", "4GiB", "1"),
 )
-"""Threads, memory and hash seed: each number of threads with each memory, and the hash seeds 0 to 3 among them."""
+"""Workers, memory and hash seed: each number of workers with each memory, and the hash seeds 0 to 3 among them."""
 
 
 def measure_sameness(bench: Bench) -> list[Row]:
@@ -27,15 +27,15 @@ def measure_sameness(bench: Bench) -> list[Row]:
     for merge in MERGES:
         config = bench.write_config(merge, "qwen2-0.5b")
         digests[merge.method] = []
-        for threads, memory, hash_seed in RUNS:
-            options = ("--threads", threads, "--memory", memory)
+        for workers, memory, hash_seed in RUNS:
+            options = ("--workers", workers, "--memory", memory)
             bench.run_raymerge(config, *options, env={"PYTHONHASHSEED": hash_seed})
             digests[merge.method].append(hash_weights(bench.raymerge_out))
         bench.clear(bench.raymerge_out)
     differing = [method for method, found in digests.items() if len(set(found)) > 1]
     return [
         Row(
-            "output bytes for --threads 1, 2, 4; --memory 256MiB, 4GiB; PYTHONHASHSEED 0 to 3",
+            "output bytes for --workers 1, 2, 4; --memory 256MiB, 4GiB; PYTHONHASHSEED 0 to 3",
             "identical",
             f"different: {', '.join(differing)}" if differing else "identical",
             not differing,

@@ -183,7 +183,7 @@ def measure_hub(bench: Bench) -> list[Row]:
         env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_reader", "HF_HUB_OFFLINE": "0", "HOME": str(home)}
         hub.reset_requests()
         bench.clear(bench.raymerge_out)
-        options = ["--threads", str(num_workers), "--memory", "256MiB", "--shard-size", "2MB"]
+        options = ["--workers", str(num_workers), "--memory", "256MiB", "--shard-size", "2MB"]
         command: list[str | Path] = [bench.raymerge, "merge", path, bench.raymerge_out, "-q", *options]
         run(bench, command, log="raymerge-hub", env=env, directory=home)
         resolved = Counter(request.path.partition("?")[0] for request in hub.requests if "/resolve/" in request.path)

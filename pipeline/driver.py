@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from raymerge.pipeline.config.merge_config import load_config
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
-from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.execution import Execution, carry_out, check_finite
+from raymerge.pipeline.options import MergeKeywords, MergeOptions, make_options
 from raymerge.pipeline.output.state import (
     OutputState,
     check_apart,
@@ -31,7 +30,6 @@ from raymerge.pipeline.planner import make_plan
 from raymerge.pipeline.progress.listener import Listener
 from raymerge.pipeline.progress.report import make_report
 from raymerge.pipeline.runners import check_reach, list_cluster_variables, prepare_workers
-from raymerge.pipeline.sizes import DEFAULT_MEMORY, parse_nbytes
 from raymerge.pipeline.stores.open import Library, Stores, StoreSettings, open_stores
 
 if TYPE_CHECKING:
@@ -43,73 +41,66 @@ Config = Path | str | Mapping[str, Any]
 
 def plan(
     config: Config,
+    options: MergeOptions | None = None,
     *,
-    memory: str | int = DEFAULT_MEMORY,
-    threads: int | None = None,
-    shard_size: str | int | None = None,
-    seed: int = 0,
-    gpu_memory: str | int | None = None,
-    strict: bool = False,
-    storage: Library = "auto",
     out: str | Path | None = None,
+    **keywords: Unpack[MergeKeywords],
 ) -> MergePlan:
     """Work out everything that a merge will do, reading headers only.
 
+    The plan is for this machine without Ray, whatever `ray` and `address` say.
+
     Args:
         config: a mergekit YAML file, its text, or its content.
-        memory: for tensors and scratch of all threads together: bytes, or text such as `4GiB`.
-        threads: shards in work at once; by default one for each core.
-        shard_size: largest output file: bytes, or text such as `5GB`; by default it follows from the output's size.
-        seed: for methods that draw random numbers.
-        gpu_memory: of each GPU, to merge on GPUs: bytes, or text such as `16GiB`; by default the CPU merges.
-        strict: whether doubtful settings are errors instead of warnings.
-        storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
+        options: how to merge.
         out: where the output will go, as a path or URL; it decides how much memory writing takes. A local directory by
             default.
+        **keywords: fields of `MergeOptions`; they go before those of `options`.
 
     Raises:
+        TypeError: a keyword is no option.
         RaymergeError: whatever would go wrong later, as far as it can be known now.
     """
-    limits = _make_limits(memory, threads, shard_size, seed)
-    if gpu_memory is not None:  # on a machine without GPUs: a plan for one with one
-        limits = replace(limits, gpus=Gpus(len(list_gpus()) or 1, _nbytes("gpu_memory", gpu_memory)))
-    with open_stores(StoreSettings(storage)) as stores:
-        loaded = load_config(config, strict=strict)
-        return make_plan(stores, [loaded], ["." if out is None else str(out)], limits, seed)
+    options = make_options(options, keywords)
+    limits = _make_limits(options)
+    if (gpu_mem := options.allowed_gpu_mem) is not None:  # on a machine without GPUs: a plan for one with one
+        limits = replace(limits, gpus=Gpus(len(list_gpus()) or 1, gpu_mem))
+    with open_stores(StoreSettings(options.storage)) as stores:
+        loaded = load_config(config, strict=options.strict)
+        return make_plan(stores, [loaded], ["." if out is None else str(out)], limits, options.seed)
 
 
-def merge(config: Config, out: str | Path, **keywords: Any) -> MergeReport:
+def merge(
+    config: Config,
+    out: str | Path,
+    options: MergeOptions | None = None,
+    *,
+    listener: Listener | None = None,
+    **keywords: Unpack[MergeKeywords],
+) -> MergeReport:
     """Merge models, or finish an earlier run of the same merge.
 
     Args:
         config: a mergekit YAML file, its text, or its content.
         out: the output directory, as a path or URL.
-        **keywords: see `merge_variants`.
+        options: how to merge.
+        listener: told how it goes, in the caller's thread.
+        **keywords: fields of `MergeOptions`; they go before those of `options`.
 
     Raises:
+        TypeError: a keyword is no option.
         RaymergeError: something the caller can put right; running again goes on with the finished shards.
     """
-    return merge_variants([config], [out], **keywords)[0]
+    return merge_variants([config], [out], options, listener=listener, **keywords)[0]
 
 
 def merge_variants(
     configs: Sequence[Config],
     outs: Sequence[str | Path],
+    options: MergeOptions | None = None,
     *,
-    memory: str | int = DEFAULT_MEMORY,
-    threads: int | None = None,
-    shard_size: str | int | None = None,
-    seed: int = 0,
-    gpu_memory: str | int | None = None,
-    strict: bool = False,
-    storage: Library = "auto",
-    private: bool = True,
-    wait: bool = False,
-    overwrite: bool = False,
-    ray: bool = False,
-    address: str | None = None,
-    shared_filesystem: bool = False,
     listener: Listener | None = None,
+    **keywords: Unpack[MergeKeywords],
 ) -> list[MergeReport]:
     """Make several models that differ in parameters alone, reading their inputs once.
 
@@ -118,65 +109,55 @@ def merge_variants(
     Args:
         configs: one for each output: mergekit YAML files, their text, or their content.
         outs: the output directories, as paths or URLs.
-        memory: for tensors and scratch of all threads together: bytes, or text such as `4GiB`.
-        threads: shards in work at once; by default one for each core.
-        shard_size: largest output file: bytes, or text such as `5GB`; by default it follows from the output's size.
-        seed: for methods that draw random numbers.
-        gpu_memory: of each GPU, to merge on GPUs: bytes, or text such as `16GiB`; by default the CPU merges.
-        strict: whether doubtful settings, and NaN or infinity in the output, are errors instead of warnings.
-        storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
-        private: whether a repository that is made on the Hub is private.
-        wait: whether to wait for another run that is writing to an output, instead of ending with an error.
-        overwrite: whether a model that is in an output may be replaced.
-        ray: whether to start Ray on this machine and have it do the work.
-        address: of a running Ray cluster that does the work, as in `10.0.0.5:6379`, or `auto` for the one that this
-            machine is part of; `memory` and `threads` are then for each of its machines.
-        shared_filesystem: whether paths mean the same files on every machine of that cluster.
+        options: how to merge.
         listener: told how it goes, in the caller's thread.
+        **keywords: fields of `MergeOptions`; they go before those of `options`.
 
     Raises:
+        TypeError: a keyword is no option.
         RaymergeError: something the caller can put right; running again goes on with the finished shards.
     """
     start = time.perf_counter()
+    options = make_options(options, keywords)
     listener = listener or Listener()
-    limits = _make_limits(memory, threads, shard_size, seed)
-    if ray and address is not None:
-        raise ConfigError("both ray, which starts Ray here, and the address of a running cluster are given; leave one")
-    if shared_filesystem and address is None:
-        raise ConfigError("shared_filesystem says something about the machines of a cluster; give its address too")
-    with open_stores(StoreSettings(storage, private)) as stores, ExitStack() as stack:
+    limits = _make_limits(options)
+    gpu_mem = options.allowed_gpu_mem
+    with open_stores(StoreSettings(options.storage, options.private)) as stores, ExitStack() as stack:
         session: RaySession | None = None
-        loaded = [load_config(config, strict=strict) for config in configs]
-        if address is not None:
+        loaded = [load_config(config, strict=options.strict) for config in configs]
+        if options.address is not None:
             from raymerge.cluster.ray.session import connect_ray
 
-            session = stack.enter_context(connect_ray(address, list_cluster_variables()))
-            if gpu_memory is not None:
+            session = stack.enter_context(connect_ray(options.address, list_cluster_variables()))
+            if gpu_mem is not None:
                 session = session.with_gpus()
-            limits = replace(limits, num_threads=threads or max(node.num_cpus for node in session.nodes))
-        elif limits.num_threads > 1 and not ray:
+            num_workers = options.workers or max(node.num_cpus for node in session.nodes)
+            limits = replace(limits, num_workers=num_workers)
+        elif limits.num_workers > 1 and not options.ray:
             models = [model.path for model in loaded[0].referenced_models]
-            prepare_workers(stores, models, [str(out) for out in outs], on_gpus=gpu_memory is not None)
-        if gpu_memory is not None:
+            prepare_workers(stores, models, [str(out) for out in outs], on_gpus=gpu_mem is not None)
+        if gpu_mem is not None:
             num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
-            limits = replace(limits, gpus=Gpus(num_gpus, _nbytes("gpu_memory", gpu_memory)))
-        the_plan = make_plan(stores, loaded, [str(out) for out in outs], limits, seed, session)
-        targets = [_check_output(stores, the_plan, k, out, overwrite=overwrite) for k, out in enumerate(outs)]
-        if ray:
+            limits = replace(limits, gpus=Gpus(num_gpus, gpu_mem))
+        the_plan = make_plan(stores, loaded, [str(out) for out in outs], limits, options.seed, session)
+        targets = [_check_output(stores, the_plan, k, out, overwrite=options.overwrite) for k, out in enumerate(outs)]
+        if options.ray:
             from raymerge.cluster.ray.session import start_ray
 
-            session = stack.enter_context(start_ray(the_plan.num_threads))
+            session = stack.enter_context(start_ray(the_plan.num_workers))
             if the_plan.gpus is not None:
                 session = session.with_gpus()
         if session is not None:
             urls = [*targets, *(item.url for item in the_plan.inputs)]
-            check_reach(stores, urls, session, shared_filesystem=shared_filesystem)
+            check_reach(stores, urls, session, shared_filesystem=options.shared_filesystem)
         listener.planned(the_plan)
         names = list_outputs(the_plan)
-        on_held = listener.held if wait else None
+        on_held = listener.held if options.wait else None
         states, locks = [], []
         for target, output in zip(targets, the_plan.outputs, strict=True):
-            opened = open_output(stores, target, output.fingerprint, names, overwrite=overwrite, on_held=on_held)
+            opened = open_output(
+                stores, target, output.fingerprint, names, overwrite=options.overwrite, on_held=on_held
+            )
             state, lock = stack.enter_context(opened)
             states.append(state)
             locks.append(lock)
@@ -184,7 +165,7 @@ def merge_variants(
         complete = [k for k in range(len(outs)) if k not in unfinished]
         nonfinite = {k: tuple(read_manifest(stores, targets[k]).nonfinite) for k in complete}
         for found in nonfinite.values():
-            check_finite(found, strict=strict)
+            check_finite(found, strict=options.strict)
         done: Execution | None = None
         if unfinished:
             done = carry_out(
@@ -194,7 +175,7 @@ def merge_variants(
                 [locks[k] for k in unfinished],
                 listener,
                 session,
-                strict=strict,
+                strict=options.strict,
             )
             nonfinite |= dict(zip(unfinished, done.nonfinite, strict=True))
         faults = stores.faults.drain()
@@ -235,25 +216,5 @@ def _check_output(stores: Stores, plan: MergePlan, position: int, out: str | Pat
     return target
 
 
-def _make_limits(memory: str | int, threads: int | None, shard_size: str | int | None, seed: int) -> Limits:
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}; it must be 0 or more")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads is {threads}; it must be 1 or more")
-    return Limits(
-        allowed_mem=_nbytes("memory", memory),
-        num_threads=threads or _num_cores(),
-        shard_nbytes=None if shard_size is None else _nbytes("shard_size", shard_size),
-    )
-
-
-def _nbytes(name: str, size: str | int) -> int:
-    if isinstance(size, str):
-        return parse_nbytes(size)
-    if size < 1:
-        raise ConfigError(f"{name} is {size}; it must be 1 byte or more")
-    return size
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _make_limits(options: MergeOptions) -> Limits:
+    return Limits(options.allowed_mem, options.num_workers, options.shard_nbytes)

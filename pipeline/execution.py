@@ -80,7 +80,7 @@ def carry_out(
         listener.retried(stores.faults.note("ray", "shard", reason), 1)
 
     urls = [*outs, *(item.url for item in plan.inputs)]
-    runner = make_runner(stores, plan.num_threads, urls, session, plan.gpus, retried)
+    runner = make_runner(stores, plan.num_workers, urls, session, plan.gpus, retried)
     finished = _find_finished(stores, plan, journals, runner)
     listener.resumed([task for task in plan.tasks if task.file in finished])
     todo = [task for task in plan.tasks if task.file not in finished]

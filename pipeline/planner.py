@@ -58,7 +58,7 @@ def make_plan(
     recipes = [expand(config, models, seed) for config in configs]
     merges = join_variants(recipes)
     transfer = _measure_transfer(stores, checkpoints, outs)
-    tasks, num_threads, num_allowed = make_tasks(merges, replace(limits, transfer=transfer))
+    tasks, num_workers, num_allowed = make_tasks(merges, replace(limits, transfer=transfer))
     copied = [Copied(name, file) for name, file in checkpoints[0].side_files]
     outputs = []
     for position, (config, recipe) in enumerate(zip(configs, recipes, strict=True)):
@@ -75,7 +75,7 @@ def make_plan(
         method=first.method,
         advice=(advice,) if advice else (),
         dropped=(*recipes[0].dropped, *_explain_other_weights(checkpoints)),
-        num_threads=num_threads,
+        num_workers=num_workers,
         allowed_mem=limits.allowed_mem,
         gpus=limits.gpus,
         total_nbytes=sum(merge.nbytes for merge in merges),

@@ -6,9 +6,6 @@ import re
 
 from raymerge.pipeline.errors import ConfigError
 
-DEFAULT_MEMORY = "4GiB"
-"""For tensors and scratch of all threads together."""
-
 _UNITS = {
     "": 1, "B": 1,
     "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12, "TB": 10**12,

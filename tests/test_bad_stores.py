@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymerge.pipeline import Listener, merge
+from raymerge import Listener, merge
 from raymerge.pipeline.plan.types import ShardResult
 from raymerge.pipeline.stores import retry
 from raymerge.pipeline.stores.retry import Fault, FaultLog, Patience
@@ -158,7 +158,7 @@ def refuse(cli: Cli, command: Sequence[str | Path], *says: str, within: float = 
 def merging(tmp_path: Path, models: Sequence[str | Path], out: str | Path) -> list[str | Path]:
     name = f"{len(list(tmp_path.glob('*.yml')))}.yml"
     config = write_config(tmp_path / name, make_config(list(map(str, models))))
-    return ["merge", config, out, "--threads", "1", "--shard-size", SHARD_SIZE]
+    return ["merge", config, out, "--workers", "1", "--shard-size", SHARD_SIZE]
 
 
 def be(monkeypatch: pytest.MonkeyPatch, keys: Keys | None) -> None:

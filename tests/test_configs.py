@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from raymerge.pipeline import merge, plan, verify
+from raymerge import merge, plan, verify
 from tests.checkpoints import add_noise, read_tensors, write_checkpoint, write_sparse
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.y*ml"))
@@ -120,8 +120,8 @@ def test_real_shapes_are_planned(config: Path) -> None:
         architecture, config_json = describe(model)
         shapes = architecture.shapes(small=False)
         write_sparse(Path(model), shapes, config_json, num_shards=4)
-    the_plan = plan(config, memory="1GiB", threads=2)
-    assert the_plan.num_threads == 2
+    the_plan = plan(config, memory="1GiB", workers=2)
+    assert the_plan.num_workers == 2
     assert max(task.projected_mem for task in the_plan.tasks) <= 2**29
     assert not the_plan.dropped or "slices" in written
     out = {merge.name: merge for task in the_plan.tasks for merge in task.merges}

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raymerge.pipeline import merge, plan
+from raymerge import merge, plan
 from tests.checkpoints import read_files, write_config
 from tests.commands import run_command
 from tests.digests.cases import HUB_MERGES, MERGES, RAY_MERGES, REMOTE, S3_MERGES, SHIPPED, Case
@@ -83,7 +83,7 @@ def check(name: str, found: Mapping[str, str]) -> None:
 @pytest.mark.parametrize("name", MERGES)
 def test_disk_to_disk(name: str, tmp_path: Path) -> None:
     case = MERGES[name]
-    options = {"threads": 1} | case.options
+    options = {"workers": 1} | case.options
     if case.is_streamed:
         assert any(task.reread_nbytes for task in plan(case.config, **options).tasks)
     merge(case.config, tmp_path / "merged", **options)

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup, TyperOption
+from typer.main import get_command
 
 from raymerge.ops.registry import load_ops
 from raymerge.pipeline.cli.app import commands
@@ -37,8 +39,10 @@ def test_a_row_names_every_parameter(name: str) -> None:
 
 def test_readme_names_every_option_of_merge() -> None:
     readme = (ROOT / "README.md").read_text()
-    for parameter in commands.commands["merge"].params:
-        if parameter.param_type_name == "option":
+    group = get_command(commands)
+    assert isinstance(group, TyperGroup)
+    for parameter in group.commands["merge"].params:
+        if isinstance(parameter, TyperOption) and not parameter.hidden:
             assert any(f"`{option}" in readme for option in parameter.opts), parameter.opts
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from raymerge.pipeline import Listener, merge
+from raymerge import Listener, merge
 from raymerge.pipeline.cli.display import Display
 from raymerge.pipeline.errors import FetchError
 from raymerge.pipeline.plan.types import MergePlan, ShardResult
@@ -108,14 +108,14 @@ def test_full_disk(can_reserve: bool, tmp_path: Path, cli: Cli, monkeypatch: pyt
     config = write_config(tmp_path / "merge.yml", linear([model]))
     with mounted(tmp_path / "mount", "size=1900k"):
         out = tmp_path / "mount" / "merged"
-        outcome = cli("merge", config, out, "-q", "--threads", "1", "--shard-size", "20kB")
+        outcome = cli("merge", config, out, "-q", "--workers", "1", "--shard-size", "20kB")
         assert_refused(outcome, out, "No space left", out, "free in", "free space and run the same command again")
         finished = sorted(path.name for path in out.glob("*.safetensors"))
         assert finished
         assert not list((out / ".raymerge").glob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=20m", tmp_path / "mount"], check=True)
         before = {name: (out / name).stat().st_mtime_ns for name in finished}
-        outcome = cli("merge", config, out, "--threads", "1", "--shard-size", "20kB")
+        outcome = cli("merge", config, out, "--workers", "1", "--shard-size", "20kB")
         assert outcome.code == 0, outcome.err
         assert f"{len(finished)} of " in outcome.err
         assert {name: (out / name).stat().st_mtime_ns for name in finished} == before
@@ -212,7 +212,7 @@ def test_input_that_changes_during_the_merge(models: list[Path], tmp_path: Path)
     out = tmp_path / "out"
     listener = ChangeMeanwhile(models[0] / "model-00001-of-00002.safetensors")
     with pytest.raises(FetchError, match=r"changed since the plan was made|cut short while it was read"):
-        merge(linear(models), out, threads=1, shard_size=1, listener=listener)
+        merge(linear(models), out, workers=1, shard_size=1, listener=listener)
     assert 0 < listener.num_finished < listener.num_shards
     assert not (out / "config.json").exists()
     assert not (out / INDEX).exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymerge.pipeline import merge, verify
+from raymerge import merge, verify
 from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import read_files, write_family
 from tests.servers.faults import Fault, FaultProxy

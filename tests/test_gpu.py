@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from raymerge import Listener, merge
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Site
 from raymerge.ops.registry import Op
-from raymerge.pipeline import Listener, merge
 from raymerge.pipeline.plan.memory import CONTEXT_NBYTES
 from raymerge.pipeline.plan.types import MergePlan
 from tests.checkpoints import read_model, write_family
@@ -45,13 +45,13 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     return write_family(directory, 2, num_layers=3, dtype=torch.bfloat16, vocab=30_001, hidden=512)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("memory", ["64MiB", "4GiB"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_files(method: str, memory: str, threads: int, family: tuple[Path, ...], tmp_path: Path) -> None:
+def test_the_same_files(method: str, memory: str, workers: int, family: tuple[Path, ...], tmp_path: Path) -> None:
     config = make_config(method, family)
     merge(config, tmp_path / "cpu", seed=3, shard_size="20MB")
-    merge(config, tmp_path / "gpu", seed=3, shard_size="20MB", memory=memory, threads=threads, gpu_memory="8GiB")
+    merge(config, tmp_path / "gpu", seed=3, shard_size="20MB", memory=memory, workers=workers, gpu_memory="8GiB")
     assert read_model(tmp_path / "gpu") == read_model(tmp_path / "cpu")
 
 
@@ -67,6 +67,6 @@ def test_memory_on_the_gpu_is_as_projected(method: str, family: tuple[Path, ...]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     keep = Keep()
-    merge(make_config(method, family), tmp_path / "out", threads=1, gpu_memory="8GiB", listener=keep)
+    merge(make_config(method, family), tmp_path / "out", workers=1, gpu_memory="8GiB", listener=keep)
     projected = max(task.projected_gpu_mem for task in keep.plan.tasks)
     assert torch.cuda.max_memory_reserved() <= projected - CONTEXT_NBYTES + 64 * 2**20

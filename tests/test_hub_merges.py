@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymerge.pipeline import Listener, merge, verify
+from raymerge import Listener, merge, verify
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
 from raymerge.pipeline.plan.types import MergePlan, ShardResult
 from tests.checkpoints import read_files, write_config, write_family
@@ -126,7 +126,7 @@ def test_who_may_not_write(hub: HubServer, tmp_path: Path, cli: Cli, monkeypatch
     hub.add_token("hf_readerreader", user="you", can_read=["private"])
     monkeypatch.setenv("HF_TOKEN", "hf_readerreader")
     config = write_config(tmp_path / "merge.yml", make_config(NAMES))
-    outcome = cli("merge", config, "hf://me/merged", "--threads", "1")
+    outcome = cli("merge", config, "hf://me/merged", "--workers", "1")
     assert outcome.code == 2
     assert "hf://me/merged" in outcome.err
     assert "hf_readerreader" not in outcome.err
@@ -200,7 +200,7 @@ def test_a_mistyped_name_is_no_such_directory_either(hub: HubServer) -> None:
 
 def test_few_requests_to_the_hub_itself(hub: HubServer, tmp_path: Path) -> None:
     hub.reset_requests()
-    merge(make_config(NAMES), tmp_path / "out", shard_size=SHARD_SIZE, threads=2)
+    merge(make_config(NAMES), tmp_path / "out", shard_size=SHARD_SIZE, workers=2)
     resolved: dict[str, int] = {}
     for _, path, _ in hub.requests:
         if "/resolve/" in path:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from raymerge.pipeline import merge, plan
+from raymerge import merge, plan
 from raymerge.pipeline.errors import ConfigError, OutputError, TensorMismatchError
 from raymerge.pipeline.stores.buffers import BufferPool
 from tests import references
@@ -130,7 +130,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("name", cases([Path("a")] * 4))
 def test_equals_reference(name: str, family: tuple[Path, ...], tmp_path: Path) -> None:
     config, reference = cases(family)[name]
-    report = merge(config, tmp_path / "out", threads=2)
+    report = merge(config, tmp_path / "out", workers=2)
     inputs = [read_tensors(model) for model in family]
     merged = read_tensors(tmp_path / "out")
     assert merged.keys() == inputs[0].keys()
@@ -146,7 +146,7 @@ def test_equals_reference_from_the_command_line(tmp_path: Path) -> None:
     family = write_family(tmp_path, 3, dtype=torch.bfloat16, num_shards=2)
     config, reference = cases(family)["slerp"]
     path = write_config(tmp_path / "merge.yml", config)
-    outcome = run_command("merge", path, tmp_path / "out", "--threads", "2", "--memory", "64MiB")
+    outcome = run_command("merge", path, tmp_path / "out", "--workers", "2", "--memory", "64MiB")
     assert outcome.code == 0, outcome.err
     inputs = [read_tensors(model) for model in family]
     for tensor, found in read_tensors(tmp_path / "out").items():
@@ -257,8 +257,8 @@ def test_strict_refuses_overflow_before_anything_can_be_loaded(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        ("threads", 0),
-        ("threads", -1),
+        ("workers", 0),
+        ("workers", -1),
         ("memory", 0),
         ("memory", "0B"),
         ("shard_size", 0),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raymerge.pipeline import Listener, merge, plan
+from raymerge import Listener, merge, plan
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.plan.types import MergePlan, ShardResult
 from tests.checkpoints import read_files, write_config, write_llama
@@ -224,7 +224,7 @@ def test_room_is_compared_before_any_work(models: list[Path], tmp_path: Path, mo
     assert not out.exists()
     pretend(needed)
     with pytest.raises(RuntimeError, match="stopped"):
-        merge(config, out, shard_size=3000, threads=1, listener=Break())
+        merge(config, out, shard_size=3000, workers=1, listener=Break())
     pretend(needed - the_plan.tasks[0].nbytes)  # some of it is there by now
     merge(config, out, shard_size=3000)
     pretend(5000)

@@ -19,12 +19,12 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+from raymerge import Listener, merge, verify
 from raymerge.cluster.errors import ClusterConnectError, ResourceError, WorkerLostError
 from raymerge.cluster.ray.actors import ActorRunner
 from raymerge.cluster.ray.runner import RayRunner
 from raymerge.cluster.ray.session import Node, RaySession, connect_ray, start_ray
 from raymerge.cluster.runner import Report
-from raymerge.pipeline import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.plan.types import Gpus, ShardResult, ShardTask
 from raymerge.pipeline.runners import check_reach, count_slots, make_runner, run_shard
@@ -49,7 +49,7 @@ def config(family: tuple[Path, ...]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("undisturbed") / "merged"
-    merge(config, out, shard_size=1, threads=1)
+    merge(config, out, shard_size=1, workers=1)
     return read_files(out)
 
 
@@ -57,7 +57,7 @@ def test_the_same_bytes_from_the_command_line(
     config: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     file = write_config(tmp_path / "merge.yml", config)
-    done = run_command("merge", file, tmp_path / "out", "--ray", "--threads", "2", "--shard-size", "1")
+    done = run_command("merge", file, tmp_path / "out", "--ray", "--workers", "2", "--shard-size", "1")
     assert done.code == 0, done.err
     assert read_files(tmp_path / "out") == undisturbed
     assert "Started" not in done.err, "Ray speaks through us"
@@ -66,7 +66,7 @@ def test_the_same_bytes_from_the_command_line(
 @pytest.mark.slow
 def test_nothing_of_ray_is_left_after_an_interrupt(config: dict[str, Any], tmp_path: Path) -> None:
     file, out = write_config(tmp_path / "merge.yml", config), tmp_path / "out"
-    process = start_command("merge", file, out, "--ray", "--threads", "1", "--shard-size", "1")
+    process = start_command("merge", file, out, "--ray", "--workers", "1", "--shard-size", "1")
     directories = wait_for(lambda: find_directories(process.pid))
     wait_for(lambda: list(out.glob("*.safetensors")))
     process.send_signal(signal.SIGINT)

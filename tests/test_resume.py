@@ -17,14 +17,14 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from raymerge.pipeline import Listener, merge, verify
+from raymerge import Listener, merge, verify
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.plan.types import ShardResult
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 
 JOURNAL = ".raymerge"
-MANY = ("--shard-size", "1", "--threads", "2")
+MANY = ("--shard-size", "1", "--workers", "2")
 """A file for each tensor: a run that takes a second or more."""
 
 
@@ -139,7 +139,7 @@ def half(config: Path, tmp_path: Path) -> Path:
     """An output with about half of its shards."""
     out = tmp_path / "merged"
     with pytest.raises(RuntimeError, match="the driver broke"):
-        merge(config, out, shard_size=1, threads=1, listener=Stop(100))
+        merge(config, out, shard_size=1, workers=1, listener=Stop(100))
     assert len(records(out)) >= 100
     assert_not_loadable(out)
     return out
@@ -241,7 +241,7 @@ def test_finished_already(config: Path, tmp_path: Path, cli: Cli) -> None:
     merge(config, out)
     names = list(read_files(out))
     before = identities(out, names)
-    outcome = run_command("merge", config, out, "--memory", "64MiB", "--threads", "1")
+    outcome = run_command("merge", config, out, "--memory", "64MiB", "--workers", "1")
     assert outcome.code == 0
     assert "was complete already" in outcome.out
     assert identities(out, names) == before

@@ -1,4 +1,4 @@
-"""The same bytes, whatever the threads, the memory, the hash seed, and the way the inputs are cut into files."""
+"""The same bytes, whatever the workers, the memory, the hash seed, and the way the inputs are cut into files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from raymerge.pipeline import merge, plan
+from raymerge import merge, plan
 from tests.checkpoints import read_files, read_tensors, write_checkpoint, write_family
 
 METHODS = ("linear", "slerp", "ties", "dare_ties")
 SHARD_NBYTES = 200_000
-"""The embedding, of some megabytes, gets a file of its own; there is work for four threads."""
+"""The embedding, of some megabytes, gets a file of its own; there is work for four workers."""
 
 
 def make_config(method: str, family: Sequence[Path]) -> dict[str, Any]:
@@ -48,32 +48,32 @@ def expected(
     """A config, and the files of an output that was made with plenty of memory on one thread."""
     config = make_config(request.param, family)
     out = tmp_path_factory.mktemp("plenty") / "merged"
-    assert not any(task.reread_nbytes for task in plan(config, memory="4GiB", threads=1).tasks)
-    merge(config, out, memory="4GiB", threads=1, shard_size=SHARD_NBYTES, seed=5)
+    assert not any(task.reread_nbytes for task in plan(config, memory="4GiB", workers=1).tasks)
+    merge(config, out, memory="4GiB", workers=1, shard_size=SHARD_NBYTES, seed=5)
     return config, read_files(out)
 
 
 @pytest.mark.parametrize(
-    ("threads", "memory", "is_streamed"),
+    ("workers", "memory", "is_streamed"),
     [(1, "18MiB", True), (2, "36MiB", True), (4, "72MiB", True), (2, "4GiB", False), (4, "4GiB", False)],
 )
-def test_threads_and_memory(
-    threads: int, memory: str, is_streamed: bool, expected: tuple[dict[str, Any], dict[str, bytes]], tmp_path: Path
+def test_workers_and_memory(
+    workers: int, memory: str, is_streamed: bool, expected: tuple[dict[str, Any], dict[str, bytes]], tmp_path: Path
 ) -> None:
     config, files = expected
-    the_plan = plan(config, memory=memory, threads=threads, shard_size=SHARD_NBYTES)
-    assert the_plan.num_threads == threads
+    the_plan = plan(config, memory=memory, workers=workers, shard_size=SHARD_NBYTES)
+    assert the_plan.num_workers == workers
     has_passes = config["merge_method"] != "linear"
     assert any(task.reread_nbytes for task in the_plan.tasks) is (is_streamed and has_passes)
-    merge(config, tmp_path / "merged", memory=memory, threads=threads, shard_size=SHARD_NBYTES, seed=5)
+    merge(config, tmp_path / "merged", memory=memory, workers=workers, shard_size=SHARD_NBYTES, seed=5)
     assert read_files(tmp_path / "merged") == files
 
 
 SCRIPT = """
 import json, sys
-from raymerge.pipeline import merge
+from raymerge import merge
 for config, out in json.load(sys.stdin):
-    merge(config, out, shard_size=%d, threads=2, seed=5)
+    merge(config, out, shard_size=%d, workers=2, seed=5)
 """
 
 
@@ -89,7 +89,7 @@ def test_hash_seed(hash_seed: int, tmp_path: Path, small_family: tuple[Path, ...
     )
     for config, out in jobs:
         here = tmp_path / "here" / Path(out).parent.name / "merged"
-        merge(config, here, shard_size=5000, threads=1, seed=5)
+        merge(config, here, shard_size=5000, workers=1, seed=5)
         assert read_files(Path(out)) == read_files(here)
 
 

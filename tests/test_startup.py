@@ -8,6 +8,7 @@ import sys
 import pytest
 
 HEAVY = {"torch", "ray", "pyarrow", "transformers", "numpy"}
+OF_THE_COMMAND_LINE = {"typer", "rich", "pydantic", "yaml"}
 
 
 def run_and_list_imports(*arguments: str) -> tuple[str, set[str]]:
@@ -29,10 +30,23 @@ def test_help_imports_nothing_heavy() -> None:
     assert not imported & HEAVY
 
 
+def test_version_imports_neither_rich_nor_pydantic() -> None:
+    printed, imported = run_and_list_imports("-m", "raymerge", "--version")
+    assert "raymerge" in printed
+    assert "typer" in imported
+    assert not imported & (HEAVY | {"rich", "pydantic"})
+
+
+def test_the_package_itself_imports_next_to_nothing() -> None:
+    printed, imported = run_and_list_imports("-c", "import raymerge; print(*dir(raymerge))")
+    assert {"merge", "plan", "verify", "inspect"} <= set(printed.split())
+    assert not imported & (HEAVY | OF_THE_COMMAND_LINE)
+
+
 @pytest.mark.parametrize(
     "code",
     [
-        pytest.param("import raymerge.pipeline", id="pipeline"),
+        pytest.param("from raymerge import merge, plan, verify, inspect", id="api"),
         pytest.param("from raymerge.ops.registry import load_ops; print(*load_ops())", id="ops"),
         pytest.param("import raymerge.pipeline.plan.types, raymerge.cluster.runner", id="seams"),
     ],

@@ -17,7 +17,7 @@ import fsspec
 import pytest
 import torch
 
-from raymerge.pipeline import Listener, merge, verify
+from raymerge import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError, FetchError, MemoryLimitError, OutputError
 from raymerge.pipeline.plan.types import MergePlan, ShardResult, ShardTask
 from raymerge.pipeline.stores import lease
@@ -105,10 +105,10 @@ def test_every_way_gives_the_same_bytes(
     in_memory = [f"memory://models/{path.name}" for path in family]
     ways: list[tuple[list[str], str, dict[str, Any]]] = [
         (mixed, str(tmp_path / "out"), {}),
-        (mixed, f"s3://{bucket}/mixed", {"threads": 1}),
+        (mixed, f"s3://{bucket}/mixed", {"workers": 1}),
         (models, f"s3://{bucket}/fsspec", {"storage": "fsspec"}),
         (in_memory, "memory://merged", {}),
-        (list(map(str, family)), f"s3://{bucket}/from-local", {"threads": 3}),
+        (list(map(str, family)), f"s3://{bucket}/from-local", {"workers": 3}),
     ]
     for inputs, out, options in ways:
         merge(make_config(inputs), out, shard_size=SHARD_SIZE, **options)
@@ -219,7 +219,7 @@ def test_a_run_whose_lock_was_taken_stops(
                 time.sleep(1)
 
     with pytest.raises(OutputError, match="lock"):
-        merge(make_config(models), out, shard_size=SHARD_SIZE, threads=1, listener=Thief())
+        merge(make_config(models), out, shard_size=SHARD_SIZE, workers=1, listener=Thief())
     assert INDEX not in stores.at(out).list(out)
 
 
@@ -298,7 +298,7 @@ def test_no_credential_gets_into_the_output(
     inputs = [*models[:2], f"memory://user:pa55word@models/{family[2].name}"]
     memory = fsspec.filesystem("memory")
     memory.put(str(family[2]), f"/user:pa55word@models/{family[2].name}", recursive=True)
-    merge(make_config(inputs), f"s3://{bucket}/merged", shard_size=SHARD_SIZE, threads=1)
+    merge(make_config(inputs), f"s3://{bucket}/merged", shard_size=SHARD_SIZE, workers=1)
     for name, content in download(f"s3://{bucket}/merged").items():
         for secret in ("pa55word", s3_server.admin.secret_access_key):
             assert secret.encode() not in content, name
@@ -341,7 +341,7 @@ def test_faults_are_reported(models: list[str], bucket: str, proxy: FaultProxy, 
 
     config = write_config(tmp_path / "merge.yml", make_config(models))
     proxy.script([Fault.SLOW_DOWN] * 3, only=is_operation("GetObject"))
-    outcome = cli("merge", config, f"s3://{bucket}/merged", "--threads", "1")
+    outcome = cli("merge", config, f"s3://{bucket}/merged", "--workers", "1")
     assert outcome.code == 0, outcome.err
     assert f"  retries   3\n    3 x s3://{bucket}: GET: 503 SlowDown\n" in outcome.out
     assert f"retried: s3://{bucket}: GET: 503 SlowDown (3 times by now)\n" in outcome.err

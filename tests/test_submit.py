@@ -15,15 +15,16 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
+import typer
 
+from raymerge import merge, verify
 from raymerge.cluster.errors import ClusterConnectError
 from raymerge.cluster.job_client import JobClient
 from raymerge.cluster.package import list_requirements, pack_files, pack_raymerge
-from raymerge.pipeline import merge, verify
-from raymerge.pipeline.cli.options import list_arguments, output_options, plan_options
+from raymerge.pipeline.cli.options import list_arguments, takes_options
+from raymerge.pipeline.options import MergeOptions
 from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.servers.faults import FaultProxy
@@ -243,22 +244,22 @@ def test_what_is_the_same_has_the_same_name(tmp_path: Path) -> None:
     "values",
     [
         {},
-        {"memory": "2 GiB", "threads": 3, "seed": 7, "strict": True, "shard_size": "5GB"},
+        {"memory": "2 GiB", "workers": 3, "seed": 7, "strict": True, "shard_size": "5GB"},
         {"private": False, "overwrite": True, "shared_filesystem": True, "storage": "fsspec"},
     ],
 )
 def test_options_arrive_as_they_were_given(values: dict[str, Any]) -> None:
-    @click.command()
-    @plan_options
-    @output_options
-    def command(**options: Any) -> None:
-        pass
+    options = MergeOptions(**values, address="auto")
+    arrived = []
 
-    defaults = command.make_context("c", []).params
-    assert command.make_context("c", list_arguments({**defaults, **values, "follow": True})).params == {
-        **defaults,
-        **values,
-    }
+    @takes_options
+    def command(options: MergeOptions) -> None:
+        arrived.append(options)
+
+    app = typer.Typer()
+    app.command()(command)
+    app(list_arguments(options), standalone_mode=False)
+    assert arrived == [options]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from raymerge.pipeline import merge
+from raymerge import merge
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

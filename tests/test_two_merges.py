@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from raymerge.pipeline import Listener, merge
+from raymerge import Listener, merge
 from raymerge.pipeline.plan.types import MergePlan
 from tests.checkpoints import read_files, write_family
 from tests.servers.faults import Fault, FaultProxy, Request
@@ -81,9 +81,9 @@ def test_a_repository_becomes_public_where_that_is_asked_for(
     assert not hub.repos["me/open"].private
 
 
-@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_pairs_in_two_threads_do_not_see_each_other(
-    threads: int,
+    workers: int,
     hub: HubServer,
     s3_server: S3Server,
     family: tuple[Path, ...],
@@ -92,7 +92,7 @@ def test_pairs_in_two_threads_do_not_see_each_other(
 ) -> None:
     expected = {}
     for seed in range(2 * NUM_PAIRS):
-        merge(make_config(list(map(str, family))), tmp_path / f"expected{seed}", seed=seed, threads=1)
+        merge(make_config(list(map(str, family))), tmp_path / f"expected{seed}", seed=seed, workers=1)
         expected[seed] = without_own(read_files(tmp_path / f"expected{seed}"))
     assert len({files["model.safetensors"] for files in expected.values()}) == len(expected)
     for name, value in s3_server.environment().items():
@@ -111,7 +111,7 @@ def test_pairs_in_two_threads_do_not_see_each_other(
                     merge,
                     make_config(models[k]),
                     f"hf://{names[k]}",
-                    threads=threads,
+                    workers=workers,
                     seed=2 * number + k,
                     listener=WhenPlanned(partial(meet.wait, 60)),
                     **options[k],

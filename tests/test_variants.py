@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from raymerge.pipeline import Listener
+from raymerge import Listener
 from raymerge.pipeline.driver import merge, merge_variants
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.plan.types import MergePlan, ShardResult
@@ -47,15 +47,15 @@ class Watch(Listener):
         self.read_nbytes += result.read_nbytes
 
 
-@pytest.mark.parametrize(("memory", "threads"), [("4GiB", 1), ("4GiB", 2), ("48MiB", 1)])
+@pytest.mark.parametrize(("memory", "workers"), [("4GiB", 1), ("4GiB", 2), ("48MiB", 1)])
 @pytest.mark.parametrize("method", VALUES)
 def test_each_output_is_what_its_own_merge_gives(
-    method: str, memory: str, threads: int, family: tuple[Path, ...], tmp_path: Path
+    method: str, memory: str, workers: int, family: tuple[Path, ...], tmp_path: Path
 ) -> None:
     configs = [make_config(method, family, parameters) for parameters in VALUES[method]]
     outs = [tmp_path / f"variant{k}" for k in range(len(configs))]
     watch = Watch()
-    reports = merge_variants(configs, outs, memory=memory, threads=threads, seed=7, shard_size="500kB", listener=watch)
+    reports = merge_variants(configs, outs, memory=memory, workers=workers, seed=7, shard_size="500kB", listener=watch)
     assert [report.out for report in reports] == [str(out) for out in outs]
     planned = sum(task.read_nbytes + task.reread_nbytes for task in watch.plan.tasks)
     assert watch.read_nbytes == planned
@@ -79,7 +79,7 @@ def test_an_interrupted_run_of_several_outputs_is_finished(family: tuple[Path, .
     configs = [make_config("ties", family, parameters) for parameters in VALUES["ties"]]
     outs = [tmp_path / f"variant{k}" for k in range(3)]
     with pytest.raises(KeyboardInterrupt):
-        merge_variants(configs, outs, threads=1, shard_size="500kB", listener=Stop())
+        merge_variants(configs, outs, workers=1, shard_size="500kB", listener=Stop())
     assert not any((out / "config.json").exists() for out in outs)
     reports = merge_variants(configs, outs, shard_size="500kB")
     assert {report.num_resumed for report in reports} == {2}

@@ -1,7 +1,79 @@
 """Merge LLM checkpoints block by block, in bounded memory."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raymerge.cluster.errors import ClusterConnectError as ClusterConnectError
+    from raymerge.cluster.errors import HeadLostError as HeadLostError
+    from raymerge.cluster.errors import ResourceError as ResourceError
+    from raymerge.cluster.errors import TaskFailedError as TaskFailedError
+    from raymerge.cluster.errors import WorkerLostError as WorkerLostError
+    from raymerge.ops.errors import OpParameterError as OpParameterError
+    from raymerge.ops.errors import UnknownOpError as UnknownOpError
+    from raymerge.pipeline.checkpoint.inspect import Inspection as Inspection
+    from raymerge.pipeline.checkpoint.inspect import inspect as inspect
+    from raymerge.pipeline.driver import merge as merge
+    from raymerge.pipeline.driver import plan as plan
+    from raymerge.pipeline.errors import CheckpointError as CheckpointError
+    from raymerge.pipeline.errors import ConfigError as ConfigError
+    from raymerge.pipeline.errors import FetchError as FetchError
+    from raymerge.pipeline.errors import HeldError as HeldError
+    from raymerge.pipeline.errors import MemoryLimitError as MemoryLimitError
+    from raymerge.pipeline.errors import OutputError as OutputError
+    from raymerge.pipeline.errors import TensorMismatchError as TensorMismatchError
+    from raymerge.pipeline.options import MergeOptions as MergeOptions
+    from raymerge.pipeline.output.verify import VerifyReport as VerifyReport
+    from raymerge.pipeline.output.verify import verify as verify
+    from raymerge.pipeline.plan.types import MergePlan as MergePlan
+    from raymerge.pipeline.plan.types import MergeReport as MergeReport
+    from raymerge.pipeline.plan.types import ShardResult as ShardResult
+    from raymerge.pipeline.progress.listener import Listener as Listener
+
 __version__ = "0.1.0"
 
 
 class RaymergeError(Exception):
     """Something the user can put right; the CLI prints it in one block and exits with 2."""
+
+
+_HOMES = {
+    "cluster.errors": (
+        "ClusterConnectError",
+        "HeadLostError",
+        "ResourceError",
+        "TaskFailedError",
+        "WorkerLostError",
+    ),
+    "ops.errors": ("OpParameterError", "UnknownOpError"),
+    "pipeline.checkpoint.inspect": ("Inspection", "inspect"),
+    "pipeline.driver": ("merge", "plan"),
+    "pipeline.errors": (
+        "CheckpointError",
+        "ConfigError",
+        "FetchError",
+        "HeldError",
+        "MemoryLimitError",
+        "OutputError",
+        "TensorMismatchError",
+    ),
+    "pipeline.options": ("MergeOptions",),
+    "pipeline.output.verify": ("VerifyReport", "verify"),
+    "pipeline.plan.types": ("MergePlan", "MergeReport", "ShardResult"),
+    "pipeline.progress.listener": ("Listener",),
+}
+"""Where the public names come from. Each is imported when it is first asked for, so that `import raymerge` is quick."""
+
+_MODULES = {name: f"raymerge.{module}" for module, names in _HOMES.items() for name in names}
+
+if not TYPE_CHECKING:  # type checkers would take every name for one of ours
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Return every public name, imported yet or not."""
+    return sorted({*_MODULES, "RaymergeError", "__version__"})

@@ -127,7 +127,7 @@ export RAY_USAGE_STATS_ENABLED=0
 export RAY_worker_niceness=0
 export RAY_AUTH_MODE=token
 export RAYMERGE_SETUP=''
-export RAYMERGE_COMMAND='raymerge merge merge.yml s3://bucket/merged --address auto --gpu-memory 16GiB --wait'
+export RAYMERGE_COMMAND='raymerge merge merge.yml s3://bucket/merged --gpu-memory 16GiB --wait --address auto'
 export RAYMERGE_RAY_OPTIONS='--num-cpus=32 --num-gpus=4 --memory=135291469824 --object-store-memory=134217728'
 
 RAYMERGE_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST")

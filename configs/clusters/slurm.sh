@@ -126,7 +126,7 @@ export RAY_USAGE_STATS_ENABLED=0
 export RAY_worker_niceness=0
 export RAY_AUTH_MODE=token
 export RAYMERGE_SETUP=''
-export RAYMERGE_COMMAND='raymerge merge merge.yml s3://bucket/merged --address auto --wait'
+export RAYMERGE_COMMAND='raymerge merge merge.yml s3://bucket/merged --wait --address auto'
 export RAYMERGE_RAY_OPTIONS='--num-cpus=8 --num-gpus=0 --memory=32212254720 --object-store-memory=134217728'
 
 RAYMERGE_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated
 
-import click
+import typer
+from typer.main import get_command
 
 from raymerge import __version__
 from raymerge.pipeline.cli.interrupt import watch_for_interrupts
 from raymerge.pipeline.cli.jobs import jobs, submit
 from raymerge.pipeline.cli.manifest import manifest
-from raymerge.pipeline.cli.options import output_options, plan_options, storage_option
+from raymerge.pipeline.cli.options import MESSAGES, Config, Out, PlanOptions, Verbose, takes_options
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.options import SPEED, Help, MergeOptions, StorageOption
 from raymerge.pipeline.redact import redact
 
 if TYPE_CHECKING:
@@ -20,66 +24,85 @@ if TYPE_CHECKING:
 
 # Each command imports what it needs when it runs: --help and --version have to be quick.
 
+_INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt."""
+
+commands = typer.Typer(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
 
 def main() -> None:
     """Run the command line; exit with 2 where the user can put it right, with 130 when interrupted."""
     watch_for_interrupts()
     try:
-        commands(prog_name="raymerge", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
+        code = get_command(commands).main(prog_name="raymerge", standalone_mode=False)
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+    except typer.TyperException as error:
+        _show_usage(error)
         sys.exit(error.exit_code)
     except (Exception, KeyboardInterrupt) as error:
-        from raymerge.pipeline.progress.events import explain
+        from raymerge.pipeline.cli.exits import explain
 
         failed = explain(error)
-        click.echo(failed.text, err=True)
+        typer.echo(failed.text, err=True)
         sys.exit(failed.exit_code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="raymerge")
-def commands() -> None:
+def _show_usage(error: typer.TyperException) -> None:
+    """Say what is wrong with a command line, and how to get help."""
+    message = error.format_message()
+    if not message:  # the help itself has been printed
+        return
+    context: typer.Context | None = getattr(error, "ctx", None)
+    if context is not None:
+        typer.echo(f"{context.get_usage()}\nTry '{context.command_path} -h' for help.\n", err=True)
+    typer.echo(f"Error: {message}", err=True)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"raymerge, version {__version__}")
+        raise typer.Exit
+
+
+@commands.callback()
+def _raymerge(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Merge LLM checkpoints: a mergekit YAML in, a Hugging Face checkpoint out."""
 
 
-@commands.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@plan_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the tensor table as Parquet.")
-@click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
+@commands.command(epilog="Example: raymerge plan merge.yml s3://bucket/merged --memory 8GiB")
+@takes_options
 def plan(
-    config: Path,
-    memory: str,
-    threads: int | None,
-    shard_size: str | None,
-    seed: int,
-    gpu_memory: str | None,
-    strict: bool,
-    storage: Literal["auto", "fsspec"],
-    as_json: bool,
-    save: Path | None,
-    verbose: bool,
+    config: Config,
+    options: PlanOptions,
+    out: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="OUT", help="Directory or URL of the output; it decides what writing takes.", show_default=False
+        ),
+    ] = None,
+    json: Annotated[bool, Help("Print JSON.", MESSAGES)] = False,
+    save: Annotated[Path | None, Help("Write the tensor table as Parquet.", MESSAGES, "FILE")] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Say what a merge will read, do and write, or what is wrong with it. Reads headers only."""
     from raymerge.pipeline import driver
     from raymerge.pipeline.plan.report import plan_json, save_table
 
-    result = driver.plan(
-        config,
-        memory=memory,
-        threads=threads,
-        shard_size=shard_size,
-        seed=seed,
-        gpu_memory=gpu_memory,
-        strict=strict,
-        storage=storage,
-    )
+    result = driver.plan(config, options, out=out)
     if save is not None:
         save_table(result, save)
-    if as_json:
-        click.echo(plan_json(result))
+    if json:
+        typer.echo(plan_json(result))
         return
     _print_plan(result, verbose=verbose)
 
@@ -87,143 +110,105 @@ def plan(
 def _print_plan(plan: MergePlan, *, verbose: bool) -> None:
     from raymerge.pipeline.plan.report import format_plan
 
-    click.echo(format_plan(plan, verbose=verbose))
+    typer.echo(format_plan(plan, verbose=verbose))
     for warning in plan.warnings:
-        click.echo(redact(f"warning: {warning}"), err=True)
+        typer.echo(redact(f"warning: {warning}"), err=True)
 
 
-@commands.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path())
-@plan_options
-@output_options
-@click.option("--ray", is_flag=True, help="Start Ray on this machine, and merge on it.")
-@click.option(
-    "--address", metavar="HOST:PORT", help="Merge on the Ray cluster whose head is there; `auto`: that of this machine."
-)
-@click.option("--dry-run", is_flag=True, help="Plan, look at OUT, print, and stop.")
-@click.option("-v", "--verbose", is_flag=True, help="Print a line for each shard.")
-@click.option("-q", "--quiet", is_flag=True, help="Print errors only, and which tensors are not finite.")
-@click.option("--log-json", is_flag=True, help="Print a JSON object for each thing that happens, in place of text.")
+@commands.command(epilog="Example: raymerge merge merge.yml s3://bucket/merged --memory 8GiB --workers 4")
+@takes_options
 def merge(
-    config: Path,
-    out: str,
-    memory: str,
-    threads: int | None,
-    shard_size: str | None,
-    seed: int,
-    gpu_memory: str | None,
-    strict: bool,
-    storage: Literal["auto", "fsspec"],
-    private: bool,
-    wait: bool,
-    overwrite: bool,
-    ray: bool,
-    address: str | None,
-    shared_filesystem: bool,
-    dry_run: bool,
-    verbose: bool,
-    quiet: bool,
-    log_json: bool,
+    config: Config,
+    out: Out,
+    options: MergeOptions,
+    dry_run: Annotated[bool, Help("Plan, look at OUT, print, and stop.", MESSAGES)] = False,
+    verbose: Verbose = False,
+    quiet: Annotated[bool, Help("Print errors only, and which tensors are not finite.", MESSAGES, short="q")] = False,
+    log_json: Annotated[bool, Help("Print a JSON object for each event, in place of text.", MESSAGES)] = False,
 ) -> None:
     """Merge the models of CONFIG into OUT, a directory or URL; run it again to finish an interrupted merge."""
     from raymerge.pipeline import driver
 
     if dry_run:
         if log_json:
-            raise click.UsageError(
-                "--dry-run does nothing that could be logged; `raymerge plan --json` prints the plan"
-            )
-        if ray or address or shared_filesystem:
-            raise click.UsageError("--dry-run plans for this machine without Ray; leave the options for Ray out")
-        result = driver.plan(
-            config,
-            memory=memory,
-            threads=threads,
-            shard_size=shard_size,
-            seed=seed,
-            gpu_memory=gpu_memory,
-            strict=strict,
-            storage=storage,
-            out=out,
-        )
-        driver.check_output(result, out, overwrite=overwrite, storage=storage)
+            raise ConfigError("--dry-run does nothing that could be logged; `raymerge plan --json` prints the plan")
+        if options.ray or options.address:
+            raise ConfigError("--dry-run plans for this machine without Ray; leave the options for Ray out")
+        result = driver.plan(config, options, out=out)
+        driver.check_output(result, out, overwrite=options.overwrite, storage=options.storage)
         if not quiet:
             _print_plan(result, verbose=verbose)
         return
     if log_json and quiet:
-        raise click.UsageError("--log-json is for machines, and tells them everything; leave -q out")
+        raise ConfigError("--log-json is for machines, and tells them everything; leave -q out")
     from raymerge.pipeline.cli.display import Display
     from raymerge.pipeline.cli.json_log import open_json_log
 
     with open_json_log(verbose=verbose) if log_json else Display(verbose=verbose, quiet=quiet) as narrator:
-        report = driver.merge(
-            config,
-            out,
-            memory=memory,
-            threads=threads,
-            shard_size=shard_size,
-            seed=seed,
-            gpu_memory=gpu_memory,
-            strict=strict,
-            storage=storage,
-            private=private,
-            wait=wait,
-            overwrite=overwrite,
-            ray=ray,
-            address=address,
-            shared_filesystem=shared_filesystem,
-            listener=narrator,
-        )
-        narrator.reported(report)
+        narrator.reported(driver.merge(config, out, options, listener=narrator))
 
 
-@commands.command()
-@click.argument("out", type=click.Path())
-@click.option(
-    "--threads", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Files read at once."
-)
-@storage_option
-def verify(out: str, threads: int, storage: Literal["auto", "fsspec"]) -> None:
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What `verify` takes."""
+
+    workers: Annotated[int, Help("Files read at once.", SPEED, "N", former="threads")] = 2
+    storage: StorageOption = "auto"
+
+
+@commands.command(epilog="Example: raymerge verify s3://bucket/merged --workers 8")
+@takes_options
+def verify(out: Out, options: VerifyOptions) -> None:
     """Compare every file of a merged model with its checksum, and the index with the shards."""
     from raymerge.pipeline.messages import counted
     from raymerge.pipeline.output.verify import verify as check
     from raymerge.pipeline.sizes import format_nbytes
 
-    report = check(out, threads=threads, storage=storage)
-    click.echo(
+    report = check(out, workers=options.workers, storage=options.storage)
+    typer.echo(
         f"{out} is sound: {counted(report.num_files, 'file')}, {counted(report.num_tensors, 'tensor')},"
         f" {format_nbytes(report.nbytes)}"
     )
 
 
-@commands.command()
-@click.argument("name", required=False)
-def methods(name: str | None) -> None:
+@commands.command(epilog="Example: raymerge methods ties")
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A merge method.", show_default="all")] = None,
+) -> None:
     """List the merge methods, or show one with its parameters."""
     from raymerge.ops.registry import find_op, load_ops
-    from raymerge.pipeline.cli.method_report import format_method
+    from raymerge.pipeline.cli.formats import format_method
 
     for op in [find_op(name)] if name else load_ops().values():
-        click.echo(format_method(op))
+        typer.echo(format_method(op))
 
 
-@commands.command()
-@click.argument("url")
-@click.option("--tensors", "with_tensors", is_flag=True, help="Print a line for each tensor.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, tensors included.")
-@storage_option
-def inspect(url: str, with_tensors: bool, as_json: bool, storage: Literal["auto", "fsspec"]) -> None:
+@commands.command(epilog="Example: raymerge inspect Qwen/Qwen2.5-7B-Instruct")
+@takes_options
+def inspect(
+    url: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL", help="A directory, URL, Hub repository or .safetensors file.", show_default=False
+        ),
+    ],
+    tensors: Annotated[bool, Help("Print a line for each tensor.", MESSAGES)] = False,
+    json: Annotated[bool, Help("Print JSON, tensors included.", MESSAGES)] = False,
+    storage: StorageOption = "auto",
+) -> None:
     """Say what a checkpoint consists of: a directory, a URL, a Hub repository or one .safetensors file.
 
     Reads headers only.
     """
     from raymerge.pipeline.checkpoint.inspect import inspect as look_at
-    from raymerge.pipeline.cli.inspection_report import format_inspection, inspection_json
+    from raymerge.pipeline.cli.formats import format_inspection, inspection_json
 
     found = look_at(url, storage=storage)
-    click.echo(inspection_json(found) if as_json else format_inspection(found, with_tensors=with_tensors))
+    typer.echo(inspection_json(found) if json else format_inspection(found, with_tensors=tensors))
 
 
-for command in (submit, jobs, manifest):
-    commands.add_command(command)
+commands.command(epilog="Example: raymerge submit merge.yml s3://bucket/merged --address http://head:8265 --follow")(
+    submit
+)
+commands.add_typer(jobs, name="jobs")
+commands.add_typer(manifest, name="manifest")

@@ -8,7 +8,7 @@ from collections import Counter
 from types import TracebackType
 from typing import Self
 
-import click
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -99,7 +99,7 @@ class Display(Narrator):
                 self._show_report(event)
             case Failed():
                 self._bar.stop()
-                click.echo(_printable(event.text), err=True)
+                typer.echo(_printable(event.text), err=True)
 
     def _show_progress(self, event: Progressed) -> None:
         text = format_progress(event, self._bar.console.width - _BAR_WIDTH - 1 if self._is_terminal else None)
@@ -124,9 +124,9 @@ class Display(Narrator):
     def _show_report(self, report: MergeReport) -> None:
         self._bar.stop()
         for name in report.nonfinite:
-            click.echo(_printable(f"warning: {name}: the output has NaN or infinite values"), err=True)
+            typer.echo(_printable(f"warning: {name}: the output has NaN or infinite values"), err=True)
         if not self._quiet:
-            click.echo(_printable(format_report(report)))
+            typer.echo(_printable(format_report(report)))
 
     def _print(self, text: str) -> None:
         if not self._quiet:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 
-from raymerge.pipeline.progress.events import MESSAGE
+MESSAGE = "Interrupted. What is finished is kept: run the same command again to go on."
 
 _GRACE_SECONDS = 5.0
 """For tidying up: letting go of the lock, ending uploads."""

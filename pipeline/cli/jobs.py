@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
 import shlex
 import sys
 from datetime import datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
+import typer
 
 from raymerge import __version__
-from raymerge.pipeline.cli.options import address_option, list_arguments, output_options, plan_options
+from raymerge.pipeline.cli.options import MESSAGES, Address, Config, Out, RemoteOptions, list_arguments, takes_options
+from raymerge.pipeline.options import CLUSTER, Help
 from raymerge.pipeline.redact import redact
 
 if TYPE_CHECKING:
@@ -28,35 +27,40 @@ _STOP_SECONDS = 20
 """A job that is stopped has so long to let go of its lock and end its uploads; Ray's default is 3."""
 
 
-@click.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path())
-@address_option
-@plan_options
-@output_options
-@click.option("--pip", "with_pip", is_flag=True, help="Install what raymerge needs on the cluster before it begins.")
-@click.option("--follow", is_flag=True, help="Show how it goes until it ends, and exit with its code.")
-def submit(config: Path, out: str, address: str, with_pip: bool, follow: bool, **options: Any) -> None:
+JobId = Annotated[str, typer.Argument(metavar="ID", show_default=False)]
+
+
+@takes_options
+def submit(
+    config: Config,
+    out: Out,
+    address: Address,
+    options: RemoteOptions,
+    pip: Annotated[bool, Help("Install what raymerge needs on the cluster before it begins.", CLUSTER)] = False,
+    follow: Annotated[bool, Help("Show how it goes until it ends, and exit with its code.", MESSAGES)] = False,
+) -> None:
     """Merge the models of CONFIG into OUT as a job of a Ray cluster.
 
     The cluster's machines need Ray, and torch and what else raymerge needs unless --pip installs it; raymerge itself
     and CONFIG are sent. Nothing secret is: the machines find their own credentials.
     """
+    import secrets
+
     from raymerge.cluster.errors import ClusterConnectError
     from raymerge.cluster.job_client import JobClient, RefusedError
     from raymerge.cluster.package import list_requirements, pack_files, pack_raymerge
-    from raymerge.pipeline.cli.travel import check_travels
+    from raymerge.pipeline.cli.portable import check_portable
     from raymerge.pipeline.config.merge_config import load_config
     from raymerge.pipeline.runners import list_cluster_variables
 
-    loaded = load_config(config, strict=options["strict"])
-    check_travels(loaded, out, shared_filesystem=options["shared_filesystem"])
+    loaded = load_config(config, strict=options.strict)
+    check_portable(loaded, out, shared_filesystem=options.shared_filesystem)
     client = JobClient(address)
     job_id = f"raymerge-{secrets.token_hex(4)}"
     environment: dict[str, Any] = {
         "env_vars": {**list_cluster_variables(), "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS)}
     }
-    if with_pip:
+    if pip:
         environment["pip"] = list_requirements()
     command = [
         "python",
@@ -65,8 +69,6 @@ def submit(config: Path, out: str, address: str, with_pip: bool, follow: bool, *
         "merge",
         _CONFIG,
         out,
-        "--address",
-        "auto",
         "--log-json",
         *list_arguments(options),
     ]
@@ -77,54 +79,51 @@ def submit(config: Path, out: str, address: str, with_pip: bool, follow: bool, *
     except ClusterConnectError as error:
         hint = f"; it may have begun all the same: {_say('status', client, job_id)}"
         raise type(error)(f"{error}{'' if isinstance(error, RefusedError) else hint}") from None
-    click.echo(job_id)
+    typer.echo(job_id)
     if follow:
         sys.exit(_follow(client, job_id))
-    click.echo(f"Submitted. To see how it goes: {_say('logs', client, job_id)} --follow", err=True)
+    typer.echo(f"Submitted. To see how it goes: {_say('logs', client, job_id)} --follow", err=True)
 
 
-@click.group()
-def jobs() -> None:
-    """Look after the jobs that `submit` has started."""
+jobs = typer.Typer(no_args_is_help=True, help="Look after the jobs that `submit` has started.")
 
 
-@jobs.command("list")
-@address_option
-def list_jobs(address: str) -> None:
+@jobs.command("list", epilog="Example: raymerge jobs list --address http://head:8265")
+def list_jobs(address: Address) -> None:
     """List the merges that the cluster remembers, the latest first."""
     from raymerge.cluster.job_client import JobClient
 
     for job in JobClient(address).list_jobs():
         if "raymerge" in job.metadata:
-            click.echo(f"{job.id}  {job.status:<9}  {_format_time(job.started)}  {job.metadata.get('out', '')}")
+            typer.echo(f"{job.id}  {job.status:<9}  {_format_time(job.started)}  {job.metadata.get('out', '')}")
 
 
-@jobs.command()
-@click.argument("job_id", metavar="ID")
-@address_option
-def status(job_id: str, address: str) -> None:
+@jobs.command(epilog="Example: raymerge jobs status raymerge-1a2b3c4d --address http://head:8265")
+def status(job_id: JobId, address: Address) -> None:
     """Say how a job stands."""
     from raymerge.cluster.job_client import JobClient
 
     job = JobClient(address).find_job(job_id)
-    click.echo(f"{job.id}: {job.status}")
+    typer.echo(f"{job.id}: {job.status}")
     for name in ("config", "out"):
         if name in job.metadata:
-            click.echo(f"{name}: {job.metadata[name]}")
-    click.echo(f"started: {_format_time(job.started)}")
+            typer.echo(f"{name}: {job.metadata[name]}")
+    typer.echo(f"started: {_format_time(job.started)}")
     if job.ended:
-        click.echo(f"ended: {_format_time(job.ended)}")
+        typer.echo(f"ended: {_format_time(job.ended)}")
     if job.exit_code is not None:
-        click.echo(f"exit code: {job.exit_code}")
+        typer.echo(f"exit code: {job.exit_code}")
     if job.status == "FAILED":
-        click.echo(redact(_explain(job)))
+        typer.echo(redact(_explain(job)))
 
 
-@jobs.command()
-@click.argument("job_id", metavar="ID")
-@address_option
-@click.option("--follow", is_flag=True, help="Go on until the job ends, and exit with its code.")
-def logs(job_id: str, address: str, follow: bool) -> None:
+@jobs.command(epilog="Example: raymerge jobs logs raymerge-1a2b3c4d --address http://head:8265 --follow")
+@takes_options
+def logs(
+    job_id: JobId,
+    address: Address,
+    follow: Annotated[bool, Help("Go on until the job ends, and exit with its code.", MESSAGES)] = False,
+) -> None:
     """Show what a job has said."""
     from raymerge.cluster.job_client import JobClient
     from raymerge.pipeline.cli.display import Display
@@ -137,17 +136,15 @@ def logs(job_id: str, address: str, follow: bool) -> None:
             display.show_line(line)
 
 
-@jobs.command()
-@click.argument("job_id", metavar="ID")
-@address_option
-def stop(job_id: str, address: str) -> None:
+@jobs.command(epilog="Example: raymerge jobs stop raymerge-1a2b3c4d --address http://head:8265")
+def stop(job_id: JobId, address: Address) -> None:
     """End a job; what is finished is kept, and the same `submit` goes on with it."""
     from raymerge.cluster.job_client import JobClient
 
     client = JobClient(address)
     if client.stop(job_id):
         client.follow(job_id, lambda line: None)
-    click.echo(f"{job_id}: {client.find_job(job_id).status}")
+    typer.echo(f"{job_id}: {client.find_job(job_id).status}")
 
 
 def _follow(client: JobClient, job_id: str) -> int:
@@ -158,16 +155,16 @@ def _follow(client: JobClient, job_id: str) -> int:
         with Display(verbose=False, quiet=False) as display:
             job = client.follow(job_id, display.show_line, display.show_line)
     except KeyboardInterrupt:
-        click.echo(
+        typer.echo(
             f"The job goes on. To see how it goes: {_say('logs', client, job_id)} --follow; to stop it:"
             f" {_say('stop', client, job_id)}",
             err=True,
         )
         return 130
     if job.status == "FAILED":
-        click.echo(redact(_explain(job)), err=True)
+        typer.echo(redact(_explain(job)), err=True)
     if job.status == "STOPPED":
-        click.echo(f"{job_id} was stopped. What is finished is kept: submit the same merge again to go on.", err=True)
+        typer.echo(f"{job_id} was stopped. What is finished is kept: submit the same merge again to go on.", err=True)
         return 130
     if job.exit_code is None or job.exit_code == _NO_PYTHON:
         return 2

@@ -8,8 +8,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from raymerge.pipeline.cli.exits import explain
 from raymerge.pipeline.cli.interrupt import announced_by
-from raymerge.pipeline.progress.events import Event, Failed, explain, format_event
+from raymerge.pipeline.progress.events import Event, Failed, format_event
 from raymerge.pipeline.progress.narrator import Narrator
 
 _LOCK_SECONDS = 1.0

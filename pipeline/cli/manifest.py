@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
+import typer
 
 from raymerge import __version__
-from raymerge.pipeline.cli.options import list_arguments, output_options, plan_options
+from raymerge.pipeline.cli.options import Config, RemoteOptions, list_arguments, takes_options
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_memory, parse_nbytes
 from raymerge.pipeline.urls import scheme_of
@@ -27,214 +29,251 @@ _IMAGE = f"rayproject/ray:{RAY_VERSION}-py311-"
 _SETUP = f"pip install --quiet 'raymerge[ray]=={__version__}'"
 _ACCOUNT = "arn:aws:iam::123456789012"
 """What AWS's own examples have; everybody has another one."""
-_TYPED = f"{__name__}.typed"
-"""Where a command's context has the arguments as they were typed."""
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+JOB = "Job"
+MACHINES = "Machines"
+"""Panels of the help."""
 
-
-@click.group()
-def manifest() -> None:
-    """Write a merge as a job for a scheduler, with CONFIG in it."""
+manifest = typer.Typer(no_args_is_help=True, help="Write a merge as a job for a scheduler, with CONFIG in it.")
 
 
-class _Command(click.Command):
-    """Keeps its arguments as they were typed."""
-
-    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        """Parse the arguments, as click does."""
-        context.meta[_TYPED] = tuple(arguments)
-        return super().parse_args(context, arguments)
+def _check_line(text: str | None) -> str | None:
+    if text is not None and not (text.strip() and text.isprintable()):
+        raise typer.BadParameter(f"{text!r} is empty, or has characters that are not printed")
+    return text
 
 
-def _options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
-    def add(command: _F) -> _F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-def _parse_seconds(context: click.Context, parameter: click.Parameter, text: str) -> int:
-    match = re.fullmatch(r"(\d{1,4}):([0-5]\d):([0-5]\d)", text)
-    seconds = sum(int(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
-    if seconds < 60:
-        raise click.BadParameter(f"{text!r} is not a time of a minute or more; write hours:minutes:seconds", context)
-    return seconds
+def _text(help_text: str, metavar: str = "NAME", *, panel: str = JOB, default: str | None = None) -> Any:
+    """Return an option that takes one line; `default` says what applies where it is not given."""
+    return typer.Option(
+        metavar=metavar,
+        help=help_text,
+        show_default=default or True,
+        callback=_check_line,
+        rich_help_panel=panel,
+    )
 
 
-def _parse_pairs(
-    context: click.Context, parameter: click.Parameter, values: Sequence[str]
-) -> tuple[tuple[str, str], ...]:
+Out = Annotated[
+    str, typer.Argument(metavar="OUT", help="Directory or URL of the output.", show_default=False, callback=_check_line)
+]
+Image = Annotated[
+    str | None, _text("Image of the containers.", "IMAGE", panel=MACHINES, default=f"{_IMAGE}cpu, or -gpu")
+]
+Attempts = Annotated[
+    int,
+    typer.Option(min=1, max=10, help="Runs, each going on where one failed.", metavar="N", rich_help_panel=JOB),
+]
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What all kinds of jobs take."""
+
+    name: Annotated[str, _text("Name of the job.")] = "raymerge"
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that merge.", metavar="N", rich_help_panel=MACHINES)] = 4
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of each of them.", metavar="N", rich_help_panel=MACHINES)] = 0
+    setup: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMANDS",
+            help="Run on every machine before Ray starts; '' for nothing.",
+            show_default=False,
+            rich_help_panel=JOB,
+        ),
+    ] = None
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Environment of all machines; may be repeated. No secrets.",
+            show_default=False,
+            rich_help_panel=JOB,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """How large the machines are, and how long they may work, where the scheduler wants to know."""
+
+    cpus: Annotated[int, typer.Option(min=1, help="Cores of each machine.", metavar="N", rich_help_panel=MACHINES)] = 8
+    node_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory of each machine.", rich_help_panel=MACHINES)
+    ] = "32GiB"
+    time: Annotated[str, typer.Option(metavar="H:MM:SS", help="Longest time.", rich_help_panel=JOB)] = "24:00:00"
+
+    @property
+    def num_seconds(self) -> int:
+        """`time` in seconds."""
+        match = re.fullmatch(r"(\d{1,4}):([0-5]\d):([0-5]\d)", self.time)
+        parts = match.groups() if match else ()
+        seconds = sum(int(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+        if seconds < 60:
+            raise typer.BadParameter(
+                f"{self.time!r} is not a time of a minute or more; write hours:minutes:seconds", param_hint="--time"
+            )
+        return seconds
+
+
+@manifest.command(epilog="Example: raymerge manifest kuberay merge.yml s3://bucket/merged > job.yaml")
+@takes_options
+def kuberay(
+    config: Config,
+    out: Out,
+    job: JobOptions,
+    size: SizeOptions,
+    options: RemoteOptions,
+    image: Image = None,
+    ray_version: Annotated[str, _text("Ray of the image.", "VERSION", panel=MACHINES)] = RAY_VERSION,
+    namespace: Annotated[str | None, _text("Namespace of the job.", default="kubectl's")] = None,
+    service_account: Annotated[str | None, _text("Account of the pods.", default="the namespace's")] = None,
+    env_secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Secret for the pods' environment; may be repeated.",
+            show_default=False,
+            rich_help_panel=JOB,
+        ),
+    ] = None,
+    attempts: Attempts = 3,
+) -> None:
+    """A RayJob for Kubernetes with KubeRay 1.5.1 or newer."""
+    from raymerge.cluster.manifests.kuberay import KubeRay, make_kuberay
+
+    target = KubeRay(
+        image=_image(image, job),
+        ray_version=ray_version,
+        namespace=namespace,
+        service_account=service_account,
+        env_secrets=tuple(env_secret or ()),
+        num_attempts=attempts,
+        num_seconds=size.num_seconds,
+    )
+    made = _make_job(config, out, job, options, setup=_SETUP, apply="kubectl apply -f FILE", is_spread=True)
+    typer.echo(make_kuberay(made, _make_size(size, job, options), target), nl=False)
+
+
+@manifest.command(epilog="Example: raymerge manifest slurm merge.yml s3://bucket/merged > job.sh")
+@takes_options
+def slurm(
+    config: Config,
+    out: Out,
+    job: JobOptions,
+    size: SizeOptions,
+    options: RemoteOptions,
+    partition: Annotated[str | None, _text("Partition in which the job runs.", default="the cluster's")] = None,
+    account: Annotated[str | None, _text("Account that is charged.", default="the user's")] = None,
+) -> None:
+    """A script for sbatch. By default raymerge is expected on the PATH of the shell that calls sbatch."""
+    from raymerge.cluster.manifests.slurm import Slurm, make_slurm
+
+    target = Slurm(partition=partition, account=account, num_seconds=size.num_seconds)
+    made = _make_job(config, out, job, options, setup="", apply="sbatch FILE", is_spread=job.nodes > 1)
+    typer.echo(make_slurm(made, _make_size(size, job, options), target), nl=False)
+
+
+@manifest.command(epilog="Example: raymerge manifest aws-batch merge.yml s3://bucket/merged > job.yaml")
+@takes_options
+def aws_batch(
+    config: Config,
+    out: Out,
+    job: JobOptions,
+    size: SizeOptions,
+    options: RemoteOptions,
+    image: Image = None,
+    job_role: Annotated[str | None, _text("Role of the containers.", "ARN", default="the machines'")] = None,
+    execution_role: Annotated[
+        str, _text("Role that reads the secrets.", "ARN")
+    ] = f"{_ACCOUNT}:role/ecsTaskExecutionRole",
+    token_secret: Annotated[str, _text("Where Ray's token is kept.", "ARN|PARAMETER")] = "/raymerge/ray-token",
+    env_secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=ARN|PARAMETER",
+            help="Environment variable from a secret; may be repeated.",
+            show_default=False,
+            rich_help_panel=JOB,
+        ),
+    ] = None,
+    attempts: Attempts = 3,
+) -> None:
+    """A job definition for AWS Batch, of several nodes."""
+    from raymerge.cluster.manifests.aws_batch import AwsBatch, make_aws_batch
+
+    target = AwsBatch(
+        image=_image(image, job),
+        job_role=job_role,
+        execution_role=execution_role,
+        token_secret=token_secret,
+        env_secrets=_parse_pairs("--env-secret", env_secret),
+        num_attempts=attempts,
+        num_seconds=size.num_seconds,
+    )
+    apply = "aws batch register-job-definition --cli-input-yaml file://FILE"
+    made = _make_job(config, out, job, options, setup=_SETUP, apply=apply, is_spread=job.nodes > 1)
+    typer.echo(make_aws_batch(made, _make_size(size, job, options), target), nl=False)
+
+
+@manifest.command(epilog="Example: raymerge manifest ray-up merge.yml s3://bucket/merged > cluster.yaml")
+@takes_options
+def ray_up(
+    config: Config,
+    out: Out,
+    job: JobOptions,
+    options: RemoteOptions,
+    image: Image = None,
+    region: Annotated[str, _text("Region of AWS.", panel=MACHINES)] = "us-west-2",
+    instance_type: Annotated[
+        str | None,
+        _text("Type of the machines that merge.", "TYPE", panel=MACHINES, default="m5.2xlarge, or g5.2xlarge for GPUs"),
+    ] = None,
+    instance_profile: Annotated[
+        str, _text("Profile of the machines that merge.", panel=MACHINES)
+    ] = "ray-autoscaler-v1",
+    ami: Annotated[
+        str | None, _text("Image of all machines.", "ID", panel=MACHINES, default="Ray's for the region")
+    ] = None,
+    token_file: Annotated[str, _text("Ray's token, on your machine.", "PATH")] = "~/.ray/auth_token",
+) -> None:
+    """A cluster on AWS that Ray starts, and stops after the merge."""
+    from raymerge.cluster.manifests.ray_up import RayUp, make_ray_up
+
+    target = RayUp(
+        image=_image(image, job),
+        region=region,
+        instance_type=instance_type or ("g5.2xlarge" if job.gpus else "m5.2xlarge"),
+        ami=ami,
+        instance_profile=instance_profile,
+        token_file=token_file,
+        num_gpus=job.gpus,
+    )
+    apply = "ray exec FILE --start --stop 'bash merge.sh'"
+    made = _make_job(config, out, job, options, setup=_SETUP, apply=apply, is_spread=True)
+    typer.echo(make_ray_up(made, target), nl=False)
+
+
+def _parse_pairs(option: str, texts: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
     pairs = []
-    for text in values:
+    for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            raise click.BadParameter(f"{text!r} is not of the form NAME=VALUE", context)
+            raise typer.BadParameter(f"{text!r} is not of the form NAME=VALUE", param_hint=option)
         pairs.append((name, value))
     return tuple(pairs)
 
 
-def _check_line(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
-    if text is not None and not (text.strip() and text.isprintable()):
-        raise click.BadParameter(f"{text!r} is empty, or has characters that are not printed", context)
-    return text
-
-
-def _text(name: str, help_text: str, default: str | None = None, metavar: str = "NAME") -> Callable[[_F], _F]:
-    return click.option(
-        name, metavar=metavar, default=default, show_default=default is not None, callback=_check_line, help=help_text
-    )
-
-
-_job_options = _options(
-    click.argument("config", type=click.Path(path_type=Path)),
-    click.argument("out", callback=_check_line),
-    _text("--name", "Of the job.", "raymerge"),
-    click.option("--nodes", type=click.IntRange(min=1), default=4, show_default=True, help="Machines that merge."),
-    click.option("--gpus", type=click.IntRange(min=0), default=0, show_default=True, help="Of each of them."),
-    click.option("--setup", metavar="COMMANDS", help="Run on every machine before Ray starts; '' for nothing."),
-    click.option(
-        "--env",
-        multiple=True,
-        metavar="NAME=VALUE",
-        callback=_parse_pairs,
-        help="Environment of all machines; may be repeated. No secrets.",
-    ),
-)
-
-_size_options = _options(
-    click.option("--cpus", type=click.IntRange(min=1), default=8, show_default=True, help="Of each machine."),
-    click.option("--node-memory", metavar="SIZE", default="32GiB", show_default=True, help="Of each machine."),
-    click.option(
-        "--time", metavar="H:MM:SS", default="24:00:00", show_default=True, callback=_parse_seconds, help="At most."
-    ),
-)
-
-_image_option = _text("--image", f"Of the containers.  [default: {_IMAGE}cpu, or -gpu]", metavar="IMAGE")
-
-_attempts_option = click.option(
-    "--attempts", type=click.IntRange(1, 10), default=3, show_default=True, help="Runs, each going on where one failed."
-)
-
-
-@manifest.command("kuberay", cls=_Command)
-@_job_options
-@_size_options
-@_image_option
-@_text("--ray-version", "Of the image.", RAY_VERSION, metavar="VERSION")
-@_text("--namespace", "Of the job.  [default: kubectl's]")
-@_text("--service-account", "Of the pods.  [default: the namespace's]")
-@click.option("--env-secret", multiple=True, metavar="NAME", help="Secret for the pods' environment; may be repeated.")
-@_attempts_option
-@plan_options
-@output_options
-@click.pass_context
-def _kuberay(context: click.Context, /, **options: Any) -> None:
-    """A RayJob for Kubernetes with KubeRay 1.5.1 or newer."""
-    from raymerge.cluster.manifests.kuberay import KubeRay, make_kuberay
-
-    job = _make_job(context, setup=_SETUP, apply="kubectl apply -f FILE", is_spread=True)
-    target = KubeRay(
-        image=_image(options),
-        ray_version=options["ray_version"],
-        namespace=options["namespace"],
-        service_account=options["service_account"],
-        env_secrets=options["env_secret"],
-        num_attempts=options["attempts"],
-        num_seconds=options["time"],
-    )
-    click.echo(make_kuberay(job, _make_size(options), target), nl=False)
-
-
-@manifest.command("slurm", cls=_Command)
-@_job_options
-@_size_options
-@_text("--partition", "Where the job runs.  [default: the cluster's]")
-@_text("--account", "Who is charged.  [default: the user's]")
-@plan_options
-@output_options
-@click.pass_context
-def _slurm(context: click.Context, /, **options: Any) -> None:
-    """A script for sbatch. By default raymerge is expected on the PATH of the shell that calls sbatch."""
-    from raymerge.cluster.manifests.slurm import Slurm, make_slurm
-
-    job = _make_job(context, setup="", apply="sbatch FILE", is_spread=options["nodes"] > 1)
-    target = Slurm(partition=options["partition"], account=options["account"], num_seconds=options["time"])
-    click.echo(make_slurm(job, _make_size(options), target), nl=False)
-
-
-@manifest.command("aws-batch", cls=_Command)
-@_job_options
-@_size_options
-@_image_option
-@_text("--job-role", "Role of the containers.  [default: the machines']", metavar="ARN")
-@_text("--execution-role", "Role that reads the secrets.", f"{_ACCOUNT}:role/ecsTaskExecutionRole", metavar="ARN")
-@_text("--token-secret", "Where Ray's token is kept.", "/raymerge/ray-token", metavar="ARN|PARAMETER")
-@click.option(
-    "--env-secret",
-    multiple=True,
-    metavar="NAME=ARN|PARAMETER",
-    callback=_parse_pairs,
-    help="Environment variable from a secret; may be repeated.",
-)
-@_attempts_option
-@plan_options
-@output_options
-@click.pass_context
-def _aws_batch(context: click.Context, /, **options: Any) -> None:
-    """A job definition for AWS Batch, of several nodes."""
-    from raymerge.cluster.manifests.aws_batch import AwsBatch, make_aws_batch
-
-    apply = "aws batch register-job-definition --cli-input-yaml file://FILE"
-    job = _make_job(context, setup=_SETUP, apply=apply, is_spread=options["nodes"] > 1)
-    target = AwsBatch(
-        image=_image(options),
-        job_role=options["job_role"],
-        execution_role=options["execution_role"],
-        token_secret=options["token_secret"],
-        env_secrets=options["env_secret"],
-        num_attempts=options["attempts"],
-        num_seconds=options["time"],
-    )
-    click.echo(make_aws_batch(job, _make_size(options), target), nl=False)
-
-
-@manifest.command("ray-up", cls=_Command)
-@_job_options
-@_image_option
-@_text("--region", "Of AWS.", "us-west-2")
-@_text("--instance-type", "Of the machines that merge.  [default: m5.2xlarge, or g5.2xlarge for GPUs]", metavar="TYPE")
-@_text("--instance-profile", "Of the machines that merge.", "ray-autoscaler-v1")
-@_text("--ami", "Of all machines.  [default: Ray's for the region]", metavar="ID")
-@_text("--token-file", "Ray's token, on your machine.", "~/.ray/auth_token", metavar="PATH")
-@plan_options
-@output_options
-@click.pass_context
-def _ray_up(context: click.Context, /, **options: Any) -> None:
-    """A cluster on AWS that Ray starts, and stops after the merge."""
-    from raymerge.cluster.manifests.ray_up import RayUp, make_ray_up
-
-    apply = "ray exec FILE --start --stop 'bash merge.sh'"
-    job = _make_job(context, setup=_SETUP, apply=apply, is_spread=True)
-    target = RayUp(
-        image=_image(options),
-        region=options["region"],
-        instance_type=options["instance_type"] or ("g5.2xlarge" if options["gpus"] else "m5.2xlarge"),
-        ami=options["ami"],
-        instance_profile=options["instance_profile"],
-        token_file=options["token_file"],
-        num_gpus=options["gpus"],
-    )
-    click.echo(make_ray_up(job, target), nl=False)
-
-
-def _make_job(context: click.Context, *, setup: str, apply: str, is_spread: bool) -> Job:
+def _make_job(
+    config: Config, out: str, job: JobOptions, options: MergeOptions, *, setup: str, apply: str, is_spread: bool
+) -> Job:
     """Return the job that the options describe.
 
     Args:
-        context: of the command.
+        config: of the merge.
+        out: path or URL of the output.
+        job: what all kinds of jobs take.
+        options: of the merge.
         setup: what comes before Ray, unless told otherwise.
         apply: the command that runs the job, with FILE in it.
         is_spread: whether several machines take part.
@@ -243,44 +282,42 @@ def _make_job(context: click.Context, *, setup: str, apply: str, is_spread: bool
         ConfigError: the config is wrong, or names what is not the same on all machines, or there is a credential.
     """
     from raymerge.cluster.manifests.job import Job
-    from raymerge.pipeline.cli.travel import check_travels
+    from raymerge.pipeline.cli.portable import check_portable
     from raymerge.pipeline.config.merge_config import load_config
 
-    options = context.params
-    out: str = options["out"]
-    config = load_config(options["config"], strict=options["strict"])
-    check_travels(config, out, shared_filesystem=options["shared_filesystem"])
+    loaded = load_config(config, strict=options.strict)
+    check_portable(loaded, out, shared_filesystem=options.shared_filesystem)
     if scheme_of(out) == "hf" and is_spread:
         raise ConfigError(
             f"{out}: shards for the Hub are gathered on one machine, and the job has several; merge to a bucket"
         )
-    environment: tuple[tuple[str, str], ...] = options["env"]
-    before = setup if options["setup"] is None else options["setup"]
+    environment = _parse_pairs("--env", job.env)
+    before = setup if job.setup is None else job.setup
     for what, text in (("--setup", before), *((f"--env {name}", f"{name}={value}") for name, value in environment)):
         if redact(text) != text:
             raise ConfigError(
                 f"{what} has a credential in it, which everybody who may see the manifest could read; name a role, a"
                 " service account or a secret instead"
             )
-    if options["gpu_memory"] and not options["gpus"]:
+    if options.gpu_memory and not job.gpus:
         raise ConfigError("--gpu-memory is for GPUs, and the job has none; say how many each machine has with --gpus")
     idle = ["--gpus without --gpu-memory: the job is given GPUs, and merges without them"]
-    for warning in (*config.warnings, *(idle if options["gpus"] and not options["gpu_memory"] else ())):
-        click.echo(redact(f"warning: {warning}"), err=True)
+    for warning in (*loaded.warnings, *(idle if job.gpus and not options.gpu_memory else ())):
+        typer.echo(redact(f"warning: {warning}"), err=True)
     # The run that this one goes on from may be dead, and its lock not yet free.
-    arguments = list_arguments({**options, "wait": True})
+    arguments = list_arguments(replace(options, wait=True))
     return Job(
-        name=options["name"],
-        config=config.text,
-        arguments=(out, "--address", "auto", *arguments),
+        name=job.name,
+        config=loaded.text,
+        arguments=(out, *arguments),
         setup=before,
         environment=environment,
-        num_nodes=options["nodes"],
-        comment=f"{shlex.join(['raymerge', 'manifest', str(context.info_name), *context.meta[_TYPED]])}\n{apply}",
+        num_nodes=job.nodes,
+        comment=f"{shlex.join(['raymerge', *sys.argv[1:]])}\n{apply}",
     )
 
 
-def _make_size(options: dict[str, Any]) -> NodeSize:
+def _make_size(size: SizeOptions, job: JobOptions, options: MergeOptions) -> NodeSize:
     """Return what each machine has.
 
     Raises:
@@ -289,16 +326,16 @@ def _make_size(options: dict[str, Any]) -> NodeSize:
     from raymerge.cluster.manifests.job import NodeSize
     from raymerge.cluster.ray.session import RESERVED_MEM
 
-    size = NodeSize(options["cpus"], parse_nbytes(options["node_memory"]), options["gpus"])
-    num_threads: int = options["threads"] or size.num_cpus
-    needed = parse_nbytes(options["memory"]) + num_threads * RESERVED_MEM
-    if needed > size.work_nbytes:
+    made = NodeSize(size.cpus, parse_nbytes(size.node_memory), job.gpus)
+    num_workers = options.workers or size.cpus
+    needed = options.allowed_mem + num_workers * RESERVED_MEM
+    if needed > made.work_nbytes:
         raise ConfigError(
-            f"--node-memory {options['node_memory']} is too little: --memory {options['memory']}, {num_threads} workers"
-            f" and Ray need {format_memory(needed + size.mem_nbytes - size.work_nbytes)}; give more, or ask for less"
+            f"--node-memory {size.node_memory} is too little: --memory {options.memory}, {num_workers} workers"
+            f" and Ray need {format_memory(needed + made.mem_nbytes - made.work_nbytes)}; give more, or ask for less"
         )
-    return size
+    return made
 
 
-def _image(options: dict[str, Any]) -> str:
-    return options["image"] or f"{_IMAGE}{'gpu' if options['gpus'] else 'cpu'}"
+def _image(image: str | None, job: JobOptions) -> str:
+    return image or f"{_IMAGE}{'gpu' if job.gpus else 'cpu'}"

@@ -1,105 +1,138 @@
-"""The options that several commands share."""
+"""Command-line options that are made of the fields of a dataclass, so that each is written once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-import click
+import typer
 
-from raymerge.pipeline.sizes import DEFAULT_MEMORY
+from raymerge.pipeline.options import Help, MergeOptions
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
-storage_option = click.option(
-    "--storage",
-    type=click.Choice(["auto", "fsspec"]),
-    default="auto",
-    show_default=True,
-    help="What serves s3://, gs://, az:// and http(s)://.",
-)
-
-address_option = click.option(
-    "--address",
-    envvar="RAY_API_SERVER_ADDRESS",
-    show_envvar=True,
-    required=True,
-    metavar="URL",
-    help="The cluster's dashboard, such as http://10.0.0.5:8265.",
-)
+MESSAGES = "Messages"
+"""Panel of the options that say what is printed."""
 
 
-def plan_options(command: _F) -> _F:
-    """Add the options that planning a merge takes."""
-    return _add(
-        command,
-        storage_option,
-        click.option(
-            "--gpu-memory", metavar="SIZE", help="Merge on GPUs, with so much memory of each. [default: on the CPU]"
-        ),
-        click.option("--strict", is_flag=True, help="Make doubtful settings errors instead of warnings."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For random methods."),
-        click.option(
-            "--shard-size", metavar="SIZE", help="Largest output file, such as 5GB. [default: by output size]"
-        ),
-        click.option(
-            "--threads", type=click.IntRange(min=1), metavar="N", help="Shards in work at once. [default: cores]"
-        ),
-        click.option(
-            "--memory",
-            metavar="SIZE",
-            default=DEFAULT_MEMORY,
-            show_default=True,
-            help="For tensors and scratch of all threads together.",
-        ),
-    )
+class Preset:
+    """Fields that a command does not offer as options: they have these values, or their defaults."""
+
+    def __init__(self, *names: str, **values: Any) -> None:
+        self.names = {*names, *values}
+        self.values = values
 
 
-def output_options(command: _F) -> _F:
-    """Add the options that writing a merge takes, wherever it runs."""
-    return _add(
-        command,
-        click.option(
-            "--private/--public",
-            default=True,
-            show_default=True,
-            help="How to make a Hub repository that is not there yet.",
-        ),
-        click.option("--wait", is_flag=True, help="Wait for another run that is writing to OUT to end."),
-        click.option("--overwrite", is_flag=True, help="Replace a model that is in OUT."),
-        click.option(
-            "--shared-filesystem", is_flag=True, help="Paths mean the same files on all machines of the cluster."
-        ),
-    )
+PlanOptions = Annotated[MergeOptions, Preset("private", "wait", "overwrite", "ray", "address", "shared_filesystem")]
+"""What planning takes."""
+
+RemoteOptions = Annotated[MergeOptions, Preset("ray", address="auto")]
+"""What a merge takes that runs on the cluster which it is sent to."""
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A mergekit YAML file.", show_default=False)]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Directory or URL of the output.", show_default=False)]
+Verbose = Annotated[bool, Help("Print a line for each shard.", MESSAGES, short="v")]
+Address = Annotated[
+    str,
+    typer.Option(
+        envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="The cluster's dashboard, such as http://10.0.0.5:8265."
+    ),
+]
 
 
-def list_arguments(values: dict[str, Any]) -> list[str]:
-    """Return the options of `merge` that give it these values; those that are the default are left out.
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Have a command take an option for each field of every dataclass among its parameters.
 
-    Args:
-        values: by parameter; those that are not plan or output options are left out as well.
+    Fields and parameters are annotated with `Help`, or as typer wants it.
     """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(_kind(hint))}
+    former: dict[str, str] = {}
+    parameters: list[Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        of_group = _list_fields(groups[parameter.name]) if parameter.name in groups else None
+        for name, hint, default in of_group or [(parameter.name, hints[parameter.name], parameter.default)]:
+            parameters.append(_make_parameter(name, hint, default))
+            note = _find_note(hint, Help)
+            if note is not None and note.former is not None:
+                former[note.former] = name
+                parameters.append(_make_parameter(note.former, Annotated[_kind(hint), typer.Option(hidden=True)], None))
 
-    @plan_options
-    @output_options
-    def merge() -> None:
-        pass
+    @wraps(command)
+    def run(**values: Any) -> None:
+        for old, name in former.items():
+            given = values.pop(old)
+            values[name] = values[name] if given is None else given
+        for parameter, hint in groups.items():
+            preset = _find_note(hint, Preset)
+            taken = {name: values.pop(name) for name, *_ in _list_fields(hint)}
+            values[parameter] = _kind(hint)(**taken, **(preset.values if preset else {}))
+        command(**values)
 
-    command = click.command()(merge)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def list_arguments(options: MergeOptions) -> list[str]:
+    """Return the command-line options of `merge` that have another value than the default."""
     arguments = []
-    for option in command.params:
-        default = option.get_default(click.Context(command))
-        value = values.get(str(option.name))
-        if value in (None, default):
+    for name, hint, default in _list_fields(MergeOptions):
+        value = getattr(options, name)
+        note = _find_note(hint, Help)
+        if value == default or note is None:
             continue
-        if isinstance(value, bool):
-            arguments.append(option.opts[0] if value else option.secondary_opts[0])
+        if value is False:
+            arguments.append(f"--{note.opposite}")
         else:
-            arguments += [option.opts[0], str(value)]
+            arguments += [_flag(name), *([] if value is True else [str(value)])]
     return arguments
 
 
-def _add(command: _F, *options: Callable[[_F], _F]) -> _F:
-    for option in options:
-        command = option(command)
-    return command
+def _list_fields(hint: Any) -> list[tuple[str, Any, Any]]:
+    """Return name, type and default of the fields of a dataclass that are options."""
+    preset = _find_note(hint, Preset)
+    hints = get_type_hints(_kind(hint), include_extras=True)
+    return [
+        (field.name, hints[field.name], field.default)
+        for field in fields(_kind(hint))
+        if preset is None or field.name not in preset.names
+    ]
+
+
+def _make_parameter(name: str, hint: Any, default: Any) -> Parameter:
+    """Return a parameter as typer wants it."""
+    note = _find_note(hint, Help)
+    if note is not None:
+        kind = _kind(hint)
+        if {str, int} <= set(get_args(kind)):  # a size
+            kind = str if default is not None else str | None
+        flag = f"{_flag(name)}/--{note.opposite}" if note.opposite else _flag(name)
+        option = typer.Option(
+            flag,
+            *([f"-{note.short}"] if note.short else []),
+            metavar="" if kind is bool else note.metavar,
+            help=note.text,
+            show_default=note.default or True,
+            rich_help_panel=note.panel,
+        )
+        hint = Annotated[kind, option]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _kind(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _find_note(hint: Any, kind: type[_T]) -> _T | None:
+    notes: Iterator[_T] = (note for note in getattr(hint, "__metadata__", ()) if isinstance(note, kind))
+    return next(notes, None)

@@ -39,7 +39,7 @@ class VerifyReport:
 def verify(
     out: str | Path,
     *,
-    threads: int = 2,
+    workers: int = 2,
     storage: Library = "auto",
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> VerifyReport:
@@ -47,26 +47,26 @@ def verify(
 
     Args:
         out: the model's directory, as a path or URL.
-        threads: files read at once.
+        workers: files read at once.
         storage: what serves object stores and the web: the fastest library for each, or `fsspec` for all.
         on_progress: told of the bytes read.
 
     Raises:
-        ConfigError: `threads` is below 1.
+        ConfigError: `workers` is below 1.
         OutputError: the model is unfinished, or was not made by raymerge, or a file is missing, extra, or has changed;
             the message lists every case.
     """
-    if threads < 1:
-        raise ConfigError(f"threads is {threads}; it must be 1 or more")
+    if workers < 1:
+        raise ConfigError(f"workers is {workers}; it must be 1 or more")
     with open_stores(StoreSettings(storage)) as stores:
-        return _verify(stores, locate_output(stores, out), threads, on_progress)
+        return _verify(stores, locate_output(stores, out), workers, on_progress)
 
 
-def _verify(stores: Stores, out: str, threads: int, on_progress: Callable[[Progress], None]) -> VerifyReport:
+def _verify(stores: Stores, out: str, workers: int, on_progress: Callable[[Progress], None]) -> VerifyReport:
     manifest = _read_manifest(stores, out)
     files = manifest.files
     problems = [f"{name}: a file that the manifest does not list" for name in find_unlisted(stores, out, manifest)]
-    checks = LocalRunner(threads).run(
+    checks = LocalRunner(workers).run(
         partial(_check_file, stores, out=out),
         list(files.items()),
         [Resources(mem_nbytes=COPY_NBYTES, cost=file.nbytes) for file in files.values()],

@@ -33,14 +33,14 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
         f"  read     {format_nbytes(read)}{again}",
         f"  write    {format_nbytes(plan.total_nbytes)} in {shards}",
         f"  passes   {_num_passes(plan)} to measure, 1 to merge",
-        f"  memory   {format_memory(projected)} for {_each(plan.num_threads)}, at most; "
+        f"  memory   {format_memory(projected)} for {_each(plan.num_workers)}, at most; "
         f"{format_memory(plan.allowed_mem)} are allowed in all",
     ]
     if plan.gpus is not None:
         on_gpu = max(task.projected_gpu_mem for task in plan.tasks)
         lines.append(
             f"  gpus     {plan.gpus.num_gpus}, {format_memory(on_gpu)} for each of "
-            f"{counted(plan.gpus.num_sharing(plan.num_threads), 'thread')} on one, at most; "
+            f"{counted(plan.gpus.num_sharing(plan.num_workers), 'worker')} on one, at most; "
             f"{format_memory(plan.gpus.allowed_mem)} of each are allowed"
         )
     if verbose:
@@ -54,8 +54,8 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
     return redact("\n".join(lines))
 
 
-def _each(num_threads: int) -> str:
-    return "one thread" if num_threads == 1 else f"each of {num_threads} threads"
+def _each(num_workers: int) -> str:
+    return "one worker" if num_workers == 1 else f"each of {num_workers} workers"
 
 
 def _num_passes(plan: MergePlan) -> int:
@@ -76,7 +76,7 @@ def plan_json(plan: MergePlan) -> str:
             "reread_nbytes": sum(task.reread_nbytes for task in plan.tasks),
             "write_nbytes": sum(task.nbytes for task in plan.tasks),
             "num_passes": _num_passes(plan),
-            "num_threads": plan.num_threads,
+            "num_workers": plan.num_workers,
             "allowed_mem": plan.allowed_mem,
             "num_gpus": plan.gpus.num_gpus if plan.gpus else 0,
             "allowed_gpu_mem": plan.gpus.allowed_mem if plan.gpus else 0,

@@ -29,7 +29,7 @@ class Limits:
 
     allowed_mem: int
     """For tensors and scratch of all workers together, in bytes."""
-    num_threads: int
+    num_workers: int
     shard_nbytes: int | None
     """Largest output file, unless one tensor is larger; None for the default."""
     gpus: Gpus | None = None
@@ -69,16 +69,16 @@ def make_tasks(merges: Sequence[TensorMerge], limits: Limits) -> tuple[tuple[Sha
     largest_block = max(demand.block_nbytes for demand in kinds)
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
     shards = list(split_shards(merges, shard_nbytes))
-    num_allowed = limits.num_threads
+    num_allowed = limits.num_workers
     while num_allowed > 1 and _buffer_nbytes(kinds, limits, num_allowed) < largest_block:
         num_allowed -= 1
-    num_threads = min(num_allowed, len(shards))
-    buffer_nbytes = _buffer_nbytes(kinds, limits, num_threads)
+    num_workers = min(num_allowed, len(shards))
+    buffer_nbytes = _buffer_nbytes(kinds, limits, num_workers)
     tasks = tuple(
         _make_task(shard, file, demands, buffer_nbytes, limits)
         for shard, file in zip(shards, shard_names(len(shards)), strict=True)
     )
-    return tasks, num_threads, num_allowed
+    return tasks, num_workers, num_allowed
 
 
 def split_shards(merges: Sequence[TensorMerge], shard_nbytes: int) -> Iterator[tuple[TensorMerge, ...]]:
@@ -127,11 +127,11 @@ def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[SideFile],
     return digest.hexdigest()
 
 
-def _buffer_nbytes(demands: Collection[Demand], limits: Limits, num_threads: int) -> int:
+def _buffer_nbytes(demands: Collection[Demand], limits: Limits, num_workers: int) -> int:
     """One size for all tasks, so that buffers are used again."""
     gpus = limits.gpus
-    gpu_mem = gpus.allowed_mem // gpus.num_sharing(num_threads) if gpus else None
-    return choose_buffer_nbytes(demands, limits.allowed_mem // num_threads, limits.transfer, gpu_mem)
+    gpu_mem = gpus.allowed_mem // gpus.num_sharing(num_workers) if gpus else None
+    return choose_buffer_nbytes(demands, limits.allowed_mem // num_workers, limits.transfer, gpu_mem)
 
 
 def _make_task(

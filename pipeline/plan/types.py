@@ -228,7 +228,7 @@ class MergePlan:
     """What would be faster on the machines at hand; nothing of it gets into the output."""
     dropped: tuple[str, ...]
     """Input tensors that are not in the output, grouped, each with the rule that says so."""
-    num_threads: int
+    num_workers: int
     """Workers that the memory allows at once."""
     allowed_mem: int
     """For tensors and scratch of all workers together, in bytes."""

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-import traceback
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-import click
-
-from raymerge import RaymergeError
 from raymerge.pipeline.plan.types import MergeReport, ShardResult
 from raymerge.pipeline.redact import redact
 
 _MAX_NUMBER = 2**63
 """Larger ones are not ours."""
-
-MESSAGE = "Interrupted. What is finished is kept: run the same command again to go on."
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,19 +119,6 @@ _NAMES: dict[type[Event], str] = {
     Failed: "error",
 }
 _TYPES = {name: kind for kind, name in _NAMES.items()}
-
-
-def explain(error: BaseException) -> Failed:
-    """Return what is to be said about an error that ends a command, and the exit code for it."""
-    if isinstance(error, RaymergeError):
-        return Failed(type(error).__name__, redact(str(error)), 2)
-    if isinstance(error, KeyboardInterrupt | click.Abort):
-        return Failed(KeyboardInterrupt.__name__, MESSAGE, 130)
-    if isinstance(error, ModuleNotFoundError):
-        text = f"{error.name} is not installed for {sys.executable}; install raymerge there again, with what it needs"
-        return Failed(type(error).__name__, text, 2)
-    text = "".join(traceback.format_exception(error)).rstrip()
-    return Failed(type(error).__name__, redact(text), 1)
 
 
 def format_event(event: Event) -> str:

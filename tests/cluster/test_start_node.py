@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from raymerge.pipeline import merge, verify
+from raymerge import merge, verify
 from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import run_command
 from tests.servers.hosts import Host, Network, skip_without_hosts

@@ -68,7 +68,7 @@ BY_NAME = [
     {"value": 0.5},
 ]
 PAIR = listed(base=None, base_1=None)
-SMALL_FILES = {"shard_size": "4kB", "threads": 3}
+SMALL_FILES = {"shard_size": "4kB", "workers": 3}
 FEW_BLOCKS = {"memory": "12MiB"}
 FOR_THREE = {"memory": "19MiB"}
 
@@ -140,7 +140,7 @@ DELTAS = {
     "ties, odd tensors": Case(merged("ties", listed(odd_1=1), "odd", density=0.3)),
     "ties, streamed": Case(merged("ties", BIG, "big"), FOR_THREE, True),
     "ties, rescaled and streamed by two": Case(
-        merged("ties", BIG, "big", rescale=True), {"memory": "38MiB", "threads": 2, "shard_size": "200kB"}, True
+        merged("ties", BIG, "big", rescale=True), {"memory": "38MiB", "workers": 2, "shard_size": "200kB"}, True
     ),
     "dare_linear": Case(merged("dare_linear", TRIMMED, "base", lambda_=1.2)),
     "dare_linear, another seed": Case(merged("dare_linear", TRIMMED, "base", lambda_=1.2), {"seed": 7}),
@@ -210,8 +210,8 @@ FILES = {"shard_size": "8kB"}
 S3_MERGES = {
     "S3 to S3": (Case(remote("s3://digests/"), FILES), "s3://digests/merged"),
     "S3 to S3 through fsspec": (Case(remote("s3://digests/"), FILES | {"storage": "fsspec"}), "s3://digests/by-fsspec"),
-    "S3 to disk, one worker": (Case(remote("s3://digests/", dtype="float32"), {"threads": 1}), "merged"),
-    "disk to S3": (Case(remote(""), FILES | {"threads": 3}), "s3://digests/from-disk"),
+    "S3 to disk, one worker": (Case(remote("s3://digests/", dtype="float32"), {"workers": 1}), "merged"),
+    "disk to S3": (Case(remote(""), FILES | {"workers": 3}), "s3://digests/from-disk"),
 }
 """From and to an S3 server; with the output's URL."""
 HUB_MERGES = {
@@ -220,7 +220,7 @@ HUB_MERGES = {
 }
 """From and to a Hub."""
 RAY_MERGES = {
-    "Ray": (Case(remote(""), FILES | {"ray": True, "threads": 2}), "merged"),
+    "Ray": (Case(remote(""), FILES | {"ray": True, "workers": 2}), "merged"),
     "Ray, slices": (Case(SLICES["dare_ties slices, repeated"].config, FILES | {"ray": True, "seed": 5}), "merged"),
 }
 """On a Ray of this machine."""

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from raymerge import merge, plan
 from raymerge.ops import registry
-from raymerge.pipeline import merge, plan
 from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.forms.form import Model
@@ -61,9 +61,9 @@ def merge_in_every_way(config: dict[str, Any], directory: Path) -> Tensors:
         plan(config, memory=1)
     found = re.search(r"--memory (\S+)", str(caught.value))
     assert found
-    merge(config, directory / "plenty", memory="4GiB", threads=1)
-    merge(config, directory / "least", memory=found[1], threads=1)
-    merge(config, directory / "workers", threads=2, shard_size=1)
+    merge(config, directory / "plenty", memory="4GiB", workers=1)
+    merge(config, directory / "least", memory=found[1], workers=1)
+    merge(config, directory / "workers", workers=2, shard_size=1)
     files = [read_files(directory / name)["model.safetensors"] for name in ("plenty", "least")]
     assert files[0] == files[1]
     merged, by_workers = read_tensors(directory / "plenty"), read_tensors(directory / "workers")

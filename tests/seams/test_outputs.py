@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from raymerge.pipeline import merge
+from raymerge import merge
 from raymerge.pipeline.driver import merge_variants
 from raymerge.pipeline.stores.files import Buffer, ByteRange
 from raymerge.pipeline.stores.local.storage import LocalStorage
@@ -44,11 +44,11 @@ def test_three_outputs(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     alone = []
     for number, one in enumerate(configs):
         reads.clear()
-        merge(one, tmp_path / f"alone{number}", threads=1, shard_size="100kB", seed=3)
+        merge(one, tmp_path / f"alone{number}", workers=1, shard_size="100kB", seed=3)
         alone.append(sum(reads))
     reads.clear()
     outs = [tmp_path / f"together{number}" for number in range(3)]
-    merge_variants(configs, outs, threads=1, shard_size="100kB", seed=3)
+    merge_variants(configs, outs, workers=1, shard_size="100kB", seed=3)
     assert sum(reads) == alone[0] == alone[2] > 2 * 5000 * 16 * len(models)
     for number, out in enumerate(outs):
         files = read_files(out)

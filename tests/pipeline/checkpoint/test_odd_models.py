@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from raymerge import merge, plan
 from raymerge.ops.registry import Base, load_ops
-from raymerge.pipeline import merge, plan
 from tests.checkpoints import read_tensors, write_checkpoint, write_llama
 
 VALUES = {"weight": 1.0, "density": 0.5, "t": 0.5}
@@ -82,7 +82,7 @@ def test_the_fingerprint_stays_when_the_models_move(tmp_path: Path, monkeypatch:
     for name, seed in (("a", 1), ("b", 2)):
         write_llama(tmp_path / "here" / name, seed)
     before = fingerprint(tmp_path / "here")
-    assert fingerprint(tmp_path / "here", memory="1GiB", threads=1) == before
+    assert fingerprint(tmp_path / "here", memory="1GiB", workers=1) == before
     assert fingerprint(tmp_path / "here", seed=1) != before
     assert fingerprint(tmp_path / "here", shard_size="10kB") != before
     (tmp_path / "here").rename(tmp_path / "there")

@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raymerge import __version__
+from raymerge import __version__, plan
 from raymerge.ops.registry import load_ops
-from raymerge.pipeline import plan
 from raymerge.pipeline.cli import display
 from tests.checkpoints import read_files, read_tensors, write_config, write_family
 from tests.commands import Cli, run_command
@@ -29,12 +28,12 @@ def test_help_and_version(cli: Cli) -> None:
     for arguments in (["--help"], ["-h"], ["merge", "--help"], ["plan", "-h"], ["verify", "-h"], ["methods", "-h"]):
         outcome = cli(*arguments)
         assert (outcome.code, outcome.err) == (0, "")
-        assert outcome.out.startswith("Usage: raymerge")
+        assert outcome.out.lstrip().startswith("Usage: raymerge")
     assert __version__ in cli("--version").out
 
 
 @pytest.mark.parametrize(
-    "line", ["merge", "merge a.yml", "merge a.yml out --sead 1", "murge", "plan", "plan a.yml --threads 0"]
+    "line", ["merge", "merge a.yml", "merge a.yml out --sead 1", "murge", "plan", "plan a.yml --workers 0"]
 )
 def test_wrong_usage(line: str, cli: Cli) -> None:
     outcome = cli(*line.split())
@@ -159,7 +158,7 @@ def test_progress_in_plain_lines_where_there_is_no_terminal(
 ) -> None:
     monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
     monkeypatch.setattr(display.Display, "interval_seconds", 0.0)
-    outcome = cli("merge", config, tmp_path / "out", "--shard-size", "5kB", "--threads", "1", "-v")
+    outcome = cli("merge", config, tmp_path / "out", "--shard-size", "5kB", "--workers", "1", "-v")
     num_shards = len(list((tmp_path / "out").glob("*.safetensors")))
     assert outcome.out.startswith(f"{tmp_path / 'out'}: 21 tensors in {num_shards} shards\n  time ")
     assert outcome.out.endswith(f"  manifest  {tmp_path / 'out' / 'raymerge_manifest.json'}\n")

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from raymerge.pipeline import merge, plan
+from raymerge import merge, plan
+from raymerge.pipeline.cli.interrupt import MESSAGE
 from raymerge.pipeline.plan.types import MergeReport
-from raymerge.pipeline.progress.events import MESSAGE, read_event
+from raymerge.pipeline.progress.events import read_event
 from tests.checkpoints import read_files, write_checkpoint, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 
@@ -36,7 +37,7 @@ def parse(out: str) -> list[dict[str, Any]]:
 
 
 def test_a_merge_and_another_of_the_same(config: Path, tmp_path: Path, cli: Cli) -> None:
-    done = run_command("merge", config, tmp_path / "out", "--log-json", "--threads", "2", "--shard-size", "100kB")
+    done = run_command("merge", config, tmp_path / "out", "--log-json", "--workers", "2", "--shard-size", "100kB")
     assert (done.code, done.err) == (0, "")
     events = parse(done.out)
     the_plan = plan(config, shard_size="100kB")
@@ -66,9 +67,9 @@ def test_memory_is_compared_with_the_plan(tmp_path: Path) -> None:
     paths = [write_checkpoint(tmp_path / name, tensors, {}) for name in "ab"]
     models = [{"model": str(path), "parameters": {"weight": 1}} for path in paths]
     config = write_config(tmp_path / "merge.yml", {"merge_method": "linear", "models": models})
-    for threads in ("1", "2"):
-        out = tmp_path / threads
-        done = run_command("merge", config, out, "--log-json", "--threads", threads, "--shard-size", "16MiB")
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        done = run_command("merge", config, out, "--log-json", "--workers", workers, "--shard-size", "16MiB")
         report = read_event(done.out.splitlines()[-1])
         assert isinstance(report, MergeReport), done
         assert report.projected_mem > 2**24
@@ -116,7 +117,7 @@ def test_a_bug(config: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.Monke
 
 def test_ctrl_c(config: Path, tmp_path: Path) -> None:
     """Also where nobody reads: the log is larger than what a pipe holds, so that the merge waits for us."""
-    process = start_command("merge", config, tmp_path / "out", "--log-json", "--shard-size", "1", "--threads", "2")
+    process = start_command("merge", config, tmp_path / "out", "--log-json", "--shard-size", "1", "--workers", "2")
     assert process.stdout is not None
     first = [process.stdout.readline() for _ in range(5)]
     process.send_signal(signal.SIGINT)

@@ -175,8 +175,8 @@ OUT = "s3://bucket/it's $HOME"
 
 
 def check_call(call: list[Any], config_file: str) -> None:
-    assert call[:6] == ["raymerge", "merge", config_file, OUT, "--address", "auto"]
-    assert sorted(call[6:-1]) == sorted(["--seed", "3", "--shard-size", "5 GB", "--public", "--wait"])
+    assert call[:4] == ["raymerge", "merge", config_file, OUT]
+    assert call[4:-1] == ["--shard-size", "5 GB", "--seed", "3", "--public", "--wait", "--address", "auto"]
 
 
 def undo_kubernetes(value: str) -> str:

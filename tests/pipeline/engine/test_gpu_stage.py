@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from raymerge import Listener, merge
 from raymerge.cluster.runner import Report
 from raymerge.ops.kernels.random import PAGE_ELEMENTS
-from raymerge.pipeline import Listener, driver, merge, planner
+from raymerge.pipeline import driver, planner
 from raymerge.pipeline import runners as workers
 from raymerge.pipeline.engine import fetch, gpu_stage
 from raymerge.pipeline.engine import shard as execute
@@ -85,7 +86,7 @@ def test_the_same_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = make_config(method, family)
-    merge(config, tmp_path / "cpu", threads=1, seed=3, shard_size="2MB")
+    merge(config, tmp_path / "cpu", workers=1, seed=3, shard_size="2MB")
     assert gpu.num_sent == 0
     keep = Keep()
     memory, gpu_memory = LIMITS[limits]
@@ -93,7 +94,7 @@ def test_the_same_files(
     merge(
         config,
         tmp_path / "gpu",
-        threads=1,
+        workers=1,
         seed=3,
         shard_size="2MB",
         memory=memory,
@@ -145,7 +146,7 @@ def test_every_wait_is_needed(
     monkeypatch.setattr(gpu_stage, "open_queue", open_careless)
     memory, gpu_memory = LIMITS["small"]
     with pytest.raises(AssertionError, match=message):
-        merge(make_config("linear", family), tmp_path / "out", threads=1, memory=memory, gpu_memory=gpu_memory)
+        merge(make_config("linear", family), tmp_path / "out", workers=1, memory=memory, gpu_memory=gpu_memory)
 
 
 def test_a_gpu_that_runs_full_is_an_error_with_the_tensor(
@@ -153,12 +154,12 @@ def test_a_gpu_that_runs_full_is_an_error_with_the_tensor(
 ) -> None:
     monkeypatch.setattr(gpu, "capacity", 10**6)
     with pytest.raises(MemoryLimitError, match=r"^model.safetensors.*allow less with --gpu-memory, or end what else"):
-        merge(make_config("ties", family), tmp_path / "out", threads=1, gpu_memory="4GiB")
+        merge(make_config("ties", family), tmp_path / "out", workers=1, gpu_memory="4GiB")
     monkeypatch.setattr(gpu, "capacity", 2**40)
-    merge(make_config("ties", family), tmp_path / "done", threads=1, gpu_memory="4GiB")
+    merge(make_config("ties", family), tmp_path / "done", workers=1, gpu_memory="4GiB")
     monkeypatch.setattr(gpu, "capacity", gpu.most_there - 1)
     with pytest.raises(MemoryLimitError, match=r"^[acf]: .*allow less with --gpu-memory, or end what else"):
-        merge(make_config("ties", family), tmp_path / "out", threads=1, gpu_memory="4GiB")
+        merge(make_config("ties", family), tmp_path / "out", workers=1, gpu_memory="4GiB")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -27,7 +27,7 @@ VALUES = {"weight": 1.0, "density": 0.5, "t": 0.5}
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from raymerge.pipeline import Listener, merge
+from raymerge import Listener, merge
 
 def resident(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -38,17 +38,17 @@ class Keep(Listener):
         self.plan = plan
 
 tiny, large, out, memory = sys.argv[1:]
-merge(Path(tiny), f"{out}/tiny", memory=memory, threads=1)
+merge(Path(tiny), f"{out}/tiny", memory=memory, workers=1)
 before = resident("VmRSS")
 keep = Keep()
-merge(Path(large), f"{out}/large", memory=memory, threads=1, shard_size="16MiB", listener=keep)
+merge(Path(large), f"{out}/large", memory=memory, workers=1, shard_size="16MiB", listener=keep)
 peak = resident("VmHWM")  # ru_maxrss would begin with what the parent had when it started this process
 tasks = keep.plan.tasks
 print(json.dumps({
     "used": peak - before,
-    "projected": keep.plan.num_threads * max(task.projected_mem for task in tasks),
+    "projected": keep.plan.num_workers * max(task.projected_mem for task in tasks),
     "allowed": keep.plan.allowed_mem,
-    "num_threads": keep.plan.num_threads,
+    "num_workers": keep.plan.num_workers,
     "num_shards": len(tasks),
 }))
 """
@@ -95,6 +95,6 @@ def test_peak_memory_is_as_projected(name: str, models: dict[str, list[str]], tm
     )
     assert process.returncode == 0, process.stderr
     figures = json.loads(process.stdout)
-    assert (figures["num_threads"], figures["num_shards"]) == (1, 2)
+    assert (figures["num_workers"], figures["num_shards"]) == (1, 2)
     assert figures["projected"] <= figures["allowed"]
     assert figures["projected"] // 2 <= figures["used"] <= figures["projected"] + SLACK_NBYTES

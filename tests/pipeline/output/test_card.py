@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raymerge import __version__
-from raymerge.pipeline import plan
+from raymerge import __version__, plan
 from raymerge.pipeline.output.card import make_card
 from raymerge.pipeline.plan.types import MergePlan
 from tests.checkpoints import write_family

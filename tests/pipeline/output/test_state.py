@@ -13,7 +13,7 @@ import yaml
 from safetensors import safe_open
 
 import raymerge
-from raymerge.pipeline import merge, plan
+from raymerge import merge, plan
 from tests.checkpoints import (
     INDEX,
     add_noise,
@@ -76,7 +76,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def out(inputs: Path) -> Path:
     """The model merged of both."""
     (inputs / "merge.yml").write_text(TEXT)
-    merge(Path("merge.yml"), "merged", shard_size="5kB", threads=2)
+    merge(Path("merge.yml"), "merged", shard_size="5kB", workers=2)
     return inputs / "merged"
 
 
@@ -192,7 +192,7 @@ def test_what_makes_it_loadable_comes_last(inputs: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "replace", spy)
     monkeypatch.setattr(Path, "hardlink_to", spy_on_link)
-    merge(TEXT, inputs / "merged", shard_size="5kB", threads=1)
+    merge(TEXT, inputs / "merged", shard_size="5kB", workers=1)
     assert {name.partition("/")[0] for name in opened} == {".raymerge"}
     names = [name for name in appeared if not name.startswith(".raymerge/")]
     assert set(names) == read_files(inputs / "merged").keys()

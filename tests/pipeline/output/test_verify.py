@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from raymerge.pipeline import Listener, merge, verify
+from raymerge import Listener, merge, verify
 from raymerge.pipeline.checkpoint.header import read_header
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.output.verify import find_disagreements
@@ -35,7 +35,7 @@ def out(tmp_path: Path) -> Path:
 
 def test_sound(out: Path, cli: Cli) -> None:
     before = read_files(out)
-    report = verify(str(out), threads=3)
+    report = verify(str(out), workers=3)
     files = read_files(out)
     assert files == before
     assert report.num_files == len(files) - 1  # the manifest itself
@@ -159,9 +159,9 @@ def test_hidden_files_are_in_no_model(out: Path) -> None:
     assert verify(out).num_tensors == 21
 
 
-def test_threads(out: Path) -> None:
-    with pytest.raises(ConfigError, match="threads is 0"):
-        verify(out, threads=0)
+def test_workers(out: Path) -> None:
+    with pytest.raises(ConfigError, match="workers is 0"):
+        verify(out, workers=0)
 
 
 def test_unfinished(out: Path, tmp_path: Path, cli: Cli) -> None:

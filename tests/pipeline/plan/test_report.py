@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from raymerge import plan
 from raymerge.ops.registry import load_ops
-from raymerge.pipeline import plan
-from raymerge.pipeline.cli.method_report import format_method
+from raymerge.pipeline.cli.formats import format_method
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.plan.report import format_plan, plan_json, plan_table, save_table
 from raymerge.pipeline.plan.types import MergePlan
@@ -39,7 +39,7 @@ def ties(models: tuple[Path, ...]) -> MergePlan:
         "base_model": base,
         "models": [{"model": model, "parameters": {"weight": 1, "density": 0.5}} for model in tuned],
     }
-    return plan(config, shard_size="30MB", memory="100MB", threads=2)
+    return plan(config, shard_size="30MB", memory="100MB", workers=2)
 
 
 def test_a_plan_for_people(ties: MergePlan, models: tuple[Path, ...]) -> None:
@@ -58,10 +58,10 @@ def test_a_plan_for_people(ties: MergePlan, models: tuple[Path, ...]) -> None:
 
 def test_a_plan_for_gpus(models: tuple[Path, ...]) -> None:
     config = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in models]}
-    result = plan(config, threads=2, shard_size="30MB", gpu_memory="4GiB")
+    result = plan(config, workers=2, shard_size="30MB", gpu_memory="4GiB")
     line = next(line for line in format_plan(result).splitlines() if line.startswith("  gpus "))
     assert line.startswith("  gpus     1, ")
-    assert line.endswith("MiB for each of 2 threads on one, at most; 4096MiB of each are allowed")
+    assert line.endswith("MiB for each of 2 workers on one, at most; 4096MiB of each are allowed")
     found = json.loads(plan_json(result))
     assert (found["num_gpus"], found["allowed_gpu_mem"]) == (1, 2**32)
     assert all(0 < shard["projected_gpu_mem"] <= 2**31 for shard in found["shards"])
@@ -78,7 +78,7 @@ def test_a_plan_for_machines(ties: MergePlan) -> None:
     assert found["num_tensors"] == sum(shard["num_tensors"] for shard in found["shards"]) == 12
     assert found["read_nbytes"] == sum(shard["read_nbytes"] for shard in found["shards"])
     assert found["write_nbytes"] == sum(shard["nbytes"] for shard in found["shards"])
-    assert found["num_threads"] * max(s["projected_mem"] for s in found["shards"]) <= found["allowed_mem"] == 10**8
+    assert found["num_workers"] * max(s["projected_mem"] for s in found["shards"]) <= found["allowed_mem"] == 10**8
     assert found["fingerprint"] == ties.fingerprint
     assert found["config"]["vocab_size"] == VOCAB
     assert found["side_files"] == ["tokenizer_config.json"]
@@ -134,7 +134,7 @@ def test_what_is_left_out_is_printed(tmp_path: Path) -> None:
 def test_advice_is_printed_and_decides_nothing(tmp_path: Path) -> None:
     model = write_sparse(tmp_path / "a", {f"layers.{k}.weight": (10_000, 5_000) for k in range(60)}, {})
     config = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
-    one, many = (plan(config, shard_size="2GB", threads=threads, memory="8GiB") for threads in (1, 8))
+    one, many = (plan(config, shard_size="2GB", workers=workers, memory="8GiB") for workers in (1, 8))
     assert one.advice == ()
     (line,) = [line for line in format_plan(many).splitlines() if line.startswith("  advice: ")]
     assert line.endswith(
@@ -142,8 +142,8 @@ def test_advice_is_printed_and_decides_nothing(tmp_path: Path) -> None:
     )
     assert json.loads(plan_json(many))["advice"] == list(many.advice)
     assert (one.fingerprint, one.warnings) == (many.fingerprint, many.warnings)
-    assert plan(config, shard_size="200MB", threads=8, memory="8GiB").advice == ()
-    assert plan(config, shard_size="2GB", threads=8, memory="30MiB").advice == (), "the memory allows no more workers"
+    assert plan(config, shard_size="200MB", workers=8, memory="8GiB").advice == ()
+    assert plan(config, shard_size="2GB", workers=8, memory="30MiB").advice == (), "the memory allows no more workers"
 
 
 @pytest.mark.parametrize("name", load_ops())

@@ -57,11 +57,11 @@ LARGE = st.lists(
 )
 
 
-def plan(merges: list[TensorMerge], *, mem: int = 2**30, threads: int = 2, shard: int | None = None, seed: int = 0) -> (
+def plan(merges: list[TensorMerge], *, mem: int = 2**30, workers: int = 2, shard: int | None = None, seed: int = 0) -> (
     tuple[tuple[ShardTask, ...], int]
 ):  # fmt: skip
     seeded = [replace(m, variants=tuple(replace(v, seed=seed) for v in m.variants)) for m in merges]
-    return make_tasks(seeded, Limits(mem, threads, shard))[:2]
+    return make_tasks(seeded, Limits(mem, workers, shard))[:2]
 
 
 @given(MERGES, st.integers(1, 3000))
@@ -125,29 +125,29 @@ def test_bytes_to_read_and_write_are_the_sums(merges: list[TensorMerge], size: i
 
 @settings(deadline=None, max_examples=60)
 @given(LARGE, st.integers(1, 512), st.integers(1, 16), st.integers(10**5, 10**9))
-def test_memory_stays_within_what_is_allowed(merges: list[TensorMerge], mem: int, threads: int, size: int) -> None:
+def test_memory_stays_within_what_is_allowed(merges: list[TensorMerge], mem: int, workers: int, size: int) -> None:
     try:
-        tasks, num_threads = plan(merges, mem=mem * 2**20, threads=threads, shard=size)
+        tasks, num_workers = plan(merges, mem=mem * 2**20, workers=workers, shard=size)
     except MemoryLimitError as error:
         stated = re.search(r"--memory (\w+)$", str(error))
         assert stated is not None
         limit = parse_nbytes(stated[1])
         assert limit > mem * 2**20
-        assert plan(merges, mem=limit, threads=threads, shard=size)[1] == 1
+        assert plan(merges, mem=limit, workers=workers, shard=size)[1] == 1
         with pytest.raises(MemoryLimitError):
-            plan(merges, mem=limit - 2**20, threads=threads, shard=size)
+            plan(merges, mem=limit - 2**20, workers=workers, shard=size)
         return
-    assert 1 <= num_threads <= min(threads, len(tasks))
-    assert num_threads * max(task.projected_mem for task in tasks) <= mem * 2**20
+    assert 1 <= num_workers <= min(workers, len(tasks))
+    assert num_workers * max(task.projected_mem for task in tasks) <= mem * 2**20
     for task in tasks:
         demands = [measure_demand(merge) for merge in task.merges]
         assert task.projected_mem == project_mem(demands, task.buffer_nbytes, Transfer())
         assert task.buffer_nbytes >= max(demand.block_nbytes for demand in demands)
 
 
-def test_threads_are_given_up_before_the_merge_is() -> None:
+def test_workers_are_given_up_before_the_merge_is() -> None:
     merges = [make_merge(f"w{k}", 2**20, dtypes=("BF16",) * 40) for k in range(4)]
-    found = [plan(merges, mem=mem * 2**20, threads=4, shard=1)[1] for mem in (30, 60, 90, 1000)]
+    found = [plan(merges, mem=mem * 2**20, workers=4, shard=1)[1] for mem in (30, 60, 90, 1000)]
     assert found == sorted(found)
     assert (found[0], found[-1]) == (1, 4)
 
@@ -177,7 +177,7 @@ def test_larger_outputs_have_no_smaller_shards(one: int, other: int) -> None:
 
 def test_the_default_depends_on_the_output_alone() -> None:
     merges = [make_merge(f"w{k}", 10**7) for k in range(10)]
-    names = {tuple(t.file for t in plan(merges, mem=mem, threads=n)[0]) for mem in (2**27, 2**34) for n in (1, 9)}
+    names = {tuple(t.file for t in plan(merges, mem=mem, workers=n)[0]) for mem in (2**27, 2**34) for n in (1, 9)}
     assert len(names) == 1
 
 
@@ -195,10 +195,10 @@ def test_the_fingerprint_does_not_know_of_memory_workers_and_directories() -> No
     merges = [make_merge(f"w{k}", 10**6, op="slerp", parameters={"t": 0.5}) for k in range(5)]
     elsewhere = [moved(merge, url="/somewhere/else/model.safetensors") for merge in merges]
     prints = {
-        make_fingerprint(plan(inputs, mem=mem, threads=threads)[0], ())
+        make_fingerprint(plan(inputs, mem=mem, workers=workers)[0], ())
         for inputs in (merges, elsewhere)
         for mem in (2**24, 2**25, 2**33)
-        for threads in (1, 2, 5)
+        for workers in (1, 2, 5)
     }
     assert len(prints) == 1
 
@@ -255,8 +255,8 @@ def test_workers_that_share_a_gpu_divide_its_memory() -> None:
     on_cpu, _, _ = make_tasks(merges, limits)
     assert {task.projected_gpu_mem for task in on_cpu} == {0}
     for num_gpus, gpu_mem, expected in ((1, 2**30, 1), (1, 2**32, 6), (2, 2**32, 8), (4, 2**30, 4)):
-        tasks, num_threads, _ = make_tasks(merges, replace(limits, gpus=Gpus(num_gpus, gpu_mem)))
-        assert num_threads == expected
-        sharing = -(-num_threads // num_gpus)
+        tasks, num_workers, _ = make_tasks(merges, replace(limits, gpus=Gpus(num_gpus, gpu_mem)))
+        assert num_workers == expected
+        sharing = -(-num_workers // num_gpus)
         assert all(CONTEXT_NBYTES < task.projected_gpu_mem <= gpu_mem // sharing for task in tasks)
         assert make_fingerprint(tasks, ()) == make_fingerprint(on_cpu, ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raymerge.pipeline import inspect, merge, plan
+from raymerge import inspect, merge, plan
 from tests.checkpoints import write_family
 
 
@@ -20,7 +20,7 @@ def test_reprs_say_what_it_is_on_one_short_line(tmp_path: Path) -> None:
     assert repr(task).startswith(f"ShardTask({task.file}: {len(task.merges)} tensor")
     assert repr(task.merges[0]) == f"TensorMerge({task.merges[0].name}: linear of 3 tensors, F32 [32, 16])"
     assert repr(the_plan.inputs[0]).startswith(f"InputModel({family[0]}: 3 files in ")
-    report = merge({"merge_method": "linear", "models": models}, tmp_path / "out", threads=1)
+    report = merge({"merge_method": "linear", "models": models}, tmp_path / "out", workers=1)
     assert repr(report).startswith(f"MergeReport({tmp_path}/out: {tensors} tensors in 1 shard, ")
     assert repr(report.slowest).startswith("ShardResult(model.safetensors: ")
     assert repr(inspect(family[0])).startswith(f"Inspection({family[0]}: safetensors, {tensors} tensors in 3 files, ")

@@ -13,10 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.pipeline.cli.display import Display
-from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.plan.types import HostReport, MergeReport, ShardFile, ShardResult
 from raymerge.pipeline.progress.events import (
-    MESSAGE,
     Event,
     Failed,
     Held,
@@ -25,7 +23,6 @@ from raymerge.pipeline.progress.events import (
     Resumed,
     Retried,
     Warned,
-    explain,
     format_event,
     read_event,
 )
@@ -154,19 +151,3 @@ def test_whatever_is_an_event_can_be_shown(name: str, data: st.DataObject) -> No
     content[field] = data.draw(JSON)
     with Display(verbose=True, quiet=False) as display:
         display.show_line(json.dumps(content))
-
-
-def test_errors_are_explained() -> None:
-    assert explain(ConfigError("no models")) == Failed("ConfigError", "no models", 2)
-    assert explain(ConfigError("no models")).text == "Error: no models"
-    assert explain(KeyboardInterrupt()) == Failed("KeyboardInterrupt", MESSAGE, 130)
-    missing = explain(ModuleNotFoundError("No module named 'ray'", name="ray"))
-    assert missing.text.startswith("Error: ray is not installed for ")
-    assert missing.exit_code == 2
-    try:
-        raise LookupError("https://me:hidden@host")
-    except LookupError as error:
-        failed = explain(error)
-    assert (failed.type, failed.exit_code) == ("LookupError", 1)
-    assert failed.text.startswith("Traceback (most recent call last):\n")
-    assert failed.text.endswith("LookupError: https://***@host")

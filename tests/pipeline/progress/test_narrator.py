@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from raymerge import merge, plan
 from raymerge.cluster.runner import Progress
-from raymerge.pipeline import merge, plan
 from raymerge.pipeline.plan.types import ShardResult
 from raymerge.pipeline.progress.events import Event, Planned, Progressed, Resumed, Retried, Warned
 from raymerge.pipeline.progress.narrator import Narrator, _Speed
@@ -46,9 +46,9 @@ def config(tmp_path: Path) -> dict[str, Any]:
 def test_the_story_of_a_merge_that_is_resumed(config: dict[str, Any], tmp_path: Path) -> None:
     first = Recorder(stop_after=5)
     with pytest.raises(RuntimeError, match="stopped"):
-        merge(config, tmp_path / "out", shard_size=1, threads=1, listener=first)
+        merge(config, tmp_path / "out", shard_size=1, workers=1, listener=first)
     second = Recorder()
-    report = merge(config, tmp_path / "out", shard_size=1, threads=1, listener=second)
+    report = merge(config, tmp_path / "out", shard_size=1, workers=1, listener=second)
     second.reported(report)
     planned, warned, resumed, *rest = second.events
     assert isinstance(planned, Planned)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raymerge.pipeline import merge, plan
+from raymerge import merge, plan
 from raymerge.pipeline.plan.types import HostReport, MergePlan, MergeReport, ShardResult
 from raymerge.pipeline.progress.report import format_report, make_report
 from tests.checkpoints import write_llama
@@ -79,7 +79,7 @@ def test_what_shares_a_process(
     """Only threads reach what this process alone has."""
     out = f"memory:/{tmp_path}/out" if is_inside else tmp_path / "out"
     largest = max(task.projected_mem for task in plan(config, shard_size=1, out=str(out)).tasks)
-    assert merge(config, out, shard_size=1, threads=2).projected_mem == num_per_process * largest
+    assert merge(config, out, shard_size=1, workers=2).projected_mem == num_per_process * largest
 
 
 def test_a_report_for_people(the_plan: MergePlan) -> None:

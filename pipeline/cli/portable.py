@@ -1,4 +1,4 @@
-"""Whether a config means the same on another machine, before it is sent there."""
+"""Refuses configs and outputs that mean something else on the machines of a cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raymerge.pipeline.redact import redact
 from raymerge.pipeline.urls import scheme_of
 
 
-def check_travels(config: MergeConfig, out: str, *, shared_filesystem: bool) -> None:
+def check_portable(config: MergeConfig, out: str, *, shared_filesystem: bool) -> None:
     """Make sure that the machines of a cluster find what a merge is to read and write, as far as this one can tell.
 
     Args:

@@ -1,0 +1,156 @@
+"""The options of a merge: one dataclass that the API takes, and that the command line's options are made of."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, TypedDict
+
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.sizes import parse_nbytes
+from raymerge.pipeline.stores.open import Library
+
+Size = str | int
+"""Bytes, or text such as `4GiB` or `5GB`."""
+
+SPEED = "Memory and speed"
+OUTPUT = "Output"
+CLUSTER = "Cluster"
+
+
+@dataclass(frozen=True)
+class Help:
+    """What the command line says of an option; the API's names are the same, with underscores."""
+
+    text: str
+    panel: str
+    metavar: str | None = None
+    default: str | None = None
+    """What applies where the value is None."""
+    opposite: str | None = None
+    """Name of the flag that turns off what is on by default."""
+    former: str | None = None
+    """The option's earlier name, still accepted."""
+    short: str | None = None
+    """One letter that stands for the option."""
+
+
+StorageOption = Annotated[Library, Help("Library that serves s3://, gs://, az:// and http(s)://.", SPEED)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """How to merge: in how much memory, where, and what becomes of an earlier output.
+
+    Raises:
+        ConfigError: a value is out of range, or two exclude each other.
+    """
+
+    memory: Annotated[Size, Help("Memory for tensors and scratch of all workers together.", SPEED, "SIZE")] = "4GiB"
+    workers: Annotated[
+        int | None, Help("Shards in work at once.", SPEED, "N", default="one for each core", former="threads")
+    ] = None
+    gpu_memory: Annotated[
+        Size | None, Help("Merge on GPUs, with so much memory of each.", SPEED, "SIZE", default="merge on the CPU")
+    ] = None
+    storage: StorageOption = "auto"
+    shard_size: Annotated[
+        Size | None, Help("Largest output file, such as 5GB.", OUTPUT, "SIZE", default="by the output's size")
+    ] = None
+    seed: Annotated[int, Help("Seed of methods that draw random numbers.", OUTPUT, "N")] = 0
+    strict: Annotated[bool, Help("Refuse doubtful settings, NaN and infinity instead of warning.", OUTPUT)] = False
+    private: Annotated[bool, Help("How to make a Hub repository that is not there yet.", OUTPUT, opposite="public")] = (
+        True
+    )
+    wait: Annotated[bool, Help("Wait for another run that is writing to OUT to end.", OUTPUT)] = False
+    overwrite: Annotated[bool, Help("Replace a model that is in OUT.", OUTPUT)] = False
+    ray: Annotated[bool, Help("Start Ray on this machine, and merge on it.", CLUSTER)] = False
+    address: Annotated[
+        str | None,
+        Help("Merge on the Ray cluster whose head is there; `auto`: that of this machine.", CLUSTER, "HOST:PORT"),
+    ] = None
+    shared_filesystem: Annotated[bool, Help("Paths mean the same files on all machines of the cluster.", CLUSTER)] = (
+        False
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "shard_size", "gpu_memory"):
+            _parse(name, getattr(self, name))
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}; it must be 1 or more")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be 0 or more")
+        if self.storage not in ("auto", "fsspec"):
+            raise ConfigError(f"storage is {self.storage!r}; it must be 'auto' or 'fsspec'")
+        if self.ray and self.address is not None:
+            raise ConfigError(
+                "both ray, which starts Ray here, and the address of a running cluster are given; leave one"
+            )
+        if self.shared_filesystem and self.address is None:
+            raise ConfigError("shared_filesystem says something about the machines of a cluster; give its address too")
+
+    @property
+    def allowed_mem(self) -> int:
+        """`memory` in bytes."""
+        return _parse("memory", self.memory) or 0
+
+    @property
+    def shard_nbytes(self) -> int | None:
+        """`shard_size` in bytes."""
+        return _parse("shard_size", self.shard_size)
+
+    @property
+    def allowed_gpu_mem(self) -> int | None:
+        """`gpu_memory` in bytes."""
+        return _parse("gpu_memory", self.gpu_memory)
+
+    @property
+    def num_workers(self) -> int:
+        """`workers`, or the cores that this process may use."""
+        return self.workers or (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+
+
+class MergeKeywords(TypedDict, total=False):
+    """The fields of `MergeOptions` as keywords."""
+
+    memory: Size
+    workers: int | None
+    gpu_memory: Size | None
+    storage: Library
+    shard_size: Size | None
+    seed: int
+    strict: bool
+    private: bool
+    wait: bool
+    overwrite: bool
+    ray: bool
+    address: str | None
+    shared_filesystem: bool
+
+
+def make_options(options: MergeOptions | None, keywords: Mapping[str, Any]) -> MergeOptions:
+    """Return options with the fields changed that keywords name.
+
+    Raises:
+        TypeError: there is no such field.
+        ConfigError: a value is out of range, or two exclude each other.
+    """
+    names = [field.name for field in fields(MergeOptions)]
+    for name in keywords:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+            raise TypeError(f"{name!r} is not an option of a merge; {hint}")
+    return replace(options or MergeOptions(), **keywords)
+
+
+def _parse(name: str, size: Size | None) -> int | None:
+    if isinstance(size, str):
+        return parse_nbytes(size)
+    if size is not None and size < 1:
+        raise ConfigError(f"{name} is {size}; it must be 1 byte or more")
+    return size

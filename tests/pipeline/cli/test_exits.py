@@ -1,0 +1,24 @@
+"""Errors at the end of a command."""
+
+from __future__ import annotations
+
+from raymerge.pipeline.cli.exits import explain
+from raymerge.pipeline.cli.interrupt import MESSAGE
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.progress.events import Failed
+
+
+def test_errors_are_explained() -> None:
+    assert explain(ConfigError("no models")) == Failed("ConfigError", "no models", 2)
+    assert explain(ConfigError("no models")).text == "Error: no models"
+    assert explain(KeyboardInterrupt()) == Failed("KeyboardInterrupt", MESSAGE, 130)
+    missing = explain(ModuleNotFoundError("No module named 'ray'", name="ray"))
+    assert missing.text.startswith("Error: ray is not installed for ")
+    assert missing.exit_code == 2
+    try:
+        raise LookupError("https://me:hidden@host")
+    except LookupError as error:
+        failed = explain(error)
+    assert (failed.type, failed.exit_code) == ("LookupError", 1)
+    assert failed.text.startswith("Traceback (most recent call last):\n")
+    assert failed.text.endswith("LookupError: https://***@host")
