@@ -13,6 +13,8 @@ from functools import cache
 
 MESSAGE = "Interrupted. What is finished is kept: run the same command again to go on."
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 _GRACE_SECONDS = 5.0
 """For tidying up: letting go of the lock, ending uploads."""
 
@@ -33,6 +35,23 @@ def announced_by(announce: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         _announcers.remove(announce)
+
+
+@contextmanager
+def held_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt after the block, instead of somewhere in it; only for the main thread, which gets it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            raise KeyboardInterrupt
 
 
 @cache
@@ -60,5 +79,5 @@ def _watch(ours: socket.socket, theirs: socket.socket) -> None:
 
 
 def _wait_for_interrupt(signals: socket.socket) -> None:
-    while signals.recv(1)[0] not in (signal.SIGINT, signal.SIGTERM):
+    while signals.recv(1)[0] not in _SIGNALS:
         pass

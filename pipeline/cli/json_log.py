@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from raymerge.pipeline.cli.exits import explain
-from raymerge.pipeline.cli.interrupt import announced_by
+from raymerge.pipeline.cli.interrupt import announced_by, held_interrupts
 from raymerge.pipeline.progress.events import Event, Failed, format_event
 from raymerge.pipeline.progress.narrator import Narrator
 
@@ -25,8 +25,6 @@ class JsonLog(Narrator):
     def __init__(self, *, verbose: bool) -> None:
         super().__init__(verbose=verbose)
         self._is_over = False
-        self._is_torn = False
-        """Whether an interrupt has left a line without its end."""
         self._lock = threading.Lock()
 
     def show(self, event: Event) -> None:
@@ -34,11 +32,10 @@ class JsonLog(Narrator):
         if not self._lock.acquire(timeout=_LOCK_SECONDS):
             return
         try:
-            if not self._is_over:
-                self._is_over = isinstance(event, Failed)
-                line, self._is_torn = ("\n" if self._is_torn else "") + format_event(event), True
-                print(line, flush=True)
-                self._is_torn = False
+            with held_interrupts():  # none leaves half a line
+                if not self._is_over:
+                    self._is_over = isinstance(event, Failed)
+                    print(format_event(event), flush=True)
         except OSError:  # nobody reads, or the disk is full
             self._is_over = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be flushed
