@@ -20,7 +20,6 @@ from raymerge import Listener, merge
 from raymerge.pipeline.plan.types import ShardResult
 from raymerge.pipeline.stores import retry
 from raymerge.pipeline.stores.retry import Fault, FaultLog, Patience
-from raymerge.pipeline.stores.web import connection as web_connection
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli
 from tests.servers import free_ports
@@ -392,7 +391,6 @@ def test_tls(
     serve: Callable[..., Canned], certificate: tuple[Path, ssl.SSLContext], cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, context = certificate
-    web_connection._tls_context.cache_clear()
     monkeypatch.setattr(retry, "FIRST_SECONDS", 1.0)
     plain = serve(404, b"").url.replace("http:", "https:")
     tls = serve(404, b"", tls=context).url
@@ -408,9 +406,7 @@ def test_tls(
             if setting:
                 patch.setenv(setting, str(file))
             refuse(cli, ["inspect", "s3://tls/x"], "s3://tls", endpoint, of_s3)
-            web_connection._tls_context.cache_clear()
             refuse(cli, ["inspect", f"{endpoint}/x"], endpoint, of_web)
-    web_connection._tls_context.cache_clear()
 
 
 @pytest.mark.slow

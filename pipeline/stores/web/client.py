@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from raymerge import __version__
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import Fault
-from raymerge.pipeline.stores.web.connection import find_proxy, make_connection, proxy_credentials
+from raymerge.pipeline.stores.web.connection import find_proxy, make_connection, make_tls, proxy_credentials
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, explain_broken
 
 _BUFFER_NBYTES = CHUNK_NBYTES // 2
@@ -58,6 +59,7 @@ class WebClient:
         self._idle: dict[tuple[object, ...], list[http.client.HTTPConnection]] = {}
         self._buffers: list[memoryview] = []
         self._lock = threading.Lock()
+        self._tls: ssl.SSLContext | None = None
 
     def open(
         self,
@@ -119,10 +121,11 @@ class WebClient:
             return Reply(answer.status, answer.headers, content)
 
     def close(self) -> None:
-        """Close the connections that are idle."""
+        """Close the connections that are idle, and forget which certificates are trusted."""
         with self._lock:
             connections = [connection for kept in self._idle.values() for connection in kept]
             self._idle.clear()
+            self._tls = None
         self._buffers.clear()
         for connection in connections:
             connection.close()
@@ -152,7 +155,7 @@ class WebClient:
         own = {"User-Agent": f"raymerge/{__version__}", "Accept-Encoding": "identity"}
         if proxy and parts.scheme == "http":
             own |= proxy_credentials(proxy)
-        connection = self._take(key) or make_connection(parts, proxy)
+        connection = self._take(key) or make_connection(parts, proxy, self._find_tls)
         try:
             connection.timeout = seconds
             if connection.sock is not None:
@@ -166,6 +169,12 @@ class WebClient:
             connection.close()
             raise
         return Answer(self, key, connection, response, time.monotonic() + seconds)
+
+    def _find_tls(self) -> ssl.SSLContext:
+        tls = self._tls
+        if tls is None:
+            tls = self._tls = make_tls()
+        return tls
 
     def _take(self, key: tuple[object, ...]) -> http.client.HTTPConnection | None:
         """Return an idle connection that the server has not closed."""

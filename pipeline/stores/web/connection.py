@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import ssl
 from base64 import b64encode
-from functools import cache
+from collections.abc import Callable
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -13,8 +13,15 @@ from raymerge.pipeline.stores.remote import CHUNK_NBYTES
 from raymerge.pipeline.stores.web.errors import BrokenError
 
 
-def make_connection(parts: SplitResult, proxy: SplitResult | None) -> http.client.HTTPConnection:
+def make_connection(
+    parts: SplitResult, proxy: SplitResult | None, find_tls: Callable[[], ssl.SSLContext]
+) -> http.client.HTTPConnection:
     """Return what a request to a host is sent through.
+
+    Args:
+        parts: the request's URL.
+        proxy: that of the environment, if it names one.
+        find_tls: returns the certificates that are trusted, where the host is spoken to by TLS.
 
     Raises:
         BrokenError: the environment names a proxy of a kind that is not supported.
@@ -25,14 +32,18 @@ def make_connection(parts: SplitResult, proxy: SplitResult | None) -> http.clien
     through = (proxy.hostname or "", proxy.port or 80) if proxy else (host, port)
     if parts.scheme != "https":
         return http.client.HTTPConnection(*through, blocksize=CHUNK_NBYTES)
-    connection = http.client.HTTPSConnection(*through, context=_tls_context(), blocksize=CHUNK_NBYTES)
+    connection = http.client.HTTPSConnection(*through, context=find_tls(), blocksize=CHUNK_NBYTES)
     if proxy is not None:
         connection.set_tunnel(host, port or 443, proxy_credentials(proxy))
     return connection
 
 
-@cache
-def _tls_context() -> ssl.SSLContext:
+def make_tls() -> ssl.SSLContext:
+    """Return the certificates that the environment has trusted.
+
+    Raises:
+        BrokenError: it names a file that has none.
+    """
     from httpx2 import create_ssl_context  # where huggingface_hub takes its certificates from
 
     try:

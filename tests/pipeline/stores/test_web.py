@@ -22,7 +22,6 @@ from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError, O
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.web.client import WebClient
-from raymerge.pipeline.stores.web.connection import _tls_context
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError
 from raymerge.pipeline.stores.web.index import parse_index
 from raymerge.pipeline.stores.web.storage import WebStorage
@@ -334,14 +333,13 @@ def test_certificates_are_checked(
     try:
         with pytest.raises(FetchError, match=r"certificate of 127\.0\.0\.1 is not trusted.*SSL_CERT_FILE"):
             storage.stat(url)
-        _tls_context.cache_clear()
+        storage.close()
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert read_all(storage, storage.stat(url)) == b"{}"
         secure.redirect_to = server.url
         with pytest.raises(FetchError, match="redirected from https to http"):
             storage.stat(url)
     finally:
-        _tls_context.cache_clear()
         secure.stop()
 
 
