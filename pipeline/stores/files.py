@@ -1,9 +1,10 @@
-"""Files and byte ranges of them, as every store knows them."""
+"""Files and byte ranges of them, as every store knows them, and errors for files that changed after planning."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raymerge.pipeline.errors import FetchError
 from raymerge.pipeline.urls import scheme_of
 
 Buffer = memoryview
@@ -52,3 +53,26 @@ def aligned(nbytes: int) -> int:
     (64, 64)
     """
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def check_same(file: StoredFile, nbytes: int, etag: str) -> None:
+    """Compare a file as it was planned with to what is there now.
+
+    Raises:
+        FetchError: it has changed.
+    """
+    if (nbytes, etag) != (file.nbytes, file.etag):
+        raise changed(file, f"{nbytes:,} bytes, etag {etag}")
+
+
+def changed(file: StoredFile, found: str) -> FetchError:
+    """Return what to raise where a file has changed.
+
+    Args:
+        file: as it was planned with.
+        found: what is there now.
+    """
+    return FetchError(
+        f"{file.url}: changed since the plan was made: expected {file.nbytes:,} bytes, etag {file.etag};"
+        f" found {found}. Run again when nobody writes to it"
+    )

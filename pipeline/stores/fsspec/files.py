@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 from fsspec.registry import get_filesystem_class, known_implementations
 
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
-from raymerge.pipeline.stores.changes import changed
-from raymerge.pipeline.stores.files import Buffer, StoredFile
+from raymerge.pipeline.stores.files import Buffer, StoredFile, changed
 from raymerge.pipeline.stores.fsspec.errors import (
     classify_error,
     error_code,

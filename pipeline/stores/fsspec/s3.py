@@ -16,8 +16,7 @@ from s3fs import S3FileSystem
 from s3fs.core import S3File
 
 from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.stores.changes import check_same
-from raymerge.pipeline.stores.files import Buffer, StoredFile
+from raymerge.pipeline.stores.files import Buffer, StoredFile, check_same
 from raymerge.pipeline.stores.fsspec.errors import error_code, is_changed
 from raymerge.pipeline.stores.fsspec.files import FsspecFiles
 from raymerge.pipeline.stores.fsspec.loop import WRITE_SECONDS, run_bounded

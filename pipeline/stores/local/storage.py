@@ -15,8 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from raymerge.pipeline.errors import FetchError, HeldError, OutputError
-from raymerge.pipeline.stores.changes import check_same
-from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
+from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile, check_same
 from raymerge.pipeline.stores.local.writer import LocalWriter, file_etag, is_at, make_parents, output_error
 from raymerge.pipeline.stores.ranges import coalesce
 from raymerge.pipeline.stores.seam import Lock, Storage, Writer

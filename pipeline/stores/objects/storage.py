@@ -15,8 +15,7 @@ import obstore
 
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.stores.buffers import BufferPool
-from raymerge.pipeline.stores.changes import check_same
-from raymerge.pipeline.stores.files import Buffer, StoredFile
+from raymerge.pipeline.stores.files import Buffer, StoredFile, check_same
 from raymerge.pipeline.stores.lease import hold_lease
 from raymerge.pipeline.stores.objects.aws import AwsAccount
 from raymerge.pipeline.stores.objects.bucket import Bucket

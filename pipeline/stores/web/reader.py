@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from email.message import Message
 
 from raymerge.pipeline.errors import FetchError
-from raymerge.pipeline.stores import changes
+from raymerge.pipeline.stores import files
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.web.client import Answer, WebClient
 from raymerge.pipeline.stores.web.errors import RefusalError
@@ -52,7 +52,7 @@ def open_range(
 def changed(file: StoredFile, nbytes: int | None, etag: str | None) -> FetchError:
     """Return what to raise where a file is no longer what was planned with."""
     found = f"{nbytes:,} bytes" if nbytes is not None else "another size"
-    return changes.changed(file, f"{found}, etag {etag or 'unknown'}")
+    return files.changed(file, f"{found}, etag {etag or 'unknown'}")
 
 
 def parse_nbytes(headers: Message) -> int | None:
