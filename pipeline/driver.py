@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from raymerge.pipeline.config.merge_config import load_config
+from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
 from raymerge.pipeline.execution import Execution, carry_out, check_finite
 from raymerge.pipeline.options import MergeKeywords, MergeOptions, make_options
@@ -120,25 +120,9 @@ def merge_variants(
     start = time.perf_counter()
     options = make_options(options, keywords)
     listener = listener or Listener()
-    limits = _make_limits(options)
-    gpu_mem = options.allowed_gpu_mem
     with open_stores(StoreSettings(options.storage, options.private)) as stores, ExitStack() as stack:
-        session: RaySession | None = None
         loaded = [load_config(config, strict=options.strict) for config in configs]
-        if options.address is not None:
-            from raymerge.cluster.ray.session import connect_ray
-
-            session = stack.enter_context(connect_ray(options.address, list_cluster_variables()))
-            if gpu_mem is not None:
-                session = session.with_gpus()
-            num_workers = options.workers or max(node.num_cpus for node in session.nodes)
-            limits = replace(limits, num_workers=num_workers)
-        elif limits.num_workers > 1 and not options.ray:
-            models = [model.path for model in loaded[0].referenced_models]
-            prepare_workers(stores, models, [str(out) for out in outs], on_gpus=gpu_mem is not None)
-        if gpu_mem is not None:
-            num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
-            limits = replace(limits, gpus=Gpus(num_gpus, gpu_mem))
+        session, limits = _find_workers(stores, loaded[0], outs, options, stack)
         the_plan = make_plan(stores, loaded, [str(out) for out in outs], limits, options.seed, session)
         targets = [_check_output(stores, the_plan, k, out, overwrite=options.overwrite) for k, out in enumerate(outs)]
         if options.ray:
@@ -151,49 +135,79 @@ def merge_variants(
             urls = [*targets, *(item.url for item in the_plan.inputs)]
             check_reach(stores, urls, session, shared_filesystem=options.shared_filesystem)
         listener.planned(the_plan)
-        names = list_outputs(the_plan)
         on_held = listener.held if options.wait else None
-        states, locks = [], []
-        for target, output in zip(targets, the_plan.outputs, strict=True):
-            opened = open_output(
-                stores, target, output.fingerprint, names, overwrite=options.overwrite, on_held=on_held
+        opened = [
+            stack.enter_context(
+                open_output(
+                    stores,
+                    target,
+                    output.fingerprint,
+                    list_outputs(the_plan),
+                    overwrite=options.overwrite,
+                    on_held=on_held,
+                )
             )
-            state, lock = stack.enter_context(opened)
-            states.append(state)
-            locks.append(lock)
-        unfinished = [k for k, state in enumerate(states) if state is not OutputState.COMPLETE]
+            for target, output in zip(targets, the_plan.outputs, strict=True)
+        ]
+        unfinished = [k for k, (state, _) in enumerate(opened) if state is not OutputState.COMPLETE]
         complete = [k for k in range(len(outs)) if k not in unfinished]
         nonfinite = {k: tuple(read_manifest(stores, targets[k]).nonfinite) for k in complete}
         for found in nonfinite.values():
             check_finite(found, strict=options.strict)
-        done: Execution | None = None
+        done = Execution()
         if unfinished:
             done = carry_out(
                 stores,
                 select_outputs(the_plan, unfinished),
                 [targets[k] for k in unfinished],
-                [locks[k] for k in unfinished],
+                [opened[k][1] for k in unfinished],
                 listener,
                 session,
                 strict=options.strict,
             )
             nonfinite |= dict(zip(unfinished, done.nonfinite, strict=True))
         faults = stores.faults.drain()
-        seconds = time.perf_counter() - start
         return [
             make_report(
                 the_plan,
                 target,
-                done.results if done and k in unfinished else (),
-                seconds=seconds,
-                work_seconds=done.seconds if done else 0.0,
-                num_per_process=done.num_per_process if done else 1,
+                done.results if k in unfinished else (),
+                seconds=time.perf_counter() - start,
+                work_seconds=done.seconds,
+                num_per_process=done.num_per_process,
                 faults=faults,
                 nonfinite=nonfinite[k],
                 was_complete=k not in unfinished,
             )
             for k, target in enumerate(targets)
         ]
+
+
+def _find_workers(
+    stores: Stores, config: MergeConfig, outs: Sequence[str | Path], options: MergeOptions, stack: ExitStack
+) -> tuple[RaySession | None, Limits]:
+    """Return the running Ray cluster that is asked for, if any, and what each machine may use.
+
+    Where processes of this machine will do the work, they begin to import what they need.
+    """
+    session: RaySession | None = None
+    limits = _make_limits(options)
+    gpu_mem = options.allowed_gpu_mem
+    if options.address is not None:
+        from raymerge.cluster.ray.session import connect_ray
+
+        session = stack.enter_context(connect_ray(options.address, list_cluster_variables()))
+        if gpu_mem is not None:
+            session = session.with_gpus()
+        num_workers = options.workers or max(node.num_cpus for node in session.nodes)
+        limits = replace(limits, num_workers=num_workers)
+    elif limits.num_workers > 1 and not options.ray:
+        models = [model.path for model in config.referenced_models]
+        prepare_workers(stores, models, [str(out) for out in outs], on_gpus=gpu_mem is not None)
+    if gpu_mem is not None:
+        num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
+        limits = replace(limits, gpus=Gpus(num_gpus, gpu_mem))
+    return session, limits
 
 
 def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False, storage: Library = "auto") -> str:

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 class Execution:
     """What came of a plan."""
 
-    results: tuple[ShardResult, ...]
+    results: tuple[ShardResult, ...] = ()
     """Of the tasks that this run did."""
-    seconds: float
+    seconds: float = 0.0
     """In which shards were made."""
-    num_per_process: int
+    num_per_process: int = 1
     """Shards in work at once in one process."""
-    nonfinite: tuple[tuple[str, ...], ...]
+    nonfinite: tuple[tuple[str, ...], ...] = ()
     """For each output its tensors with NaN or infinity."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from raymerge.pipeline.checkpoint.checkpoint import INDEX, Checkpoint
-from raymerge.pipeline.checkpoint.header import TensorEntry, read_header
+from raymerge.pipeline.checkpoint.header import read_header
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.stores.files import StoredFile
@@ -38,29 +38,22 @@ _NUM_READERS = 16
 DAMAGED = "the checkpoint is damaged or mixed from two: download it again"
 
 
-def read_table(stores: Stores, models: Mapping[str, Iterable[StoredFile]], known: pa.Table | None = None) -> pa.Table:
+def read_table(stores: Stores, models: Mapping[str, Iterable[StoredFile]]) -> pa.Table:
     """Read the header of every file and return the tensors: models as given, files by name, tensors as they lie there.
 
     Args:
         stores: that have the files.
         models: the files of each model, by its reference as text.
-        known: a table that was read before; files that are as they were then are not read again.
 
     Raises:
         CheckpointError: a header is malformed.
         FetchError: a file could not be read.
     """
     files = [(model, file) for model, listed in models.items() for file in listed]
-    headers: dict[StoredFile, Sequence[TensorEntry | StoredTensor]] = {}
-    if known is not None:
-        headers |= _group_by_file(known)
-    unread = [file for file in dict.fromkeys(file for _, file in files) if file not in headers]
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        found = pool.map(lambda file: read_header(stores.at(file.url), file), unread)
-        headers |= dict(zip(unread, found, strict=True))
+        headers = pool.map(lambda item: read_header(stores.at(item[1].url), item[1]), files)
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for model, file in files:
-        entries = headers[file]
+    for (model, file), entries in zip(files, headers, strict=True):
         columns["model"] += [model] * len(entries)
         columns["name"] += [entry.name for entry in entries]
         columns["dtype"] += [entry.dtype for entry in entries]
@@ -132,15 +125,6 @@ def find_index_faults(url: str, weight_map: Mapping[str, str] | None, tensors: I
         if weight_map.get(name) != found.get(name):
             stated, stored = weight_map.get(name, "no file"), found.get(name, "no file")
             yield f"tensor {name!r} is in {stored}, but {INDEX} says {stated}"
-
-
-def _group_by_file(table: pa.Table) -> dict[StoredFile, list[StoredTensor]]:
-    """Return the rows of each file once, even if several models share it."""
-    groups: dict[StoredFile, dict[str, StoredTensor]] = {}
-    for tensors in list_tensors(table).values():
-        for tensor in tensors:
-            groups.setdefault(tensor.file, {})[tensor.name] = tensor
-    return {file: list(tensors.values()) for file, tensors in groups.items()}
 
 
 def _texts(column: pa.Array) -> list[str]:

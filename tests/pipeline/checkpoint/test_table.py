@@ -173,21 +173,3 @@ def test_a_shard_that_changes_in_between(models: list[ModelRef]) -> None:
     safetensors.torch.save_file({"ü": torch.zeros(2, dtype=torch.float16)}, Path(models[1].path) / "model.safetensors")
     with pytest.raises(FetchError, match=r"single/model.safetensors: changed since the plan was made"):
         read_table(Stores(), {str(c.model): c.weight_files for c in checkpoints})
-
-
-def test_headers_that_are_known_are_not_read_again(models: list[ModelRef], monkeypatch: pytest.MonkeyPatch) -> None:
-    known = read_models(models)
-    (Path(models[1].path) / "model.safetensors").unlink()
-    write_model(Path(models[1].path), {"model.safetensors": {"new": torch.ones(3)}})
-    read: list[str] = []
-
-    def note(storage: Storage, file: StoredFile) -> tuple[TensorEntry, ...]:
-        read.append(file.url)
-        return read_header(storage, file)
-
-    monkeypatch.setattr("raymerge.pipeline.checkpoint.table.read_header", note)
-    checkpoints = resolve_models(Stores(), models)
-    found = read_table(Stores(), {str(c.model): c.weight_files for c in checkpoints}, known)
-    assert read == [f"{models[1]}/model.safetensors"]
-    monkeypatch.undo()
-    assert found == read_models(models) != known
