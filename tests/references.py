@@ -3,64 +3,123 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-Weights = Sequence[float]
+from raymerge.ops.kernels.random import RandomSparsifier
+from raymerge.ops.registry import Base, find_op
+
+Tensors = Sequence[torch.Tensor]
+Parameters = Mapping[str, Any]
+"""As in the YAML, with one value for each model where there is one."""
+Keep = Callable[[torch.Tensor, int], torch.Tensor]
+"""Returns a delta with what is dropped set to zero, given the model's position."""
 
 
-def linear(inputs: Sequence[torch.Tensor], weights: Weights, *, normalize: bool = True) -> torch.Tensor:
-    total = sum((weight * x.double() for weight, x in zip(weights, inputs, strict=True)), torch.zeros(()).double())
-    return total / sum(weights) if normalize else total
+@dataclass
+class Exact:
+    """What a method gives."""
+
+    values: torch.Tensor
+    """Float64."""
+    terms: torch.Tensor
+    """The sum of the absolute values of what was added up: rounding errors are relative to it."""
+    is_draw: torch.Tensor
+    """Where an election is so close that float32 may decide it the other way."""
 
 
-def slerp(inputs: Sequence[torch.Tensor], t: float) -> torch.Tensor:
-    a, b = (x.double() for x in inputs)
+def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str = "", seed: int = 0) -> Exact:
+    """Return what an op makes of sources in config order, a base first.
+
+    Args:
+        op: its name.
+        tensors: of any dtype.
+        parameters: what is not given has its default.
+        name: of the output tensor.
+        seed: the merge's.
+    """
+    num_models = len(tensors) - (find_op(op).base is Base.REQUIRED)
+    defaults = {p.name: (p.default,) * num_models if p.per_model else p.default for p in find_op(op).parameters}
+    values: dict[str, Any] = defaults | dict(parameters)
+
+    def keep_largest(delta: torch.Tensor, position: int) -> torch.Tensor:
+        return _keep_largest(delta, values["density"][position])
+
+    def keep_random(delta: torch.Tensor, position: int) -> torch.Tensor:
+        return delta * _random_mask(delta, values["density"][position], seed, name, position)
+
+    match op:
+        case "linear":
+            return _linear(tensors, values["weight"], normalize=values["normalize"])
+        case "passthrough":
+            return _linear(tensors, values["scale"], normalize=False)
+        case "slerp":
+            return _slerp(tensors, values["t"])
+        case "task_arithmetic":
+            return _task_arithmetic(tensors, values | {"rescale": False}, lambda delta, _: delta)
+        case "dare_linear":
+            return _task_arithmetic(tensors, values, keep_random)
+        case "ties":
+            return _task_arithmetic(tensors, values, keep_largest, elects=True)
+        case "dare_ties":
+            return _task_arithmetic(tensors, values, keep_random, elects=True)
+    raise NotImplementedError(f"write {op} as plain float64 code in tests/references.py")
+
+
+def _linear(tensors: Tensors, weights: Sequence[float], *, normalize: bool) -> Exact:
+    products = torch.stack([weight * x.double() for weight, x in zip(weights, tensors, strict=True)])
+    products /= sum(weights) if normalize else 1
+    return _add_up(products)
+
+
+def _slerp(tensors: Tensors, t: float) -> Exact:
+    a, b = (x.double() for x in tensors)
     unit_a, unit_b = (x / x.norm() if x.norm() > 1e-8 else x for x in (a, b))
     cosine = float((unit_a * unit_b).sum())
     if abs(cosine) > 0.9995:
-        return (1 - t) * a + t * b
+        return _add_up(torch.stack([(1 - t) * a, t * b]))
     angle = math.acos(cosine)
-    return (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
+    return _add_up(torch.stack([math.sin((1 - t) * angle) * a, math.sin(t * angle) * b]) / math.sin(angle))
 
 
-def task_arithmetic(inputs: Sequence[torch.Tensor], weights: Weights, lambda_: float = 1.0) -> torch.Tensor:
-    base, deltas = _deltas(inputs)
-    return base + lambda_ * sum((w * d for w, d in zip(weights, deltas, strict=True)), torch.zeros(()).double())
+def _add_up(products: torch.Tensor) -> Exact:
+    total = products.sum(0)
+    return Exact(total, products.abs().sum(0), torch.zeros_like(total, dtype=torch.bool))
 
 
-def ties(
-    inputs: Sequence[torch.Tensor],
-    weights: Weights,
-    densities: Weights,
-    *,
-    normalize: bool = True,
-    lambda_: float = 1.0,
-) -> torch.Tensor:
-    base, deltas = _deltas(inputs)
-    kept = [_keep_largest(delta, density) for delta, density in zip(deltas, densities, strict=True)]
-    return base + lambda_ * _elect([w * d for w, d in zip(weights, kept, strict=True)], weights, normalize)
+def _task_arithmetic(tensors: Tensors, values: Parameters, keep: Keep, *, elects: bool = False) -> Exact:
+    weights = values["weight"]
+    base = tensors[0].double()
+    if not weights:
+        return _add_up(base[None])
+    # Differences are taken in float32, for their order decides what is kept.
+    deltas = [(x.float() - tensors[0].float()).double() for x in tensors[1:]]
+    kept = [_thin(delta, keep(delta, position), values) for position, delta in enumerate(deltas)]
+    votes = torch.stack([weight * delta for weight, delta in zip(weights, kept, strict=True)])
+    sizes = votes.abs().sum(0)
+    total = votes.sum(0)
+    takes_part = votes.sign() == torch.where(total >= 0, 1.0, -1.0) if elects else torch.ones_like(votes)
+    mixed = (votes * takes_part).sum(0)
+    if values["normalize"]:
+        divisor = (torch.tensor(weights, dtype=torch.float64).reshape(-1, *(1 for _ in base.shape)) * takes_part).sum(0)
+        divisor = torch.where(divisor.abs() < 1e-8, 1.0, divisor)
+        mixed, sizes = mixed / divisor, sizes / divisor.abs()
+    is_draw = (total.abs() < 1e-6 * votes.abs().sum(0)) & elects
+    return Exact(base + values["lambda"] * mixed, base.abs() + abs(values["lambda"]) * sizes, is_draw)
 
 
-def dare_linear_unthinned(inputs: Sequence[torch.Tensor], weights: Weights) -> torch.Tensor:
-    return task_arithmetic(inputs, weights)
-
-
-def dare_ties_unthinned(inputs: Sequence[torch.Tensor], weights: Weights) -> torch.Tensor:
-    return ties(inputs, weights, [1.0] * len(weights), normalize=False)
-
-
-def passthrough(inputs: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
-    return scale * inputs[0].double()
-
-
-def _deltas(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The base and the differences to it; these are taken in float32, for their order decides what ties keeps."""
-    return inputs[0].double(), [(x.float() - inputs[0].float()).double() for x in inputs[1:]]
+def _thin(delta: torch.Tensor, kept: torch.Tensor, values: Parameters) -> torch.Tensor:
+    if values["rescale"] and kept.abs().sum() > 1e-7:
+        return kept * (delta.abs().sum() / kept.abs().sum())
+    return kept
 
 
 def _keep_largest(delta: torch.Tensor, density: float) -> torch.Tensor:
+    if density <= 0:
+        return torch.zeros_like(delta)
     flat = delta.reshape(-1)
     num_kept = flat.numel() if density >= 1 else max(1, int(density * flat.numel()))
     order = torch.sort(flat.abs(), descending=True, stable=True).indices  # among equals the first
@@ -69,12 +128,11 @@ def _keep_largest(delta: torch.Tensor, density: float) -> torch.Tensor:
     return kept.reshape(delta.shape)
 
 
-def _elect(deltas: Sequence[torch.Tensor], weights: Weights, normalize: bool) -> torch.Tensor:
-    total = torch.stack(list(deltas)).sum(0)
-    majority = torch.where(total >= 0, 1.0, -1.0).double()
-    agrees = [(delta.sign() == majority).double() for delta in deltas]
-    mixed = torch.stack([d * mask for d, mask in zip(deltas, agrees, strict=True)]).sum(0)
-    if not normalize:
-        return mixed
-    divisor = torch.stack([w * mask for w, mask in zip(weights, agrees, strict=True)]).sum(0)
-    return mixed / torch.where(divisor == 0, 1.0, divisor)
+def _random_mask(delta: torch.Tensor, density: float, seed: int, name: str, position: int) -> torch.Tensor:
+    """Draw the mask as the product does; tests/ops/kernels/test_random.py holds what is drawn."""
+    if not 0 < density < 1:
+        return torch.full_like(delta, density >= 1)
+    mask = torch.ones(delta.numel())
+    sparsifier = RandomSparsifier(density, seed=seed, name=name, position=position)
+    sparsifier.trim(0, mask, (torch.empty_like(mask), torch.empty_like(mask)))
+    return mask.double().reshape(delta.shape)

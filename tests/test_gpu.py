@@ -14,8 +14,7 @@ from raymerge.pipeline.plan.memory import CONTEXT_NBYTES
 from raymerge.pipeline.plan.types import MergePlan
 from tests.checkpoints import read_model, write_family
 from tests.ops.engine import MemoryBlock, run_kernel
-from tests.ops.samples import make_kernel, make_sources
-from tests.ops.test_devices import CASES
+from tests.ops.samples import CASES, Change, make_kernel, make_sources
 from tests.test_sameness import METHODS, make_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
@@ -23,8 +22,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 
 @pytest.mark.parametrize(("op", "change"), CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_op_gives_the_bits_of_the_cpu(op: Op, change: dict[str, bool], dtype: torch.dtype) -> None:
-    kernel = make_kernel(op, **{name: value for name, value in change.items() if name})
+def test_every_op_gives_the_bits_of_the_cpu(op: Op, change: Change, dtype: torch.dtype) -> None:
+    kernel = make_kernel(op, change)
     num_elements = 20 * BLOCK_ELEMENTS + 20_001
     sources = make_sources(op, num_elements, dtype=dtype)
     site = Site("model.layers.0.weight", (num_elements,), len(sources), 0)

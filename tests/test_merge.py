@@ -15,7 +15,6 @@ import torch
 from raymerge import merge, plan
 from raymerge.pipeline.errors import ConfigError, OutputError, TensorMismatchError
 from raymerge.pipeline.stores.buffers import BufferPool
-from tests import references
 from tests.checkpoints import (
     Tensors,
     add_noise,
@@ -27,6 +26,7 @@ from tests.checkpoints import (
     write_family,
 )
 from tests.commands import Cli, run_command
+from tests.references import find_exact
 
 Reference = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
@@ -51,7 +51,7 @@ def cases(family: Sequence[Path]) -> dict[str, tuple[dict[str, Any], Reference]]
     return {
         "linear": (
             {"merge_method": "linear", "models": weighted(family, (1, 2, -0.5, 0.25))},
-            lambda x: references.linear(x, (1, 2, -0.5, 0.25)),
+            lambda x: find_exact("linear", x, {"weight": (1, 2, -0.5, 0.25)}).values,
         ),
         "linear unnormalized": (
             {
@@ -59,7 +59,7 @@ def cases(family: Sequence[Path]) -> dict[str, tuple[dict[str, Any], Reference]]
                 "models": weighted(family, (0.3, 0.3, 0.3, 0.2)),
                 "parameters": {"normalize": False},
             },
-            lambda x: references.linear(x, (0.3, 0.3, 0.3, 0.2), normalize=False),
+            lambda x: find_exact("linear", x, {"weight": (0.3, 0.3, 0.3, 0.2), "normalize": False}).values,
         ),
         "slerp": (
             {
@@ -68,7 +68,7 @@ def cases(family: Sequence[Path]) -> dict[str, tuple[dict[str, Any], Reference]]
                 "models": [{"model": str(model)} for model in family[:2]],
                 "parameters": {"t": 0.3},
             },
-            lambda x: references.slerp(x[:2], 0.3),
+            lambda x: find_exact("slerp", x[:2], {"t": 0.3}).values,
         ),
         "task_arithmetic": (
             {
@@ -77,7 +77,7 @@ def cases(family: Sequence[Path]) -> dict[str, tuple[dict[str, Any], Reference]]
                 "models": weighted(tuned, WEIGHTS),
                 "parameters": {"lambda": 0.7},
             },
-            lambda x: references.task_arithmetic(x, WEIGHTS, 0.7),
+            lambda x: find_exact("task_arithmetic", x, {"weight": WEIGHTS, "lambda": 0.7}).values,
         ),
         "ties": (
             {
@@ -86,7 +86,7 @@ def cases(family: Sequence[Path]) -> dict[str, tuple[dict[str, Any], Reference]]
                 "models": weighted(tuned, (1, 0.5, 0.25), density=DENSITIES),
                 "parameters": {"lambda": 0.7},
             },
-            lambda x: references.ties(x, (1, 0.5, 0.25), DENSITIES, lambda_=0.7),
+            lambda x: find_exact("ties", x, {"weight": (1, 0.5, 0.25), "density": DENSITIES, "lambda": 0.7}).values,
         ),
         "ties unnormalized, one weight negative": (
             {
@@ -95,19 +95,19 @@ def cases(family: Sequence[Path]) -> dict[str, tuple[dict[str, Any], Reference]]
                 "models": weighted(tuned, WEIGHTS, density=DENSITIES),
                 "parameters": {"normalize": False},
             },
-            lambda x: references.ties(x, WEIGHTS, DENSITIES, normalize=False),
+            lambda x: find_exact("ties", x, {"weight": WEIGHTS, "density": DENSITIES, "normalize": False}).values,
         ),
         "dare_linear": (
             {"merge_method": "dare_linear", "base_model": base, "models": weighted(tuned, WEIGHTS)},
-            lambda x: references.dare_linear_unthinned(x, WEIGHTS),
+            lambda x: find_exact("dare_linear", x, {"weight": WEIGHTS}).values,
         ),
         "dare_ties": (
             {"merge_method": "dare_ties", "base_model": base, "models": weighted(tuned, WEIGHTS)},
-            lambda x: references.dare_ties_unthinned(x, WEIGHTS),
+            lambda x: find_exact("dare_ties", x, {"weight": WEIGHTS}).values,
         ),
         "passthrough": (
             {"merge_method": "passthrough", "models": [{"model": base, "parameters": {"scale": 1.7}}]},
-            lambda x: references.passthrough(x, 1.7),
+            lambda x: find_exact("passthrough", x[:1], {"scale": (1.7,)}).values,
         ),
     }
 
@@ -217,7 +217,8 @@ def test_mixed_dtypes_of_the_inputs_are_promoted(tmp_path: Path) -> None:
     merge({"merge_method": "linear", "models": weighted(models, (1, 1))}, tmp_path / "out")
     for name, found in read_tensors(tmp_path / "out").items():
         assert found.dtype == torch.float32
-        assert_close(found, references.linear([one[name], two[name]], (1, 1)), [one[name], two[name]])
+        exact = find_exact("linear", [one[name], two[name]], {"weight": (1, 1)}).values
+        assert_close(found, exact, [one[name], two[name]])
 
 
 def test_overflow_is_reported(tmp_path: Path, cli: Cli) -> None:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
 from raymerge.ops.kernel import Kernel
-from raymerge.ops.registry import Base, Op, Value
+from raymerge.ops.registry import Base, Op, Value, load_ops
 
-SAMPLE_VALUES: dict[str, Value] = {"t": 0.3, "density": 0.5}
-SAMPLE_WEIGHTS = (0.5, 0.3, 0.4)
+Change = Mapping[str, Any]
+"""Values of parameters, by name; for a per-model parameter one for each of three models."""
+NO_CHANGE: Change = MappingProxyType({})
+
+SAMPLE_VALUES: dict[str, Value | tuple[Value, ...]] = {"t": 0.3, "density": 0.5, "weight": (0.5, 0.3, 0.4)}
+VARIANTS: dict[str, list[Any]] = {
+    "weight": [(1.0, -0.25, 0.5), (0.5, 0.0, 0.5), (0.3, 0.3, 0.3)],
+    "t": [0.0, 0.9],
+    "density": [(0.5, 0.2, 1.0), (0.0, 0.7, -1.0)],
+    "lambda": [0.4],
+    "scale": [-1.5],
+}
+"""For each parameter that a sweep may vary, values to try besides the sample."""
 
 
 def make_fine_tunes(
@@ -36,15 +52,42 @@ def make_sources(op: Op, num_elements: int, *, dtype: torch.dtype = torch.bfloat
     return tensors if op.base is Base.REQUIRED else tensors[1:]
 
 
-def make_kernel(op: Op, **changes: Value | tuple[Value, ...]) -> Kernel:
-    """Return an op's kernel, with a value that makes it work for each parameter."""
+def make_tied_sources(op: Op, num_elements: int) -> list[torch.Tensor]:
+    """Return sources that differ by few values, so that many elements lie on a threshold."""
+    base, *models = make_sources(op, num_elements, dtype=torch.float32)
+    return [base, *(base + (model - base).mul_(500).round_().div_(512) for model in models)]
+
+
+def sample_parameters(op: Op, change: Change = NO_CHANGE) -> dict[str, Any]:
+    """Return a value that makes an op work for each parameter, as in the YAML, one of them changed."""
     num_models = num_sample_models(op)
-    parameters: dict[str, Value | tuple[Value, ...]] = {}
+    parameters: dict[str, Any] = {}
     for parameter in op.parameters:
         value = SAMPLE_VALUES.get(parameter.name, parameter.default)
-        if parameter.name == "weight":
-            parameters["weight"] = SAMPLE_WEIGHTS[:num_models]
+        if parameter.name in change:
+            value = change[parameter.name]
+        assert value is not None, f"give {op.name}'s parameter {parameter.name} a sample value"
+        if parameter.per_model:
+            parameters[parameter.name] = (value if isinstance(value, tuple) else (value,) * num_models)[:num_models]
         else:
-            assert value is not None, f"give {op.name}'s parameter {parameter.name} a sample value"
-            parameters[parameter.name] = (value,) * num_models if parameter.per_model else value
-    return op.kernel(parameters | changes)
+            parameters[parameter.name] = value
+    return parameters
+
+
+def make_kernel(op: Op, change: Change = NO_CHANGE) -> Kernel:
+    """Return an op's kernel with sample values."""
+    return op.kernel(sample_parameters(op, change))
+
+
+def list_changes(op: Op) -> list[dict[str, Any]]:
+    """Return changes to the sample values: none, each switch the other way, and what a sweep may vary."""
+    switches = [{p.name: not p.default} for p in op.parameters if p.type is bool]
+    variants = [{p.name: value} for p in op.parameters for value in VARIANTS.get(p.name, [])]
+    return [{}, *switches, *variants]
+
+
+CASES = [
+    pytest.param(op, change, id="-".join([op.name, *(f"{name}={value}" for name, value in change.items())]))
+    for op in load_ops().values()
+    for change in list_changes(op)
+]

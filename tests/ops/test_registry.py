@@ -81,15 +81,3 @@ def test_refuses_what_is_not_finite(value: float) -> None:
 def test_an_unknown_op_without_a_near_name() -> None:
     with pytest.raises(UnknownOpError, match=r"'zzzz' is unknown\. There are: dare_linear, "):
         find_op("zzzz")
-
-
-@pytest.mark.parametrize("weight", [(0.5, -0.5), (0.0, 0.0), (0.1, 0.2, -0.3), (1e20, 2e20, -3e20, 1e3)])
-def test_linear_refuses_to_normalize_weights_that_cancel(weight: tuple[float, ...]) -> None:
-    with pytest.raises(OpParameterError, match=r"sum to .*, so they cannot be normalized"):
-        find_op("linear").kernel({"weight": weight})
-
-
-def test_linear_takes_any_other_weights() -> None:
-    find_op("linear").kernel({"weight": (1e-12, 2e-12)})
-    find_op("linear").kernel({"weight": (1.0, -0.999)})
-    find_op("linear").kernel({"weight": (0.5, -0.5), "normalize": False})

@@ -1,0 +1,194 @@
+"""What every kernel promises, one check for each promise; `CHECKS` has all of them."""
+
+from __future__ import annotations
+
+import pickle
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from raymerge.ops.kernel import BLOCK_ELEMENTS, Kernel, Site
+from tests.fake_gpu import DEVICE, FakeGpu, send
+from tests.ops.engine import NAME, AllocationMeter, Engine, MemoryBlock, run_kernel
+from tests.references import Exact
+
+SLACK_NBYTES = 128 * 2**10
+"""What a call may allocate without a word, besides Python's objects: a quarter of a block of float32."""
+
+
+@dataclass
+class Case:
+    """A kernel, and how to try it."""
+
+    kernel: Kernel
+    make_sources: Callable[[int], list[torch.Tensor]]
+    """Returns sources of so many elements, flat."""
+    siblings: Sequence[Kernel] = ()
+    """Kernels for the same sources, some of which measure the same."""
+    shapes: Sequence[tuple[int, ...]] = ((40, 3351), (134_040,), (1, 8, 3, 5585))
+    """To try, all of them with the same elements; the first one is the usual one."""
+    again: Callable[[], Kernel] | None = field(default=None)
+    """Makes the kernel once more."""
+
+    def sources(self, shape: tuple[int, ...] = ()) -> list[torch.Tensor]:
+        shape = shape or self.shapes[0]
+        return [tensor.reshape(shape) for tensor in self.make_sources(torch.Size(shape).numel())]
+
+    def site(self, shape: tuple[int, ...] = ()) -> Site:
+        return Site(NAME, shape or self.shapes[0], len(self.make_sources(1)), 0)
+
+    def takes_whole(self) -> bool:
+        """Return whether a block is the whole tensor."""
+        return all(self.kernel.grid(self.site(shape)) == self.site(shape).num_elements for shape in self.shapes)
+
+
+def check_streams_blocks_as_it_merges_whole_tensors(case: Case) -> None:
+    """However many blocks of the grid it gets at once: one, some, all."""
+    sources = case.sources((3 * BLOCK_ELEMENTS + 1234,) if not case.takes_whole() else ())
+    num_blocks = -(-sources[0].numel() // case.kernel.grid(case.site(tuple(sources[0].shape))))
+    whole = run_kernel(case.kernel, sources, cuts=[num_blocks])
+    assert torch.equal(run_kernel(case.kernel, sources), whole), "one block at a time"
+    if num_blocks > 1:
+        assert torch.equal(run_kernel(case.kernel, sources, cuts=[1, num_blocks]), whole), "one block, then the others"
+        assert torch.equal(run_kernel(case.kernel, sources, cuts=[num_blocks - 1, num_blocks]), whole), "the last alone"
+
+
+def check_fills_tensors_of_any_size(case: Case) -> None:
+    """To the last element, and takes tensors without any."""
+    for shape in case.shapes:
+        assert run_kernel(case.kernel, case.sources(shape)).isfinite().all(), shape
+    if case.takes_whole():
+        return
+    for num_elements in (1, 2, 2**14 + 33, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 1):
+        assert run_kernel(case.kernel, case.sources((num_elements,))).isfinite().all(), num_elements
+    for shape in ((), (0,), (3, 0, 5)):
+        merged = run_kernel(case.kernel, [tensor.reshape(shape) for tensor in case.make_sources(0 if shape else 1)])
+        assert merged.shape == shape
+        assert merged.isfinite().all()
+
+
+def check_looks_at_elements_only(case: Case) -> None:
+    """A kernel that does not take the whole tensor gives the same values in any shape."""
+    if case.takes_whole():
+        return
+    flat = run_kernel(case.kernel, case.sources()).reshape(-1)
+    for shape in case.shapes[1:]:
+        assert torch.equal(run_kernel(case.kernel, case.sources(shape)).reshape(-1), flat), shape
+
+
+def check_declares_its_memory(case: Case) -> None:
+    """In scratch and state; the engine sees to it that scratch is kept to."""
+    sources = case.sources()
+    expected = Engine(sources, meter=AllocationMeter()).run(case.kernel)[0]  # makes what is made once and kept
+    meter = AllocationMeter()
+    tracemalloc.start()  # numpy's arrays
+    try:
+        merged = Engine(sources, meter=meter).run(case.kernel)[0]
+        peak = meter.peak_nbytes + tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(merged, expected)
+    allowed = case.kernel.state_nbytes(case.site()) + SLACK_NBYTES
+    assert peak <= allowed, f"{peak} bytes besides scratch, {allowed} allowed"
+
+
+def check_is_a_value(case: Case) -> None:
+    """Which can be sent to a worker, compared and looked up."""
+    kernel = case.kernel
+    assert pickle.loads(pickle.dumps(kernel)) == kernel
+    assert hash(pickle.loads(pickle.dumps(kernel))) == hash(kernel)
+    if case.again is not None:
+        assert case.again() == kernel
+        assert hash(case.again()) == hash(kernel)
+
+
+def check_plans_by_shape_alone(case: Case) -> None:
+    """So that one plan holds for tensors of other names, and for another seed."""
+    one = case.site()
+    other = replace(one, name="another", seed=one.seed + 1)
+    for ask in (Kernel.grid, Kernel.num_passes, Kernel.num_scratch, Kernel.state_nbytes):
+        answers = [getattr(case.kernel, ask.__name__)(site) for site in (one, other)]
+        assert answers[0] == answers[1] >= 0, ask
+    assert getattr(torch, case.kernel.compute_dtype).itemsize >= 1
+
+
+def check_shares_what_it_measures(case: Case) -> None:
+    """Measured once and combined block by block in turn, siblings give what they give by themselves."""
+    kernels = [case.kernel, case.kernel, *case.siblings]
+    sources = case.sources((2 * BLOCK_ELEMENTS + 1234,) if not case.takes_whole() else ())
+    engine = Engine(sources)
+    shared = engine.run(*kernels)
+    figures = engine.figures
+    for merged, kernel, found in zip(shared, kernels, figures, strict=True):
+        assert torch.equal(merged, engine.run(kernel)[0]), kernel
+        assert found == engine.figures[0], kernel
+
+
+def check_gives_the_same_bits_again(case: Case) -> None:
+    """With other numbers of threads, in any order: no state is left behind in the kernel."""
+    sources = case.sources()
+    once = run_kernel(case.kernel, sources)
+    num_threads = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            run_kernel(case.kernel, case.sources(case.shapes[-1]), name="another")
+            assert torch.equal(run_kernel(case.kernel, sources), once), threads
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def check_runs_on_other_devices(case: Case) -> None:
+    """On the CPU in disguise, which gets the whole tensor at once: the same bits."""
+    sources = case.sources((2 * BLOCK_ELEMENTS + 20_001,) if not case.takes_whole() else ())
+    site = case.site(tuple(sources[0].shape))
+    n = site.num_elements
+    dtype = getattr(torch, case.kernel.compute_dtype)
+    with FakeGpu():
+        scratch = [torch.full((n,), 255, dtype=dtype, device=DEVICE) for _ in range(case.kernel.num_scratch(site))]
+        block = MemoryBlock(0, n, scratch, [send(source.reshape(-1)) for source in sources])
+        run = case.kernel.start(site)
+        for index in range(case.kernel.num_passes(site)):
+            run.measure(index, block)
+            run.end_pass(index)
+        out = torch.full((n,), 255, dtype=dtype, device=DEVICE)
+        run.combine(block, out)
+        merged = out.cpu().reshape(site.shape)
+    assert torch.equal(merged, run_kernel(case.kernel, sources))
+
+
+def check_leaves_its_inputs_alone(case: Case) -> None:
+    """The engine compares them with what they were."""
+    for sources in (case.sources(), [tensor.bfloat16() for tensor in case.sources()]):
+        run_kernel(case.kernel, sources)
+
+
+CHECKS: Sequence[Callable[[Case], None]] = (
+    check_streams_blocks_as_it_merges_whole_tensors,
+    check_fills_tensors_of_any_size,
+    check_looks_at_elements_only,
+    check_declares_its_memory,
+    check_is_a_value,
+    check_plans_by_shape_alone,
+    check_shares_what_it_measures,
+    check_gives_the_same_bits_again,
+    check_runs_on_other_devices,
+    check_leaves_its_inputs_alone,
+)
+
+
+def assert_close(merged: torch.Tensor, exact: Exact) -> None:
+    """Assert that float32 values are exact to one part in 10^6 of the terms, wherever no election is close."""
+    assert exact.is_draw.double().mean() < 0.05
+    error = (merged.double() - exact.values).abs()
+    assert (error <= 1e-6 * exact.terms)[~exact.is_draw].all(), (error / exact.terms)[~exact.is_draw].max()
+
+
+def assert_rounded_once(merged: torch.Tensor, exact: Exact) -> None:
+    """Assert the same of values in bfloat16, which are off by half a unit in the last place besides."""
+    nearest = exact.values.to(torch.bfloat16)
+    ulp = (nearest.abs().view(torch.int16) + 1).view(torch.bfloat16).double() - nearest.abs().double()
+    error = (merged.double() - exact.values).abs()
+    assert (error <= ulp / 2 + 1e-6 * exact.terms)[~exact.is_draw].all(), (error / (ulp / 2)).max()
