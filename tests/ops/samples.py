@@ -53,9 +53,9 @@ def make_sources(op: Op, num_elements: int, *, dtype: torch.dtype = torch.bfloat
 
 
 def make_tied_sources(op: Op, num_elements: int) -> list[torch.Tensor]:
-    """Return sources that differ by few values, so that many elements lie on a threshold."""
+    """Return sources whose differences take few values: of those at the threshold, blocks past the first keep some."""
     base, *models = make_sources(op, num_elements, dtype=torch.float32)
-    return [base, *(base + (model - base).mul_(500).round_().div_(512) for model in models)]
+    return [base, *(base + (model - base).mul_(1000).round_().div_(1024) for model in models)]
 
 
 def sample_parameters(op: Op, change: Change = NO_CHANGE) -> dict[str, Any]:
