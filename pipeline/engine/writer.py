@@ -90,7 +90,7 @@ class ShardWriter:
             CorruptedError: the store has something else than what was written.
             OutputError: the store refuses.
         """
-        return self._writer.commit()
+        return self._writer.commit(self._digest.hexdigest())
 
     def abort(self) -> None:
         """Stop, and forget what was written."""

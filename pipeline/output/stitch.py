@@ -94,7 +94,7 @@ def stitch(plan: MergePlan, output: PlannedOutput, shards: Sequence[ShardFile], 
                 ) from None
             _write([content], name, len(content), journal)
     title = f"{plan.method} of {', '.join(map(str, plan.models))}, made with raymerge {__version__}"
-    storage.publish(out, redact(title))
+    storage.publish(out, redact(title), last=[MANIFEST, *last])
 
 
 def make_index(plan: MergePlan) -> str:

@@ -8,7 +8,7 @@ the output, keeps its journal there with `write`, `read` and `delete`, and calls
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import Enum
 from mmap import mmap
@@ -63,8 +63,11 @@ class Writer(ABC):
         """
 
     @abstractmethod
-    def commit(self) -> StoredFile:
+    def commit(self, sha256: str | None = None) -> StoredFile:
         """Make the file durable, and then visible, and return it; it replaces an earlier one unless it is exclusive.
+
+        Args:
+            sha256: of what was written, in hex, where the caller has it: a store that needs it need not read the file.
 
         Raises:
             FileExistsError: it is exclusive, and there is a file of this name.
@@ -196,8 +199,13 @@ class Storage(ABC):
             OutputError: another run holds it, or the store refuses.
         """
 
-    def publish(self, url: str, message: str) -> None:
-        """Make everything visible that was committed below a directory, in a store where that takes a step of its own.
+    def publish(self, url: str, message: str, last: Collection[str] = ()) -> None:
+        """Make everything visible that was committed below a directory, in a store where that takes steps of its own.
+
+        Args:
+            url: of the directory.
+            message: what the store may say about it.
+            last: names of files there without which nothing loads: of several steps, the last brings them.
 
         Raises:
             OutputError: somebody else has changed the directory meanwhile, or the store refuses.
@@ -222,7 +230,7 @@ class Storage(ABC):
         self.read_into([ByteRange(file, 0, file.nbytes)], [memoryview(data)])
         return bytes(data)
 
-    def write(self, url: str, data: bytes, *, exclusive: bool = False) -> StoredFile:
+    def write(self, url: str, data: Buffer | bytes, *, exclusive: bool = False) -> StoredFile:
         """Write a small file in one go.
 
         Raises:

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote
 
-from tests.servers.hub_git import Commit, Entry, Repo, check_path, choose_mode, make_lfs_entry
+import yaml
+
+from tests.servers.hub_git import Commit, Entry, Repo, check_path, choose_mode, make_commit, make_lfs_entry
 from tests.servers.hub_http import Refusal, get_field, parse_object
 from tests.servers.hub_read import ReadHandler
 
@@ -33,6 +35,8 @@ class HubHandler(ReadHandler):
                 self._create_repo()
             case ["DELETE", "api", "repos", "delete"]:
                 self._delete_repo()
+            case ["POST", "api", "validate-yaml"]:
+                self._validate_card()
             case ["POST", "api", "complete_multipart"]:
                 self._complete_multipart()
             case ["GET", "api", "resolve-cache", "models", owner, name, revision, *path]:
@@ -125,8 +129,22 @@ class HubHandler(ReadHandler):
             start = repo.get_commit(str(body.get("startingPoint", "main")))
             if branch in repo.branches:
                 raise Refusal(409, f"Reference already exists: refs/heads/{branch}")
+            if body.get("emptyBranch") is True:
+                start = make_commit(None, {".gitattributes": start.files[".gitattributes"]}, "initial commit", "", "me")
+                repo.commits[start.oid] = start
             repo.branches[branch] = start
         self.send_json({"success": True})
+
+    def _validate_card(self) -> None:
+        """Look at a model card's front matter."""
+        content = get_field(self.read_json(), "content", str)
+        match = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+        try:
+            metadata = yaml.safe_load(match[1]) if match else None
+        except yaml.YAMLError as error:
+            return self.send_json({"errors": [{"message": str(error)}], "warnings": []}, 400)
+        warnings = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
+        return self.send_json({"errors": [], "warnings": warnings})
 
     def _delete_branch(self, repo_id: str, branch: str) -> None:
         with self.hub.lock:

@@ -31,7 +31,7 @@ class FsspecWriter(Writer):
         self._guard(lambda: self._append(view))
         self._num_written = given
 
-    def commit(self) -> StoredFile:  # noqa: D102
+    def commit(self, sha256: str | None = None) -> StoredFile:  # noqa: D102
         if self._num_written != self.nbytes:
             self.abort()
             raise OutputError(f"{self.url}: {self._num_written:,} bytes given, {self.nbytes:,} were announced")

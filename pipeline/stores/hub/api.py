@@ -1,117 +1,65 @@
-"""What the Hugging Face Hub is asked: where, as whom, how often; and what its refusals mean to the user."""
+"""What raymerge asks of the Hugging Face Hub, by huggingface_hub; and what refusals mean to the user."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from typing import TypeVar
+from urllib.parse import quote
 
-from huggingface_hub import __version__ as hub_version
-from huggingface_hub import constants, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    HfFileMetadata,
+    __version__,
+    constants,
+    get_session,
+    get_token,
+    hf_raise_for_status,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
-from raymerge import __version__
-from raymerge.pipeline.errors import ConfigError, FetchError
-from raymerge.pipeline.stores.remote import REQUEST_SECONDS
-from raymerge.pipeline.stores.retry import FaultLog, one_line, retry
-from raymerge.pipeline.stores.web.client import Body, Reply, WebClient, origin_of
+import raymerge
+from raymerge.pipeline.errors import CorruptedError, FetchError
+from raymerge.pipeline.stores.hub.path import HubPath, find_endpoint, is_offline
+from raymerge.pipeline.stores.hub.session import StorageRefusalError, own_requests, quiet
+from raymerge.pipeline.stores.retry import Fault, FaultLog, one_line, retry
+from raymerge.pipeline.stores.web.client import origin_of
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, classify_web
-from raymerge.pipeline.urls import check_endpoint, suggest_directory
+from raymerge.pipeline.urls import suggest_directory
 
-_MAX_FILES = 100_000
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
-_TRUE = ("1", "ON", "YES", "TRUE")
-_BAD_TOKEN = "Invalid credentials"
+T = TypeVar("T")
+
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
-
-@dataclass(frozen=True, slots=True)
-class HubPath:
-    """A place on the Hub: `hf://org/name[@revision][/path]`."""
-
-    repo: str
-    """`org/name`."""
-    revision: str
-    """A branch, tag or commit; slashes in it are plain here, and `%2F` in the URL."""
-    path: str
-    """Inside the repository; empty for all of it."""
-
-    @property
-    def is_pinned(self) -> bool:
-        """Whether the revision is a commit, which never changes."""
-        return _COMMIT.fullmatch(self.revision) is not None
-
-    @property
-    def url(self) -> str:
-        """The one way to write it."""
-        at = "" if self.revision == constants.DEFAULT_REVISION else f"@{quote(self.revision, safe='')}"
-        return f"hf://{self.repo}{at}" + (f"/{self.path}" if self.path else "")
-
-    def at(self, revision: str) -> HubPath:
-        """Return the same place at another revision."""
-        return replace(self, revision=revision)
-
-
-def parse_hub_url(url: str) -> HubPath:
-    """Return the place that a URL means.
-
-    Raises:
-        ConfigError: it means none in a model repository.
-
-    >>> parse_hub_url("hf://models/org/name@refs%2Fpr%2F1/sub/").url
-    'hf://org/name@refs%2Fpr%2F1/sub'
-    """
-    parts = url.partition("://")[2].split("/")
-    if parts[0] in ("datasets", "spaces", "kernels", "buckets"):
-        raise ConfigError(f"{url}: {parts[0]} hold no models to merge; give a model repository, hf://org/name")
-    if parts[0] == "models":
-        parts = parts[1:]
-    name, at, revision = parts[1].partition("@") if len(parts) > 1 else ("", "", "")
-    if not (_NAME.fullmatch(parts[0]) and _NAME.fullmatch(name)) or (at and not revision):
-        raise ConfigError(
-            f"{url}: write it as hf://org/name, hf://org/name@revision or hf://org/name@revision/directory"
-        )
-    path = "/".join(parts[2:]).rstrip("/")
-    return HubPath(f"{parts[0]}/{name}", unquote(revision) or constants.DEFAULT_REVISION, path)
-
-
-def root_of(place: HubPath) -> HubPath:
-    """Return the whole repository, at the same revision."""
-    return replace(place, path="")
-
-
-def find_endpoint() -> str:
-    """Return the Hub's address, without a slash at its end.
-
-    Raises:
-        FetchError: the environment names one that cannot be.
-    """
-    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    check_endpoint("HF_ENDPOINT", endpoint)
-    return endpoint
-
-
-def is_offline() -> bool:
-    """Tell whether the user has forbidden to ask the Hub."""
-    asked = os.environ.get("HF_HUB_OFFLINE")
-    return constants.HF_HUB_OFFLINE if asked is None else asked.upper() in _TRUE
+_MAX_FILES = 100_000
+_MAX_TITLE_LENGTH = 200
+_MAX_CORRUPTED = 4
+"""Times that a file is sent whose bytes do not arrive as they are."""
+_HAS_OTHER_BYTES = (400, 404, 409, 422)
+"""What is answered to bytes that are not what was announced, when they are sent, joined or verified."""
+_BAD_TOKEN = "Invalid credentials"
 
 
 class HubApi:
-    """Asks the Hub, again where that may help. Endpoint and token are those of the environment at each call."""
+    """Asks the Hub, again where that may help. Endpoint and token are those of the environment at each call.
 
-    def __init__(self, client: WebClient, faults: FaultLog) -> None:
-        self.client = client
+    All methods raise RefusalError where the Hub refuses, and BrokenError where it is down or cannot be reached.
+    """
+
+    def __init__(self, faults: FaultLog) -> None:
         self.faults = faults
 
+    @property
+    def hub(self) -> HfApi:
+        """The client for the endpoint that is set now."""
+        return HfApi(find_endpoint(), library_name="raymerge", library_version=raymerge.__version__)
+
     def headers(self, url: str) -> dict[str, str]:
-        """Return what to send with a request: the token too, if it is the Hub that it goes to."""
-        own = {"User-Agent": f"raymerge/{__version__}; hf_hub/{hub_version}"}
+        """Return what to send with a ranged request: the token too, if it is the Hub that it goes to."""
+        own = {"User-Agent": f"raymerge/{raymerge.__version__}; hf_hub/{__version__}"}
         token = self._find_token() if origin_of(url) == origin_of(find_endpoint()) else None
         return {**own, "Authorization": f"Bearer {token}"} if token else own
 
@@ -124,84 +72,157 @@ class HubApi:
 
     def ask(
         self,
-        method: str,
-        url: str,
-        *,
-        value: object = None,
-        body: Body | None = None,
-        headers: Mapping[str, str] | None = None,
-        seconds: float = REQUEST_SECONDS,
-        redirects: bool = True,
-    ) -> Reply:
-        """Make a request that may be repeated without harm, and return the answer.
+        operation: str,
+        function: Callable[[], T],
+        classify: Callable[[Exception], Fault | None] = classify_web,
+    ) -> T:
+        """Carry out what may be repeated without harm.
 
         Args:
-            method: such as `GET`.
-            url: whole, or what comes after the endpoint.
-            value: to be sent as JSON.
-            body: to be sent as it is.
-            headers: besides the usual ones.
-            seconds: that the connection may be silent.
-            redirects: whether to follow them.
-
-        Raises:
-            RefusalError: the Hub refuses.
-            BrokenError: it is down, or cannot be reached.
+            operation: for the record of faults, such as `list`.
+            function: calls huggingface_hub.
+            classify: returns the fault that an error is, or None where trying again is useless.
         """
         if is_offline():
             raise BrokenError("HF_HUB_OFFLINE is set; unset it", None)
         endpoint = find_endpoint()
-        target = url if "://" in url else endpoint + url
-        sent = {**self.headers(target), **(headers or {})}
-        if value is not None:
-            body = json.dumps(value).encode()
-            sent = {"Content-Type": "application/json", **sent}
+
+        def attempt() -> T:
+            with own_requests(endpoint):
+                return function()
 
         def give_up(error: Exception, summary: str) -> Exception:
-            return BrokenError(f"{method} {urlsplit(target).path}: {summary}: {one_line(error)}", None)
+            return BrokenError(f"{operation}: {summary}: {one_line(error)}", None)
 
         return retry(
-            lambda: self.client.ask(method, target, sent, body=body, seconds=seconds, redirects=redirects),
-            faults=self.faults,
-            store=endpoint,
-            operation=method,
-            classify=classify_web,
-            give_up=give_up,
+            attempt, faults=self.faults, store=endpoint, operation=operation, classify=classify, give_up=give_up
         )
 
-    def get(self, url: str) -> Any:
-        """Return a JSON answer; raises as `ask` does."""
-        return parse_json(self.ask("GET", url))
-
-    def post(self, url: str, value: object) -> Any:
-        """Send JSON and return a JSON answer; raises as `ask` does."""
-        return parse_json(self.ask("POST", url, value=value))
+    # reading
 
     def find_commit(self, place: HubPath) -> tuple[str, bool]:
-        """Return the commit that a revision is now, and whether the repository is gated; raises as `ask` does."""
-        model = self.get(f"/api/models/{place.repo}/revision/{quote(place.revision, safe='')}")
-        return str(model["sha"]), bool(model.get("gated"))
+        """Return the commit that a revision is now, and whether the repository is gated."""
+        info = self.ask("revision", lambda: self.hub.model_info(place.repo, revision=place.revision))
+        return str(info.sha), bool(info.gated)
 
     def list_tree(self, place: HubPath) -> dict[str, tuple[int, str]]:
-        """Return size and etag of each file below a place, by its path in the repository; raises as `ask` does."""
-        path = f"/api/models/{place.repo}/tree/{quote(place.revision, safe='')}"
-        path += f"/{quote(place.path)}" if place.path else ""
-        query = urlencode({"recursive": "true", "expand": "false"})
-        found: dict[str, tuple[int, str]] = {}
-        asked = set()
-        while query:
-            asked.add(query)
-            reply = self.ask("GET", f"{path}?{query}")
-            found.update(_read_entries(parse_json(reply)))
-            query = _next_query(reply.headers.get("Link") or "")
-            if query in asked or len(found) > _MAX_FILES:
-                raise FetchError(f"{place.url}: its listing does not end; {len(found):,} files so far")
-        return found
+        """Return size and etag of each file below a place, by its path in the repository."""
+
+        def collect() -> dict[str, tuple[int, str]]:
+            found: dict[str, tuple[int, str]] = {}
+            entries = self.hub.list_repo_tree(place.repo, place.path or None, recursive=True, revision=place.revision)
+            for number, entry in enumerate(entries):
+                if number > _MAX_FILES:
+                    raise FetchError(f"{place.url}: its listing does not end; {len(found):,} files so far")
+                if isinstance(entry, RepoFile):
+                    found[entry.path] = _size_and_etag(entry)
+            return found
+
+        return self.ask("list", collect)
 
     def find_file(self, place: HubPath) -> tuple[int, str] | None:
-        """Return a file's size and etag; None where there is no such file; raises as `ask` does."""
-        path = f"/api/models/{place.repo}/paths-info/{quote(place.revision, safe='')}"
-        return dict(_read_entries(self.post(path, {"paths": [place.path]}))).get(place.path)
+        """Return a file's size and etag; None where there is no such file."""
+        infos = self.ask("stat", lambda: self.hub.get_paths_info(place.repo, [place.path], revision=place.revision))
+        return next((_size_and_etag(info) for info in infos if isinstance(info, RepoFile)), None)
+
+    def find_content(self, place: HubPath) -> HfFileMetadata:
+        """Return where a file's bytes are, and what they are."""
+        url = f"{find_endpoint()}/{place.repo}/resolve/{quote(place.revision, safe='')}/{quote(place.path)}"
+        return self.ask("HEAD", lambda: self.hub.get_hf_file_metadata(url=url))
+
+    # writing
+
+    def create_repo(self, place: HubPath, *, private: bool) -> None:
+        """Make a repository, unless there is one."""
+        self.ask("create", lambda: self.hub.create_repo(place.repo, private=private, exist_ok=True))
+
+    def create_empty_branch(self, place: HubPath) -> None:
+        """Make a branch without files, which HfApi cannot; nothing of another branch belongs to the model."""
+
+        def create() -> None:
+            hub = self.hub
+            url = f"{hub.endpoint}/api/models/{place.repo}/branch/{quote(place.revision, safe='')}"
+            response = get_session().post(url, headers=hub._build_hf_headers(), json={"emptyBranch": True})
+            if response.status_code != 409:  # it is there: an earlier answer was lost
+                hf_raise_for_status(response)
+
+        self.ask("create", create)
+
+    def upload(self, place: HubPath, addition: CommitOperationAdd) -> None:
+        """Send a file's content, unless the Hub has it or it goes with the commit, and note which of the two.
+
+        Raises:
+            CorruptedError: other bytes arrive than are sent, each time.
+        """
+        num_corrupted = 0
+
+        def send() -> None:
+            with quiet():
+                self.hub.preupload_lfs_files(place.repo, [addition], revision=place.revision)
+
+        def classify(error: Exception) -> Fault | None:
+            is_expired = isinstance(error, StorageRefusalError) and error.status == 403
+            return Fault("403 expired URL") if is_expired else classify_web(error)
+
+        while True:
+            try:
+                return self.ask("upload", send, classify)
+            except RefusalError as error:
+                if error.status not in _HAS_OTHER_BYTES or "X-Error-Code" in error.headers:
+                    raise
+                num_corrupted += 1
+                self.faults.note(find_endpoint(), "upload", "other bytes arrived")
+                if num_corrupted == _MAX_CORRUPTED:
+                    raise CorruptedError(
+                        f"{place.url}: sent {num_corrupted} times, and the store does not take it as what was sent"
+                        f" ({one_line(error)}); is there a broken proxy?"
+                    ) from None
+
+    def commit(
+        self,
+        place: HubPath,
+        operations: Iterable[CommitOperationAdd | CommitOperationDelete],
+        message: str,
+        parent: str,
+    ) -> str:
+        """Make a commit on a branch whose last one is `parent`, and return its id."""
+
+        def create() -> str:
+            with quiet():
+                made = self.hub.create_commit(
+                    place.repo,
+                    operations,
+                    commit_message=message[:_MAX_TITLE_LENGTH],
+                    commit_description=message if len(message) > _MAX_TITLE_LENGTH else "",
+                    revision=place.revision,
+                    parent_commit=parent,
+                )
+            return made.oid
+
+        return self.ask("commit", create)
+
+    def find_missing(self, place: HubPath, contents: Iterable[tuple[str, int]]) -> set[str]:
+        """Return which of some contents, by sha256 and size, the repository has not."""
+        infos = [UploadInfo(nbytes, b"", bytes.fromhex(sha256)) for sha256, nbytes in contents]
+
+        def look() -> set[str]:
+            hub, missing = self.hub, set()
+            for start in range(0, len(infos), 100):
+                found, *_ = post_lfs_batch_info(
+                    infos[start : start + 100],
+                    token=None,
+                    repo_type="model",
+                    repo_id=place.repo,
+                    revision=quote(place.revision, safe=""),
+                    endpoint=hub.endpoint,
+                    headers=hub._build_hf_headers(),
+                )
+                missing |= {each["oid"] for each in found if "upload" in (each.get("actions") or {})}
+            return missing
+
+        return self.ask("stat", look)
+
+    # errors
 
     def explain(self, error: Exception, place: HubPath) -> str:
         """Return what to tell the user about a request that failed for good: what, where, and the next step."""
@@ -244,28 +265,5 @@ def is_missing(error: RefusalError) -> bool:
     return error.status == 404 or (error.status == 401 and _BAD_TOKEN not in str(error))
 
 
-def parse_json(reply: Reply) -> Any:
-    """Return an answer's JSON.
-
-    Raises:
-        BrokenError: it is none.
-    """
-    try:
-        return json.loads(reply.content)
-    except ValueError:
-        raise BrokenError(
-            "the answer is not JSON; is HF_ENDPOINT the address of a Hub, and is no login page in between?", None
-        ) from None
-
-
-def _read_entries(entries: list[dict[str, Any]]) -> Iterator[tuple[str, tuple[int, str]]]:
-    for entry in entries:
-        if entry["type"] == "file":
-            lfs = entry.get("lfs")
-            yield entry["path"], (int(entry["size"]), str(lfs["oid"] if lfs else entry["oid"]))
-
-
-def _next_query(link: str) -> str:
-    """Return the query for the next page: its host is not to be believed, as a token goes there."""
-    match = re.search(r'<([^>]*)>\s*;\s*rel="next"', link)
-    return urlsplit(match[1]).query if match else ""
+def _size_and_etag(file: RepoFile) -> tuple[int, str]:
+    return file.size, file.lfs.sha256 if file.lfs else file.blob_id

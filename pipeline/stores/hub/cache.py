@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from raymerge.pipeline.errors import CheckpointError, FetchError
 from raymerge.pipeline.stores.files import StoredFile
-from raymerge.pipeline.stores.hub.api import HubPath
+from raymerge.pipeline.stores.hub.path import HubPath
 from raymerge.pipeline.stores.local.writer import file_etag
 
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")

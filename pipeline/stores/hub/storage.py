@@ -1,12 +1,12 @@
-"""The Hugging Face Hub: ranged reads of pinned commits, and outputs that appear in one commit.
+"""The Hugging Face Hub: ranged reads of pinned commits, and outputs that can be loaded with their last commit.
 
-A journal and a lock cannot live in a repository; they are kept on this machine, beside the stage of what is written and
-not published yet.
+A journal and a lock cannot live in a repository; they are kept on this machine, beside the changes that are not
+published yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +14,11 @@ from threading import Lock as ThreadLock
 
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
-from raymerge.pipeline.stores.hub.api import (
-    HubApi,
-    HubPath,
-    find_endpoint,
-    is_missing,
-    is_offline,
-    parse_hub_url,
-    root_of,
-)
+from raymerge.pipeline.stores.hub.api import HubApi, is_missing
 from raymerge.pipeline.stores.hub.cache import find_cached, find_cached_commit, list_cached, not_cached
-from raymerge.pipeline.stores.hub.commit import ATTRIBUTES, check_parent, prepare_branch, publish_branch
-from raymerge.pipeline.stores.hub.lfs import NUM_PARTS
-from raymerge.pipeline.stores.hub.stage import Stage, StagedFile
+from raymerge.pipeline.stores.hub.commit import ATTRIBUTES, prepare_branch, publish_branch, settle
+from raymerge.pipeline.stores.hub.path import HubPath, find_endpoint, is_offline, parse_hub_url
+from raymerge.pipeline.stores.hub.pending import PendingChanges, PendingFile
 from raymerge.pipeline.stores.hub.target import HubTarget
 from raymerge.pipeline.stores.hub.writer import HubWriter
 from raymerge.pipeline.stores.local.storage import LocalStorage
@@ -48,7 +40,7 @@ Tree = Mapping[str, tuple[int, str]]
 class HubStorage(RemoteStorage):
     """Model repositories of the Hub."""
 
-    write_nbytes = 2 * NUM_PARTS * CHUNK_NBYTES
+    write_nbytes = 8 * CHUNK_NBYTES
 
     def __init__(self, faults: FaultLog, *, private: bool) -> None:
         """Begin.
@@ -60,7 +52,7 @@ class HubStorage(RemoteStorage):
         super().__init__(faults)
         self._private = private
         self._client = WebClient()
-        self._api = HubApi(self._client, faults)
+        self._api = HubApi(faults)
         self._local = LocalStorage()
         self._guard = ThreadLock()
         self._trees: dict[HubPath, Tree] = {}
@@ -114,12 +106,12 @@ class HubStorage(RemoteStorage):
     def stat(self, url: str) -> StoredFile:  # noqa: D102
         place = parse_hub_url(url)
         if _is_journal(place):
-            return replace(self._local.stat(Stage(root_of(place)).journal_path(place.path)), url=url)
+            return replace(self._local.stat(PendingChanges(place.root).journal_path(place.path)), url=url)
         if place.is_pinned:
             found = self._read_tree(place).get(place.path)
         else:
-            staged = Stage(root_of(place)).find(place.path)
-            found = self._find_on_branch(place) if staged is None else _size_and_etag(staged)
+            change = PendingChanges(place.root).find(place.path)
+            found = self._find_on_branch(place) if change is None else _size_and_etag(change)
         if found is None:
             raise FileNotFoundError(f"{url}: no such file")
         return StoredFile(url, *found)
@@ -140,7 +132,7 @@ class HubStorage(RemoteStorage):
             if path.startswith(prefix)
         }
         if not place.is_pinned:
-            for name, file in self._local.list(Stage(root_of(place)).journal_path(place.path)).items():
+            for name, file in self._local.list(PendingChanges(place.root).journal_path(place.path)).items():
                 if _JOURNAL in (prefix + name).split("/"):
                     files[name] = replace(file, url=f"{base}/{name}")
         return dict(sorted(files.items()))
@@ -178,27 +170,27 @@ class HubStorage(RemoteStorage):
     ) -> Writer:
         place = parse_hub_url(url)
         _check_writable(place)
-        stage = Stage(root_of(place))
+        pending = PendingChanges(place.root)
         if _is_journal(place):
-            return stage.open_journal(url, place.path, nbytes, exclusive=exclusive)
+            return self._local.open_writer(pending.journal_path(place.path), nbytes, exclusive=exclusive)
 
         def is_there() -> bool:
-            staged = stage.find(place.path)
-            return self._find_on_branch(place) is not None if staged is None else staged.mode != "delete"
+            change = pending.find(place.path)
+            return self._find_on_branch(place) is not None if change is None else change.mode != "delete"
 
-        return HubWriter(url, place, nbytes, self._api, stage, is_there if exclusive else None)
+        return HubWriter(url, place, nbytes, self._api, pending, is_there if exclusive else None)
 
     def delete(self, url: str) -> None:
         """Take a file out of what is to be published, or note that it is to be deleted then."""
         place = parse_hub_url(url)
         _check_writable(place)
-        stage = Stage(root_of(place))
+        pending = PendingChanges(place.root)
         if _is_journal(place):
-            self._local.delete(stage.journal_path(place.path))
+            self._local.delete(pending.journal_path(place.path))
         elif self._find_on_branch(place) is not None:
-            stage.put(StagedFile(place.path, "delete", 0, ""))
+            pending.put(PendingFile(place.path, "delete"))
         else:
-            stage.remove([place.path])
+            pending.remove([place.path])
 
     @contextmanager
     def lock(self, url: str, *, restart: bool = False) -> Iterator[Lock]:
@@ -208,23 +200,23 @@ class HubStorage(RemoteStorage):
         """
         place = parse_hub_url(url)
         _check_writable(place)
-        root = root_of(place)
-        stage = Stage(root)
+        root = place.root
+        pending = PendingChanges(root)
         try:
-            with stage.lock(url, place.path) as lock:
-                self._begin(root, stage, restart=restart)
+            with pending.lock(url, place.path) as lock:
+                self._begin(root, pending, restart=restart)
                 try:
                     yield lock
                 finally:
-                    if not stage.is_begun:
-                        stage.forget()
+                    if not pending.is_begun:
+                        pending.forget()
         finally:
-            stage.tidy()
+            pending.tidy()
 
-    def publish(self, url: str, message: str) -> None:  # noqa: D102
+    def publish(self, url: str, message: str, last: Collection[str] = ()) -> None:  # noqa: D102
         place = parse_hub_url(url)
         with self._writing(place):
-            publish_branch(self._api, place, Stage(root_of(place)), message)
+            publish_branch(self._api, place, PendingChanges(place.root), message, last)
 
     def close(self) -> None:  # noqa: D102
         super().close()
@@ -260,20 +252,20 @@ class HubStorage(RemoteStorage):
                 raise
             raise BrokenError("the signed URL is no longer good", Fault("403 expired URL")) from None
 
-    def _begin(self, root: HubPath, stage: Stage, *, restart: bool) -> None:
+    def _begin(self, root: HubPath, pending: PendingChanges, *, restart: bool) -> None:
         """Make sure that a branch can be written to, and note the commit that the changes are to."""
         with self._writing(root):
             head = prepare_branch(self._api, root, private=self._private)
-            if stage.is_begun and stage.parent not in (None, head):
-                try:
-                    check_parent(self._api, root, stage, head)
-                except OutputError:
-                    if not restart:
-                        raise
-                    stage.clear()
-                    stage.set_parent(head)
-            elif not stage.is_begun or stage.parent is None:
-                stage.set_parent(head)
+            if not pending.is_begun:
+                pending.set_parent(head)
+                return
+            try:
+                settle(self._api, root, pending, head)
+            except OutputError:
+                if not restart:
+                    raise
+                pending.clear()
+                pending.set_parent(head)
 
     def _find_target(self, file: StoredFile) -> HubTarget:
         with self._guard:
@@ -283,23 +275,23 @@ class HubStorage(RemoteStorage):
         """Return the local file that has a file's bytes; None where they are to be read from the Hub."""
         place = parse_hub_url(file.url)
         if _is_journal(place):
-            return replace(file, url=Stage(root_of(place)).journal_path(place.path))
+            return replace(file, url=PendingChanges(place.root).journal_path(place.path))
         if place.is_pinned:
             if file not in self._cached:
                 self._cached[file] = find_cached(place, file)
             if self._cached[file] is None and is_offline():
                 raise not_cached(file)
             return self._cached[file]
-        stage = Stage(root_of(place))
-        staged = stage.find(place.path)
-        if staged is None:
+        pending = PendingChanges(place.root)
+        change = pending.find(place.path)
+        if change is None:
             return None
-        found = _size_and_etag(staged)
+        found = _size_and_etag(change)
         if found is None:
             raise FetchError(f"{file.url}: changed since the plan was made: it is deleted")
         if found != (file.nbytes, file.etag):
             raise web_reader.changed(file, *found)
-        return _stat_here(stage.content_path(staged)) if staged.mode == "regular" else None
+        return _stat_here(pending.content_path(change)) if change.mode == "kept" else None
 
     def _find_on_branch(self, place: HubPath) -> tuple[int, str] | None:
         """Return size and etag of a file as it is published now; None where there is none."""
@@ -313,7 +305,7 @@ class HubStorage(RemoteStorage):
 
     def _read_tree(self, place: HubPath) -> Tree:
         """Return what is in a commit, which is asked for once."""
-        root = root_of(place)
+        root = place.root
         with self._guard:
             known = self._trees.get(root)
         if known is None:
@@ -332,8 +324,8 @@ class HubStorage(RemoteStorage):
                 if not is_missing(error):
                     raise
                 found = {}
-        for path, staged in Stage(root_of(place)).read_all().items():
-            entry = _size_and_etag(staged)
+        for path, change in PendingChanges(place.root).read_all().items():
+            entry = _size_and_etag(change)
             if entry is None:
                 found.pop(path, None)
             else:
@@ -342,9 +334,8 @@ class HubStorage(RemoteStorage):
 
     def _check_access(self, place: HubPath) -> None:
         """Make sure that files of a gated repository may be read."""
-        url = f"/{place.repo}/resolve/{place.revision}/config.json"
         try:
-            self._api.ask("HEAD", url, redirects=False)
+            self._api.find_content(replace(place, path="config.json"))
         except RefusalError as error:
             if error.headers.get("X-Error-Code") != "EntryNotFound":
                 raise
@@ -373,8 +364,8 @@ def _check_writable(place: HubPath) -> None:
         raise OutputError(f"{place.url}: a commit does not change; give a branch, or leave the revision out")
 
 
-def _size_and_etag(staged: StagedFile) -> tuple[int, str] | None:
-    return None if staged.mode == "delete" else (staged.nbytes, staged.etag)
+def _size_and_etag(change: PendingFile) -> tuple[int, str] | None:
+    return None if change.mode == "delete" else (change.nbytes, change.etag)
 
 
 def _stat_here(path: Path) -> StoredFile:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import re
 from email.message import Message
 from threading import Lock as ThreadLock
-from urllib.parse import quote, urljoin
 
 from raymerge.pipeline.errors import FetchError
 from raymerge.pipeline.stores.files import StoredFile
-from raymerge.pipeline.stores.hub.api import HubApi, find_endpoint, parse_hub_url, root_of
-from raymerge.pipeline.stores.hub.lfs import find_download
-from raymerge.pipeline.stores.hub.stage import Stage
-from raymerge.pipeline.stores.web.client import origin_of
+from raymerge.pipeline.stores.hub.api import HubApi
+from raymerge.pipeline.stores.hub.path import parse_hub_url
+from raymerge.pipeline.stores.hub.pending import PendingChanges
 from raymerge.pipeline.stores.web.reader import changed
 
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_MAX_HOPS = 3
-"""From the address of a file to one that says where its bytes are."""
 
 
 class HubTarget:
@@ -54,28 +50,13 @@ class HubTarget:
             raise changed(self._file, None, etag)
 
     def _resolve(self, api: HubApi) -> str:
-        place = self._place
-        if not place.is_pinned:
-            staged = Stage(root_of(place)).find(place.path)
-            if staged is not None:
-                url = find_download(api, place, staged.etag, staged.nbytes)
-                if url is None:
-                    raise FetchError(f"{self._file.url}: uploaded, and cannot be read before it is published")
-                return url
-        url = f"{find_endpoint()}/{place.repo}/resolve/{quote(place.revision, safe='')}/{quote(place.path)}"
-        for _ in range(_MAX_HOPS):
-            reply = api.ask("HEAD", url, redirects=False)
-            etag = _plain(reply.headers.get("X-Linked-ETag") or reply.headers.get("ETag"))
-            location = reply.headers.get("Location")
-            target = urljoin(url, location) if location else url
-            if etag or origin_of(target) != origin_of(url):
-                size = reply.headers.get("X-Linked-Size") or ("" if location else reply.headers.get("Content-Length"))
-                nbytes = int(size) if size and size.isdigit() else self._file.nbytes
-                if (nbytes, etag) != (self._file.nbytes, self._file.etag):
-                    raise changed(self._file, nbytes, etag)
-                return target
-            url = target  # the repository has another name now
-        raise FetchError(f"{self._file.url}: redirected more than {_MAX_HOPS} times")
+        if not self._place.is_pinned and PendingChanges(self._place.root).find(self._place.path) is not None:
+            raise FetchError(f"{self._file.url}: uploaded, and cannot be read before it is published")
+        found = api.find_content(self._place)
+        nbytes = self._file.nbytes if found.size is None else found.size
+        if (nbytes, found.etag) != (self._file.nbytes, self._file.etag):
+            raise changed(self._file, nbytes, found.etag)
+        return found.location
 
 
 def _plain(etag: str | None) -> str:

@@ -75,7 +75,7 @@ class LocalWriter(Writer):
         except OSError as error:
             raise self._failed(error) from error
 
-    def commit(self) -> StoredFile:  # noqa: D102
+    def commit(self, sha256: str | None = None) -> StoredFile:  # noqa: D102
         if self._num_written != self._nbytes:
             self.abort()
             raise OutputError(f"{self._path}: {self._num_written:,} bytes given, {self._nbytes:,} were announced")

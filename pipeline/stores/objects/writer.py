@@ -97,7 +97,7 @@ class ObjectWriter(Writer):
         if self._parts is not None:
             self._checksum = crc64nvme(data, self._checksum)
 
-    def commit(self) -> StoredFile:  # noqa: D102
+    def commit(self, sha256: str | None = None) -> StoredFile:  # noqa: D102
         if self._num_written != self._nbytes:
             self.abort()
             raise OutputError(f"{self._url}: {self._num_written:,} bytes given, {self._nbytes:,} were announced")

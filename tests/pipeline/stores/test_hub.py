@@ -19,8 +19,8 @@ from huggingface_hub import constants, hf_hub_download
 
 from raymerge.pipeline.errors import CheckpointError, ConfigError, CorruptedError, FetchError, OutputError
 from raymerge.pipeline.stores.files import ByteRange
-from raymerge.pipeline.stores.hub.api import parse_hub_url
-from raymerge.pipeline.stores.hub.stage import Stage
+from raymerge.pipeline.stores.hub.path import parse_hub_url
+from raymerge.pipeline.stores.hub.pending import PendingChanges
 from raymerge.pipeline.stores.hub.storage import HubStorage
 from raymerge.pipeline.stores.retry import FaultLog
 from tests.pipeline.stores.storage_contract import MIB, StorageContract, make_bytes, read_all, read_ranges
@@ -41,6 +41,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
 
 @pytest.fixture(autouse=True)
 def _environment(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     for name in ("HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
@@ -370,9 +372,9 @@ def test_one_commit(server: HubServer, storage: HubStorage) -> None:
         assert server.repos[repo].private
         write_model(storage, out)
         assert server.get_head(repo) == before
-        staged = {name: storage.stat(f"{out}/{name}") for name in FILES}
+        pendingd = {name: storage.stat(f"{out}/{name}") for name in FILES}
         storage.publish(out, "linear of a, b")
-        assert {name: storage.stat(f"{out}/{name}") for name in FILES} == staged
+        assert {name: storage.stat(f"{out}/{name}") for name in FILES} == pendingd
         storage.delete(f"{out}/.raymerge/plan.json")
     commit = server.repos[repo].get_head("main")
     assert commit.parent is not None
@@ -658,24 +660,24 @@ def test_a_run_that_was_killed_right_after_its_commit(server: HubServer, storage
     out = f"hf://{repo}"
     with storage.lock(f"{out}/.raymerge/lock"):
         write_model(storage, out)
-        stage = Stage(parse_hub_url(out))
-        parent, files = stage.parent, stage.read_all().values()
-        contents = {file.path: stage.content_path(file).read_bytes() for file in files if file.mode == "regular"}
+        pending = PendingChanges(parse_hub_url(out))
+        parent, files = pending.parent, pending.read_all().values()
+        contents = {file.path: pending.content_path(file).read_bytes() for file in files if file.mode == "kept"}
         storage.publish(out, "x")
         head = server.get_head(repo)
         assert parent is not None
-        stage.set_parent(parent)
+        pending.set_parent(parent)
         for file in files:
-            stage.put(file, contents.get(file.path))
+            pending.put(file, contents.get(file.path))
     with storage.lock(f"{out}/.raymerge/lock"):
         storage.publish(out, "x")
     assert server.get_head(repo) == head
-    assert not stage.read_all()
+    assert not pending.read_all()
 
 
-def test_a_damaged_stage_is_no_stage(storage: HubStorage, repo: str) -> None:
+def test_a_damaged_pending_is_no_pending(storage: HubStorage, repo: str) -> None:
     storage.write(f"hf://{repo}/model.safetensors", SHARD)
-    (entry,) = (Stage(parse_hub_url(f"hf://{repo}")).directory / "changes").glob("*.json")
+    (entry,) = (PendingChanges(parse_hub_url(f"hf://{repo}")).directory / "changes").glob("*.json")
     entry.write_text(json.dumps({"path": "model.safetensors"}))
     assert storage.list(f"hf://{repo}") == {}
     storage.write(f"hf://{repo}/model.safetensors", SHARD)

@@ -1,4 +1,4 @@
-"""What was written to a branch on the Hub and is not published yet, kept on this machine until it is."""
+"""Changes to a branch of the Hub that are not published yet, kept on this machine until they are."""
 
 from __future__ import annotations
 
@@ -6,36 +6,53 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.stores.files import Buffer, StoredFile
-from raymerge.pipeline.stores.hub.api import HubPath, find_endpoint
+from raymerge.pipeline.stores.files import Buffer
+from raymerge.pipeline.stores.hub.path import HubPath, find_endpoint
 from raymerge.pipeline.stores.local.storage import LocalStorage
 from raymerge.pipeline.stores.local.writer import output_error
-from raymerge.pipeline.stores.seam import Lock, Writer
+from raymerge.pipeline.stores.seam import Lock
+
+_PARENT, _UNDERWAY, _LOCK = "parent", "underway.json", "changes.lock"
 
 
 @dataclass(frozen=True, slots=True)
-class StagedFile:
+class PendingFile:
     """A change to one file."""
 
     path: str
     """In the repository."""
-    mode: Literal["lfs", "regular", "delete"]
-    nbytes: int
-    etag: str
-    """What the Hub will say: sha256 of an LFS file, git's id of a regular one; empty where it is deleted."""
+    mode: Literal["uploaded", "kept", "delete"]
+    """Its content is at the Hub already, or here, or it is to have none."""
+    nbytes: int = 0
+    sha256: str = ""
+    """What the Hub knows an LFS file by."""
+    git_oid: str = ""
+    """What it knows a regular one by, in case that a kept file becomes one."""
+
+    @property
+    def etag(self) -> str:
+        """What its content is known by until it is published."""
+        return self.git_oid or self.sha256
+
+    def is_in(self, tree: Mapping[str, tuple[int, str]]) -> bool:
+        """Tell whether a tree, of sizes and etags, is as it is after this change."""
+        found = tree.get(self.path)
+        if self.mode == "delete" or found is None:
+            return self.mode == "delete" and found is None
+        return found in ((self.nbytes, self.sha256), (self.nbytes, self.git_oid))
 
 
-class Stage:
+class PendingChanges:
     """The changes to one branch; shared by all processes of this machine that write to it.
 
-    LFS files have been uploaded, and only their hashes are here; the content of regular files is.
+    Shards have been uploaded, and only their hashes are here; the content of all other files is.
     """
 
     def __init__(self, place: HubPath) -> None:
@@ -48,10 +65,6 @@ class Stage:
     def journal_path(self, path: str) -> str:
         """Return where a file lies that is about the output and not in it: its journal, its lock."""
         return str(self.directory / "journal" / path)
-
-    def open_journal(self, url: str, path: str, nbytes: int, *, exclusive: bool) -> Writer:
-        """Begin such a file, under its URL on the Hub."""
-        return _JournalWriter(url, self._local.open_writer(self.journal_path(path), nbytes, exclusive=exclusive))
 
     @contextmanager
     def lock(self, url: str, path: str) -> Iterator[Lock]:
@@ -81,29 +94,29 @@ class Stage:
     def parent(self) -> str | None:
         """The commit that the changes are to; None where that was never noted."""
         try:
-            return (self.directory / "parent").read_text()
+            return (self.directory / _PARENT).read_text()
         except FileNotFoundError:
             return None
 
     def set_parent(self, commit: str) -> None:
         """Note the commit that the changes are to."""
-        self._write(self.directory / "parent", commit.encode())
+        self._write(self.directory / _PARENT, commit.encode())
 
-    def find(self, path: str) -> StagedFile | None:
+    def find(self, path: str) -> PendingFile | None:
         """Return the change to a file, if there is one."""
         return _read_entry(self._entry_path(path))
 
-    def read_all(self) -> dict[str, StagedFile]:
+    def read_all(self) -> dict[str, PendingFile]:
         """Return all changes, by path in the repository."""
         directory = self.directory / "changes"
-        entries = map(_read_entry, sorted(directory.glob("*.json")))
-        return {entry.path: entry for entry in entries if entry is not None}
+        entries = [entry for entry in map(_read_entry, directory.glob("*.json")) if entry is not None]
+        return {entry.path: entry for entry in sorted(entries, key=lambda entry: entry.path)}
 
-    def content_path(self, file: StagedFile) -> Path:
-        """Return where the content of a regular file lies."""
+    def content_path(self, file: PendingFile) -> Path:
+        """Return where the content of a kept file lies."""
         return self._entry_path(file.path).with_suffix(f".{file.etag}.content")
 
-    def put(self, file: StagedFile, content: bytes | None = None, *, exclusive: bool = False) -> None:
+    def put(self, file: PendingFile, content: Buffer | None = None, *, exclusive: bool = False) -> None:
         """Note a change, in place of an earlier one to the same file.
 
         Raises:
@@ -129,6 +142,22 @@ class Stage:
                 if entry is not None:
                     self.content_path(entry).unlink(missing_ok=True)
 
+    def set_underway(self, changes: Sequence[PendingFile]) -> None:
+        """Note what is about to be committed."""
+        self._write(self.directory / _UNDERWAY, json.dumps([asdict(change) for change in changes]).encode())
+
+    def read_underway(self) -> list[PendingFile]:
+        """Return what was to be committed last; nothing where that is not known."""
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            return [PendingFile(**change) for change in json.loads((self.directory / _UNDERWAY).read_bytes())]
+        return []
+
+    def settle(self, commit: str, changes: Iterable[PendingFile]) -> None:
+        """Note that a commit has these changes; what is left is a change to it."""
+        self.set_parent(commit)
+        self.remove(change.path for change in changes if self.find(change.path) == change)
+        (self.directory / _UNDERWAY).unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Forget all changes, and the journal; only for who holds the lock."""
         self.remove(self.read_all())
@@ -138,7 +167,7 @@ class Stage:
 
     def forget(self) -> None:
         """Delete what is left where nothing is begun; only for who holds the lock."""
-        for name in ("parent", "changes.lock"):
+        for name in (_PARENT, _UNDERWAY, _LOCK):
             (self.directory / name).unlink(missing_ok=True)
         with suppress(OSError):
             (self.directory / "changes").rmdir()
@@ -153,12 +182,12 @@ class Stage:
     def _entry_path(self, path: str) -> Path:
         return self.directory / "changes" / f"{hashlib.sha256(path.encode()).hexdigest()}.json"
 
-    def _write(self, path: Path, content: bytes) -> None:
+    def _write(self, path: Path, content: Buffer | bytes) -> None:
         self._local.write(str(path), content)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        path = self.directory / "changes.lock"
+        path = self.directory / _LOCK
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -171,34 +200,19 @@ class Stage:
             os.close(descriptor)
 
 
-class _JournalWriter(Writer):
-    """A local file under its name on the Hub."""
-
-    def __init__(self, url: str, writer: Writer) -> None:
-        self._url = url
-        self._writer = writer
-
-    def write(self, data: Buffer | bytes) -> None:
-        self._writer.write(data)
-
-    def commit(self) -> StoredFile:
-        return replace(self._writer.commit(), url=self._url)
-
-    def abort(self) -> None:
-        self._writer.abort()
-
-
-def git_oid(content: bytes) -> str:
+def git_oid(content: Buffer | bytes) -> str:
     """Return git's id of a file.
 
     >>> git_oid(b"hello")
     'b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0'
     """
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    digest = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
+    digest.update(content)
+    return digest.hexdigest()
 
 
-def _read_entry(path: Path) -> StagedFile | None:
+def _read_entry(path: Path) -> PendingFile | None:
     """Return a change; None where there is none, or a damaged one: the file is made again."""
     with suppress(FileNotFoundError, ValueError, TypeError):
-        return StagedFile(**json.loads(path.read_bytes()))
+        return PendingFile(**json.loads(path.read_bytes()))
     return None

@@ -1,0 +1,127 @@
+"""How huggingface_hub asks the Hub for us: with time limits, faults on record, and no secret in errors or logs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from email.message import Message
+from functools import cache
+from json import JSONDecodeError
+from typing import Any
+
+import httpx2
+from huggingface_hub import set_client_factory
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils._http import hf_request_event_hook
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from raymerge.pipeline.stores.remote import REQUEST_SECONDS
+from raymerge.pipeline.stores.retry import Fault, one_line
+from raymerge.pipeline.stores.web.client import origin_of
+from raymerge.pipeline.stores.web.connection import make_tls
+from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, classify_web, explain_broken
+
+_BODY_SECONDS = 60
+"""How long a store may be silent over a body, or the Hub over a commit."""
+
+_endpoint: ContextVar[str | None] = ContextVar("_endpoint", default=None)
+"""Of the Hub that we are asking; None while others use huggingface_hub in this process."""
+
+
+class StorageRefusalError(RefusalError):
+    """The storage that the Hub's signed URLs lead to refuses."""
+
+
+class HubSession(httpx2.Client):
+    """The HTTP client of huggingface_hub in this process, which changes only requests that `own_requests` encloses.
+
+    By itself huggingface_hub waits for an answer for ever, tries some requests again and others not, keeps no record of
+    it, and logs signed URLs. Here a failure that may pass is raised as an error that it does not know and lets through.
+    """
+
+    def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:  # noqa: D102
+        endpoint = _endpoint.get()
+        if endpoint is None:
+            return super().send(request, **options)
+        if origin_of(str(request.url)) != origin_of(endpoint):
+            request.headers.pop("Authorization", None)
+        seconds = _BODY_SECONDS if request.method == "PUT" or "/commit/" in request.url.path else REQUEST_SECONDS
+        request.extensions = {**request.extensions, "timeout": httpx2.Timeout(seconds).as_dict()}
+        try:
+            response = super().send(request, **options)
+        except httpx2.TransportError as error:
+            raise _explain_transport(error, request.url.host) from None
+        if response.status_code >= 400 and classify_web(_refusal_of(response)) is not None:
+            raise _refusal_of(response)
+        return response
+
+
+@contextmanager
+def own_requests(endpoint: str) -> Iterator[None]:
+    """Make what huggingface_hub asks in this block requests of ours, and its errors ours.
+
+    Raises:
+        RefusalError: the Hub refuses, or its storage does.
+        BrokenError: no whole answer came, or not one of a Hub.
+    """
+    _install()
+    token = _endpoint.set(endpoint)
+    try:
+        yield
+    except (HfHubHTTPError, httpx2.HTTPError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise _translate(error) from None
+    finally:
+        _endpoint.reset(token)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep huggingface_hub from drawing progress bars, and from warnings about what it does itself."""
+    with warnings.catch_warnings(), disable_progress_bars():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@cache
+def _install() -> None:
+    hooks = {"request": [hf_request_event_hook]}
+    set_client_factory(lambda: HubSession(verify=make_tls(), event_hooks=hooks, follow_redirects=True, timeout=None))
+
+
+def _translate(error: Exception) -> Exception:
+    """Return what an error of huggingface_hub, which may have been raised from one of ours, means to us."""
+    cause = error.__cause__
+    if isinstance(error, HfHubHTTPError):
+        return _refusal_of(error.response)
+    if isinstance(cause, RefusalError | BrokenError):
+        return cause
+    if isinstance(cause, HfHubHTTPError):
+        return _translate(cause)
+    if isinstance(error, JSONDecodeError):
+        hint = "is HF_ENDPOINT the address of a Hub, and is no login page in between?"
+        return BrokenError(f"the answer is not JSON; {hint}", None)
+    if isinstance(error, TypeError | KeyError):
+        return BrokenError(f"the answer is not that of a Hub: {type(error).__name__}: {one_line(error)}", None)
+    return BrokenError(one_line(error), None)
+
+
+def _refusal_of(response: httpx2.Response) -> RefusalError:
+    headers = Message()
+    for name, value in response.headers.multi_items():
+        headers[name] = value
+    is_hub = origin_of(str(response.request.url)) == origin_of(_endpoint.get() or "")
+    return (RefusalError if is_hub else StorageRefusalError)(response.status_code, headers, response.read())
+
+
+def _explain_transport(error: httpx2.TransportError, host: str) -> BrokenError:
+    """Return what has happened below httpx2, by what its error was raised from."""
+    cause: BaseException | None = TimeoutError() if isinstance(error, httpx2.TimeoutException) else error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return explain_broken(cause, host)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, httpx2.NetworkError | httpx2.RemoteProtocolError):
+        return BrokenError(f"the connection to {host} broke", Fault("connection broken"))
+    return BrokenError(f"{host}: the request cannot be made: {type(error).__name__}", None)
