@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from raymerge import Listener, merge, verify
+from raymerge import Listener, merge, plan, verify
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
 from raymerge.pipeline.plan.types import MergePlan, ShardResult
 from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.servers.hub import HubServer
+from tests.servers.hub_git import Commit
 from tests.test_stores import make_config, without_own
 
 SHARD_SIZE = "60kB"
@@ -208,3 +211,84 @@ def test_few_requests_to_the_hub_itself(hub: HubServer, tmp_path: Path) -> None:
     num_processes = 3  # the driver, which reads headers, and two workers
     assert resolved
     assert max(resolved.values()) <= 2 * num_processes
+
+
+# hundreds of shards
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, bytes]]:
+    """Models that merge into 255 shards, and what comes of it."""
+    directory = tmp_path_factory.mktemp("many")
+    models = list(map(str, write_family(directory, 1, num_layers=28, dtype=torch.bfloat16)))
+    report = merge(make_config(models), directory / "merged", shard_size=1)
+    assert report.num_shards == 255
+    return models, without_own(read_files(directory / "merged"))
+
+
+def check_history(hub: HubServer, name: str) -> list[Commit]:
+    """Make sure that commits are small, and that nothing loads before the last; return them, the first one first."""
+    commits = list(hub.repos[name].get_head("main").iter_history())[::-1]
+    for commit in commits[1:]:
+        assert commit.parent is not None
+        before, after = commit.parent.files, commit.files
+        assert 0 < sum(before.get(path) != after.get(path) for path in {**before, **after}) < 100
+    for commit in commits:
+        loadable = {"config.json", "model.safetensors.index.json", "raymerge_manifest.json"} & commit.files.keys()
+        if loadable:
+            manifest = json.loads(hub.read_files(name, commit.oid)["raymerge_manifest.json"])
+            assert manifest["files"].keys() < commit.files.keys()
+    return commits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_before", "is_applied"), [(0, False), (1, True)])
+def test_a_merge_of_hundreds_of_shards_is_killed_at_a_commit(
+    hub: HubServer,
+    many: tuple[list[str], dict[str, bytes]],
+    num_before: int,
+    is_applied: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(many[0]))
+    arguments = ("merge", config, "hf://me/many", "--shard-size", "1B", "--threads", "2")
+    process = start_command(*arguments)
+    commit, calls = hub.commit, itertools.count()
+
+    def commit_and_kill(*change: Any) -> Commit:
+        if next(calls) != num_before:
+            return commit(*change)
+        made = commit(*change) if is_applied else None
+        process.kill()
+        process.wait()
+        if made is None:
+            raise ConnectionError
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "commit", commit_and_kill)
+        _, error = process.communicate()
+    assert process.returncode < 0, error
+    assert len(check_history(hub, "me/many")) == 1 + num_before + is_applied
+    num_sent = sum(method == "PUT" for method, *_ in hub.storage_requests)
+    hub.reset_requests()
+    with pytest.raises(CheckpointError):
+        plan(make_config(["me/many", many[0][1]]))
+    outcome = run_command(*arguments)
+    assert outcome.code == 0, outcome.err
+    assert len(check_history(hub, "me/many")) == 4
+    assert published(hub, "me/many") == many[1]
+    assert num_sent == 255
+    assert not any(method == "PUT" for method, *_ in hub.storage_requests)
+
+
+@pytest.mark.slow
+def test_hundreds_of_shards_replace_a_model(hub: HubServer, many: tuple[list[str], dict[str, bytes]]) -> None:
+    merge(make_config(NAMES), "hf://me/many")
+    before = hub.repos["me/many"].get_head("main")
+    merge(make_config(many[0]), "hf://me/many", shard_size=1, threads=2, overwrite=True)
+    commits = check_history(hub, "me/many")
+    assert "config.json" in before.files
+    assert commits.index(before) == len(commits) - 4
+    assert published(hub, "me/many") == many[1]

@@ -87,10 +87,7 @@ def publish_branch(
     root = place.root
     head = api.find_commit(root)[0]
     settle(api, root, pending, head)
-    before = api.list_tree(root.at(head))
-    changes = [file for path, file in pending.read_all().items() if path.startswith(prefix)]
-    changes = [file for file in changes if not file.is_in(before)]
-    parts = split_changes(changes, before, {prefix + name for name in last})
+    parts = split_changes(files, api.list_tree(root.at(head)), {prefix + name for name in last})
     for number, part in enumerate(parts, start=1):
         title = message if number == len(parts) else f"Part {number} of {len(parts)}: {message}"
         head = _commit(api, root, pending, part, title, head)
@@ -98,17 +95,16 @@ def publish_branch(
 
 
 def split_changes(
-    changes: Sequence[PendingFile], before: Mapping[str, tuple[int, str]], last: Collection[str]
+    files: Sequence[PendingFile], before: Mapping[str, tuple[int, str]], last: Collection[str]
 ) -> list[list[PendingFile]]:
-    """Return the changes of each commit that it takes to make some; see `publish_branch`."""
+    """Return the changes of each commit that it takes to publish some files; see `publish_branch`."""
+    changes = [file for file in files if not file.is_in(before)]
     if len(changes) <= MAX_CHANGES:
-        return [list(changes)] if changes else []
-    tail = [change for change in changes if change.path in last and change.mode != "delete"]
-    gone = [PendingFile(change.path, "delete") for change in tail if change.path in before]
-    gone += sorted(
-        (change for change in changes if change.mode == "delete"), key=lambda change: change.path not in last
-    )
-    rest = [*gone, *(change for change in changes if change not in tail and change.mode != "delete")]
+        return [changes] if changes else []
+    tail = [file for file in files if file.path in last and file.mode != "delete"]  # even those that stay the same
+    gone = [PendingFile(file.path, "delete") for file in tail if file.path in before]
+    gone += sorted((file for file in changes if file.mode == "delete"), key=lambda file: file.path not in last)
+    rest = [*gone, *(file for file in changes if file not in tail and file.mode != "delete")]
     parts = [rest[start : start + MAX_CHANGES] for start in range(0, len(rest), MAX_CHANGES)]
     if len(parts) > 1 and len(parts[-1]) + len(tail) <= MAX_CHANGES:
         parts[-1] += tail
