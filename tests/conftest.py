@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from raymerge.pipeline.stores.open import Stores, open_stores
 from tests.commands import Cli, Outcome
 from tests.servers.fixtures import bucket, s3_server  # noqa: F401
 
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # read by huggingface_hub when it is imported; what tests Xet starts a process
 torch.set_num_threads(1)  # the machine's other cores may be busy, and waiting for them takes longer than the work
 
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import hf_request_event_hook
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from raymerge.pipeline.errors import MergeError
 from raymerge.pipeline.stores.remote import REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import Fault, one_line
 from raymerge.pipeline.stores.web.client import origin_of
@@ -70,7 +71,9 @@ def own_requests(endpoint: str) -> Iterator[None]:
     token = _endpoint.set(endpoint)
     try:
         yield
-    except (HfHubHTTPError, httpx2.HTTPError, RuntimeError, ValueError, TypeError, KeyError) as error:
+    except MergeError:
+        raise
+    except (httpx2.HTTPError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise _translate(error) from None
     finally:
         _endpoint.reset(token)
