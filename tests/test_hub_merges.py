@@ -252,7 +252,7 @@ def test_a_merge_of_hundreds_of_shards_is_killed_at_a_commit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = write_config(tmp_path / "merge.yml", make_config(many[0]))
-    arguments = ("merge", config, "hf://me/many", "--shard-size", "1B", "--threads", "2")
+    arguments = ("merge", config, "hf://me/many", "--shard-size", "1B", "--workers", "2")
     process = start_command(*arguments)
     commit, calls = hub.commit, itertools.count()
 
@@ -287,7 +287,7 @@ def test_a_merge_of_hundreds_of_shards_is_killed_at_a_commit(
 def test_hundreds_of_shards_replace_a_model(hub: HubServer, many: tuple[list[str], dict[str, bytes]]) -> None:
     merge(make_config(NAMES), "hf://me/many")
     before = hub.repos["me/many"].get_head("main")
-    merge(make_config(many[0]), "hf://me/many", shard_size=1, threads=2, overwrite=True)
+    merge(make_config(many[0]), "hf://me/many", shard_size=1, workers=2, overwrite=True)
     commits = check_history(hub, "me/many")
     assert "config.json" in before.files
     assert commits.index(before) == len(commits) - 4
