@@ -30,6 +30,11 @@ class TaskFailedError(RaymergeError):
 class ManifestError(RaymergeError):
     """A manifest cannot be made so that the scheduler would take it."""
 
+    def __init__(self, problem: str, field: str = "") -> None:
+        """Say what is wrong; `field` is that of the job or target which has the wrong value, if it is one."""
+        super().__init__(problem)
+        self.field = field
+
 
 class JobError(RaymergeError):
     """A cluster cannot do what is asked of it about a job."""

@@ -25,7 +25,7 @@ from raymerge.cluster.job_client import JobClient
 from raymerge.cluster.package import list_requirements, pack_files, pack_raymerge
 from raymerge.pipeline.cli.options import list_arguments, takes_options
 from raymerge.pipeline.options import MergeOptions
-from tests.checkpoints import read_files, write_config, write_family
+from tests.checkpoints import read_files, write_config, write_family, write_llama
 from tests.commands import Cli, run_command, start_command
 from tests.servers.faults import FaultProxy
 from tests.servers.ray_head import RayHead
@@ -104,7 +104,12 @@ def test_a_job_runs_the_code_that_was_sent(client: JobClient) -> None:
 @pytest.mark.slow
 def test_the_code_of_a_job_that_fails(client: JobClient, config: dict[str, Any], tmp_path: Path) -> None:
     file = write_config(tmp_path / "merge.yml", {**config, "base_model": str(tmp_path / "not there")})
-    done = run_command("submit", file, tmp_path / "out", "--shared-filesystem", "--follow")
+    arguments = ("submit", file, tmp_path / "out", "--shared-filesystem", "--follow")
+    here = run_command(*arguments)
+    assert (here.code, here.out) == (2, ""), "it is planned first, and no job is made"
+    assert "not there: no such directory" in here.err
+    assert "; if only the cluster's machines can read it, say --no-plan" in here.err
+    done = run_command(*arguments, "--no-plan")
     assert done.code == 2
     assert "not there: no such directory" in done.err
     assert "failed with exit code 2" in run_command("jobs", "status", done.out.strip()).out
@@ -210,7 +215,7 @@ def test_jobs_that_are_not_there(client: JobClient, cli: Cli) -> None:
 def test_a_client_needs_neither_torch_nor_ray(file: Path, tmp_path: Path) -> None:
     code = """
         import sys
-        sys.modules.update(dict.fromkeys(["torch", "ray", "pyarrow", "numpy"]))  # importing them fails
+        sys.modules.update(dict.fromkeys(["torch", "ray"]))  # importing them fails
         from raymerge.pipeline.cli.app import main
         main()
     """
@@ -226,6 +231,18 @@ def test_a_client_needs_neither_torch_nor_ray(file: Path, tmp_path: Path) -> Non
     done = subprocess.run([*command, "--address", "http://127.0.0.1:1"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "nobody answers at http://127.0.0.1:1" in done.stderr
+
+
+def test_a_merge_is_planned_before_it_is_submitted(config: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
+    smaller = {"model": str(write_llama(tmp_path / "smaller")), "parameters": {"weight": 1}}
+    file = write_config(tmp_path / "merge.yml", {**config, "models": [*config["models"], smaller]})
+    arguments = ("submit", file, tmp_path / "out", "--shared-filesystem", "--address", "http://127.0.0.1:1")
+    outcome = cli(*arguments)
+    assert outcome.code == 2
+    assert "name the layers to merge with `slices`" in outcome.err
+    outcome = cli(*arguments, "--no-plan")
+    assert outcome.code == 2
+    assert "nobody answers at http://127.0.0.1:1" in outcome.err
 
 
 def test_what_is_the_same_has_the_same_name(tmp_path: Path) -> None:

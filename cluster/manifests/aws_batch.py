@@ -11,12 +11,14 @@ from raymerge.cluster.manifests.job import (
     Job,
     NodeSize,
     check_nbytes,
+    check_values,
     dump_documents,
     read_start_script,
     start_variables,
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+_ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/\S+")
 _MAX_NBYTES = 24 * 2**10
 _SHARED_MIB = 512
 """/dev/shm, where Ray's object store is."""
@@ -39,7 +41,7 @@ class AwsBatch:
     """ARN of the role that starts the containers, and may read the secrets."""
     token_secret: str
     """The token of the Ray cluster: ARN in the Secrets Manager, or name of a parameter in the Parameter Store."""
-    env_secrets: tuple[tuple[str, str], ...]
+    env_secret: tuple[tuple[str, str], ...]
     """Environment variables, and where their values are, in the same form."""
     num_attempts: int
     num_seconds: int
@@ -52,14 +54,26 @@ def make_aws_batch(job: Job, size: NodeSize, target: AwsBatch) -> str:
     Raises:
         ManifestError: a name that Batch would refuse, or too large a config.
     """
+    check_values(target, job.wheel)
     if not _NAME.fullmatch(job.name):
         raise ManifestError(
-            f"--name {job.name!r} is no name for AWS Batch; use letters, digits, `-` and `_`, 128 at most"
+            f"{job.name!r} is no name for AWS Batch; use letters, digits, `-` and `_`, 128 at most", "name"
         )
-    secrets = (("RAY_AUTH_TOKEN", target.token_secret), *target.env_secrets)
-    _check_place("--token-secret", target.token_secret)
-    for name, place in target.env_secrets:
-        _check_place(f"--env-secret {name}", place)
+    if job.wheel and job.wheel.content is not None:
+        raise ManifestError(
+            f"{job.wheel.source}: AWS Batch sends no files along; put it where the machines can fetch it and give"
+            " that URL, or name an image that has raymerge",
+            "wheel",
+        )
+    for field, role in (("job_role", target.job_role), ("execution_role", target.execution_role)):
+        if role is not None and not _ROLE.fullmatch(role):
+            raise ManifestError(
+                f"{role!r} is not the ARN of a role: arn:aws:iam::, the account's number, :role/NAME", field
+            )
+    secrets = (("RAY_AUTH_TOKEN", target.token_secret), *target.env_secret)
+    _check_place("token_secret", target.token_secret)
+    for name, place in target.env_secret:
+        _check_place("env_secret", place, f"{name} ")
     variables = {**start_variables(job, size), "RAYMERGE_CONFIG": job.config}
     gpus = [{"type": "GPU", "value": str(size.num_gpus)}] if size.num_gpus else []
     container = {
@@ -92,10 +106,11 @@ def make_aws_batch(job: Job, size: NodeSize, target: AwsBatch) -> str:
     return dump_documents(job.comment, definition)
 
 
-def _check_place(flag: str, place: str) -> None:
+def _check_place(field: str, place: str, name: str = "") -> None:
     """Refuse what may be the secret itself, without repeating it."""
     if not place.startswith(("arn:", "/")):
         raise ManifestError(
-            f"{flag} is neither an ARN nor the path of a parameter, such as /raymerge/token; say where the secret is"
-            " kept, not what it is"
+            f"{name}is neither an ARN nor the path of a parameter, such as /raymerge/token; say where the secret is"
+            " kept, not what it is",
+            field,
         )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -15,8 +19,28 @@ from raymerge.cluster.ray.session import SETTINGS, STORE_NBYTES
 CONFIG_FILE = "merge.yml"
 """What the config is called on the head."""
 
+_PLACEHOLDER = re.compile(
+    r"\b(?:123456789012|012345678901|111122223333|444455556666|777788889999|000000000000)\b"  # AWS's examples
+    r"|\bexample\.(?:com|org|net)\b|<[^<>]*>"
+)
+
 _OVERHEAD_NBYTES = 2 * 2**30
 """Of a node's memory: what Ray itself takes, and on the head the driver."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """The raymerge that the machines install before Ray starts."""
+
+    source: str
+    """URL from which pip fetches it, or path on this machine of the file that is sent along."""
+    content: bytes | None
+    """Of the file that is sent along; None where pip fetches it."""
+
+    @property
+    def name(self) -> str:
+        """The file's name, from which pip knows what it is."""
+        return PurePosixPath(urlsplit(self.source).path).name
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +52,8 @@ class Job:
     """The YAML."""
     arguments: tuple[str, ...]
     """Of `raymerge merge`, after the config."""
+    wheel: Wheel | None
+    """None where the machines have raymerge."""
     setup: str
     """Shell commands that run on every machine before Ray starts; may be empty."""
     environment: tuple[tuple[str, str], ...]
@@ -44,6 +70,18 @@ class Job:
             config: path of the config on the head.
         """
         return shlex.join(["raymerge", "merge", config, *self.arguments])
+
+    def preparation(self, directory: str = "") -> str:
+        """Return the shell commands that run on every machine before Ray starts.
+
+        Args:
+            directory: where the machines find a wheel that is sent along.
+        """
+        if self.wheel is None:
+            return self.setup
+        source = self.wheel.source if self.wheel.content is None else f"{directory}/{self.wheel.name}"
+        before = f"{{ {self.setup}\n}} && " if self.setup else ""
+        return f"{before}pip install --quiet {shlex.quote(source)}"
 
     def variables(self) -> dict[str, str]:
         """Return the environment of all machines: Ray's settings, which it reads when it starts, and the job's own."""
@@ -84,10 +122,25 @@ def start_variables(job: Job, size: NodeSize) -> dict[str, str]:
     return {
         **job.variables(),
         "RAY_AUTH_MODE": "token",
-        "RAYMERGE_SETUP": job.setup,
+        "RAYMERGE_SETUP": job.preparation(),
         "RAYMERGE_COMMAND": job.command(CONFIG_FILE),
         "RAYMERGE_RAY_OPTIONS": shlex.join(f"--{name}={value}" for name, value in size.ray_options().items()),
     }
+
+
+def check_values(target: Any, wheel: Wheel | None) -> None:
+    """Refuse values that only stand for those of the user.
+
+    Args:
+        target: dataclass of what only one kind of manifest needs.
+        wheel: what the machines install.
+
+    Raises:
+        ManifestError: naming the field and the placeholder.
+    """
+    for field, value in {**asdict(target), "wheel": wheel and wheel.source}.items():
+        if found := _PLACEHOLDER.search(str(value)):
+            raise ManifestError(f"has {found[0]} in it, which stands for a value of yours: put that there", field)
 
 
 def comment_lines(text: str) -> str:
@@ -114,7 +167,7 @@ def check_nbytes(what: str, nbytes: int, most: int) -> None:
     if nbytes > most:
         raise ManifestError(
             f"{what} would have {nbytes:,} bytes with the config in it, and {most:,} are allowed; leave comments out of"
-            " the config, or merge on a cluster that runs already: raymerge merge --address"
+            " the config, or merge on a cluster that runs already"
         )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from dataclasses import dataclass
 
 from raymerge.cluster.errors import ManifestError
-from raymerge.cluster.manifests.job import CONFIG_FILE, Job, NodeSize, check_nbytes, dump_documents
+from raymerge.cluster.manifests.job import CONFIG_FILE, Job, NodeSize, check_nbytes, check_values, dump_documents
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?")
-_MAX_NBYTES = 250_000
-"""`kubectl apply` keeps what it applied in an annotation, for which there are 256 KiB."""
+_MAX_NBYTES = 1_000_000
+"""Kubernetes takes 1 MiB in a ConfigMap if nothing keeps a copy in an annotation: `kubectl apply --server-side`."""
 _MOUNT = "/etc/raymerge"
 _HEAD_RESOURCES = {"cpu": "2", "memory": "8Gi"}
 """It plans and keeps the books; merging is done by the others."""
@@ -28,7 +29,7 @@ class KubeRay:
     namespace: str | None
     service_account: str | None
     """Of the pods: where it stands for a role, that is their right to read and write."""
-    env_secrets: tuple[str, ...]
+    env_secret: tuple[str, ...]
     """Secrets that become environment variables of the pods."""
     num_attempts: int
     num_seconds: int
@@ -43,23 +44,26 @@ def make_kuberay(job: Job, size: NodeSize, target: KubeRay) -> str:
     Raises:
         ManifestError: a name that Kubernetes would refuse, or too large a config.
     """
-    _check_name("--name", job.name, 47)
-    for flag, name in (("--namespace", target.namespace), ("--service-account", target.service_account)):
+    check_values(target, job.wheel)
+    _check_name("name", job.name, 47)
+    for field, name in (("namespace", target.namespace), ("service_account", target.service_account)):
         if name is not None:
-            _check_name(flag, name, 63)
-    if not all(_NAME.fullmatch(name) for name in target.env_secrets):
-        raise ManifestError("--env-secret takes names of secrets: small letters, digits and `-`")
+            _check_name(field, name, 63)
+    if not all(_NAME.fullmatch(name) for name in target.env_secret):
+        raise ManifestError("takes names of secrets: small letters, digits and `-`", "env_secret")
     metadata = {"name": job.name} | ({"namespace": target.namespace} if target.namespace else {})
-    config_map = {
+    config_map: dict[str, object] = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": metadata,
         "data": {
             CONFIG_FILE: job.config,
-            "setup.sh": f"{job.setup}\n",
+            "setup.sh": f"{job.preparation(_MOUNT)}\n",
             "merge.sh": f"exec {job.command(f'{_MOUNT}/{CONFIG_FILE}')}\n",
         },
     }
+    if job.wheel and job.wheel.content is not None:
+        config_map["binaryData"] = {job.wheel.name: b64encode(job.wheel.content).decode()}
     check_nbytes("the ConfigMap", len(dump_documents("", config_map).encode()), _MAX_NBYTES)
     ray_job = {
         "apiVersion": "ray.io/v1",
@@ -105,7 +109,7 @@ def _resources(size: NodeSize) -> dict[str, str]:
 def _make_pod(job: Job, target: KubeRay, name: str, resources: dict[str, str]) -> dict[str, object]:
     # Kubernetes reads $(NAME) in values, and $$ as a dollar sign.
     variables = [{"name": name, "value": value.replace("$", "$$")} for name, value in job.variables().items()]
-    secrets = [{"secretRef": {"name": name}} for name in target.env_secrets]
+    secrets = [{"secretRef": {"name": name}} for name in target.env_secret]
     container: dict[str, object] = {
         "name": name,
         "image": target.image,
@@ -120,8 +124,8 @@ def _make_pod(job: Job, target: KubeRay, name: str, resources: dict[str, str]) -
     return {"spec": {**account, "containers": [container], "volumes": [volume]}}
 
 
-def _check_name(flag: str, name: str, max_length: int) -> None:
+def _check_name(field: str, name: str, max_length: int) -> None:
     if not _NAME.fullmatch(name) or len(name) > max_length:
         raise ManifestError(
-            f"{flag} {name!r} is no name for Kubernetes; use small letters, digits and `-`, {max_length} at most"
+            f"{name!r} is no name for Kubernetes; use small letters, digits and `-`, {max_length} at most", field
         )

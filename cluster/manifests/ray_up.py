@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 
 from raymerge.cluster.errors import ManifestError
-from raymerge.cluster.manifests.job import CONFIG_FILE, Job, check_nbytes, dump_documents
+from raymerge.cluster.manifests.job import CONFIG_FILE, Job, check_nbytes, check_values, dump_documents
 from raymerge.cluster.ray.session import STORE_NBYTES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
@@ -17,7 +17,8 @@ _MAX_NBYTES = 64 * 2**10
 _JOIN_SECONDS = 1800
 _HEAD_TYPE = "m5.large"
 """It plans and keeps the books; merging is done by the others."""
-_TOKEN_FILE = "/home/ray/.ray/auth_token"
+_HOME = "/home/ray"
+_TOKEN_FILE = f"{_HOME}/.ray/auth_token"
 _START = f"ulimit -n 65536; ray start --object-store-memory={STORE_NBYTES}"
 
 
@@ -44,9 +45,10 @@ def make_ray_up(job: Job, target: RayUp) -> str:
     Raises:
         ManifestError: a name that AWS would refuse, or too large a config.
     """
+    check_values(target, job.wheel)
     if not _NAME.fullmatch(job.name):
         raise ManifestError(
-            f"--name {job.name!r} is no name for a cluster; use letters, digits, `-` and `_`, 63 at most"
+            f"{job.name!r} is no name for a cluster; use letters, digits, `-` and `_`, 63 at most", "name"
         )
     script = (
         "cd\n"
@@ -56,6 +58,7 @@ def make_ray_up(job: Job, target: RayUp) -> str:
     check_nbytes("a command line", max(map(len, writing)), _MAX_NBYTES)
     variables = job.variables() | {"RAY_AUTH_MODE": "token"}
     machine = {"ImageId": target.ami} if target.ami else {}
+    wheel = {f"{_HOME}/{job.wheel.name}": job.wheel.source} if job.wheel and job.wheel.content is not None else {}
     cluster = {
         "cluster_name": job.name,
         "max_workers": job.num_nodes,
@@ -83,8 +86,8 @@ def make_ray_up(job: Job, target: RayUp) -> str:
                 },
             },
         },
-        "file_mounts": {_TOKEN_FILE: target.token_file},
-        "setup_commands": [job.setup] if job.setup else [],
+        "file_mounts": {_TOKEN_FILE: target.token_file, **wheel},
+        "setup_commands": [preparation] if (preparation := job.preparation(_HOME)) else [],
         "head_setup_commands": writing,
         "head_start_ray_commands": [
             "ray stop",

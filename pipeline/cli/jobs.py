@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raymerge import __version__
-from raymerge.pipeline.cli.options import MESSAGES, Address, Config, Out, RemoteOptions, list_arguments, takes_options
+from raymerge.pipeline.cli.options import (
+    MESSAGES,
+    Address,
+    Config,
+    Out,
+    Plan,
+    RemoteOptions,
+    list_arguments,
+    takes_options,
+)
 from raymerge.pipeline.options import CLUSTER, Help
 from raymerge.pipeline.redact import redact
 
@@ -37,9 +46,10 @@ def submit(
     address: Address,
     options: RemoteOptions,
     pip: Annotated[bool, Help("Install what raymerge needs on the cluster before it begins.", CLUSTER)] = False,
+    plan: Plan = True,
     follow: Annotated[bool, Help("Show how it goes until it ends, and exit with its code.", MESSAGES)] = False,
 ) -> None:
-    """Merge the models of CONFIG into OUT as a job of a Ray cluster.
+    """Merge the models of CONFIG into OUT as a job of a Ray cluster, after planning it here.
 
     The cluster's machines need Ray, and torch and what else raymerge needs unless --pip installs it; raymerge itself
     and CONFIG are sent. Nothing secret is: the machines find their own credentials.
@@ -49,13 +59,11 @@ def submit(
     from raymerge.cluster.errors import ClusterConnectError
     from raymerge.cluster.job_client import JobClient, RefusedError
     from raymerge.cluster.package import list_requirements, pack_files, pack_raymerge
-    from raymerge.pipeline.cli.portable import check_portable
-    from raymerge.pipeline.config.merge_config import load_config
+    from raymerge.pipeline.cli.portable import load_portable
     from raymerge.pipeline.runners import list_cluster_variables
 
-    loaded = load_config(config, strict=options.strict)
-    check_portable(loaded, out, shared_filesystem=options.shared_filesystem)
     client = JobClient(address)
+    loaded = load_portable(config, out, options, with_plan=plan)
     job_id = f"raymerge-{secrets.token_hex(4)}"
     environment: dict[str, Any] = {
         "env_vars": {**list_cluster_variables(), "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS)}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from raymerge.pipeline.options import Help, MergeOptions
+from raymerge.pipeline.options import CLUSTER, Help, MergeOptions
 
 _T = TypeVar("_T")
 
@@ -36,6 +36,10 @@ RemoteOptions = Annotated[MergeOptions, Preset("ray", address="auto")]
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A mergekit YAML file.", show_default=False)]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Directory or URL of the output.", show_default=False)]
+Plan = Annotated[
+    bool,
+    Help("Plan here first. With --no-plan only the cluster has to reach the models.", CLUSTER, opposite="no-plan"),
+]
 Verbose = Annotated[bool, Help("Print a line for each shard.", MESSAGES, short="v")]
 Address = Annotated[
     str,

@@ -1,14 +1,44 @@
-"""Refuses configs and outputs that mean something else on the machines of a cluster."""
+"""Checks here what would fail on the machines of a cluster, before a merge is sent there."""
 
 from __future__ import annotations
 
-from pathlib import PurePath
+from pathlib import Path, PurePath
+
+import typer
 
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
-from raymerge.pipeline.config.merge_config import MergeConfig
-from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.config.merge_config import MergeConfig, load_config
+from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError
+from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.urls import scheme_of
+
+
+def load_portable(config: Path, out: str, options: MergeOptions, *, with_plan: bool) -> MergeConfig:
+    """Return the config of a merge that other machines can carry out; its warnings are printed.
+
+    Args:
+        config: its file.
+        out: path or URL of the output.
+        options: of the merge.
+        with_plan: whether to plan it here, for which the headers of its inputs are read.
+
+    Raises:
+        RaymergeError: whatever would go wrong there, as far as it can be known here.
+    """
+    loaded = load_config(config, strict=options.strict)
+    check_portable(loaded, out, shared_filesystem=options.shared_filesystem)
+    warnings = loaded.warnings
+    if with_plan:
+        from raymerge.pipeline import driver
+
+        try:
+            warnings = driver.plan(config, options, out=out).warnings
+        except (CheckpointError, FetchError) as error:
+            raise type(error)(f"{error}; if only the cluster's machines can read it, say --no-plan") from None
+    for warning in warnings:
+        typer.echo(redact(f"warning: {warning}"), err=True)
+    return loaded
 
 
 def check_portable(config: MergeConfig, out: str, *, shared_filesystem: bool) -> None:

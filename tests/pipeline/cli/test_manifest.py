@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,21 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raymerge.cluster.ray.session import SETTINGS
-from raymerge.pipeline.cli.manifest import RAY_VERSION
+from raymerge.pipeline.cli.job_options import RAY_VERSION, WHEEL
+from tests.checkpoints import read_files, write_config, write_llama
 from tests.commands import Cli
+from tests.servers.hub import HubServer
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = sorted((ROOT / "configs/clusters").iterdir())
-KINDS = ("kuberay", "slurm", "aws-batch", "ray-up")
+IMAGE = ("--image", "registry.internal/raymerge:1")
+NEEDED = {
+    "kuberay": IMAGE,
+    "slurm": (),
+    "aws-batch": (*IMAGE, "--execution-role", "arn:aws:iam::999999999999:role/starter"),
+    "ray-up": IMAGE,
+}
+"""What each kind of manifest wants to be told."""
 ODD = """it's a "b" $HOME `id` $(id) \\n #c"""
 CONFIG = f"""\
 # {ODD}
@@ -51,7 +61,7 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture
 def manifest(cli: Cli, config: Path) -> Any:
     def write(kind: str, *options: str, out: str = "s3://bucket/out") -> str:
-        outcome = cli("manifest", kind, config, out, *options)
+        outcome = cli("manifest", kind, config, out, "--no-plan", *NEEDED[kind], *options)
         assert outcome.code == 0, outcome.err
         return outcome.out
 
@@ -91,7 +101,7 @@ EVERYTHING = {
     "slurm": ("--partition", "p", "--account", "a"),
     "aws-batch": (
         "--job-role",
-        "arn:aws:iam::1:role/r",
+        "arn:aws:iam::999999999999:role/r",
         "--env-secret",
         "HF_TOKEN=arn:aws:secretsmanager:x:1:secret:h",
     ),
@@ -153,7 +163,7 @@ def test_bash_accepts_it(manifest: Any, gpus: str, tmp_path: Path) -> None:
 def run_shell(code: str, tmp_path: Path, **environment: str) -> list[list[Any]]:
     """Run shell code, and return the arguments of every program of ours that it called."""
     calls = tmp_path / "calls"
-    for program in ("raymerge", "srun", "setup"):
+    for program in ("raymerge", "srun", "setup", "pip"):
         path = tmp_path / "bin" / program
         path.parent.mkdir(exist_ok=True)
         path.write_text(
@@ -235,9 +245,111 @@ def test_what_is_given_to_ray_up(manifest: Any, tmp_path: Path) -> None:
     assert f"ODD={ODD}" in [shlex.split(option)[-1] for option in cluster["docker"]["run_options"]]
 
 
+# software and plan
+
+
+@pytest.mark.parametrize("kind", ["kuberay", "ray-up", "aws-batch"])
+def test_machines_need_to_be_told_where_raymerge_is(cli: Cli, config: Path, kind: str) -> None:
+    options = NEEDED[kind][len(IMAGE) :]
+    outcome = cli("manifest", kind, config, "s3://bucket/out", "--no-plan", *options)
+    assert outcome.code == 2
+    assert "the machines need raymerge: name an image that has it with --image, or a wheel with --wheel" in outcome.err
+    for option in ("--image", "a/b"), ("--wheel", f"https://files.internal/{WHEEL}"), ("--setup", "pip install x"):
+        assert cli("manifest", kind, config, "s3://bucket/out", "--no-plan", *options, *option).code == 0
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    path = tmp_path / "a directory" / WHEEL
+    path.parent.mkdir()
+    path.write_bytes(bytes(range(256)) * 1000)
+    return path
+
+
+def read_setup(kind: str, text: str) -> str:
+    """Return the shell commands that a manifest has every machine run."""
+    first, *_ = yaml.safe_load_all(text)
+    if kind == "kuberay":
+        return str(first["data"]["setup.sh"])
+    if kind == "ray-up":
+        return "\n".join(first["setup_commands"])
+    container = first["nodeProperties"]["nodeRangeProperties"][0]["container"]
+    return str(next(each["value"] for each in container["environment"] if each["name"] == "RAYMERGE_SETUP"))
+
+
+@pytest.mark.parametrize("kind", ["kuberay", "ray-up", "aws-batch"])
+def test_a_wheel_that_machines_fetch(manifest: Any, kind: str, tmp_path: Path) -> None:
+    url = f"https://files.internal/a%20b/{WHEEL}#sha256=00"
+    text = manifest(kind, "--wheel", url, "--setup", SETUP)
+    calls = run_shell(read_setup(kind, text), tmp_path, HOME="/h")
+    assert [call[:-1] for call in calls] == [["setup", "a b", "/h"], ["pip", "install", "--quiet", url]]
+
+
+@pytest.mark.parametrize(("kind", "directory"), [("kuberay", "/etc/raymerge"), ("ray-up", "/home/ray")])
+def test_a_wheel_that_is_sent_along(manifest: Any, wheel: Path, kind: str, directory: str, tmp_path: Path) -> None:
+    text = manifest(kind, "--wheel", str(wheel))
+    (call,) = run_shell(read_setup(kind, text), tmp_path)
+    assert call[:-1] == ["pip", "install", "--quiet", f"{directory}/{WHEEL}"]
+    first, *_ = yaml.safe_load_all(text)
+    if kind == "kuberay":
+        assert base64.b64decode(first["binaryData"][WHEEL]) == wheel.read_bytes()
+        assert "# kubectl apply --server-side -f FILE\n" in text
+    else:
+        assert first["file_mounts"][f"{directory}/{WHEEL}"] == str(wheel)
+
+
+def test_a_wheel_that_cannot_be_sent_along(cli: Cli, config: Path, wheel: Path) -> None:
+    arguments = ("manifest", "aws-batch", config, "s3://bucket/out", "--no-plan", *NEEDED["aws-batch"])
+    outcome = cli(*arguments, "--wheel", wheel)
+    assert outcome.code == 2
+    assert "AWS Batch sends no files along; put it where the machines can fetch it and give that URL" in outcome.err
+
+
+@pytest.mark.parametrize("failing", ["pip", "setup"])
+def test_a_machine_that_cannot_be_set_up_does_not_start(manifest: Any, failing: str) -> None:
+    setup = read_setup(
+        "aws-batch", manifest("aws-batch", "--wheel", f"https://files.internal/{WHEEL}", "--setup", SETUP)
+    )
+    script = 'set -e; pip() { true; }; setup() { true; }; eval "$1() { false; }"; eval "$2"; echo started'
+    run = ["bash", "-c", script, "bash"]
+    done = subprocess.run([*run, failing, setup], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+    assert subprocess.run([*run, "other", setup], capture_output=True, check=False).stdout == b"started\n"
+
+
+@pytest.mark.parametrize("kind", NEEDED)
+def test_a_merge_is_planned_first(cli: Cli, tmp_path: Path, kind: str) -> None:
+    models = [{"model": str(write_llama(tmp_path / f"m{number}", num_layers=2 + number))} for number in range(2)]
+    content = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+    file = write_config(tmp_path / "merge.yml", content)
+    arguments = ("manifest", kind, file, tmp_path / "out", "--shared-filesystem", *NEEDED[kind])
+    outcome = cli(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "name the layers to merge with `slices`" in outcome.err
+    assert cli(*arguments, "--no-plan").code == 0
+    shutil.rmtree(tmp_path / "m1")
+    outcome = cli(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "m1: no such directory" in outcome.err
+    assert "; if only the cluster's machines can read it, say --no-plan" in outcome.err
+
+
 # examples
 
 
+@pytest.fixture
+def qwen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub with small models of the names that `configs/linear.yml` has."""
+    with HubServer(tmp_path / "hub") as hub:
+        for number, name in enumerate(("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct")):
+            hub.create_repo(name)
+            hub.upload(name, dict(read_files(write_llama(tmp_path / str(number), number))))
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache")}.items():
+            monkeypatch.setenv(name, value)
+        yield
+
+
+@pytest.mark.usefixtures("qwen")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_is_what_the_command_in_it_writes(example: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -249,7 +361,7 @@ def test_an_example_is_what_the_command_in_it_writes(example: Path, cli: Cli, mo
 
 
 def test_there_is_an_example_of_each_kind() -> None:
-    assert {kind for kind in KINDS for example in EXAMPLES if example.name.startswith(kind)} == set(KINDS)
+    assert {kind for kind in NEEDED for example in EXAMPLES if example.name.startswith(kind)} == set(NEEDED)
 
 
 def test_the_default_image_has_the_ray_that_is_tested() -> None:
@@ -259,7 +371,7 @@ def test_the_default_image_has_the_ray_that_is_tested() -> None:
 # what users do wrong
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NEEDED)
 @pytest.mark.parametrize(
     ("out", "options", "says"),
     [
@@ -276,7 +388,7 @@ def test_the_default_image_has_the_ray_that_is_tested() -> None:
 def test_what_no_scheduler_can_do(
     cli: Cli, config: Path, kind: str, out: str, options: tuple[str, ...], says: str
 ) -> None:
-    outcome = cli("manifest", kind, config, out, *options)
+    outcome = cli("manifest", kind, config, out, "--no-plan", *NEEDED[kind], *options)
     assert outcome.code == 2
     assert says in outcome.err
     assert "wJalrXUtnFEMI" not in outcome.err
@@ -293,6 +405,17 @@ def test_what_no_scheduler_can_do(
         ("aws-batch", ("--env-secret", "HF_TOKEN=wJalrXUtnFEMI"), "--env-secret HF_TOKEN is neither an ARN nor"),
         ("aws-batch", ("--token-secret", "wJalrXUtnFEMI"), "--token-secret is neither an ARN nor"),
         ("aws-batch", ("--name", "a b"), "--name 'a b' is no name for AWS Batch"),
+        ("aws-batch", ("--job-role", "ARN"), "--job-role 'ARN' is not the ARN of a role"),
+        ("aws-batch", ("--job-role", "arn:aws:iam::123456789012:role/merger"), "--job-role has 123456789012 in it"),
+        ("aws-batch", ("--token-secret", "arn:aws:ssm:x:111122223333:parameter/t"), "--token-secret has 111122223333"),
+        ("aws-batch", ("--env-secret", "HF_TOKEN=<ARN>"), "--env-secret has <ARN> in it"),
+        ("kuberay", ("--image", "123456789012.dkr.ecr.eu-west-1.amazonaws.com/m"), "--image has 123456789012 in it"),
+        ("ray-up", ("--ami", "<ami>"), "--ami has <ami> in it, which stands for a value of yours"),
+        ("ray-up", ("--wheel", f"https://example.com/{WHEEL}"), "--wheel has example.com in it"),
+        ("kuberay", ("--wheel", f"https://me:pw@host/{WHEEL}"), "--wheel has a credential in it"),
+        ("kuberay", ("--wheel", f"s3://bucket/{WHEEL}"), "pip fetches https:// and http:// only"),
+        ("kuberay", ("--wheel", "raymerge-9-py3-none-any.whl"), f"is not {WHEEL}, as `make wheel` builds it"),
+        ("kuberay", ("--wheel", f"none/{WHEEL}"), f"No such file or directory; `make wheel` builds it: dist/{WHEEL}"),
         ("ray-up", ("--name", "a b"), "--name 'a b' is no name for a cluster"),
         ("slurm", ("--node-memory", "8GiB"), "--node-memory 8GiB is too little: --memory 4GiB, 8 workers"),
         ("slurm", ("--time", "90"), "hours:minutes:seconds"),
@@ -300,29 +423,30 @@ def test_what_no_scheduler_can_do(
     ],
 )
 def test_what_one_scheduler_cannot_do(cli: Cli, config: Path, kind: str, options: tuple[str, ...], says: str) -> None:
-    outcome = cli("manifest", kind, config, "s3://bucket/out", *options)
+    outcome = cli("manifest", kind, config, "s3://bucket/out", "--no-plan", *NEEDED[kind], *options)
     assert outcome.code == 2
     assert says in outcome.err
     assert "wJalrXUtnFEMI" not in outcome.err
 
 
 @pytest.mark.parametrize(
-    ("kind", "most"), [("kuberay", 250_000), ("slurm", 100_000), ("aws-batch", 24_576), ("ray-up", 65_536)]
+    ("kind", "most"), [("kuberay", 1_000_000), ("slurm", 100_000), ("aws-batch", 24_576), ("ray-up", 65_536)]
 )
 def test_a_config_that_is_too_large(cli: Cli, config: Path, kind: str, most: int) -> None:
     config.write_text(f"# {'x' * (most // 2)}\n{CONFIG}")
-    assert cli("manifest", kind, config, "s3://bucket/out").code == 0
+    arguments = ("manifest", kind, config, "s3://bucket/out", "--no-plan", *NEEDED[kind])
+    assert cli(*arguments).code == 0
     config.write_text(f"# {'x' * most}\n{CONFIG}")
-    outcome = cli("manifest", kind, config, "s3://bucket/out")
+    outcome = cli(*arguments)
     assert outcome.code == 2
     assert f"{most:,} are allowed" in outcome.err
 
 
 def test_gpus_that_nothing_uses_are_told(cli: Cli, config: Path) -> None:
-    outcome = cli("manifest", "slurm", config, "s3://bucket/out", "--gpus", "1")
+    outcome = cli("manifest", "slurm", config, "s3://bucket/out", "--no-plan", "--gpus", "1")
     assert outcome.code == 0
     assert "warning: --gpus without --gpu-memory" in outcome.err
-    used = cli("manifest", "slurm", config, "s3://bucket/out", "--gpus", "1", "--gpu-memory", "8GiB")
+    used = cli("manifest", "slurm", config, "s3://bucket/out", "--no-plan", "--gpus", "1", "--gpu-memory", "8GiB")
     assert "--gpus" not in used.err
 
 
