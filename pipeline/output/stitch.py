@@ -58,7 +58,11 @@ def stitch(plan: MergePlan, output: PlannedOutput, shards: Sequence[ShardFile], 
     storage = stores.at(out)
     by_name = {shard.file: shard for shard in shards}
     for task in plan.tasks:
-        found, made = storage.stat(f"{out}/{task.file}"), by_name[task.file]
+        made = by_name[task.file]
+        try:
+            found = storage.stat(f"{out}/{task.file}")
+        except FileNotFoundError:
+            raise OutputError(f"{out}/{task.file} is gone; run again when nobody else writes there") from None
         if (found.nbytes, found.etag) != (made.nbytes, made.etag):
             raise OutputError(
                 f"{out}/{task.file} is no longer what was written: {found.nbytes:,} bytes, etag {found.etag};"
