@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from raymerge.pipeline import plan
+from raymerge import plan
 from raymerge.pipeline.checkpoint.manifest import FIGURES, MANIFEST, parse_manifest
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.output.journal import LOCK, Journal
