@@ -11,6 +11,7 @@ import typer
 from typer.main import get_command
 
 from raymerge import __version__
+from raymerge.pipeline.cli.console import say, say_hint
 from raymerge.pipeline.cli.interrupt import watch_for_interrupts
 from raymerge.pipeline.cli.jobs import jobs, submit
 from raymerge.pipeline.cli.manifest import manifest
@@ -49,7 +50,7 @@ def main() -> None:
         from raymerge.pipeline.cli.exits import explain
 
         failed = explain(error)
-        typer.echo(failed.text, err=True)
+        say(failed.text)
         sys.exit(failed.exit_code)
 
 
@@ -60,8 +61,9 @@ def _show_usage(error: typer.TyperException) -> None:
         return
     context: typer.Context | None = getattr(error, "ctx", None)
     if context is not None:
-        typer.echo(f"{context.get_usage()}\nTry '{context.command_path} -h' for help.\n", err=True)
-    typer.echo(f"Error: {message}", err=True)
+        say(context.get_usage())
+        say_hint(f"Try '{context.command_path} -h' for help.\n")
+    say(f"Error: {message}")
 
 
 def _show_version(is_asked: bool) -> None:
@@ -112,7 +114,7 @@ def _print_plan(plan: MergePlan, *, verbose: bool) -> None:
 
     typer.echo(format_plan(plan, verbose=verbose))
     for warning in plan.warnings:
-        typer.echo(redact(f"warning: {warning}"), err=True)
+        say(redact(f"warning: {warning}"))
 
 
 @commands.command(epilog="Example: raymerge merge merge.yml s3://bucket/merged --memory 8GiB --workers 4")

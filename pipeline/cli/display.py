@@ -8,10 +8,11 @@ from collections import Counter
 from types import TracebackType
 from typing import Self
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
+from raymerge.pipeline.cli.console import paint, say
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.types import MergeReport, ShardResult
 from raymerge.pipeline.progress.events import (
@@ -99,7 +100,7 @@ class Display(Narrator):
                 self._show_report(event)
             case Failed():
                 self._bar.stop()
-                typer.echo(_printable(event.text), err=True)
+                say(event.text)
 
     def _show_progress(self, event: Progressed) -> None:
         text = format_progress(event, self._bar.console.width - _BAR_WIDTH - 1 if self._is_terminal else None)
@@ -124,20 +125,13 @@ class Display(Narrator):
     def _show_report(self, report: MergeReport) -> None:
         self._bar.stop()
         for name in report.nonfinite:
-            typer.echo(_printable(f"warning: {name}: the output has NaN or infinite values"), err=True)
+            say(f"warning: {name}: the output has NaN or infinite values")
         if not self._quiet:
-            typer.echo(_printable(format_report(report)))
+            say(format_report(report), stream=sys.stdout)
 
     def _print(self, text: str) -> None:
         if not self._quiet:
-            self._bar.console.print(
-                _printable(redact(text)), markup=False, highlight=False, emoji=False, soft_wrap=True
-            )
-
-
-def _printable(text: str) -> str:
-    """Return text that does nothing to a terminal, wherever it comes from."""
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)
+            self._bar.console.print(Text.from_ansi(paint(redact(text), sys.stderr)), soft_wrap=True)
 
 
 def format_progress(event: Progressed, max_width: int | None = None) -> str:

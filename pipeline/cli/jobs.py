@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raymerge import __version__
+from raymerge.pipeline.cli.console import say, say_hint
 from raymerge.pipeline.cli.options import (
     MESSAGES,
     Address,
@@ -85,12 +86,12 @@ def submit(
     try:
         client.submit(job_id, shlex.join(command), packages, environment, about)
     except ClusterConnectError as error:
-        hint = f"; it may have begun all the same: {_say('status', client, job_id)}"
+        hint = f"; it may have begun all the same: {_format_command('status', client, job_id)}"
         raise type(error)(f"{error}{'' if isinstance(error, RefusedError) else hint}") from None
     typer.echo(job_id)
     if follow:
         sys.exit(_follow(client, job_id))
-    typer.echo(f"Submitted. To see how it goes: {_say('logs', client, job_id)} --follow", err=True)
+    say_hint(f"Submitted. To see how it goes: {_format_command('logs', client, job_id)} --follow")
 
 
 jobs = typer.Typer(no_args_is_help=True, help="Look after the jobs that `submit` has started.")
@@ -163,23 +164,22 @@ def _follow(client: JobClient, job_id: str) -> int:
         with Display(verbose=False, quiet=False) as display:
             job = client.follow(job_id, display.show_line, display.show_line)
     except KeyboardInterrupt:
-        typer.echo(
-            f"The job goes on. To see how it goes: {_say('logs', client, job_id)} --follow; to stop it:"
-            f" {_say('stop', client, job_id)}",
-            err=True,
+        say_hint(
+            f"The job goes on. To see how it goes: {_format_command('logs', client, job_id)} --follow; to stop it:"
+            f" {_format_command('stop', client, job_id)}"
         )
         return 130
     if job.status == "FAILED":
-        typer.echo(redact(_explain(job)), err=True)
+        say(redact(_explain(job)))
     if job.status == "STOPPED":
-        typer.echo(f"{job_id} was stopped. What is finished is kept: submit the same merge again to go on.", err=True)
+        say_hint(f"{job_id} was stopped. What is finished is kept: submit the same merge again to go on.")
         return 130
     if job.exit_code is None or job.exit_code == _NO_PYTHON:
         return 2
     return job.exit_code if job.exit_code >= 0 else 128 - job.exit_code  # by a signal, as shells count
 
 
-def _say(what: str, client: JobClient, job_id: str) -> str:
+def _format_command(what: str, client: JobClient, job_id: str) -> str:
     """Return a command about a job, to be copied."""
     return f"raymerge jobs {what} {job_id} --address {client.address}"
 

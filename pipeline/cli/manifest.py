@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from raymerge.pipeline.cli.console import say
 from raymerge.pipeline.cli.job_options import (
     JOB,
     MACHINES,
@@ -227,7 +228,7 @@ def _make_job(
     if options.gpu_memory and not job.gpus:
         raise ConfigError("--gpu-memory is for GPUs, and the job has none; say how many each machine has with --gpus")
     if job.gpus and not options.gpu_memory:
-        typer.echo("warning: --gpus without --gpu-memory: the job is given GPUs, and merges without them", err=True)
+        say("warning: --gpus without --gpu-memory: the job is given GPUs, and merges without them")
     wheel = find_wheel(software, job) if software else None
     loaded = load_portable(config, out, options, with_plan=job.plan)
     # The run that this one goes on from may be dead, and its lock not yet free.

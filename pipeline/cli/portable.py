@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePath
 
-import typer
-
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
+from raymerge.pipeline.cli.console import say
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError
 from raymerge.pipeline.options import MergeOptions
@@ -37,7 +36,7 @@ def load_portable(config: Path, out: str, options: MergeOptions, *, with_plan: b
         except (CheckpointError, FetchError) as error:
             raise type(error)(f"{error}; if only the cluster's machines can read it, say --no-plan") from None
     for warning in warnings:
-        typer.echo(redact(f"warning: {warning}"), err=True)
+        say(redact(f"warning: {warning}"))
     return loaded
 
 
