@@ -51,7 +51,7 @@ def plan(
     The plan is for this machine without Ray, whatever `ray` and `address` say.
 
     Args:
-        config: a mergekit YAML file, its text, or its content.
+        config: a mergekit YAML file or its name, YAML text, or what it holds.
         options: how to merge.
         out: where the output will go, as a path or URL; it decides how much memory writing takes. A local directory by
             default.
@@ -81,7 +81,7 @@ def merge(
     """Merge models, or finish an earlier run of the same merge.
 
     Args:
-        config: a mergekit YAML file, its text, or its content.
+        config: a mergekit YAML file or its name, YAML text, or what it holds.
         out: the output directory, as a path or URL.
         options: how to merge.
         listener: told how it goes, in the caller's thread.

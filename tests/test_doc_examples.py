@@ -1,0 +1,160 @@
+"""What README and docs show to type does what they say: commands, configs and Python."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from raymerge.pipeline.cli.app import commands
+from raymerge.pipeline.config.merge_config import load_config
+from tests.checkpoints import read_files, write_family
+from tests.commands import Cli
+from tests.documents import PAGES, ROOT, read_blocks, read_commands
+from tests.servers.hub import HubServer
+from tests.servers.s3 import S3Server
+
+COMMANDS = [(page, command) for page in PAGES for command in read_commands(page, "raymerge")]
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> tuple[Path, ...]:
+    return write_family(tmp_path / "family", 1)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub in an environment that leads to it, and a working directory without a file."""
+    with HubServer(tmp_path / "hub") as hub:
+        hub.add_token("hf_writer", user="me", can_write=["me", "my-org"], can_read=["my-org"])
+        for name, value in {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_writer",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
+            "HF_HUB_DISABLE_XET": "1",
+            "XDG_STATE_HOME": str(tmp_path / "state"),
+        }.items():
+            monkeypatch.setenv(name, value)
+        (tmp_path / "work").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
+        yield hub
+
+
+@contextlib.contextmanager
+def buckets_of(server: S3Server, *names: str) -> Iterator[None]:
+    for name in names:
+        server.create_bucket(name)
+    try:
+        yield
+    finally:
+        for name in names:
+            server.client().delete_bucket(Bucket=name)
+
+
+def upload(server: S3Server, bucket: str, prefix: str, directory: Path) -> None:
+    for name, content in read_files(directory).items():
+        server.client().put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)
+
+
+def test_the_pages_have_commands() -> None:
+    assert {page for page, _ in COMMANDS} >= {
+        "README.md", "docs/batch.md", "docs/cluster.md", "docs/progress.md", "docs/stores.md",
+    }  # fmt: skip
+    assert len(COMMANDS) > 25
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {' '.join(c)}" for page, c in COMMANDS])
+def test_the_command_line_knows_every_command_and_option(
+    page: str, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://10.0.0.5:8265")  # as docs/cluster.md says at first
+    group: Any = get_command(commands)
+    name, arguments = command[0], command[1:]
+    while isinstance(group.commands[name], TyperGroup):
+        group, (name, *arguments) = group.commands[name], arguments
+    group.commands[name].make_context(name, list(arguments)).close()  # says what is wrong, runs nothing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_has_every_target(page: str) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in read_commands(page, "make"):
+        assert command[0] in targets, command
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_config_is_one(page: str) -> None:
+    for text in read_blocks(page, "yaml"):
+        load_config(text, strict=True)
+
+
+def test_the_parameters_of_the_methods_page_are_read() -> None:
+    text = (ROOT / "docs/methods.md").read_text()
+    (indented,) = re.findall(r"^    parameters:\n(?:^ {4}.*\n)+", text, re.MULTILINE)
+    config = {"merge_method": "slerp", "base_model": "a", "models": [{"model": "b"}]}
+    load_config(config | yaml.safe_load(indented), strict=True)
+
+
+def test_the_commands_of_the_readme(
+    hub: HubServer, family: tuple[Path, ...], s3_server: S3Server, bucket: str, cli: Cli
+) -> None:
+    (config,) = read_blocks("README.md", "yaml")
+    Path("merge.yml").write_text(config)
+    names = [entry["model"] for entry in yaml.safe_load(config)["models"]]
+    for name, model in zip(names, family, strict=True):
+        hub.create_repo(name)
+        hub.upload(name, dict(read_files(model)))
+    done = []
+    with buckets_of(s3_server, "bucket"):
+        for command in read_commands("README.md", "raymerge"):
+            if command[0] == "submit":  # needs a cluster: tests/test_submit.py
+                continue
+            outcome = cli(*command)
+            assert outcome.code == 0, (command, outcome.err)
+            done.append(command[0])
+        assert "models/merged/model.safetensors" in s3_server.keys_of("bucket")
+    assert done == ["plan", "merge", "merge", "merge", "verify", "inspect", "methods"]
+    assert Path("merged/model.safetensors").read_bytes() == hub.read_files("me/merged", "main")["model.safetensors"]
+    assert f"base_model:\n- {names[0]}\n- {names[1]}\n" in Path("merged/README.md").read_text()
+
+
+def test_the_python_of_the_readme(
+    tmp_path: Path, family: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, model in zip(("a", "b"), family, strict=True):
+        model.rename(name)
+    models = [{"model": name} for name in ("a", "b")]
+    config = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+    Path("merge.yml").write_text(yaml.safe_dump(config))
+    (block,) = read_blocks("README.md", "python")
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("MergePlan(linear of 2 models, 21 tensors, ")
+    assert Path("out/model.safetensors").exists()
+
+
+def test_the_commands_of_the_stores_page(
+    hub: HubServer, family: tuple[Path, ...], s3_server: S3Server, bucket: str, cli: Cli
+) -> None:
+    (config,) = read_blocks("docs/stores.md", "yaml")
+    Path("merge.yml").write_text(config)
+    hub.create_repo("my-org/llama-tuned", private=True)
+    hub.upload("my-org/llama-tuned", dict(read_files(family[1])))
+    hub.move_branch("my-org/llama-tuned", "v2", hub.get_head("my-org/llama-tuned"))
+    with buckets_of(s3_server, "my-models", "my-results"):
+        upload(s3_server, "my-models", "llama-base", family[0])
+        commands = read_commands("docs/stores.md", "raymerge")
+        assert [command[0] for command in commands] == ["plan", "merge", "verify", "merge", "merge"]
+        for command in commands:
+            outcome = cli(*command)
+            assert outcome.code == 0, (command, outcome.err)
+        assert "llama-slerp/model.safetensors" in s3_server.keys_of("my-results")
+    assert "model.safetensors" in hub.read_files("my-org/llama-slerp", "main")
