@@ -38,6 +38,9 @@ _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_confi
 HUB_NAME = re.compile(r"(?!(?:models|datasets|spaces)/)[\w-][\w.-]*/[\w-][\w.-]*")
 """A model in a config that is no directory here is a repository if it looks like this."""
 
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+"""What the Hub's cache calls a repository."""
+
 _DOWNLOAD = "download the checkpoint again"
 
 
@@ -97,7 +100,9 @@ def resolve_model(stores: Stores, model: ModelRef) -> Checkpoint:
     if CONFIG not in names:
         if any(name.startswith("adapter_model.") or name.endswith(".gguf") for name in names):
             raise _no_weights(url, names)
-        raise CheckpointError(f"{url}: no {CONFIG}; a model is a directory with {CONFIG} and safetensors files")
+        cached = _CACHED.fullmatch(PurePosixPath(url).name)
+        hint = f"; this is a folder of the Hub's cache: write {cached[1]}/{cached[2]}" if cached else ""
+        raise CheckpointError(f"{url}: no {CONFIG}; a model is a directory with {CONFIG} and safetensors files{hint}")
     side_names = [name for name in names if _is_side_file(name)]
     directories = {parent.as_posix() for name in side_names for parent in PurePosixPath(name).parents}
     if both := directories.intersection(side_names):
@@ -152,7 +157,9 @@ def locate_model(stores: Stores, model: ModelRef) -> str:
         )
     if HUB_NAME.fullmatch(model.path):
         return stores.at(f"hf://{model.path}").pin(f"hf://{model.path}", model.revision)
-    raise CheckpointError(f"{model}: no such directory ({path}){suggest_directory(path)}")
+    is_path = model.path.startswith((".", "/", "~"))
+    hint = "" if is_path else "; and no repository of the Hub: those are called owner/name, as Qwen/Qwen2.5-0.5B is"
+    raise CheckpointError(f"{model}: no such directory ({path}){suggest_directory(path) or hint}")
 
 
 def _read_json(storage: Storage, url: str, max_nbytes: int) -> tuple[dict[str, Any], str]:

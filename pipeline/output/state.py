@@ -176,6 +176,8 @@ def _nothing_there(out: str) -> OutputError:
     hint = suggest_directory(path)
     if not hint and path.parent.parent == Path.cwd():
         hint = f"; if a repository on the Hub is meant, write hf://{path.parent.name}/{path.name}"
+    if not path.is_dir():
+        return OutputError(f"{out}: no such directory{hint}")
     return OutputError(f"{out} has no {MANIFEST}: it was not made by raymerge, or is not a model{hint}")
 
 
@@ -194,10 +196,8 @@ def _inspect(stores: Stores, out: str, fingerprint: str) -> OutputState | str:
         return OutputState.NEW
     manifest = _find_manifest(stores, out)
     if manifest is None or manifest.fingerprint != fingerprint:
-        return (
-            f"{out} is not empty ({listing(list(files))}); "
-            f"choose another directory, or give --overwrite to replace the model there"
-        )
+        advice = ", or give --overwrite to replace the model there" if _is_model(set(files)) else ""
+        return f"{out} is not empty ({listing(files)}); choose another directory{advice}"
     changes = list(_compare_sizes(manifest, files))
     if changes:
         return (

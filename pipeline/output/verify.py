@@ -109,7 +109,7 @@ def _check_file(stores: Stores, item: tuple[str, OutputFile], report: Report, *,
     except FileNotFoundError:
         return f"{name}: missing"
     if file.nbytes != expected.nbytes:
-        return f"{name}: {file.nbytes} bytes, {expected.nbytes} were written"
+        return f"{name}: {file.nbytes:,} bytes, {expected.nbytes:,} were written"
     found = _hash_file(stores, file, report)
     return "" if found == expected.sha256 else f"{name}: sha256 is {found}, {expected.sha256} was written"
 

@@ -201,7 +201,7 @@ def _refusal(url: str, holder: Holder | None, age: float) -> str:
     target = url.rpartition("/")[0].removesuffix("/.raymerge")
     return (
         f"another raymerge run ({holder or 'just started'}) is writing to {target};"
-        f" wait for it to end, or choose another directory; if it was killed,"
+        f" wait for it to end (--wait does), or choose another directory; if it was killed,"
         f" try again in {max(1.0, TTL_SECONDS - age):.0f} s"
     )
 

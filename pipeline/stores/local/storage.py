@@ -277,8 +277,9 @@ def _lock(path: Path) -> int:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace")
             os.close(descriptor)
             raise HeldError(
-                f"another raymerge run ({holder or 'just started'}) is writing to {path.parent};"
-                " wait for it to end, or choose another directory"
+                f"another raymerge run ({holder or 'just started'}) is writing to"
+                f" {str(path.parent).removesuffix('/.raymerge')}; wait for it to end (--wait does), or choose another"
+                " directory"
             ) from error
         except OSError as error:
             os.close(descriptor)

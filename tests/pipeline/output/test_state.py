@@ -138,11 +138,7 @@ def test_config_json(out: Path) -> None:
 
 def test_card(out: Path) -> None:
     _, front, body = (out / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "base_model": ["org/one"],
-        "library_name": "transformers",
-        "tags": ["merge", "mergekit", "raymerge"],
-    }
+    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["merge", "mergekit", "raymerge"]}
     assert TEXT.strip() in body
     assert "./two" in body
 

@@ -177,4 +177,7 @@ def test_unfinished(out: Path, tmp_path: Path, cli: Cli) -> None:
     assert "is unfinished; run the same `raymerge merge` again" in outcome.err
     outcome = cli("verify", tmp_path / "absent")
     assert outcome.code == 2
+    assert f"{tmp_path}/absent: no such directory" in outcome.err
+    outcome = cli("verify", tmp_path / "m0")
+    assert outcome.code == 2
     assert "was not made by raymerge, or is not a model" in outcome.err
