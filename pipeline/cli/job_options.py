@@ -13,7 +13,7 @@ import typer
 from raymerge import __version__
 from raymerge.pipeline.cli.options import Plan
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.options import MergeOptions
+from raymerge.pipeline.options import Help, MergeOptions
 from raymerge.pipeline.sizes import format_memory, parse_nbytes
 from raymerge.pipeline.urls import scheme_of
 
@@ -64,23 +64,9 @@ class JobOptions:
     name: Annotated[str, text_option("Name of the job.")] = "raymerge"
     nodes: Annotated[int, typer.Option(min=1, help="Machines that merge.", metavar="N", rich_help_panel=MACHINES)] = 4
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of each of them.", metavar="N", rich_help_panel=MACHINES)] = 0
-    setup: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COMMANDS",
-            help="Run on every machine before Ray starts.",
-            show_default=False,
-            rich_help_panel=JOB,
-        ),
-    ] = None
+    setup: Annotated[str | None, Help("Run on every machine before Ray starts.", JOB, "COMMANDS")] = None
     env: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Environment of all machines; may be repeated. No secrets.",
-            show_default=False,
-            rich_help_panel=JOB,
-        ),
+        list[str] | None, Help("Environment of all machines; may be repeated. No secrets.", JOB, "NAME=VALUE")
     ] = None
     plan: Plan = True
 
@@ -104,10 +90,8 @@ class SizeOptions:
     """How large the machines are, and how long they may work, where the scheduler wants to know."""
 
     cpus: Annotated[int, typer.Option(min=1, help="Cores of each machine.", metavar="N", rich_help_panel=MACHINES)] = 8
-    node_memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Memory of each machine.", rich_help_panel=MACHINES)
-    ] = "32GiB"
-    time: Annotated[str, typer.Option(metavar="H:MM:SS", help="Longest time.", rich_help_panel=JOB)] = "24:00:00"
+    node_memory: Annotated[str, Help("Memory of each machine.", MACHINES, "SIZE")] = "32GiB"
+    time: Annotated[str, Help("Longest time.", JOB, "H:MM:SS")] = "24:00:00"
 
     @property
     def num_seconds(self) -> int:

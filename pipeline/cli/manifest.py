@@ -31,7 +31,7 @@ from raymerge.pipeline.cli.job_options import (
 )
 from raymerge.pipeline.cli.options import Config, RemoteOptions, list_arguments, takes_options
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.options import MergeOptions
+from raymerge.pipeline.options import Help, MergeOptions
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.urls import scheme_of
 
@@ -56,13 +56,7 @@ def kuberay(
     namespace: Annotated[str | None, text_option("Namespace of the job.", default="kubectl's")] = None,
     service_account: Annotated[str | None, text_option("Account of the pods.", default="the namespace's")] = None,
     env_secret: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Secret for the pods' environment; may be repeated.",
-            show_default=False,
-            rich_help_panel=JOB,
-        ),
+        list[str] | None, Help("Secret for the pods' environment; may be repeated.", JOB, "NAME")
     ] = None,
     attempts: Attempts = 3,
 ) -> None:
@@ -118,12 +112,7 @@ def aws_batch(
     token_secret: Annotated[str, text_option("Where Ray's token is kept.", "ARN|PARAMETER")] = "/raymerge/ray-token",
     env_secret: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=ARN|PARAMETER",
-            help="Environment variable from a secret; may be repeated.",
-            show_default=False,
-            rich_help_panel=JOB,
-        ),
+        Help("Environment variable from a secret; may be repeated.", JOB, "NAME=ARN|PARAMETER"),
     ] = None,
     attempts: Attempts = 3,
 ) -> None:
