@@ -28,7 +28,7 @@ from tests.servers.hub import HubServer
 from tests.servers.hub_http import Handler
 from tests.servers.hub_http import Listener as Server
 from tests.servers.s3 import Keys, S3Server
-from tests.test_stores import download, make_config, upload, without_own
+from tests.stored_models import download, make_config, upload, without_own
 
 SHARD_SIZE = "60kB"
 SHARD = "model-00001-of-00002.safetensors"

@@ -14,7 +14,7 @@ from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import read_files, write_family
 from tests.servers.faults import Fault, FaultProxy
 from tests.servers.s3 import S3Server
-from tests.test_stores import download, make_config, upload, without_own
+from tests.stored_models import download, make_config, upload, without_own
 
 pytestmark = pytest.mark.slow
 

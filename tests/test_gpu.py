@@ -13,9 +13,9 @@ from raymerge.ops.registry import Op
 from raymerge.pipeline.plan.memory import CONTEXT_NBYTES
 from raymerge.pipeline.plan.types import MergePlan
 from tests.checkpoints import read_model, write_family
+from tests.method_configs import METHODS, make_config
 from tests.ops.engine import MemoryBlock, run_kernel
 from tests.ops.samples import CASES, Change, make_kernel, make_sources
-from tests.test_sameness import METHODS, make_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 

@@ -18,7 +18,7 @@ from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.servers.hub import HubServer
 from tests.servers.hub_git import Commit
-from tests.test_stores import make_config, without_own
+from tests.stored_models import make_config, without_own
 
 SHARD_SIZE = "60kB"
 NAMES = ["org/base", "org/tuned1", "private/tuned2"]

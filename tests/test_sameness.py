@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,10 @@ import torch
 
 from raymerge import merge, plan
 from tests.checkpoints import read_files, read_tensors, write_checkpoint, write_family
+from tests.method_configs import METHODS, make_config
 
-METHODS = ("linear", "slerp", "ties", "dare_ties")
 SHARD_NBYTES = 200_000
 """The embedding, of some megabytes, gets a file of its own; there is work for four workers."""
-
-
-def make_config(method: str, family: Sequence[Path]) -> dict[str, Any]:
-    """Return a merge of a base and two fine-tunes, or of one for slerp."""
-    if method == "slerp":
-        models: list[dict[str, Any]] = [{"model": str(model)} for model in family[:2]]
-        parameters: dict[str, Any] = {"t": [0.2, 0.8]}
-    else:
-        models = [
-            {"model": str(model), "parameters": {"weight": weight}}
-            for model, weight in zip(family[1:], (0.7, 0.4), strict=True)
-        ]
-        parameters = {} if method == "linear" else {"density": 0.4}
-    base = {} if method == "linear" else {"base_model": str(family[0])}
-    return {"merge_method": method, **base, "models": models, "parameters": parameters}
 
 
 @pytest.fixture(scope="module")

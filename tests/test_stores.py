@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,15 @@ from raymerge import Listener, merge, verify
 from raymerge.pipeline.errors import ConfigError, FetchError, MemoryLimitError, OutputError
 from raymerge.pipeline.plan.types import MergePlan, ShardResult, ShardTask
 from raymerge.pipeline.stores import lease
-from raymerge.pipeline.stores.open import Stores, open_stores
+from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
-from tests.pipeline.engine.test_memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models
+from tests.memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models
 from tests.servers.faults import Fault, FaultProxy, is_operation
-from tests.servers.s3 import JuiceServer, S3Server, Store
+from tests.servers.s3 import JuiceServer, S3Server
+from tests.stored_models import download, make_config, upload, without_own
 
 SHARD_SIZE = "60kB"
-OWN_FILES = ("raymerge_manifest.json", "README.md", "mergekit_config.yml")
-"""These say where the inputs lie."""
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +51,6 @@ def expected(family: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory)
 def models(bucket: str, s3_server: S3Server, family: tuple[Path, ...]) -> list[str]:
     """URLs of the family in a bucket."""
     return [upload(s3_server, bucket, f"models/{path.name}", path) for path in family]
-
-
-def make_config(models: list[str], **more: Any) -> dict[str, Any]:
-    return {
-        "merge_method": "ties",
-        "base_model": models[0],
-        "models": [{"model": model, "parameters": {"weight": 0.5, "density": 0.6}} for model in models[1:]],
-        **more,
-    }
-
-
-def upload(server: Store, bucket: str, prefix: str, directory: Path) -> str:
-    client = server.client()
-    for name, content in read_files(directory).items():
-        client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)
-    return f"s3://{bucket}/{prefix}"
-
-
-def download(url: str) -> dict[str, bytes]:
-    with open_stores() as stores:
-        storage = stores.at(url)
-        return {name: storage.read(f"{url}/{name}", 2**30) for name in storage.list(url)}
-
-
-def without_own(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    return {name: content for name, content in files.items() if name not in OWN_FILES}
 
 
 def test_s3_to_s3(

@@ -17,7 +17,7 @@ from tests.checkpoints import read_files, write_family
 from tests.servers.faults import Fault, FaultProxy, Request
 from tests.servers.hub import HubServer
 from tests.servers.s3 import S3Server
-from tests.test_stores import upload, without_own
+from tests.stored_models import upload, without_own
 
 NUM_PAIRS = 10
 

@@ -15,7 +15,7 @@ from raymerge.pipeline.progress.events import Progressed, Retried, read_event
 from raymerge.pipeline.progress.report import format_report
 from tests.checkpoints import write_config, write_family
 from tests.commands import Cli, run_in_terminal, strip_controls
-from tests.pipeline.progress.test_events import EVENTS, REPORT, SHARD
+from tests.pipeline.progress.samples import EVENTS, REPORT, SHARD
 
 COLOURS = {"NO_COLOR": None, "FORCE_COLOR": None}
 """What the environment says of them: nothing."""

@@ -22,7 +22,7 @@ from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import Tensors, add_noise, read_model, write_checkpoint
 from tests.commands import Cli
 from tests.fake_gpu import DEVICE, FakeGpu, FakeMark, FakeQueue
-from tests.test_sameness import METHODS, make_config
+from tests.method_configs import METHODS, make_config
 
 LIMITS = {"large": ("1GiB", "4GiB"), "small": ("18MiB", "664MiB")}
 

@@ -12,7 +12,7 @@ from raymerge import merge, plan
 from raymerge.pipeline.plan.types import HostReport, MergePlan, MergeReport, ShardResult
 from raymerge.pipeline.progress.report import format_report, make_report
 from tests.checkpoints import write_llama
-from tests.pipeline.progress.test_events import REPORT, SHARD
+from tests.pipeline.progress.samples import REPORT, SHARD
 
 GB = 10**9
 

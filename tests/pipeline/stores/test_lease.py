@@ -11,56 +11,11 @@ from dataclasses import replace
 
 import pytest
 
-from raymerge.pipeline.errors import FetchError, OutputError
+from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.stores import lease
 from raymerge.pipeline.stores.lease import Holder, hold_lease
 from raymerge.pipeline.stores.retry import FaultLog
-
-URL = "store://bucket/out/.raymerge/lock"
-
-
-class Objects:
-    """A store of one object in this process, whose clock is set by hand and whose answers may get lost."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-        self.is_down = False
-        self.num_lost = 0
-        self.content: tuple[bytes, str, float] | None = None
-        self.num_writes = 0
-        self._guard = threading.Lock()
-
-    def create(self, url: str, data: bytes) -> str | None:
-        return self._write(data, None)
-
-    def replace(self, url: str, data: bytes, etag: str) -> str | None:
-        return self._write(data, etag)
-
-    def read_with_age(self, url: str) -> tuple[bytes, str, float] | None:
-        self._check()
-        return None if self.content is None else (*self.content[:2], self.now - self.content[2])
-
-    def delete_if(self, url: str, etag: str) -> None:
-        self._check()
-        if self.content is not None and self.content[1] == etag:
-            self.content = None
-
-    def _write(self, data: bytes, expected: str | None) -> str | None:
-        self._check()
-        with self._guard:
-            if (self.content[1] if self.content else None) != expected:
-                return None
-            self.num_writes += 1
-            etag = f"etag {self.num_writes}"
-            self.content = (data, etag, self.now)
-            if self.num_lost:  # the next try finds the condition no longer true
-                self.num_lost -= 1
-                return None
-            return etag
-
-    def _check(self) -> None:
-        if self.is_down:
-            raise FetchError("the store is down")
+from tests.pipeline.stores.one_object import URL, Objects
 
 
 @pytest.fixture
@@ -247,7 +202,7 @@ def test_it_is_not_trusted_when_it_could_not_be_renewed_for_long(
 @pytest.mark.skipif(not lease._boot_id(), reason="tells boots apart by /proc")
 def test_it_does_not_keep_a_process_alive() -> None:
     program = """
-        from tests.pipeline.stores.test_lease import Objects, URL
+        from tests.pipeline.stores.one_object import Objects, URL
         from raymerge.pipeline.stores.lease import hold_lease
         from raymerge.pipeline.stores.retry import FaultLog
         context = hold_lease(Objects(), URL, FaultLog())

@@ -1,0 +1,56 @@
+"""A merge in a fresh process that measures its own peak, against what its plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.checkpoints import write_checkpoint
+
+SLACK_NBYTES = 8 * 2**20
+"""What no plan counts: stacks and allocator arenas of the threads, code that is paged in for the first time, and the
+room between the chunks of the allocator."""
+
+NUM_ELEMENTS = 2**23
+"""Of each of two tensors: 16 MiB as stored, 32 MiB in the compute dtype; one copy too many of either is seen."""
+
+# The tiny merge runs first, so that the large one finds the op's code paged in and the threads' stacks touched.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from raymerge import Listener, merge
+
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+class Keep(Listener):
+    def planned(self, plan):
+        self.plan = plan
+
+tiny, large, out, memory = sys.argv[1:]
+merge(Path(tiny), f"{out}/tiny", memory=memory, workers=1)
+before = resident("VmRSS")
+keep = Keep()
+merge(Path(large), f"{out}/large", memory=memory, workers=1, shard_size="16MiB", listener=keep)
+peak = resident("VmHWM")  # ru_maxrss would begin with what the parent had when it started this process
+tasks = keep.plan.tasks
+print(json.dumps({
+    "used": peak - before,
+    "projected": keep.plan.num_workers * max(task.projected_mem for task in tasks),
+    "allowed": keep.plan.allowed_mem,
+    "num_workers": keep.plan.num_workers,
+    "num_shards": len(tasks),
+}))
+"""
+
+
+def write_models(directory: Path, num_elements: int) -> list[str]:
+    """Write a base and two fine-tunes of two tensors each."""
+    generator = torch.Generator().manual_seed(0)
+    models = []
+    for name in ("base", "a", "b"):
+        tensors = {f"w{k}": torch.rand(num_elements, generator=generator).to(torch.bfloat16) for k in range(2)}
+        models.append(str(write_checkpoint(directory / name, tensors, {})))
+    return models
