@@ -9,31 +9,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raymerge import Listener, merge
-from raymerge.pipeline.plan.types import ShardResult, ShardTask
+from raymerge import Event, Resumed, ShardResult, merge
 
 
-class Clock(Listener):
+class Clock:
     """Notes when shards begin and end."""
 
     def __init__(self) -> None:
         self.first = self.last = time.monotonic()
 
-    def resumed(self, tasks: list[ShardTask]) -> None:
-        """Begin."""
-        self.first = self.last = time.monotonic()
-
-    def finished(self, result: ShardResult) -> None:
-        """Note the end of a shard."""
-        self.last = time.monotonic()
-        print("finished", result.file, flush=True)
+    def note(self, event: Event) -> None:
+        """Begin when the work does; note the end of each shard."""
+        if isinstance(event, Resumed):
+            self.first = self.last = time.monotonic()
+        if isinstance(event, ShardResult):
+            self.last = time.monotonic()
+            print("finished", event.file, flush=True)
 
 
 def main(config: str, out: str, options: str) -> None:
     """Merge with the options of `raymerge.merge`, as JSON."""
     arguments: dict[str, Any] = json.loads(options)
     clock = Clock()
-    report = merge(Path(config), out, listener=clock, **arguments)
+    report = merge(Path(config), out, on_event=clock.note, **arguments)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     print(
         json.dumps(

@@ -27,7 +27,8 @@ from raymerge.pipeline.plan.shards import Limits
 from raymerge.pipeline.plan.types import Gpus, MergePlan, MergeReport
 from raymerge.pipeline.plan.variants import select_outputs
 from raymerge.pipeline.planner import make_plan
-from raymerge.pipeline.progress.listener import Listener
+from raymerge.pipeline.progress.events import OnEvent
+from raymerge.pipeline.progress.narrator import Narrator
 from raymerge.pipeline.progress.report import make_report
 from raymerge.pipeline.runners import check_reach, list_cluster_variables, prepare_workers
 from raymerge.pipeline.stores.open import Library, Stores, StoreSettings, open_stores
@@ -75,7 +76,7 @@ def merge(
     out: str | Path,
     options: MergeOptions | None = None,
     *,
-    listener: Listener | None = None,
+    on_event: OnEvent | None = None,
     **keywords: Unpack[MergeKeywords],
 ) -> MergeReport:
     """Merge models, or finish an earlier run of the same merge.
@@ -84,14 +85,14 @@ def merge(
         config: a mergekit YAML file or its name, YAML text, or what it holds.
         out: the output directory, as a path or URL.
         options: how to merge.
-        listener: told how it goes, in the caller's thread.
+        on_event: called with each event of the merge, in the caller's thread.
         **keywords: fields of `MergeOptions`; they go before those of `options`.
 
     Raises:
         TypeError: a keyword is no option.
         RaymergeError: something the caller can put right; running again goes on with the finished shards.
     """
-    return merge_variants([config], [out], options, listener=listener, **keywords)[0]
+    return merge_variants([config], [out], options, on_event=on_event, **keywords)[0]
 
 
 def merge_variants(
@@ -99,7 +100,7 @@ def merge_variants(
     outs: Sequence[str | Path],
     options: MergeOptions | None = None,
     *,
-    listener: Listener | None = None,
+    on_event: OnEvent | None = None,
     **keywords: Unpack[MergeKeywords],
 ) -> list[MergeReport]:
     """Make several models that differ in parameters alone, reading their inputs once.
@@ -110,7 +111,7 @@ def merge_variants(
         configs: one for each output: mergekit YAML files, their text, or their content.
         outs: the output directories, as paths or URLs.
         options: how to merge.
-        listener: told how it goes, in the caller's thread.
+        on_event: called with each event of the merge, in the caller's thread.
         **keywords: fields of `MergeOptions`; they go before those of `options`.
 
     Raises:
@@ -119,7 +120,7 @@ def merge_variants(
     """
     start = time.perf_counter()
     options = make_options(options, keywords)
-    listener = listener or Listener()
+    narrator = Narrator(on_event or (lambda event: None))
     with open_stores(StoreSettings(options.storage, options.private)) as stores, ExitStack() as stack:
         loaded = [load_config(config, strict=options.strict) for config in configs]
         session, limits = _find_workers(stores, loaded[0], outs, options, stack)
@@ -134,8 +135,8 @@ def merge_variants(
         if session is not None:
             urls = [*targets, *(item.url for item in the_plan.inputs)]
             check_reach(stores, urls, session, shared_filesystem=options.shared_filesystem)
-        listener.planned(the_plan)
-        on_held = listener.held if options.wait else None
+        narrator.planned(the_plan)
+        on_held = narrator.held if options.wait else None
         opened = [
             stack.enter_context(
                 open_output(
@@ -161,13 +162,13 @@ def merge_variants(
                 select_outputs(the_plan, unfinished),
                 [targets[k] for k in unfinished],
                 [opened[k][1] for k in unfinished],
-                listener,
+                narrator,
                 session,
                 strict=options.strict,
             )
             nonfinite |= dict(zip(unfinished, done.nonfinite, strict=True))
         faults = stores.faults.drain()
-        return [
+        reports = [
             make_report(
                 the_plan,
                 target,
@@ -181,6 +182,9 @@ def merge_variants(
             )
             for k, target in enumerate(targets)
         ]
+    for report in reports:
+        narrator.reported(report)
+    return reports
 
 
 def _find_workers(

@@ -16,7 +16,7 @@ from raymerge.pipeline.output.stitch import find_nonfinite, stitch
 from raymerge.pipeline.output.verify import check_shard
 from raymerge.pipeline.plan.schedule import measure_cost
 from raymerge.pipeline.plan.types import MergePlan, ShardFile, ShardResult, ShardTask
-from raymerge.pipeline.progress.listener import Listener
+from raymerge.pipeline.progress.narrator import Narrator
 from raymerge.pipeline.runners import make_runner, run_shard
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Lock
@@ -44,7 +44,7 @@ def carry_out(
     plan: MergePlan,
     outs: Sequence[str],
     locks: Sequence[Lock],
-    listener: Listener,
+    narrator: Narrator,
     session: RaySession | None,
     *,
     strict: bool,
@@ -56,7 +56,7 @@ def carry_out(
         plan: what to do.
         outs: the output directories, in the plan's order.
         locks: held on them.
-        listener: told how it goes.
+        narrator: told how it goes.
         session: the Ray cluster that does the work, if any.
         strict: whether NaN and infinity are refused.
 
@@ -74,23 +74,23 @@ def carry_out(
 
     def progressed(progress: Progress) -> None:
         check_locks()
-        listener.progressed(progress)
+        narrator.progressed(progress)
 
     def retried(reason: str) -> None:
-        listener.retried(stores.faults.note("ray", "shard", reason), 1)
+        narrator.retried(stores.faults.note("ray", "shard", reason), 1)
 
     urls = [*outs, *(item.url for item in plan.inputs)]
     runner = make_runner(stores, plan.num_workers, urls, session, plan.gpus, retried)
     finished = _find_finished(stores, plan, journals, runner)
-    listener.resumed([task for task in plan.tasks if task.file in finished])
+    narrator.resumed([task for task in plan.tasks if task.file in finished])
     todo = [task for task in plan.tasks if task.file not in finished]
     results = []
     start = time.perf_counter()
     work = partial(run_shard, stores, journals=journals)
     for result in runner.run(work, todo, [_measure_resources(task) for task in todo], progressed):
         for reason, count in result.faults:
-            listener.retried(reason, count)
-        listener.finished(result)
+            narrator.retried(reason, count)
+        narrator.finished(result)
         results.append(result)
         finished[result.file] = result.files
         check_locks()

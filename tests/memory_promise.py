@@ -19,21 +19,21 @@ NUM_ELEMENTS = 2**23
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from raymerge import Listener, merge
+from raymerge import merge
 
 def resident(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
-class Keep(Listener):
-    def planned(self, plan):
-        self.plan = plan
+class Keep:
+    def __call__(self, event):
+        self.plan = getattr(event, "plan", None) or self.plan
 
 tiny, large, out, memory = sys.argv[1:]
 merge(Path(tiny), f"{out}/tiny", memory=memory, workers=1)
 before = resident("VmRSS")
 keep = Keep()
-merge(Path(large), f"{out}/large", memory=memory, workers=1, shard_size="16MiB", listener=keep)
+merge(Path(large), f"{out}/large", memory=memory, workers=1, shard_size="16MiB", on_event=keep)
 peak = resident("VmHWM")  # ru_maxrss would begin with what the parent had when it started this process
 tasks = keep.plan.tasks
 print(json.dumps({

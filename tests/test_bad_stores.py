@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymerge import Listener, merge
-from raymerge.pipeline.plan.types import ShardResult
+from raymerge import merge
 from raymerge.pipeline.stores import retry
 from raymerge.pipeline.stores.retry import Fault, FaultLog, Patience
 from tests.checkpoints import INDEX, read_files, write_config, write_family
@@ -29,6 +28,7 @@ from tests.servers.hub_http import Handler
 from tests.servers.hub_http import Listener as Server
 from tests.servers.s3 import Keys, S3Server
 from tests.stored_models import download, make_config, upload, without_own
+from tests.watchers import stop_after
 
 SHARD_SIZE = "60kB"
 SHARD = "model-00001-of-00002.safetensors"
@@ -508,13 +508,6 @@ def test_hub_outputs(
     assert not any(method == "PUT" for method, *_ in hub.storage_requests)
 
 
-class Stop(Listener):
-    """Ends a merge after its first shard."""
-
-    def finished(self, result: ShardResult) -> None:
-        raise RuntimeError("the driver broke")
-
-
 @pytest.fixture(scope="module")
 def odd_family(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A family with a name, and files, that look as if they meant something else."""
@@ -547,7 +540,7 @@ def test_odd_names(
         config["base_model"] = {"model": {"path": inputs[0]}}
         config["models"][0]["model"] = {"model": {"path": inputs[1]}}
     with pytest.raises(RuntimeError):
-        merge(config, out, shard_size=SHARD_SIZE, listener=Stop())
+        merge(config, out, shard_size=SHARD_SIZE, on_event=stop_after(1))
     outcome = cli("merge", write_config(tmp_path / "merge.yml", config), out, "--shard-size", SHARD_SIZE)
     assert outcome.code == 0, outcome.err
     assert "finished and sound" in outcome.err

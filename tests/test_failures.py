@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from raymerge import Listener, merge
+from raymerge import Event, Planned, merge
 from raymerge.pipeline.cli.display import Display
 from raymerge.pipeline.errors import FetchError
-from raymerge.pipeline.plan.types import MergePlan, ShardResult
+from raymerge.pipeline.plan.types import ShardResult
 from raymerge.pipeline.stores.local import writer as local_writer
 from raymerge.pipeline.stores.local.storage import LocalStorage
 from tests.checkpoints import (
@@ -29,6 +29,7 @@ from tests.checkpoints import (
     write_llama,
 )
 from tests.commands import Cli, Outcome
+from tests.watchers import Keep
 
 
 @pytest.fixture
@@ -180,40 +181,32 @@ def test_input_that_changes_after_planning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     victim = models[1] / "model-00002-of-00002.safetensors"
-    show = Display.planned
+    show = Display.show
 
-    def show_and_change(self: Display, plan: MergePlan) -> None:
-        show(self, plan)
-        change(victim)
+    def show_and_change(self: Display, event: Event) -> None:
+        show(self, event)
+        if isinstance(event, Planned):
+            change(victim)
 
-    monkeypatch.setattr(Display, "planned", show_and_change)
+    monkeypatch.setattr(Display, "show", show_and_change)
     outcome = cli("merge", config, tmp_path / "out", "-q")
     assert_refused(outcome, tmp_path / "out", victim)
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-class ChangeMeanwhile(Listener):
-    """Changes an input when the first shard is finished."""
-
-    def __init__(self, victim: Path) -> None:
-        self.victim = victim
-        self.num_shards = 0
-        self.num_finished = 0
-
-    def planned(self, plan: MergePlan) -> None:
-        self.num_shards = len(plan.tasks)
-
-    def finished(self, result: ShardResult) -> None:
-        self.num_finished += 1
-        rewrite(self.victim)
-
-
 def test_input_that_changes_during_the_merge(models: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    listener = ChangeMeanwhile(models[0] / "model-00001-of-00002.safetensors")
+    victim = models[0] / "model-00001-of-00002.safetensors"
+    keep = Keep()
+
+    def change(event: Event) -> None:
+        keep(event)
+        if isinstance(event, ShardResult):
+            rewrite(victim)
+
     with pytest.raises(FetchError, match=r"changed since the plan was made|cut short while it was read"):
-        merge(linear(models), out, workers=1, shard_size=1, listener=listener)
-    assert 0 < listener.num_finished < listener.num_shards
+        merge(linear(models), out, workers=1, shard_size=1, on_event=change)
+    assert 0 < len(keep.list(ShardResult)) < len(keep.plan.tasks)
     assert not (out / "config.json").exists()
     assert not (out / INDEX).exists()
     with pytest.raises(OSError, match="unfinished merge of another config, seed, set of inputs or version"):

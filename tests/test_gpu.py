@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymerge import Listener, merge
+from raymerge import merge
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Site
 from raymerge.ops.registry import Op
 from raymerge.pipeline.plan.memory import CONTEXT_NBYTES
-from raymerge.pipeline.plan.types import MergePlan
 from tests.checkpoints import read_model, write_family
 from tests.method_configs import METHODS, make_config
 from tests.ops.engine import MemoryBlock, run_kernel
 from tests.ops.samples import CASES, Change, make_kernel, make_sources
+from tests.watchers import Keep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
@@ -54,18 +54,11 @@ def test_the_same_files(method: str, memory: str, workers: int, family: tuple[Pa
     assert read_model(tmp_path / "gpu") == read_model(tmp_path / "cpu")
 
 
-class Keep(Listener):
-    plan: MergePlan
-
-    def planned(self, plan: MergePlan) -> None:
-        self.plan = plan
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_on_the_gpu_is_as_projected(method: str, family: tuple[Path, ...], tmp_path: Path) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     keep = Keep()
-    merge(make_config(method, family), tmp_path / "out", workers=1, gpu_memory="8GiB", listener=keep)
+    merge(make_config(method, family), tmp_path / "out", workers=1, gpu_memory="8GiB", on_event=keep)
     projected = max(task.projected_gpu_mem for task in keep.plan.tasks)
     assert torch.cuda.max_memory_reserved() <= projected - CONTEXT_NBYTES + 64 * 2**20

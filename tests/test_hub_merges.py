@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from raymerge import Listener, merge, plan, verify
+from raymerge import Planned, merge, plan, verify
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
-from raymerge.pipeline.plan.types import MergePlan, ShardResult
+from raymerge.pipeline.plan.types import ShardResult
 from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.servers.hub import HubServer
 from tests.servers.hub_git import Commit
 from tests.stored_models import make_config, without_own
+from tests.watchers import on, stop_after
 
 SHARD_SIZE = "60kB"
 NAMES = ["org/base", "org/tuned1", "private/tuned2"]
@@ -78,16 +79,11 @@ def test_hub_to_hub(hub: HubServer, expected: dict[str, bytes], tmp_path: Path, 
 
 
 def test_nothing_is_visible_before_the_one_commit(hub: HubServer) -> None:
-    class Watch(Listener):
-        seen: list[set[str]] = []  # noqa: RUF012
-
-        def finished(self, result: ShardResult) -> None:
-            self.seen.append(set(hub.read_files("me/merged", "main")))
-
-    watch = Watch()
-    merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, listener=watch)
-    assert len(watch.seen) > 3
-    assert set().union(*watch.seen) <= {".gitattributes"}
+    seen: list[set[str]] = []
+    watch = on(ShardResult, lambda _: seen.append(set(hub.read_files("me/merged", "main"))))
+    merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, on_event=watch)
+    assert len(seen) > 3
+    assert set().union(*seen) <= {".gitattributes"}
 
 
 def test_from_the_hub_to_here(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
@@ -96,12 +92,11 @@ def test_from_the_hub_to_here(hub: HubServer, expected: dict[str, bytes], tmp_pa
 
 
 def test_a_branch_that_moves_does_not_matter(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
-    class Move(Listener):
-        def planned(self, plan: MergePlan) -> None:
-            files = hub.read_files(NAMES[1], "main")
-            hub.upload(NAMES[1], {name: content[:-1] + b"x" for name, content in files.items()})
+    def move(_: Planned) -> None:
+        files = hub.read_files(NAMES[1], "main")
+        hub.upload(NAMES[1], {name: content[:-1] + b"x" for name, content in files.items()})
 
-    merge(make_config(NAMES), tmp_path / "out", shard_size=SHARD_SIZE, listener=Move())
+    merge(make_config(NAMES), tmp_path / "out", shard_size=SHARD_SIZE, on_event=on(Planned, move))
     assert without_own(read_files(tmp_path / "out")) == expected
 
 
@@ -137,16 +132,8 @@ def test_who_may_not_write(hub: HubServer, tmp_path: Path, cli: Cli, monkeypatch
 
 
 def test_an_interrupted_merge_uploads_only_what_is_missing(hub: HubServer, expected: dict[str, bytes]) -> None:
-    class Stop(Listener):
-        num_finished = 0
-
-        def finished(self, result: ShardResult) -> None:
-            self.num_finished += 1
-            if self.num_finished == 3:
-                raise RuntimeError("the driver broke")
-
     with pytest.raises(RuntimeError):
-        merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, listener=Stop())
+        merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, on_event=stop_after(3))
     num_before = sum(method == "PUT" for method, *_ in hub.storage_requests)
     assert num_before >= 3
     report = merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE)
@@ -174,12 +161,10 @@ def test_a_killed_merge_goes_on(hub: HubServer, expected: dict[str, bytes], tmp_
 def test_somebody_else_commits_meanwhile(hub: HubServer, family: tuple[Path, ...], expected: dict[str, bytes]) -> None:
     theirs = read_files(family[0])
 
-    class Meddle(Listener):
-        def finished(self, result: ShardResult) -> None:
-            hub.upload("me/merged", dict(theirs))
+    meddle = on(ShardResult, lambda _: hub.upload("me/merged", dict(theirs)))
 
     with pytest.raises(OutputError, match=r"nothing was published|another run has finished"):
-        merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, listener=Meddle())
+        merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE, on_event=meddle)
     assert published(hub, "me/merged") == theirs
     with pytest.raises(OutputError, match="--overwrite"):
         merge(make_config(NAMES), "hf://me/merged", shard_size=SHARD_SIZE)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from raymerge import Listener, merge, plan
+from raymerge import Planned, merge, plan
 from raymerge.pipeline.errors import ConfigError, OutputError
-from raymerge.pipeline.plan.types import MergePlan, ShardResult
 from tests.checkpoints import read_files, write_config, write_llama
 from tests.commands import Cli
+from tests.watchers import on, stop_after
 
 
 @pytest.fixture
@@ -24,13 +24,6 @@ def models(tmp_path: Path) -> list[Path]:
         (model / "sub" / f"only-in-{k}.txt").write_text("text")
         (model / f"top-{k}.txt").write_text("text")
     return models
-
-
-class Break(Listener):
-    """Ends a merge after a shard."""
-
-    def finished(self, result: ShardResult) -> None:
-        raise RuntimeError("stopped")
 
 
 def make_config(models: list[Path]) -> dict[str, Any]:
@@ -187,8 +180,8 @@ def test_overwriting_deletes_only_what_was_made(
     if is_finished:
         merge(make_config(models), out, shard_size=3000)
     else:
-        with pytest.raises(RuntimeError, match="stopped"):
-            merge(make_config(models), out, shard_size=3000, listener=Break())
+        with pytest.raises(RuntimeError, match="the driver broke"):
+            merge(make_config(models), out, shard_size=3000, on_event=stop_after(1))
     (out / "sub").mkdir(exist_ok=True)
     (out / name).write_text("text")
     before = read_files(out)
@@ -223,8 +216,8 @@ def test_room_is_compared_before_any_work(models: list[Path], tmp_path: Path, mo
         merge(config, out, shard_size=3000)
     assert not out.exists()
     pretend(needed)
-    with pytest.raises(RuntimeError, match="stopped"):
-        merge(config, out, shard_size=3000, workers=1, listener=Break())
+    with pytest.raises(RuntimeError, match="the driver broke"):
+        merge(config, out, shard_size=3000, workers=1, on_event=stop_after(1))
     pretend(needed - the_plan.tasks[0].nbytes)  # some of it is there by now
     merge(config, out, shard_size=3000)
     pretend(5000)
@@ -262,12 +255,9 @@ def test_another_tokenizer_is_another_merge(models: list[Path], tmp_path: Path) 
 
 
 def test_a_donor_that_changes_during_the_merge(models: list[Path], tmp_path: Path) -> None:
-    class ChangeTokenizer(Listener):
-        def planned(self, plan: MergePlan) -> None:
-            (models[0] / "tokenizer_config.json").write_text("{}")
-
+    change = on(Planned, lambda _: (models[0] / "tokenizer_config.json").write_text("{}"))
     with pytest.raises(OSError, match=r"tokenizer_config\.json: changed since the plan was made"):
-        merge(make_config(models), tmp_path / "merged", listener=ChangeTokenizer())
+        merge(make_config(models), tmp_path / "merged", on_event=change)
     assert not (tmp_path / "merged" / "config.json").exists()
 
 

@@ -19,7 +19,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from raymerge import Listener, merge, verify
+from raymerge import OnEvent, Retried, merge, verify
 from raymerge.cluster.errors import ClusterConnectError, ResourceError, WorkerLostError
 from raymerge.cluster.ray.actors import ActorRunner
 from raymerge.cluster.ray.runner import RayRunner
@@ -33,6 +33,7 @@ from tests.checkpoints import read_files, write_config, write_family
 from tests.cluster.runner_contract import even, nothing
 from tests.commands import Cli, run_command, start_command
 from tests.servers.ray_head import RayHead
+from tests.watchers import Keep, on
 
 
 @pytest.fixture(scope="module")
@@ -146,34 +147,24 @@ def die_once(stores: Stores, task: ShardTask, report: Report, *, directory: Path
     return run_shard(stores, task, report, **more)
 
 
-class Retries(Listener):
-    """Keeps why something was done again."""
-
-    def __init__(self) -> None:
-        self.reasons: list[tuple[str, int]] = []
-
-    def retried(self, reason: str, count: int) -> None:
-        self.reasons.append((reason, count))
-
-
 @pytest.mark.slow
 def test_the_report_names_machines_and_retries(
     cluster: Cluster, config: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("raymerge.pipeline.driver.run_shard", partial(die_once, directory=tmp_path))
+    monkeypatch.setattr("raymerge.pipeline.execution.run_shard", partial(die_once, directory=tmp_path))
     hosts = ["127.0.0.2", "127.0.0.3"]
     for host in hosts:
         cluster.add_node(num_cpus=1, node_ip_address=host)
     cluster.wait_for_nodes()
-    out, retries = tmp_path / "out", Retries()
-    report = merge(config, out, shard_size=1, address=cluster.address, shared_filesystem=True, listener=retries)
+    out, keep = tmp_path / "out", Keep()
+    report = merge(config, out, shard_size=1, address=cluster.address, shared_filesystem=True, on_event=keep)
     assert (tmp_path / "died").exists()
     assert read_files(out) == undisturbed
-    assert list(report.faults) == retries.reasons
+    retries = [(event.reason, event.count) for event in keep.list(Retried)]
+    assert list(report.faults) == retries
     assert [
-        (reason in {f"ray: shard: its worker died (on {host})" for host in hosts}, count)
-        for reason, count in retries.reasons
+        (reason in {f"ray: shard: its worker died (on {host})" for host in hosts}, count) for reason, count in retries
     ] == [(True, 1)]
     assert [host.host for host in report.hosts] == hosts
     assert sum(host.num_shards for host in report.hosts) == report.num_shards
@@ -182,16 +173,10 @@ def test_the_report_names_machines_and_retries(
     assert report.slowest.host in hosts
 
 
-class PowerOff(Listener):
-    """Kills a node when the first shard is finished."""
-
-    def __init__(self, cluster: Cluster, node: Any) -> None:
-        self.cluster, self.node = cluster, node
-
-    def finished(self, result: ShardResult) -> None:
-        if self.node is not None:
-            node, self.node = self.node, None
-            self.cluster.remove_node(node, False)
+def power_off(cluster: Cluster, node: Any) -> OnEvent:
+    """Kill a node when the first shard is finished."""
+    nodes = [node]
+    return on(ShardResult, lambda _: cluster.remove_node(nodes.pop(), False) if nodes else None)
 
 
 @pytest.mark.slow
@@ -201,7 +186,7 @@ def test_a_node_that_is_powered_off(
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
     out = tmp_path / "out"
-    merge(config, out, shard_size=1, address=cluster.address, listener=PowerOff(cluster, nodes[0]))
+    merge(config, out, shard_size=1, address=cluster.address, on_event=power_off(cluster, nodes[0]))
     assert read_files(out) == undisturbed
     verify(out)
 
@@ -251,7 +236,7 @@ def test_no_node_is_left(
     cluster.wait_for_nodes()
     out = tmp_path / "out"
     with pytest.raises(WorkerLostError, match=r"no node of the cluster has had .* in the last 3 s.*run the same"):
-        merge(config, out, shard_size=1, address=cluster.address, listener=PowerOff(cluster, node))
+        merge(config, out, shard_size=1, address=cluster.address, on_event=power_off(cluster, node))
     assert not (out / "model.safetensors.index.json").exists()
     merge(config, out, shard_size=1)
     assert read_files(out) == undisturbed

@@ -17,11 +17,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from raymerge import Listener, merge, verify
+from raymerge import merge, verify
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.plan.types import ShardResult
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
+from tests.watchers import on, stop_after
 
 JOURNAL = ".raymerge"
 MANY = ("--shard-size", "1", "--workers", "2")
@@ -122,24 +123,12 @@ def test_ctrl_c(config: Path, undisturbed: dict[str, bytes], tmp_path: Path, cli
     assert read_files(out) == undisturbed
 
 
-class Stop(Listener):
-    """Ends a merge after some shards, as a crash of the driver would."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def finished(self, result: ShardResult) -> None:
-        self.number -= 1
-        if not self.number:
-            raise RuntimeError("the driver broke")
-
-
 @pytest.fixture
 def half(config: Path, tmp_path: Path) -> Path:
     """An output with about half of its shards."""
     out = tmp_path / "merged"
     with pytest.raises(RuntimeError, match="the driver broke"):
-        merge(config, out, shard_size=1, workers=1, listener=Stop(100))
+        merge(config, out, shard_size=1, workers=1, on_event=stop_after(100))
     assert len(records(out)) >= 100
     assert_not_loadable(out)
     return out
@@ -202,14 +191,13 @@ def test_what_another_plan_has_left_is_not_reused(
 def test_two_runs_at_once(config: Path, tmp_path: Path) -> None:
     refusals: list[str] = []
 
-    class SecondRun(Listener):
-        def finished(self, result: ShardResult) -> None:
-            if not refusals:
-                with pytest.raises(OutputError) as caught:
-                    merge(config, tmp_path / "merged")
-                refusals.append(str(caught.value))
+    def run_again(_: ShardResult) -> None:
+        if not refusals:
+            with pytest.raises(OutputError) as caught:
+                merge(config, tmp_path / "merged")
+            refusals.append(str(caught.value))
 
-    merge(config, tmp_path / "merged", listener=SecondRun())
+    merge(config, tmp_path / "merged", on_event=on(ShardResult, run_again))
     assert "another raymerge run (pid " in refusals[0]
     assert "choose another directory" in refusals[0]
     merge(config, tmp_path / "alone" / "merged")
@@ -220,17 +208,16 @@ def test_a_second_run_that_waits(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     second: list[Popen[str]] = []
 
-    class SecondRun(Listener):
-        def finished(self, result: ShardResult) -> None:
-            if not second:
-                second.append(start_command("merge", config, out, "--wait"))
-                assert second[0].stderr
-                for line in second[0].stderr:
-                    if line.startswith("waiting: another raymerge run (pid "):
-                        return
-                raise AssertionError("the second run has ended")
+    def run_again(_: ShardResult) -> None:
+        if not second:
+            second.append(start_command("merge", config, out, "--wait"))
+            assert second[0].stderr
+            for line in second[0].stderr:
+                if line.startswith("waiting: another raymerge run (pid "):
+                    return
+            raise AssertionError("the second run has ended")
 
-    merge(config, out, listener=SecondRun())
+    merge(config, out, on_event=on(ShardResult, run_again))
     printed, _ = second[0].communicate(timeout=60)
     assert second[0].returncode == 0
     assert "was complete already" in printed

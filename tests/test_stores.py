@@ -17,17 +17,19 @@ import fsspec
 import pytest
 import torch
 
-from raymerge import Listener, merge, verify
+from raymerge import Event, Planned, Resumed, merge, verify
 from raymerge.pipeline.errors import ConfigError, FetchError, MemoryLimitError, OutputError
-from raymerge.pipeline.plan.types import MergePlan, ShardResult, ShardTask
+from raymerge.pipeline.plan.types import ShardResult
 from raymerge.pipeline.stores import lease
 from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.seam import Storage
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models
 from tests.servers.faults import Fault, FaultProxy, is_operation
 from tests.servers.s3 import JuiceServer, S3Server
 from tests.stored_models import download, make_config, upload, without_own
+from tests.watchers import Keep, on, stop_after
 
 SHARD_SIZE = "60kB"
 
@@ -94,28 +96,16 @@ def test_either_library_finishes_what_the_other_began(
 ) -> None:
     out = f"s3://{bucket}/merged"
     with pytest.raises(RuntimeError):
-        merge(make_config(models), out, shard_size=SHARD_SIZE, listener=Stop(2))
+        merge(make_config(models), out, shard_size=SHARD_SIZE, on_event=stop_after(2))
     report = merge(make_config(models), out, shard_size=SHARD_SIZE, storage="fsspec")
     assert report.num_resumed >= 2
     assert without_own(download(out)) == expected
 
 
-class Stop(Listener):
-    """Ends a merge after some shards, as a crash of the driver would."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def finished(self, result: ShardResult) -> None:
-        self.number -= 1
-        if not self.number:
-            raise RuntimeError("the driver broke")
-
-
 def test_a_stopped_merge_goes_on(models: list[str], bucket: str, expected: dict[str, bytes], stores: Stores) -> None:
     out = f"s3://{bucket}/merged"
     with pytest.raises(RuntimeError):
-        merge(make_config(models), out, shard_size=SHARD_SIZE, listener=Stop(2))
+        merge(make_config(models), out, shard_size=SHARD_SIZE, on_event=stop_after(2))
     names = list(stores.at(out).list(out))
     assert INDEX not in names
     assert "config.json" not in names
@@ -181,18 +171,16 @@ def test_a_run_whose_lock_was_taken_stops(
     monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.1)
     out = f"s3://{bucket}/merged"
 
-    class Thief(Listener):
-        def planned(self, plan: MergePlan) -> None:
-            self.taken = False
+    results: list[ShardResult] = []
 
-        def finished(self, result: ShardResult) -> None:
-            if not self.taken:
-                stores.at(out).write(f"{out}/.raymerge/lock", b'{"token": "of another run"}')
-                self.taken = True
-                time.sleep(1)
+    def steal(result: ShardResult) -> None:
+        results.append(result)
+        if len(results) == 1:
+            stores.at(out).write(f"{out}/.raymerge/lock", b'{"token": "of another run"}')
+            time.sleep(1)
 
     with pytest.raises(OutputError, match="lock"):
-        merge(make_config(models), out, shard_size=SHARD_SIZE, workers=1, listener=Thief())
+        merge(make_config(models), out, shard_size=SHARD_SIZE, workers=1, on_event=on(ShardResult, steal))
     assert INDEX not in stores.at(out).list(out)
 
 
@@ -200,26 +188,17 @@ def test_two_that_finish_at_once_do_not_mix(models: list[str], bucket: str, stor
     """The lock failed, and another run has finished here first."""
     out = f"s3://{bucket}/merged"
 
-    class Rival(Listener):
-        def finished(self, result: ShardResult) -> None:
-            stores.at(out).write(f"{out}/{INDEX}", b"{}")
+    rival = on(ShardResult, lambda _: stores.at(out).write(f"{out}/{INDEX}", b"{}"))
 
     with pytest.raises(OutputError, match="another run has finished a different model here"):
-        merge(make_config(models), out, shard_size=SHARD_SIZE, listener=Rival())
+        merge(make_config(models), out, shard_size=SHARD_SIZE, on_event=rival)
     assert stores.at(out).read(f"{out}/{INDEX}", 10) == b"{}"
 
 
-class Replace(Listener):
-    """Replaces an input when the merge begins, by one of the same size."""
-
-    def __init__(self, stores: Stores, url: str) -> None:
-        self.storage = stores.at(url)
-        self.url = url
-
-    def planned(self, plan: MergePlan) -> None:
-        content = bytearray(self.storage.read(self.url, 2**30))
-        content[-1] ^= 1
-        self.storage.write(self.url, bytes(content))
+def change_last_byte(storage: Storage, url: str) -> None:
+    content = bytearray(storage.read(url, 2**30))
+    content[-1] ^= 1
+    storage.write(url, bytes(content))
 
 
 @pytest.mark.parametrize("library", ["auto", "fsspec"])
@@ -235,7 +214,7 @@ def test_a_replaced_input_stops_the_merge(
             out,
             shard_size=SHARD_SIZE,
             storage=library,
-            listener=Replace(stores, f"{model}/{name}"),
+            on_event=on(Planned, lambda _: change_last_byte(stores.at(model), f"{model}/{name}")),
         )
     names = list(stores.at(out).list(out))
     assert INDEX not in names
@@ -340,7 +319,7 @@ def test_another_s3_server(
         inputs = [upload(server, bucket, f"models/{path.name}", path) for path in family]
         out = f"s3://{bucket}/merged"
         with pytest.raises(RuntimeError):
-            merge(make_config(inputs), out, shard_size=SHARD_SIZE, storage=library, listener=Stop(2))
+            merge(make_config(inputs), out, shard_size=SHARD_SIZE, storage=library, on_event=stop_after(2))
         report = merge(make_config(inputs), out, shard_size=SHARD_SIZE, storage=library)
         assert report.num_resumed >= 2
         assert without_own(download(out)) == expected
@@ -413,19 +392,16 @@ def test_a_run_that_lost_its_lock_commits_nothing_more(models: list[str], bucket
     """It was frozen for a while, and another run has begun since."""
     out = f"s3://{bucket}/merged"
 
-    class Freeze(Listener):
-        num_shards = 0
+    keep = Keep()
 
-        def resumed(self, tasks: list[ShardTask]) -> None:
+    def freeze(event: Event) -> None:
+        keep(event)
+        if isinstance(event, Resumed):
             stores.at(out).write(f"{out}/.raymerge/lock", b'{"token": "of another run"}')
 
-        def finished(self, result: ShardResult) -> None:
-            self.num_shards += 1
-
-    freeze = Freeze()
     with pytest.raises(OutputError, match="taken the lock"):
-        merge(make_config(models), out, shard_size=SHARD_SIZE, listener=freeze)
-    assert freeze.num_shards == 0
+        merge(make_config(models), out, shard_size=SHARD_SIZE, on_event=freeze)
+    assert not keep.list(ShardResult)
     assert not any(name.endswith(".safetensors") for name in stores.at(out).list(out))
 
 
@@ -433,13 +409,10 @@ def test_a_shard_of_another_run_is_not_published(models: list[str], bucket: str,
     out = f"s3://{bucket}/merged"
     url = f"{out}/model-00001-of-00010.safetensors"
 
-    class Swap(Listener):
-        def finished(self, result: ShardResult) -> None:
-            if result.file == url.rpartition("/")[2]:
-                content = bytearray(stores.at(out).read(url, 2**30))
-                content[-1] ^= 1
-                stores.at(out).write(url, bytes(content))
+    def swap(result: ShardResult) -> None:
+        if result.file == url.rpartition("/")[2]:
+            change_last_byte(stores.at(out), url)
 
     with pytest.raises(OutputError, match="no longer what was written"):
-        merge(make_config(models), out, shard_size=SHARD_SIZE, listener=Swap())
+        merge(make_config(models), out, shard_size=SHARD_SIZE, on_event=on(ShardResult, swap))
     assert INDEX not in stores.at(out).list(out)

@@ -11,25 +11,20 @@ from typing import Any
 
 import pytest
 
-from raymerge import Listener, merge
-from raymerge.pipeline.plan.types import MergePlan
+from raymerge import Planned, merge
 from tests.checkpoints import read_files, write_family
 from tests.servers.faults import Fault, FaultProxy, Request
 from tests.servers.hub import HubServer
 from tests.servers.s3 import S3Server
 from tests.stored_models import upload, without_own
+from tests.watchers import on
 
 NUM_PAIRS = 10
 
 
-class WhenPlanned(Listener):
-    """Does something between a merge's plan and its first look at the output's lock."""
-
-    def __init__(self, action: Callable[[], object]) -> None:
-        self.action = action
-
-    def planned(self, plan: MergePlan) -> None:
-        self.action()
+def wait_for(barrier: threading.Barrier, _: Planned) -> None:
+    """Begin to write when the other merge is as far: between the plan and the first look at the output's lock."""
+    barrier.wait(60)
 
 
 @pytest.fixture
@@ -68,7 +63,7 @@ def test_a_repository_stays_private_whatever_begins_meanwhile(
 ) -> None:
     config = make_config(list(map(str, family)))
     other = partial(merge, config, tmp_path / "other", private=False)
-    merge(config, "hf://me/secret", listener=WhenPlanned(other))
+    merge(config, "hf://me/secret", on_event=on(Planned, lambda _: other()))
     assert hub.repos["me/secret"].private
 
 
@@ -77,7 +72,7 @@ def test_a_repository_becomes_public_where_that_is_asked_for(
 ) -> None:
     config = make_config(list(map(str, family)))
     other = partial(merge, config, tmp_path / "other")
-    merge(config, "hf://me/open", private=False, listener=WhenPlanned(other))
+    merge(config, "hf://me/open", private=False, on_event=on(Planned, lambda _: other()))
     assert not hub.repos["me/open"].private
 
 
@@ -113,7 +108,7 @@ def test_pairs_in_two_threads_do_not_see_each_other(
                     f"hf://{names[k]}",
                     workers=workers,
                     seed=2 * number + k,
-                    listener=WhenPlanned(partial(meet.wait, 60)),
+                    on_event=on(Planned, partial(wait_for, meet)),
                     **options[k],
                 )
                 for k in range(2)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from raymerge import Listener
 from raymerge.pipeline.driver import merge, merge_variants
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
-from raymerge.pipeline.plan.types import MergePlan, ShardResult
+from raymerge.pipeline.plan.types import ShardResult
 from tests.checkpoints import read_files, write_family
+from tests.watchers import Keep, stop_after
 
 VALUES: dict[str, list[dict[str, Any]]] = {
     "linear": [{"weight": weight} for weight in ([0.1, 0.9], 0.5, [1, 0.2])],
@@ -34,19 +34,6 @@ def make_config(method: str, family: tuple[Path, ...], parameters: dict[str, Any
     return {"merge_method": method, **base, "models": listed, "parameters": parameters}
 
 
-class Watch(Listener):
-    plan: MergePlan
-
-    def __init__(self) -> None:
-        self.read_nbytes = 0
-
-    def planned(self, plan: MergePlan) -> None:
-        self.plan = plan
-
-    def finished(self, result: ShardResult) -> None:
-        self.read_nbytes += result.read_nbytes
-
-
 @pytest.mark.parametrize(("memory", "workers"), [("4GiB", 1), ("4GiB", 2), ("48MiB", 1)])
 @pytest.mark.parametrize("method", VALUES)
 def test_each_output_is_what_its_own_merge_gives(
@@ -54,11 +41,11 @@ def test_each_output_is_what_its_own_merge_gives(
 ) -> None:
     configs = [make_config(method, family, parameters) for parameters in VALUES[method]]
     outs = [tmp_path / f"variant{k}" for k in range(len(configs))]
-    watch = Watch()
-    reports = merge_variants(configs, outs, memory=memory, workers=workers, seed=7, shard_size="500kB", listener=watch)
+    watch = Keep()
+    reports = merge_variants(configs, outs, memory=memory, workers=workers, seed=7, shard_size="500kB", on_event=watch)
     assert [report.out for report in reports] == [str(out) for out in outs]
     planned = sum(task.read_nbytes + task.reread_nbytes for task in watch.plan.tasks)
-    assert watch.read_nbytes == planned
+    assert sum(result.read_nbytes for result in watch.list(ShardResult)) == planned
     stored = sum(source.nbytes for task in watch.plan.tasks for m in task.merges for source in m.sources)
     assert sum(task.read_nbytes for task in watch.plan.tasks) == stored, "once for all outputs"
     for config, out in zip(configs, outs, strict=True):
@@ -68,18 +55,10 @@ def test_each_output_is_what_its_own_merge_gives(
 
 
 def test_an_interrupted_run_of_several_outputs_is_finished(family: tuple[Path, ...], tmp_path: Path) -> None:
-    class Stop(Listener):
-        num_finished = 0
-
-        def finished(self, result: ShardResult) -> None:
-            self.num_finished += 1
-            if self.num_finished == 2:
-                raise KeyboardInterrupt
-
     configs = [make_config("ties", family, parameters) for parameters in VALUES["ties"]]
     outs = [tmp_path / f"variant{k}" for k in range(3)]
     with pytest.raises(KeyboardInterrupt):
-        merge_variants(configs, outs, workers=1, shard_size="500kB", listener=Stop())
+        merge_variants(configs, outs, workers=1, shard_size="500kB", on_event=stop_after(2, KeyboardInterrupt()))
     assert not any((out / "config.json").exists() for out in outs)
     reports = merge_variants(configs, outs, shard_size="500kB")
     assert {report.num_resumed for report in reports} == {2}

@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from raymerge.pipeline.plan.types import MergePlan as MergePlan
     from raymerge.pipeline.plan.types import MergeReport as MergeReport
     from raymerge.pipeline.plan.types import ShardResult as ShardResult
-    from raymerge.pipeline.progress.listener import Listener as Listener
+    from raymerge.pipeline.progress.events import Event as Event
+    from raymerge.pipeline.progress.events import Held as Held
+    from raymerge.pipeline.progress.events import OnEvent as OnEvent
+    from raymerge.pipeline.progress.events import Planned as Planned
+    from raymerge.pipeline.progress.events import Progressed as Progressed
+    from raymerge.pipeline.progress.events import Resumed as Resumed
+    from raymerge.pipeline.progress.events import Retried as Retried
+    from raymerge.pipeline.progress.events import Warned as Warned
 
 __version__ = "0.1.0"
 
@@ -60,7 +67,16 @@ _HOMES = {
     "pipeline.options": ("MergeOptions",),
     "pipeline.output.verify": ("VerifyReport", "verify"),
     "pipeline.plan.types": ("MergePlan", "MergeReport", "ShardResult"),
-    "pipeline.progress.listener": ("Listener",),
+    "pipeline.progress.events": (
+        "Event",
+        "Held",
+        "OnEvent",
+        "Planned",
+        "Progressed",
+        "Resumed",
+        "Retried",
+        "Warned",
+    ),
 }
 """Where the public names come from. Each is imported when it is first asked for, so that `import raymerge` is quick."""
 

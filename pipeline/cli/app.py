@@ -146,8 +146,8 @@ def merge(
     from raymerge.pipeline.cli.display import Display
     from raymerge.pipeline.cli.json_log import open_json_log
 
-    with open_json_log(verbose=verbose) if log_json else Display(verbose=verbose, quiet=quiet) as narrator:
-        narrator.reported(driver.merge(config, out, options, listener=narrator))
+    with open_json_log(verbose=verbose) if log_json else Display(verbose=verbose, quiet=quiet) as log:
+        driver.merge(config, out, options, on_event=log.show)
 
 
 @dataclass(frozen=True)

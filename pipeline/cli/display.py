@@ -15,6 +15,7 @@ from rich.text import Text
 from raymerge.pipeline.cli.console import paint, say
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.types import MergeReport, ShardResult
+from raymerge.pipeline.progress.codec import read_event
 from raymerge.pipeline.progress.events import (
     Event,
     Failed,
@@ -24,10 +25,8 @@ from raymerge.pipeline.progress.events import (
     Resumed,
     Retried,
     Warned,
-    read_event,
 )
-from raymerge.pipeline.progress.narrator import Narrator
-from raymerge.pipeline.progress.report import format_report
+from raymerge.pipeline.progress.report import format_planned, format_report
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_nbytes, format_seconds, format_speed
 
@@ -37,11 +36,11 @@ _LINE_SECONDS = 10.0
 """Between lines of progress where there is no terminal."""
 
 
-class Display(Narrator):
+class Display:
     """Prints events to stderr, and the report to stdout; use it in a `with` block."""
 
     def __init__(self, *, verbose: bool, quiet: bool) -> None:
-        super().__init__(verbose=verbose)
+        self._verbose = verbose
         self._quiet = quiet
         self._is_terminal = sys.stderr.isatty()
         self._bar = Progress(
@@ -77,7 +76,7 @@ class Display(Narrator):
         match event:
             case Planned():
                 self._num_planned = event.num_shards
-                self._print(event.text)
+                self._print(format_planned(event, verbose=self._verbose))
             case Warned():
                 self._print(f"warning: {event.text}")
             case Held():
@@ -90,7 +89,7 @@ class Display(Narrator):
             case Progressed():
                 self._show_progress(event)
             case ShardResult():
-                if self.verbose:
+                if self._verbose:
                     made = f"{event.file}: {format_nbytes(event.nbytes)} in {format_seconds(event.seconds)}"
                     speed = format_speed(event.read_nbytes + event.nbytes, event.seconds)
                     self._print(f"{made} on {event.host}, {speed}")
@@ -119,7 +118,7 @@ class Display(Narrator):
         """Print why something is done again: the first, second, fourth, eighth time, and so on."""
         before = self._retries[event.reason]
         after = self._retries[event.reason] = before + event.count
-        if self.verbose or after.bit_length() > before.bit_length():
+        if self._verbose or after.bit_length() > before.bit_length():
             self._print(f"retried: {event.reason}" + (f" ({after} times by now)" if after > 1 else ""))
 
     def _show_report(self, report: MergeReport) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from raymerge import __version__
+from raymerge.pipeline.decoding import decode
 from raymerge.pipeline.errors import MergeError, OutputError
 from raymerge.pipeline.plan.types import ShardFile, ShardOutput
 from raymerge.pipeline.stores.open import Stores
@@ -94,7 +95,7 @@ class Journal:
                 )
                 if record.pop("fingerprint") != self.fingerprint:
                     continue
-                file = ShardFile(**{**record, "nonfinite": tuple(record["nonfinite"])})
+                file: ShardFile = decode(record, ShardFile)
                 nbytes = self._storage.stat(f"{self.out}/{output.file}").nbytes
                 if file.file == output.file and nbytes == file.nbytes == output.nbytes:
                     found[file.file] = file

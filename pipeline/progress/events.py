@@ -1,23 +1,16 @@
-"""What is told of a merge while it runs: plain events, and the lines of JSON that they travel in."""
+"""The events of a merge: what whoever watches it is told, here or elsewhere."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from datetime import UTC, datetime
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from raymerge.pipeline.plan.types import MergeReport, ShardResult
-from raymerge.pipeline.redact import redact
-
-_MAX_NUMBER = 2**63
-"""Larger ones are not ours."""
+from raymerge.pipeline.plan.types import MergePlan, MergeReport, ShardResult
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The plan is made."""
+    """The plan is made; nothing is written yet."""
 
     method: str
     models: tuple[str, ...]
@@ -31,6 +24,8 @@ class Planned:
     """Hash of everything that decides the output's bytes."""
     text: str
     """The plan for people."""
+    plan: MergePlan | None = field(default=None, compare=False, repr=False)
+    """None where the merge runs elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,73 +100,7 @@ class Failed:
 
 
 Event = Planned | Held | Resumed | Progressed | ShardResult | Retried | Warned | MergeReport | Failed
-"""In this order, more or less; `MergeReport` or `Failed` is the last."""
+"""In this order, more or less; `MergeReport` or `Failed` is the last. A call that fails raises instead."""
 
-_NAMES: dict[type[Event], str] = {
-    Planned: "planned",
-    Held: "waiting",
-    Resumed: "resumed",
-    Progressed: "progress",
-    ShardResult: "shard",
-    Retried: "retry",
-    Warned: "warning",
-    MergeReport: "done",
-    Failed: "error",
-}
-_TYPES = {name: kind for kind, name in _NAMES.items()}
-
-
-def format_event(event: Event) -> str:
-    """Return an event as a line of JSON, with its name and the time."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return redact(
-        json.dumps({"event": _NAMES[type(event)], "time": now, **asdict(event, dict_factory=_without_figures)})
-    )
-
-
-def _without_figures(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the fields of a part of an event; figures of every tensor would make lines of megabytes."""
-    return {name: value for name, value in items if name != "figures"}
-
-
-def read_event(line: str) -> Event | None:
-    """Return the event that a line tells of, whoever wrote it; None if it is something else."""
-    try:
-        content = json.loads(line)
-        event: Event = _decode(content, _TYPES[content["event"]])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return event
-
-
-def _decode(value: Any, kind: Any) -> Any:
-    """Return a value as JSON has it as one of a type.
-
-    Raises:
-        TypeError: it is none, or out of reason.
-        KeyError: a field is missing.
-    """
-    if is_dataclass(kind) and isinstance(kind, type):
-        hints = get_type_hints(kind)
-        return kind(
-            **{
-                field.name: _decode(value[field.name], hints[field.name])
-                for field in fields(kind)
-                if field.name != "figures"
-            }
-        )
-    if isinstance(kind, UnionType):
-        wanted, _ = get_args(kind)
-        return None if value is None else _decode(value, wanted)
-    if get_origin(kind) is tuple:
-        kinds = get_args(kind)
-        if type(value) is list:
-            kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
-            return tuple(_decode(item, wanted) for item, wanted in zip(value, kinds, strict=True))
-    if type(value) in (int, float) and not abs(value) < _MAX_NUMBER:
-        raise TypeError("out of reason")
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError(f"{value!r} is given, {kind} is needed")
-    return value
+OnEvent = Callable[[Event], object]
+"""Is told how a merge goes, in the thread that called it; what it raises ends the merge."""

@@ -1,17 +1,18 @@
-"""Tells how a merge goes, as events: one seam for the terminal, for machines, and for a merge that runs elsewhere."""
+"""Turns what happens in a merge into events: adds up what is done, measures speeds and estimates the time left."""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 
 from raymerge.cluster.runner import Progress
 from raymerge.pipeline.errors import HeldError
 from raymerge.pipeline.plan.report import format_plan
 from raymerge.pipeline.plan.types import MergePlan, MergeReport, ShardResult, ShardTask
-from raymerge.pipeline.progress.events import Event, Held, Planned, Progressed, Resumed, Retried, Warned
-from raymerge.pipeline.progress.listener import Listener
+from raymerge.pipeline.progress.events import Held, OnEvent, Planned, Progressed, Resumed, Retried, Warned
+
+INTERVAL_SECONDS = 0.2
+"""Between two reports of progress, at least."""
 
 _WINDOW_SECONDS = 30.0
 """Over which speeds are measured."""
@@ -20,14 +21,11 @@ _FIRST_PART = 0.001
 """Of the work: before it is done, how long the rest takes is anybody's guess."""
 
 
-class Narrator(Listener, ABC):
-    """Makes events of what a merge tells; a subclass shows them."""
+class Narrator:
+    """Makes events of what happens in a merge, and tells them."""
 
-    interval_seconds = 0.2
-    """Between two reports of progress, at least."""
-
-    def __init__(self, *, verbose: bool) -> None:
-        self.verbose = verbose
+    def __init__(self, on_event: OnEvent) -> None:
+        self._tell = on_event
         self._speed = _Speed()
         self._read: dict[str, int] = {}
         self._num_finished = self._num_shards = self._num_retries = 0
@@ -35,16 +33,12 @@ class Narrator(Listener, ABC):
         self._to_read = self._to_write = self._to_move = 0
         self._last = time.monotonic()
 
-    @abstractmethod
-    def show(self, event: Event) -> None:
-        """Show one event."""
-
     def planned(self, plan: MergePlan) -> None:
         """Tell what the plan is, and what is doubtful about it."""
         self._num_shards = len(plan.tasks)
         self._read = {task.file: task.read_nbytes + task.reread_nbytes for task in plan.tasks}
         self._to_write = sum(task.nbytes for task in plan.tasks)
-        self.show(
+        self._tell(
             Planned(
                 method=plan.method,
                 models=tuple(map(str, plan.models)),
@@ -53,15 +47,16 @@ class Narrator(Listener, ABC):
                 read_nbytes=sum(self._read.values()),
                 write_nbytes=self._to_write,
                 fingerprint=plan.fingerprint,
-                text=format_plan(plan, verbose=self.verbose),
+                text=format_plan(plan),
+                plan=plan,
             )
         )
         for warning in plan.warnings:
-            self.show(Warned(warning))
+            self._tell(Warned(warning))
 
     def held(self, error: HeldError) -> None:
         """Tell whom it waits for."""
-        self.show(Held(str(error)))
+        self._tell(Held(str(error)))
 
     def resumed(self, tasks: list[ShardTask]) -> None:
         """Tell what an earlier run has left to do."""
@@ -72,7 +67,7 @@ class Narrator(Listener, ABC):
         self._done = Progress(0, kept)
         self._last = time.monotonic()
         self._speed.measure(self._done, self._last)
-        self.show(Resumed(len(tasks), kept))
+        self._tell(Resumed(len(tasks), kept))
 
     def progressed(self, progress: Progress) -> None:
         """Tell now and then how far it is."""
@@ -80,7 +75,7 @@ class Narrator(Listener, ABC):
             self._done.read_nbytes + progress.read_nbytes, self._done.written_nbytes + progress.written_nbytes
         )
         now = time.monotonic()
-        if now - self._last >= self.interval_seconds:
+        if now - self._last >= INTERVAL_SECONDS:
             self._tell_progress(self._done, now)
 
     def _tell_progress(self, done: Progress, now: float) -> None:
@@ -89,7 +84,7 @@ class Narrator(Listener, ABC):
         left = max(0, self._to_read - done.read_nbytes + self._to_write - done.written_nbytes)
         speed = read_speed + write_speed
         is_known = speed > 0 and left < (1 - _FIRST_PART) * self._to_move
-        self.show(
+        self._tell(
             Progressed(
                 num_finished=self._num_finished,
                 num_shards=self._num_shards,
@@ -107,18 +102,18 @@ class Narrator(Listener, ABC):
     def finished(self, result: ShardResult) -> None:
         """Tell of a shard; after the last one also that everything is read and written."""
         self._num_finished += 1
-        self.show(result)
+        self._tell(result)
         if self._num_finished == self._num_shards:
             self._tell_progress(Progress(self._to_read, self._to_write), time.monotonic())
 
     def retried(self, reason: str, count: int) -> None:
         """Tell what went wrong and was done again."""
         self._num_retries += count
-        self.show(Retried(reason, count))
+        self._tell(Retried(reason, count))
 
     def reported(self, report: MergeReport) -> None:
-        """Tell what came of it; for whoever called `merge`."""
-        self.show(report)
+        """Tell what came of it."""
+        self._tell(report)
 
 
 class _Speed:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from raymerge.pipeline.checkpoint.manifest import MANIFEST
 from raymerge.pipeline.messages import counted
+from raymerge.pipeline.plan.report import format_plan
 from raymerge.pipeline.plan.types import HostReport, MergePlan, MergeReport, ShardResult
+from raymerge.pipeline.progress.events import Planned
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_memory, format_nbytes, format_seconds, format_speed
 
@@ -61,6 +63,11 @@ def make_report(
         warnings=plan.warnings,
         nonfinite=nonfinite,
     )
+
+
+def format_planned(event: Planned, *, verbose: bool) -> str:
+    """Return a plan as text; with `verbose` a line for each shard, where the plan itself is at hand."""
+    return format_plan(event.plan, verbose=True) if verbose and event.plan is not None else event.text
 
 
 def format_report(report: MergeReport) -> str:

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from raymerge.pipeline.decoding import decode
 from raymerge.pipeline.errors import HeldError, OutputError
 from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Lock
@@ -208,17 +209,10 @@ def _refusal(url: str, holder: Holder | None, age: float) -> str:
 
 def _decode(content: bytes) -> Holder | None:
     try:
-        values = json.loads(content)
-        return Holder(
-            int(values["pid"]),
-            str(values["host"]),
-            str(values["boot"]),
-            str(values["since"]),
-            str(values["token"]),
-            int(values["renewals"]),
-        )
-    except (ValueError, TypeError, KeyError):
+        holder: Holder = decode(json.loads(content), Holder)
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    return holder
 
 
 def _now() -> float:

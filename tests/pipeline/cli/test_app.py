@@ -12,6 +12,7 @@ import torch
 from raymerge import __version__, plan
 from raymerge.ops.registry import load_ops
 from raymerge.pipeline.cli import display
+from raymerge.pipeline.progress import narrator
 from tests.checkpoints import read_files, read_tensors, write_config, write_family
 from tests.commands import Cli, run_command
 
@@ -157,7 +158,7 @@ def test_progress_in_plain_lines_where_there_is_no_terminal(
     config: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
-    monkeypatch.setattr(display.Display, "interval_seconds", 0.0)
+    monkeypatch.setattr(narrator, "INTERVAL_SECONDS", 0.0)
     outcome = cli("merge", config, tmp_path / "out", "--shard-size", "5kB", "--workers", "1", "-v")
     num_shards = len(list((tmp_path / "out").glob("*.safetensors")))
     assert outcome.out.startswith(f"{tmp_path / 'out'}: 21 tensors in {num_shards} shards\n  time ")

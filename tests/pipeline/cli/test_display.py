@@ -11,7 +11,8 @@ import torch
 
 from raymerge.pipeline.cli.display import Display, format_progress
 from raymerge.pipeline.plan.types import MergeReport
-from raymerge.pipeline.progress.events import Progressed, Retried, read_event
+from raymerge.pipeline.progress.codec import read_event
+from raymerge.pipeline.progress.events import Progressed, Retried
 from raymerge.pipeline.progress.report import format_report
 from tests.checkpoints import write_config, write_family
 from tests.commands import Cli, run_in_terminal, strip_controls
@@ -128,7 +129,7 @@ def test_a_merge_elsewhere_looks_as_it_does_here(tmp_path: Path, cli: Cli, capsy
 
 def test_not_finite_is_told_before_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     with Display(verbose=False, quiet=False) as display:
-        display.reported(REPORT)
+        display.show(REPORT)
     shown = capsys.readouterr()
     assert "norm.weight" in shown.err
     assert shown.out == format_report(REPORT) + "\n"

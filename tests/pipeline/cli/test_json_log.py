@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 
 from raymerge import merge, plan
 from raymerge.pipeline.cli.interrupt import MESSAGE
+from raymerge.pipeline.cli.json_log import open_json_log
 from raymerge.pipeline.plan.types import MergeReport
-from raymerge.pipeline.progress.events import read_event
+from raymerge.pipeline.progress.codec import read_event
+from raymerge.pipeline.progress.events import Progressed
 from tests.checkpoints import read_files, write_checkpoint, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 
@@ -133,6 +136,15 @@ def test_ctrl_c(config: Path, tmp_path: Path) -> None:
     )
     assert sum(event["event"] == "shard" for event in events) < len(plan(config, shard_size=1).tasks)
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_progress_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first step, then one every two seconds, and the last."""
+    step = Progressed(0, 2, 1, 10, 1, 10, 1.0, 1.0, None, 0)
+    with open_json_log(verbose=False) as log:
+        for number in (0, 0, 1, 1, 2):
+            log.show(replace(step, num_finished=number))
+    assert [event["num_finished"] for event in parse(capsys.readouterr().out)] == [0, 2]
 
 
 STUCK = """

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from raymerge import Listener, merge
+from raymerge import merge
 from raymerge.cluster.runner import Report
 from raymerge.ops.kernels.random import PAGE_ELEMENTS
 from raymerge.pipeline import driver, planner
@@ -17,12 +17,13 @@ from raymerge.pipeline.engine import fetch, gpu_stage
 from raymerge.pipeline.engine import shard as execute
 from raymerge.pipeline.errors import ConfigError, MemoryLimitError
 from raymerge.pipeline.plan.memory import CONTEXT_NBYTES, Transfer
-from raymerge.pipeline.plan.types import MergePlan, ShardResult, ShardTask
+from raymerge.pipeline.plan.types import ShardResult, ShardTask
 from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import Tensors, add_noise, read_model, write_checkpoint
 from tests.commands import Cli
 from tests.fake_gpu import DEVICE, FakeGpu, FakeMark, FakeQueue
 from tests.method_configs import METHODS, make_config
+from tests.watchers import Keep
 
 LIMITS = {"large": ("1GiB", "4GiB"), "small": ("18MiB", "664MiB")}
 
@@ -42,13 +43,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     base = make_tensors()
     models = [base, *(add_noise(base, seed=k) | {"b": base["b"]} for k in (1, 2))]
     return tuple(write_checkpoint(directory / f"m{k}", tensors, {}) for k, tensors in enumerate(models))
-
-
-class Keep(Listener):
-    plan: MergePlan
-
-    def planned(self, plan: MergePlan) -> None:
-        self.plan = plan
 
 
 @pytest.fixture
@@ -99,7 +93,7 @@ def test_the_same_files(
         shard_size="2MB",
         memory=memory,
         gpu_memory=gpu_memory,
-        listener=keep,
+        on_event=keep,
     )
     assert read_model(tmp_path / "gpu") == read_model(tmp_path / "cpu")
     reread = sum(task.reread_nbytes for task in keep.plan.tasks)

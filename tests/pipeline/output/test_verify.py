@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from raymerge import Listener, merge, verify
+from raymerge import merge, verify
 from raymerge.pipeline.checkpoint.header import read_header
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.output.verify import find_disagreements
-from raymerge.pipeline.plan.types import ShardResult
 from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import INDEX, read_files, write_llama
 from tests.commands import Cli
+from tests.watchers import stop_after
 
 MANIFEST = "raymerge_manifest.json"
 SHARD = "model-00002-of-00006.safetensors"
@@ -165,13 +165,9 @@ def test_workers(out: Path) -> None:
 
 
 def test_unfinished(out: Path, tmp_path: Path, cli: Cli) -> None:
-    class Break(Listener):
-        def finished(self, result: ShardResult) -> None:
-            raise RuntimeError("stopped")
-
     config = {"merge_method": "linear", "models": [{"model": str(tmp_path / "m0")}], "parameters": {"weight": 1}}
-    with pytest.raises(RuntimeError, match="stopped"):
-        merge(config, tmp_path / "half", shard_size=5000, listener=Break())
+    with pytest.raises(RuntimeError, match="the driver broke"):
+        merge(config, tmp_path / "half", shard_size=5000, on_event=stop_after(1))
     outcome = cli("verify", tmp_path / "half")
     assert outcome.code == 2
     assert "is unfinished; run the same `raymerge merge` again" in outcome.err

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raymerge import merge, plan
+from raymerge import Event, MergeReport, merge, plan
 from raymerge.cluster.runner import Progress
-from raymerge.pipeline.plan.types import ShardResult
-from raymerge.pipeline.progress.events import Event, Planned, Progressed, Resumed, Retried, Warned
+from raymerge.pipeline.progress import narrator
+from raymerge.pipeline.progress.events import Planned, Progressed, Resumed, Retried, Warned
 from raymerge.pipeline.progress.narrator import Narrator, _Speed
 from tests.checkpoints import write_llama
+from tests.watchers import Keep, stop_after
 
 
-class Recorder(Narrator):
-    """Keeps every event, and stops a merge after some shards."""
-
-    interval_seconds = 0.0
-
-    def __init__(self, stop_after: int = 10**9) -> None:
-        super().__init__(verbose=False)
-        self.events: list[Event] = []
-        self._left = stop_after
-
-    def show(self, event: Event) -> None:
-        self.events.append(event)
-
-    def finished(self, result: ShardResult) -> None:
-        super().finished(result)
-        self._left -= 1
-        if not self._left:
-            raise RuntimeError("stopped")
+@pytest.fixture(autouse=True)
+def every_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrator, "INTERVAL_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -44,13 +31,11 @@ def config(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_the_story_of_a_merge_that_is_resumed(config: dict[str, Any], tmp_path: Path) -> None:
-    first = Recorder(stop_after=5)
-    with pytest.raises(RuntimeError, match="stopped"):
-        merge(config, tmp_path / "out", shard_size=1, workers=1, listener=first)
-    second = Recorder()
-    report = merge(config, tmp_path / "out", shard_size=1, workers=1, listener=second)
-    second.reported(report)
-    planned, warned, resumed, *rest = second.events
+    with pytest.raises(RuntimeError, match="the driver broke"):
+        merge(config, tmp_path / "out", shard_size=1, workers=1, on_event=stop_after(5))
+    keep = Keep()
+    report = merge(config, tmp_path / "out", shard_size=1, workers=1, on_event=keep)
+    planned, warned, resumed, *rest = keep.events
     assert isinstance(planned, Planned)
     assert (planned.method, planned.num_shards) == ("linear", report.num_shards)
     assert planned.models == tuple(str(tmp_path / f"m{k}") for k in range(2))
@@ -70,14 +55,34 @@ def test_the_story_of_a_merge_that_is_resumed(config: dict[str, Any], tmp_path: 
     assert steps[0].seconds_left is not None
 
 
+def test_events_carry_the_plan_and_end_with_the_report(config: dict[str, Any], tmp_path: Path) -> None:
+    threads = set()
+
+    def tell(event: Event) -> None:
+        threads.add(threading.current_thread())
+        keep(event)
+
+    keep = Keep()
+    report = merge(config, tmp_path / "out", on_event=tell)
+    assert threads == {threading.current_thread()}
+    assert keep.plan == plan(config, out=tmp_path / "out")
+    assert keep.events[-1] == report
+    again = Keep()
+    complete = merge(config, tmp_path / "out", on_event=again)
+    assert [type(event) for event in again.events] == [Planned, Warned, MergeReport]
+    assert again.events[-1] == complete
+    assert complete.was_complete
+
+
 def test_the_time_that_is_left_is_not_guessed_from_a_header(config: dict[str, Any]) -> None:
-    recorder = Recorder()
+    keep = Keep()
+    recorder = Narrator(keep)
     recorder.planned(plan(config))
     recorder.resumed([])
     time.sleep(0.01)
     recorder.progressed(Progress(0, 1))
     recorder.progressed(Progress(1000, 0))
-    first, second = recorder.events[-2:]
+    first, second = keep.events[-2:]
     assert isinstance(first, Progressed)
     assert isinstance(second, Progressed)
     assert first.seconds_left is None
@@ -87,17 +92,18 @@ def test_the_time_that_is_left_is_not_guessed_from_a_header(config: dict[str, An
 
 
 def test_what_is_lost_and_retried_is_counted() -> None:
-    recorder = Recorder()
+    keep = Keep()
+    recorder = Narrator(keep)
     recorder.resumed([])
     recorder.progressed(Progress(100, 50))
     recorder.retried("ray: shard: its worker died", 1)
     recorder.retried("s3://bucket: GET: 503", 3)
     recorder.progressed(Progress(-100, -50))
-    last = recorder.events[-1]
+    last = keep.events[-1]
     assert isinstance(last, Progressed)
     assert (last.read_nbytes, last.written_nbytes, last.num_retries) == (0, 0, 4)
     assert (last.read_per_second, last.seconds_left) == (0, None)
-    assert recorder.events[2:4] == [Retried("ray: shard: its worker died", 1), Retried("s3://bucket: GET: 503", 3)]
+    assert keep.events[2:4] == [Retried("ray: shard: its worker died", 1), Retried("s3://bucket: GET: 503", 3)]
 
 
 def test_speed_is_that_of_the_last_half_minute() -> None:

@@ -1,0 +1,53 @@
+"""JSON values as typed dataclasses; whoever wrote them, nothing of another type gets in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+_MAX_NUMBER = 2**63
+"""Larger ones are not ours."""
+
+
+def decode(value: Any, kind: Any) -> Any:
+    """Return a parsed JSON value as one of a type: of a dataclass, tuple, mapping, optional or plain type.
+
+    A field that is missing has its default; what is no field is left out.
+
+    Raises:
+        TypeError: it is none, or out of reason.
+        KeyError: a field without a default is missing.
+        ValueError: a tuple has another length.
+    """
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _decode_fields(value, kind)
+    if isinstance(kind, UnionType):
+        wanted, _ = get_args(kind)
+        return None if value is None else decode(value, wanted)
+    if get_origin(kind) is tuple and type(value) is list:
+        kinds = get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        return tuple(decode(item, wanted) for item, wanted in zip(value, kinds, strict=True))
+    if get_origin(kind) is Mapping and type(value) is dict:
+        return {decode(name, get_args(kind)[0]): decode(item, get_args(kind)[1]) for name, item in value.items()}
+    if type(value) in (int, float) and not abs(value) < _MAX_NUMBER:
+        raise TypeError("out of reason")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is given, {kind} is needed")
+    return value
+
+
+def _decode_fields(value: Any, kind: type) -> Any:
+    if type(value) is not dict:
+        raise TypeError(f"{value!r} is given, an object is needed")
+    hints = get_type_hints(kind)
+    given = {
+        field.name: decode(value[field.name], hints[field.name])
+        for field in fields(kind)
+        if field.name in value or (field.default is MISSING and field.default_factory is MISSING)
+    }
+    return kind(**given)

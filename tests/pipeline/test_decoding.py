@@ -1,0 +1,64 @@
+"""JSON values become typed ones, or are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from raymerge.pipeline.decoding import decode
+
+
+@dataclass(frozen=True)
+class Inner:
+    name: str
+    counts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outer:
+    pair: tuple[str, float]
+    inner: Inner | None
+    is_on: bool
+    parts: Mapping[str, Inner] = field(default_factory=dict)
+
+
+GIVEN: dict[str, Any] = {"pair": ["a", 1], "inner": {"name": "b", "counts": [1, 2]}, "is_on": True}
+
+
+def test_a_value_of_every_type() -> None:
+    found = decode({**GIVEN, "parts": {"x": {"name": "c"}}, "of a later version": 1}, Outer)
+    assert found == Outer(("a", 1.0), Inner("b", (1, 2)), True, {"x": Inner("c")})
+    assert type(found.pair[1]) is float
+    assert decode({**GIVEN, "inner": None}, Outer).inner is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pair": ["a"]},
+        {"pair": ["a", 1, 2]},
+        {"pair": ["a", True]},
+        {"pair": ["a", 1e300]},
+        {"pair": ["a", float("nan")]},
+        {"pair": {"a": 1}},
+        {"inner": []},
+        {"inner": {}},
+        {"inner": {"name": 1}},
+        {"inner": {"name": "b", "counts": [1.5]}},
+        {"is_on": 1},
+        {"is_on": None},
+        {"parts": []},
+        {"parts": {"x": None}},
+    ],
+)
+def test_a_value_of_another_type(change: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, KeyError, ValueError)):
+        decode({**GIVEN, **change}, Outer)
+
+
+def test_a_field_that_is_missing() -> None:
+    with pytest.raises(KeyError, match="is_on"):
+        decode({name: value for name, value in GIVEN.items() if name != "is_on"}, Outer)
