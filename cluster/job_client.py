@@ -33,15 +33,15 @@ from raymerge.cluster.package import Package
 _TIMEOUT_SECONDS = 30.0
 
 _POLL_SECONDS = 1.0
-"""Between looks at a job's log."""
+"""Seconds between polls of a job's log."""
 
 _POLL_SHARE = 10
-"""A look that takes long, as the log has become long, is waited for so many times longer before the next."""
+"""Back-off for long logs: the next poll waits this many times as long as the last one took."""
 
 _MAX_POLL_SECONDS = 15.0
 
 _LOST_SECONDS = 600.0
-"""How long a dropped connection is tried again while a job is followed."""
+"""How long `follow` retries a dropped connection."""
 
 _MAX_ERROR_NBYTES = 2**16
 
@@ -56,22 +56,22 @@ _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the cluster says about a job."""
+    """A job as the cluster reports it."""
 
     id: str
     status: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     message: str
-    """Of Ray; on failure it ends with the last lines of the log."""
+    """Ray's message; on failure it ends with the last lines of the log."""
     exit_code: int | None
-    """Of the driver; None before it has ended, or where it was stopped or never began."""
+    """Exit code of the driver; None if it is running, was stopped or never began."""
     metadata: Mapping[str, str]
     started: datetime | None
     ended: datetime | None
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Whether the job has finished, failed or been stopped."""
         return self.status in _ENDED
 
 
@@ -84,7 +84,7 @@ class JobClient:
     """
 
     def __init__(self, address: str) -> None:
-        """Begin; nothing is sent yet.
+        """Check the address and find the token; nothing is sent yet.
 
         Args:
             address: of the cluster's dashboard, as in `http://head:8265`.
@@ -152,19 +152,19 @@ class JobClient:
             return _make_job(self._call("GET", f"/api/jobs/{quote(job_id, safe='')}"))
 
     def read_log(self, job_id: str) -> str:
-        """Return everything that a job has printed so far."""
+        """Return a job's whole log so far."""
         with self._understood():
             return str(self._call("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")["logs"] or "")
 
     def stop(self, job_id: str) -> bool:
-        """Have a job end; return whether it had not already."""
+        """Stop a job; return False if it had ended already."""
         with self._understood():
             return bool(self._call("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")["stopped"])
 
     def follow(
         self, job_id: str, on_line: Callable[[str], None], on_trouble: Callable[[str], None] = lambda text: None
     ) -> Job:
-        """Wait for the end of a job, and pass on what it prints; a connection that drops is made again.
+        """Pass on a job's log until the job ends; reconnect when the connection drops.
 
         Args:
             job_id: which job.
@@ -212,7 +212,7 @@ class JobClient:
 
     @contextmanager
     def _understood(self) -> Iterator[None]:
-        """Take an answer that lacks what Ray's has for that of another server."""
+        """Treat an answer without the fields that Ray sends as that of another server."""
         try:
             yield
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
@@ -239,7 +239,7 @@ class JobClient:
             raise ClusterConnectError(f"nobody answers at {self.address} ({reason}); {_ADVICE}") from None
 
     def _explain(self, error: urllib.error.HTTPError, path: str) -> ClusterConnectError | JobError:
-        """Return what to raise for an answer that is no success."""
+        """Return the error for an unsuccessful HTTP answer."""
         try:
             lines = error.read(_MAX_ERROR_NBYTES).decode(errors="replace").splitlines()
         except (OSError, HTTPException):
@@ -268,22 +268,22 @@ class JobClient:
 
 
 class RefusedError(ClusterConnectError):
-    """The cluster does not let us in, and will not later."""
+    """The cluster refuses access; a retry is useless."""
 
 
 class _MissingError(JobError):
-    """The cluster has no such thing."""
+    """The cluster has no such job or package."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Takes a redirect as an answer: the token is not for others."""
+    """Does not follow redirects, which would carry the token to another host."""
 
     def redirect_request(self, *_: object) -> None:
         return None
 
 
 def _find_token() -> str | None:
-    """Return the token that Ray would use; `~/.ray/auth_token`, perhaps that of another cluster, only if told to."""
+    """Return the token that Ray would use; `~/.ray/auth_token` may be another cluster's and is read only on request."""
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
     if mode == "disabled":
         return None

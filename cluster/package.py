@@ -1,4 +1,4 @@
-"""What goes to a cluster: this package and the merge's config, as zip files that are named by their content."""
+"""Zip files, named by their content, in which this package and the merge's config are sent to a cluster."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ import raymerge
 _SUFFIXES = (".py", ".sh")
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The time of every file in a zip file: what has the same content is to have the same name."""
+"""Time stamp of every file in a zip file, so that the same content gives the same name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A zip file as Ray keeps it for the workers of a job."""
+    """A zip file that Ray unpacks for the workers of a job."""
 
     content: bytes
 
     @property
     def name(self) -> str:
-        """Return its name, which says what is in it: what a cluster has already is not sent again."""
+        """Return the file's name, a hash of its content: a cluster that has it is not sent it again."""
         return f"_ray_pkg_{hashlib.sha256(self.content).hexdigest()[:32]}.zip"
 
     @property
     def uri(self) -> str:
-        """Return what a runtime environment calls it."""
+        """Return the URI for a runtime environment."""
         return f"gcs://{self.name}"
 
 
 def pack_raymerge() -> Package:
-    """Return the code that runs here; workers find it before any other that is installed."""
+    """Return the package that runs here; on workers it takes precedence over an installed one."""
     root = Path(next(iter(raymerge.__path__)))
     files = {}
-    for directory, names, file_names in os.walk(root, followlinks=True):  # of links consists an editable install
+    for directory, names, file_names in os.walk(root, followlinks=True):  # an editable install consists of links
         names[:] = sorted(name for name in names if name != "__pycache__")
         for name in sorted(file_names):
             path = Path(directory, name)

@@ -1,1 +1,1 @@
-"""What schedulers need to be told to merge on many machines: a pure function for each that returns the text."""
+"""Manifests with which schedulers run a merge on many machines: one pure function for each scheduler."""

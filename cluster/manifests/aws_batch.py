@@ -32,20 +32,20 @@ export RAYMERGE_NODES=$AWS_BATCH_JOB_NUM_NODES
 
 @dataclass(frozen=True, slots=True)
 class AwsBatch:
-    """What only this target needs."""
+    """Settings of AWS Batch."""
 
     image: str
     job_role: str | None
-    """ARN of the role that the containers have: their right to read and write; None for that of the machines."""
+    """ARN of the containers' role, which permits reading and writing; None for the machines' role."""
     execution_role: str
-    """ARN of the role that starts the containers, and may read the secrets."""
+    """ARN of the role that starts the containers and may read the secrets."""
     token_secret: str
-    """The token of the Ray cluster: ARN in the Secrets Manager, or name of a parameter in the Parameter Store."""
+    """Where Ray's token is kept: ARN in the Secrets Manager, or name of a parameter in the Parameter Store."""
     env_secret: tuple[tuple[str, str], ...]
-    """Environment variables, and where their values are, in the same form."""
+    """Environment variables, and where their values are kept, in the same form."""
     num_attempts: int
     num_seconds: int
-    """Each attempt is ended after."""
+    """Time limit of each attempt."""
 
 
 def make_aws_batch(job: Job, size: NodeSize, target: AwsBatch) -> str:

@@ -1,4 +1,4 @@
-"""A merge as a job of a scheduler: what all kinds of manifests are made from."""
+"""A merge as a job of a scheduler, from which every kind of manifest is made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raymerge.cluster.errors import ManifestError
 from raymerge.cluster.ray.session import SETTINGS, STORE_NBYTES
 
 CONFIG_FILE = "merge.yml"
-"""What the config is called on the head."""
+"""Name of the config on the head."""
 
 _PLACEHOLDER = re.compile(
     r"\b(?:123456789012|012345678901|111122223333|444455556666|777788889999|000000000000)\b"  # AWS's examples
@@ -25,17 +25,17 @@ _PLACEHOLDER = re.compile(
 )
 
 _OVERHEAD_NBYTES = 2 * 2**30
-"""Of a node's memory: what Ray itself takes, and on the head the driver."""
+"""Memory of a node that Ray itself takes, and on the head the driver."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """The raymerge that the machines install before Ray starts."""
+    """The wheel of raymerge that the machines install before Ray starts."""
 
     source: str
     """URL from which pip fetches it, or path on this machine of the file that is sent along."""
     content: bytes | None
-    """Of the file that is sent along; None where pip fetches it."""
+    """Content of the file that is sent along; None where pip fetches it."""
 
     @property
     def name(self) -> str:
@@ -45,13 +45,13 @@ class Wheel:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What runs, and on how many machines."""
+    """A merge, and the number of machines it runs on."""
 
     name: str
     config: str
-    """The YAML."""
+    """The config's YAML."""
     arguments: tuple[str, ...]
-    """Of `raymerge merge`, after the config."""
+    """Arguments of `raymerge merge` after the config."""
     wheel: Wheel | None
     """None where the machines have raymerge."""
     setup: str
@@ -61,7 +61,7 @@ class Job:
     num_nodes: int
     """Machines that merge."""
     comment: str
-    """For the first lines: how the manifest was made, and what to do with it."""
+    """Text of the first lines: how the manifest was made, and how to run it."""
 
     def command(self, config: str) -> str:
         """Return the command line of the merge, for a shell.
@@ -90,7 +90,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class NodeSize:
-    """What each machine that merges has."""
+    """Size of each machine that merges."""
 
     num_cpus: int
     mem_nbytes: int
@@ -98,11 +98,11 @@ class NodeSize:
 
     @property
     def work_nbytes(self) -> int:
-        """What Ray may give to work, in bytes."""
+        """Memory that Ray may give to work, in bytes."""
         return self.mem_nbytes - _OVERHEAD_NBYTES
 
     def ray_options(self) -> dict[str, str]:
-        """Return what `ray start` is told about the machine: where a scheduler shares it out, Ray cannot know."""
+        """Return the options of `ray start` for a share of a machine, whose size Ray cannot detect."""
         return {
             "num-cpus": str(self.num_cpus),
             "num-gpus": str(self.num_gpus),
@@ -118,7 +118,7 @@ def read_start_script() -> str:
 
 
 def start_variables(job: Job, size: NodeSize) -> dict[str, str]:
-    """Return what that script finds in its environment, less what only the scheduler knows when the job runs."""
+    """Return the environment of that script, except for what the scheduler adds when the job runs."""
     return {
         **job.variables(),
         "RAY_AUTH_MODE": "token",
@@ -129,7 +129,7 @@ def start_variables(job: Job, size: NodeSize) -> dict[str, str]:
 
 
 def check_values(target: Any, wheel: Wheel | None) -> None:
-    """Refuse values that only stand for those of the user.
+    """Refuse placeholders: values that only stand for the user's.
 
     Args:
         target: dataclass of what only one kind of manifest needs.
@@ -159,7 +159,7 @@ def dump_documents(comment: str, *documents: Mapping[str, object]) -> str:
 
 
 def check_nbytes(what: str, nbytes: int, most: int) -> None:
-    """Make sure that something fits where it has to go.
+    """Check a size against a scheduler's limit.
 
     Raises:
         ManifestError: it does not.

@@ -14,26 +14,26 @@ _MAX_NBYTES = 1_000_000
 """Kubernetes takes 1 MiB in a ConfigMap if nothing keeps a copy in an annotation: `kubectl apply --server-side`."""
 _MOUNT = "/etc/raymerge"
 _HEAD_RESOURCES = {"cpu": "2", "memory": "8Gi"}
-"""It plans and keeps the books; merging is done by the others."""
+"""Resources of the head, which plans and coordinates but does not merge."""
 _KEPT_SECONDS = 600
-"""How long pods and their logs stay after the end."""
+"""How long pods and their logs are kept after the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class KubeRay:
-    """What only this target needs."""
+    """Settings of KubeRay."""
 
     image: str
     ray_version: str
-    """Of the image."""
+    """Version of Ray in the image."""
     namespace: str | None
     service_account: str | None
-    """Of the pods: where it stands for a role, that is their right to read and write."""
+    """Account of the pods; if it is bound to a role, that permits reading and writing."""
     env_secret: tuple[str, ...]
     """Secrets that become environment variables of the pods."""
     num_attempts: int
     num_seconds: int
-    """The job is ended after."""
+    """Time limit of the job."""
 
 
 def make_kuberay(job: Job, size: NodeSize, target: KubeRay) -> str:

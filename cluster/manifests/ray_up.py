@@ -13,10 +13,10 @@ from raymerge.cluster.ray.session import STORE_NBYTES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _MAX_NBYTES = 64 * 2**10
-"""It goes to the head as part of a command line, for which Linux has 128 KiB."""
+"""The config is sent to the head in a command line, which Linux limits to 128 KiB."""
 _JOIN_SECONDS = 1800
 _HEAD_TYPE = "m5.large"
-"""It plans and keeps the books; merging is done by the others."""
+"""Machine type of the head, which plans and coordinates but does not merge."""
 _HOME = "/home/ray"
 _TOKEN_FILE = f"{_HOME}/.ray/auth_token"
 _START = f"ulimit -n 65536; ray start --object-store-memory={STORE_NBYTES}"
@@ -24,19 +24,19 @@ _START = f"ulimit -n 65536; ray start --object-store-memory={STORE_NBYTES}"
 
 @dataclass(frozen=True, slots=True)
 class RayUp:
-    """What only this target needs."""
+    """Settings of `ray up` on AWS."""
 
     image: str
     region: str
     instance_type: str
     ami: str | None
-    """None for the one that Ray knows for the region."""
+    """None for Ray's default in the region."""
     instance_profile: str
-    """Name of the instance profile of the machines that merge: their right to read and write."""
+    """Name of the instance profile of the machines that merge, which permits reading and writing."""
     token_file: str
     """On the machine where `ray up` is called; copied to the others."""
     num_gpus: int
-    """Of each machine that merges."""
+    """GPUs of each machine that merges."""
 
 
 def make_ray_up(job: Job, target: RayUp) -> str:

@@ -20,12 +20,12 @@ _MAX_NBYTES = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Slurm:
-    """What only this target needs."""
+    """Settings of Slurm."""
 
     partition: str | None
     account: str | None
     num_seconds: int
-    """The job is ended after."""
+    """Time limit of the job."""
 
 
 def make_slurm(job: Job, size: NodeSize, target: Slurm) -> str:

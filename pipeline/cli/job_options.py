@@ -1,4 +1,4 @@
-"""Options of `raymerge manifest`: what runs, on which machines, and where these have raymerge from."""
+"""Options of `raymerge manifest`: the job, its machines, and where these get raymerge."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from raymerge.cluster.manifests.job import NodeSize, Wheel
 
 RAY_VERSION = "2.60.0"
-"""In the default image."""
+"""Version of Ray in the default image."""
 
 _IMAGE = f"rayproject/ray:{RAY_VERSION}-py311-"
 WHEEL = f"raymerge-{__version__}-py3-none-any.whl"
@@ -59,7 +59,7 @@ Attempts = Annotated[
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What all kinds of jobs take."""
+    """Options of every kind of job."""
 
     name: Annotated[str, text_option("Name of the job.")] = "raymerge"
     nodes: Annotated[int, typer.Option(min=1, help="Machines that merge.", metavar="N", rich_help_panel=MACHINES)] = 4
@@ -73,7 +73,7 @@ class JobOptions:
 
 @dataclass(frozen=True)
 class SoftwareOptions:
-    """Where containers have raymerge from."""
+    """Options that say where containers get raymerge."""
 
     image: Annotated[
         str | None,
@@ -87,7 +87,7 @@ class SoftwareOptions:
 
 @dataclass(frozen=True)
 class SizeOptions:
-    """How large the machines are, and how long they may work, where the scheduler wants to know."""
+    """Size of the machines and time limit, for schedulers that ask for them."""
 
     cpus: Annotated[int, typer.Option(min=1, help="Cores of each machine.", metavar="N", rich_help_panel=MACHINES)] = 8
     node_memory: Annotated[str, Help("Memory of each machine.", MACHINES, "SIZE")] = "32GiB"
@@ -118,7 +118,7 @@ def parse_pairs(option: str, texts: Sequence[str] | None) -> tuple[tuple[str, st
 
 
 def make_size(size: SizeOptions, job: JobOptions, options: MergeOptions) -> NodeSize:
-    """Return what each machine has.
+    """Return the size of each machine.
 
     Raises:
         ConfigError: a merge with these options needs more memory.
@@ -143,10 +143,10 @@ def find_image(software: SoftwareOptions, job: JobOptions) -> str:
 
 
 def find_wheel(software: SoftwareOptions, job: JobOptions) -> Wheel | None:
-    """Return the wheel that the machines install, if they do.
+    """Return the wheel that the machines install, or None.
 
     Raises:
-        ConfigError: nothing says where the machines have raymerge from, or there is no such wheel.
+        ConfigError: nothing says where the machines get raymerge, or there is no such wheel.
     """
     from raymerge.cluster.manifests.job import Wheel
 

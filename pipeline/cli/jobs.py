@@ -31,10 +31,10 @@ _CONFIG = "merge.yml"
 """The config's name on the cluster."""
 
 _NO_PYTHON = 127
-"""The shell's exit code where there is no such command."""
+"""The shell's exit code for a command that does not exist."""
 
 _STOP_SECONDS = 20
-"""A job that is stopped has so long to let go of its lock and end its uploads; Ray's default is 3."""
+"""Time that a stopped job has to release its lock and end its uploads; Ray's default is 3."""
 
 
 JobId = Annotated[str, typer.Argument(metavar="ID", show_default=False)]
@@ -109,7 +109,7 @@ def list_jobs(address: Address) -> None:
 
 @jobs.command(epilog="Example: raymerge jobs status raymerge-1a2b3c4d --address http://head:8265")
 def status(job_id: JobId, address: Address) -> None:
-    """Say how a job stands."""
+    """Show the status of a job."""
     from raymerge.cluster.job_client import JobClient
 
     job = JobClient(address).find_job(job_id)
@@ -133,7 +133,7 @@ def logs(
     address: Address,
     follow: Annotated[bool, Help("Go on until the job ends, and exit with its code.", MESSAGES)] = False,
 ) -> None:
-    """Show what a job has said."""
+    """Show the log of a job."""
     from raymerge.cluster.job_client import JobClient
     from raymerge.pipeline.cli.display import Display
 
@@ -147,7 +147,7 @@ def logs(
 
 @jobs.command(epilog="Example: raymerge jobs stop raymerge-1a2b3c4d --address http://head:8265")
 def stop(job_id: JobId, address: Address) -> None:
-    """End a job; what is finished is kept, and the same `submit` goes on with it."""
+    """Stop a job. Finished shards are kept; the same `submit` resumes."""
     from raymerge.cluster.job_client import JobClient
 
     client = JobClient(address)
@@ -157,7 +157,7 @@ def stop(job_id: JobId, address: Address) -> None:
 
 
 def _follow(client: JobClient, job_id: str) -> int:
-    """Show a job until it ends, as if it ran here; return the exit code for it."""
+    """Show a job until it ends as if it ran here, and return its exit code."""
     from raymerge.pipeline.cli.display import Display
 
     try:
@@ -185,7 +185,7 @@ def _format_command(what: str, client: JobClient, job_id: str) -> str:
 
 
 def _explain(job: Job) -> str:
-    """Return why a job has failed, as far as its log does not say so."""
+    """Return why a job has failed where its log does not say so."""
     if job.exit_code == _NO_PYTHON:
         return (
             f"{job.id} failed: the head of the cluster has no `python` on its PATH; activate the environment that has"

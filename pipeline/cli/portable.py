@@ -41,7 +41,7 @@ def load_portable(config: Path, out: str, options: MergeOptions, *, with_plan: b
 
 
 def check_portable(config: MergeConfig, out: str, *, shared_filesystem: bool) -> None:
-    """Make sure that the machines of a cluster find what a merge is to read and write, as far as this one can tell.
+    """Refuse inputs and outputs that the machines of a cluster would not find, as far as this one can tell.
 
     Args:
         config: of the merge.
