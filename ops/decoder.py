@@ -5,10 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from raymerge.ops.lazy import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +53,6 @@ class Plain(Decoder):
 
     def decode(self, raw: Raw, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
         """Convert the values; exact from every dtype that is no wider than `out`."""
-        import torch
-
         dtype: torch.dtype = getattr(torch, self.dtype)
         first = (start - raw.start) * dtype.itemsize
         return out.copy_(raw.pieces[0][first : first + (stop - start) * dtype.itemsize].view(dtype))

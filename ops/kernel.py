@@ -73,14 +73,14 @@ class KernelRun(ABC):
     def share(self, kernel: Kernel) -> KernelRun:
         """Return a run of another kernel that starts from what this run has measured.
 
-        Called after the last measuring pass and before `combine`. The runs do not disturb each other: each combines all
-        blocks in order, and they may take turns.
+        Called after the last measuring pass and before `combine`. The runs refer to the same `state_nbytes`, but do not
+        disturb each other: each combines all blocks in order, and they take turns. The default is right for a run that
+        only replaces its own attributes from then on.
 
         Args:
-            kernel: its `measuring` equals that of this run's kernel at this site. Where that is the kernel itself, the
-                default is right: a copy.
+            kernel: its `measuring` equals that of this run's kernel at this site; by default, it is that kernel.
         """
-        return copy.deepcopy(self)
+        return copy.copy(self)
 
 
 class Kernel(ABC):

@@ -86,7 +86,8 @@ class Engine:
             first = kernels[group[0]]
             assert {kernels[position].grid(site) for position in group} == {first.grid(site)}
             runs[group[0]] = self._measure(first, site)
-            runs |= {position: runs[group[0]].share(kernels[position]) for position in group[1:]}
+            with self.meter or nullcontext():
+                runs |= {position: runs[group[0]].share(kernels[position]) for position in group[1:]}
             for start, stop in self._pieces(first, site):
                 for position in group:
                     merged[position][start:stop] = self._combine(kernels[position], site, runs[position], start, stop)

@@ -80,13 +80,13 @@ def check_looks_at_elements_only(case: Case) -> None:
 
 
 def check_declares_its_memory(case: Case) -> None:
-    """In scratch and state; the engine sees to it that scratch is kept to."""
+    """In scratch, which the engine sees to, and state, which runs that share have in common."""
     sources = case.sources()
     expected = Engine(sources, meter=AllocationMeter()).run(case.kernel)[0]  # makes what is made once and kept
     meter = AllocationMeter()
     tracemalloc.start()  # numpy's arrays
     try:
-        merged = Engine(sources, meter=meter).run(case.kernel)[0]
+        merged = Engine(sources, meter=meter).run(case.kernel, case.kernel)[1]
         peak = meter.peak_nbytes + tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
