@@ -119,7 +119,8 @@ def resolve_model(stores: Stores, model: ModelRef) -> Checkpoint:
         missing = sorted(set(weight_names).difference(names))
         if missing:
             raise CheckpointError(
-                f"{url}: {listing(missing)} missing, of {len(weight_names)} files that {INDEX} names; {_DOWNLOAD}"
+                f"{url}: {listing(missing)} missing, of {counted(len(weight_names), 'file')} that {INDEX} names;"
+                f" {_DOWNLOAD}"
             )
     elif SINGLE in names:
         weight_names = [SINGLE]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.messages import counted
 
 Json = dict[str, Any]
 
@@ -110,7 +111,7 @@ def stack_layers(config: Json, origins: Sequence[tuple[Json, int]]) -> tuple[Jso
     part = text_part(result)
     old = count_layers(config)
     if old is None:
-        return result, [f"config.json has no layer count; the output has {len(origins)} layers"]
+        return result, [f"config.json has no layer count; the output has {counted(len(origins), 'layer')}"]
     warnings = _stack_part(part, old, origins)
     if part is not result:  # older multimodal configs state the fields of the language model twice
         warnings += _stack_part(result, old, origins)
@@ -163,7 +164,7 @@ def _stack_part(part: Json, old: int, origins: Sequence[tuple[Json, int]]) -> li
         elif name in _DEPTH_FIELDS and value and is_moved:
             warnings.append(
                 f"config.json: {name} = {value} ties layers to their number and stays as it is; "
-                f"check it against the new stack of {len(origins)} layers"
+                f"check it against the new stack of {counted(len(origins), 'layer')}"
             )
     return warnings
 

@@ -13,6 +13,7 @@ import typer
 from raymerge import __version__
 from raymerge.pipeline.cli.options import Plan
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.options import Help, MergeOptions
 from raymerge.pipeline.sizes import format_memory, parse_nbytes
 from raymerge.pipeline.urls import scheme_of
@@ -130,9 +131,10 @@ def make_size(size: SizeOptions, job: JobOptions, options: MergeOptions) -> Node
     num_workers = options.workers or size.cpus
     needed = options.allowed_mem + num_workers * RESERVED_MEM
     if needed > made.work_nbytes:
+        total = format_memory(needed + made.mem_nbytes - made.work_nbytes)
         raise ConfigError(
-            f"--node-memory {size.node_memory} is too little: --memory {options.memory}, {num_workers} workers"
-            f" and Ray need {format_memory(needed + made.mem_nbytes - made.work_nbytes)}; give more, or ask for less"
+            f"--node-memory {size.node_memory} is too little: --memory {options.memory},"
+            f" {counted(num_workers, 'worker')} and Ray need {total}; give more, or ask for less"
         )
     return made
 

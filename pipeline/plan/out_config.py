@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.model_config import Json, compare_configs, count_layers, set_dtype, set_tied
 from raymerge.pipeline.checkpoint.tying import find_head
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.forms.form import Form, Model
 from raymerge.pipeline.plan.types import TensorMerge
 
@@ -54,7 +55,7 @@ def check_configs(models: Iterable[Model], *, moves_layers: bool) -> list[str]:
         stated = count_layers(model.config)
         if stated is not None and stated > model.layers.num_layers:
             warnings.append(
-                f"{model.ref}: config.json states {stated} layers, and the checkpoint has {model.layers.num_layers}; "
-                f"is it complete?"
+                f"{model.ref}: config.json states {counted(stated, 'layer')}, and the checkpoint has"
+                f" {model.layers.num_layers}; is it complete?"
             )
     return warnings

@@ -7,6 +7,7 @@ from heapq import heapreplace
 from itertools import count
 
 from raymerge.pipeline.checkpoint.names import natural_key
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.memory import measure_demand
 from raymerge.pipeline.plan.shards import split_shards
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
@@ -76,9 +77,8 @@ def explain_idle(tasks: Sequence[ShardTask], num_workers: int) -> str | None:
         proposed = share_out((sum(tensors[merge.name][1] for merge in shard) for shard in shards), num_workers)
         saved = 1 - max(proposed) / max(loads)
         if max(proposed) <= useful and saved > _SMALL:
-            return (
-                f"{what} with {len(tasks)} shards; --shard-size {_format_size(nbytes)} would take {saved:.0%} less time"
-            )
+            what += f" with {counted(len(tasks), 'shard')}"
+            return f"{what}; --shard-size {_format_size(nbytes)} would take {saved:.0%} less time"
     return None
 
 

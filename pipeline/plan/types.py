@@ -96,7 +96,7 @@ class ShardOutput:
 
     file: str
     """Its final name, relative to the output directory."""
-    header: bytes
+    header: bytes = field(repr=False)
     """The file's first bytes: the length, and the JSON padded to a multiple of 8."""
     nbytes: int
     """Of the finished file, header included."""
@@ -162,7 +162,7 @@ class Written:
 
     name: str
     """In the output."""
-    text: str
+    text: str = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -197,10 +197,10 @@ class InputModel:
 class PlannedOutput:
     """One model that the plan makes."""
 
-    config_text: str
+    config_text: str = field(repr=False)
     """The YAML as given."""
     seed: int
-    side_files: tuple[SideFile, ...]
+    side_files: tuple[SideFile, ...] = field(repr=False)
     """config.json, and what goes along with the donor's weights."""
     warnings: tuple[str, ...]
     fingerprint: str

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import TensorMismatchError
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor
 
 
@@ -41,6 +42,6 @@ def _check_depths(models: Sequence[Model]) -> None:
     for model in models[1:]:
         if model.layers.num_layers != first.layers.num_layers:
             raise TensorMismatchError(
-                f"{first.ref} has {first.layers.num_layers} layers and {model.ref} has {model.layers.num_layers}; "
-                f"name the layers to merge with `slices`"
+                f"{first.ref} has {counted(first.layers.num_layers, 'layer')} and {model.ref} has"
+                f" {model.layers.num_layers}; name the layers to merge with `slices`"
             )

@@ -12,6 +12,7 @@ from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.config.merge_config import MergeConfig, OutputSlice
 from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor
 from raymerge.pipeline.plan.resolve import Scope
 
@@ -149,7 +150,7 @@ class Slices(Form):
             if source.layer_range[1] > num_layers:
                 raise ConfigError(
                     f"slices[{number}].sources[{position}].layer_range: {list(source.layer_range)} reaches past "
-                    f"{source.model}, which has {num_layers} layers"
+                    f"{source.model}, which has {counted(num_layers, 'layer')}"
                 )
 
 

@@ -8,6 +8,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.lfs import UploadInfo
 
 from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.messages import listing
 from raymerge.pipeline.stores.hub.api import LOG_IN, HubApi, is_missing
 from raymerge.pipeline.stores.hub.path import HubPath, find_endpoint, is_offline
 from raymerge.pipeline.stores.hub.pending import PendingChanges, PendingFile
@@ -156,9 +157,8 @@ def _check_uploads(api: HubApi, root: HubPath, pending: PendingChanges, changes:
         paths = sorted(change.path for change in uploaded if change.sha256 in missing)
         pending.remove(paths)
         raise OutputError(
-            f"{root.url}: nothing was published: the Hub no longer has {', '.join(paths[:3])}"
-            f"{', ...' if len(paths) > 3 else ''}, which had been uploaded; run the same command again:"
-            " it makes only these again"
+            f"{root.url}: nothing was published: the Hub no longer has {listing(paths)}, which had been"
+            " uploaded; run the same command again: it makes only these again"
         )
 
 

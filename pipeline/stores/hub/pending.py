@@ -77,8 +77,8 @@ class PendingChanges:
         try:
             held = lock.__enter__()
         except OutputError as error:
-            here, there = Path(self.journal_path(path)).parent, url.rpartition("/")[0]
-            raise type(error)(str(error).replace(str(here), there)) from None
+            here, there = str(self.directory / "journal"), url.removesuffix(f"/{path}")
+            raise type(error)(str(error).replace(here, there)) from None
         try:
             yield held
         finally:
