@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from raymerge.ops.lazy import torch
 
@@ -53,6 +54,11 @@ class Plain(Decoder):
 
     def decode(self, raw: Raw, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
         """Convert the values; exact from every dtype that is no wider than `out`."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        first = (start - raw.start) * dtype.itemsize
-        return out.copy_(raw.pieces[0][first : first + (stop - start) * dtype.itemsize].view(dtype))
+        dtype = _find_dtype(self.dtype)
+        return out.copy_(raw.pieces[0].view(dtype)[start - raw.start : stop - raw.start])
+
+
+@cache
+def _find_dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

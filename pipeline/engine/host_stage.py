@@ -18,7 +18,7 @@ class HostStage(Stage):
 
     @contextmanager
     def bring(self, views: Sequence[memoryview]) -> Iterator[list[torch.Tensor]]:
-        """Look at the bytes as they are."""
+        """Use the bytes where they are."""
         yield [
             torch.frombuffer(view, dtype=torch.uint8) if len(view) else torch.empty(0, dtype=torch.uint8)
             for view in views

@@ -77,8 +77,10 @@ class ShardMerger:
         runs = tensor.combining_runs()
         for block in self._cut(tensor, filled, raws):
             for output, run in enumerate(runs):
-                with _explain_difference(merge):
+                try:
                     run.combine(block, block.out)
+                except SourceMismatchError as error:
+                    raise _explain_difference(merge, error.source) from error
                 self._stage.write(output, merge.name, block.out, dtype)
         if is_last:
             for figures, run in zip(self.figures, runs, strict=True):
@@ -179,16 +181,12 @@ def explain_full_gpu(name: str, task: ShardTask) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _explain_difference(merge: TensorMerge) -> Iterator[None]:
-    try:
-        yield
-    except SourceMismatchError as error:
-        first, other = merge.sources[0], merge.sources[error.source]
-        raise TensorMismatchError(
-            f"{merge.name} ({merge.out_dtype}, not floating-point) differs between {first.model} and {other.model};"
-            " such tensors cannot be merged, only copied from equal inputs"
-        ) from error
+def _explain_difference(merge: TensorMerge, source: int) -> TensorMismatchError:
+    first, other = merge.sources[0], merge.sources[source]
+    return TensorMismatchError(
+        f"{merge.name} ({merge.out_dtype}, not floating-point) differs between {first.model} and {other.model};"
+        " such tensors cannot be merged, only copied from equal inputs"
+    )
 
 
 def _torch_dtype(name: str) -> torch.dtype:

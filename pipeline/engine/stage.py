@@ -6,12 +6,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 
 import torch
 
 from raymerge.pipeline.engine.writer import ShardWriter
-
-_LARGEST = torch.finfo(torch.float32).max
 
 
 class Tally:
@@ -35,8 +34,7 @@ class Tally:
             values: flat, on the CPU, rounded or not.
             dtype: what they are rounded to in the file.
         """
-        largest = torch.finfo(dtype).max
-        if not squares < min(largest * largest, _LARGEST):
+        if not squares < _find_harmless(dtype):
             values = values.to(dtype)
             squares = float(values.double().square().sum())
             if not values.isfinite().all():
@@ -46,6 +44,12 @@ class Tally:
     def figures(self) -> Mapping[str, Mapping[str, float]]:
         """Return the norm of each tensor, right to about five digits."""
         return {name: {"norm": math.sqrt(total)} for name, total in self._squares.items()}
+
+
+@cache
+def _find_harmless(dtype: torch.dtype) -> float:
+    """Return a sum of squares below which no value overflows in a dtype, nor its square in float32."""
+    return min(torch.finfo(dtype).max ** 2, torch.finfo(torch.float32).max)
 
 
 class Stage(ABC):
