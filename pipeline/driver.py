@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
+from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.execution import Execution, carry_out, check_finite
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.options import MergeKeywords, MergeOptions, make_options
 from raymerge.pipeline.output.state import (
     OutputState,
@@ -122,6 +124,7 @@ def merge_variants(
     options = make_options(options, keywords)
     narrator = Narrator(on_event or (lambda event: None))
     with open_stores(StoreSettings(options.storage, options.private)) as stores, ExitStack() as stack:
+        _check_outs(stores, configs, outs)
         loaded = [load_config(config, strict=options.strict) for config in configs]
         session, limits = _find_workers(stores, loaded[0], outs, options, stack)
         the_plan = make_plan(stores, loaded, [str(out) for out in outs], limits, options.seed, session)
@@ -222,6 +225,16 @@ def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False, s
     """
     with open_stores(StoreSettings(storage)) as stores:
         return _check_output(stores, plan, 0, out, overwrite=overwrite)
+
+
+def _check_outs(stores: Stores, configs: Sequence[Config], outs: Sequence[str | Path]) -> None:
+    if not configs or len(configs) != len(outs):
+        given = f"{counted(len(configs), 'config')} and {counted(len(outs), 'output')}"
+        raise ConfigError(f"{given} are given; give one output for each config")
+    places = [stores.at(str(out)).resolve(str(out)) for out in outs]
+    for k, out in enumerate(outs):
+        if places[k] in places[:k]:
+            raise ConfigError(f"the output {out} is given twice; give each config one of its own")
 
 
 def _check_output(stores: Stores, plan: MergePlan, position: int, out: str | Path, *, overwrite: bool) -> str:
