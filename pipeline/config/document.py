@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -40,18 +40,30 @@ class Document:
 
     text: str
     """Verbatim; what a parsed config comes to in YAML."""
-    content: dict[str, object]
-    node: yaml.Node | None
-    """The content as YAML has it, with the lines; None where a parsed config was given, whose lines nobody knows."""
     file: Path | None = None
+    content: dict[str, object] = field(default_factory=dict)
+    node: yaml.Node | None = None
+    """The content as YAML has it, with the lines; None where a parsed config was given, whose lines nobody knows."""
 
-    def where(self, line: int | None, column: int | None = None) -> str:
-        """Return where a line is, as it begins a message; with the file's name alone, as outputs mention it."""
-        return _where(self.file and self.file.name, line, column)
+    def where(self, line: int | None, column: int | None = None, *, is_short: bool = False) -> str:
+        """Return where something is, as it begins a message; if short, with the file's name alone."""
+        file = self.file.name if self.file and is_short else self.file
+        if line is None:
+            return f"{file}: " if file else ""
+        if file is None:
+            return f"line {line}{f', column {column}' if column else ''}: "
+        return f"{file}:{line}{f':{column}' if column else ''}: "
 
-    def show(self, line: int | None, message: str, *, label: str = "") -> str:
-        """Return a message about a line, with the line's text; `label` stands before the message."""
-        return _show(self.text, self.file, line, f"{label}{message}")
+    def show(self, problem: str, line: int | None, column: int | None = None) -> str:
+        """Return a message about a line, with the line's text."""
+        message = self.where(line, column) + problem
+        lines = self.text.splitlines()
+        if line is None or line > len(lines) or not lines[line - 1].strip():
+            return message
+        written = lines[line - 1].rstrip()
+        if len(written) > _MAX_SHOWN:
+            written = f"{written[: _MAX_SHOWN - 3]}..."
+        return f"{message}\n{line:5} | {written}"
 
 
 def read_document(source: Path | str | Mapping[str, object]) -> Document:
@@ -66,15 +78,11 @@ def read_document(source: Path | str | Mapping[str, object]) -> Document:
         ConfigError: the file cannot be read; syntax errors, tags, duplicate keys, aliases that contain themselves or
             grow too large; or anything but one mapping of plain data.
     """
-    if isinstance(source, str) and _names_file(source):
-        source = Path(source)
-    if isinstance(source, Path):
-        text = _read_text(source)
-        return Document(text, *_parse(text, source), source)
+    if isinstance(source, Path) or (isinstance(source, str) and _names_file(source)):
+        return _parse(Document(_read_text(Path(source)), Path(source)))
     if isinstance(source, str):
-        return Document(source, *_parse(source, None))
-    text = _dump(source)
-    return Document(text, _parse(text, None)[0], None)
+        return _parse(Document(source))
+    return replace(_parse(Document(_dump(source))), node=None)
 
 
 def _names_file(text: str) -> bool:
@@ -89,48 +97,30 @@ def _names_file(text: str) -> bool:
         return False
 
 
-def _parse(text: str, file: Path | None) -> tuple[dict[str, object], yaml.Node]:
-    """Return the mapping that a YAML text holds, and its node."""
-    if len(text) > MAX_NBYTES:
-        where = f"{file}: " if file else ""
-        raise ConfigError(f"{where}the YAML is longer than {MAX_NBYTES} bytes; this is not a merge config")
+def _parse(document: Document) -> Document:
+    """Return a document with the content that its text has."""
+    if len(document.text) > MAX_NBYTES:
+        raise _refusal(document, f"the YAML is longer than {MAX_NBYTES} bytes; this is not a merge config")
     try:
-        return _construct(text, file)
+        return _construct(document)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(part for part in (error.context, error.problem, error.note) if part)
         if error.context == "expected a single document in the stream":
             problem = "a second merge begins here, as mergekit-multi takes it; put each merge in a file of its own"
         line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
-        raise ConfigError(_show(text, file, line, problem, column)) from error
+        raise ConfigError(document.show(problem, line, column)) from error
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        problem = f"character #x{error.character:04x} is not allowed in YAML"
-        raise ConfigError(_where(file, line) + problem) from error
+        line = document.text.count("\n", 0, error.position) + 1
+        raise _refusal(document, f"character #x{error.character:04x} is not allowed in YAML", line) from error
     except yaml.YAMLError as error:
-        raise ConfigError(_where(file, None) + str(error)) from error
+        raise _refusal(document, str(error)) from error
     except RecursionError as error:
-        raise ConfigError(_where(file, None) + "the YAML is nested too deeply") from error
+        raise _refusal(document, "the YAML is nested too deeply") from error
 
 
-def _where(file: Path | str | None, line: int | None, column: int | None = None) -> str:
-    """Return where something is, as it begins a message; nothing for a text without a line."""
-    if line is None:
-        return f"{file}: " if file else ""
-    if file is None:
-        return f"line {line}{f', column {column}' if column else ''}: "
-    return f"{file}:{line}{f':{column}' if column else ''}: "
-
-
-def _show(text: str, file: Path | None, line: int | None, problem: str, column: int | None = None) -> str:
-    """Return a message about a line, with the line's text."""
-    lines = text.splitlines()
-    if line is None or line > len(lines) or not lines[line - 1].strip():
-        return _where(file, line, column) + problem
-    written = lines[line - 1].rstrip()
-    if len(written) > _MAX_SHOWN:
-        written = f"{written[: _MAX_SHOWN - 3]}..."
-    return f"{_where(file, line, column)}{problem}\n{line:5} | {written}"
+def _refusal(document: Document, problem: str, line: int | None = None) -> ConfigError:
+    return ConfigError(document.where(line) + problem)
 
 
 def _read_text(path: Path) -> str:
@@ -158,23 +148,22 @@ def _dump(config: Mapping[str, object]) -> str:
         raise ConfigError("the config contains itself, or is nested too deeply") from error
 
 
-def _construct(text: str, file: Path | None) -> tuple[dict[str, object], yaml.Node]:
-    loader = _Loader(text)
+def _construct(document: Document) -> Document:
+    loader = _Loader(document.text)
     try:
         root = loader.get_single_node()
         if root is None:
-            raise ConfigError(f"{_where(file, None)}the config is empty; it needs at least merge_method and models")
+            raise _refusal(document, "the config is empty; it needs at least merge_method and models")
         if not isinstance(root, yaml.MappingNode):
-            is_name = file is None and isinstance(root, yaml.ScalarNode) and "\n" not in text
+            is_name = document.file is None and isinstance(root, yaml.ScalarNode) and "\n" not in document.text
             hint = "; there is no file of this name either" if is_name else ""
             raise _problem(root, f"a config is a mapping such as `merge_method: linear`, not {_kind(root)}{hint}")
         problems: list[yaml.MarkedYAMLError] = []
         _check(root, loader, {}, set(), problems)
         if problems:
-            shown = [_show(text, file, e.problem_mark.line + 1, str(e.problem)) for e in problems if e.problem_mark]
+            shown = [document.show(str(e.problem), e.problem_mark.line + 1) for e in problems if e.problem_mark]
             raise ConfigError("\n".join(shown)) from problems[0]
-        content: dict[str, object] = loader.construct_document(root)
-        return content, root
+        return replace(document, content=loader.construct_document(root), node=root)
     finally:
         loader.dispose()
 

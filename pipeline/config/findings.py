@@ -29,16 +29,16 @@ class Findings:
     """Paths of keys that have no meaning: one may have been meant for a key that is missed."""
 
     def list_warnings(self, document: Document) -> tuple[str, ...]:
-        """Return the warnings, each with its line."""
-        return tuple(document.where(finding.line) + finding.message for finding in _sorted(self.warnings))
+        """Return the warnings, each with its line, and without directories: they get into the output's manifest."""
+        return tuple(document.where(found.line, is_short=True) + found.message for found in _sorted(self.warnings))
 
     def explain(self, document: Document) -> str:
         """Return all mistakes, errors first, in the order of the file, each with its line and the line's text."""
-        errors = [document.show(finding.line, finding.message) for finding in _sorted(self.errors)]
+        errors = [document.show(finding.message, finding.line) for finding in _sorted(self.errors)]
         paths = {finding.message.partition(": ")[0] for finding in self.errors}
         others = [warning for warning in self.warnings if warning.message.partition(": ")[0] not in paths]
         label = "warning: " if errors else ""
-        warnings = [document.show(finding.line, finding.message, label=label) for finding in _sorted(others)]
+        warnings = [document.show(label + finding.message, finding.line) for finding in _sorted(others)]
         return "\n".join([*errors, *warnings])
 
 

@@ -155,8 +155,7 @@ class _Reader:
             return None
         root.check_keys(_KEYS, list_parameters())
         self._op = root.attempt(parse_method)
-        with root.gathering():
-            _check_form(root)
+        root.attempt(_check_form)
         for key, advice in _NOT_SUPPORTED.items():
             if (place := root.get(key)).value is not None:
                 place.note(place.error(f"not supported yet; {advice}"))
@@ -200,22 +199,26 @@ class _Reader:
         entries: list[ModelEntry] = []
         num_errors = len(place.findings.errors)
         for written in place.attempt(_list) or ():
-            with written.gathering():
-                _check_entry(written, ("model", "parameters"))
-                model, parameters = self._read_model(written), self._read_parameters(written, of_model=True)
-                if model is None:
-                    continue
-                same = next((i for i, other in enumerate(entries) if other.model == model), None)
-                if same is not None:
-                    raise written.get("model").error(
-                        f"{model} is listed already, as models[{same}]; list each model once, with all of its weight"
-                    )
-                entries.append(ModelEntry(model, parameters))
-                self._check_parameters(written, model, (parameters, self._parameters), self._base)
+            entry = written.attempt(partial(self._read_entry, before=entries))
+            if entry is not None:
+                entries.append(entry)
         if entries and self._op is not None and len(place.findings.errors) == num_errors and self._is_base_sound():
-            with place.gathering():
-                check_models(self._root, self._op, [entry.model for entry in entries], self._base)
+            models = [entry.model for entry in entries]
+            self._root.attempt(partial(check_models, op=self._op, models=models, base=self._base))
         return entries
+
+    def _read_entry(self, place: Place, before: Sequence[ModelEntry]) -> ModelEntry | None:
+        _check_entry(place, ("model", "parameters"))
+        model, parameters = self._read_model(place), self._read_parameters(place, of_model=True)
+        if model is None:
+            return None
+        same = next((i for i, other in enumerate(before) if other.model == model), None)
+        if same is not None:
+            raise place.get("model").error(
+                f"{model} is listed already, as models[{same}]; list each model once, with all of its weight"
+            )
+        self._check_parameters(place, model, (parameters, self._parameters), self._base)
+        return ModelEntry(model, parameters)
 
     def _read_model(self, place: Place) -> ModelRef | None:
         written = place.get("model")

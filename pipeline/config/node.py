@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -72,14 +71,6 @@ class Place:
         """Note a key that has no meaning."""
         self.findings.unknown.add(self.path)
         self.warn(problem)
-
-    @contextmanager
-    def gathering(self) -> Iterator[None]:
-        """Note an error about a place, which ends the block, and go on after the block."""
-        try:
-            yield
-        except PlaceError as error:
-            self.note(error)
 
     def attempt(self, parse: Callable[[Place], T]) -> T | None:
         """Return what `parse` makes of this place; None where that is an error, which is noted."""
