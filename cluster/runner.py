@@ -35,7 +35,10 @@ Report = Callable[[Progress], None]
 """Called by the work, often; raises `StoppedError` once the run is to end."""
 
 Work = Callable[[Item, Report], Result]
-"""A picklable function of one picklable item; its result is picklable and small."""
+"""A picklable function of one picklable item; its result is picklable and small.
+
+A worker process gets one copy for all the items of a run, so that it may keep what it has opened.
+"""
 
 
 class Runner(ABC):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -30,6 +32,19 @@ def wait_for_the_other(item: int, report: Report, *, directory: Path) -> int:
     while item == 0 and not (directory / "seen").exists():
         time.sleep(0.01)
     return item
+
+
+class Copy:
+    """Work that tells its copies apart."""
+
+    def __init__(self) -> None:
+        self.number = uuid4().int
+
+    def __reduce__(self) -> tuple[type[Copy], tuple[()]]:
+        return Copy, ()
+
+    def __call__(self, item: int, report: Report) -> tuple[int, int]:
+        return os.getpid(), self.number
 
 
 def log_start(item: int, report: Report, *, log: Path) -> int:
@@ -108,6 +123,11 @@ class RunnerContract(ABC):
 
     def test_equal_items_are_items_of_their_own(self) -> None:
         assert list(self.make_runner(2).run(square, [3, 3, 3], even("abc"), nothing)) == [9, 9, 9]
+
+    def test_a_process_gets_one_copy_of_the_work_for_all_items(self) -> None:
+        items = list(range(12))
+        results = list(self.make_runner(2).run(Copy(), items, even(items), nothing))
+        assert len({pid for pid, _ in results}) == len(set(results)) < len(items)
 
     def test_a_runner_can_be_used_again(self) -> None:
         runner = self.make_runner(2)

@@ -19,7 +19,6 @@ from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.local import storage as local_storage
 from raymerge.pipeline.stores.local import writer as local_writer
 from raymerge.pipeline.stores.local.storage import LocalStorage
-from raymerge.pipeline.stores.open import Stores
 from tests.pipeline.stores.storage_contract import MIB, StorageContract, make_bytes, read_all, read_ranges
 
 
@@ -62,15 +61,6 @@ class TestFileUrls(TestLocalStorage):
     @pytest.mark.skip("the names would have to be encoded")
     def test_list(self) -> None:  # type: ignore[override]
         pass
-
-
-# which storage
-
-
-def test_there_is_one_storage_for_paths(tmp_path: Path) -> None:
-    stores = Stores()
-    assert stores.at("relative/dir") is stores.at(str(tmp_path)) is stores.at(tmp_path.as_uri())
-    assert isinstance(stores.at("odd:name"), LocalStorage)
 
 
 # reading
