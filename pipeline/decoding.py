@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _MAX_NUMBER = 2**63
 """Larger ones are not ours."""
 
 
 def decode(value: Any, kind: Any) -> Any:
-    """Return a parsed JSON value as one of a type: of a dataclass, tuple, mapping, optional or plain type.
+    """Return a parsed JSON value as one of a type: of a dataclass, tuple, mapping, literal, optional or plain type.
 
     A field that is missing has its default; what is no field is left out.
 
@@ -26,6 +26,8 @@ def decode(value: Any, kind: Any) -> Any:
     if isinstance(kind, UnionType):
         wanted, _ = get_args(kind)
         return None if value is None else decode(value, wanted)
+    if get_origin(kind) is Literal and type(value) is str and value in get_args(kind):
+        return value
     if get_origin(kind) is tuple and type(value) is list:
         kinds = get_args(kind)
         kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds

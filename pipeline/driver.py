@@ -33,7 +33,8 @@ from raymerge.pipeline.progress.events import OnEvent
 from raymerge.pipeline.progress.narrator import Narrator
 from raymerge.pipeline.progress.report import make_report
 from raymerge.pipeline.runners import check_reach, list_cluster_variables, prepare_workers
-from raymerge.pipeline.stores.open import Library, Stores, StoreSettings, open_stores
+from raymerge.pipeline.stores.open import Stores, open_stores
+from raymerge.pipeline.stores.settings import Library, StoreSettings
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray.session import RaySession

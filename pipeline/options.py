@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypedDict
 
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.sizes import parse_nbytes
-from raymerge.pipeline.stores.open import Library
+from raymerge.pipeline.stores.settings import Library
 
 Size = str | int
 """Bytes, or text such as `4GiB` or `5GB`."""

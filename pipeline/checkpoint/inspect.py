@@ -34,8 +34,9 @@ from raymerge.pipeline.messages import counted
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_nbytes
 from raymerge.pipeline.stores.files import StoredFile
-from raymerge.pipeline.stores.open import Library, Stores, StoreSettings, open_stores
+from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.seam import Storage
+from raymerge.pipeline.stores.settings import Library, StoreSettings
 from raymerge.pipeline.urls import check_url, is_url, scheme_of
 
 Role = Literal["weights", "other weights", "config", "side file", "other"]

@@ -15,7 +15,7 @@ from raymerge.pipeline.cli.console import say, say_hint
 from raymerge.pipeline.cli.interrupt import watch_for_interrupts
 from raymerge.pipeline.cli.jobs import jobs, submit
 from raymerge.pipeline.cli.manifest import manifest
-from raymerge.pipeline.cli.options import MESSAGES, Config, Out, PlanOptions, Verbose, takes_options
+from raymerge.pipeline.cli.options import MESSAGES, ConfigFile, Out, PlanOptions, Verbose, takes_options
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.options import SPEED, Help, MergeOptions, StorageOption
 from raymerge.pipeline.redact import redact
@@ -84,7 +84,7 @@ def _raymerge(
 @commands.command(epilog="Example: raymerge plan merge.yml s3://bucket/merged --memory 8GiB")
 @takes_options
 def plan(
-    config: Config,
+    config: ConfigFile,
     options: PlanOptions,
     out: Annotated[
         str | None,
@@ -120,7 +120,7 @@ def _print_plan(plan: MergePlan, *, verbose: bool) -> None:
 @commands.command(epilog="Example: raymerge merge merge.yml s3://bucket/merged --memory 8GiB --workers 4")
 @takes_options
 def merge(
-    config: Config,
+    config: ConfigFile,
     out: Out,
     options: MergeOptions,
     dry_run: Annotated[bool, Help("Plan, look at OUT, print, and stop.", MESSAGES)] = False,

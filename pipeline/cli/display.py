@@ -18,8 +18,8 @@ from raymerge.pipeline.plan.types import MergeReport, ShardResult
 from raymerge.pipeline.progress.codec import read_event
 from raymerge.pipeline.progress.events import (
     Event,
-    Failed,
     Held,
+    MergeFailed,
     Planned,
     Progressed,
     Resumed,
@@ -97,7 +97,7 @@ class Display:
                 self._show_retry(event)
             case MergeReport():
                 self._show_report(event)
-            case Failed():
+            case MergeFailed():
                 self._bar.stop()
                 say(event.text)
 

@@ -7,18 +7,18 @@ import traceback
 
 from raymerge import RaymergeError
 from raymerge.pipeline.cli.interrupt import MESSAGE
-from raymerge.pipeline.progress.events import Failed
+from raymerge.pipeline.progress.events import MergeFailed
 from raymerge.pipeline.redact import redact
 
 
-def explain(error: BaseException) -> Failed:
+def explain(error: BaseException) -> MergeFailed:
     """Return what is to be said about an error that ends a command, and the exit code for it."""
     if isinstance(error, RaymergeError):
-        return Failed(type(error).__name__, redact(str(error)), 2)
+        return MergeFailed(type(error).__name__, redact(str(error)), 2)
     if isinstance(error, KeyboardInterrupt):
-        return Failed(KeyboardInterrupt.__name__, MESSAGE, 130)
+        return MergeFailed(KeyboardInterrupt.__name__, MESSAGE, 130)
     if isinstance(error, ModuleNotFoundError):
         text = f"{error.name} is not installed for {sys.executable}; install raymerge there again, with what it needs"
-        return Failed(type(error).__name__, text, 2)
+        return MergeFailed(type(error).__name__, text, 2)
     text = "".join(traceback.format_exception(error)).rstrip()
-    return Failed(type(error).__name__, redact(text), 1)
+    return MergeFailed(type(error).__name__, redact(text), 1)

@@ -14,7 +14,7 @@ from raymerge.pipeline.cli.console import say, say_hint
 from raymerge.pipeline.cli.options import (
     MESSAGES,
     Address,
-    Config,
+    ConfigFile,
     Out,
     Plan,
     RemoteOptions,
@@ -42,7 +42,7 @@ JobId = Annotated[str, typer.Argument(metavar="ID", show_default=False)]
 
 @takes_options
 def submit(
-    config: Config,
+    config: ConfigFile,
     out: Out,
     address: Address,
     options: RemoteOptions,

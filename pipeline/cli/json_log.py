@@ -13,7 +13,7 @@ from dataclasses import replace
 from raymerge.pipeline.cli.exits import explain
 from raymerge.pipeline.cli.interrupt import announced_by, held_interrupts
 from raymerge.pipeline.progress.codec import format_event
-from raymerge.pipeline.progress.events import Event, Failed, Planned, Progressed
+from raymerge.pipeline.progress.events import Event, MergeFailed, Planned, Progressed
 from raymerge.pipeline.progress.report import format_planned
 
 _INTERVAL_SECONDS = 2.0
@@ -46,7 +46,7 @@ class JsonLog:
         try:
             with held_interrupts():  # none leaves half a line
                 if not self._is_over:
-                    self._is_over = isinstance(event, Failed)
+                    self._is_over = isinstance(event, MergeFailed)
                     print(format_event(event), flush=True)
         except OSError:  # nobody reads, or the disk is full
             self._is_over = True

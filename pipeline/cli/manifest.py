@@ -29,7 +29,7 @@ from raymerge.pipeline.cli.job_options import (
     parse_pairs,
     text_option,
 )
-from raymerge.pipeline.cli.options import Config, RemoteOptions, list_arguments, takes_options
+from raymerge.pipeline.cli.options import ConfigFile, RemoteOptions, list_arguments, takes_options
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.options import Help, MergeOptions
 from raymerge.pipeline.redact import redact
@@ -46,7 +46,7 @@ manifest = typer.Typer(no_args_is_help=True, help="Write a merge as a job for a 
 )
 @takes_options
 def kuberay(
-    config: Config,
+    config: ConfigFile,
     out: Out,
     job: JobOptions,
     size: SizeOptions,
@@ -80,7 +80,7 @@ def kuberay(
 @manifest.command(epilog="Example: raymerge manifest slurm merge.yml s3://bucket/merged > job.sh")
 @takes_options
 def slurm(
-    config: Config,
+    config: ConfigFile,
     out: Out,
     job: JobOptions,
     size: SizeOptions,
@@ -101,7 +101,7 @@ def slurm(
 )
 @takes_options
 def aws_batch(
-    config: Config,
+    config: ConfigFile,
     out: Out,
     job: JobOptions,
     size: SizeOptions,
@@ -138,7 +138,7 @@ def aws_batch(
 )
 @takes_options
 def ray_up(
-    config: Config,
+    config: ConfigFile,
     out: Out,
     job: JobOptions,
     options: RemoteOptions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from functools import wraps
+from functools import cache, wraps
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -34,7 +34,7 @@ PlanOptions = Annotated[MergeOptions, Preset("private", "wait", "overwrite", "ra
 RemoteOptions = Annotated[MergeOptions, Preset("ray", address="auto")]
 """What a merge takes that runs on the cluster which it is sent to."""
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A mergekit YAML file.", show_default=False)]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A mergekit YAML file.", show_default=False)]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Directory or URL of the output.", show_default=False)]
 Plan = Annotated[
     bool,
@@ -101,12 +101,17 @@ def list_arguments(options: MergeOptions) -> list[str]:
 def _list_fields(hint: Any) -> list[tuple[str, Any, Any]]:
     """Return name, type and default of the fields of a dataclass that are options."""
     preset = _find_note(hint, Preset)
-    hints = get_type_hints(_kind(hint), include_extras=True)
+    hints = _get_hints(_kind(hint))
     return [
         (field.name, hints[field.name], field.default)
         for field in fields(_kind(hint))
         if preset is None or field.name not in preset.names
     ]
+
+
+@cache
+def _get_hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def _make_parameter(name: str, hint: Any, default: Any) -> Parameter:

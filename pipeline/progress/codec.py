@@ -11,8 +11,8 @@ from raymerge.pipeline.decoding import decode
 from raymerge.pipeline.plan.types import MergeReport, ShardResult
 from raymerge.pipeline.progress.events import (
     Event,
-    Failed,
     Held,
+    MergeFailed,
     Planned,
     Progressed,
     Resumed,
@@ -30,7 +30,7 @@ _NAMES: dict[type[Event], str] = {
     Retried: "retry",
     Warned: "warning",
     MergeReport: "done",
-    Failed: "error",
+    MergeFailed: "error",
 }
 _TYPES = {name: kind for kind, name in _NAMES.items()}
 

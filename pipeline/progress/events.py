@@ -85,7 +85,7 @@ class Warned:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class MergeFailed:
     """The merge has ended without a model."""
 
     type: str
@@ -99,8 +99,8 @@ class Failed:
         return f"Error: {self.message}" if self.exit_code == 2 else self.message
 
 
-Event = Planned | Held | Resumed | Progressed | ShardResult | Retried | Warned | MergeReport | Failed
-"""In this order, more or less; `MergeReport` or `Failed` is the last. A call that fails raises instead."""
+Event = Planned | Held | Resumed | Progressed | ShardResult | Retried | Warned | MergeReport | MergeFailed
+"""In this order, more or less; `MergeReport` or `MergeFailed` is the last. A call that fails raises instead."""
 
 OnEvent = Callable[[Event], object]
 """Is told how a merge goes, in the thread that called it; what it raises ends the merge."""

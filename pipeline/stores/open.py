@@ -4,30 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import Lock as ThreadLock
-from typing import Literal
 
 from raymerge.pipeline.stores.buffers import BufferPool
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
 from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Storage
+from raymerge.pipeline.stores.settings import DEFAULTS, StoreSettings
 from raymerge.pipeline.urls import check_url, scheme_of
-
-Library = Literal["auto", "fsspec"]
-"""What serves object stores and the web: the fastest library for each, or fsspec for all."""
 
 COPY_NBYTES = 4 * 2**20
 """Bytes of a file in memory while all of it is read."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSettings:
-    """What the user may choose; the same in every process of a merge."""
-
-    library: Library = "auto"
-    private: bool = True
-    """Whether a repository that is made on the Hub is private."""
 
 
 class Stores:
@@ -36,7 +23,7 @@ class Stores:
     Safe to use from several threads. Pickled as its settings: a worker process has storages of its own.
     """
 
-    def __init__(self, settings: StoreSettings = StoreSettings()) -> None:
+    def __init__(self, settings: StoreSettings = DEFAULTS) -> None:
         self.settings = settings
         self.faults = FaultLog()
         """Of this process."""
@@ -108,7 +95,7 @@ class Stores:
 
 
 @contextmanager
-def open_stores(settings: StoreSettings = StoreSettings()) -> Iterator[Stores]:
+def open_stores(settings: StoreSettings = DEFAULTS) -> Iterator[Stores]:
     """Have storages with these settings until the context ends."""
     stores = Stores(settings)
     try:

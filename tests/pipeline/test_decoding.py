@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -22,6 +22,7 @@ class Outer:
     pair: tuple[str, float]
     inner: Inner | None
     is_on: bool
+    mode: Literal["fast", "slow"] = "fast"
     parts: Mapping[str, Inner] = field(default_factory=dict)
 
 
@@ -29,8 +30,8 @@ GIVEN: dict[str, Any] = {"pair": ["a", 1], "inner": {"name": "b", "counts": [1, 
 
 
 def test_a_value_of_every_type() -> None:
-    found = decode({**GIVEN, "parts": {"x": {"name": "c"}}, "of a later version": 1}, Outer)
-    assert found == Outer(("a", 1.0), Inner("b", (1, 2)), True, {"x": Inner("c")})
+    found = decode({**GIVEN, "mode": "slow", "parts": {"x": {"name": "c"}}, "of a later version": 1}, Outer)
+    assert found == Outer(("a", 1.0), Inner("b", (1, 2)), True, "slow", {"x": Inner("c")})
     assert type(found.pair[1]) is float
     assert decode({**GIVEN, "inner": None}, Outer).inner is None
 
@@ -50,6 +51,8 @@ def test_a_value_of_every_type() -> None:
         {"inner": {"name": "b", "counts": [1.5]}},
         {"is_on": 1},
         {"is_on": None},
+        {"mode": "medium"},
+        {"mode": []},
         {"parts": []},
         {"parts": {"x": None}},
     ],

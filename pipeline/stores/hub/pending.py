@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from raymerge.pipeline.decoding import decode
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.stores.files import Buffer
 from raymerge.pipeline.stores.hub.path import HubPath, find_endpoint
@@ -148,8 +149,8 @@ class PendingChanges:
 
     def read_underway(self) -> list[PendingFile]:
         """Return what was to be committed last; nothing where that is not known."""
-        with suppress(FileNotFoundError, ValueError, TypeError):
-            return [PendingFile(**change) for change in json.loads((self.directory / _UNDERWAY).read_bytes())]
+        with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+            return list(decode(json.loads((self.directory / _UNDERWAY).read_bytes()), tuple[PendingFile, ...]))
         return []
 
     def settle(self, commit: str, changes: Iterable[PendingFile]) -> None:
@@ -213,6 +214,7 @@ def git_oid(content: Buffer | bytes) -> str:
 
 def _read_entry(path: Path) -> PendingFile | None:
     """Return a change; None where there is none, or a damaged one: the file is made again."""
-    with suppress(FileNotFoundError, ValueError, TypeError):
-        return PendingFile(**json.loads(path.read_bytes()))
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+        entry: PendingFile = decode(json.loads(path.read_bytes()), PendingFile)
+        return entry
     return None

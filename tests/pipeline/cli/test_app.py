@@ -43,6 +43,24 @@ def test_wrong_usage(line: str, cli: Cli) -> None:
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("raymerge me", {"merge", "methods"}),
+        ("raymerge merge --over", {"--overwrite"}),
+        ("raymerge merge --thr", set()),
+        ("raymerge plan --storage ", {"auto", "fsspec"}),
+    ],
+)
+def test_the_shell_completes(words: str, expected: set[str]) -> None:
+    environment = {
+        "_RAYMERGE_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    assert set(run_command(env=environment).out.split()) == expected
+
+
 def test_methods(cli: Cli) -> None:
     outcome = cli("methods")
     assert (outcome.code, outcome.err) == (0, "")

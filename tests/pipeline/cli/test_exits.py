@@ -5,13 +5,13 @@ from __future__ import annotations
 from raymerge.pipeline.cli.exits import explain
 from raymerge.pipeline.cli.interrupt import MESSAGE
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.progress.events import Failed
+from raymerge.pipeline.progress.events import MergeFailed
 
 
 def test_errors_are_explained() -> None:
-    assert explain(ConfigError("no models")) == Failed("ConfigError", "no models", 2)
+    assert explain(ConfigError("no models")) == MergeFailed("ConfigError", "no models", 2)
     assert explain(ConfigError("no models")).text == "Error: no models"
-    assert explain(KeyboardInterrupt()) == Failed("KeyboardInterrupt", MESSAGE, 130)
+    assert explain(KeyboardInterrupt()) == MergeFailed("KeyboardInterrupt", MESSAGE, 130)
     missing = explain(ModuleNotFoundError("No module named 'ray'", name="ray"))
     assert missing.text.startswith("Error: ray is not installed for ")
     assert missing.exit_code == 2

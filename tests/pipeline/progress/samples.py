@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raymerge.pipeline.plan.types import HostReport, MergeReport, ShardFile, ShardResult
-from raymerge.pipeline.progress.events import Event, Failed, Held, Planned, Progressed, Resumed, Retried, Warned
+from raymerge.pipeline.progress.events import Event, Held, MergeFailed, Planned, Progressed, Resumed, Retried, Warned
 
 SHARD = ShardResult(
     file="model-00001-of-00002.safetensors",
@@ -45,5 +45,5 @@ EVENTS: dict[str, Event] = {
     "retry": Retried("ray: shard: its worker died", 1),
     "warning": Warned("ä\u2028\nb"),
     "done": REPORT,
-    "error": Failed("ConfigError", "models: nothing is given", 2),
+    "error": MergeFailed("ConfigError", "models: nothing is given", 2),
 }

@@ -26,9 +26,10 @@ from raymerge.pipeline.stores.fsspec.errors import classify_error
 from raymerge.pipeline.stores.fsspec.files import FsspecFiles
 from raymerge.pipeline.stores.fsspec.s3 import S3fsStorage, S3Leases
 from raymerge.pipeline.stores.fsspec.storage import FsspecStorage
-from raymerge.pipeline.stores.open import Stores, StoreSettings
+from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Sharing
+from raymerge.pipeline.stores.settings import StoreSettings
 from tests.pipeline.stores.storage_contract import MIB, StorageContract, make_bytes, read_all, read_ranges
 from tests.servers.faults import Fault, FaultProxy, is_operation
 from tests.servers.s3 import Keys, S3Server

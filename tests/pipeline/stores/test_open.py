@@ -9,7 +9,8 @@ import pytest
 
 from raymerge.pipeline.errors import ConfigError, FetchError
 from raymerge.pipeline.stores.local.storage import LocalStorage
-from raymerge.pipeline.stores.open import COPY_NBYTES, Stores, StoreSettings, open_stores
+from raymerge.pipeline.stores.open import COPY_NBYTES, Stores, open_stores
+from raymerge.pipeline.stores.settings import StoreSettings
 from tests.pipeline.stores.storage_contract import make_bytes
 
 
