@@ -25,8 +25,9 @@ from raymerge.pipeline.output.state import (
     read_manifest,
 )
 from raymerge.pipeline.output.stitch import list_outputs
+from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.plan.shards import Limits
-from raymerge.pipeline.plan.types import Gpus, MergePlan, MergeReport
+from raymerge.pipeline.plan.types import Gpus, MergePlan
 from raymerge.pipeline.plan.variants import select_outputs
 from raymerge.pipeline.planner import make_plan
 from raymerge.pipeline.progress.events import OnEvent

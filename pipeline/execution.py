@@ -14,8 +14,9 @@ from raymerge.pipeline.messages import listing
 from raymerge.pipeline.output.journal import Journal
 from raymerge.pipeline.output.stitch import find_nonfinite, stitch
 from raymerge.pipeline.output.verify import check_shard
+from raymerge.pipeline.plan.results import ShardFile, ShardResult
 from raymerge.pipeline.plan.schedule import measure_cost
-from raymerge.pipeline.plan.types import MergePlan, ShardFile, ShardResult, ShardTask
+from raymerge.pipeline.plan.types import MergePlan, ShardTask
 from raymerge.pipeline.progress.narrator import Narrator
 from raymerge.pipeline.runners import make_runner, run_shard
 from raymerge.pipeline.stores.open import Stores

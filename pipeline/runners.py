@@ -12,7 +12,8 @@ from raymerge.pipeline.checkpoint.checkpoint import is_repository
 from raymerge.pipeline.engine.gpus import VARIABLE, require_gpus
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.output.journal import Journal
-from raymerge.pipeline.plan.types import Gpus, ShardResult, ShardTask
+from raymerge.pipeline.plan.results import ShardResult
+from raymerge.pipeline.plan.types import Gpus, ShardTask
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Sharing

@@ -16,7 +16,7 @@ import pytest
 from raymerge import Event, Planned, merge
 from raymerge.pipeline.cli.display import Display
 from raymerge.pipeline.errors import FetchError
-from raymerge.pipeline.plan.types import ShardResult
+from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.stores.local import writer as local_writer
 from raymerge.pipeline.stores.local.storage import LocalStorage
 from tests.checkpoints import (

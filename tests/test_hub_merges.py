@@ -13,7 +13,7 @@ import torch
 
 from raymerge import Planned, merge, plan, verify
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
-from raymerge.pipeline.plan.types import ShardResult
+from raymerge.pipeline.plan.results import ShardResult
 from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.servers.hub import HubServer

@@ -26,7 +26,8 @@ from raymerge.cluster.ray.runner import RayRunner
 from raymerge.cluster.ray.session import Node, RaySession, connect_ray, start_ray
 from raymerge.cluster.runner import Report
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.plan.types import Gpus, ShardResult, ShardTask
+from raymerge.pipeline.plan.results import ShardResult
+from raymerge.pipeline.plan.types import Gpus, ShardTask
 from raymerge.pipeline.runners import check_reach, count_slots, make_runner, run_shard
 from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import read_files, write_config, write_family

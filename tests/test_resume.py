@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from raymerge import merge, verify
 from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.plan.types import ShardResult
+from raymerge.pipeline.plan.results import ShardResult
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.watchers import on, stop_after

@@ -19,7 +19,7 @@ import torch
 
 from raymerge import Event, Planned, Resumed, merge, verify
 from raymerge.pipeline.errors import ConfigError, FetchError, MemoryLimitError, OutputError
-from raymerge.pipeline.plan.types import ShardResult
+from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.stores import lease
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Storage

@@ -10,7 +10,7 @@ import torch
 
 from raymerge.pipeline.driver import merge, merge_variants
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
-from raymerge.pipeline.plan.types import ShardResult
+from raymerge.pipeline.plan.results import ShardResult
 from tests.checkpoints import read_files, write_family
 from tests.watchers import Keep, stop_after
 

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from raymerge.pipeline.options import MergeOptions as MergeOptions
     from raymerge.pipeline.output.verify import VerifyReport as VerifyReport
     from raymerge.pipeline.output.verify import verify as verify
+    from raymerge.pipeline.plan.results import MergeReport as MergeReport
+    from raymerge.pipeline.plan.results import ShardResult as ShardResult
     from raymerge.pipeline.plan.types import MergePlan as MergePlan
-    from raymerge.pipeline.plan.types import MergeReport as MergeReport
-    from raymerge.pipeline.plan.types import ShardResult as ShardResult
     from raymerge.pipeline.progress.events import Event as Event
     from raymerge.pipeline.progress.events import Held as Held
     from raymerge.pipeline.progress.events import OnEvent as OnEvent
@@ -66,7 +66,8 @@ _HOMES = {
     ),
     "pipeline.options": ("MergeOptions",),
     "pipeline.output.verify": ("VerifyReport", "verify"),
-    "pipeline.plan.types": ("MergePlan", "MergeReport", "ShardResult"),
+    "pipeline.plan.results": ("MergeReport", "ShardResult"),
+    "pipeline.plan.types": ("MergePlan",),
     "pipeline.progress.events": (
         "Event",
         "Held",

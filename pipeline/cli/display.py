@@ -14,7 +14,7 @@ from rich.text import Text
 
 from raymerge.pipeline.cli.console import paint, say
 from raymerge.pipeline.messages import counted
-from raymerge.pipeline.plan.types import MergeReport, ShardResult
+from raymerge.pipeline.plan.results import MergeReport, ShardResult
 from raymerge.pipeline.progress.codec import read_event
 from raymerge.pipeline.progress.events import (
     Event,

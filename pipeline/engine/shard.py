@@ -22,7 +22,8 @@ from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.errors import CorruptedError
 from raymerge.pipeline.output.journal import Journal
 from raymerge.pipeline.plan.memory import measure_demand, out_slot_nbytes
-from raymerge.pipeline.plan.types import ShardFile, ShardResult, ShardTask
+from raymerge.pipeline.plan.results import ShardFile, ShardResult
+from raymerge.pipeline.plan.types import ShardTask
 from raymerge.pipeline.plan.windows import make_fetches
 from raymerge.pipeline.stores.files import Buffer
 from raymerge.pipeline.stores.open import Stores

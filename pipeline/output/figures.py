@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raymerge.pipeline.plan.types import MergePlan, ShardFile
+from raymerge.pipeline.plan.results import ShardFile
+from raymerge.pipeline.plan.types import MergePlan
 
 
 def make_figures(plan: MergePlan, files: Sequence[ShardFile]) -> pa.Table:

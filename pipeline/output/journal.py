@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from raymerge import __version__
 from raymerge.pipeline.decoding import decode
 from raymerge.pipeline.errors import MergeError, OutputError
-from raymerge.pipeline.plan.types import ShardFile, ShardOutput
+from raymerge.pipeline.plan.results import ShardFile
+from raymerge.pipeline.plan.types import ShardOutput
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Storage, Writer
 

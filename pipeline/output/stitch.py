@@ -15,7 +15,8 @@ from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.output.card import make_card
 from raymerge.pipeline.output.journal import Journal
 from raymerge.pipeline.output.state import read_manifest
-from raymerge.pipeline.plan.types import Copied, MergePlan, PlannedOutput, ShardFile
+from raymerge.pipeline.plan.results import ShardFile
+from raymerge.pipeline.plan.types import Copied, MergePlan, PlannedOutput
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.stores.files import Buffer
 from raymerge.pipeline.urls import revision_of

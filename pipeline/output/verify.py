@@ -21,7 +21,7 @@ from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.output.journal import read_begun
 from raymerge.pipeline.output.state import find_unlisted, locate_output, read_manifest
-from raymerge.pipeline.plan.types import ShardFile
+from raymerge.pipeline.plan.results import ShardFile
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import COPY_NBYTES, Stores, open_stores
 from raymerge.pipeline.stores.settings import Library, StoreSettings

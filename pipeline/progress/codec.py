@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from raymerge.pipeline.decoding import decode
-from raymerge.pipeline.plan.types import MergeReport, ShardResult
+from raymerge.pipeline.plan.results import MergeReport, ShardResult
 from raymerge.pipeline.progress.events import (
     Event,
     Held,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from raymerge.pipeline.plan.types import MergePlan, MergeReport, ShardResult
+from raymerge.pipeline.plan.results import MergeReport, ShardResult
+from raymerge.pipeline.plan.types import MergePlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from collections import deque
 from raymerge.cluster.runner import Progress
 from raymerge.pipeline.errors import HeldError
 from raymerge.pipeline.plan.report import format_plan
-from raymerge.pipeline.plan.types import MergePlan, MergeReport, ShardResult, ShardTask
+from raymerge.pipeline.plan.results import MergeReport, ShardResult
+from raymerge.pipeline.plan.types import MergePlan, ShardTask
 from raymerge.pipeline.progress.events import Held, OnEvent, Planned, Progressed, Resumed, Retried, Warned
 
 INTERVAL_SECONDS = 0.2

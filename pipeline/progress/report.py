@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from raymerge.pipeline.checkpoint.manifest import MANIFEST
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.report import format_plan
-from raymerge.pipeline.plan.types import HostReport, MergePlan, MergeReport, ShardResult
+from raymerge.pipeline.plan.results import HostReport, MergeReport, ShardResult
+from raymerge.pipeline.plan.types import MergePlan
 from raymerge.pipeline.progress.events import Planned
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_memory, format_nbytes, format_seconds, format_speed

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raymerge.pipeline.cli.display import Display, format_progress
-from raymerge.pipeline.plan.types import MergeReport
+from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.progress.codec import read_event
 from raymerge.pipeline.progress.events import Progressed, Retried
 from raymerge.pipeline.progress.report import format_report

@@ -16,7 +16,7 @@ import torch
 from raymerge import merge, plan
 from raymerge.pipeline.cli.interrupt import MESSAGE
 from raymerge.pipeline.cli.json_log import open_json_log
-from raymerge.pipeline.plan.types import MergeReport
+from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.progress.codec import read_event
 from raymerge.pipeline.progress.events import Progressed
 from tests.checkpoints import read_files, write_checkpoint, write_config, write_family

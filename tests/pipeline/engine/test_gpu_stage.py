@@ -17,7 +17,8 @@ from raymerge.pipeline.engine import fetch, gpu_stage
 from raymerge.pipeline.engine import shard as execute
 from raymerge.pipeline.errors import ConfigError, MemoryLimitError
 from raymerge.pipeline.plan.memory import CONTEXT_NBYTES, Transfer
-from raymerge.pipeline.plan.types import ShardResult, ShardTask
+from raymerge.pipeline.plan.results import ShardResult
+from raymerge.pipeline.plan.types import ShardTask
 from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import Tensors, add_noise, read_model, write_checkpoint
 from tests.commands import Cli

@@ -13,7 +13,8 @@ import pytest
 
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.output.journal import DIRECTORY, LOCK, Begun, Journal, read_begun
-from raymerge.pipeline.plan.types import ShardFile, ShardOutput
+from raymerge.pipeline.plan.results import ShardFile
+from raymerge.pipeline.plan.types import ShardOutput
 from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.seam import Storage
 

@@ -16,7 +16,8 @@ from raymerge.pipeline.checkpoint.manifest import FIGURES, MANIFEST, parse_manif
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.output.journal import LOCK, Journal
 from raymerge.pipeline.output.stitch import find_nonfinite, list_outputs, stitch
-from raymerge.pipeline.plan.types import MergePlan, PlannedOutput, ShardFile
+from raymerge.pipeline.plan.results import ShardFile
+from raymerge.pipeline.plan.types import MergePlan, PlannedOutput
 from raymerge.pipeline.runners import run_shard
 from raymerge.pipeline.stores.open import open_stores
 from tests.checkpoints import INDEX, read_files, read_tensors, write_family

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raymerge.pipeline.plan.types import HostReport, MergeReport, ShardFile, ShardResult
+from raymerge.pipeline.plan.results import HostReport, MergeReport, ShardFile, ShardResult
 from raymerge.pipeline.progress.events import Event, Held, MergeFailed, Planned, Progressed, Resumed, Retried, Warned
 
 SHARD = ShardResult(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from raymerge import merge, plan
-from raymerge.pipeline.plan.types import HostReport, MergePlan, MergeReport, ShardResult
+from raymerge.pipeline.plan.results import HostReport, MergeReport, ShardResult
+from raymerge.pipeline.plan.types import MergePlan
 from raymerge.pipeline.progress.report import format_report, make_report
 from tests.checkpoints import write_llama
 from tests.pipeline.progress.samples import REPORT, SHARD

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from raymerge.pipeline.collector import pause_collector
+from raymerge.pipeline.planner import pause_collector
 
 
 def test_the_collector_is_back_afterwards() -> None:

@@ -1,0 +1,100 @@
+"""What comes back from a merge: finished shards and the report. Frozen, picklable, without handles or tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from raymerge.pipeline.messages import counted
+from raymerge.pipeline.redact import redact
+from raymerge.pipeline.sizes import format_nbytes, format_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One finished file of one output; also its record in the journal."""
+
+    file: str
+    nbytes: int
+    sha256: str
+    etag: str
+    """Of the file in the output's store when it was finished."""
+    nonfinite: tuple[str, ...]
+    """Tensors with NaN or infinity in the output."""
+    figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict, compare=False)
+    """What is known of each tensor, by its name: its `norm`, and what the kernel measured anyway; in no log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What came of one task."""
+
+    file: str
+    """The shard's name, the same in every output."""
+    nbytes: int
+    """Size of all files together, in bytes."""
+    files: tuple[ShardFile, ...]
+    """One for each output of the plan."""
+    read_nbytes: int
+    """Bytes read in fact, rereads included."""
+    seconds: float
+    peak_rss: int
+    """Of the whole process when the shard was done, in bytes."""
+    peak_measured_mem: int
+    """What of that is to be compared with `projected_mem`: neither code nor what the process had before, in bytes."""
+    host: str
+    """The machine that made it: its address on a cluster, else its name."""
+    faults: tuple[tuple[str, int], ...]
+    """What went wrong on the way and was got over, with how often."""
+
+    def __repr__(self) -> str:
+        return f"ShardResult({self.file}: {format_nbytes(self.nbytes)} in {format_seconds(self.seconds)})"
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """What one machine did."""
+
+    host: str
+    num_shards: int
+    read_nbytes: int
+    written_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did."""
+
+    out: str
+    manifest: str
+    """Where it is written down what the output was made of, and the checksum of every file."""
+    num_tensors: int
+    num_shards: int
+    num_resumed: int
+    """Shards that an earlier run had finished."""
+    was_complete: bool
+    """Whether an earlier run had finished everything, so that there was nothing to do."""
+    read_nbytes: int
+    written_nbytes: int
+    seconds: float
+    work_seconds: float
+    """Those of them in which shards were made."""
+    slowest: ShardResult | None
+    """The shard that took longest; None where none was made."""
+    hosts: tuple[HostReport, ...]
+    """By name."""
+    peak_rss: int
+    """Of the largest worker process, in bytes."""
+    peak_measured_mem: int
+    """Of the process whose tensors, scratch and transfers took most, in bytes; to be compared with `projected_mem`."""
+    projected_mem: int
+    """What the plan says about that, in bytes."""
+    faults: tuple[tuple[str, int], ...]
+    """What went wrong with stores or workers and was got over, with how often."""
+    warnings: tuple[str, ...]
+    nonfinite: tuple[str, ...]
+    """Tensors with NaN or infinity in the output."""
+
+    def __repr__(self) -> str:
+        contents = f"{counted(self.num_tensors, 'tensor')} in {counted(self.num_shards, 'shard')}"
+        return f"MergeReport({redact(self.out)}: {contents}, {format_seconds(self.seconds)})"
