@@ -49,7 +49,8 @@ class Tally:
 @cache
 def _find_harmless(dtype: torch.dtype) -> float:
     """Return a sum of squares below which no value overflows in a dtype, nor its square in float32."""
-    return min(torch.finfo(dtype).max ** 2, torch.finfo(torch.float32).max)
+    largest = torch.finfo(dtype).max
+    return min(largest * largest, torch.finfo(torch.float32).max)  # `**` raises where the square overflows
 
 
 class Stage(ABC):
