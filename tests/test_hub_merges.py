@@ -78,6 +78,16 @@ def test_hub_to_hub(hub: HubServer, expected: dict[str, bytes], tmp_path: Path, 
     assert state == []
 
 
+def test_hub_to_hub_by_xet(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(NAMES))
+    arguments = ("merge", config, "hf://me/merged", "--shard-size", SHARD_SIZE, "--memory", "2GiB")
+    outcome = run_command(*arguments, env={"HF_HUB_DISABLE_XET": "0"})
+    assert outcome.code == 0, outcome.err
+    assert published(hub, "me/merged") == expected
+    assert not any(method == "PUT" for method, *_ in hub.storage_requests)
+    assert "%|" not in outcome.err
+
+
 def test_nothing_is_visible_before_the_one_commit(hub: HubServer) -> None:
     seen: list[set[str]] = []
     watch = on(ShardResult, lambda _: seen.append(set(hub.read_files("me/merged", "main"))))

@@ -4,9 +4,10 @@
         hub.add_token("hf_writer", user="me", can_write=["me"])
         hub.create_repo("me/model", private=True)
         hub.upload("me/model", {"config.json": b"{}", "model.safetensors": Path("model.safetensors")})
-        ...  # HF_ENDPOINT=hub.url, HF_TOKEN=hf_writer, HF_HUB_DISABLE_XET=1
+        ...  # HF_ENDPOINT=hub.url, HF_TOKEN=hf_writer
 
-There is no Xet here, no pull request, no data set or Space, and `.gitignore` files are not looked at.
+Files come by LFS, or by Xet in so far as clients on this machine send them; there is no pull request, no data set or
+Space, and `.gitignore` files are not looked at.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tests.servers.hub_git import (
 from tests.servers.hub_http import Refusal, Request
 from tests.servers.hub_lfs import Storage
 from tests.servers.hub_read import HubListener
+from tests.servers.hub_xet import XetStore
 
 Content = bytes | Path
 
@@ -82,6 +84,7 @@ class HubServer:
         self.redirect_regular = redirect_regular
         self.objects = Objects(directory / "objects")
         self.storage = Storage(self.objects)
+        self.xet = XetStore(directory / "xet")
         self.repos = self.storage.repos
         self.tokens: dict[str, Token] = {}
         self.lock = self.storage.lock

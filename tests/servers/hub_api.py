@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import secrets
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote
@@ -71,6 +72,9 @@ class HubHandler(ReadHandler):
                 self.send_commits(repo_id, revision)
             case ["POST", "paths-info", revision]:
                 self.send_paths_info(repo_id, revision)
+            case ["GET", "xet-write-token", _]:
+                self._find_writable(repo_id)
+                self._send_xet_token()
             case ["POST", "preupload", revision]:
                 self._send_upload_modes(repo_id, revision)
             case ["POST", "commit", revision]:
@@ -229,6 +233,16 @@ class HubHandler(ReadHandler):
             raise Refusal(422, "Object has another size")
         self.send_json({})
 
+    def _send_xet_token(self) -> None:
+        answer = {"accessToken": "xet", "exp": int(time.time()) + 3600, "casUrl": self.hub.xet.open()}
+        self.send_json(answer)
+
+    def _find_lfs(self, repo: Repo, sha256: str) -> Entry | None:
+        """Return what was uploaded to a repo by LFS or Xet."""
+        if sha256 not in repo.lfs_objects and (content := self.hub.xet.fetch(sha256=sha256)) is not None:
+            repo.lfs_objects[sha256] = self.hub.objects.add_lfs(content).nbytes
+        return make_lfs_entry(sha256, repo.lfs_objects[sha256]) if sha256 in repo.lfs_objects else None
+
     def _commit(self, repo_id: str, branch: str) -> None:
         lines = [parse_object(line) for line in self.read_body().split(b"\n") if line.strip()]
         if self.get_flag("create_pr"):
@@ -266,9 +280,9 @@ class HubHandler(ReadHandler):
             changes[path] = self.hub.objects.add_regular(content)
         elif key == "lfsFile":
             oid = _check_sha256(get_field(value, "oid", str))
-            if oid not in repo.lfs_objects:
+            if (entry := self._find_lfs(repo, oid)) is None:
                 raise Refusal(400, f"Your push was rejected because an LFS pointer pointed to a missing object: {path}")
-            changes[path] = make_lfs_entry(oid, repo.lfs_objects[oid])
+            changes[path] = entry
         elif key == "deletedFile":
             if path not in head.files:
                 raise Refusal(404, f"Entry not found: {path}", "EntryNotFound")

@@ -41,12 +41,13 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
         yield hub
 
 
-def run_client(hub_url: str, directory: Path, code: str, *, token: str | None = "hf_writer") -> Any:
+def run_client(hub_url: str, directory: Path, code: str, *, token: str | None = "hf_writer", xet: bool = False) -> Any:
     """Run code with huggingface_hub in a process of its own; return what it gives to `show`."""
     prelude = "import json\nfrom huggingface_hub import *\nfrom huggingface_hub.errors import *\napi = HfApi()\n"
     prelude += "def show(value): print('\\n' + json.dumps(value))\n"
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(directory / "hf_home"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+    env |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(directory / "hf_home"), "NO_PROXY": "*"}
+    env["HF_HUB_DISABLE_XET"] = "0" if xet else "1"
     done = subprocess.run(
         [sys.executable, "-c", prelude + textwrap.dedent(code)],
         cwd=directory,
@@ -143,6 +144,24 @@ def test_what_huggingface_hub_uploads_comes_back(
         assert len(puts) == (3 if part_nbytes else 1)
         assert any(request.status == 307 for request in hub.requests) == redirect_regular
         assert hub.leaked_tokens == []
+
+
+def test_huggingface_hub_uploads_by_xet(hub: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(WEIGHTS)
+    run_client(
+        hub.url,
+        tmp_path,
+        """
+        for additions in [("a.safetensors", "a"), ("b.safetensors", "a")], [("c.safetensors", b"c" * 99)]:
+            operations = [CommitOperationAdd(*each) for each in additions]
+            api.create_commit("me/model", operations, commit_message="x")
+        show(None)
+        """,
+        xet=True,
+    )
+    files = {"a.safetensors": WEIGHTS, "b.safetensors": WEIGHTS, "c.safetensors": b"c" * 99}
+    assert hub.read_files("me/model") == {".gitattributes": GITATTRIBUTES, **files}
+    assert not hub.storage_requests
 
 
 def test_huggingface_hub_commits_on_a_parent_or_not_at_all(hub: HubServer, tmp_path: Path) -> None:
