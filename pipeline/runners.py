@@ -17,7 +17,7 @@ from raymerge.pipeline.plan.types import Gpus, ShardTask
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Sharing
-from raymerge.pipeline.urls import scheme_of
+from raymerge.pipeline.urls import repository_of, scheme_of
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray.session import RaySession
@@ -125,7 +125,7 @@ def check_reach(stores: Stores, urls: Sequence[str], session: RaySession, *, sha
             f"{', '.join(paths)}: paths of this machine, and the cluster has other machines; use URLs such as"
             " s3://bucket/model, or say --shared-filesystem if the paths mean the same files everywhere"
         )
-    if scheme_of(urls[0]) == "hf":
+    if repository_of(urls[0]) is not None:
         raise ConfigError(
             f"{urls[0]}: shards for the Hub are gathered on one machine, and the cluster has others; merge to"
             " a bucket, or leave --address out"

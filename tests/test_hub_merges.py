@@ -14,6 +14,7 @@ import torch
 from raymerge import Planned, merge, plan, verify
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
 from raymerge.pipeline.plan.results import ShardResult
+from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.servers.hub import HubServer
@@ -206,6 +207,56 @@ def test_few_requests_to_the_hub_itself(hub: HubServer, tmp_path: Path) -> None:
     num_processes = 3  # the driver, which reads headers, and two workers
     assert resolved
     assert max(resolved.values()) <= 2 * num_processes
+
+
+# buckets
+
+
+@pytest.fixture
+def in_buckets(hub: HubServer, family: tuple[Path, ...], stores: Stores) -> list[str]:
+    """The family in a bucket."""
+    hub.create_bucket("me/models", private=True)
+    urls = [f"hf://buckets/me/models/{path.name}" for path in family]
+    for url, path in zip(urls, family, strict=True):
+        for name, content in read_files(path).items():
+            stores.at(url).write(f"{url}/{name}", content)
+    return urls
+
+
+def test_bucket_to_bucket(
+    hub: HubServer, in_buckets: list[str], expected: dict[str, bytes], tmp_path: Path, cli: Cli
+) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(in_buckets))
+    out = "hf://buckets/me/merged/deep/down"
+    arguments = ("--shard-size", SHARD_SIZE, "--memory", "2GiB")
+    outcome = run_command("merge", config, out, *arguments)
+    assert outcome.code == 0, outcome.err
+    found = hub.read_bucket("me/merged")
+    assert without_own({name.removeprefix("deep/down/"): content for name, content in found.items()}) == expected
+    assert hub.buckets["me/merged"].private
+    outcome = cli("verify", out)
+    assert outcome.code == 0, outcome.err
+    assert "was complete already" in cli("merge", config, out, *arguments).out
+    assert "](https" not in found["deep/down/README.md"].decode().partition("raymerge")[0]
+    assert hub.leaked_tokens == []
+
+
+def test_an_interrupted_merge_to_a_bucket(hub: HubServer, in_buckets: list[str], expected: dict[str, bytes]) -> None:
+    class Stop(Listener):
+        num_finished = 0
+
+        def finished(self, result: ShardResult) -> None:
+            self.num_finished += 1
+            if self.num_finished == 3:
+                raise RuntimeError("the driver broke")
+
+    out = "hf://buckets/me/merged"
+    with pytest.raises(RuntimeError):
+        merge(make_config(in_buckets), out, shard_size=SHARD_SIZE, memory="2GiB", listener=Stop())
+    assert "config.json" not in hub.read_bucket("me/merged")
+    report = merge(make_config(in_buckets), out, shard_size=SHARD_SIZE, memory="2GiB")
+    assert report.num_resumed >= 3
+    assert without_own(hub.read_bucket("me/merged")) == expected
 
 
 # hundreds of shards

@@ -33,7 +33,7 @@ from raymerge.pipeline.cli.options import ConfigFile, RemoteOptions, list_argume
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.options import Help, MergeOptions
 from raymerge.pipeline.redact import redact
-from raymerge.pipeline.urls import scheme_of
+from raymerge.pipeline.urls import repository_of
 
 if TYPE_CHECKING:
     from raymerge.cluster.manifests.job import Job
@@ -202,7 +202,7 @@ def _make_job(
     from raymerge.cluster.manifests.job import Job
     from raymerge.pipeline.cli.portable import load_portable
 
-    if scheme_of(out) == "hf" and is_spread:
+    if repository_of(out) is not None and is_spread:
         raise ConfigError(
             f"{out}: shards for the Hub are gathered on one machine, and the job has several; merge to a bucket"
         )

@@ -11,7 +11,7 @@ from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
 from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Storage
 from raymerge.pipeline.stores.settings import DEFAULTS, StoreSettings
-from raymerge.pipeline.urls import check_url, scheme_of
+from raymerge.pipeline.urls import check_url, scheme_of, split_url
 
 COPY_NBYTES = 4 * 2**20
 """Bytes of a file in memory while all of it is read."""
@@ -36,13 +36,15 @@ class Stores:
         return Stores, (self.settings,)
 
     def at(self, url: str) -> Storage:
-        """Return the storage that serves a path or URL; one for each scheme, so that connections are shared.
+        """Return the storage that serves a path or URL; one for each kind of store, so that connections are shared.
 
         Raises:
             ConfigError: the URL is malformed, or its scheme is not known.
         """
         check_url(url)
         scheme = scheme_of(url)
+        if scheme == "hf" and split_url(url)[0] == "buckets":
+            scheme = "bucket"
         with self._lock:
             if scheme not in self._storages:
                 self._storages[scheme] = self._build(scheme)
@@ -77,6 +79,10 @@ class Stores:
             from raymerge.pipeline.stores.hub.storage import HubStorage
 
             return HubStorage(self.faults, private=self.settings.private)
+        if scheme == "bucket":
+            from raymerge.pipeline.stores.hub.bucket import BucketStorage
+
+            return BucketStorage(self.faults, private=self.settings.private)
         if self.settings.library == "auto" and scheme in ("s3", "gs", "az"):
             from raymerge.pipeline.stores.objects.storage import ObjectStorage
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import random
+import re
 import select
 import socket
 import struct
@@ -530,7 +531,7 @@ def _hub_operation(request: Request) -> str:
     match request.method:
         case "POST" if request.path.endswith("/info/lfs/objects/batch"):
             return "LfsBatch"
-        case "POST" if "/commit/" in request.path:
+        case "POST" if "/commit/" in request.path or re.match(r"/api/buckets/.*/batch$", request.path):
             return "Commit"
         case "PUT":
             return "LfsPut"

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.servers.hub_api import HubHandler
+from tests.servers.hub_buckets import Bucket
 from tests.servers.hub_git import (
     GITATTRIBUTES,
     LFS_ATTRIBUTES,
@@ -86,6 +87,7 @@ class HubServer:
         self.storage = Storage(self.objects)
         self.xet = XetStore(directory / "xet")
         self.repos = self.storage.repos
+        self.buckets: dict[str, Bucket] = {}
         self.tokens: dict[str, Token] = {}
         self.lock = self.storage.lock
         self._listener = HubListener(HubHandler, self)
@@ -147,6 +149,16 @@ class HubServer:
             self.repos[repo_id] = repo = Repo(repo_id, private, "manual" if gated is True else gated)
             files = {".gitattributes": self.objects.add_regular(GITATTRIBUTES)}
             repo.add_commit("main", make_commit(None, files, "initial commit", "", repo_id.partition("/")[0]))
+
+    def create_bucket(self, bucket_id: str, *, private: bool = False) -> None:
+        """Create a bucket."""
+        bucket = Bucket(f"buckets/{bucket_id}", private)
+        self.buckets[bucket_id] = self.storage.repos[bucket.id] = bucket
+
+    def read_bucket(self, bucket_id: str) -> dict[str, bytes]:
+        """Return the content of all files of a bucket, without asking over HTTP."""
+        entries = self.buckets[bucket_id].entries
+        return {path: self.objects.get_path(entry.sha256).read_bytes() for path, entry in entries.items()}
 
     def delete_repo(self, repo_id: str) -> None:
         """Delete a repo."""

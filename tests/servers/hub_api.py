@@ -5,22 +5,21 @@ from __future__ import annotations
 import base64
 import re
 import secrets
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote
 
 import yaml
 
+from tests.servers.hub_buckets import BucketHandler
 from tests.servers.hub_git import Commit, Entry, Repo, check_path, choose_mode, make_commit, make_lfs_entry
 from tests.servers.hub_http import Refusal, get_field, parse_object
-from tests.servers.hub_read import ReadHandler
 
 if TYPE_CHECKING:
     from tests.servers.hub import Token
 
 
-class HubHandler(ReadHandler):
+class HubHandler(BucketHandler):
     """One connection to the Hub."""
 
     def answer(self) -> None:
@@ -46,6 +45,10 @@ class HubHandler(ReadHandler):
                 self.find_repo(name)
             case [_, "api", "models", owner, name, *rest]:
                 self._answer_model(method, f"{owner}/{name}", rest)
+            case [_, "api", "buckets", owner, name, *rest]:
+                self.answer_bucket(method, f"{owner}/{name}", rest)
+            case ["GET", "buckets", owner, name, "resolve", *path]:
+                self.send_bucket_content(f"{owner}/{name}", "/".join(path))
             case ["POST", owner, name, "info", "lfs", "objects", "batch"] if name.endswith(".git"):
                 self._send_batch(f"{owner}/{name.removesuffix('.git')}")
             case ["POST", owner, name, "info", "lfs", "objects", "verify"] if name.endswith(".git"):
@@ -74,7 +77,7 @@ class HubHandler(ReadHandler):
                 self.send_paths_info(repo_id, revision)
             case ["GET", "xet-write-token", _]:
                 self._find_writable(repo_id)
-                self._send_xet_token()
+                self.send_xet_token()
             case ["POST", "preupload", revision]:
                 self._send_upload_modes(repo_id, revision)
             case ["POST", "commit", revision]:
@@ -232,10 +235,6 @@ class HubHandler(ReadHandler):
         if nbytes != get_field(body, "size", int):
             raise Refusal(422, "Object has another size")
         self.send_json({})
-
-    def _send_xet_token(self) -> None:
-        answer = {"accessToken": "xet", "exp": int(time.time()) + 3600, "casUrl": self.hub.xet.open()}
-        self.send_json(answer)
 
     def _find_lfs(self, repo: Repo, sha256: str) -> Entry | None:
         """Return what was uploaded to a repo by LFS or Xet."""

@@ -129,7 +129,7 @@ class ReadHandler(Handler):
         history = {f"{number:09d}": commit for number, commit in enumerate(head.iter_history())}
         self.send_page(list(history), lambda key: _describe_commit(history[key]), head)
 
-    def send_page(self, keys: list[str], describe: Callable[[str], dict[str, Any]], commit: Commit) -> None:
+    def send_page(self, keys: list[str], describe: Callable[[str], dict[str, Any]], commit: Commit | None) -> None:
         """Send the entries (keys: in order) after the cursor, and where to go on."""
         length = self.hub.page_length
         try:
@@ -138,7 +138,7 @@ class ReadHandler(Handler):
         except ValueError:
             raise Refusal(400, "Invalid cursor or limit") from None
         left = [key for key in keys if key > after]
-        page, headers = left[: max(1, length)], {"X-Repo-Commit": commit.oid}
+        page, headers = left[: max(1, length)], {"X-Repo-Commit": commit.oid} if commit else {}
         if len(page) < len(left):
             query = [(name, value) for name, values in self.query.items() for value in values if name != "cursor"]
             cursor = base64.urlsafe_b64encode(page[-1].encode()).decode()

@@ -1,6 +1,7 @@
 """Xet storage of the test Hub: directories on this machine that hf_xet keeps itself, as if each were a CAS server.
 
-Each upload gets a directory of its own, because hf_xet locks one for as long as its process lives.
+Each upload gets a directory of its own, because hf_xet locks one for as long as its process lives. Contents are read
+over HTTP, as any client may; there is no reading by Xet.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class XetStore:
         """Return the content that has one of these; None where it was not uploaded."""
         for shard in self._directory.glob("*/xet/xorbs/shards/*.mdb"):
             for found_hash, found_sha256, nbytes in _parse_shard(shard.read_bytes()):
-                if sha256 == found_sha256 or xet_hash == found_hash:
+                if xet_hash == found_hash or (sha256 is not None and sha256 == found_sha256):
                     return _download(shard.parents[3], found_hash, nbytes)
         return None
 

@@ -164,6 +164,39 @@ def test_huggingface_hub_uploads_by_xet(hub: HubServer, tmp_path: Path) -> None:
     assert not hub.storage_requests
 
 
+def test_huggingface_hub_writes_to_buckets(hub: HubServer, tmp_path: Path) -> None:
+    hub.page_length = 2
+    seen = run_client(
+        hub.url,
+        tmp_path,
+        """
+        api.create_bucket("me/files", private=True)
+        fs = HfFileSystem()
+        for name, content in [("a", b"abc" * 9999), ("dir/b", b""), ("dir/c", b"c"), ("dir2/d", b"d"), ("e", b"e")]:
+            with fs.open(f"buckets/me/files/{name}", "wb") as file:
+                file.write(content)
+        fs.rm("buckets/me/files/e")
+        info = api.bucket_info("me/files")
+        with fs.open("buckets/me/files/a", block_size=1000) as file:
+            file.seek(9998)
+            part = file.read(4).decode()
+        try:
+            api.batch_bucket_files("me/files", delete=["nothing"])
+        except HfHubHTTPError as error:
+            failure = error.failures[0]["path"]
+        show([
+            info.private, info.total_files, part, sorted(fs.find("buckets/me/files/dir")), failure,
+            fs.info("buckets/me/files/a")["size"], fs.exists("buckets/me/other"),
+        ])
+        """,
+        xet=True,
+    )
+    names = [f"buckets/me/files/dir/{name}" for name in "bc"]
+    assert seen == [True, 4, "cabc", names, "nothing", 29997, False]
+    assert hub.read_bucket("me/files") == {"a": b"abc" * 9999, "dir/b": b"", "dir/c": b"c", "dir2/d": b"d"}
+    assert hub.leaked_tokens == []
+
+
 def test_huggingface_hub_commits_on_a_parent_or_not_at_all(hub: HubServer, tmp_path: Path) -> None:
     first = hub.get_head("me/model")
     (tmp_path / "weights").write_bytes(WEIGHTS)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import datetime
 from typing import Any
 
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
 from raymerge.pipeline.stores.fsspec.files import FsspecFiles
-from raymerge.pipeline.stores.fsspec.lease import EXCLUSIVE, FsspecLeases
 from raymerge.pipeline.stores.fsspec.loop import run_bounded
 from raymerge.pipeline.stores.fsspec.writer import MovedWriter, WholeWriter
 from raymerge.pipeline.stores.lease import hold_lease
 from raymerge.pipeline.stores.remote import NUM_REQUESTS, PIECE_NBYTES
 from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Lock, Sharing, Writer
+from raymerge.pipeline.stores.weak_lease import EXCLUSIVE, WeakLeases
 
 _READ_NBYTES = PIECE_NBYTES // 2
 """Most that is asked for at a time: a body cannot be read as it comes."""
@@ -95,6 +96,22 @@ class FsspecStorage(FsspecFiles):
                 self.check_unchanged(file)
                 return
 
+    def read_now(self, url: str) -> bytes:
+        """Return a small file's content as it is at this moment."""
+
+        def read() -> bytes:
+            filesystem, path = self.locate(url)
+            content: bytes = run_bounded(filesystem, "cat_file", path)
+            return content
+
+        return self.ask("GET", url, read)
+
+    def find_time(self, url: str) -> datetime:
+        """Return when a file was written; raises NotImplementedError where the store does not tell."""
+        filesystem, path = self.locate(url)
+        time: datetime = filesystem.modified(path)
+        return time
+
     # writing
 
     def open_writer(  # noqa: D102
@@ -124,4 +141,4 @@ class FsspecStorage(FsspecFiles):
 
     def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:
         """Hold a lease on a file, as well as can be without conditional writes."""
-        return hold_lease(FsspecLeases(self), url, self.faults)
+        return hold_lease(WeakLeases(self), url, self.faults)

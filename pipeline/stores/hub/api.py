@@ -11,7 +11,6 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    HfFileMetadata,
     __version__,
     constants,
     get_session,
@@ -121,14 +120,25 @@ class HubApi:
         return self.ask("list", collect)
 
     def find_file(self, place: HubPath) -> tuple[int, str] | None:
-        """Return a file's size and etag; None where there is no such file."""
-        infos = self.ask("stat", lambda: self.hub.get_paths_info(place.repo, [place.path], revision=place.revision))
+        """Return a file's size and etag; None where there is no such file, branch or repository."""
+        try:
+            infos = self.ask("stat", lambda: self.hub.get_paths_info(place.repo, [place.path], revision=place.revision))
+        except RefusalError as error:
+            if is_missing(error):
+                return None
+            raise
         return next((_size_and_etag(info) for info in infos if isinstance(info, RepoFile)), None)
 
-    def find_content(self, place: HubPath) -> HfFileMetadata:
-        """Return where a file's bytes are, and what they are."""
-        url = f"{find_endpoint()}/{place.repo}/resolve/{quote(place.revision, safe='')}/{quote(place.path)}"
-        return self.ask("HEAD", lambda: self.hub.get_hf_file_metadata(url=url))
+    def find_content(self, place: HubPath) -> tuple[str, int | None, str]:
+        """Return where a file's bytes are, which stay the same there; their size, where the Hub says it, and etag."""
+
+        def url_of(revision: str) -> str:
+            return f"{find_endpoint()}/{place.repo}/resolve/{quote(revision, safe='')}/{quote(place.path)}"
+
+        url = url_of(place.revision)
+        found = self.ask("HEAD", lambda: self.hub.get_hf_file_metadata(url=url))
+        is_here = found.location == url and found.commit_hash is not None
+        return url_of(found.commit_hash or "") if is_here else found.location, found.size, found.etag or ""
 
     # writing
 

@@ -10,38 +10,31 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock as ThreadLock
 
 from huggingface_hub.utils._runtime import is_xet_available
 
-from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
-from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
-from raymerge.pipeline.stores.hub.api import HubApi, is_missing
+from raymerge.pipeline.errors import CheckpointError, FetchError, MergeError, OutputError
+from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile, check_same
+from raymerge.pipeline.stores.hub.api import is_missing
 from raymerge.pipeline.stores.hub.cache import find_cached, find_cached_commit, list_cached, not_cached
 from raymerge.pipeline.stores.hub.commit import ATTRIBUTES, prepare_branch, publish_branch, settle
-from raymerge.pipeline.stores.hub.path import HubPath, find_endpoint, is_offline, parse_hub_url
+from raymerge.pipeline.stores.hub.files import XET_NBYTES, HubFiles
+from raymerge.pipeline.stores.hub.path import HubPath, is_offline, parse_hub_url
 from raymerge.pipeline.stores.hub.pending import PendingChanges, PendingFile
-from raymerge.pipeline.stores.hub.target import HubTarget
 from raymerge.pipeline.stores.hub.writer import HubWriter
 from raymerge.pipeline.stores.local.storage import LocalStorage
 from raymerge.pipeline.stores.local.writer import file_etag
-from raymerge.pipeline.stores.remote import CHUNK_NBYTES, RemoteStorage
-from raymerge.pipeline.stores.retry import Fault, FaultLog
+from raymerge.pipeline.stores.remote import CHUNK_NBYTES
+from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Lock, Writer
-from raymerge.pipeline.stores.web import reader as web_reader
-from raymerge.pipeline.stores.web.client import WebClient, origin_of
-from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, classify_web
+from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError
 
 _JOURNAL = ".raymerge"
-_XET_NBYTES = 400 * 2**20
-"""What hf_xet takes while it uploads a file, however large: measured up to 380 MiB for 0.1 to 1 GB."""
-_MAX_EXPIRIES = 5
-"""In a row, of the signed URLs of one file."""
 
 Tree = Mapping[str, tuple[int, str]]
 
 
-class HubStorage(RemoteStorage):
+class HubStorage(HubFiles):
     """Model repositories of the Hub."""
 
     def __init__(self, faults: FaultLog, *, private: bool) -> None:
@@ -52,15 +45,11 @@ class HubStorage(RemoteStorage):
             private: whether repositories that are made are private.
         """
         super().__init__(faults)
-        self.write_nbytes = _XET_NBYTES if is_xet_available() else 32 * CHUNK_NBYTES
+        self.write_nbytes = XET_NBYTES if is_xet_available() else 32 * CHUNK_NBYTES
         self._private = private
-        self._client = WebClient()
-        self._api = HubApi(faults)
         self._local = LocalStorage()
-        self._guard = ThreadLock()
         self._trees: dict[HubPath, Tree] = {}
         self._cached: dict[StoredFile, StoredFile | None] = {}
-        self._targets: dict[StoredFile, HubTarget] = {}
 
     def absolute(self, url: str) -> str:  # noqa: D102
         return parse_hub_url(url).url
@@ -70,9 +59,9 @@ class HubStorage(RemoteStorage):
         place = parse_hub_url(url)
         if place.is_pinned or is_offline():
             return place.url
-        with self._reading(place):
+        with self._explained(place, FetchError):
             try:
-                return place.at(self._api.find_commit(place)[0]).url
+                return place.at(self.api.find_commit(place)[0]).url
             except RefusalError as error:
                 if not is_missing(error):
                     raise
@@ -95,15 +84,15 @@ class HubStorage(RemoteStorage):
             return place.at(find_cached_commit(places[0])).url
         for number, candidate in enumerate(places, start=1):
             try:
-                commit, is_gated = self._api.find_commit(candidate)
+                commit, is_gated = self.api.find_commit(candidate)
                 if is_gated:
                     self._check_access(candidate.at(commit))
                 return candidate.at(commit).url
             except RefusalError as error:
                 if error.headers.get("X-Error-Code") != "RevisionNotFound" or number == len(places):
-                    raise CheckpointError(self._api.explain(error, places[0])) from None
+                    raise CheckpointError(self.api.explain(error, places[0])) from None
             except BrokenError as error:
-                raise FetchError(self._api.explain(error, places[0])) from None
+                raise FetchError(self.api.explain(error, places[0])) from None
         raise AssertionError(places)
 
     def stat(self, url: str) -> StoredFile:  # noqa: D102
@@ -144,12 +133,6 @@ class HubStorage(RemoteStorage):
         """Fill each buffer with its range, from this machine where the bytes are here already."""
         sources = {file: self._find_here(file) for file in dict.fromkeys(item.file for item in ranges)}
         pairs = list(zip(ranges, buffers, strict=True))
-        for item in ranges:
-            if item.stop > item.file.nbytes:
-                raise FetchError(
-                    f"{item.file.url}: bytes {item.start:,} to {item.stop:,} were asked for,"
-                    f" and the file has {item.file.nbytes:,}"
-                )
         here = [(replace(item, file=source), view) for item, view in pairs if (source := sources[item.file])]
         if here:
             self._local.read_into([item for item, _ in here], [view for _, view in here])
@@ -165,8 +148,7 @@ class HubStorage(RemoteStorage):
             found = self.stat(file.url)
         except FileNotFoundError:
             raise FetchError(f"{file.url}: was there when the plan was made, and has changed: it is deleted") from None
-        if found != file:
-            raise web_reader.changed(file, found.nbytes, found.etag)
+        check_same(file, found.nbytes, found.etag)
 
     def open_writer(  # noqa: D102
         self, url: str, nbytes: int, partial_url: str | None = None, *, exclusive: bool = False
@@ -181,7 +163,7 @@ class HubStorage(RemoteStorage):
             change = pending.find(place.path)
             return self._find_on_branch(place) is not None if change is None else change.mode != "delete"
 
-        return HubWriter(url, place, nbytes, self._api, pending, is_there if exclusive else None)
+        return HubWriter(place, nbytes, self.api, pending, is_there if exclusive else None)
 
     def delete(self, url: str) -> None:
         """Take a file out of what is to be published, or note that it is to be deleted then."""
@@ -218,61 +200,39 @@ class HubStorage(RemoteStorage):
 
     def publish(self, url: str, message: str, last: Collection[str] = ()) -> None:  # noqa: D102
         place = parse_hub_url(url)
-        with self._writing(place):
-            publish_branch(self._api, place, PendingChanges(place.root), message, last)
+        with self._explained(place, OutputError):
+            publish_branch(self.api, place, PendingChanges(place.root), message, last)
 
     def close(self) -> None:  # noqa: D102
         super().close()
-        self._client.close()
         self._local.close()
         with self._guard:
             self._trees.clear()
             self._cached.clear()
-            self._targets.clear()
-
-    def store_name(self, url: str) -> str:  # noqa: D102
-        return find_endpoint()
-
-    def classify(self, error: Exception) -> Fault | None:  # noqa: D102
-        return classify_web(error)
 
     def explain(self, error: Exception, url: str) -> FetchError:  # noqa: D102
-        return FetchError(self._api.explain(error, parse_hub_url(url)))
+        return FetchError(self.api.explain(error, parse_hub_url(url)))
 
-    @contextmanager
-    def open_range(self, file: StoredFile, start: int, stop: int) -> Iterator[Iterator[Buffer]]:  # noqa: D102
-        target = self._find_target(file)
-        url = target.find(self._api)
-        headers = self._api.headers(url)
-        try:
-            with web_reader.open_range(self._client, url, headers, file, start, stop, target.check) as chunks:
-                target.num_expiries = 0
-                yield chunks
-        except RefusalError as error:
-            if error.status not in (401, 403) or origin_of(url) == origin_of(find_endpoint()):
-                raise
-            if target.forget(url) > _MAX_EXPIRIES:
-                raise
-            raise BrokenError("the signed URL is no longer good", Fault("403 expired URL")) from None
+    def locate(self, file: StoredFile) -> str:  # noqa: D102
+        place = parse_hub_url(file.url)
+        url, nbytes, etag = self.api.find_content(place)
+        check_same(file, file.nbytes if nbytes is None else nbytes, etag)
+        return url
 
     def _begin(self, root: HubPath, pending: PendingChanges, *, restart: bool) -> None:
         """Make sure that a branch can be written to, and note the commit that the changes are to."""
-        with self._writing(root):
-            head = prepare_branch(self._api, root, private=self._private)
+        with self._explained(root, OutputError):
+            head = prepare_branch(self.api, root, private=self._private)
             if not pending.is_begun:
                 pending.set_parent(head)
                 return
             try:
-                settle(self._api, root, pending, head)
+                settle(self.api, root, pending, head)
             except OutputError:
                 if not restart:
                     raise
                 pending.clear()
                 pending.set_parent(head)
-
-    def _find_target(self, file: StoredFile) -> HubTarget:
-        with self._guard:
-            return self._targets.setdefault(file, HubTarget(file))
 
     def _find_here(self, file: StoredFile) -> StoredFile | None:
         """Return the local file that has a file's bytes; None where they are to be read from the Hub."""
@@ -292,19 +252,15 @@ class HubStorage(RemoteStorage):
         found = _size_and_etag(change)
         if found is None:
             raise FetchError(f"{file.url}: changed since the plan was made: it is deleted")
-        if found != (file.nbytes, file.etag):
-            raise web_reader.changed(file, *found)
-        return _stat_here(pending.content_path(change)) if change.mode == "kept" else None
+        check_same(file, *found)
+        if change.mode == "uploaded":
+            raise FetchError(f"{file.url}: uploaded, and cannot be read before it is published")
+        return _stat_here(pending.content_path(change))
 
     def _find_on_branch(self, place: HubPath) -> tuple[int, str] | None:
         """Return size and etag of a file as it is published now; None where there is none."""
-        with self._reading(place):
-            try:
-                return self._api.find_file(place)
-            except RefusalError as error:
-                if is_missing(error):
-                    return None
-                raise
+        with self._explained(place, FetchError):
+            return self.api.find_file(place)
 
     def _read_tree(self, place: HubPath) -> Tree:
         """Return what is in a commit, which is asked for once."""
@@ -312,17 +268,17 @@ class HubStorage(RemoteStorage):
         with self._guard:
             known = self._trees.get(root)
         if known is None:
-            with self._reading(place):
-                known = list_cached(root) if is_offline() else self._api.list_tree(root)
+            with self._explained(place, FetchError):
+                known = list_cached(root) if is_offline() else self.api.list_tree(root)
             with self._guard:
                 self._trees[root] = known
         return known
 
     def _read_branch(self, place: HubPath) -> Tree:
         """Return what is on a branch, and what will be once it is published; nothing where there is no such branch."""
-        with self._reading(place):
+        with self._explained(place, FetchError):
             try:
-                found = self._api.list_tree(place)
+                found = self.api.list_tree(place)
             except RefusalError as error:
                 if not is_missing(error):
                     raise
@@ -338,24 +294,18 @@ class HubStorage(RemoteStorage):
     def _check_access(self, place: HubPath) -> None:
         """Make sure that files of a gated repository may be read."""
         try:
-            self._api.find_content(replace(place, path="config.json"))
+            self.api.find_content(replace(place, path="config.json"))
         except RefusalError as error:
             if error.headers.get("X-Error-Code") != "EntryNotFound":
                 raise
 
     @contextmanager
-    def _reading(self, place: HubPath) -> Iterator[None]:
+    def _explained(self, place: HubPath, kind: type[MergeError]) -> Iterator[None]:
+        """Raise what the Hub refuses as an error of this kind."""
         try:
             yield
         except (RefusalError, BrokenError) as error:
-            raise FetchError(self._api.explain(error, place)) from None
-
-    @contextmanager
-    def _writing(self, place: HubPath) -> Iterator[None]:
-        try:
-            yield
-        except (RefusalError, BrokenError) as error:
-            raise OutputError(self._api.explain(error, place)) from None
+            raise kind(self.api.explain(error, place)) from None
 
 
 def _is_journal(place: HubPath) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from mmap import ACCESS_READ, mmap
@@ -25,62 +26,47 @@ _OPEN_FILES = Path("/proc/self/fd")
 """Where a file without a name has one, for this process; elsewhere a killed run leaves the file behind."""
 
 
-class HubWriter(Writer):
-    """Writes a file that is on the branch once the branch's changes are published.
+class SpoolWriter(Writer):
+    """Collects a file on the local disk, as the Hub wants to know its hash before it is sent; a subclass sends it."""
 
-    Shards are uploaded at once, other files with the commit. The bytes wait on the local disk, as the Hub wants to know
-    their hash first.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        place: HubPath,
-        nbytes: int,
-        api: HubApi,
-        pending: PendingChanges,
-        is_there: Callable[[], bool] | None,
-    ) -> None:
+    def __init__(self, url: str, nbytes: int, api: HubApi, is_there: Callable[[], bool] | None) -> None:
         """Begin.
 
         Args:
             url: as the caller has it.
-            place: what it means.
             nbytes: announced.
             api: of the Hub.
-            pending: changes to the branch.
-            is_there: tells whether the branch has the file already, for a file that must not replace one.
+            is_there: tells whether there is a file of this name, for one that must not replace it.
         """
-        self._url = url
-        self._place = place
-        self._nbytes = nbytes
-        self._api = api
-        self._pending = pending
+        self.url = url
+        self.nbytes = nbytes
+        self.api = api
+        self.spool: IO[bytes]
+        self.is_exclusive = is_there is not None
         self._is_there = is_there
         self._num_written = 0
-        self._spool: IO[bytes]
         self._directory = tempfile.gettempdir()
         free = shutil.disk_usage(self._directory).free
         if free < nbytes:
             raise self._no_room(f"{nbytes:,} bytes are needed, {free:,} are free")
         try:
             if _OPEN_FILES.exists():
-                self._spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-                self._spool_path = str(_OPEN_FILES / str(self._spool.fileno()))
+                self.spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+                self.spool_path = str(_OPEN_FILES / str(self.spool.fileno()))
             else:
-                self._spool = tempfile.NamedTemporaryFile(buffering=0, prefix="raymerge-")  # noqa: SIM115
-                self._spool_path = self._spool.name
+                self.spool = tempfile.NamedTemporaryFile(buffering=0, prefix="raymerge-")  # noqa: SIM115
+                self.spool_path = self.spool.name
         except OSError as error:
             raise self._no_room(str(error.strerror)) from error
 
     def write(self, data: Buffer | bytes) -> None:  # noqa: D102
         view = memoryview(data).cast("B")
-        if self._num_written + view.nbytes > self._nbytes:
+        if self._num_written + view.nbytes > self.nbytes:
             given = self._num_written + view.nbytes
-            raise OutputError(f"{self._url}: {given:,} bytes given, {self._nbytes:,} were announced")
+            raise OutputError(f"{self.url}: {given:,} bytes given, {self.nbytes:,} were announced")
         try:
             while view:
-                count = self._spool.write(view)
+                count = self.spool.write(view)
                 self._num_written += count
                 view = view[count:]
         except OSError as error:
@@ -89,51 +75,71 @@ class HubWriter(Writer):
 
     def commit(self, sha256: str | None = None) -> StoredFile:  # noqa: D102
         try:
-            if self._num_written != self._nbytes:
-                raise OutputError(f"{self._url}: {self._num_written:,} bytes given, {self._nbytes:,} were announced")
+            if self._num_written != self.nbytes:
+                raise OutputError(f"{self.url}: {self._num_written:,} bytes given, {self.nbytes:,} were announced")
             if self._is_there is not None and self._is_there():
-                raise FileExistsError(self._url)
-            if sha256 is None:
-                with Path(self._spool_path).open("rb") as spool:
-                    sha256 = hashlib.file_digest(spool, "sha256").hexdigest()
-            file = self._send(sha256)
+                raise FileExistsError(self.url)
+            return StoredFile(self.url, self.nbytes, self.send(sha256))
         except (RefusalError, BrokenError) as error:
-            raise OutputError(
-                f"{self._api.explain(error, self._place)}; finished shards are kept: run the same command again"
-            ) from None
+            raise OutputError(f"{self.explain(error)}; finished shards are kept: run the same command again") from None
         finally:
-            self._spool.close()
-        return StoredFile(self._url, self._nbytes, file.etag)
+            self.spool.close()
 
     def abort(self) -> None:  # noqa: D102
-        self._spool.close()
+        self.spool.close()
 
-    def _send(self, sha256: str) -> PendingFile:
-        """Upload a shard, or keep the content of another file; note the change."""
-        path, is_exclusive = self._place.path, self._is_there is not None
-        if path.endswith(".safetensors") and self._nbytes:
-            addition = CommitOperationAdd(path, self._spool_path)
-            addition.upload_info.sha256 = bytes.fromhex(sha256)
-            self._api.upload(self._place, addition)
-            if addition._is_uploaded:
-                file = PendingFile(path, "uploaded", self._nbytes, sha256)
-                self._pending.put(file, exclusive=is_exclusive)
-                return file
-        with self._open_content() as content:
-            file = PendingFile(path, "kept", self._nbytes, sha256, git_oid(content))
-            self._pending.put(file, content, exclusive=is_exclusive)
-        return file
+    @abstractmethod
+    def send(self, sha256: str | None) -> str:
+        """Send the file, and return its etag."""
 
-    @contextmanager
-    def _open_content(self) -> Iterator[Buffer]:
-        if not self._nbytes:
-            yield memoryview(b"")
-            return
-        with mmap(self._spool.fileno(), 0, access=ACCESS_READ) as mapped, memoryview(mapped) as content:
-            yield content
+    @abstractmethod
+    def explain(self, error: Exception) -> str:
+        """Return what to tell the user about a request that failed for good."""
 
     def _no_room(self, why: str) -> OutputError:
         return OutputError(
-            f"{self._url}: a file for the Hub waits in {self._directory} until it is uploaded, and that cannot be"
+            f"{self.url}: a file for the Hub waits in {self._directory} until it is uploaded, and that cannot be"
             f" written: {why}; free space there, set TMPDIR to another directory, or choose a smaller --shard-size"
         )
+
+
+class HubWriter(SpoolWriter):
+    """Writes a file that is on the branch once the branch's changes are published.
+
+    Shards are uploaded at once, other files with the commit.
+    """
+
+    def __init__(
+        self, place: HubPath, nbytes: int, api: HubApi, pending: PendingChanges, is_there: Callable[[], bool] | None
+    ) -> None:
+        super().__init__(place.url, nbytes, api, is_there)
+        self._place = place
+        self._pending = pending
+
+    def explain(self, error: Exception) -> str:  # noqa: D102
+        return self.api.explain(error, self._place)
+
+    def send(self, sha256: str | None) -> str:  # noqa: D102
+        if sha256 is None:
+            with Path(self.spool_path).open("rb") as spool:
+                sha256 = hashlib.file_digest(spool, "sha256").hexdigest()
+        path = self._place.path
+        if path.endswith(".safetensors") and self.nbytes:
+            addition = CommitOperationAdd(path, self.spool_path)
+            addition.upload_info.sha256 = bytes.fromhex(sha256)
+            self.api.upload(self._place, addition)
+            if addition._is_uploaded:
+                self._pending.put(PendingFile(path, "uploaded", self.nbytes, sha256), exclusive=self.is_exclusive)
+                return sha256
+        with self._open_content() as content:
+            file = PendingFile(path, "kept", self.nbytes, sha256, git_oid(content))
+            self._pending.put(file, content, exclusive=self.is_exclusive)
+        return file.git_oid
+
+    @contextmanager
+    def _open_content(self) -> Iterator[Buffer]:
+        if not self.nbytes:
+            yield memoryview(b"")
+            return
+        with mmap(self.spool.fileno(), 0, access=ACCESS_READ) as mapped, memoryview(mapped) as content:
+            yield content

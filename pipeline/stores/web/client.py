@@ -11,7 +11,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.message import Message
 from types import TracebackType
@@ -30,8 +30,6 @@ _MAX_ANSWER_NBYTES = 256 * 2**20
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _SECRET_HEADERS = ("authorization", "cookie")
-
-Body = bytes | Iterable[memoryview]
 
 
 class Reply(NamedTuple):
@@ -67,8 +65,6 @@ class WebClient:
         url: str,
         headers: Mapping[str, str],
         *,
-        body: Body | None = None,
-        seconds: float = REQUEST_SECONDS,
         redirects: bool = False,
     ) -> Answer:
         """Send a request and return the answer, of which nothing but the headers has been read.
@@ -77,15 +73,13 @@ class WebClient:
             method: such as `GET`.
             url: without credentials.
             headers: credentials among them are not sent to another host that a redirect leads to.
-            body: what to send; where it is in pieces, a Content-Length must be among the headers.
-            seconds: that the connection may be silent.
             redirects: whether to follow them.
 
         Raises:
             BrokenError: no answer came.
         """
         for _ in range(_MAX_REDIRECTS + 1):
-            answer = self._send(method, url, headers, body, seconds)
+            answer = self._send(method, url, headers)
             location = answer.headers.get("Location")
             if not redirects or answer.status not in _REDIRECTS or location is None:
                 return answer
@@ -104,8 +98,6 @@ class WebClient:
         url: str,
         headers: Mapping[str, str],
         *,
-        body: Body | None = None,
-        seconds: float = REQUEST_SECONDS,
         redirects: bool = False,
     ) -> Reply:
         """Send a request and return the whole answer, or a redirect that is not to be followed.
@@ -114,7 +106,7 @@ class WebClient:
             RefusalError: it is not a success.
             BrokenError: no whole answer came.
         """
-        with self.open(method, url, headers, body=body, seconds=seconds, redirects=redirects) as answer:
+        with self.open(method, url, headers, redirects=redirects) as answer:
             content = answer.read()
             if answer.status >= 400:
                 raise RefusalError(answer.status, answer.headers, content)
@@ -147,7 +139,7 @@ class WebClient:
         with self._lock:
             self._idle.setdefault(key, []).append(connection)
 
-    def _send(self, method: str, url: str, headers: Mapping[str, str], body: Body | None, seconds: float) -> Answer:
+    def _send(self, method: str, url: str, headers: Mapping[str, str]) -> Answer:
         parts = urlsplit(url)
         proxy = find_proxy(parts)
         key = (*origin_of(url), proxy and proxy.geturl())
@@ -157,10 +149,10 @@ class WebClient:
             own |= proxy_credentials(proxy)
         connection = self._take(key) or make_connection(parts, proxy, self._find_tls)
         try:
-            connection.timeout = seconds
+            connection.timeout = REQUEST_SECONDS
             if connection.sock is not None:
-                connection.sock.settimeout(seconds)
-            connection.request(method, target, body=body, headers={**own, **headers})
+                connection.sock.settimeout(REQUEST_SECONDS)
+            connection.request(method, target, headers={**own, **headers})
             response = connection.getresponse()
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
@@ -168,7 +160,7 @@ class WebClient:
         except BaseException:
             connection.close()
             raise
-        return Answer(self, key, connection, response, time.monotonic() + seconds)
+        return Answer(self, key, connection, response, time.monotonic() + REQUEST_SECONDS)
 
     def _find_tls(self) -> ssl.SSLContext:
         tls = self._tls

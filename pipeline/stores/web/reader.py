@@ -24,7 +24,7 @@ def open_range(
     file: StoredFile,
     start: int,
     stop: int,
-    check: Callable[[Message], None],
+    check: Callable[[Message], None] = lambda headers: None,
 ) -> Iterator[Iterator[memoryview]]:
     """Make one request for bytes [start, stop) of a file and yield its body.
 

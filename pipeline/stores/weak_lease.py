@@ -1,4 +1,4 @@
-"""What a lock needs of a store, put together for stores that have no conditional writes."""
+"""What a lock needs of a store, put together for stores without conditional writes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,43 @@ import secrets
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Protocol
 
-from raymerge.pipeline.stores.fsspec.files import FsspecFiles
-from raymerge.pipeline.stores.fsspec.loop import run_bounded
+from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.seam import Sharing
 
 EXCLUSIVE = threading.RLock()
 """Held by a thread from looking at a file until it has changed it, where the store cannot do both in one step."""
 
 
-class FsspecLeases:
+class UnconditionalStore(Protocol):
+    """What such a store can do; see `Storage`."""
+
+    sharing: Sharing
+
+    def stat(self, url: str) -> StoredFile:
+        """Return size and etag."""
+
+    def write(self, url: str, data: Buffer | bytes, *, exclusive: bool = False) -> StoredFile:
+        """Write a small file in one go."""
+
+    def remove(self, url: str, *, is_once: bool = False) -> None:
+        """Delete a file, with one request or with as many as it takes."""
+
+    def read_now(self, url: str) -> bytes:
+        """Return a small file's content as it is at this moment."""
+
+    def find_time(self, url: str) -> datetime:
+        """Return when a file was written; raises NotImplementedError where the store does not tell."""
+
+
+class WeakLeases:
     """Best effort: it looks first and writes then, so that two processes that do so at the same moment both succeed.
 
     Within one process, and so in memory://, it is exact.
     """
 
-    def __init__(self, storage: FsspecFiles) -> None:
+    def __init__(self, storage: UnconditionalStore) -> None:
         self._storage = storage
 
     def create(self, url: str, data: bytes) -> str | None:
@@ -46,16 +67,10 @@ class FsspecLeases:
 
         The etag is asked for first: where the object changes in between, it is too old, and nothing can be replaced.
         """
-
-        def read() -> bytes:
-            filesystem, path = self._storage.locate(url)
-            content: bytes = run_bounded(filesystem, "cat_file", path)
-            return content
-
         with EXCLUSIVE:
             try:
                 etag = self._storage.stat(url).etag
-                return self._storage.ask("GET", url, read), etag, self._age(url)
+                return self._storage.read_now(url), etag, self._age(url)
             except FileNotFoundError:
                 return None
 
@@ -71,20 +86,15 @@ class FsspecLeases:
         The store's time is that of another file written just now.
         """
         try:
-            written = self._modified(url)
+            written = self._storage.find_time(url)
             if self._storage.sharing is Sharing.THREADS:
                 return (datetime.now(UTC) - written).total_seconds()
             probe = f"{url}.{secrets.token_hex(8)}"
-            self._storage.write(probe, b"")
+            self._storage.write(probe, b"-")
             try:
-                return (self._modified(probe) - written).total_seconds()
+                return (self._storage.find_time(probe) - written).total_seconds()
             finally:
                 with suppress(OSError):
                     self._storage.remove(probe)
         except NotImplementedError:
             return 0.0
-
-    def _modified(self, url: str) -> datetime:
-        filesystem, path = self._storage.locate(url)
-        modified: datetime = filesystem.modified(path)
-        return modified
