@@ -45,6 +45,14 @@ class ByteRange:
         """How many bytes it spans."""
         return self.stop - self.start
 
+    def check(self) -> None:
+        """Make sure that the file has these bytes; raises FetchError."""
+        if self.stop > self.file.nbytes:
+            raise FetchError(
+                f"{self.file.url}: bytes {self.start:,} to {self.stop:,} were asked for,"
+                f" and the file has {self.file.nbytes:,}"
+            )
+
 
 def aligned(nbytes: int) -> int:
     """Round up to where the next range may start in a buffer.

@@ -74,11 +74,7 @@ class RemoteStorage(Storage):
         for item, view in zip(ranges, views, strict=True):
             if view.nbytes != item.nbytes:
                 raise ValueError(f"a buffer of {view.nbytes} bytes for a range of {item.nbytes}")
-            if item.stop > item.file.nbytes:
-                raise FetchError(
-                    f"{item.file.url}: bytes {item.start:,} to {item.stop:,} were asked for,"
-                    f" and the file has {item.file.nbytes:,}"
-                )
+            item.check()
         groups = coalesce(ranges, max_gap=MAX_GAP_NBYTES, max_nbytes=PIECE_NBYTES)
         pieces = [piece for group in groups for piece in _cut(group, ranges, views)]
         if len(pieces) == 1:

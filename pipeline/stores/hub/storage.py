@@ -133,6 +133,8 @@ class HubStorage(HubFiles):
         """Fill each buffer with its range, from this machine where the bytes are here already."""
         sources = {file: self._find_here(file) for file in dict.fromkeys(item.file for item in ranges)}
         pairs = list(zip(ranges, buffers, strict=True))
+        for item in ranges:
+            item.check()
         here = [(replace(item, file=source), view) for item, view in pairs if (source := sources[item.file])]
         if here:
             self._local.read_into([item for item, _ in here], [view for _, view in here])
