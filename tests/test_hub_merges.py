@@ -242,17 +242,9 @@ def test_bucket_to_bucket(
 
 
 def test_an_interrupted_merge_to_a_bucket(hub: HubServer, in_buckets: list[str], expected: dict[str, bytes]) -> None:
-    class Stop(Listener):
-        num_finished = 0
-
-        def finished(self, result: ShardResult) -> None:
-            self.num_finished += 1
-            if self.num_finished == 3:
-                raise RuntimeError("the driver broke")
-
     out = "hf://buckets/me/merged"
     with pytest.raises(RuntimeError):
-        merge(make_config(in_buckets), out, shard_size=SHARD_SIZE, memory="2GiB", listener=Stop())
+        merge(make_config(in_buckets), out, shard_size=SHARD_SIZE, memory="2GiB", on_event=stop_after(3))
     assert "config.json" not in hub.read_bucket("me/merged")
     report = merge(make_config(in_buckets), out, shard_size=SHARD_SIZE, memory="2GiB")
     assert report.num_resumed >= 3
