@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from raymerge.cluster.ray.session import TASK_NBYTES
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
 from raymerge.pipeline.errors import ConfigError
@@ -53,7 +54,7 @@ def plan(
 ) -> MergePlan:
     """Work out everything that a merge will do, reading headers only.
 
-    The plan is for this machine without Ray, whatever `ray` and `address` say.
+    The plan is for this machine; of `ray` and `address` it counts the memory that Ray takes, and no other machines.
 
     Args:
         config: a mergekit YAML file or its name, YAML text, or what it holds.
@@ -250,4 +251,6 @@ def _check_output(stores: Stores, plan: MergePlan, position: int, out: str | Pat
 
 
 def _make_limits(options: MergeOptions) -> Limits:
-    return Limits(options.allowed_mem, options.num_workers, options.shard_nbytes)
+    is_on_ray = options.ray or options.address is not None
+    runner_nbytes = TASK_NBYTES if is_on_ray else 0
+    return Limits(options.allowed_mem, options.num_workers, options.shard_nbytes, runner_nbytes=runner_nbytes)

@@ -70,7 +70,7 @@ def make_plan(
     models = [open_model(c, index_tensors(c, tensors.get(str(c.model), ()))) for c in checkpoints]
     recipes = [expand(config, models, seed) for config in configs]
     merges = join_variants(recipes)
-    transfer = _measure_transfer(stores, checkpoints, outs)
+    transfer = _measure_transfer(stores, checkpoints, outs, limits.runner_nbytes)
     tasks, num_workers, num_allowed = make_tasks(merges, replace(limits, transfer=transfer))
     copied = [Copied(name, file) for name, file in checkpoints[0].side_files]
     outputs = []
@@ -95,11 +95,17 @@ def make_plan(
     )
 
 
-def _measure_transfer(stores: Stores, checkpoints: Sequence[Checkpoint], outs: Sequence[str]) -> Transfer:
+def _measure_transfer(
+    stores: Stores, checkpoints: Sequence[Checkpoint], outs: Sequence[str], runner_nbytes: int
+) -> Transfer:
     inputs = dict.fromkeys(stores.at(checkpoint.url) for checkpoint in checkpoints)
+    outputs = [stores.at(out) for out in outs]
     return Transfer(
         num_buffers=2 if any(storage.is_remote for storage in inputs) else 1,
-        nbytes=sum(storage.read_nbytes for storage in inputs) + sum(stores.at(out).write_nbytes for out in outs),
+        nbytes=sum(storage.read_nbytes for storage in inputs)
+        + sum(storage.write_nbytes for storage in outputs)
+        + sum(storage.library_nbytes for storage in {*inputs, *outputs})
+        + runner_nbytes,
         num_outputs=len(outs),
     )
 

@@ -39,7 +39,7 @@ def expected(
 
 @pytest.mark.parametrize(
     ("workers", "memory", "is_streamed"),
-    [(1, "18MiB", True), (2, "36MiB", True), (4, "72MiB", True), (2, "4GiB", False), (4, "4GiB", False)],
+    [(1, "22MiB", True), (2, "44MiB", True), (4, "88MiB", True), (2, "4GiB", False), (4, "4GiB", False)],
 )
 def test_workers_and_memory(
     workers: int, memory: str, is_streamed: bool, expected: tuple[dict[str, Any], dict[str, bytes]], tmp_path: Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 
 import torch
@@ -25,7 +25,7 @@ from raymerge.pipeline.plan.memory import measure_demand, out_slot_nbytes
 from raymerge.pipeline.plan.results import ShardFile, ShardResult
 from raymerge.pipeline.plan.types import ShardTask
 from raymerge.pipeline.plan.windows import make_fetches
-from raymerge.pipeline.stores.files import Buffer
+from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.retry import one_line
 
@@ -55,6 +55,7 @@ def run_shard(
     torch.set_num_threads(1)
     if task.projected_gpu_mem and device == "cuda":
         take_gpu()  # before the first measure: what CUDA takes of the host is not the shard's
+    _connect(stores, task, journals)  # nor are clients of stores and their modules
     first_mem, first_peak = measure_first_mem(os.getpid())
     start = time.perf_counter()
     for attempt in range(1, _MAX_ATTEMPTS + 1):
@@ -110,8 +111,7 @@ def _make_shard(
             stage.flush()
             report(Progress(0, sum(shard.nbytes for shard in shards) - before))
         digests = [shard.finish() for shard in shards]
-        sources = (tensor for merge in task.merges for source in merge.sources for tensor in source.origins)
-        for file in dict.fromkeys(tensor.file for tensor in sources):
+        for file in _list_inputs(task):
             stores.at(file.url).check_unchanged(file)
         for journal in journals:
             journal.check_held()
@@ -131,6 +131,16 @@ def _make_shard(
         figures = {name: {**norm, **kernels[name]} for name, norm in tally.figures().items()}
         files.append(ShardFile(output.file, output.nbytes, digests[position], stored.etag, tally.nonfinite, figures))
     return tuple(files)
+
+
+def _connect(stores: Stores, task: ShardTask, journals: Sequence[Journal]) -> None:
+    for url in (*(file.url for file in _list_inputs(task)), *(journal.out for journal in journals)):
+        stores.at(url).connect(url)
+
+
+def _list_inputs(task: ShardTask) -> Iterable[StoredFile]:
+    sources = (tensor for merge in task.merges for source in merge.sources for tensor in source.origins)
+    return dict.fromkeys(tensor.file for tensor in sources)
 
 
 def _open_stage(

@@ -1,4 +1,14 @@
-"""How much memory a task takes, added up before anything runs."""
+"""How much memory a task takes, added up before anything runs.
+
+What is counted besides tensors was measured, as anonymous memory that a worker has more than before its first shard:
+
+- `WORKER_NBYTES` in every worker: stacks and arenas of its threads;
+- `Storage.read_nbytes`, `write_nbytes` and `library_nbytes` for each storage in use: bodies in flight, parts of
+  uploads, threads and connections of its library;
+- `cluster.ray.session.TASK_NBYTES` on Ray: its threads, and what it keeps of a task that runs.
+
+Interpreter, imported code and clients of stores are there before the first shard, and are no part of `--memory`.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +32,10 @@ reading a file again from the page cache."""
 CONTEXT_NBYTES = 640 * 2**20
 """What CUDA takes of a GPU for each process, and for what operations allocate for themselves. An estimate: not measured
 yet."""
+
+
+WORKER_NBYTES = 4 * 2**20
+"""Taken in every worker for stacks and allocator arenas of its threads. Measured on 2 cores: 1 to 4 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +104,7 @@ class Transfer:
     num_buffers: int = 1
     """Input buffers."""
     nbytes: int = 0
-    """Memory that the storages take besides, for all outputs together."""
+    """Memory that storages and runner take besides, for all outputs together."""
     num_outputs: int = 1
     """Files that are written at once."""
 
@@ -127,7 +141,7 @@ def choose_buffer_nbytes(
 
 
 def project_mem(demands: Collection[Demand], buffer_nbytes: int, transfer: Transfer, *, on_gpu: bool = False) -> int:
-    """Return the peak memory of a task for tensors, scratch and transfers, in bytes.
+    """Return the peak memory of a task for tensors, scratch, transfers and threads, in bytes.
 
     Where a GPU merges, there is no scratch, but two buffers for the results of a window.
     """
@@ -136,7 +150,7 @@ def project_mem(demands: Collection[Demand], buffer_nbytes: int, transfer: Trans
     else:
         working = max(demand.working_nbytes for demand in demands)
     writing = 2 * transfer.num_outputs * OUTPUT_BUFFER_NBYTES + transfer.nbytes
-    return transfer.num_buffers * buffer_nbytes + working + writing
+    return transfer.num_buffers * buffer_nbytes + working + writing + WORKER_NBYTES
 
 
 def project_gpu_mem(demands: Collection[Demand], buffer_nbytes: int, num_outputs: int = 1) -> int:

@@ -89,6 +89,8 @@ class MergeReport:
     """Of the process whose tensors, scratch and transfers took most, in bytes; to be compared with `projected_mem`."""
     projected_mem: int
     """What the plan says about that, in bytes."""
+    over_nbytes: int
+    """How much more than planned that process took, in bytes; 0 where it kept to the plan."""
     faults: tuple[tuple[str, int], ...]
     """What went wrong with stores or workers and was got over, with how often."""
     warnings: tuple[str, ...]

@@ -34,6 +34,8 @@ class Limits:
     """Largest output file, unless one tensor is larger; None for the default."""
     gpus: Gpus | None = None
     """What merges; None to merge on the CPU."""
+    runner_nbytes: int = 0
+    """What the runner takes of a worker's memory while it runs a task."""
     transfer: Transfer = field(default=Transfer())
     """What reading and writing take."""
 

@@ -44,6 +44,8 @@ def make_report(
         was_complete: whether there was nothing to do.
     """
     num_at_once = min(num_per_process, len(results))
+    measured = max((result.peak_measured_mem for result in results), default=0)
+    projected = num_at_once * max(task.projected_mem for task in plan.tasks)
     return MergeReport(
         out=out,
         manifest=f"{out}/{MANIFEST}",
@@ -58,8 +60,9 @@ def make_report(
         slowest=max(results, key=lambda result: result.seconds, default=None),
         hosts=_add_up_hosts(results),
         peak_rss=max((result.peak_rss for result in results), default=0),
-        peak_measured_mem=max((result.peak_measured_mem for result in results), default=0),
-        projected_mem=num_at_once * max(task.projected_mem for task in plan.tasks),
+        peak_measured_mem=measured,
+        projected_mem=projected,
+        over_nbytes=max(0, measured - projected),
         faults=_add_up([faults, *(result.faults for result in results)]),
         warnings=plan.warnings,
         nonfinite=nonfinite,
@@ -88,6 +91,11 @@ def format_report(report: MergeReport) -> str:
         lines.append(
             f"  memory    {format_memory(report.peak_measured_mem)} of {format_memory(report.projected_mem)} planned "
             f"for tensors and scratch (largest worker); {format_memory(report.peak_rss)} with interpreter and code"
+        )
+    if report.over_nbytes:
+        lines.append(
+            f"  warning   a worker took {format_memory(report.peak_measured_mem)}, and"
+            f" {format_memory(report.projected_mem)} were planned; where memory is short, lower --memory or --workers"
         )
     lines += _list_hosts(report)
     if report.faults:

@@ -1,8 +1,9 @@
 """The seam between raymerge and whatever holds files: every byte read or written goes through a `Storage`.
 
-Who calls what: planning calls `pin`, `list`, `stat` and `read_into` for headers; a worker calls `read_into` for the
-ranges of its task, `open_writer` for its shard, and `check_unchanged` before it commits; the driver takes the `lock` of
-the output, keeps its journal there with `write`, `read` and `delete`, and calls `publish` when all files are committed.
+Who calls what: planning calls `pin`, `list`, `stat` and `read_into` for headers; a worker calls `connect`,
+`read_into` for the ranges of its task, `open_writer` for its shard, and `check_unchanged` before it commits; the driver
+takes the `lock` of the output, keeps its journal there with `write`, `read` and `delete`, and calls `publish` when all
+files are committed.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ class Storage(ABC):
     """Memory that reading takes besides the caller's buffers, in bytes."""
     write_nbytes = 0
     """Memory that one writer takes besides two output buffers, in bytes."""
+    library_nbytes = 0
+    """Memory that its library takes in a process that reads or writes: threads, connections, arenas; in bytes."""
 
     @abstractmethod
     def absolute(self, url: str) -> str:
@@ -151,6 +154,14 @@ class Storage(ABC):
 
     def will_read(self, ranges: Sequence[ByteRange]) -> None:
         """Take a hint: these ranges are read next. Never fails."""
+        return
+
+    def connect(self, url: str) -> None:
+        """Build what requests to a file need, such as clients; workers do so before they measure a shard's memory.
+
+        Raises:
+            FetchError: there are no usable settings or credentials.
+        """
         return
 
     @abstractmethod

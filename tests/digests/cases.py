@@ -69,8 +69,8 @@ BY_NAME = [
 ]
 PAIR = listed(base=None, base_1=None)
 SMALL_FILES = {"shard_size": "4kB", "workers": 3}
-FEW_BLOCKS = {"memory": "12MiB"}
-FOR_THREE = {"memory": "19MiB"}
+FEW_BLOCKS = {"memory": "16MiB"}
+FOR_THREE = {"memory": "23MiB"}
 
 LINEAR = {
     "linear": Case(merged("linear", FOUR)),
@@ -140,7 +140,7 @@ DELTAS = {
     "ties, odd tensors": Case(merged("ties", listed(odd_1=1), "odd", density=0.3)),
     "ties, streamed": Case(merged("ties", BIG, "big"), FOR_THREE, True),
     "ties, rescaled and streamed by two": Case(
-        merged("ties", BIG, "big", rescale=True), {"memory": "38MiB", "workers": 2, "shard_size": "200kB"}, True
+        merged("ties", BIG, "big", rescale=True), {"memory": "46MiB", "workers": 2, "shard_size": "200kB"}, True
     ),
     "dare_linear": Case(merged("dare_linear", TRIMMED, "base", lambda_=1.2)),
     "dare_linear, another seed": Case(merged("dare_linear", TRIMMED, "base", lambda_=1.2), {"seed": 7}),

@@ -78,6 +78,9 @@ class S3fsStorage(FsspecFiles):
                 self._filesystem.retries = 1
             return self._filesystem
 
+    def connect(self, url: str) -> None:  # noqa: D102
+        run_bounded(self.filesystem, "connect")
+
     def close(self) -> None:  # noqa: D102
         super().close()
         with self._lock:

@@ -38,6 +38,7 @@ class FsspecStorage(FsspecFiles):
         if self._is_memory:
             self.is_remote = False
             self.sharing = Sharing.THREADS
+            self.library_nbytes = 0
         self._shared: dict[str, Any] = {}
         self._shared_lock = threading.Lock()
         self._own = threading.local()

@@ -37,6 +37,8 @@ Tree = Mapping[str, tuple[int, str]]
 class HubStorage(HubFiles):
     """Model repositories of the Hub."""
 
+    library_nbytes = 8 * 2**20  # for huggingface_hub
+
     def __init__(self, faults: FaultLog, *, private: bool) -> None:
         """Begin.
 

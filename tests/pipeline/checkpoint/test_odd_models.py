@@ -68,7 +68,7 @@ def test_a_buffer_that_holds_one_block_of_each_of_many_models(tmp_path: Path) ->
         tensors = {"w": torch.full((num_elements,), float(k), dtype=torch.bfloat16)}
         models.append({"model": str(write_checkpoint(tmp_path / f"m{k}", tensors, {}))})
     config = {"merge_method": "linear", "models": models, "parameters": {"weight": 1.0}, "dtype": "float32"}
-    merge(config, tmp_path / "out", memory="28MiB")
+    merge(config, tmp_path / "out", memory="32MiB")
     (found,) = read_tensors(tmp_path / "out").values()
     assert torch.equal(found, torch.full((num_elements,), sum(range(num_models)) / num_models))
 

@@ -26,7 +26,7 @@ from tests.fake_gpu import DEVICE, FakeGpu, FakeMark, FakeQueue
 from tests.method_configs import METHODS, make_config
 from tests.watchers import Keep
 
-LIMITS = {"large": ("1GiB", "4GiB"), "small": ("18MiB", "664MiB")}
+LIMITS = {"large": ("1GiB", "4GiB"), "small": ("22MiB", "664MiB")}
 
 
 def make_tensors() -> Tensors:

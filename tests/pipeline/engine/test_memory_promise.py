@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raymerge import plan
 from raymerge.ops.registry import Base, Op, load_ops
+from raymerge.pipeline.plan.types import MergeReport
+from raymerge.pipeline.progress.codec import read_event
+from raymerge.pipeline.stores.open import Library
 from tests.checkpoints import write_config
+from tests.commands import run_command
 from tests.memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models
+from tests.servers.hub import HubServer
+from tests.servers.s3 import S3Server
+from tests.servers.s3_clients import open_store
 
 MEMORY = "32MiB"
 VALUES = {"weight": 1.0, "density": 0.5, "t": 0.5}
@@ -52,3 +61,62 @@ def test_peak_memory_is_as_projected(name: str, models: dict[str, list[str]], tm
     assert (figures["num_workers"], figures["num_shards"]) == (1, 2)
     assert figures["projected"] <= figures["allowed"]
     assert figures["projected"] // 2 <= figures["used"] <= figures["projected"] + SLACK_NBYTES
+
+
+MODEL_IN = {"s3": "s3://{bucket}/{name}", "hub": "org/{name}", "local": "{directory}/{name}"}
+OUTPUT_IN = {"s3": "s3://{bucket}/merged", "hub": "hf://me/merged", "local": "{directory}/merged"}
+
+
+@pytest.fixture
+def places(
+    tmp_path: Path, bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, str]]:
+    """The models, of 64 MiB each, on disk, in a bucket and on a Hub, in an environment that leads to both."""
+    store = open_store(s3_server, bucket)
+    with HubServer(tmp_path / "hub") as hub:
+        hub.add_token("hf_writer", user="me", can_write=["me"])
+        for model in map(Path, write_models(tmp_path / "models", NUM_ELEMENTS, num_tensors=4)):
+            hub.create_repo(f"org/{model.name}")
+            hub.upload(f"org/{model.name}", {file.name: file for file in model.iterdir()})
+            for file in model.iterdir():
+                store.put(f"{model.name}/{file.name}", file)
+        for name, value in {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_writer",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
+            "HF_HUB_DISABLE_XET": "1",
+            "XDG_STATE_HOME": str(tmp_path / "state"),
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield {"bucket": bucket, "directory": str(tmp_path / "models")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to know what is resident now")
+@pytest.mark.parametrize(
+    ("source", "target", "options"),
+    [
+        ("s3", "s3", ("--workers", "2")),
+        ("s3", "local", ("--workers", "1")),
+        ("s3", "s3", ("--workers", "2", "--storage", "fsspec")),
+        ("hub", "hub", ("--workers", "2")),
+        ("local", "local", ("--workers", "1", "--ray")),
+        ("s3", "s3", ("--workers", "1", "--ray")),
+    ],
+)
+def test_workers_keep_to_the_plan_with_every_store_and_on_ray(
+    source: str, target: str, options: tuple[str, ...], places: dict[str, str], tmp_path: Path
+) -> None:
+    models = [MODEL_IN[source].format(name=name, **places) for name in ("base", "a", "b")]
+    config = write_config(tmp_path / "merge.yml", make_config(load_ops()["ties"], models))
+    out = OUTPUT_IN[target].format(**places)
+    done = run_command("merge", config, out, *options, "--log-json", "--shard-size", "33MiB")
+    report = read_event(done.out.splitlines()[-1])
+    assert isinstance(report, MergeReport), done
+    assert report.num_shards == 2
+    storage: Library = "fsspec" if "fsspec" in options else "auto"
+    the_plan = plan(config, out=out, storage=storage, workers=2, shard_size="33MiB", ray="--ray" in options)
+    assert report.projected_mem == max(task.projected_mem for task in the_plan.tasks)
+    assert report.peak_measured_mem <= report.projected_mem <= 1.75 * report.peak_measured_mem
+    assert report.over_nbytes == 0

@@ -32,6 +32,7 @@ REPORT = MergeReport(
     peak_rss=2**29,
     peak_measured_mem=2**28,
     projected_mem=2**28,
+    over_nbytes=0,
     faults=(("ray: shard: its worker died", 1),),
     warnings=("doubtful",),
     nonfinite=("norm.weight",),

@@ -12,6 +12,7 @@ from raymerge import merge, plan
 from raymerge.pipeline.plan.results import HostReport, MergeReport, ShardResult
 from raymerge.pipeline.plan.types import MergePlan
 from raymerge.pipeline.progress.report import format_report, make_report
+from raymerge.pipeline.sizes import format_memory
 from tests.checkpoints import write_llama
 from tests.pipeline.progress.samples import REPORT, SHARD
 
@@ -81,6 +82,16 @@ def test_what_shares_a_process(
     out = f"memory:/{tmp_path}/out" if is_inside else tmp_path / "out"
     largest = max(task.projected_mem for task in plan(config, shard_size=1, out=str(out)).tasks)
     assert merge(config, out, shard_size=1, workers=2).projected_mem == num_per_process * largest
+
+
+def test_a_worker_that_goes_over_its_plan_is_told(the_plan: MergePlan) -> None:
+    planned = max(task.projected_mem for task in the_plan.tasks)
+    kept, over = (report_of(the_plan, [replace(SHARD, peak_measured_mem=planned + more)]) for more in (0, 7 * 2**20))
+    assert (kept.over_nbytes, over.over_nbytes) == (0, 7 * 2**20)
+    assert "warning" not in format_report(kept)
+    (line,) = (line for line in format_report(over).splitlines() if "warning" in line)
+    assert f"took {format_memory(planned + 7 * 2**20)}, and {format_memory(planned)} were planned" in line
+    assert line.endswith("lower --memory or --workers")
 
 
 def test_a_report_for_people(the_plan: MergePlan) -> None:
