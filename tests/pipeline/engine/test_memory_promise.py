@@ -13,9 +13,9 @@ import pytest
 
 from raymerge import plan
 from raymerge.ops.registry import Base, Op, load_ops
-from raymerge.pipeline.plan.types import MergeReport
+from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.progress.codec import read_event
-from raymerge.pipeline.stores.open import Library
+from raymerge.pipeline.stores.settings import Library
 from tests.checkpoints import write_config
 from tests.commands import run_command
 from tests.memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models

@@ -143,7 +143,7 @@ def test_advice_is_printed_and_decides_nothing(tmp_path: Path) -> None:
     assert json.loads(plan_json(many))["advice"] == list(many.advice)
     assert (one.fingerprint, one.warnings) == (many.fingerprint, many.warnings)
     assert plan(config, shard_size="200MB", workers=8, memory="8GiB").advice == ()
-    assert plan(config, shard_size="2GB", workers=8, memory="30MiB").advice == (), "the memory allows no more workers"
+    assert plan(config, shard_size="2GB", workers=8, memory="42MiB").advice == (), "the memory allows no more workers"
 
 
 @pytest.mark.parametrize("name", load_ops())

@@ -95,7 +95,9 @@ def test_a_worker_that_goes_over_its_plan_is_told(the_plan: MergePlan) -> None:
 
 
 def test_a_report_for_people(the_plan: MergePlan) -> None:
-    report = replace(report_of(the_plan, make_results()), num_resumed=4, num_shards=7, projected_mem=2**28 + 1)
+    report = replace(
+        report_of(the_plan, make_results()), num_resumed=4, num_shards=7, projected_mem=2**28 + 1, over_nbytes=0
+    )
     assert format_report(report).splitlines() == [
         f"s3://bucket/merged: {len(the_plan.weight_map)} tensors in 7 shards, 4 of them made by an earlier run",
         "  time      20 s, read 6 GB, wrote 2 GB, together 400 MB/s",
