@@ -101,7 +101,7 @@ def index_tensors(checkpoint: Checkpoint, tensors: Iterable[StoredTensor]) -> di
     """
     tensors = list(tensors)
     for fault in find_index_faults(checkpoint.url, checkpoint.weight_map, tensors):
-        raise CheckpointError(f"{checkpoint.url}: {fault}; {DAMAGED}")
+        raise CheckpointError(f"{checkpoint.url}/{INDEX}: {fault}; {DAMAGED}")
     return {tensor.name: tensor for tensor in tensors}
 
 

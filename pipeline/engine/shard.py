@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 
 import torch
@@ -128,7 +129,7 @@ def _make_shard(
                 other.abort()
             raise
         tally, kernels = stage.tallies[position], merger.figures[position]
-        figures = {name: {**norm, **kernels[name]} for name, norm in tally.figures().items()}
+        figures = {name: _keep_finite({**norm, **kernels[name]}) for name, norm in tally.figures().items()}
         files.append(ShardFile(output.file, output.nbytes, digests[position], stored.etag, tally.nonfinite, figures))
     return tuple(files)
 
@@ -141,6 +142,11 @@ def _connect(stores: Stores, task: ShardTask, journals: Sequence[Journal]) -> No
 def _list_inputs(task: ShardTask) -> Iterable[StoredFile]:
     sources = (tensor for merge in task.merges for source in merge.sources for tensor in source.origins)
     return dict.fromkeys(tensor.file for tensor in sources)
+
+
+def _keep_finite(figures: Mapping[str, float]) -> dict[str, float]:
+    """Leave out NaN and infinity, which no JSON has: the tensor is listed as not finite."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _open_stage(
