@@ -73,8 +73,12 @@ def undisturbed(config: Path, shared: Path) -> dict[str, bytes]:
     return read_files(shared / "undisturbed")
 
 
+BATCH_OPTIONS = ("--image", "registry.test/raymerge:1", "--execution-role", "arn:aws:iam::210987654321:role/raymerge")
+
+
 def write_manifest(kind: str, config: Path, out: Path, *options: str) -> str:
-    done = run_command("manifest", kind, config, out, *OPTIONS, *options)
+    more = BATCH_OPTIONS if kind == "aws-batch" else ()
+    done = run_command("manifest", kind, config, out, *OPTIONS, *more, *options)
     assert done.code == 0, done.err
     return done.out
 
