@@ -54,11 +54,12 @@ class Plain(Decoder):
 
     def decode(self, raw: Raw, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
         """Convert the values; exact from every dtype that is no wider than `out`."""
-        dtype = _find_dtype(self.dtype)
+        dtype = find_dtype(self.dtype)
         return out.copy_(raw.pieces[0].view(dtype)[start - raw.start : stop - raw.start])
 
 
 @cache
-def _find_dtype(name: str) -> torch.dtype:
+def find_dtype(name: str) -> torch.dtype:
+    """Return the dtype that torch calls by this name."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -29,7 +29,7 @@ from raymerge.pipeline.output.stitch import list_outputs
 from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.plan.shards import Limits
 from raymerge.pipeline.plan.types import Gpus, MergePlan
-from raymerge.pipeline.plan.variants import select_outputs
+from raymerge.pipeline.plan.variants import select_files, select_outputs
 from raymerge.pipeline.planner import make_plan
 from raymerge.pipeline.progress.events import OnEvent
 from raymerge.pipeline.progress.narrator import Narrator
@@ -158,7 +158,7 @@ def merge_variants(
         ]
         unfinished = [k for k, (state, _) in enumerate(opened) if state is not OutputState.COMPLETE]
         complete = [k for k in range(len(outs)) if k not in unfinished]
-        nonfinite = {k: tuple(read_manifest(stores, targets[k]).nonfinite) for k in complete}
+        nonfinite = {k: read_manifest(stores, targets[k]).nonfinite for k in complete}
         for found in nonfinite.values():
             check_finite(found, strict=options.strict)
         done = Execution()
@@ -178,7 +178,7 @@ def merge_variants(
             make_report(
                 the_plan,
                 target,
-                done.results if k in unfinished else (),
+                select_files(done.results, unfinished.index(k)) if k in unfinished else (),
                 seconds=time.perf_counter() - start,
                 work_seconds=done.seconds,
                 num_per_process=done.num_per_process,

@@ -44,6 +44,8 @@ def test_each_output_is_what_its_own_merge_gives(
     watch = Keep()
     reports = merge_variants(configs, outs, memory=memory, workers=workers, seed=7, shard_size="500kB", on_event=watch)
     assert [report.out for report in reports] == [str(out) for out in outs]
+    for report, out in zip(reports, outs, strict=True):
+        assert report.written_nbytes == sum(shard.stat().st_size for shard in out.glob("*.safetensors"))
     planned = sum(task.read_nbytes + task.reread_nbytes for task in watch.plan.tasks)
     assert sum(result.read_nbytes for result in watch.list(ShardResult)) == planned
     stored = sum(source.nbytes for task in watch.plan.tasks for m in task.merges for source in m.sources)

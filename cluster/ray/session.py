@@ -202,7 +202,7 @@ def _connected(address: str, **options: Any) -> Iterator[RaySession]:
     try:
         try:
             ray.init(address, log_to_driver=False, configure_logging=False, **options)
-        except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # of any kind: a node that does not start in time is a bare Exception of Ray's
             raise ClusterConnectError(_explain(address, error)) from error
         finally:
             if on_term is not None and threading.current_thread() is threading.main_thread():

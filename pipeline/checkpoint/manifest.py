@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from raymerge.pipeline.decoding import decode
 from raymerge.pipeline.redact import redact
 
 MANIFEST = "raymerge_manifest.json"
@@ -38,7 +39,7 @@ class Manifest:
     config: str
     """The YAML as given."""
     models: Sequence[Mapping[str, str | None]]
-    """For each model what the config calls it, and the revision that was read."""
+    """For each model the name that the config has for it, and the revision that was read."""
     inputs: Sequence[Mapping[str, str | int]]
     """The files that tensors were read from."""
     warnings: Sequence[str]
@@ -56,34 +57,26 @@ class Manifest:
         return redact(json.dumps(asdict(self), indent=1, ensure_ascii=False)) + "\n"
 
 
-def parse_manifest(content: bytes) -> Manifest:
-    """Return the manifest that a file holds.
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The part of a manifest that a later run goes by."""
+
+    fingerprint: str
+    nonfinite: tuple[str, ...]
+    files: Mapping[str, OutputFile]
+
+
+def parse_manifest(content: bytes) -> Contents:
+    """Return what the manifest in a file says of the output.
 
     Raises:
         ValueError: it is damaged.
     """
     try:
-        found = json.loads(content)
-        files = {str(name): OutputFile(**file) for name, file in found["files"].items()}
-        origin = parse_origin(found)
-        return Manifest(
-            raymerge=origin.version,
-            torch=str(found.get("torch", "")),
-            python=str(found.get("python", "")),
-            fingerprint=found["fingerprint"],
-            seed=found.get("seed", 0),
-            method=origin.method,
-            config=str(found.get("config", "")),
-            models=found.get("models", ()),
-            inputs=found.get("inputs", ()),
-            warnings=found.get("warnings", ()),
-            dropped=found.get("dropped", ()),
-            nonfinite=tuple(found["nonfinite"]),
-            figures=found.get("figures", {}),
-            files=files,
-        )
-    except (TypeError, KeyError, AttributeError) as error:
+        contents: Contents = decode(json.loads(content), Contents)
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
+    return contents
 
 
 @dataclass(frozen=True, slots=True)

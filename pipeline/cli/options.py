@@ -78,7 +78,7 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
             values[parameter] = _kind(hint)(**taken, **(preset.values if preset else {}))
         command(**values)
 
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions have it, typeshed does not know
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from raymerge.ops.decoder import Raw
+from raymerge.ops.decoder import Raw, find_dtype
 from raymerge.ops.errors import SourceMismatchError
 from raymerge.ops.kernel import Block, KernelRun
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
@@ -73,7 +73,7 @@ class ShardMerger:
             if is_last:
                 tensor.end_pass(index)
             return
-        merge, dtype = tensor.merge, _torch_dtype(tensor.merge.written_dtype)
+        merge, dtype = tensor.merge, find_dtype(DTYPES[tensor.merge.written_dtype].torch_name)
         runs = tensor.combining_runs()
         for block in self._cut(tensor, filled, raws):
             for output, run in enumerate(runs):
@@ -90,7 +90,7 @@ class ShardMerger:
         """Yield the blocks of a window, or all of it at once where the stage wants that."""
         start, stop = filled.window.start, filled.window.stop
         step = stop - start if self._stage.takes_windows else tensor.grid
-        scratch = self._scratch.view(getattr(torch, tensor.compute_dtype))
+        scratch = self._scratch.view(find_dtype(tensor.compute_dtype))
         for first in range(start, stop, step):
             yield _WindowBlock(tensor, raws, first, min(first + step, stop), scratch)
 
@@ -187,8 +187,3 @@ def _explain_difference(merge: TensorMerge, source: int) -> TensorMismatchError:
         f"{merge.name} ({merge.out_dtype}, not floating-point) differs between {first.model} and {other.model};"
         " such tensors cannot be merged, only copied from equal inputs"
     )
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, DTYPES[name].torch_name)
-    return dtype

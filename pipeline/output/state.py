@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 
 from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, is_weights
-from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Manifest, parse_manifest
+from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Contents, parse_manifest
 from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.output.journal import DIRECTORY, LOCK, Journal, read_begun
@@ -142,7 +142,7 @@ def open_output(
         Journal(stores, out, fingerprint).end()
 
 
-def read_manifest(stores: Stores, out: str) -> Manifest:
+def read_manifest(stores: Stores, out: str) -> Contents:
     """Return a finished output's manifest.
 
     Raises:
@@ -160,11 +160,11 @@ def read_manifest(stores: Stores, out: str) -> Manifest:
         raise
 
 
-def _load_manifest(stores: Stores, out: str) -> Manifest:
+def _load_manifest(stores: Stores, out: str) -> Contents:
     return parse_manifest(stores.at(out).read(f"{out}/{MANIFEST}", MAX_MANIFEST_NBYTES))
 
 
-def find_unlisted(stores: Stores, out: str, manifest: Manifest) -> list[str]:
+def find_unlisted(stores: Stores, out: str, manifest: Contents) -> list[str]:
     """Return the visible files that a manifest does not know of."""
     return [name for name in _list_visible(stores.at(out), out) if name not in manifest.files and name != MANIFEST]
 
@@ -207,7 +207,7 @@ def _inspect(stores: Stores, out: str, fingerprint: str) -> OutputState | str:
     return OutputState.COMPLETE
 
 
-def _compare_sizes(manifest: Manifest, found: Mapping[str, StoredFile]) -> Iterator[str]:
+def _compare_sizes(manifest: Contents, found: Mapping[str, StoredFile]) -> Iterator[str]:
     for name, expected in manifest.files.items():
         if name not in found:
             yield f"{name} is missing"
@@ -266,7 +266,7 @@ def _list_visible(storage: Storage, out: str) -> dict[str, StoredFile]:
     return {name: file for name, file in files.items() if not any(part.startswith(".") for part in name.split("/"))}
 
 
-def _find_manifest(stores: Stores, out: str) -> Manifest | None:
+def _find_manifest(stores: Stores, out: str) -> Contents | None:
     """Return a finished output's manifest; None where there is none, or a damaged one."""
     try:
         return _load_manifest(stores, out)

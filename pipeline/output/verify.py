@@ -16,7 +16,7 @@ from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
 from raymerge.pipeline.checkpoint.checkpoint import INDEX
 from raymerge.pipeline.checkpoint.header import TensorEntry
-from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Manifest, OutputFile
+from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Contents, OutputFile
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.output.journal import read_begun
@@ -123,7 +123,7 @@ def _hash_file(stores: Stores, file: StoredFile, report: Report) -> str:
     return digest.hexdigest()
 
 
-def _read_manifest(stores: Stores, out: str) -> Manifest:
+def _read_manifest(stores: Stores, out: str) -> Contents:
     try:
         manifest = read_manifest(stores, out)
     except FileNotFoundError:

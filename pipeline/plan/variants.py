@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.plan.recipe import Recipe
+from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.plan.types import MergePlan, TensorMerge
 
 
@@ -36,6 +37,12 @@ def select_outputs(plan: MergePlan, positions: Sequence[int]) -> MergePlan:
         for task in plan.tasks
     ]
     return replace(plan, tasks=tuple(tasks), outputs=tuple(plan.outputs[k] for k in positions))
+
+
+def select_files(results: Sequence[ShardResult], position: int) -> list[ShardResult]:
+    """Return what came of tasks with the file of one output alone; they were read for all."""
+    files = [result.files[position] for result in results]
+    return [replace(result, nbytes=file.nbytes, files=(file,)) for result, file in zip(results, files, strict=True)]
 
 
 def _join(merges: Sequence[TensorMerge]) -> TensorMerge:

@@ -101,7 +101,9 @@ def test_a_damaged_record_means_that_the_shard_is_made_again(
     assert journal.read_records(OUTPUTS) == {kept.file: kept}
 
 
-@pytest.mark.parametrize("change", [{"nbytes": 99}, {"file": OUTPUTS[1].file}, {"nonfinite": 5}, {"sha256": None}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"nbytes": 99}, {"file": OUTPUTS[1].file}, {"nonfinite": 5}, {"sha256": None}], ids=str
+)
 def test_a_record_that_does_not_fit(journal: Journal, storage: Storage, change: dict[str, Any]) -> None:
     finish(journal, OUTPUTS[0])
     record = json.loads(storage.read(record_path(journal), 10_000))
