@@ -86,13 +86,7 @@ def hub(family: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for name in hub.repos:
             hub.upload(name, {"notes.txt": b"mine"} if name == "me/notes" else dict(read_files(family[0])))
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        for name, value in {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
-            "HF_HUB_DISABLE_XET": "1",
-            "XDG_STATE_HOME": str(tmp_path / "state"),
-        }.items():
+        for name, value in hub.environment(tmp_path, token=None).items():
             monkeypatch.setenv(name, value)
         yield hub
 

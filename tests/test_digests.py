@@ -17,7 +17,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -125,20 +124,13 @@ def run(case: Case, out: str | Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", HUB_MERGES)
 def test_hub(name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, out = HUB_MERGES[name]
-    environment: dict[str, Any] = {
-        "HF_TOKEN": "hf_writer",
-        "HF_HOME": tmp_path / "hf",
-        "HF_HUB_CACHE": tmp_path / "hf" / "hub",
-        "HF_HUB_DISABLE_XET": "1",
-        "XDG_STATE_HOME": tmp_path / "state",
-    }
     with HubServer(tmp_path / "hub") as hub:
         hub.add_token("hf_writer", user="me", can_write=["me"])
         for model in REMOTE:
             hub.create_repo(f"org/{model}")
             hub.upload(f"org/{model}", dict(read_files(models / model)))
-        for variable, value in (environment | {"HF_ENDPOINT": hub.url}).items():
-            monkeypatch.setenv(variable, str(value))
+        for variable, value in hub.environment(tmp_path).items():
+            monkeypatch.setenv(variable, value)
         is_remote = out.startswith("hf://")
         run(case, out if is_remote else tmp_path / out, tmp_path)
         files = hub.read_files(out.removeprefix("hf://"), "main") if is_remote else read_files(tmp_path / out)

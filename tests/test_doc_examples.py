@@ -34,14 +34,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub in an environment that leads to it, and a working directory without a file."""
     with HubServer(tmp_path / "hub") as hub:
         hub.add_token("hf_writer", user="me", can_write=["me", "my-org"], can_read=["my-org"])
-        for name, value in {
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": "hf_writer",
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
-            "HF_HUB_DISABLE_XET": "1",
-            "XDG_STATE_HOME": str(tmp_path / "state"),
-        }.items():
+        for name, value in hub.environment(tmp_path).items():
             monkeypatch.setenv(name, value)
         (tmp_path / "work").mkdir()
         monkeypatch.chdir(tmp_path / "work")

@@ -48,14 +48,7 @@ def hub(family: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         for name, directory in zip(NAMES, family, strict=True):
             hub.create_repo(name, private=name.startswith("private"))
             hub.upload(name, dict(read_files(directory)))
-        for name, value in {
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": "hf_writer",
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
-            "HF_HUB_DISABLE_XET": "1",
-            "XDG_STATE_HOME": str(tmp_path / "state"),
-        }.items():
+        for name, value in hub.environment(tmp_path).items():
             monkeypatch.setenv(name, value)
         yield hub
 

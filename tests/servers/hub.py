@@ -96,6 +96,17 @@ class HubServer:
         self._retry_after = 0.0
         self._window_end: float | None = None
 
+    def environment(self, directory: Path, token: str | None = "hf_writer") -> dict[str, str]:
+        """Return the variables that lead huggingface_hub here, and that keep what it stores in a directory."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(directory / "hf"),
+            "HF_HUB_CACHE": str(directory / "hf" / "hub"),
+            "HF_HUB_DISABLE_XET": "1",
+            "XDG_STATE_HOME": str(directory / "state"),
+            **({"HF_TOKEN": token} if token else {}),
+        }
+
     def __enter__(self) -> HubServer:
         self.storage.start()
         self._listener.start()

@@ -80,14 +80,7 @@ def places(
             hub.upload(f"org/{model.name}", {file.name: file for file in model.iterdir()})
             for file in model.iterdir():
                 store.put(f"{model.name}/{file.name}", file)
-        for name, value in {
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": "hf_writer",
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
-            "HF_HUB_DISABLE_XET": "1",
-            "XDG_STATE_HOME": str(tmp_path / "state"),
-        }.items():
+        for name, value in hub.environment(tmp_path).items():
             monkeypatch.setenv(name, value)
         yield {"bucket": bucket, "directory": str(tmp_path / "models")}
 
