@@ -1,4 +1,4 @@
-"""What can go wrong in running work, as opposed to in the work itself."""
+"""Errors in running work, as opposed to errors of the work itself."""
 
 from raymerge import RaymergeError
 
@@ -31,7 +31,7 @@ class ManifestError(RaymergeError):
     """A manifest cannot be made so that the scheduler would take it."""
 
     def __init__(self, problem: str, field: str = "") -> None:
-        """Say what is wrong; `field` is that of the job or target which has the wrong value, if it is one."""
+        """Make the error; `field` names the field of the job or target with the wrong value, if there is one."""
         super().__init__(problem)
         self.field = field
 

@@ -1,4 +1,4 @@
-"""What came of an item, as a worker tells it."""
+"""The outcome of an item, as a worker reports it."""
 
 from __future__ import annotations
 

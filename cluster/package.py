@@ -68,6 +68,6 @@ def pack_files(files: Mapping[str, bytes]) -> Package:
 
 
 def list_requirements() -> list[str]:
-    """Return what raymerge needs besides Ray, which a cluster has, as pip understands it."""
+    """Return the requirements of raymerge besides Ray, which a cluster has, as pip understands them."""
     needs = [need for need in metadata.requires("raymerge") or () if "extra ==" not in need.partition(";")[2]]
     return [need for need in needs if not re.match(r"ray\b", need)]

@@ -155,7 +155,7 @@ def make_local_runner(
     preload: Sequence[str] = (),
     environments: Sequence[Mapping[str, str]] = (),
 ) -> Runner:
-    """Return what runs work on this machine: processes where they can be had and are of use, else threads.
+    """Return the runner for this machine: with processes where they can be had and are of use, else threads.
 
     Args:
         num_workers: items in work at once.

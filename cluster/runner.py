@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one item needs while it runs."""
+    """Resources of one item while it runs."""
 
     mem_nbytes: int
     """Memory for tensors and scratch, in bytes."""
@@ -23,7 +23,7 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What an item has done since its last report."""
+    """Progress of an item since its last report."""
 
     read_nbytes: int = 0
     """Bytes read from the inputs."""

@@ -1,4 +1,4 @@
-"""What can be wrong with an op or its parameters."""
+"""Errors of an op or its parameters."""
 
 from raymerge import RaymergeError
 

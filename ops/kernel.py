@@ -67,7 +67,7 @@ class KernelRun(ABC):
         """Write the merged values of one block to `out` (flat, compute dtype)."""
 
     def figures(self) -> Mapping[str, float]:
-        """Return what was measured anyway, for reports, after the last block; per model as `name[0]`, `name[1]`, ..."""
+        """Return figures measured on the way, after the last block; per model as `name[0]`, `name[1]`, ..."""
         return {}
 
     def share(self, kernel: Kernel) -> KernelRun:
@@ -106,7 +106,7 @@ class Kernel(ABC):
     """
 
     compute_dtype: str = "float32"
-    """What sources are converted to, and blocks and scratch are made of: torch's name of a dtype."""
+    """The dtype of converted sources, blocks and scratch, by torch's name."""
 
     def grid(self, site: Site) -> int:
         """Return how many elements a block has; `site.num_elements` where a kernel needs the whole tensor at once.
@@ -128,7 +128,7 @@ class Kernel(ABC):
         return 0
 
     def measuring(self, site: Site) -> Hashable:
-        """Return what decides the measuring passes.
+        """Return the part of the kernel that decides the measuring passes.
 
         Kernels for which this is equal take the same figures from the same sources, on the same grid.
         """

@@ -26,7 +26,7 @@ Value = bool | int | float | str
 
 
 class Base(Enum):
-    """What an op makes of `base_model`."""
+    """The use that an op makes of `base_model`."""
 
     REQUIRED = "required"
     """Source 0 is the base; per-model parameters belong to the other sources."""

@@ -1,1 +1,1 @@
-"""What to do: config, index, plan, task, stitch; the command line; the calls behind the public API."""
+"""From a YAML to a model directory: config, checkpoints, plan, engine, output, stores, and the command line."""

@@ -1,11 +1,11 @@
-"""What can be wrong with a merge: config, checkpoints, limits, reading, writing."""
+"""Errors of a merge: config, checkpoints, limits, reading, writing."""
 
 from raymerge import RaymergeError
 from raymerge.pipeline.redact import redact
 
 
 class MergeError(RaymergeError):
-    """What all of these are; credentials never get into their messages."""
+    """Base of these errors; credentials never get into their messages."""
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(message))

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """What came of a plan."""
+    """The result of a plan."""
 
     results: tuple[ShardResult, ...] = ()
-    """Of the tasks that this run did."""
+    """Results of the tasks that this run did."""
     seconds: float = 0.0
     """In which shards were made."""
     num_per_process: int = 1

@@ -22,13 +22,13 @@ CLUSTER = "Cluster"
 
 @dataclass(frozen=True)
 class Help:
-    """What the command line says of an option; the API's names are the same, with underscores."""
+    """The command line's help for an option; the API's names are the same, with underscores."""
 
     text: str
     panel: str
     metavar: str | None = None
     default: str | None = None
-    """What applies where the value is None."""
+    """Effective value where the value is None."""
     opposite: str | None = None
     """Name of the flag that turns off what is on by default."""
     former: str | None = None

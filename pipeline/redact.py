@@ -12,7 +12,7 @@ _NAMES = (
     r"|SharedAccessKey|SignatureProvided|secret_?access_?key|access_?key(?:_?id)?|account_?key|api[_-]?key|client_?secret"
     r"|(?:hf|hub|auth|id|refresh|access|session|security|sas|api|xet)[_-]?token"
 )
-"""What calls itself a secret in queries, headers, JSON, XML and key=value text, also with a prefix such as `AWS_`."""
+"""Names of secrets in queries, headers, JSON, XML and key=value text, also with a prefix such as `AWS_`."""
 
 _SECRETS = (
     # scheme://user:password@host, where the password may have a slash that should have been encoded; no port

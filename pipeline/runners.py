@@ -60,7 +60,7 @@ def make_runner(
     gpus: Gpus | None = None,
     on_retry: Callable[[str], None] = lambda reason: None,
 ) -> Runner:
-    """Return what runs tasks that read from and write to these URLs.
+    """Return the runner for tasks that read from and write to these URLs.
 
     Args:
         stores: of this merge.
@@ -147,14 +147,14 @@ def prepare_workers(stores: Stores, models: Sequence[str], outs: Sequence[str], 
 
 
 def run_shard(stores: Stores, task: ShardTask, report: Report, *, journals: Sequence[Journal]) -> ShardResult:
-    """Do what `execute.run_shard` does; a driver that has it done elsewhere need not import torch."""
+    """Run a task; a driver that has it run elsewhere need not import torch."""
     from raymerge.pipeline.engine import shard as execute
 
     return execute.run_shard(stores, task, report, journals=journals)
 
 
 def _count_cpus(num_workers: int, session: RaySession) -> int:
-    """Return what a task takes up: Ray knows no limit for each node but its processors."""
+    """Return the processors of a task: Ray knows no other limit for each node."""
     return -(-max(node.num_cpus for node in session.nodes) // num_workers)
 
 

@@ -40,7 +40,7 @@ def is_url(url: str) -> bool:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Return what comes after `scheme://`, before and after the first slash: bucket and key, for example.
+    """Return the rest of a URL after `scheme://`, cut at the first slash: bucket and key, for example.
 
     >>> split_url("s3://bucket/models/a"), split_url("s3://bucket")
     (('bucket', 'models/a'), ('bucket', ''))

@@ -79,7 +79,7 @@ _HOMES = {
         "Warned",
     ),
 }
-"""Where the public names come from. Each is imported when it is first asked for, so that `import raymerge` is quick."""
+"""Modules of the public names. Each is imported when it is first asked for, so that `import raymerge` is quick."""
 
 _MODULES = {name: f"raymerge.{module}" for module, names in _HOMES.items() for name in names}
 

@@ -40,7 +40,7 @@ class AwsBatch:
     execution_role: str
     """ARN of the role that starts the containers and may read the secrets."""
     token_secret: str
-    """Where Ray's token is kept: ARN in the Secrets Manager, or name of a parameter in the Parameter Store."""
+    """Place of Ray's token: an ARN of the Secrets Manager, or the name of a parameter of the Parameter Store."""
     env_secret: tuple[tuple[str, str], ...]
     """Environment variables, and where their values are kept, in the same form."""
     num_attempts: int

@@ -60,7 +60,7 @@ _LOST: Mapping[type[RayError], str] = {
     TaskCancelledError: "its task was cancelled",
     RuntimeEnvSetupError: "its node could not make its environment",
 }
-"""What happens to workers, and how it is told."""
+"""Losses of workers, and how they are reported."""
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ class Attempt:
     heard_at: float = field(default_factory=time.monotonic)
     """When there was something from it last."""
     told: Progress = field(default_factory=Progress)
-    """What it has reported, which is taken back if it is done again."""
+    """Progress that it has reported, which is taken back if it is done again."""
 
 
 class RayRunner(Runner):
@@ -321,7 +321,7 @@ def _explain(error: RayError) -> str:
 
 
 def _explain_missing(error: BaseException) -> BaseException:
-    """Return what to raise for an error of the work: it may be that a machine lacks what it imports."""
+    """Return the error to raise for an error of the work: a machine may lack what it imports."""
     if isinstance(error, ModuleNotFoundError):
         return TaskFailedError(f"{error.name} is not installed on a machine of the cluster; {_NEEDED}")
     return error

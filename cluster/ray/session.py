@@ -59,7 +59,7 @@ class Node:
     """Its address."""
     num_cpus: int
     mem_nbytes: int
-    """What Ray may give to work, in bytes."""
+    """Memory that Ray may give to work, in bytes."""
     num_gpus: int = 0
 
 
@@ -147,7 +147,7 @@ class HeadWatch:
         self._answered_at = self._looked_at = time.monotonic()
 
     def check_sometimes(self) -> None:
-        """Do what `check` does if that was some seconds ago."""
+        """Call `check` if the last look was some seconds ago."""
         if time.monotonic() - self._looked_at > _HEAD_LOOK_SECONDS:
             self.check()
 

@@ -1,4 +1,4 @@
-"""What a Ray worker does with one item, and what it tells the driver on the way."""
+"""Running one item on a Ray worker, and its reports to the driver."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Begun:
     """An item is in work; what its worker says first."""
 
     node_id: str
-    """Of the node that the worker is on, as Ray calls it."""
+    """The worker's node, by Ray's name for it."""
     host: str
     """Its address."""
 
 
 Message = Begun | Progress | Done | Failed
-"""What comes of an item: it begins, some progress, and how it ended."""
+"""Reports of an item: it begins, some progress, and how it ended."""
 
 
 def serve(packed: bytes, item: object, stop_key: bytes) -> Iterator[Message]:

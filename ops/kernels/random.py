@@ -90,7 +90,7 @@ class RandomBits:
 
 
 def _cut_page(page: int, start: int, stop: int) -> tuple[slice, slice]:
-    """Return what a page and the block [start, stop) have in common, in elements of the page and of the block."""
+    """Return the overlap of a page and the block [start, stop), in elements of the page and of the block."""
     offset = page * PAGE_ELEMENTS
     first, last = max(start, offset), min(stop, offset + PAGE_ELEMENTS)
     return slice(first - offset, last - offset), slice(first - start, last - start)

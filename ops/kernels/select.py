@@ -14,7 +14,7 @@ _NUM_HIGH = 2**15
 """Without the sign, 15 high bits are left."""
 
 SELECTION_NBYTES = _NUM_LOW * 8 + 3 * _NUM_LOW * 4
-"""What a selection holds: a table of counts, and low bits waiting to be counted."""
+"""Memory of a selection: a table of counts, and low bits waiting to be counted."""
 SELECTION_TEMPORARY_NBYTES = 6 * _NUM_LOW * 8
 """Besides, while a block is counted: a second table, indices, and copies."""
 

@@ -39,10 +39,10 @@ class SparseDeltas(Kernel):
     rescale: bool
     """Give each thinned delta the sum of absolute values that it had before."""
     scale: float
-    """What the YAML calls lambda."""
+    """The YAML's `lambda`."""
 
     def num_passes(self, site: Site) -> int:
-        """What the sparsifier needs, and one more to rescale."""
+        """Return the sparsifier's passes, and one more to rescale."""
         if not any(self._thinned()):
             return 0
         return (2 if self.sparsifier == "magnitude" else 0) + self.rescale
@@ -149,7 +149,7 @@ class _SparseDeltasRun(KernelRun):
                 model.sparsifier.end_pass(index)
 
     def figures(self) -> Mapping[str, float]:
-        """Return what was measured of each delta, the first model's as `name[0]`.
+        """Return the figures of each delta, the first model's as `name[0]`.
 
         `kept` is the share of its elements that are kept and not zero, `threshold` the smallest of them, and `kept_sum`
         their share of the sum of absolute values.

@@ -20,7 +20,7 @@ class Sparsifier(ABC):
     """How often the delta is measured before it can be trimmed."""
 
     def figures(self) -> Mapping[str, float]:
-        """Return what the passes have found, by name, for reports."""
+        """Return the figures of the measuring passes, by name, for reports."""
         return {}
 
     def measure(self, index: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:

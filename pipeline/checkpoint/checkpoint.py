@@ -39,7 +39,7 @@ HUB_NAME = re.compile(r"(?!(?:models|datasets|spaces)/)[\w-][\w.-]*/[\w-][\w.-]*
 """A model in a config that is no directory here is a repository if it looks like this."""
 
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
-"""What the Hub's cache calls a repository."""
+"""Directories of repositories in the Hub's cache."""
 
 _DOWNLOAD = "download the checkpoint again"
 
@@ -247,7 +247,7 @@ def _check_not_quantised(url: str, config: Mapping[str, Any], names: list[str]) 
 
 
 def _no_weights(url: str, names: list[str]) -> CheckpointError:
-    """Say what is there instead of `model.safetensors`, and what to do about it."""
+    """Return the error for weights in another form than `model.safetensors`, with the next step."""
     there = [name for name in names if is_weights(name)]
     if any(name.startswith("adapter_model.") for name in there):
         return CheckpointError(

@@ -47,4 +47,4 @@ DTYPES = {dtype.name: dtype for dtype in _ALL}
 """By the name in a safetensors header."""
 
 OUTPUT_DTYPES = {dtype.torch_name: dtype.name for dtype in _ALL if dtype.is_mergeable}
-"""What `dtype` and `out_dtype` may say, and the name in the header that it gives."""
+"""Allowed values of `dtype` and `out_dtype`, with the name of each in a header."""

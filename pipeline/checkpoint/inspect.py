@@ -1,4 +1,4 @@
-"""What a checkpoint consists of, from its listing and its headers alone."""
+"""Contents of a checkpoint, from its listing and its headers alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from raymerge.pipeline.stores.settings import Library, StoreSettings
 from raymerge.pipeline.urls import check_url, is_url, scheme_of
 
 Role = Literal["weights", "other weights", "config", "side file", "other"]
-"""What a file is to a merge: read, left out, read and written anew, copied, left out."""
+"""A file's part in a merge: read, left out, read and written anew, copied, left out."""
 
 _MAX_JSON_NBYTES = 512 * 2**20
 _HUB_FILE = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^/]+)?/[^/]+\.safetensors")
@@ -58,7 +58,7 @@ class FoundFile:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found. Credentials are taken out of every URL."""
+    """Contents of a checkpoint. Credentials are taken out of every URL."""
 
     url: str
     """The directory, or the one file, at a revision that does not move where there are any."""
@@ -69,7 +69,7 @@ class Inspection:
     model_type: str
     """Empty where config.json does not say."""
     config_num_layers: int | None
-    """What config.json counts."""
+    """Layers that config.json counts."""
     obstacle: str
     """Why raymerge cannot merge it; empty where nothing is known that speaks against it."""
     files: tuple[FoundFile, ...]
@@ -97,7 +97,7 @@ class Inspection:
 
     @property
     def nbytes(self) -> int:
-        """Of all files together."""
+        """Size of all files together."""
         return sum(file.nbytes for file in self.files)
 
     def __repr__(self) -> str:
@@ -106,7 +106,7 @@ class Inspection:
 
 
 def inspect(url: str | Path, *, storage: Library = "auto") -> Inspection:
-    """Say what a checkpoint consists of, reading headers and small files only.
+    """Return the contents of a checkpoint, reading headers and small files only.
 
     What cannot be merged is looked at as far as possible, and `obstacle` says why it cannot.
 

@@ -67,7 +67,7 @@ class Contents:
 
 
 def parse_manifest(content: bytes) -> Contents:
-    """Return what the manifest in a file says of the output.
+    """Return the contents that a manifest lists.
 
     Raises:
         ValueError: it is damaged.

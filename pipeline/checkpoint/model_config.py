@@ -63,7 +63,7 @@ def count_layers(config: Json) -> int | None:
 
 
 def ties_embeddings(config: Json) -> bool | None:
-    """Return what config.json says of `tie_word_embeddings`; None where it is silent."""
+    """Return `tie_word_embeddings` of a config.json; None where it is silent."""
     for part in (config, text_part(config)):
         if isinstance(part.get("tie_word_embeddings"), bool):
             return bool(part["tie_word_embeddings"])
@@ -207,7 +207,7 @@ def _meaning(config: Json, field: str) -> object:
 
 
 def _default(config: Json, field: str) -> object:
-    """What transformers takes where a field is not given; newer versions write these out."""
+    """The default of transformers for a field that is not given; newer versions write these out."""
     part = text_part(config)
     num_heads = part.get("num_attention_heads")
     if field == "rope_theta":

@@ -16,10 +16,10 @@ class LayerName:
     """A tensor's name, split at its first number."""
 
     stack: str
-    """What stands before the number, such as `model.layers.`."""
+    """The name before the number, such as `model.layers.`."""
     layer: int
     rest: str
-    """What follows, such as `self_attn.q_proj.weight`."""
+    """The name after the number, such as `self_attn.q_proj.weight`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Layers:
     main: str
     """The stack that config.json counts, or the largest; empty where there is none."""
     num_layers: int
-    """Of the main stack, as config.json counts: heads for multi-token prediction may follow it in the same stack."""
+    """Layers of the main stack that config.json counts: multi-token prediction heads may follow in the same stack."""
 
     def position(self, name: str) -> float:
         """Return where on a gradient a tensor lies: layer / (layers - 1), and 0 for tensors outside a stack.

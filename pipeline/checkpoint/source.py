@@ -27,13 +27,13 @@ class Source(ABC):
     name: str
     """The tensor's name in the checkpoint, for messages."""
     dtype: str
-    """Of the decoded values, as in a safetensors header: what the output's dtype follows from."""
+    """Dtype of the decoded values, as in a safetensors header: the output's dtype follows from it."""
     shape: tuple[int, ...]
 
     @property
     @abstractmethod
     def decoder(self) -> Decoder:
-        """What turns the bytes into values."""
+        """Decoder that turns the bytes into values."""
 
     @property
     @abstractmethod
@@ -43,7 +43,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def identity(self) -> Identity:
-        """What decides its values, for the fingerprint of a plan."""
+        """Everything that decides its values, for the fingerprint of a plan."""
 
     @abstractmethod
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:

@@ -29,7 +29,7 @@ class LayerKind:
     layers: tuple[tuple[int, int], ...]
     """Their numbers, as half-open runs [start, stop)."""
     each: Totals
-    """Of one layer."""
+    """Totals of one layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Stack:
     """Tensors that are numbered by layer."""
 
     prefix: str
-    """What stands before the number, such as `model.layers.`."""
+    """The name before the number, such as `model.layers.`."""
     num_layers: int
     """Layers that are there, whatever config.json counts."""
     kinds: tuple[LayerKind, ...]

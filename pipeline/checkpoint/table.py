@@ -106,7 +106,7 @@ def index_tensors(checkpoint: Checkpoint, tensors: Iterable[StoredTensor]) -> di
 
 
 def find_index_faults(url: str, weight_map: Mapping[str, str] | None, tensors: Iterable[StoredTensor]) -> Iterator[str]:
-    """Yield what is wrong between the headers of a model and its index.
+    """Yield the contradictions between the headers of a model and its index.
 
     Args:
         url: of the model's directory.

@@ -37,7 +37,7 @@ def find_embedding(names: Iterable[str]) -> str | None:
 
 
 def name_head(embedding: str) -> str:
-    """Return what the head is called in a checkpoint whose head was its embedding.
+    """Return the name of the head for a checkpoint whose head was its embedding.
 
     >>> name_head("model.embed_tokens.weight"), name_head("gpt_neox.embed_in.weight")
     ('lm_head.weight', 'embed_out.weight')

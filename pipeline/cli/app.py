@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Each command imports what it needs when it runs: --help and --version have to be quick.
 
 _INTERRUPTED = 130
-"""What typer makes of a KeyboardInterrupt."""
+"""typer's exit code for a KeyboardInterrupt."""
 
 commands = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _show_usage(error: typer.TyperException) -> None:
-    """Say what is wrong with a command line, and how to get help."""
+    """Explain a mistake in the command line, and how to get help."""
     message = error.format_message()
     if not message:  # the help itself has been printed
         return
@@ -152,7 +152,7 @@ def merge(
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What `verify` takes."""
+    """The options of `verify`."""
 
     workers: Annotated[int, Help("Files read at once.", SPEED, "N", former="threads")] = 2
     storage: StorageOption = "auto"

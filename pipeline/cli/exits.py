@@ -1,4 +1,4 @@
-"""What a command says when it ends with an error, and its exit code."""
+"""Messages and exit codes of errors that end a command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raymerge.pipeline.redact import redact
 
 
 def explain(error: BaseException) -> MergeFailed:
-    """Return what is to be said about an error that ends a command, and the exit code for it."""
+    """Return the message and exit code for an error that ends a command."""
     if isinstance(error, RaymergeError):
         return MergeFailed(type(error).__name__, redact(str(error)), 2)
     if isinstance(error, KeyboardInterrupt):

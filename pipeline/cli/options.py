@@ -29,10 +29,10 @@ class Preset:
 
 
 PlanOptions = Annotated[MergeOptions, Preset("private", "wait", "overwrite", "ray", "address", "shared_filesystem")]
-"""What planning takes."""
+"""The options of planning."""
 
 RemoteOptions = Annotated[MergeOptions, Preset("ray", address="auto")]
-"""What a merge takes that runs on the cluster which it is sent to."""
+"""The options of a merge that runs on the cluster which it is sent to."""
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A mergekit YAML file.", show_default=False)]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Directory or URL of the output.", show_default=False)]

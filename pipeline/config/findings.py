@@ -1,4 +1,4 @@
-"""What is wrong with a config: gathered while it is read, and told at once, each with its line."""
+"""Mistakes in a config: gathered while it is read, and reported at once, each with its line."""
 
 from __future__ import annotations
 

@@ -96,11 +96,11 @@ class MergeConfig:
     text: str
     """The YAML as given."""
     warnings: tuple[str, ...]
-    """What is probably a mistake; each begins with its YAML path."""
+    """Probable mistakes; each begins with its YAML path."""
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
-        """What `models` comes to: the entries as listed, and last a base model that is not among them."""
+        """The effective entries: those of `models`, and last a base model that is not among them."""
         listed = any(entry.model == self.base_model for entry in self.models)
         if not self.models or self.base_model is None or listed:
             return self.models
@@ -144,10 +144,10 @@ class _Reader:
         self._base: ModelRef | None = None
         self._parameters: Settings = {}
         self._uses: list[Use] = []
-        """What needs per-model parameters."""
+        """Places that use per-model parameters."""
 
     def read(self, document: Document) -> MergeConfig | None:
-        """Return what the config says; None where something is wrong with it."""
+        """Return the merge that the config describes; None where something is wrong with it."""
         root = self._root
         if keys := [key for key in root.names() if key in _MOE_KEYS]:
             error = root.get(keys[0]).error("belongs to mergekit-moe; raymerge cannot build mixtures of experts")

@@ -1,4 +1,4 @@
-"""What a merge method asks of a config: parameters that it knows, a base, as many models as it takes."""
+"""Requirements of a merge method on a config: known parameters, a base, the number of models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MERGEKIT_METHODS = {
     "della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram",
     "ramplus_tl", "sce", "slerp", "task_arithmetic", "ties",
 }  # fmt: skip
-"""What mergekit 0.1.5 knows."""
+"""Methods of mergekit 0.1.5."""
 
 
 def parse_method(place: Place) -> Op:
@@ -80,7 +80,7 @@ class Use:
     places: tuple[Place, ...]
     """Where its `parameters` may be, the nearest first."""
     levels: tuple[Settings, ...]
-    """What is given there."""
+    """Parameters given there."""
     model: ModelRef | None = None
 
 

@@ -34,7 +34,7 @@ class Place:
     node: yaml.Node | None = None
     """The value as YAML has it; None where nothing is written, or the config was no text."""
     line: int | None = None
-    """Of the key, from 1, or of what the missing key belongs to; None at the top level."""
+    """Line of the key, from 1, or of the parent of a missing key; None at the top level."""
 
     def __bool__(self) -> bool:
         """Whether anything is written here; empty lists, mappings and strings count as nothing."""
@@ -73,7 +73,7 @@ class Place:
         self.warn(problem)
 
     def attempt(self, parse: Callable[[Place], T]) -> T | None:
-        """Return what `parse` makes of this place; None where that is an error, which is noted."""
+        """Return this place as `parse` reads it; None where that is an error, which is recorded."""
         try:
             return parse(self)
         except PlaceError as error:

@@ -43,7 +43,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What the config says about one parameter in one place."""
+    """One parameter as the config gives it in one place."""
 
     rules: tuple[Rule, ...]
     """The first that lets a tensor through decides, also if its value is unset."""
@@ -98,7 +98,7 @@ def interpolate(values: Sequence[Value], position: float) -> Value:
 
 
 def parse_setting(place: Place, parameter: Parameter) -> Setting:
-    """Return what the config says about a parameter at one place, its values converted to the parameter's type.
+    """Return a parameter as the config gives it at one place, its values converted to the parameter's type.
 
     Raises:
         ConfigError: a value is of another kind, not finite, missing, or a filter is not a valid pattern.

@@ -1,1 +1,1 @@
-"""What a worker does: one shard, block by block."""
+"""The work of a worker: one shard, block by block."""

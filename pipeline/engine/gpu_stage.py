@@ -37,7 +37,7 @@ class _Output:
     name: str = ""
     dtype: torch.dtype = torch.float32
     nbytes: int = 0
-    """Of the values; 0 when they have been appended to the shard."""
+    """Size of the values; 0 when they have been appended to the shard."""
 
 
 class GpuStage(Stage):

@@ -20,7 +20,7 @@ from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.sizes import format_memory
 
 Figures = dict[str, Mapping[str, float]]
-"""What kernels have measured of each tensor, by its name."""
+"""Figures that kernels have measured of each tensor, by its name."""
 
 
 class ShardMerger:
@@ -167,7 +167,7 @@ class _WindowBlock(Block):
 
 @contextmanager
 def explain_full_gpu(name: str, task: ShardTask) -> Iterator[None]:
-    """Say what to do where a GPU has less memory than the plan was allowed.
+    """Explain a GPU that has less memory than the plan was allowed.
 
     Raises:
         MemoryLimitError: in place of torch's error.

@@ -21,7 +21,7 @@ def peak_rss() -> int:
 
 @cache
 def measure_first_mem(process: int) -> tuple[int, int]:
-    """Return what a process, this one, had in memory besides code when it was first asked, and its peak, in bytes."""
+    """Return the memory besides code that this process had when it was first asked, and its peak, in bytes."""
     return (_read_status("RssAnon") if _STATUS.exists() else peak_rss()), peak_rss()
 
 

@@ -1,4 +1,4 @@
-"""What a worker does: the same shard of every output, block by block."""
+"""The work of one task: the same shard of every output, block by block."""
 
 from __future__ import annotations
 

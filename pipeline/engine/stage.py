@@ -14,7 +14,7 @@ from raymerge.pipeline.engine.writer import ShardWriter
 
 
 class Tally:
-    """What is known of the tensors that have been written to one shard."""
+    """Figures of the tensors that have been written to one shard."""
 
     def __init__(self) -> None:
         self._squares: dict[str, float] = {}

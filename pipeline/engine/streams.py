@@ -1,4 +1,4 @@
-"""What is queued on a GPU, and memory that it reads and writes by itself."""
+"""CUDA streams, events and pinned memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is finished, kept beside the output while it is being made, so that a killed merge can go on."""
+"""The journal of an unfinished output: finished shards are recorded, so that an interrupted merge resumes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Journal:
     out: str
     """The output directory."""
     fingerprint: str
-    """Of the plan that is being carried out."""
+    """Fingerprint of the plan that is being carried out."""
     token: str = ""
-    """Of the lock that this run holds, where it may be lost."""
+    """Token of the lock that this run holds, where it may be lost."""
 
     def check_held(self) -> None:
         """Make sure, before something is committed, that the lock is still this run's.
@@ -114,16 +114,16 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What an unfinished output was begun as."""
+    """The plan that an unfinished output was begun with."""
 
     fingerprint: str
-    """Of the plan; empty where the note is damaged."""
+    """Fingerprint of the plan; empty where the record is damaged."""
     files: frozenset[str]
     """Names of the files that the plan makes."""
 
 
 def read_begun(stores: Stores, out: str) -> Begun | None:
-    """Return what an unfinished output was begun as; None where there is none."""
+    """Return the plan that an unfinished output was begun with; None where there is none."""
     try:
         plan = json.loads(stores.at(out).read(f"{out}/{_PLAN}", _MAX_RECORD_NBYTES))
         return Begun(str(plan["fingerprint"]), frozenset(map(str, plan["files"])))

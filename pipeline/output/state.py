@@ -34,7 +34,7 @@ _CLEARING = "being cleared"
 
 
 class OutputState(Enum):
-    """What an output directory is to a plan."""
+    """State of an output directory with respect to a plan."""
 
     NEW = "new"
     UNFINISHED = "unfinished"
@@ -70,7 +70,7 @@ def check_apart(stores: Stores, out: str, inputs: Sequence[InputModel]) -> None:
 
 
 def check_state(stores: Stores, out: str, fingerprint: str, *, overwrite: bool) -> OutputState:
-    """Say what an output directory is to a plan; NEW where what is there is to be deleted first. Writes nothing.
+    """Return the state of an output directory; NEW where its content is to be deleted first. Writes nothing.
 
     Raises:
         OutputError: there is something that is not ours to go on with, or to delete.
@@ -182,7 +182,7 @@ def _nothing_there(out: str) -> OutputError:
 
 
 def _inspect(stores: Stores, out: str, fingerprint: str) -> OutputState | str:
-    """Return what a directory is to a plan, or why it is nothing to it."""
+    """Return the state of a directory, or the reason why a plan cannot use it."""
     begun = read_begun(stores, out)
     if begun is not None:
         if begun.fingerprint == fingerprint:

@@ -30,7 +30,7 @@ from raymerge.pipeline.urls import scheme_of
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was found sound."""
+    """Totals of a sound model."""
 
     num_files: int
     num_tensors: int
@@ -103,7 +103,7 @@ def check_shard(
 
 
 def _check_file(stores: Stores, item: tuple[str, OutputFile], report: Report, *, out: str) -> str:
-    """Return what is wrong with one file, or nothing."""
+    """Return the fault of one file, or nothing."""
     name, expected = item
     try:
         file = stores.at(out).stat(f"{out}/{name}")
@@ -147,7 +147,7 @@ def _read_tensors(stores: Stores, out: str, shards: Sequence[str]) -> list[Store
 
 
 def _compare_tensors(stores: Stores, out: str, tensors: Sequence[StoredTensor], *, has_index: bool) -> Iterator[str]:
-    """Yield what the index or, where files are local, the safetensors library say otherwise than the headers."""
+    """Yield the differences of the index or, where files are local, the safetensors library from the headers."""
     from raymerge.pipeline.checkpoint.table import find_index_faults
 
     if scheme_of(out) == "file":
@@ -160,7 +160,7 @@ def _compare_tensors(stores: Stores, out: str, tensors: Sequence[StoredTensor], 
 
 
 def find_disagreements(path: Path, entries: Iterable[TensorEntry | StoredTensor]) -> Iterator[str]:
-    """Yield what the safetensors library reads otherwise than we do in the header of a file."""
+    """Yield the differences between the safetensors library's reading of a file's header and ours."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             slices = ((name, file.get_slice(name)) for name in file.offset_keys())

@@ -1,4 +1,4 @@
-"""What becomes of every input tensor: none is dropped without a word."""
+"""Accounts of every input tensor: none is dropped without a word."""
 
 from __future__ import annotations
 

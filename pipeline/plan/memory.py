@@ -40,12 +40,12 @@ WORKER_NBYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one output tensor needs at least."""
+    """The least memory that one output tensor needs."""
 
     block_elements: int
-    """Of its grid."""
+    """Elements of a block of its grid."""
     num_blocks: int
-    """Of its grid, in the whole tensor."""
+    """Blocks of its grid in the whole tensor."""
     num_passes: int
     """How often it is measured before it is combined."""
     block_nbytes: int
@@ -53,7 +53,7 @@ class Demand:
     scratch_nbytes: int
     """Blocks in the compute dtype, the result among them."""
     state_nbytes: int
-    """What the kernel keeps besides."""
+    """State that the kernels keep besides."""
     out_nbytes: int
     """One block of the output, as stored."""
 
@@ -70,7 +70,7 @@ class Demand:
 
 
 def measure_demand(merge: TensorMerge) -> Demand:
-    """Return what a tensor needs."""
+    """Return the demand of a tensor."""
     sites = [(variant.kernel, merge.site(variant)) for variant in merge.variants]
     kernel, site = sites[0]
     grid = max(1, kernel.grid(site))
@@ -99,7 +99,7 @@ def count_scratch(merge: TensorMerge) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What reading and writing take, in each worker."""
+    """Memory for reading and writing, in each worker."""
 
     num_buffers: int = 1
     """Input buffers."""

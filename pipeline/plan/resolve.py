@@ -16,7 +16,7 @@ from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.plan.types import ParameterValue, TensorMerge, Variant
 
 COPY = "copy"
-"""What stands for an op where tensors are not floating-point: all sources must be equal, and are copied."""
+"""Stands for an op where tensors are not floating-point: all sources must be equal, and are copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Part:
 
     model: ModelRef
     name: str
-    """What filters see: the tensor's name in this model, also where a tied embedding stands in for it."""
+    """The name that filters see: the tensor's in this model, also where a tied embedding stands in for it."""
     source: Source
     settings: tuple[Settings, ...]
     """Parameters given under this model, highest precedence first."""
@@ -33,7 +33,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What holds for all sources of a tensor."""
+    """Op, base and settings that all sources of a tensor share."""
 
     op: Op
     base: ModelRef | None

@@ -1,4 +1,4 @@
-"""What comes back from a merge: finished shards and the report. Frozen, picklable, without handles or tensors."""
+"""Results of a merge: finished shards and the report. Frozen, picklable, without handles or tensors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class ShardFile:
     nbytes: int
     sha256: str
     etag: str
-    """Of the file in the output's store when it was finished."""
+    """Etag of the file in the output's store when it was finished."""
     nonfinite: tuple[str, ...]
     """Tensors with NaN or infinity in the output."""
     figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict, compare=False)
-    """What is known of each tensor, by its name: its `norm`, and what the kernel measured anyway; in no log."""
+    """Figures of each tensor, by its name: its `norm`, and those that the kernel measured anyway; in no log."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """What came of one task."""
+    """The result of one task."""
 
     file: str
     """The shard's name, the same in every output."""
@@ -39,13 +39,13 @@ class ShardResult:
     """Bytes read in fact, rereads included."""
     seconds: float
     peak_rss: int
-    """Of the whole process when the shard was done, in bytes."""
+    """Peak of the whole process when the shard was done, in bytes."""
     peak_measured_mem: int
-    """What of that is to be compared with `projected_mem`: neither code nor what the process had before, in bytes."""
+    """Part of it that compares with `projected_mem`: without code and without what was there before, in bytes."""
     host: str
     """The machine that made it: its address on a cluster, else its name."""
     faults: tuple[tuple[str, int], ...]
-    """What went wrong on the way and was got over, with how often."""
+    """Faults that were recovered from, with their counts."""
 
     def __repr__(self) -> str:
         return f"ShardResult({self.file}: {format_nbytes(self.nbytes)} in {format_seconds(self.seconds)})"
@@ -53,7 +53,7 @@ class ShardResult:
 
 @dataclass(frozen=True, slots=True)
 class HostReport:
-    """What one machine did."""
+    """One machine's share of a merge."""
 
     host: str
     num_shards: int
@@ -63,7 +63,7 @@ class HostReport:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did."""
+    """The report of a merge."""
 
     out: str
     manifest: str
@@ -84,15 +84,15 @@ class MergeReport:
     hosts: tuple[HostReport, ...]
     """By name."""
     peak_rss: int
-    """Of the largest worker process, in bytes."""
+    """Peak of the largest worker process, in bytes."""
     peak_measured_mem: int
-    """Of the process whose tensors, scratch and transfers took most, in bytes; to be compared with `projected_mem`."""
+    """Memory for tensors, scratch and transfers of the largest worker, in bytes; to compare with `projected_mem`."""
     projected_mem: int
-    """What the plan says about that, in bytes."""
+    """Memory that the plan projects for that, in bytes."""
     over_nbytes: int
     """How much more than planned that process took, in bytes; 0 where it kept to the plan."""
     faults: tuple[tuple[str, int], ...]
-    """What went wrong with stores or workers and was got over, with how often."""
+    """Faults of stores and workers that were recovered from, with their counts."""
     warnings: tuple[str, ...]
     nonfinite: tuple[str, ...]
     """Tensors with NaN or infinity in the output."""

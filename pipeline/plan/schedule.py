@@ -29,7 +29,7 @@ def measure_cost(task: ShardTask) -> int:
 
 
 def share_out(costs: Iterable[int], num_workers: int) -> list[int]:
-    """Return what each worker has done at the end, where whoever is free takes the costliest item that is left.
+    """Return the final load of each worker, if each free worker takes the costliest item that is left.
 
     >>> sorted(share_out([2, 5, 4, 3], 2))
     [7, 7]
@@ -50,7 +50,7 @@ def measure_idle(loads: Sequence[int]) -> float:
 
 
 def explain_idle(tasks: Sequence[ShardTask], num_workers: int) -> str | None:
-    """Return what to tell about workers that would have nothing to do; None where it is not worth a word.
+    """Return advice about workers that would be idle; None where it is not worth a word.
 
     Args:
         tasks: of a plan.

@@ -25,7 +25,7 @@ from raymerge.pipeline.plan.windows import is_resident
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the user allows."""
+    """The user's limits."""
 
     allowed_mem: int
     """For tensors and scratch of all workers together, in bytes."""
@@ -33,11 +33,11 @@ class Limits:
     shard_nbytes: int | None
     """Largest output file, unless one tensor is larger; None for the default."""
     gpus: Gpus | None = None
-    """What merges; None to merge on the CPU."""
+    """The GPUs that merge; None to merge on the CPU."""
     runner_nbytes: int = 0
-    """What the runner takes of a worker's memory while it runs a task."""
+    """Memory of a worker that the runner takes while it runs a task."""
     transfer: Transfer = field(default=Transfer())
-    """What reading and writing take."""
+    """Memory for reading and writing."""
 
 
 def default_shard_nbytes(total_nbytes: int) -> int:

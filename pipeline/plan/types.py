@@ -31,9 +31,9 @@ class Variant:
 
     parameters: Parameters
     kernel: Kernel
-    """What the op returned for the parameters."""
+    """The kernel that the op returned for the parameters."""
     seed: int
-    """Of the merge."""
+    """Seed of the merge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class TensorMerge:
     out_dtype: str
     """As in a safetensors header."""
     written_dtype: str
-    """What the kernels' results are rounded to: `out_dtype`, or U8 where bytes are copied as they are."""
+    """The dtype that results are rounded to: `out_dtype`, or U8 where bytes are copied as they are."""
     op: str
     """A registered op, or `copy`: the sources must be equal, and the first one's bytes are written."""
     sources: tuple[Source, ...]
@@ -64,7 +64,7 @@ class TensorMerge:
         return self.num_elements * DTYPES[self.written_dtype].num_bits // 8
 
     def site(self, variant: Variant) -> Site:
-        """Return what a variant's kernel is told about the tensor."""
+        """Return the site of a variant's kernel."""
         return Site(self.name, self.sources[0].shape, len(self.sources), variant.seed)
 
     def __repr__(self) -> str:
@@ -74,11 +74,11 @@ class TensorMerge:
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """What a machine offers."""
+    """The GPUs of one machine."""
 
     num_gpus: int
     allowed_mem: int
-    """Of each, for all workers that share it, in bytes."""
+    """Memory of each for all workers that share it, in bytes."""
 
     def num_sharing(self, num_workers: int) -> int:
         """Return how many of the machine's workers share a GPU, at most.
@@ -98,7 +98,7 @@ class ShardOutput:
     header: bytes = field(repr=False)
     """The file's first bytes: the length, and the JSON padded to a multiple of 8."""
     nbytes: int
-    """Of the finished file, header included."""
+    """Size of the finished file, header included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class Copied:
 
     @property
     def identity(self) -> list[str | int]:
-        """What decides its content."""
+        """Everything that decides its content."""
         return [self.name, self.nbytes, self.source.content_id]
 
 
@@ -170,7 +170,7 @@ class Written:
 
     @property
     def identity(self) -> list[str | int]:
-        """What decides its content."""
+        """Everything that decides its content."""
         return [self.name, self.text]
 
 
@@ -224,7 +224,7 @@ class MergePlan:
     """Base first, then in order of appearance."""
     method: str
     advice: tuple[str, ...]
-    """What would be faster on the machines at hand; nothing of it gets into the output."""
+    """Faster options on the machines at hand; nothing of it gets into the output."""
     dropped: tuple[str, ...]
     """Input tensors that are not in the output, grouped, each with the rule that says so."""
     num_workers: int
@@ -232,7 +232,7 @@ class MergePlan:
     allowed_mem: int
     """For tensors and scratch of all workers together, in bytes."""
     gpus: Gpus | None
-    """What merges; None where the CPU does."""
+    """The GPUs that merge; None where the CPU does."""
     total_nbytes: int
     """Size of the tensors of one output, in bytes."""
 
@@ -243,7 +243,7 @@ class MergePlan:
 
     @property
     def models(self) -> tuple[ModelRef, ...]:
-        """What the config names, in the order of `inputs`."""
+        """The models of the config, in the order of `inputs`."""
         return tuple(item.model for item in self.inputs)
 
     @property

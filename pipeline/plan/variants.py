@@ -40,7 +40,7 @@ def select_outputs(plan: MergePlan, positions: Sequence[int]) -> MergePlan:
 
 
 def select_files(results: Sequence[ShardResult], position: int) -> list[ShardResult]:
-    """Return what came of tasks with the file of one output alone; they were read for all."""
+    """Return results with the file of one output alone; the inputs were read for all of them."""
     files = [result.files[position] for result in results]
     return [replace(result, nbytes=file.nbytes, files=(file,)) for result, file in zip(results, files, strict=True)]
 

@@ -34,7 +34,7 @@ Fetch = tuple[Window, ...]
 
 
 def make_fetches(task: ShardTask) -> Iterator[Fetch]:
-    """Yield what a task fetches, in order; no fetch is larger than its buffer."""
+    """Yield the fetches of a task, in order; no fetch is larger than its buffer."""
     waiting: list[Window] = []
     room = task.buffer_nbytes
     for merge in task.merges:

@@ -1,1 +1,1 @@
-"""What happens during a merge, as events, and how it is told."""
+"""Events of a merge, and the report at its end."""

@@ -38,7 +38,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What an earlier run has finished is known, and the work begins."""
+    """The shards of an earlier run are known, and the work begins."""
 
     num_shards: int
     nbytes: int
@@ -56,9 +56,9 @@ class Progressed:
     to_read_nbytes: int
     """To be read by this run in all."""
     written_nbytes: int
-    """Of the output, what an earlier run wrote included."""
+    """Bytes of the output, those of an earlier run included."""
     to_write_nbytes: int
-    """Of the output in all."""
+    """Bytes of the whole output."""
     read_per_second: float
     """Bytes, over the last half minute."""
     written_per_second: float
@@ -66,7 +66,7 @@ class Progressed:
     seconds_left: float | None
     """At this speed; None where nothing moves, or hardly anything has yet."""
     num_retries: int
-    """What has been got over so far."""
+    """Faults recovered from so far."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ _WINDOW_SECONDS = 30.0
 """Over which speeds are measured."""
 
 _FIRST_PART = 0.001
-"""Of the work: before it is done, how long the rest takes is anybody's guess."""
+"""Share of the work before which no time left can be given."""
 
 
 class Narrator:
@@ -35,7 +35,7 @@ class Narrator:
         self._last = time.monotonic()
 
     def planned(self, plan: MergePlan) -> None:
-        """Tell what the plan is, and what is doubtful about it."""
+        """Tell of the plan and its warnings."""
         self._num_shards = len(plan.tasks)
         self._read = {task.file: task.read_nbytes + task.reread_nbytes for task in plan.tasks}
         self._to_write = sum(task.nbytes for task in plan.tasks)
@@ -60,7 +60,7 @@ class Narrator:
         self._tell(Held(str(error)))
 
     def resumed(self, tasks: list[ShardTask]) -> None:
-        """Tell what an earlier run has left to do."""
+        """Tell of the work that an earlier run has left."""
         kept = sum(task.nbytes for task in tasks)
         self._num_finished = len(tasks)
         self._to_read = sum(self._read.values()) - sum(self._read[task.file] for task in tasks)
@@ -108,12 +108,12 @@ class Narrator:
             self._tell_progress(Progress(self._to_read, self._to_write), time.monotonic())
 
     def retried(self, reason: str, count: int) -> None:
-        """Tell what went wrong and was done again."""
+        """Tell of a fault that was recovered from."""
         self._num_retries += count
         self._tell(Retried(reason, count))
 
     def reported(self, report: MergeReport) -> None:
-        """Tell what came of it."""
+        """Tell of the report."""
         self._tell(report)
 
 

@@ -1,4 +1,4 @@
-"""What a merge did, added up, and for people."""
+"""The report of a merge: added up, and as text."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class StoredFile:
 
     @property
     def content_id(self) -> str:
-        """What tells the content from any other: the etag, and the URL where two files may share an etag."""
+        """Identity of the content: the etag, and the URL where two files may share an etag."""
         return self.etag if scheme_of(self.url) in _UNIQUE_ETAGS else f"{self.url} {self.etag}"
 
 
@@ -74,7 +74,7 @@ def check_same(file: StoredFile, nbytes: int, etag: str) -> None:
 
 
 def changed(file: StoredFile, found: str) -> FetchError:
-    """Return what to raise where a file has changed.
+    """Return the error for a file that has changed.
 
     Args:
         file: as it was planned with.

@@ -37,7 +37,7 @@ _MAX_TRIES = 10
 
 
 class LeaseStore(Protocol):
-    """What a lock needs of a store.
+    """The operations of a store that a lock is made of.
 
     Each call tries again by itself after faults that may pass, and raises an OutputError or FetchError where that does
     not help. A write whose answer was lost may therefore look as if it had failed a condition: the lock finds that out.
@@ -221,7 +221,7 @@ def _now() -> float:
 
 
 def _boot_id() -> str:
-    """Return what the processes that this one can see have in common: two containers have one kernel, not one list."""
+    """Return the identity of this process's view of processes: two containers have one kernel, and two of these."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

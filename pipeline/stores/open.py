@@ -26,7 +26,7 @@ class Stores:
     def __init__(self, settings: StoreSettings = DEFAULTS) -> None:
         self.settings = settings
         self.faults = FaultLog()
-        """Of this process."""
+        """Faults that this process has recovered from."""
         self.pool = BufferPool()
         """It holds at most what the plan gives to the workers that run at once in this process."""
         self._lock = ThreadLock()

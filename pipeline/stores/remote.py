@@ -1,4 +1,4 @@
-"""What all stores behind a network have in common: many requests at once, and bodies that break in the middle."""
+"""Reads from stores behind a network: many requests at once, and bodies that break in the middle."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RemoteStorage(Storage):
 
     @abstractmethod
     def store_name(self, url: str) -> str:
-        """Return what a URL's store is called in messages and in the record of faults, such as `s3://bucket`."""
+        """Return the store of a URL for messages and the record of faults, such as `s3://bucket`."""
 
     @abstractmethod
     def open_range(self, file: StoredFile, start: int, stop: int) -> AbstractContextManager[Iterator[Buffer | bytes]]:
@@ -67,7 +67,7 @@ class RemoteStorage(Storage):
 
     @abstractmethod
     def explain(self, error: Exception, url: str) -> FetchError:
-        """Return what to tell the user about an error that is final: what, where, and the next step."""
+        """Return the message for an error that is final: the request, where, and the next step."""
 
     def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:  # noqa: D102
         views = [buffer.cast("B") for buffer in buffers]

@@ -53,7 +53,7 @@ class FaultLog:
         return name
 
     def drain(self) -> tuple[tuple[str, int], ...]:
-        """Return what was counted since the last time, by name."""
+        """Return the counts since the last call, by name."""
         with self._lock:
             counts = tuple(sorted(self._counts.items()))
             self._counts.clear()

@@ -85,7 +85,7 @@ class Lock:
     """A lock that is held."""
 
     token = ""
-    """What the lock's file says as long as it is ours; empty where the lock ends with this process."""
+    """Content of the lock's file as long as the lock is ours; empty where the lock ends with this process."""
 
     def check(self) -> None:
         """Make sure that it is still held.

@@ -1,4 +1,4 @@
-"""What the user may choose of the stores."""
+"""Settings of the stores that the user may choose."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Library = Literal["auto", "fsspec"]
-"""What serves object stores and the web: the fastest library for each, or fsspec for all."""
+"""The library for object stores and the web: the fastest for each, or fsspec for all."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
-    """What the user may choose; the same in every process of a merge."""
+    """The user's choices; the same in every process of a merge."""
 
     library: Library = "auto"
     private: bool = True

@@ -1,4 +1,4 @@
-"""What a lock needs of a store, put together for stores without conditional writes."""
+"""Locks in stores without conditional writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXCLUSIVE = threading.RLock()
 
 
 class UnconditionalStore(Protocol):
-    """What such a store can do; see `Storage`."""
+    """The operations of such a store; see `Storage`."""
 
     sharing: Sharing
 

@@ -17,7 +17,7 @@ from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.plan.resolve import Scope
 
 _EMBEDDING_FIELDS = ("vocab_size", "hidden_size")
-"""What config.json calls the rows and columns of an embedding."""
+"""Fields of config.json for the rows and columns of an embedding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Model:
 
     @property
     def ref(self) -> ModelRef:
-        """What the config calls it."""
+        """The config's name for it."""
         return self.view.ref
 
     def width(self, field: str) -> int | None:
@@ -64,7 +64,7 @@ class OutputTensor:
 
     name: str
     position: float
-    """Of its layer on a gradient, from 0 to 1."""
+    """Place of its layer on a gradient, from 0 to 1."""
     inputs: tuple[Input, ...]
     """In config order, at least one."""
     scope: Scope
@@ -115,7 +115,7 @@ class Form(ABC):
         """Return the rule by which a stored tensor is not in the output."""
 
     def make_scope(self, base: ModelRef | None, settings: tuple[Settings, ...]) -> Scope:
-        """Return what holds for all sources of a tensor.
+        """Return the scope that all sources of a tensor share.
 
         Args:
             base: the base model that holds there.

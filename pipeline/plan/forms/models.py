@@ -33,7 +33,7 @@ class WholeModels(Form):
             yield OutputTensor(name, self.donor.layers.position(name), tuple(inputs), scope)
 
     def explain_unused(self, model: Model, name: str) -> str:
-        """Return what holds for a model that only lends its files."""
+        """Return the rule for a model that only lends its files."""
         return "the model is named, but none of its tensors is merged"
 
 

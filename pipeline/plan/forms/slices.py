@@ -31,7 +31,7 @@ class Slices(Form):
         return bool(config.slices)
 
     def list_tensors(self) -> Iterator[OutputTensor]:
-        """Yield what comes before the layers, the layers, and what comes after them."""
+        """Yield the tensors before the layers, the layers, and the tensors after them."""
         slices = self.config.slices
         for number, part in enumerate(slices):
             self._check_ranges(part, number)
@@ -165,7 +165,7 @@ def _settings_of(part: OutputSlice, model: ModelRef) -> tuple[Settings, ...]:
 
 
 def _group_layers(model: Model) -> Mapping[int, Sequence[str]]:
-    """Return what the tensors of each layer of the main stack are called, without the stack and the number."""
+    """Return the names of each layer's tensors in the main stack, without the stack and the number."""
     rests: dict[int, list[str]] = {}
     for name in model.view.names():
         split = split_name(name)

@@ -1,1 +1,1 @@
-"""Whatever fsspec reaches."""
+"""Stores behind fsspec."""

@@ -1,4 +1,4 @@
-"""What errors of file systems mean, told by their names and attributes: none of their libraries is imported here."""
+"""Errors of fsspec's file systems, told by names and attributes: none of their libraries is imported here."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def classify_error(error: BaseException) -> Fault | None:
 
 
 def explain_error(error: BaseException, url: str, credentials: str) -> str:
-    """Return what to tell the user about an error that is final: what, where, and the next step.
+    """Return the message for an error that is final: the request, where, and the next step.
 
     Args:
         error: what was raised.

@@ -33,7 +33,7 @@ _LISTING_TELLS_ALL = frozenset({"memory", "s3", "gs"})
 """Where a listing is known to tell of each file what asking for the file does."""
 
 _PACKAGES = {"smbclient": "smbprotocol"}
-"""What to install for a module that is named otherwise."""
+"""Package to install for a module that has another name."""
 
 
 class FsspecFiles(RemoteStorage):

@@ -1,4 +1,4 @@
-"""What fsspec's file systems tell of a file, each in words of its own."""
+"""File metadata of fsspec's file systems, each of which has names of its own."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Lock, Writer
 
 PART_NBYTES = 8 * 2**20
-"""Of an upload; more where that would make too many parts. Smaller files are put in one piece."""
+"""Size of a part; larger where that would make too many parts. Smaller files are put in one piece."""
 
 _MAX_NUM_PARTS = 10_000
 _CONNECT_SECONDS = 5
@@ -161,7 +161,7 @@ class S3fsStorage(FsspecFiles):
 
 
 class S3Leases:
-    """What a lock needs: S3 has conditional writes."""
+    """The requests of a lock: S3 has conditional writes."""
 
     def __init__(self, storage: S3fsStorage) -> None:
         self._storage = storage

@@ -1,4 +1,4 @@
-"""Whatever fsspec has a file system for, through what all of these have in common."""
+"""Any store that fsspec has a file system for."""
 
 from __future__ import annotations
 

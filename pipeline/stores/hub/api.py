@@ -1,4 +1,4 @@
-"""What raymerge asks of the Hugging Face Hub, by huggingface_hub; and what refusals mean to the user."""
+"""Requests to the Hugging Face Hub through huggingface_hub, and the meaning of its refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MAX_TITLE_LENGTH = 200
 _MAX_CORRUPTED = 4
 """Times that a file is sent whose bytes do not arrive as they are."""
 _HAS_OTHER_BYTES = (400, 404, 409, 422)
-"""What is answered to bytes that are not what was announced, when they are sent, joined or verified."""
+"""Statuses for bytes that differ from those announced, when they are sent, joined or verified."""
 _BAD_TOKEN = "Invalid credentials"
 
 
@@ -57,7 +57,7 @@ class HubApi:
         return HfApi(find_endpoint(), library_name="raymerge", library_version=raymerge.__version__)
 
     def headers(self, url: str) -> dict[str, str]:
-        """Return what to send with a ranged request: the token too, if it is the Hub that it goes to."""
+        """Return the headers of a ranged request: with the token only if it goes to the Hub itself."""
         own = {"User-Agent": f"raymerge/{raymerge.__version__}; hf_hub/{__version__}"}
         token = self._find_token() if origin_of(url) == origin_of(find_endpoint()) else None
         return {**own, "Authorization": f"Bearer {token}"} if token else own
@@ -235,7 +235,7 @@ class HubApi:
     # errors
 
     def explain(self, error: Exception, place: HubPath) -> str:
-        """Return what to tell the user about a request that failed for good: what, where, and the next step."""
+        """Return the message for a request that failed for good: the request, where, and the next step."""
         endpoint = find_endpoint()
         if not isinstance(error, RefusalError):
             return f"{place.url}: {endpoint}: {one_line(error)}"

@@ -162,7 +162,7 @@ class BucketStorage(HubFiles):
         return FetchError(f"{url}: {find_endpoint()}: {one_line(error)}{hint}")
 
     def _find(self, url: str) -> BucketFile:
-        """Return what the Hub says of a file.
+        """Return the Hub's metadata of a file.
 
         Raises:
             FileNotFoundError: there is no such file, or no such bucket.

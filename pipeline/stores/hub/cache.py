@@ -59,7 +59,7 @@ def list_cached(place: HubPath) -> dict[str, tuple[int, str]]:
 
 
 def not_cached(file: StoredFile) -> FetchError:
-    """Return what to raise for a file that is not in the cache, and may not be read from the Hub."""
+    """Return the error for a file that is not in the cache, and may not be read from the Hub."""
     return FetchError(
         f"{file.url}: HF_HUB_OFFLINE is set, and this file is not in {_find_cache()};"
         " unset it, or download the model first: `hf download`"

@@ -18,7 +18,7 @@ from raymerge.pipeline.stores.web.client import WebClient, origin_of
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, classify_web
 
 XET_NBYTES = 400 * 2**20
-"""What hf_xet takes while it uploads a file, however large: measured up to 380 MiB for 0.1 to 1 GB."""
+"""Memory of hf_xet while it uploads a file, however large: measured up to 380 MiB for 0.1 to 1 GB."""
 
 _MAX_EXPIRIES = 5
 """In a row, of the signed URLs of one file."""

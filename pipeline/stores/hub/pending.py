@@ -33,13 +33,13 @@ class PendingFile:
     """Its content is at the Hub already, or here, or it is to have none."""
     nbytes: int = 0
     sha256: str = ""
-    """What the Hub knows an LFS file by."""
+    """The Hub's identity of an LFS file."""
     git_oid: str = ""
-    """What it knows a regular one by, in case that a kept file becomes one."""
+    """The Hub's identity of a regular file, in case that a kept file becomes one."""
 
     @property
     def etag(self) -> str:
-        """What its content is known by until it is published."""
+        """Identity of the content until it is published."""
         return self.git_oid or self.sha256
 
     def is_in(self, tree: Mapping[str, tuple[int, str]]) -> bool:
@@ -144,11 +144,11 @@ class PendingChanges:
                     self.content_path(entry).unlink(missing_ok=True)
 
     def set_underway(self, changes: Sequence[PendingFile]) -> None:
-        """Note what is about to be committed."""
+        """Record the commit that is about to be made."""
         self._write(self.directory / _UNDERWAY, json.dumps([asdict(change) for change in changes]).encode())
 
     def read_underway(self) -> list[PendingFile]:
-        """Return what was to be committed last; nothing where that is not known."""
+        """Return the files of the last recorded commit; none where there is no record."""
         with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
             return list(decode(json.loads((self.directory / _UNDERWAY).read_bytes()), tuple[PendingFile, ...]))
         return []

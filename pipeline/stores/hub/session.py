@@ -28,7 +28,7 @@ _BODY_SECONDS = 60
 """How long a store may be silent over a body, or the Hub over a commit."""
 
 _endpoint: ContextVar[str | None] = ContextVar("_endpoint", default=None)
-"""Of the Hub that we are asking; None while others use huggingface_hub in this process."""
+"""The Hub's endpoint that this context asks; None while others use huggingface_hub."""
 
 
 class StorageRefusalError(RefusalError):
@@ -94,7 +94,7 @@ def _install() -> None:
 
 
 def _translate(error: Exception) -> Exception:
-    """Return what an error of huggingface_hub, which may have been raised from one of ours, means to us."""
+    """Return the error of ours that an error of huggingface_hub comes down to, or was raised from."""
     cause = error.__cause__
     if isinstance(error, HfHubHTTPError):
         return _refusal_of(error.response)
@@ -119,7 +119,7 @@ def _refusal_of(response: httpx2.Response) -> RefusalError:
 
 
 def _explain_transport(error: httpx2.TransportError, host: str) -> BrokenError:
-    """Return what has happened below httpx2, by what its error was raised from."""
+    """Return the failure below httpx2, by the error that its own was raised from."""
     cause: BaseException | None = TimeoutError() if isinstance(error, httpx2.TimeoutException) else error
     while cause is not None:
         if isinstance(cause, OSError):

@@ -267,7 +267,7 @@ class HubStorage(HubFiles):
             return self.api.find_file(place)
 
     def _read_tree(self, place: HubPath) -> Tree:
-        """Return what is in a commit, which is asked for once."""
+        """Return the files of a commit, which is asked for once."""
         root = place.root
         with self._guard:
             known = self._trees.get(root)
@@ -279,7 +279,7 @@ class HubStorage(HubFiles):
         return known
 
     def _read_branch(self, place: HubPath) -> Tree:
-        """Return what is on a branch, and what will be once it is published; nothing where there is no such branch."""
+        """Return the files of a branch, pending ones included; none where there is no such branch."""
         with self._explained(place, FetchError):
             try:
                 found = self.api.list_tree(place)

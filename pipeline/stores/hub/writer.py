@@ -94,7 +94,7 @@ class SpoolWriter(Writer):
 
     @abstractmethod
     def explain(self, error: Exception) -> str:
-        """Return what to tell the user about a request that failed for good."""
+        """Return the error for a request that failed for good."""
 
     def _no_room(self, why: str) -> OutputError:
         return OutputError(

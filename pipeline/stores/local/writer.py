@@ -120,7 +120,7 @@ class LocalWriter(Writer):
         return os.pwrite(self._descriptor, data, self._num_written)
 
     def _failed(self, error: OSError) -> OutputError:
-        """Return what to raise, and leave nothing behind."""
+        """Return the error to raise, and leave nothing behind."""
         failure = output_error(error, self._path, "cannot be written", self._nbytes)
         self.abort()
         return failure
@@ -131,7 +131,7 @@ class LocalWriter(Writer):
 
 
 def file_etag(status: os.stat_result) -> str:
-    """Return what changes when a file's content does."""
+    """Return a file's version, which changes with its content."""
     return f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"
 
 
@@ -149,7 +149,7 @@ def is_at(path: Path, descriptor: int) -> bool:
 
 
 def output_error(error: OSError, path: Path, what: str, nbytes: int = 0) -> OutputError:
-    """Say what could not be done, why, and what to do about it."""
+    """Return the message for a failed write: the operation, the reason and the next step."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         directory = next(parent for parent in path.absolute().parents if parent.exists())
         free = shutil.disk_usage(directory).free

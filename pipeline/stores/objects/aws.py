@@ -1,4 +1,4 @@
-"""What AWS tools know: who we are, where S3 is, and the few requests that obstore does not make."""
+"""AWS configuration and credentials as AWS tools find them, and the few requests that obstore does not make."""
 
 from __future__ import annotations
 

@@ -226,7 +226,7 @@ class Bucket:
 
     @property
     def _endpoint(self) -> str:
-        """What the user has named; empty where that is nothing."""
+        """The endpoint that the user has given; empty where there is none."""
         return (self.aws.endpoint if self.aws else None) or ""
 
     @property
@@ -234,7 +234,7 @@ class Bucket:
         return f" (at {self._endpoint})" if self._endpoint else ""
 
     def explain(self, error: ObjectError, url: str) -> str:
-        """Return what to tell the user about a refusal: what, where, and the next step."""
+        """Return the message for a refusal: the request, where, and the next step."""
         key = url.removeprefix(self.url).strip("/")
         if error.status == 403 and not error.code:
             error = self._ask_why(error, key)

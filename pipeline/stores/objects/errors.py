@@ -1,4 +1,4 @@
-"""What object stores answer when something is wrong, in one form: status, code, and the kind of network trouble."""
+"""Errors of object stores in one form: status, code, and the kind of network trouble."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _STATUS_OF_TYPE = {
     FileNotFoundError: 404,
 }
 _NO_LOCATION = "Received redirect without LOCATION"
-"""What obstore says of S3's PermanentRedirect, of which it shows nothing."""
+"""obstore's text for S3's PermanentRedirect, of which it shows nothing."""
 
 _NETWORK = (
     (re.compile(r"non-partial response"), NO_STORE),
@@ -63,7 +63,7 @@ _NETWORK = (
 
 
 class ObjectError(Exception):
-    """What an object store, or the way there, answered; its text holds nothing that is secret.
+    """An error answer of an object store, or of the way there; its text holds no secret.
 
     Attributes:
         method: of the request, such as GET.

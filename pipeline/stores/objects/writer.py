@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode
 
 PART_NBYTES = 8 * 2**20
-"""Of a part; more where a file would have more parts than stores take."""
+"""Size of a part; larger where a file would have more parts than stores take."""
 
 NUM_PARTS = 4
 """On their way at once."""
@@ -173,7 +173,7 @@ class ObjectWriter(Writer):
         return self._bucket.write("HEAD", self._url, find)
 
     def _failed(self, error: ObjectError) -> OutputError:
-        """Return what to raise, and leave nothing behind."""
+        """Return the error to raise, and leave nothing behind."""
         if not error.status:  # the request that failed last may be the one that was to abort
             error.method = "upload"
         # Where the store answers, something happened to this upload, and another may go well.

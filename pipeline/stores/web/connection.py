@@ -16,7 +16,7 @@ from raymerge.pipeline.stores.web.errors import BrokenError
 def make_connection(
     parts: SplitResult, proxy: SplitResult | None, find_tls: Callable[[], ssl.SSLContext]
 ) -> http.client.HTTPConnection:
-    """Return what a request to a host is sent through.
+    """Return the connection for requests to a host.
 
     Args:
         parts: the request's URL.

@@ -1,4 +1,4 @@
-"""What goes wrong with web servers: refusals, and answers that do not come; and which of it may pass."""
+"""Errors of web servers: refusals, missing answers, and which of them may pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raymerge.pipeline.stores.retry import Fault
 _MAX_MESSAGE_NBYTES = 2000
 _PASSING = (408, 429, 500, 502, 503, 504)
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")
-"""What OpenSSL says of an answer that is none of TLS; a connection that breaks gives others."""
+"""OpenSSL's codes for an answer that is not TLS; a connection that breaks gives others."""
 
 
 class RefusalError(Exception):
@@ -49,7 +49,7 @@ def classify_web(error: Exception) -> Fault | None:
 
 
 def explain_broken(error: Exception, host: str) -> BrokenError:
-    """Return what an error of http.client or of the socket below it means."""
+    """Return the fault behind an error of http.client or of the socket below it."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return BrokenError(
             f"the certificate of {host} is not trusted ({error.verify_message});"
@@ -91,7 +91,7 @@ def _find_wait(headers: Message) -> float | None:
 
 
 def _find_reason(content: bytes) -> str:
-    """Return what an answer says about its refusal, on one line."""
+    """Return the reason that a refusal gives, on one line."""
     text = content[:_MAX_MESSAGE_NBYTES].decode(errors="replace").strip()
     if text.startswith("<"):
         return ""

@@ -50,7 +50,7 @@ def open_range(
 
 
 def changed(file: StoredFile, nbytes: int | None, etag: str | None) -> FetchError:
-    """Return what to raise where a file is no longer what was planned with."""
+    """Return the error for a file that changed after planning."""
     found = f"{nbytes:,} bytes" if nbytes is not None else "another size"
     return files.changed(file, f"{found}, etag {etag or 'unknown'}")
 

@@ -25,7 +25,7 @@ _MAX_FILES = 10_000
 _MAX_DIRECTORIES = 100
 _GONE = (404, 410)
 _ABSENT = (401, 403, 404, 405, 410)
-"""What is answered where there is no index; and, as some stores do, where there is no file and there might be one."""
+"""Statuses of an answer where there is no index; some stores also give them where there might be a file."""
 
 
 _PAGE = (
@@ -238,7 +238,7 @@ def _make_file(url: str, headers: Message) -> StoredFile:
 
 
 def _read_etag(headers: Message) -> str:
-    """Return what changes when a file does: its ETag, or the time of its last change."""
+    """Return a file's version: its ETag, or the time of its last change."""
     return headers.get("ETag") or headers.get("Last-Modified") or ""
 
 
