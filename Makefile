@@ -1,7 +1,9 @@
 # Each target makes or refreshes the environment it needs; nothing is installed again while
 # pyproject.toml and the constraints are unchanged. Another interpreter: make test PYTHON=python3.13
+# Each process of `make test` has servers and a Ray cluster of its own, about 2 GB; one after the other: PROCESSES=0.
 
 PYTHON ?= python3
+PROCESSES ?= 2
 VENV := .venv
 PEER_VENV := .venv-mergekit
 
@@ -32,7 +34,7 @@ demo: $(VENV)/stamp
 	$(VENV)/bin/python docs/demo/demo.py build/demo
 
 test: $(VENV)/stamp
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/stamp
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)

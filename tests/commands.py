@@ -55,7 +55,8 @@ def run_in_terminal(*arguments: str | Path, columns: int = 80, env: Mapping[str,
         columns: the terminal's width.
         env: changes to the environment; None takes a variable out.
     """
-    environment = {**os.environ, "TERM": "xterm-256color", **(env or {})}
+    size = {"COLUMNS": None, "LINES": None}  # which test runners set, and which would hide the terminal's own
+    environment = {**os.environ, **size, "TERM": "xterm-256color", **(env or {})}
     terminal, inside = os.openpty()
     termios.tcsetwinsize(inside, (24, columns))
     process = subprocess.Popen(

@@ -311,7 +311,7 @@ def test_a_merge_of_hundreds_of_shards_is_killed_at_a_commit(
     assert len(check_history(hub, "me/many")) == 4
     assert published(hub, "me/many") == many[1]
     assert num_sent == 255
-    assert not any(method == "PUT" for method, *_ in hub.storage_requests)
+    assert sum(method == "PUT" for method, *_ in hub.storage_requests) == 1, "of raymerge_figures.parquet alone"
 
 
 @pytest.mark.slow

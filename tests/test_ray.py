@@ -205,10 +205,11 @@ def fail_at_first(item: int, report: Report, *, directory: Path) -> tuple[int, s
 def test_what_fails_on_one_node_is_done_on_another(cluster: Cluster, tmp_path: Path) -> None:
     work = partial(fail_at_first, directory=tmp_path)
     items = list(range(6))
-    with connect_ray(cluster.add_node(num_cpus=1) and cluster.address, {}):
+    # a processor to spare on each: Ray gives one back some time after a task's end, and a full node is passed over
+    with connect_ray(cluster.add_node(num_cpus=2) and cluster.address, {}):
         with pytest.raises(OSError, match="no way to the store of 0"):
             list(RayRunner(1, retry_on=(OSError,)).run(work, [0], even("a"), nothing))
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=2)
         cluster.wait_for_nodes()
         reasons: list[str] = []
         runner = RayRunner(1, retry_on=(OSError,), on_retry=reasons.append)

@@ -130,7 +130,7 @@ def test_a_killed_merge_goes_on(
     assert process.returncode < 0
     outcome = run_command("merge", config, out, "--shard-size", "5kB")
     assert outcome.code == 0, outcome.err
-    assert "shards are finished and sound" in outcome.err
+    assert "finished and sound; going on" in outcome.err
     merge(make_config(models), tmp_path / "out", shard_size="5kB")
     assert without_own(download(out)) == without_own(read_files(tmp_path / "out"))
     assert s3_server.uploads_of(bucket) == []
@@ -284,7 +284,7 @@ def test_a_store_that_goes_down(
     assert INDEX not in stores.at(out).list(out)
     outcome = run_command("merge", config, out, "--shard-size", "5kB")
     assert outcome.code == 0, outcome.err
-    assert "shards are finished and sound" in outcome.err
+    assert "finished and sound; going on" in outcome.err
     merge(make_config(models), tmp_path / "out", shard_size="5kB")
     assert without_own(download(out)) == without_own(read_files(tmp_path / "out"))
 
@@ -334,11 +334,10 @@ def test_memory_is_what_the_plan_says(bucket: str, s3_server: S3Server, tmp_path
         models = write_models(tmp_path / name, num_elements)
         urls = [upload(s3_server, bucket, f"{name}/{Path(model).name}", Path(model)) for model in models]
         configs.append(write_config(tmp_path / f"{name}.yml", make_config(urls)))
-    for memory in ("64MiB", "160MiB"):
+    for memory in ("100MiB", "160MiB"):
         out = f"s3://{bucket}/merged-{memory}"
-        process = subprocess.run(
-            [sys.executable, "-c", SCRIPT, *configs, out, memory], capture_output=True, text=True, check=True
-        )
+        process = subprocess.run([sys.executable, "-c", SCRIPT, *configs, out, memory], capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
         measured = json.loads(process.stdout)
         assert measured["used"] <= measured["projected"] + SLACK_NBYTES <= measured["allowed"] + SLACK_NBYTES
         assert measured["used"] > measured["projected"] / 4

@@ -19,8 +19,6 @@ from tests.servers.s3 import S3Server
 from tests.stored_models import upload, without_own
 from tests.watchers import on
 
-NUM_PAIRS = 10
-
 
 def wait_for(barrier: threading.Barrier, _: Planned) -> None:
     """Begin to write when the other merge is as far: between the plan and the first look at the output's lock."""
@@ -69,8 +67,12 @@ def test_a_repository_becomes_public_where_that_is_asked_for(
     assert not hub.repos["me/open"].private
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("num_pairs", "workers"),
+    [(2, 1), pytest.param(10, 1, marks=pytest.mark.slow), pytest.param(10, 2, marks=pytest.mark.slow)],
+)
 def test_pairs_in_two_threads_do_not_see_each_other(
+    num_pairs: int,
     workers: int,
     hub: HubServer,
     s3_server: S3Server,
@@ -79,7 +81,7 @@ def test_pairs_in_two_threads_do_not_see_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = {}
-    for seed in range(2 * NUM_PAIRS):
+    for seed in range(2 * num_pairs):
         merge(make_config(list(map(str, family))), tmp_path / f"expected{seed}", seed=seed, workers=1)
         expected[seed] = without_own(read_files(tmp_path / f"expected{seed}"))
     assert len({files["model.safetensors"] for files in expected.values()}) == len(expected)
@@ -90,7 +92,7 @@ def test_pairs_in_two_threads_do_not_see_each_other(
     options: list[dict[str, Any]] = [{}, {"private": False, "storage": "fsspec"}]
     with FaultProxy(s3_server.endpoint) as proxy, ThreadPoolExecutor(2) as pool:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        for number in range(NUM_PAIRS):
+        for number in range(num_pairs):
             names = [f"me/{kind}{number}" for kind in ("secret", "open")]
             proxy.script([Fault.SLOW_DOWN] * 3, only=is_get_from(buckets[number % 2]))
             meet = threading.Barrier(2)

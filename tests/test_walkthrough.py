@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[1] / "docs/cluster.md"
 TOKEN = "a-token-for-two-machines-0001"
 HEAD = "ray start --head --port 6379 --dashboard-host 0.0.0.0"
 OTHER = "ray start --address 10.0.0.5:6379"
-SUBMIT = "raymerge submit merge.yml s3://bucket/merged --follow"
+SUBMIT = "raymerge submit merge.yml s3://bucket/merged --follow --no-plan"
 VERIFY = "raymerge verify s3://bucket/merged"
 
 

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -217,18 +218,21 @@ def test_servers_do_not_share_anything(s3_server: S3Server, bucket: str) -> None
         assert names == [other.public_bucket]
 
 
-def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
+def test_a_server_dies_with_the_process_that_started_it() -> None:
     program = (
         "from tests.servers.s3 import S3Server; s = S3Server(); print(s.pid, *s.socket_files(), flush=True); input()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    ) as process:
+    with (
+        tempfile.TemporaryDirectory() as short,  # sockets' paths have at most 108 letters
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "TMPDIR": short},
+        ) as process,
+    ):
         assert process.stdout is not None
         number, *socket_files = process.stdout.readline().split()
         pid = int(number)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from email.message import Message
 from functools import cache
 from json import JSONDecodeError
+from threading import Lock
 from typing import Any
 
 import httpx2
 from huggingface_hub import set_client_factory
+from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import hf_request_event_hook
-from huggingface_hub.utils.tqdm import disable_progress_bars
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from raymerge.pipeline.errors import MergeError
 from raymerge.pipeline.stores.remote import REQUEST_SECONDS
@@ -79,12 +80,38 @@ def own_requests(endpoint: str) -> Iterator[None]:
         _endpoint.reset(token)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep huggingface_hub from drawing progress bars, and from warnings about what it does itself."""
-    with warnings.catch_warnings(), disable_progress_bars():
-        warnings.simplefilter("ignore")
-        yield
+class _ProgressBars:
+    """huggingface_hub's progress bars: one switch for the process, off while any thread wants it off.
+
+    Its own context manager turns them on again when the first of two uploads ends, in the middle of the other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._num_quiet = 0
+        self._were_on = False
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Keep huggingface_hub from drawing in this block, unless the environment says that it shall."""
+        if HF_HUB_DISABLE_PROGRESS_BARS is not None:  # then the switch has no effect
+            yield
+            return
+        with self._lock:
+            if not self._num_quiet:
+                self._were_on = not are_progress_bars_disabled()
+                disable_progress_bars()
+            self._num_quiet += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_quiet -= 1
+                if not self._num_quiet and self._were_on:
+                    enable_progress_bars()
+
+
+quiet = _ProgressBars().disabled
 
 
 @cache
@@ -107,7 +134,8 @@ def _translate(error: Exception) -> Exception:
         return BrokenError(f"the answer is not JSON; {hint}", None)
     if isinstance(error, TypeError | KeyError):
         return BrokenError(f"the answer is not that of a Hub: {type(error).__name__}: {one_line(error)}", None)
-    return BrokenError(one_line(error), None)
+    why = f": {type(cause).__name__}: {one_line(cause)}" if isinstance(cause, Exception) else ""
+    return BrokenError(f"{one_line(error)}{why}", None)
 
 
 def _refusal_of(response: httpx2.Response) -> RefusalError:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import CommitOperationAdd, constants, hf_hub_download
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from raymerge.pipeline.stores.hub.api import HubApi
 from raymerge.pipeline.stores.hub.commit import split_changes
 from raymerge.pipeline.stores.hub.path import parse_hub_url
 from raymerge.pipeline.stores.hub.pending import PendingChanges, PendingFile
+from raymerge.pipeline.stores.hub.session import quiet
 from raymerge.pipeline.stores.hub.storage import HubStorage
 from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.web.errors import RefusalError
@@ -129,6 +131,21 @@ class TestHubWithOtherFiles(TestHub):
 
 
 # reading
+
+
+def test_progress_bars_stay_off_while_any_thread_uploads() -> None:
+    enable_progress_bars()
+    first, second = quiet(), quiet()
+    with first:
+        second.__enter__()
+    assert are_progress_bars_disabled()
+    second.__exit__(None, None, None)
+    assert not are_progress_bars_disabled()
+    disable_progress_bars()
+    with quiet():
+        pass
+    assert are_progress_bars_disabled(), "as the user's program wants it"
+    enable_progress_bars()
 
 
 def test_pin_takes_one_request(server: HubServer, storage: HubStorage, model: str) -> None:
