@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +29,12 @@ from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, class
 
 _BODY_SECONDS = 60
 """How long a store may be silent over a body, or the Hub over a commit."""
+
+_NOISE: tuple[tuple[str, type[Warning]], ...] = (
+    ("It seems that you are about to commit a data file", UserWarning),  # the figures, beside the model they are of
+    ("Use 'content=<...>' to upload raw bytes", DeprecationWarning),
+)
+"""Warnings of huggingface_hub and httpx2 about each other and about us, which nobody can do anything about."""
 
 _endpoint: ContextVar[str | None] = ContextVar("_endpoint", default=None)
 """The Hub's endpoint that this context asks; None while others use huggingface_hub."""
@@ -80,10 +88,10 @@ def own_requests(endpoint: str) -> Iterator[None]:
         _endpoint.reset(token)
 
 
-class _ProgressBars:
-    """huggingface_hub's progress bars: one switch for the process, off while any thread wants it off.
+class _Noise:
+    """Progress bars and warnings while huggingface_hub uploads: switches of the process, which several threads turn.
 
-    Its own context manager turns them on again when the first of two uploads ends, in the middle of the other.
+    Its own context manager turns the bars on again when the first of two uploads ends, in the middle of the other.
     """
 
     def __init__(self) -> None:
@@ -92,8 +100,10 @@ class _ProgressBars:
         self._were_on = False
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Keep huggingface_hub from drawing in this block, unless the environment says that it shall."""
+    def silenced(self) -> Iterator[None]:
+        """Keep huggingface_hub from warnings in this block, and from bars unless the environment asks for them."""
+        for message, category in _NOISE:
+            warnings.filterwarnings("ignore", re.escape(message), category)
         if HF_HUB_DISABLE_PROGRESS_BARS is not None:  # then the switch has no effect
             yield
             return
@@ -111,7 +121,7 @@ class _ProgressBars:
                     enable_progress_bars()
 
 
-quiet = _ProgressBars().disabled
+quiet = _Noise().silenced
 
 
 @cache
