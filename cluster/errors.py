@@ -23,6 +23,10 @@ class ResourceError(RaymergeError):
     """No node of the cluster has what an item needs."""
 
 
+class NoHomeError(RaymergeError):
+    """A path in the user's home directory is needed, and the user has none."""
+
+
 class TaskFailedError(RaymergeError):
     """Ray could not run the work of an item at all."""
 

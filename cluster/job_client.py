@@ -23,11 +23,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from raymerge.cluster.errors import ClusterConnectError, JobError
+from raymerge.cluster.home import expand_home, find_home
 from raymerge.cluster.package import Package
 
 _TIMEOUT_SECONDS = 30.0
@@ -290,8 +290,12 @@ def _find_token() -> str | None:
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return _check_token(token, "RAY_AUTH_TOKEN")
     given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(given).expanduser() if given else Path.home() / ".ray/auth_token"
-    if not given and mode != "token":
+    home = find_home()
+    if given:
+        path = expand_home(given)
+    elif mode == "token" and home is not None:
+        path = home / ".ray/auth_token"
+    else:
         return None
     try:
         return _check_token(path.read_text(encoding="utf-8").strip(), str(path)) or None

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,22 +27,38 @@ Cli = Callable[..., Outcome]
 
 
 def start_command(
-    *arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str | None] | None = None,
+    prefix: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
-    """Start a raymerge process."""
+    """Start a raymerge process.
+
+    Args:
+        arguments: of the command.
+        cwd: where it runs.
+        env: changes to the environment; None takes a variable out.
+        prefix: a program that starts it, such as `setpriv`, with its own arguments.
+    """
+    environment = {**os.environ, **(env or {})}
     return subprocess.Popen(
-        [sys.executable, "-m", "raymerge", *map(str, arguments)],
+        [*prefix, sys.executable, "-m", "raymerge", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=cwd,
-        env={**os.environ, **(env or {})},
+        env={name: value for name, value in environment.items() if value is not None},
     )
 
 
-def run_command(*arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Outcome:
-    """Run a raymerge process to its end."""
-    process = start_command(*arguments, cwd=cwd, env=env)
+def run_command(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str | None] | None = None,
+    prefix: Sequence[str] = (),
+) -> Outcome:
+    """Run a raymerge process to its end; see `start_command`."""
+    process = start_command(*arguments, cwd=cwd, env=env, prefix=prefix)
     out, err = process.communicate(timeout=120)
     return Outcome(process.returncode, out, err)
 

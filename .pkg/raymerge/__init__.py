@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from raymerge.cluster.errors import ClusterConnectError as ClusterConnectError
     from raymerge.cluster.errors import HeadLostError as HeadLostError
+    from raymerge.cluster.errors import NoHomeError as NoHomeError
     from raymerge.cluster.errors import ResourceError as ResourceError
     from raymerge.cluster.errors import TaskFailedError as TaskFailedError
     from raymerge.cluster.errors import WorkerLostError as WorkerLostError
@@ -48,6 +49,7 @@ _HOMES = {
     "cluster.errors": (
         "ClusterConnectError",
         "HeadLostError",
+        "NoHomeError",
         "ResourceError",
         "TaskFailedError",
         "WorkerLostError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 
 import raymerge
 from raymerge.cluster.errors import ClusterConnectError, HeadLostError, ResourceError
+from raymerge.cluster.home import find_home, is_writable
 
 SETTINGS = {
     "RAY_task_oom_retries": "0",  # we repeat an item ourselves, with more memory; Ray would do so for ever
@@ -102,19 +104,19 @@ def start_ray(num_cpus: int, num_gpus: int | None = None) -> Iterator[RaySession
     Raises:
         ClusterConnectError: Ray does not start.
     """
-    directory = tempfile.mkdtemp(prefix="raymerge-", dir="/tmp")  # short: sockets with names of 107 bytes are in it
-    try:
-        with _connected(
+    with (
+        _make_directory() as directory,
+        _own_token(),
+        _connected(
             "local",
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             include_dashboard=False,
             object_store_memory=STORE_NBYTES,
             _temp_dir=f"{directory}/ray",  # Ray lets everybody write there, and nobody else gets past its parent
-        ) as session:
-            yield session
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        ) as session,
+    ):
+        yield session
 
 
 @contextmanager
@@ -216,6 +218,37 @@ def _connected(address: str, **options: Any) -> Iterator[RaySession]:
         yield RaySession(ray.util.get_node_ip_address(), nodes)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _make_directory() -> Iterator[str]:
+    """Make a directory for Ray: with a short name, as there are sockets in it, whose names have at most 107 bytes."""
+    try:
+        directory = tempfile.mkdtemp(prefix="raymerge-", dir="/tmp")
+    except OSError as error:
+        raise ClusterConnectError(
+            f"Ray does not start on this machine: it needs a directory in /tmp ({error.strerror}); make /tmp writable,"
+            " or leave --ray out to merge without it"
+        ) from None
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """Give Ray a token for its processes where it would keep one in a home directory that nobody can write to."""
+    home = find_home()
+    is_given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if is_given or (home is not None and ((home / ".ray/auth_token").exists() or is_writable(home / ".ray"))):
+        yield
+        return
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    try:
+        yield
+    finally:
+        del os.environ["RAY_AUTH_TOKEN"]
 
 
 def _check_address(address: str) -> None:

@@ -74,7 +74,8 @@ def _not_cached(place: HubPath) -> CheckpointError:
 
 
 def _find_cache() -> Path:
-    return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()
+    """Return the cache's directory; where the user has no home, huggingface_hub itself leaves a `~` in it."""
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE))
 
 
 def _find_directory(place: HubPath) -> Path:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from raymerge.cluster.home import find_state, is_writable
 from raymerge.pipeline.decoding import decode
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.stores.files import Buffer
@@ -59,9 +60,20 @@ class PendingChanges:
     def __init__(self, place: HubPath) -> None:
         names = f"{place.repo.replace('/', '--')}--{place.revision.replace('/', '-')}"
         digest = hashlib.sha256("\n".join([find_endpoint(), place.repo, place.revision]).encode()).hexdigest()
-        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-        self.directory = Path(state, "raymerge", "hub", f"{names}-{digest[:16]}").expanduser().absolute()
+        self.directory = find_state() / "hub" / f"{names}-{digest[:16]}"
         self._local = LocalStorage()
+
+    def check_place(self) -> None:
+        """Make sure that changes can be kept.
+
+        Raises:
+            OutputError: saying which directory cannot be written to.
+        """
+        if not is_writable(self.directory):
+            raise OutputError(
+                f"{self.directory}: cannot be written to, and what is not published yet is kept there;"
+                " set XDG_STATE_HOME to a directory that you may write to"
+            )
 
     def journal_path(self, path: str) -> str:
         """Return where a file lies that is about the output and not in it: its journal, its lock."""

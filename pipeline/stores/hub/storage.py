@@ -70,8 +70,10 @@ class HubStorage(HubFiles):
                 return place.url
 
     def check_space(self, url: str, nbytes: int) -> None:
-        """Refuse what is no branch; how much room there is cannot be known."""
-        _check_writable(parse_hub_url(url))
+        """Refuse what is no branch; how much room there is cannot be known, but that changes can be kept here can."""
+        place = parse_hub_url(url)
+        _check_writable(place)
+        PendingChanges(place.root).check_place()
 
     def pin(self, url: str, revision: str | None) -> str:
         """Return the URL of a directory at the commit that a revision is now: one request, two for a gated model."""

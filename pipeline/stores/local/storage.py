@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from raymerge.cluster.home import expand_home
 from raymerge.pipeline.errors import FetchError, HeldError, OutputError
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile, check_same
 from raymerge.pipeline.stores.local.writer import LocalWriter, file_etag, is_at, make_parents, output_error
@@ -42,7 +43,7 @@ class LocalStorage(Storage):
         self._files = _OpenFiles(_MAX_OPEN_FILES)
 
     def absolute(self, url: str) -> str:  # noqa: D102
-        return str(local_path(url).expanduser().absolute())
+        return str(expand_home(local_path(url)).absolute())
 
     def resolve(self, url: str) -> str:  # noqa: D102
         return str(local_path(url).resolve())
