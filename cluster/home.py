@@ -10,7 +10,10 @@ from raymerge.cluster.errors import NoHomeError
 
 def find_home() -> Path | None:
     """Return the home directory; None where HOME is not set and the user has no passwd entry, as in some containers."""
-    home = Path(os.path.expanduser("~"))
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
     return home if home.is_absolute() else None
 
 
@@ -47,5 +50,5 @@ def find_state() -> Path:
 
 def is_writable(path: Path) -> bool:
     """Tell whether a directory may be written to, or made if it is not there."""
-    there = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
+    there = next(parent for parent in (path, *path.parents) if os.access(parent, os.F_OK))
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)

@@ -14,7 +14,7 @@ from tests.stored_models import make_config, without_own
 
 NAMELESS = ("unshare", "--user", "--map-user=54321")
 """Runs a command as a user who is in no passwd file."""
-NO_HOME = {name: None for name in ("HOME", "USER", "LOGNAME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "HF_HOME")}
+NO_HOME = dict.fromkeys(("HOME", "USER", "LOGNAME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "HF_HOME"))
 
 pytestmark = pytest.mark.skipif(
     subprocess.run([*NAMELESS, "true"], capture_output=True, check=False).returncode != 0,

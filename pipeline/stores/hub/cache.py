@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from raymerge.cluster.home import find_home
 from raymerge.pipeline.errors import CheckpointError, FetchError
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.hub.path import HubPath
@@ -74,8 +75,9 @@ def _not_cached(place: HubPath) -> CheckpointError:
 
 
 def _find_cache() -> Path:
-    """Return the cache's directory; where the user has no home, huggingface_hub itself leaves a `~` in it."""
-    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE))
+    """Return the cache's directory; where the user has no home, huggingface_hub leaves a `~` in it, and so do we."""
+    path = Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
+    return path if find_home() is None else path.expanduser()
 
 
 def _find_directory(place: HubPath) -> Path:
