@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, resolve_models
 from raymerge.pipeline.checkpoint.model_config import dump_config
+from raymerge.pipeline.checkpoint.tying import has_own_head
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.plan.memory import Transfer
@@ -67,7 +68,11 @@ def make_plan(
     checkpoints = resolve_models(stores, first.referenced_models)
     table = read_table(stores, {str(checkpoint.model): checkpoint.weight_files for checkpoint in checkpoints})
     tensors = list_tensors(table)
-    models = [open_model(c, index_tensors(c, tensors.get(str(c.model), ()))) for c in checkpoints]
+    models = []
+    for checkpoint in checkpoints:
+        stored = index_tensors(checkpoint, tensors.get(str(checkpoint.model), ()))
+        own_head = has_own_head(stores, checkpoint.config, stored)
+        models.append(open_model(checkpoint, stored, has_own_head=own_head))
     recipes = [expand(config, models, seed) for config in configs]
     merges = join_variants(recipes)
     transfer = _measure_transfer(stores, checkpoints, outs, limits.runner_nbytes)

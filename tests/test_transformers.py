@@ -151,3 +151,17 @@ def test_a_tied_model_and_an_untied_one(tmp_path: Path) -> None:
     assert merged.config.tie_word_embeddings is False
     expected = (tied.get_input_embeddings().weight.float() + untied.lm_head.weight.float()) / 2
     torch.testing.assert_close(merged.lm_head.weight, expected.to(torch.bfloat16), rtol=0, atol=0)
+
+
+def test_a_stored_head_counts_whatever_the_config_says_of_tying(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        model = make_model("llama", seed)
+        model.config.tie_word_embeddings = True  # as published by trainers that untie a head and keep the config
+        model.save_pretrained(tmp_path / name)
+    parents = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("a", "b")]
+    merge(make_config("linear", [tmp_path / "a", tmp_path / "b"]), tmp_path / "out")
+    merged = load(tmp_path / "out")
+    expected = torch.stack([parent.lm_head.weight for parent in parents]).float().mean(0)
+    assert merged.config.tie_word_embeddings is False
+    assert torch.equal(merged.lm_head.weight.float(), expected.to(torch.bfloat16).float())
+    assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)

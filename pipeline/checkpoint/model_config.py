@@ -63,11 +63,13 @@ def count_layers(config: Json) -> int | None:
 
 
 def ties_embeddings(config: Json) -> bool | None:
-    """Return `tie_word_embeddings` of a config.json; None where it is silent."""
-    for part in (config, text_part(config)):
-        if isinstance(part.get("tie_word_embeddings"), bool):
-            return bool(part["tie_word_embeddings"])
-    return None
+    """Return `tie_word_embeddings` of a config.json; None where it is silent.
+
+    Versions of transformers write it at the top, into the language model's part, or into both, and newer ones take
+    either for true.
+    """
+    stated = [part.get("tie_word_embeddings") for part in (config, text_part(config))]
+    return True if True in stated else False if False in stated else None
 
 
 def set_tied(config: Json, tied: bool) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from raymerge.pipeline.checkpoint.model_config import Json, ties_embeddings
 from raymerge.pipeline.checkpoint.names import split_name
+from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.stores.files import ByteRange
+from raymerge.pipeline.stores.open import Stores
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
 _EMBEDDINGS = (
@@ -17,7 +20,8 @@ _EMBEDDINGS = (
     "embed_in.weight",
 )
 _HEADLESS = re.compile(r"(Classification|QuestionAnswering|(?<!Head)(?<!Heads)Model)$")
-"""Architectures that have no output head, whatever config.json says of tying it."""
+_MIN_CHUNK_NBYTES = 2**16
+_MAX_CHUNK_NBYTES = 2**23
 
 
 def find_head(names: Iterable[str]) -> str | None:
@@ -47,15 +51,57 @@ def name_head(embedding: str) -> str:
     return "language_model.lm_head.weight" if embedding.startswith("language_model.") else "lm_head.weight"
 
 
-def is_tied(config: Json, names: Collection[str]) -> bool:
-    """Return whether a checkpoint's head is its embedding.
-
-    config.json decides, for loaders ignore a stored head if it says so. Where it is silent, its default depends on the
-    architecture, but a checkpoint that needs a head of its own has one stored.
-    """
-    stated = ties_embeddings(config)
+def is_headless(config: Json) -> bool:
+    """Tell whether an architecture has no output head, whatever config.json says of tying it."""
     architectures = config.get("architectures")
     known = architectures if isinstance(architectures, list) else []
-    if find_embedding(names) is None or any(_HEADLESS.search(str(name)) for name in known):
+    return any(_HEADLESS.search(str(name)) for name in known)
+
+
+def is_tied(config: Json, names: Collection[str], *, has_own_head: bool = False) -> bool:
+    """Return whether a checkpoint's head is its embedding.
+
+    Where config.json is silent, its default depends on the architecture, but a checkpoint that needs a head of its own
+    has one stored.
+
+    Args:
+        config: its config.json.
+        names: of its tensors.
+        has_own_head: whether a stored head has other values than the embedding, whatever config.json says.
+    """
+    if find_embedding(names) is None or is_headless(config):
         return False
-    return find_head(names) is None if stated is None else stated
+    stated = ties_embeddings(config)
+    if find_head(names) is None:
+        return stated is not False
+    return stated is True and not has_own_head
+
+
+def has_own_head(stores: Stores, config: Json, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Return whether config.json says that the head is the embedding, and a head of other values is stored.
+
+    transformers 5 then uses the stored one (`PreTrainedModel.tie_weights`). Reads both up to the first difference.
+
+    Raises:
+        FetchError: the file could not be read.
+    """
+    head, embedding = (tensors.get(find(tensors) or "") for find in (find_head, find_embedding))
+    if head is None or embedding is None or not ties_embeddings(config):
+        return False
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return True
+    start, size = 0, _MIN_CHUNK_NBYTES
+    while start < head.nbytes:
+        stop = min(head.nbytes, start + size)
+        if len({_read(stores, tensor, start, stop) for tensor in (head, embedding)}) == 2:
+            return True
+        start, size = stop, min(2 * size, _MAX_CHUNK_NBYTES)
+    return False
+
+
+def _read(stores: Stores, tensor: StoredTensor, start: int, stop: int) -> bytes:
+    """Return the bytes [start, stop) of a stored tensor."""
+    data = bytearray(stop - start)
+    place = ByteRange(tensor.file, tensor.start + start, tensor.start + stop)
+    stores.at(tensor.file.url).read_into([place], [memoryview(data)])
+    return bytes(data)

@@ -48,7 +48,7 @@ class StoredView(View):
 
 
 class TiedView(View):
-    """A model whose output head is its embedding: loaders ignore a head that is stored."""
+    """A model whose output head is its embedding: a head that is stored has the same values."""
 
     def __init__(self, below: View, head: str | None) -> None:
         """Look at a tied model.
@@ -78,7 +78,7 @@ class TiedView(View):
         """Return the stored head."""
         if self._stored_head is None:
             return self._below.hidden()
-        rule = "tie_word_embeddings is true, so loaders ignore it"
+        rule = "the head is tied to the embedding, whose values it has"
         if self._head is not None:
-            rule = "the model's head is tied to its embedding, which is merged instead"
+            rule += " and which is merged instead"
         return {**self._below.hidden(), self._stored_head: rule}

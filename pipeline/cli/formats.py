@@ -160,7 +160,7 @@ def _format_tying(found: Inspection) -> str:
         return ""
     if not found.is_tied:
         return f"{_plain(found.head)}, of its own" if found.head else "none"
-    stored = f"; {_plain(found.head)} is stored too, but loaders ignore it" if found.head else ""
+    stored = f"; {_plain(found.head)} is stored too, and is the head if it has other values" if found.head else ""
     return f"tied: {_plain(found.embedding)}{stored}"
 
 

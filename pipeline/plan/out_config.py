@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.model_config import Json, compare_configs, count_layers, set_dtype, set_tied
-from raymerge.pipeline.checkpoint.tying import find_head
+from raymerge.pipeline.checkpoint.model_config import (
+    Json,
+    compare_configs,
+    count_layers,
+    set_dtype,
+    set_tied,
+    ties_embeddings,
+)
+from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_headless
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.forms.form import Form, Model
 from raymerge.pipeline.plan.types import TensorMerge
@@ -25,12 +32,13 @@ def make_out_config(form: Form, merges: Sequence[TensorMerge], donor: Model) -> 
     config = form.make_config(copy.deepcopy(donor.config))
     warnings = []
     out_has_head = find_head(merge.name for merge in merges) is not None
-    if out_has_head and donor.is_tied:
+    if out_has_head and (donor.is_tied or ties_embeddings(config)):
         set_tied(config, False)
-        warnings.append(
-            f"the inputs do not share one tied embedding, so the output gets a head of its own and "
-            f"tie_word_embeddings: false ({donor.ref} has it tied)"
-        )
+        if donor.is_tied:
+            warnings.append(
+                f"the inputs do not share one tied embedding, so the output gets a head of its own and "
+                f"tie_word_embeddings: false ({donor.ref} has it tied)"
+            )
     elif not out_has_head and not donor.is_tied and find_head(donor.view.names()):
         set_tied(config, True)
     nbytes_by_dtype: Counter[str] = Counter()
@@ -58,4 +66,22 @@ def check_configs(models: Iterable[Model], *, moves_layers: bool) -> list[str]:
                 f"{model.ref}: config.json states {counted(stated, 'layer')}, and the checkpoint has"
                 f" {model.layers.num_layers}; is it complete?"
             )
+        warnings += _check_head(model)
     return warnings
+
+
+def _check_head(model: Model) -> Iterator[str]:
+    """Yield a warning where config.json and the stored tensors disagree about the output head."""
+    if is_headless(model.config) or find_embedding(model.view.names()) is None:
+        return
+    stated, head = ties_embeddings(model.config), find_head(model.view.names())
+    if stated and head and not model.is_tied:
+        yield (
+            f"{model.ref}: config.json says tie_word_embeddings: true, and {head} is stored with other values than the"
+            " embedding; it counts as the head, as in transformers 5, while older loaders ignore it"
+        )
+    if stated is False and head is None:
+        yield (
+            f"{model.ref}: config.json says tie_word_embeddings: false, and no head is stored, so loaders make one of"
+            " random numbers; if the embedding is the head, say true there"
+        )

@@ -38,12 +38,13 @@ class Recipe:
     dropped: tuple[str, ...]
 
 
-def open_model(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor]) -> Model:
+def open_model(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], *, has_own_head: bool = False) -> Model:
     """Return a model as it is stored.
 
     Args:
         checkpoint: its files and config.json.
         tensors: its tensors by name.
+        has_own_head: whether a stored head has other values than the embedding that it is said to be.
 
     Raises:
         CheckpointError: it has no tensors.
@@ -51,7 +52,7 @@ def open_model(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor]) -> M
     if not tensors:
         raise CheckpointError(f"{checkpoint.model}: the checkpoint holds no tensors")
     layers = find_layers(((t.name, t.nbytes) for t in tensors.values()), count_layers(checkpoint.config))
-    tied = is_tied(checkpoint.config, tensors)
+    tied = is_tied(checkpoint.config, tensors, has_own_head=has_own_head)
     return Model(StoredView(checkpoint.model, tensors), checkpoint.config, layers, tied, tuple(tensors))
 
 

@@ -34,8 +34,8 @@ def passthrough(model: str) -> dict[str, Any]:
 def look_through(monkeypatch: pytest.MonkeyPatch, look: Callable[[View], View]) -> None:
     """Have every model looked at through a view."""
 
-    def open_through(*arguments: Any) -> Model:
-        model = open_model(*arguments)
+    def open_through(*arguments: Any, **keywords: Any) -> Model:
+        model = open_model(*arguments, **keywords)
         return replace(model, view=look(model.view))
 
     monkeypatch.setattr("raymerge.pipeline.planner.open_model", open_through)

@@ -199,7 +199,7 @@ def test_one_file(sharded: Path, reads: list[int], cli: Cli) -> None:
     ("config", "head", "said"),
     [
         ({"tie_word_embeddings": True}, False, "tied: model.embed_tokens.weight\n"),
-        ({"tie_word_embeddings": True}, True, "lm_head.weight is stored too, but loaders ignore it"),
+        ({"tie_word_embeddings": True}, True, "lm_head.weight is stored too, and is the head if it has other values"),
         ({"tie_word_embeddings": False}, True, "lm_head.weight, of its own"),
         ({"tie_word_embeddings": None}, False, "tied: model.embed_tokens.weight\n"),
         ({"architectures": ["LlamaModel"], "tie_word_embeddings": False}, False, "  head       none\n"),

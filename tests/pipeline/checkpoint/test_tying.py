@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_tied, name_head
+from raymerge.pipeline.checkpoint.checkpoint import resolve_model
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.table import list_tensors, read_table
+from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, has_own_head, is_tied, name_head
 from raymerge.pipeline.plan.recipe import Recipe
+from raymerge.pipeline.stores.open import open_stores
+from raymerge.pipeline.stores.settings import StoreSettings
+from tests.checkpoints import write_checkpoint
 from tests.pipeline.plan.layouts import (
     Layout,
     bare,
@@ -24,6 +33,8 @@ TIED_STORED = llama(head=True, tie_word_embeddings=True)
 SILENT_TIED = llama(head=False)
 SILENT_UNTIED = llama(head=True)
 UNTIED = llama(head=True, tie_word_embeddings=False)
+OWN_HEAD = replace(TIED_STORED, has_own_head=True)
+NESTED = {"text_config": {"num_hidden_layers": 2, "tie_word_embeddings": True}}
 
 
 def merge(*layouts: Layout, **config: Any) -> Recipe:
@@ -99,11 +110,67 @@ def test_all_tied_gives_no_head_and_keeps_the_flag(layout: Layout) -> None:
     assert recipe.warnings == ()
 
 
-def test_a_stored_head_that_loaders_ignore_is_reported() -> None:
+def test_a_stored_head_of_the_embeddings_values_is_left_out_with_a_word() -> None:
     recipe = merge(TIED_STORED, TIED)
     assert len(recipe.dropped) == 1
     assert recipe.dropped[0].startswith(f"a: 1 tensor ({HEAD})")
-    assert "tie_word_embeddings is true" in recipe.dropped[0]
+    assert "whose values it has" in recipe.dropped[0]
+
+
+@pytest.mark.parametrize("other", [TIED, TIED_STORED, UNTIED, OWN_HEAD])
+def test_a_stored_head_of_other_values_is_the_head_whatever_the_config_says(other: Layout) -> None:
+    for recipe, model in ((merge(OWN_HEAD, other), "a"), (merge(other, OWN_HEAD), "b")):
+        assert (model, HEAD) in (head_sources(recipe) or [])
+        assert recipe.config["tie_word_embeddings"] is False
+        warnings = [text for text in recipe.warnings if f"{HEAD} is stored with other values" in text]
+        assert [text.partition(":")[0] for text in warnings] == (["a", "b"] if other is OWN_HEAD else [model])
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "head"),
+    [(OWN_HEAD, TIED, ("b", EMBEDDING)), (TIED, OWN_HEAD, ("b", HEAD)), (OWN_HEAD, UNTIED, ("b", HEAD))],
+)
+def test_a_stack_takes_the_head_of_its_last_model_by_what_is_stored(
+    first: Layout, last: Layout, head: tuple[str, str]
+) -> None:
+    recipe = expand_layouts(passthrough(("a", 0, 1), ("b", 1, 2)), {"a": first, "b": last})
+    assert head_sources(recipe) == [head]
+    assert recipe.config["tie_word_embeddings"] is False
+
+
+def test_a_model_that_says_untied_and_has_no_head_is_warned_of() -> None:
+    silent, warned = merge(TIED, TIED), merge(*2 * [llama(head=False, tie_word_embeddings=False)])
+    assert not silent.warnings
+    assert "loaders make one of random numbers" in warned.warnings[0]
+    assert head_sources(warned) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "changed", "has_own"),
+    [
+        ({"tie_word_embeddings": True}, None, None, False),
+        ({"tie_word_embeddings": True}, None, 0, True),
+        ({"tie_word_embeddings": True}, None, -1, True),
+        ({"tie_word_embeddings": True}, torch.float32, None, True),
+        ({"tie_word_embeddings": False}, None, 0, False),
+        ({}, None, 0, False),
+        (NESTED, None, 0, True),
+        (NESTED, None, None, False),
+        ({**NESTED, "tie_word_embeddings": False}, None, -1, True),
+    ],
+)
+def test_a_head_is_compared_with_the_embedding_byte_by_byte(
+    config: dict[str, Any], dtype: torch.dtype | None, changed: int | None, has_own: bool, tmp_path: Path
+) -> None:
+    embedding = torch.rand(300, 257).to(torch.bfloat16)
+    head = embedding.clone()
+    if changed is not None:
+        head.view(torch.int16).flatten()[changed] ^= 1
+    path = write_checkpoint(tmp_path / "m", {EMBEDDING: embedding, HEAD: head.to(dtype or head.dtype)}, config)
+    with open_stores(StoreSettings()) as stores:
+        checkpoint = resolve_model(stores, ModelRef(str(path)))
+        tensors = {t.name: t for t in list_tensors(read_table(stores, {"m": checkpoint.weight_files}))["m"]}
+        assert has_own_head(stores, checkpoint.config, tensors) is has_own
 
 
 @pytest.mark.parametrize("donor", [TIED, SILENT_TIED, TIED_STORED])

@@ -31,6 +31,8 @@ class Layout:
     dtype: str = "BF16"
     dtypes: Mapping[str, str] = field(default_factory=dict)
     """Where they differ from `dtype`."""
+    has_own_head: bool = False
+    """Whether the head has other values than the embedding, whatever the config says."""
 
 
 def llama(num_layers: int = 2, *, head: bool = True, past: int = 0, **config: Any) -> Layout:
@@ -70,9 +72,12 @@ def expand_layouts(config: Mapping[str, Any], models: Mapping[str, Layout]) -> R
         Checkpoint(model, f"/models/{model}", dict(models[str(model)].config), "", (), None, (), ())
         for model in merge_config.referenced_models
     ]
-    return expand(
-        merge_config, [open_model(c, stored_tensors(str(c.model), models[str(c.model)])) for c in checkpoints]
-    )
+    opened = []
+    for checkpoint in checkpoints:
+        layout = models[str(checkpoint.model)]
+        tensors = stored_tensors(str(checkpoint.model), layout)
+        opened.append(open_model(checkpoint, tensors, has_own_head=layout.has_own_head))
+    return expand(merge_config, opened)
 
 
 def linear(*models: str, **more: Any) -> dict[str, Any]:
