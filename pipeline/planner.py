@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, resolve_models
 from raymerge.pipeline.checkpoint.model_config import dump_config
+from raymerge.pipeline.checkpoint.quantised import QUANTISED_FILES
 from raymerge.pipeline.checkpoint.tying import has_own_head
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
@@ -77,7 +78,7 @@ def make_plan(
     merges = join_variants(recipes)
     transfer = _measure_transfer(stores, checkpoints, outs, limits.runner_nbytes)
     tasks, num_workers, num_allowed = make_tasks(merges, replace(limits, transfer=transfer))
-    copied = [Copied(name, file) for name, file in checkpoints[0].side_files]
+    copied = [Copied(name, file) for name, file in checkpoints[0].side_files if name not in QUANTISED_FILES]
     outputs = []
     for position, (config, recipe) in enumerate(zip(configs, recipes, strict=True)):
         side_files: tuple[SideFile, ...] = (*copied, Written(CONFIG, dump_config(recipe.config)))

@@ -34,7 +34,6 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _REWRITTEN = {CONFIG, "README.md", "mergekit_config.yml", MANIFEST, FIGURES}
 _OF_TRAINING = re.compile(r"(checkpoint-[^/]*|runs)/|(.*/)?adapter_config\.json$")
 """Files that a trainer leaves beside the model, and that say nothing about it."""
-_QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 HUB_NAME = re.compile(r"(?!(?:models|datasets|spaces)/)[\w-][\w.-]*/[\w-][\w.-]*")
 """A model in a config that is no directory here is a repository if it looks like this."""
 
@@ -126,7 +125,6 @@ def resolve_model(stores: Stores, model: ModelRef) -> Checkpoint:
         weight_names = [SINGLE]
     else:
         raise _no_weights(url, names)
-    _check_not_quantised(url, config, names)
     return Checkpoint(
         model=model,
         url=url,
@@ -226,24 +224,6 @@ def _check_not_empty(file: StoredFile) -> StoredFile:
     if file.nbytes == 0:
         raise CheckpointError(f"{file.url}: 0 bytes; {_DOWNLOAD}")
     return file
-
-
-def _check_not_quantised(url: str, config: Mapping[str, Any], names: list[str]) -> None:
-    found = [name for name in _QUANTISED_FILES if name in names]
-    todo: list[tuple[str, Mapping[str, Any]]] = [("", config)]
-    while todo:
-        prefix, section = todo.pop()
-        for key, value in section.items():
-            if key in ("quantization_config", "compression_config") and value:
-                method = value.get("quant_method") if isinstance(value, dict) else None
-                found.append(f"{CONFIG}: {prefix}{key}" + (f" ({method})" if method else ""))
-            elif isinstance(value, dict):
-                todo.append((f"{prefix}{key}.", value))
-    if found:
-        raise CheckpointError(
-            f"{url}: quantised ({', '.join(found)}); quantised checkpoints are not supported yet;"
-            " dequantise first: load it in transformers with dequantize=True in its quantization config, and save it"
-        )
 
 
 def _no_weights(url: str, names: list[str]) -> CheckpointError:

@@ -25,6 +25,7 @@ from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, Origin, parse_origin
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
 from raymerge.pipeline.checkpoint.names import natural_key
+from raymerge.pipeline.checkpoint.quantised import find_quantisation
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.stacks import Stack, Totals, add_up, split_stacks
@@ -209,6 +210,8 @@ def _inspect_model(stores: Stores, url: str) -> Inspection:
 
         fault = next(find_index_faults(url, weight_map, tensors), None)
         obstacle = f"{fault}; {DAMAGED}" if fault else ""
+    if not obstacle:
+        obstacle = find_quantisation(config, side_names, {tensor.name: tensor for tensor in tensors}).explain() or ""
     made = _read_origin(storage, files, reads)
     found = [FoundFile(name, file.nbytes, _role(name, names, side_names)) for name, file in files.items()]
     return _summarise(url, config, obstacle, found, tensors, made, reads)

@@ -68,8 +68,18 @@ def ties_embeddings(config: Json) -> bool | None:
     Versions of transformers write it at the top, into the language model's part, or into both, and newer ones take
     either for true.
     """
-    stated = [part.get("tie_word_embeddings") for part in (config, text_part(config))]
+    stated = _list_tying(config)
     return True if True in stated else False if False in stated else None
+
+
+def contradicts_itself_on_tying(config: Json) -> bool:
+    """Tell whether the language model's part has another `tie_word_embeddings` than the top."""
+    return len(set(_list_tying(config))) == 2
+
+
+def _list_tying(config: Json) -> list[bool]:
+    stated = (part.get("tie_word_embeddings") for part in (config, text_part(config)))
+    return [value for value in stated if isinstance(value, bool)]
 
 
 def set_tied(config: Json, tied: bool) -> None:

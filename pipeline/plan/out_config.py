@@ -10,14 +10,17 @@ from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.model_config import (
     Json,
     compare_configs,
+    contradicts_itself_on_tying,
     count_layers,
     set_dtype,
     set_tied,
+    text_part,
     ties_embeddings,
 )
+from raymerge.pipeline.checkpoint.quantised import drop_quantisation
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_headless
 from raymerge.pipeline.messages import counted
-from raymerge.pipeline.plan.forms.form import Form, Model
+from raymerge.pipeline.plan.forms.form import EMBEDDING_FIELDS, Form, Model
 from raymerge.pipeline.plan.types import TensorMerge
 
 
@@ -30,6 +33,7 @@ def make_out_config(form: Form, merges: Sequence[TensorMerge], donor: Model) -> 
         donor: the model whose config.json is taken, as it is stored.
     """
     config = form.make_config(copy.deepcopy(donor.config))
+    drop_quantisation(config)
     warnings = []
     out_has_head = find_head(merge.name for merge in merges) is not None
     if out_has_head and (donor.is_tied or ties_embeddings(config)):
@@ -39,8 +43,10 @@ def make_out_config(form: Form, merges: Sequence[TensorMerge], donor: Model) -> 
                 f"the inputs do not share one tied embedding, so the output gets a head of its own and "
                 f"tie_word_embeddings: false ({donor.ref} has it tied)"
             )
-    elif not out_has_head and not donor.is_tied and find_head(donor.view.names()):
-        set_tied(config, True)
+    elif not out_has_head:
+        had_head = not donor.is_tied and find_head(donor.view.names())
+        if had_head or (donor.is_tied and contradicts_itself_on_tying(config)):
+            set_tied(config, True)
     nbytes_by_dtype: Counter[str] = Counter()
     for merge in merges:
         if DTYPES[merge.out_dtype].is_mergeable:
@@ -66,7 +72,12 @@ def check_configs(models: Iterable[Model], *, moves_layers: bool) -> list[str]:
                 f"{model.ref}: config.json states {counted(stated, 'layer')}, and the checkpoint has"
                 f" {model.layers.num_layers}; is it complete?"
             )
-        warnings += _check_head(model)
+        warnings += [*_check_head(model), *_check_embedding(model)]
+        if model.quantisation.stated and not model.quantisation.packed:
+            warnings.append(
+                f"{model.ref}: {', '.join(model.quantisation.stated)}, but the weights are whole; the output's"
+                " config.json does not say that it is quantised"
+            )
     return warnings
 
 
@@ -85,3 +96,18 @@ def _check_head(model: Model) -> Iterator[str]:
             f"{model.ref}: config.json says tie_word_embeddings: false, and no head is stored, so loaders make one of"
             " random numbers; if the embedding is the head, say true there"
         )
+
+
+def _check_embedding(model: Model) -> Iterator[str]:
+    """Yield a warning for each side of the embedding that has another size than config.json states."""
+    embedding = model.view.find(find_embedding(model.view.names()) or "")
+    if embedding is None or len(embedding.shape) != 2:
+        return
+    part = text_part(model.config)
+    for field, size in zip(EMBEDDING_FIELDS, embedding.shape, strict=True):
+        stated = part.get(field)
+        if isinstance(stated, int) and stated != size and size not in part.values():  # such as embedding_size
+            yield (
+                f"{model.ref}: config.json states {field} {stated}, and {embedding.name} is {list(embedding.shape)};"
+                " loaders will refuse one of them"
+            )

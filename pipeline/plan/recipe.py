@@ -9,11 +9,13 @@ from raymerge.ops.registry import Base, find_op
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
 from raymerge.pipeline.checkpoint.names import find_layers, natural_key
+from raymerge.pipeline.checkpoint.quantised import find_quantisation
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
-from raymerge.pipeline.checkpoint.tying import is_tied
+from raymerge.pipeline.checkpoint.tying import find_embedding, is_tied
 from raymerge.pipeline.checkpoint.views import StoredView
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import CheckpointError, TensorMismatchError
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.accounts import Accounts, count_tensors
 from raymerge.pipeline.plan.forms import open_form
 from raymerge.pipeline.plan.forms.form import Form, Model, OutputTensor
@@ -53,7 +55,10 @@ def open_model(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], *, h
         raise CheckpointError(f"{checkpoint.model}: the checkpoint holds no tensors")
     layers = find_layers(((t.name, t.nbytes) for t in tensors.values()), count_layers(checkpoint.config))
     tied = is_tied(checkpoint.config, tensors, has_own_head=has_own_head)
-    return Model(StoredView(checkpoint.model, tensors), checkpoint.config, layers, tied, tuple(tensors))
+    files = (name for name, _ in checkpoint.side_files)
+    quantisation = find_quantisation(checkpoint.config, files, tensors)
+    view = StoredView(checkpoint.model, tensors)
+    return Model(view, checkpoint.config, layers, tied, tuple(tensors), quantisation)
 
 
 def expand(config: MergeConfig, models: Sequence[Model], seed: int = 0) -> Recipe:
@@ -74,6 +79,9 @@ def expand(config: MergeConfig, models: Sequence[Model], seed: int = 0) -> Recip
 
 def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:
     """Work out every output tensor of a form; see `expand`."""
+    for model in models:
+        _check_not_quantised(model)
+        _check_gathered(model)
     warnings = check_configs(models, moves_layers=form.moves_layers)
     accounts = Accounts()
     found = (_resolve(output, accounts, seed) for output in form.list_tensors())
@@ -92,6 +100,30 @@ def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:
         lambda ref, name: form.explain_unused(form.models[ref], name),
     )
     return Recipe(tuple(merges), out_config, tuple(warnings), dropped)
+
+
+def _check_not_quantised(model: Model) -> None:
+    """Refuse packed numbers that no view makes values of."""
+    packed = (tensor.name for tensor in model.quantisation.packed)
+    why = model.quantisation.explain([name for name in packed if not isinstance(model.view.find(name), StoredTensor)])
+    if why:
+        raise CheckpointError(f"{model.ref}: {why}")
+
+
+def _check_gathered(model: Model) -> None:
+    """Refuse what a trainer that shards parameters saves without gathering them: names with nothing behind them."""
+    shapes = {name: source.shape for name in model.view.names() if (source := model.view.find(name))}
+    embedding = find_embedding(shapes)
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if embedding and (embedding in empty or len(shapes[embedding]) < 2):
+        empty = empty or [embedding]
+    elif 2 * len(empty) <= len(shapes):
+        return
+    raise CheckpointError(
+        f"{model.ref}: {len(empty)} of {counted(len(shapes), 'tensor')} are empty, such as {empty[0]}"
+        f" {list(shapes[empty[0]])}: saved by DeepSpeed ZeRO-3 or FSDP without gathering the parameters; save the model"
+        " again with stage3_gather_16bit_weights_on_model_save, or convert the training checkpoint by zero_to_fp32.py"
+    )
 
 
 def _resolve(output: OutputTensor, accounts: Accounts, seed: int) -> TensorMerge | None:

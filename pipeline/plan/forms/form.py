@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.model_config import Json, text_part
 from raymerge.pipeline.checkpoint.names import Layers
+from raymerge.pipeline.checkpoint.quantised import Quantisation
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, name_head
 from raymerge.pipeline.checkpoint.views import TiedView, View
@@ -16,7 +17,7 @@ from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.plan.resolve import Scope
 
-_EMBEDDING_FIELDS = ("vocab_size", "hidden_size")
+EMBEDDING_FIELDS = ("vocab_size", "hidden_size")
 """Fields of config.json for the rows and columns of an embedding."""
 
 
@@ -31,6 +32,8 @@ class Model:
     """Whether its output head is its embedding."""
     stored: Collection[str]
     """Every tensor of its files: each is merged, or left out by a rule that the plan prints."""
+    quantisation: Quantisation
+    """What speaks for the stored numbers not being the weights."""
 
     @property
     def ref(self) -> ModelRef:
@@ -43,7 +46,7 @@ class Model:
         if width is None:
             embedding = self.view.find(find_embedding(self.view.names()) or "")
             if embedding is not None and len(embedding.shape) == 2:
-                width = dict(zip(_EMBEDDING_FIELDS, embedding.shape, strict=True)).get(field)
+                width = dict(zip(EMBEDDING_FIELDS, embedding.shape, strict=True)).get(field)
         return width if isinstance(width, int) else None
 
 

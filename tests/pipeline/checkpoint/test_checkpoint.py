@@ -290,29 +290,6 @@ def test_other_kinds_of_weights(single: Path, files: list[str], message: str) ->
     refuse(single, message)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(config.json: quantization_config \(fp8\)\)"),
-        ({"text_config": {"quantization_config": {"bits": 4}}}, r"\(config.json: text_config.quantization_config\)"),
-        ({"a": {"b": {"compression_config": {"x": 1}}}}, r"\(config.json: a.b.compression_config\)"),
-    ],
-)
-def test_quantised(single: Path, config: dict[str, Any], message: str) -> None:
-    write_json(single / "config.json", config)
-    refuse(single, f"{message}; quantised checkpoints are not supported yet; dequantise first")
-
-
-def test_quantised_according_to_another_file(single: Path) -> None:
-    write_json(single / "hf_quant_config.json", {})
-    refuse(single, r"quantised \(hf_quant_config.json\)")
-
-
-def test_not_quantised(single: Path) -> None:
-    write_json(single / "config.json", {"quantization_config": None, "text_config": {"quantization_config": {}}})
-    resolve(single)
-
-
 @pytest.mark.parametrize("name", ["a\nb", "a\\b", "c:d", "a\x1b[0m"])
 def test_side_files_that_cannot_be_written_elsewhere(single: Path, name: str) -> None:
     (single / name).touch()

@@ -239,7 +239,8 @@ def test_layers_that_config_json_does_not_count(tmp_path: Path, cli: Cli) -> Non
 
 
 def quantise(path: Path) -> None:
-    (path / "config.json").write_text(json.dumps(llama_config(quantization_config={"quant_method": "fp8"})))
+    tensors = {name: x.to(torch.float8_e4m3fn) if x.dim() == 2 else x for name, x in llama_tensors().items()}
+    write_checkpoint(path, tensors, llama_config(quantization_config={"quant_method": "fp8"}))
 
 
 def make_adapter(path: Path) -> None:
@@ -312,7 +313,7 @@ def test_what_cannot_be_merged(name: str, tmp_path: Path, cli: Cli) -> None:
 
 
 def test_reads_of_a_quantised_one_are_counted_too(tmp_path: Path, reads: list[int]) -> None:
-    model = write_llama(tmp_path / "m", num_shards=2)
+    model = write_llama(tmp_path / "m")
     quantise(model)
     found = inspect(model)
     assert (found.read_nbytes, found.num_reads) == (sum(reads), len(reads))

@@ -76,7 +76,8 @@ def test_count_of_layers(config: Json, count: int | None) -> None:
         ({"tie_word_embeddings": True}, True),
         ({"tie_word_embeddings": None}, None),
         ({"text_config": {"num_hidden_layers": 1, "tie_word_embeddings": True}}, True),
-        ({"tie_word_embeddings": False, "text_config": {"num_hidden_layers": 1, "tie_word_embeddings": True}}, False),
+        ({"tie_word_embeddings": False, "text_config": {"num_hidden_layers": 1, "tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": False, "text_config": {"num_hidden_layers": 1}}, False),
     ],
 )
 def test_tie_as_stated(config: Json, tied: bool | None) -> None:

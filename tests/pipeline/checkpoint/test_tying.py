@@ -199,6 +199,14 @@ def test_a_nested_flag_is_cleared_too() -> None:
     assert recipe.config["text_config"]["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize("top", [True, False])
+def test_a_flag_that_contradicts_itself_is_settled_by_the_missing_head(top: bool) -> None:
+    text = {"num_hidden_layers": 2, "tie_word_embeddings": not top}
+    recipe = merge(*2 * [Layout(TIED.shapes, {"text_config": text, "tie_word_embeddings": top})])
+    assert head_sources(recipe) is None
+    assert recipe.config["tie_word_embeddings"] is recipe.config["text_config"]["tie_word_embeddings"] is True
+
+
 def test_filters_on_the_head_see_its_name_where_an_embedding_stands_in() -> None:
     weight = [{"filter": "lm_head", "value": 3.0}, {"value": 1.0}]
     recipe = merge(TIED, UNTIED, parameters={"weight": weight})
