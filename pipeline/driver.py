@@ -73,7 +73,8 @@ def plan(
         limits = replace(limits, gpus=Gpus(len(list_gpus()) or 1, gpu_mem))
     with open_stores(StoreSettings(options.storage)) as stores:
         loaded = load_config(config, strict=options.strict)
-        return make_plan(stores, [loaded], ["." if out is None else str(out)], limits, options.seed)
+        where = ["." if out is None else str(out)]
+        return make_plan(stores, [loaded], where, limits, options.seed, trust_headers=options.trust_headers)
 
 
 def merge(
@@ -130,7 +131,8 @@ def merge_variants(
         _check_outs(stores, configs, outs)
         loaded = [load_config(config, strict=options.strict) for config in configs]
         session, limits = _find_workers(stores, loaded[0], outs, options, stack)
-        the_plan = make_plan(stores, loaded, [str(out) for out in outs], limits, options.seed, session)
+        places, trust_headers = [str(out) for out in outs], options.trust_headers
+        the_plan = make_plan(stores, loaded, places, limits, options.seed, session, trust_headers=trust_headers)
         targets = [_check_output(stores, the_plan, k, out, overwrite=options.overwrite) for k, out in enumerate(outs)]
         if options.ray:
             from raymerge.cluster.ray.session import start_ray

@@ -61,6 +61,9 @@ class MergeOptions:
     ] = None
     seed: Annotated[int, Help("Seed of methods that draw random numbers.", OUTPUT, "N")] = 0
     strict: Annotated[bool, Help("Refuse doubtful settings, NaN and infinity instead of warning.", OUTPUT)] = False
+    trust_headers: Annotated[
+        bool, Help("Go by the weight files where an input's index is missing or disagrees with them.", OUTPUT)
+    ] = False
     private: Annotated[bool, Help("How to make a Hub repository that is not there yet.", OUTPUT, opposite="public")] = (
         True
     )
@@ -124,6 +127,7 @@ class MergeKeywords(TypedDict, total=False):
     shard_size: Size | None
     seed: int
     strict: bool
+    trust_headers: bool
     private: bool
     wait: bool
     overwrite: bool

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, resolve_models
+from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_models
+from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.model_config import dump_config
 from raymerge.pipeline.checkpoint.quantised import QUANTISED_FILES
 from raymerge.pipeline.checkpoint.tying import has_own_head
@@ -47,6 +48,8 @@ def make_plan(
     limits: Limits,
     seed: int,
     session: RaySession | None = None,
+    *,
+    trust_headers: bool = False,
 ) -> MergePlan:
     """Decide everything that a merge will do, or several merges that differ in parameters alone.
 
@@ -57,6 +60,7 @@ def make_plan(
         limits: what the user allows.
         seed: for methods that draw random numbers.
         session: the Ray cluster that does the work, if any.
+        trust_headers: whether files of weights decide where they and the index disagree, or it is missing.
 
     Raises:
         RaymergeError: whatever would go wrong later, as far as it can be known now.
@@ -66,12 +70,14 @@ def make_plan(
     first = configs[0]
     if any(config.referenced_models != first.referenced_models for config in configs):
         raise ConfigError("the variants of one plan name different models; they may differ in parameters only")
-    checkpoints = resolve_models(stores, first.referenced_models)
+    checkpoints = resolve_models(stores, first.referenced_models, trust_headers=trust_headers)
     table = read_table(stores, {str(checkpoint.model): checkpoint.weight_files for checkpoint in checkpoints})
     tensors = list_tensors(table)
     models = []
+    doubts: list[str] = []
     for checkpoint in checkpoints:
-        stored = index_tensors(checkpoint, tensors.get(str(checkpoint.model), ()))
+        stored, more = index_tensors(checkpoint, tensors.get(str(checkpoint.model), ()))
+        doubts += [*checkpoint.warnings, *more]
         own_head = has_own_head(stores, checkpoint.config, stored)
         models.append(open_model(checkpoint, stored, has_own_head=own_head))
     recipes = [expand(config, models, seed) for config in configs]
@@ -83,7 +89,7 @@ def make_plan(
     for position, (config, recipe) in enumerate(zip(configs, recipes, strict=True)):
         side_files: tuple[SideFile, ...] = (*copied, Written(CONFIG, dump_config(recipe.config)))
         fingerprint = make_fingerprint(tasks, side_files, position)
-        warnings = (*config.warnings, *recipe.warnings)
+        warnings = (*config.warnings, *doubts, *recipe.warnings)
         outputs.append(PlannedOutput(config.text, seed, side_files, warnings, fingerprint))
     advice = explain_idle(tasks, count_slots(num_allowed, session, limits.gpus))
     return MergePlan(
@@ -119,7 +125,7 @@ def _measure_transfer(
 def _list_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return every file of a checkpoint, relative to it."""
     weights = (file.url.removeprefix(f"{checkpoint.url}/") for file in checkpoint.weight_files)
-    index = () if checkpoint.weight_map is None else (INDEX,)
+    index = (checkpoint.index,) if checkpoint.index else ()
     return (CONFIG, *index, *weights, *checkpoint.other_weights, *(name for name, _ in checkpoint.side_files))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -17,6 +20,8 @@ from transformers import (
 )
 
 from raymerge import merge
+from raymerge.pipeline.errors import CheckpointError
+from tests.checkpoints import INDEX
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -165,3 +170,56 @@ def test_a_stored_head_counts_whatever_the_config_says_of_tying(tmp_path: Path) 
     assert merged.config.tie_word_embeddings is False
     assert torch.equal(merged.lm_head.weight.float(), expected.to(torch.bfloat16).float())
     assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+
+
+def save(seed: int, directory: Path, max_shard_size: str) -> None:
+    make_model("llama", seed).save_pretrained(directory, max_shard_size=max_shard_size)
+
+
+def repeat_tensor(directory: Path, file: str, *, is_named: bool) -> None:
+    """Give the first shard or the last a tensor of the middle one, with other values; the index names it or not."""
+    index = json.loads((directory / INDEX).read_text())
+    weight_map = index["weight_map"]
+    middle = sorted(set(weight_map.values()))[1]
+    name = next(name for name in weight_map if weight_map[name] == middle)
+    tensors = load_file(directory / file)
+    tensors[name] = torch.ones_like(load_file(directory / middle)[name])
+    save_file(tensors, directory / file, metadata={"format": "pt"})
+    if is_named:
+        weight_map[name] = file
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("condition", ["old index", "old shards", "tensor nowhere", "tensor unnamed", "first", "last"])
+def test_weights_as_they_are_found(condition: str, tmp_path: Path) -> None:
+    """Whatever state a directory of weights is in, what is merged is what transformers loads."""
+    model, old = tmp_path / "model", tmp_path / "old"
+    save(1, model, "30KB")
+    shards = sorted(path.name for path in model.glob("*.safetensors"))
+    index = json.loads((model / INDEX).read_text())
+    if condition in ("old index", "old shards"):
+        shutil.copytree(model, old)
+        save(2, model, "1GB")
+        assert (model / INDEX).exists()
+        assert not (model / shards[0]).exists()
+        if condition == "old shards":
+            for name in shards:
+                shutil.copy(old / name, model)
+    elif condition in ("first", "last"):
+        repeat_tensor(model, shards[0 if condition == "first" else -1], is_named=condition == "first")
+    else:
+        if condition == "tensor nowhere":
+            index["weight_map"]["mtp.fc.weight"] = shards[-1]
+        else:
+            del index["weight_map"]["lm_head.weight"]
+        (model / INDEX).write_text(json.dumps(index))
+    expected = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    config = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+    if condition != "old index":
+        with pytest.raises(CheckpointError, match="--trust-headers"):
+            merge(config, tmp_path / "out")
+    report = merge(config, tmp_path / "out", trust_headers=condition != "old index")
+    assert any("transformers" in warning or "the headers decide" in warning for warning in report.warnings)
+    found = load(tmp_path / "out").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)

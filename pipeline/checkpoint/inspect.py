@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from raymerge.pipeline.checkpoint.checkpoint import (
-    CONFIG,
-    INDEX,
-    SINGLE,
-    is_hidden,
-    is_weights,
-    locate_model,
-    resolve_model,
-)
+from raymerge.pipeline.checkpoint.checkpoint import locate_model, resolve_model
+from raymerge.pipeline.checkpoint.files import CONFIG, INDEX, SINGLE, is_hidden, is_weights
 from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, Origin, parse_origin
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
@@ -208,7 +201,7 @@ def _inspect_model(stores: Stores, url: str) -> Inspection:
     if weight_map is not None:
         from raymerge.pipeline.checkpoint.table import DAMAGED, find_index_faults
 
-        fault = next(find_index_faults(url, weight_map, tensors), None)
+        fault = next(find_index_faults(url, weight_map, tensors, checkpoint.index), None)
         obstacle = f"{fault}; {DAMAGED}" if fault else ""
     if not obstacle:
         obstacle = find_quantisation(config, side_names, {tensor.name: tensor for tensor in tensors}).explain() or ""

@@ -9,10 +9,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from raymerge.pipeline.checkpoint.checkpoint import INDEX, Checkpoint
+from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
+from raymerge.pipeline.checkpoint.files import INDEX
 from raymerge.pipeline.checkpoint.header import read_header
 from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.checkpoint.weights import GO_ON
 from raymerge.pipeline.errors import CheckpointError
+from raymerge.pipeline.messages import listing
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
 
@@ -35,7 +38,10 @@ SCHEMA = pa.schema(
 
 _NUM_READERS = 16
 """Far stores take a while to answer, whatever is asked for; this many answers can be waited for at once."""
-DAMAGED = "the checkpoint is damaged or mixed from two: download it again"
+DAMAGED = (
+    "the checkpoint is damaged or mixed from two: download it again;"
+    f" if it is published so, {GO_ON} lets the headers decide, as loaders do"
+)
 
 
 def read_table(stores: Stores, models: Mapping[str, Iterable[StoredFile]]) -> pa.Table:
@@ -93,25 +99,38 @@ def list_tensors(table: pa.Table) -> dict[str, list[StoredTensor]]:
     return result
 
 
-def index_tensors(checkpoint: Checkpoint, tensors: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
-    """Return a checkpoint's tensors by name.
+def index_tensors(
+    checkpoint: Checkpoint, tensors: Iterable[StoredTensor]
+) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Return a checkpoint's tensors by name, and a warning if its headers decide against its index.
+
+    Of two tensors of one name, the one in the later file is the model's, as loaders have it.
 
     Raises:
-        CheckpointError: its headers and its index file disagree.
+        CheckpointError: its headers and its index file disagree, and the headers are not to decide.
     """
     tensors = list(tensors)
-    for fault in find_index_faults(checkpoint.url, checkpoint.weight_map, tensors):
-        raise CheckpointError(f"{checkpoint.url}/{INDEX}: {fault}; {DAMAGED}")
-    return {tensor.name: tensor for tensor in tensors}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    faults = list(find_index_faults(checkpoint.url, checkpoint.weight_map, tensors, checkpoint.index))
+    if not faults:
+        return by_name, ()
+    if not checkpoint.trusts_headers:
+        where = f"{checkpoint.url}/{checkpoint.index}".removesuffix("/")
+        raise CheckpointError(f"{where}: {faults[0]}; {DAMAGED}")
+    what = f"{checkpoint.index} and the headers disagree" if checkpoint.index else "the files disagree"
+    return by_name, (f"{checkpoint.model}: {what}; the headers decide, as in loaders: {listing(faults)}",)
 
 
-def find_index_faults(url: str, weight_map: Mapping[str, str] | None, tensors: Iterable[StoredTensor]) -> Iterator[str]:
+def find_index_faults(
+    url: str, weight_map: Mapping[str, str] | None, tensors: Iterable[StoredTensor], index: str = INDEX
+) -> Iterator[str]:
     """Yield the contradictions between the headers of a model and its index.
 
     Args:
         url: of the model's directory.
         weight_map: tensor to file, as the index has it; None where there is no index.
         tensors: as the headers have them.
+        index: the name of the index.
     """
     found: dict[str, str] = {}
     for tensor in tensors:
@@ -124,7 +143,7 @@ def find_index_faults(url: str, weight_map: Mapping[str, str] | None, tensors: I
     for name in sorted(weight_map.keys() | found.keys()):
         if weight_map.get(name) != found.get(name):
             stated, stored = weight_map.get(name, "no file"), found.get(name, "no file")
-            yield f"tensor {name!r} is in {stored}, but {INDEX} says {stated}"
+            yield f"tensor {name!r} is in {stored}, but {index} says {stated}"
 
 
 def _texts(column: pa.Array) -> list[str]:

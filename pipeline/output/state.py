@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 
-from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX, is_weights
+from raymerge.pipeline.checkpoint.files import CONFIG, INDEX, is_weights
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Contents, parse_manifest
 from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
 from raymerge.pipeline.messages import listing

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 from raymerge import __version__
-from raymerge.pipeline.checkpoint.checkpoint import CONFIG, INDEX
+from raymerge.pipeline.checkpoint.files import CONFIG, INDEX
 from raymerge.pipeline.checkpoint.manifest import FIGURES, MANIFEST, MAX_MANIFEST_NBYTES, Manifest, OutputFile
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.output.card import make_card

@@ -14,7 +14,7 @@ import safetensors
 
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
-from raymerge.pipeline.checkpoint.checkpoint import INDEX
+from raymerge.pipeline.checkpoint.files import INDEX
 from raymerge.pipeline.checkpoint.header import TensorEntry
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Contents, OutputFile
 from raymerge.pipeline.checkpoint.source import StoredTensor

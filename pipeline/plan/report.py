@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raymerge.pipeline.checkpoint.checkpoint import CONFIG
+from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.memory import measure_demand

@@ -8,8 +8,8 @@ from hashlib import sha256
 
 from raymerge.ops.kernel import Kernel, Site
 from raymerge.ops.registry import Value
-from raymerge.pipeline.checkpoint.checkpoint import CONFIG
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.messages import counted

@@ -62,7 +62,7 @@ def test_keywords_go_before_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("sead", "did you mean 'seed'"), ("threads", "there are memory, workers, gpu_memory")]
+    ("name", "says"), [("sead", "did you mean 'seed'"), ("bogus", "there are memory, workers, gpu_memory")]
 )
 def test_a_keyword_that_is_no_option(name: str, says: str) -> None:
     keywords: Any = {name: 1}
@@ -81,7 +81,7 @@ def test_commands_offer_what_they_take(command: str, cli: Cli, monkeypatch: pyte
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
     text = cli(*command.split(), "--help").out
     offered = {name for name in get_type_hints(MergeOptions) if f"--{name.replace('_', '-')} " in text}
-    planned = {"memory", "workers", "gpu_memory", "storage", "shard_size", "seed", "strict"}
+    planned = {"memory", "workers", "gpu_memory", "storage", "shard_size", "seed", "strict", "trust_headers"}
     sent = planned | {"private", "wait", "overwrite", "shared_filesystem"}
     of_command = {"plan": planned, "merge": set(get_type_hints(MergeOptions)), "submit": sent | {"address"}}
     assert offered == of_command.get(command, sent)

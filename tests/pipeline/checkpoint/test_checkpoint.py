@@ -45,8 +45,8 @@ def single(tmp_path: Path) -> Path:
     return path
 
 
-def resolve(path: Path | str) -> Checkpoint:
-    return resolve_model(Stores(), ModelRef(str(path)))
+def resolve(path: Path | str, *, trust_headers: bool = False) -> Checkpoint:
+    return resolve_model(Stores(), ModelRef(str(path)), trust_headers=trust_headers)
 
 
 def names(checkpoint: Checkpoint) -> list[str]:
@@ -58,7 +58,6 @@ def test_sharded(sharded: Path) -> None:
     assert checkpoint.model == ModelRef(str(sharded))
     assert checkpoint.url == str(sharded)
     assert checkpoint.config == {"model_type": "llama"}
-    assert checkpoint.config_text == '{"model_type": "llama"}'
     assert names(checkpoint) == sorted(SHARDS)
     assert [file.nbytes for file in checkpoint.weight_files] == [(sharded / name).stat().st_size for name in SHARDS]
     assert checkpoint.weight_map == WEIGHT_MAP
@@ -77,11 +76,74 @@ def test_several_in_the_order_given(single: Path, sharded: Path) -> None:
     assert [checkpoint.model for checkpoint in resolve_models(Stores(), models)] == models
 
 
-def test_the_index_wins_over_a_single_file(sharded: Path) -> None:
+def test_a_single_file_beside_a_complete_index_is_another_model(sharded: Path) -> None:
     safetensors.torch.save_file({"x": torch.ones(2)}, sharded / "model.safetensors")
+    refuse(
+        sharded,
+        "two models: model.safetensors, which transformers loads, and the 2 files .model-00001-of-00002.safetensors, "
+        "model-00002-of-00002.safetensors. that model.safetensors.index.json names, .* or give --trust-headers to take",
+    )
+    checkpoint = resolve(sharded, trust_headers=True)
+    assert names(checkpoint) == ["model.safetensors"]
+    assert (checkpoint.index, checkpoint.weight_map) == ("", None)
+    assert checkpoint.other_weights == tuple(sorted(SHARDS))
+    (warning,) = checkpoint.warnings
+    assert "--trust-headers is given" in warning
+
+
+@pytest.mark.parametrize("num_missing", [1, 2])
+def test_an_index_whose_shards_are_gone_is_of_an_earlier_save(sharded: Path, num_missing: int) -> None:
+    safetensors.torch.save_file({"x": torch.ones(2)}, sharded / "model.safetensors")
+    for name in list(SHARDS)[:num_missing]:
+        (sharded / name).unlink()
     checkpoint = resolve(sharded)
+    assert names(checkpoint) == ["model.safetensors"]
+    (warning,) = checkpoint.warnings
+    assert "model-00001-of-00002.safetensors" in warning
+    assert "model.safetensors is taken, as transformers does, and" in warning
+
+
+def test_an_index_of_the_single_file(single: Path) -> None:
+    write_json(single / "model.safetensors.index.json", {"weight_map": {"a": "model.safetensors"}})
+    checkpoint = resolve(single)
+    assert names(checkpoint) == ["model.safetensors"]
+    assert (checkpoint.weight_map, checkpoint.warnings) == ({"a": "model.safetensors"}, ())
+
+
+def test_shards_without_an_index(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    refuse(sharded, "index.json is missing beside 2 shards .*download .* or give --trust-headers to go by what")
+    checkpoint = resolve(sharded, trust_headers=True)
     assert names(checkpoint) == sorted(SHARDS)
-    assert checkpoint.other_weights == ("model.safetensors",)
+    assert "the tensors are those that the shards hold" in checkpoint.warnings[0]
+    (sharded / "model-00003-of-00003.safetensors").write_bytes(b"x")
+    for trust in (False, True):
+        refuse(
+            sharded,
+            "is missing, and so are model-00001-of-00003.safetensors, model-00002-of-00003.safetensors",
+            trust_headers=trust,
+        )
+    for number in (1, 2):
+        (sharded / f"model-{number:05d}-of-00003.safetensors").write_bytes(b"x")
+    refuse(sharded, "shards of two models: .*-of-00003.*; .*-of-00002.*Delete those", trust_headers=True)
+
+
+def test_a_file_of_weights_that_config_json_names(sharded: Path) -> None:
+    safetensors.torch.save_file({"x": torch.ones(2)}, sharded / "other.safetensors")
+    write_json(sharded / "config.json", {"transformers_weights": "other.safetensors"})
+    checkpoint = resolve(sharded)
+    assert names(checkpoint) == ["other.safetensors"]
+    assert checkpoint.config == {}, "the output's files have names of their own"
+    (sharded / "model.safetensors.index.json").rename(sharded / "other.safetensors.index.json")
+    write_json(sharded / "config.json", {"transformers_weights": "other.safetensors.index.json"})
+    assert resolve(sharded).index == "other.safetensors.index.json"
+    for name, message in (
+        ("gone.safetensors", "gone.safetensors is missing, which config.json names"),
+        ("../x.safetensors", "leaves the model's directory"),
+        ("config.json", "which is not a .safetensors file"),
+    ):
+        write_json(sharded / "config.json", {"transformers_weights": name})
+        refuse(sharded, message)
 
 
 @pytest.mark.parametrize("how", ["relative", "dot", "home", "url"])
@@ -167,9 +229,9 @@ def test_side_files(single: Path) -> None:
 # what cannot be merged
 
 
-def refuse(path: Path | str, message: str) -> str:
+def refuse(path: Path | str, message: str, *, trust_headers: bool = False) -> str:
     with pytest.raises(CheckpointError, match=message) as caught:
-        resolve(path)
+        resolve(path, trust_headers=trust_headers)
     return str(caught.value)
 
 
@@ -276,7 +338,7 @@ def test_a_shard_of_0_bytes(sharded: Path) -> None:
         (["model.pth"], "only pickled weights"),
         (["q4.gguf"], r"only GGUF \(q4.gguf\).*gguf_file="),
         (["consolidated.safetensors", "params.json"], r"but consolidated.safetensors; that is another layout"),
-        (["model-00001-of-00002.safetensors", "pytorch_model.bin"], "neither model.safetensors nor"),
+        (["model-00001-of-00002.safetensors", "pytorch_model.bin"], "index.json is missing, and so are model-00002-of"),
         (["adapter_model.safetensors", "adapter_config.json"], "a LoRA adapter .*merge_and_unload"),
         (["adapter_model.bin"], "a LoRA adapter"),
         (["tf_model.h5"], "no weights"),

@@ -146,15 +146,30 @@ def test_index_and_headers_disagree(tmp_path: Path, weight_map: dict[str, str | 
     if "dropped" in weight_map:
         shards[TWO]["c"] = torch.ones(1)
     model = write_model(tmp_path / "m", shards, {name: file for name, file in weight_map.items() if file})
-    with pytest.raises(CheckpointError, match=message.format(ONE=ONE, TWO=TWO)):
+    with pytest.raises(CheckpointError, match=message.format(ONE=ONE, TWO=TWO) + ".*--trust-headers"):
         read_models([model])
+    tensors, (warning,) = trust_headers(model)
+    assert {name: Path(tensor.file.url).name for name, tensor in tensors.items()} == {
+        name: file for file, held in shards.items() for name in held
+    }
+    assert "the headers decide" in warning
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
-    shards: Shards = {ONE: {"a": torch.ones(1), "b": torch.ones(1)}, TWO: {"a": torch.ones(1)}}
-    model = write_model(tmp_path / "m", shards)
-    with pytest.raises(CheckpointError, match=f"tensor 'a' is in two files, .*{ONE} and .*{TWO}"):
+    shards: Shards = {ONE: {"a": torch.ones(1), "b": torch.ones(1)}, TWO: {"a": torch.full((1,), 2.0)}}
+    model = write_model(tmp_path / "m", shards, {"a": ONE, "b": ONE, "c": TWO})
+    with pytest.raises(CheckpointError, match=f"tensor 'a' is in two files, {ONE} and {TWO}"):
         read_models([model])
+    tensors, (warning,) = trust_headers(model)
+    assert Path(tensors["a"].file.url).name == TWO, "loaders read the files in order, and the last one stays"
+    assert f"tensor 'a' is in two files, {ONE} and {TWO}" in warning
+
+
+def trust_headers(model: ModelRef) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Return a model's tensors as the headers have them, and the warnings."""
+    (checkpoint,) = resolve_models(Stores(), [model], trust_headers=True)
+    table = read_table(Stores(), {str(model): checkpoint.weight_files})
+    return index_tensors(checkpoint, list_tensors(table)[str(model)])
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from raymerge.pipeline.checkpoint.checkpoint import CONFIG
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.header import parse_header
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.errors import MemoryLimitError
