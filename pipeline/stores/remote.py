@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -32,11 +33,15 @@ CHUNK_NBYTES = 128 * 2**10
 REQUEST_SECONDS = 20
 """Longest that a request may take, and that a connection may be silent."""
 
+LEAST_NBYTES = 16 * 2**10
+"""Fewer bytes in a request's time are no progress; a request on a slow line asks for as few."""
+
 
 class RemoteStorage(Storage):
     """Reads ranges with several requests at once; a subclass knows how to make one.
 
-    A request whose body ends early is taken up again at the byte where it broke.
+    A request whose body ends early is taken up again at the byte where it broke. On a slow line requests ask for what
+    comes in their time, so that no byte is sent in vain.
     """
 
     is_remote = True
@@ -124,20 +129,29 @@ class RemoteStorage(Storage):
         """Read one piece, with as many requests as that takes."""
         file = piece.file
         patience = Patience(self.faults, self.store_name(file.url), "GET")
-        offset = piece.start
+        offset = mark = piece.start
+        wanted_nbytes = PIECE_NBYTES
         while offset < piece.stop:
-            before = offset
+            before, started = offset, time.monotonic()
+            stop = min(piece.stop, offset + wanted_nbytes)
             try:
-                with self.open_range(file, offset, piece.stop) as chunks:
+                with self.open_range(file, offset, stop) as chunks:
                     for chunk in chunks:
-                        offset = piece.fill(offset, memoryview(chunk).cast("B"))
-                if offset < piece.stop:
+                        offset = piece.fill(offset, stop, memoryview(chunk).cast("B"))
+                        if offset - mark >= LEAST_NBYTES:
+                            patience.succeeded()
+                            mark = offset
+                if offset < stop:
                     raise _ShortBodyError(f"the body ended at byte {offset:,}")
+                patience.succeeded()
+                mark = offset
+                if time.monotonic() - started < REQUEST_SECONDS / 4:
+                    wanted_nbytes = min(2 * wanted_nbytes, PIECE_NBYTES)
             except (FetchError, FileNotFoundError) as error:
                 raise FetchError(str(error)) from None
             except Exception as error:
-                if offset > before:
-                    patience.succeeded()
+                if time.monotonic() - started > REQUEST_SECONDS / 2:
+                    wanted_nbytes = max((offset - before) // 2, LEAST_NBYTES)
                 fault = Fault("short body") if isinstance(error, _ShortBodyError) else self.classify(error)
                 if fault is None:
                     raise self.explain(error, file.url) from None
@@ -161,17 +175,15 @@ class _Piece:
         self.stop = stop
         self._targets = targets  # by start, in the file
 
-    def fill(self, offset: int, chunk: Buffer) -> int:
-        """Copy a chunk that begins at `offset` to where it belongs, and return the offset after it.
+    def fill(self, offset: int, stop: int, chunk: Buffer) -> int:
+        """Copy a chunk of [offset, stop) that begins at `offset` to where it belongs, and return the offset after it.
 
         Raises:
             FetchError: it is longer than what was asked for.
         """
         end = offset + chunk.nbytes
-        if end > self.stop:
-            raise FetchError(
-                f"{self.file.url}: {end - self.stop:,} bytes more than asked for; is it behind a broken proxy?"
-            )
+        if end > stop:
+            raise FetchError(f"{self.file.url}: {end - stop:,} bytes more than asked for; is it behind a broken proxy?")
         for start, view in self._targets:
             first, last = max(offset, start), min(end, start + view.nbytes)
             if first < last:

@@ -14,6 +14,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -128,6 +129,7 @@ class FaultProxy:
         only: what `faults` is restricted to.
         stall_s: seconds of silence of `Fault.STALL` and `Fault.STALL_IN_BODY`.
         retry_after: seconds that `Fault.TOO_MANY` asks for.
+        nbytes_per_s: how much of all bodies, in both directions together, gets through; None is no limit.
     """
 
     def __init__(
@@ -161,6 +163,8 @@ class FaultProxy:
         self.only: Predicate = lambda _: True
         self.stall_s = stall_s
         self.retry_after = retry_after
+        self.nbytes_per_s: float | None = None
+        self._line_is_free_at = 0.0
         self._script: deque[tuple[Fault | None, Predicate]] = deque()
         self._lock = threading.Lock()
         self._requests: list[Request] = []
@@ -298,6 +302,24 @@ class FaultProxy:
                 drawn -= probability
         return None
 
+    def _paced(self, data: bytes) -> Iterator[bytes]:
+        """Yield data in pieces at the pace of the line, which all connections take turns at."""
+        start = 0
+        while start < len(data):
+            rate = self.nbytes_per_s
+            if rate is None:
+                yield data[start:]
+                return
+            piece = data[start : start + max(1, min(_PACKET_NBYTES, int(rate / 50)))]
+            with self._lock:
+                now = time.monotonic()
+                self._line_is_free_at = max(now, self._line_is_free_at) + len(piece) / rate
+                wait = self._line_is_free_at - now
+            if self._closed.wait(wait):
+                return
+            yield piece
+            start += len(piece)
+
     def _draw_position(self, num_bytes: int | None) -> int:
         """Return a position in the middle third of a body; the first one where its length is unknown."""
         if num_bytes is None:
@@ -384,7 +406,8 @@ class _Connection:
                     sent = _flipped(data, flip_at - position)
                 position += len(data)
             try:
-                upstream.sendall(sent)
+                for piece in self._proxy._paced(sent):
+                    upstream.sendall(piece)
             except OSError as error:  # it has answered, and closed
                 raise _AnsweredError from error
 
@@ -413,7 +436,8 @@ class _Connection:
             self._proxy._closed.wait(self._proxy.stall_s if request.fault is Fault.STALL_IN_BODY else 0.02)
             return self._reset()
         for data, _ in body:
-            self._client.sendall(data)
+            for piece in self._proxy._paced(data):
+                self._client.sendall(piece)
         return not _closes(answer) and (not has_body or chunked or length is not None)
 
     def _cut(self, body: Iterator[tuple[bytes, bool]], length: int | None) -> None:
@@ -482,6 +506,8 @@ class _Connection:
 
 
 _PIECE_NBYTES = 1 << 16
+_PACKET_NBYTES = 1400
+"""What connections take turns with on a slow line."""
 
 _ERRORS: Mapping[Fault | None, tuple[str, str, str]] = {
     Fault.SLOW_DOWN: ("503 Service Unavailable", "SlowDown", "Please reduce your request rate."),

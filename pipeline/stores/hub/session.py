@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from email.message import Message
@@ -21,7 +22,7 @@ from huggingface_hub.utils._http import hf_request_event_hook
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from raymerge.pipeline.errors import MergeError
-from raymerge.pipeline.stores.remote import REQUEST_SECONDS
+from raymerge.pipeline.stores.remote import LEAST_NBYTES, REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import Fault, one_line
 from raymerge.pipeline.stores.web.client import origin_of
 from raymerge.pipeline.stores.web.connection import make_tls
@@ -66,6 +67,26 @@ class HubSession(httpx2.Client):
         if response.status_code >= 400 and classify_web(_refusal_of(response)) is not None:
             raise _refusal_of(response)
         return response
+
+
+class _SteadyBody(httpx2.SyncByteStream):
+    """A body whose sender may be slow, but not send a byte at a time."""
+
+    def __init__(self, body: httpx2.SyncByteStream) -> None:
+        self._body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        since, nbytes = time.monotonic(), 0
+        for chunk in self._body:
+            yield chunk
+            nbytes += len(chunk)
+            if time.monotonic() - since > REQUEST_SECONDS:
+                if nbytes < LEAST_NBYTES:
+                    raise httpx2.ReadTimeout("the answer comes too slowly")
+                since, nbytes = time.monotonic(), 0
+
+    def close(self) -> None:
+        self._body.close()
 
 
 @contextmanager
@@ -126,8 +147,15 @@ quiet = _Noise().silenced
 
 @cache
 def _install() -> None:
-    hooks = {"request": [hf_request_event_hook]}
-    set_client_factory(lambda: HubSession(verify=make_tls(), event_hooks=hooks, follow_redirects=True, timeout=None))
+    def watch(response: httpx2.Response) -> None:
+        if _endpoint.get() is not None and isinstance(response.stream, httpx2.SyncByteStream):
+            response.stream = _SteadyBody(response.stream)
+
+    def make_session() -> HubSession:
+        hooks: dict[str, list[Callable[..., Any]]] = {"request": [hf_request_event_hook], "response": [watch]}
+        return HubSession(verify=make_tls(), event_hooks=hooks, follow_redirects=True, timeout=None)
+
+    set_client_factory(make_session)
 
 
 def _translate(error: Exception) -> Exception:

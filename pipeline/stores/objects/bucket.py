@@ -27,8 +27,8 @@ T = TypeVar("T")
 AnyStore = S3Store | GCSStore | AzureStore
 
 _CONNECT_SECONDS = 5
-_UPLOAD_SECONDS = 50.0
-"""For one part; a slow line has several on their way at once."""
+_UPLOAD_SECONDS = 300.0
+"""For one part; a slow line has several on their way at once: enough for 0.15 MB/s of each worker."""
 _MAX_UNKNOWN_NAME = 5
 """Failures to find the host at first, before its name counts as misspelt."""
 

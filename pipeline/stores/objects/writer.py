@@ -36,6 +36,8 @@ NUM_BUFFERS = NUM_PARTS + 2
 _MAX_PARTS = 10_000
 _ALIGNMENT = 64
 _MAX_EXCLUSIVE_NBYTES = 64 * 2**20
+_MAX_QUICK_NBYTES = 2**20
+"""Most that a slow line sends in the time of an ordinary request."""
 
 
 class ObjectWriter(Writer):
@@ -132,6 +134,8 @@ class ObjectWriter(Writer):
 
     def _put(self, content: bytes) -> StoredFile:
         mode: PutMode = "create" if self._exclusive else "overwrite"
+        may_take_long = not self._exclusive and len(content) > _MAX_QUICK_NBYTES
+        store = self._bucket.writes if may_take_long else self._bucket.reads
         num_tries = 0
 
         def put() -> StoredFile:
@@ -139,7 +143,7 @@ class ObjectWriter(Writer):
             num_tries += 1
             try:
                 with translated("PUT"):
-                    put = obstore.put(self._bucket.reads, self._key, content, mode=mode, use_multipart=False)
+                    put = obstore.put(store, self._key, content, mode=mode, use_multipart=False)
             except ObjectError as error:
                 if not self._exclusive or error.status not in (409, 412) or error.as_fault():
                     raise

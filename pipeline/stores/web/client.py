@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.message import Message
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Self
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -21,7 +22,13 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from raymerge import __version__
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import Fault
-from raymerge.pipeline.stores.web.connection import find_proxy, make_connection, make_tls, proxy_credentials
+from raymerge.pipeline.stores.web.connection import (
+    find_proxy,
+    make_connection,
+    make_response,
+    make_tls,
+    proxy_credentials,
+)
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, explain_broken
 
 _BUFFER_NBYTES = CHUNK_NBYTES // 2
@@ -148,10 +155,12 @@ class WebClient:
         if proxy and parts.scheme == "http":
             own |= proxy_credentials(proxy)
         connection = self._take(key) or make_connection(parts, proxy, self._find_tls)
+        deadline = time.monotonic() + REQUEST_SECONDS
         try:
             connection.timeout = REQUEST_SECONDS
             if connection.sock is not None:
                 connection.sock.settimeout(REQUEST_SECONDS)
+            connection.response_class = partial(make_response, deadline)  # type: ignore[assignment]
             connection.request(method, target, headers={**own, **headers})
             response = connection.getresponse()
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -160,7 +169,7 @@ class WebClient:
         except BaseException:
             connection.close()
             raise
-        return Answer(self, key, connection, response, time.monotonic() + REQUEST_SECONDS)
+        return Answer(self, key, connection, response)
 
     def _find_tls(self) -> ssl.SSLContext:
         tls = self._tls
@@ -188,7 +197,6 @@ class Answer:
         key: tuple[object, ...],
         connection: http.client.HTTPConnection,
         response: http.client.HTTPResponse,
-        deadline: float,
     ) -> None:
         self.status = response.status
         self.headers: Message = response.headers
@@ -196,7 +204,6 @@ class Answer:
         self._key = key
         self._connection = connection
         self._response = response
-        self._deadline = deadline
 
     def __enter__(self) -> Self:
         return self
@@ -221,8 +228,6 @@ class Answer:
                 if not count:
                     return
                 yield buffer[:count]
-                if time.monotonic() > self._deadline:
-                    raise BrokenError("the request took too long", Fault("timeout"))
 
     def read(self, max_nbytes: int = _MAX_ANSWER_NBYTES) -> bytes:
         """Return the body.

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import http.client
+import io
+import socket
 import ssl
+import time
 from base64 import b64encode
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from raymerge.pipeline.stores.remote import CHUNK_NBYTES
+from raymerge.pipeline.stores.remote import CHUNK_NBYTES, REQUEST_SECONDS
 from raymerge.pipeline.stores.web.errors import BrokenError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 
 def make_connection(
@@ -36,6 +43,11 @@ def make_connection(
     if proxy is not None:
         connection.set_tunnel(host, port or 443, proxy_credentials(proxy))
     return connection
+
+
+def make_response(deadline: float, connection: socket.socket, *args: Any, **options: Any) -> http.client.HTTPResponse:
+    """Return a response, of which nothing is read after a deadline, by the clock of `time.monotonic`."""
+    return http.client.HTTPResponse(cast(socket.socket, _TimedSocket(connection, deadline)), *args, **options)
 
 
 def make_tls() -> ssl.SSLContext:
@@ -71,3 +83,38 @@ def basic_credentials(parts: SplitResult) -> str:
     """Return the Authorization header for the user and password in a URL."""
     text = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
     return f"Basic {b64encode(text.encode()).decode()}"
+
+
+class _TimedSocket:
+    """A socket as http.client reads it: a peer that sends a byte at a time does not get more time for each."""
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._connection = connection
+        self._deadline = deadline
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_TimedReader(self._connection, self._deadline))
+
+
+class _TimedReader(io.RawIOBase):
+    """The bytes that come on a socket until a deadline."""
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._connection = connection
+        self._raw = connection.makefile("rb", buffering=0)
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request took too long")
+        if left < REQUEST_SECONDS / 2:
+            self._connection.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
