@@ -278,7 +278,7 @@ def test_connections_are_used_again(server: FileServer, storage: WebStorage) -> 
             assert read_ranges(storage, [ByteRange(file, start, start + 5)]) == [
                 FILES["model.safetensors"][start : start + 5]
             ]
-        assert len(server._connections) == 1
+        assert len(proxy._connections) == 1
         storage.close()
 
 
