@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.messages import counted
 
 Json = dict[str, Any]
 
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
-_INDEX_LISTS = (
-    "mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attention_layers", "fixed_layers",
-    "cross_attention_layers", "hybrid_layer_ids", "full_attn_idxs",
-)  # fmt: skip
-"""Lists of layer numbers, as opposed to lists with one entry for each layer."""
-
-_LAYER_LISTS = (
-    "attn_type_list", "intermediate_size", "activation_sparsity_pattern", "compress_ratios", "block_configs",
-    "num_query_heads", "num_kv_heads", "ffn_multipliers",
-)  # fmt: skip
-"""Fields that may hold one entry for each layer, and whose names do not say so."""
-
-_DEPTH_FIELDS = (
-    "first_k_dense_replace", "sliding_window_pattern", "decoder_sparse_step", "interleave_moe_layer_step",
-    "attn_layer_period", "attn_layer_offset", "no_rope_layer_interval", "num_nextn_predict_layers",
-    "hybrid_override_pattern",
-)  # fmt: skip
-"""Fields that tie a layer's kind to its number in a way that no rule of ours can move."""
-
 _MEANING_FIELDS = (
     "model_type", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_dim", "rotary_pct", "alibi",
     "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps",
@@ -105,31 +84,6 @@ def set_dtype(config: Json, dtype: str) -> None:
         config["torch_dtype"] = dtype
 
 
-def set_no_prediction_layers(config: Json) -> None:
-    """State that no layers for multi-token prediction follow the model's own, wherever the config counts them."""
-    for part in (config, text_part(config)):
-        if "num_nextn_predict_layers" in part:
-            part["num_nextn_predict_layers"] = 0
-
-
-def stack_layers(config: Json, origins: Sequence[tuple[Json, int]]) -> tuple[Json, list[str]]:
-    """Return a copy of a config.json for a new stack of layers, and warnings.
-
-    Args:
-        config: the donor's.
-        origins: for each output layer, the config.json of the model that it comes from and its number there.
-    """
-    result = copy.deepcopy(config)
-    part = text_part(result)
-    old = count_layers(config)
-    if old is None:
-        return result, [f"config.json has no layer count; the output has {counted(len(origins), 'layer')}"]
-    warnings = _stack_part(part, old, origins)
-    if part is not result:  # older multimodal configs state the fields of the language model twice
-        warnings += _stack_part(result, old, origins)
-    return result, list(dict.fromkeys(warnings))
-
-
 def dump_config(config: Json) -> str:
     """Return the text of a config.json."""
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -152,7 +106,7 @@ def compare_configs(configs: Sequence[tuple[ModelRef, Json]], *, is_stack: bool 
         if any(value != effective[0] for value in effective[1:]):
             given = "; ".join(f"{model}: {'not given' if value is None else value}" for model, value in values)
             outcome = f"the output gets {values[0][0]}'s"
-            if is_stack and field == "layer_types" and _list(configs[0][1], field):
+            if is_stack and field == "layer_types" and list_field(configs[0][1], field):
                 outcome = "each layer of the output keeps that of the model it comes from, the first in its slice"
             warnings.append(
                 f"config.json: {field} differs, so the same weights mean different things in the inputs ({given}); "
@@ -161,37 +115,14 @@ def compare_configs(configs: Sequence[tuple[ModelRef, Json]], *, is_stack: bool 
     return warnings
 
 
-def _stack_part(part: Json, old: int, origins: Sequence[tuple[Json, int]]) -> list[str]:
-    """Change one section of a config.json, where the count of layers was `old`; return warnings."""
-    warnings = []
-    is_moved = [layer for _, layer in origins] != list(range(old))
-    for name, value in list(part.items()):
-        is_per_layer = ("layer" in name or name in _LAYER_LISTS) and isinstance(value, list) and len(value) == old
-        if name in _LAYER_COUNTS or name == "max_window_layers":
-            part[name] = len(origins) if value == old else value
-        elif name in _INDEX_LISTS and isinstance(value, list):
-            part[name] = [k for k, (origin, layer) in enumerate(origins) if layer in _list(origin, name)]
-        elif is_per_layer:
-            part[name] = [_entry(_list(origin, name), layer, value) for origin, layer in origins]
-        elif name in _DEPTH_FIELDS and value and is_moved:
-            warnings.append(
-                f"config.json: {name} = {value} ties layers to their number and stays as it is; "
-                f"check it against the new stack of {counted(len(origins), 'layer')}"
-            )
-    return warnings
-
-
 def _layer_count_key(part: Json) -> str | None:
-    return next((key for key in _LAYER_COUNTS if type(part.get(key)) is int), None)
+    return next((key for key in LAYER_COUNTS if type(part.get(key)) is int), None)
 
 
-def _list(config: Json, field: str) -> list[Any]:
+def list_field(config: Json, field: str) -> list[Any]:
+    """Return a list of the language model's part; an empty one where the field is none."""
     value = text_part(config).get(field)
     return value if isinstance(value, list) else []
-
-
-def _entry(values: list[Any], layer: int, fallback: list[Any]) -> Any:
-    return values[layer] if layer < len(values) else fallback[min(layer, len(fallback) - 1)]
 
 
 def _meaning(config: Json, field: str) -> object:
@@ -213,7 +144,7 @@ def _meaning(config: Json, field: str) -> object:
         return {"rope_type": kind, **scaling} if scaling or kind != "default" else None
     if field == "sliding_window" and part.get("use_sliding_window") is False:
         return None
-    if field == "layer_types" and set(_list(config, field)) == {"full_attention"}:
+    if field == "layer_types" and set(list_field(config, field)) == {"full_attention"}:
         return None
     return part.get(field)
 

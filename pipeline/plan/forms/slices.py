@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from raymerge.pipeline.checkpoint.model_config import Json, set_no_prediction_layers, stack_layers
+from raymerge.pipeline.checkpoint.model_config import Json
 from raymerge.pipeline.checkpoint.names import Layers, layer_position, split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.tying import is_head
@@ -14,7 +14,9 @@ from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor
+from raymerge.pipeline.plan.forms.layer_kinds import check_layers, group_layers
 from raymerge.pipeline.plan.resolve import Scope
+from raymerge.pipeline.plan.stacked_config import set_no_prediction_layers, stack_layers
 
 _EMBEDDING_SIDE = ("embed", "wte", "wpe", "visual", "vision", "projector", "audio", "connector", "merger")
 """Words in names of tensors that come before the layers; what is neither here nor in a stack comes after them."""
@@ -40,7 +42,7 @@ class Slices(Form):
         first, last = ([source.model for source in part.sources] for part in (slices[0], slices[-1]))
         self._check_stackable([self.models[ref] for ref in involved], [self.models[ref] for ref in (*first, *last)])
         self.share_head(first, last)
-        layers = {ref: _group_layers(self.models[ref]) for ref in involved}
+        layers = {ref: group_layers(self.models[ref]) for ref in involved}
         yield from self._list_outside(slices[0], after=False)
         out_layer = 0
         for part in slices:
@@ -56,12 +58,13 @@ class Slices(Form):
         layers = self.donor.layers
         if layers.stacks[layers.main] > layers.num_layers:
             set_no_prediction_layers(config)
-        origins = []
-        for part in self.config.slices:
-            source = part.sources[0]
-            origins += [(self.models[source.model].config, layer) for layer in range(*source.layer_range)]
-        config, warnings = stack_layers(config, origins)
-        self.warnings += warnings
+        origins = [
+            (self.models[part.sources[0].model], layer)
+            for part in self.config.slices
+            for layer in range(*part.sources[0].layer_range)
+        ]
+        config, warnings = stack_layers(config, [(model.config, layer) for model, layer in origins])
+        self.warnings += [*warnings, *check_layers(config, self.donor, origins)]
         return config
 
     def explain_unused(self, model: Model, name: str) -> str:
@@ -162,16 +165,6 @@ def _count(part: OutputSlice) -> int:
 def _settings_of(part: OutputSlice, model: ModelRef) -> tuple[Settings, ...]:
     """Return a model's own parameters in a slice; if it is listed twice, the first go before, as in mergekit."""
     return tuple(source.parameters for source in part.sources if source.model == model)
-
-
-def _group_layers(model: Model) -> Mapping[int, Sequence[str]]:
-    """Return the names of each layer's tensors in the main stack, without the stack and the number."""
-    rests: dict[int, list[str]] = {}
-    for name in model.view.names():
-        split = split_name(name)
-        if split is not None and split.stack == model.layers.main:
-            rests.setdefault(split.layer, []).append(split.rest)
-    return rests
 
 
 def _is_outside(name: str, layers: Layers, *, after: bool) -> bool:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import copy
 import json
-from typing import Any
 
 import pytest
 
@@ -12,9 +10,7 @@ from raymerge.pipeline.checkpoint.model_config import (
     count_layers,
     dump_config,
     set_dtype,
-    set_no_prediction_layers,
     set_tied,
-    stack_layers,
     text_part,
     ties_embeddings,
 )
@@ -41,10 +37,6 @@ DEEPSEEK_DISTILL: Json = QWEN_INSTRUCT | {"rope_theta": 10000, "sliding_window":
 
 def compare(*configs: Json) -> list[str]:
     return compare_configs([(ModelRef(f"m{k}"), config) for k, config in enumerate(configs)])
-
-
-def stack(config: Json, *parts: tuple[Json, int, int]) -> tuple[Json, list[str]]:
-    return stack_layers(config, [(origin, layer) for origin, start, stop in parts for layer in range(start, stop)])
 
 
 @pytest.mark.parametrize(
@@ -108,107 +100,6 @@ def test_the_tie_is_stated_at_the_top_and_where_it_was() -> None:
 def test_the_dtype_is_stated_under_the_keys_in_use(config: Json, expected: Json) -> None:
     set_dtype(config, "float32")
     assert config == expected
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({}, {}),
-        ({"num_nextn_predict_layers": 1}, {"num_nextn_predict_layers": 0}),
-        (
-            {"text_config": {"num_hidden_layers": 2, "num_nextn_predict_layers": 2}},
-            {"text_config": {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}},
-        ),
-    ],
-)
-def test_no_prediction_layers_where_they_are_counted(config: Json, expected: Json) -> None:
-    set_no_prediction_layers(config)
-    assert config == expected
-
-
-def test_stacking_does_not_change_what_it_is_given() -> None:
-    config = {"num_hidden_layers": 2, "layer_types": ["a", "b"]}
-    before = copy.deepcopy(config)
-    stack(config, (config, 0, 2), (config, 0, 1))
-    assert config == before
-
-
-def test_lists_with_an_entry_for_each_layer_follow_the_layers() -> None:
-    a = {"num_hidden_layers": 3, "layer_types": ["a0", "a1", "a2"], "no_rope_layers": [1, 1, 0], "other": [7, 8, 9]}
-    b = {"num_hidden_layers": 4, "layer_types": ["b0", "b1", "b2", "b3"]}
-    result, warnings = stack(a, (a, 0, 2), (b, 1, 4))
-    assert result["num_hidden_layers"] == 5
-    assert result["layer_types"] == ["a0", "a1", "b1", "b2", "b3"]
-    assert result["no_rope_layers"] == [1, 1, 1, 0, 0], "b says nothing of it, so the donor's entries hold"
-    assert result["other"] == [7, 8, 9]
-    assert warnings == []
-
-
-def test_lists_of_layer_numbers_are_renumbered() -> None:
-    a = {"num_hidden_layers": 4, "mlp_only_layers": [0, 3], "moe_layers": []}
-    b = {"num_hidden_layers": 4, "mlp_only_layers": [1], "moe_layers": [2]}
-    result, _ = stack(a, (a, 0, 4), (b, 1, 3), (a, 3, 4))
-    assert result["mlp_only_layers"] == [0, 3, 4, 6]
-    assert result["moe_layers"] == [5]
-
-
-@pytest.mark.parametrize("value", [None, 5, "all"])
-def test_lists_that_are_none_in_another_model(value: Any) -> None:
-    a = {"num_hidden_layers": 2, "mlp_only_layers": [0], "layer_types": ["x", "y"]}
-    b = {"num_hidden_layers": 2, "mlp_only_layers": value, "layer_types": value}
-    result, _ = stack(a, (a, 0, 2), (b, 0, 2))
-    assert (result["mlp_only_layers"], result["layer_types"]) == ([0], ["x", "y", "x", "y"])
-
-
-def test_per_layer_fields_whose_names_do_not_say_so() -> None:
-    config = {"num_hidden_layers": 2, "intermediate_size": [10, 20], "compress_ratios": [1, 4]}
-    result, _ = stack(config, (config, 1, 2), (config, 0, 2))
-    assert (result["intermediate_size"], result["compress_ratios"]) == ([20, 10, 20], [4, 1, 4])
-
-
-@pytest.mark.parametrize(("window", "expected"), [(28, 32), (21, 21), (70, 70)])
-def test_max_window_layers_follows_only_if_it_meant_all_layers(window: int, expected: int) -> None:
-    config = QWEN_INSTRUCT | {"max_window_layers": window}
-    result, _ = stack(config, (config, 0, 16), (config, 12, 28))
-    assert (result["num_hidden_layers"], result["max_window_layers"]) == (32, expected)
-
-
-def test_counts_that_are_stated_more_than_once() -> None:
-    text = {"num_hidden_layers": 2, "layer_types": ["x", "y"]}
-    config = {"num_hidden_layers": 2, "n_layer": 2, "num_layers": 7, "text_config": text}
-    result, _ = stack(config, (config, 0, 2), (config, 1, 2))
-    assert result == {
-        "num_hidden_layers": 3,
-        "n_layer": 3,
-        "num_layers": 7,
-        "text_config": {"num_hidden_layers": 3, "layer_types": ["x", "y", "y"]},
-    }
-
-
-def test_nested_and_flat_models_in_one_stack() -> None:
-    a = {"text_config": {"num_hidden_layers": 2, "layer_types": ["a0", "a1"]}, "vision_config": {"num_layers": 2}}
-    b = {"num_hidden_layers": 2, "layer_types": ["b0", "b1"]}
-    result, _ = stack(a, (a, 0, 1), (b, 1, 2), (b, 0, 1))
-    assert result["text_config"] == {"num_hidden_layers": 3, "layer_types": ["a0", "b1", "b0"]}
-    assert result["vision_config"] == {"num_layers": 2}
-
-
-@pytest.mark.parametrize(
-    ("ranges", "num_warnings"),
-    [(((0, 4),), 0), (((0, 2), (1, 4)), 1), (((2, 4), (0, 2)), 1), (((0, 3),), 1)],
-)
-def test_fields_that_count_on_the_order_of_layers(ranges: tuple[tuple[int, int], ...], num_warnings: int) -> None:
-    config = {"num_hidden_layers": 4, "first_k_dense_replace": 1, "decoder_sparse_step": 0}
-    _, warnings = stack(config, *((config, start, stop) for start, stop in ranges))
-    assert len(warnings) == num_warnings
-    assert all("first_k_dense_replace = 1" in warning for warning in warnings)
-
-
-def test_a_config_without_a_count_is_left_alone() -> None:
-    result, warnings = stack({"a": 1}, ({"a": 1}, 0, 3))
-    assert result == {"a": 1}
-    assert len(warnings) == 1
-    assert "3 layers" in warnings[0]
 
 
 def test_the_pair_of_the_readme_differs_in_rope_theta_alone() -> None:
