@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from raymerge.pipeline.cli.app import main
 from raymerge.pipeline.stores.open import Stores, open_stores
@@ -16,6 +17,8 @@ from tests.commands import Cli, Outcome
 from tests.servers.fixtures import bucket, s3_server  # noqa: F401
 
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # read by huggingface_hub when it is imported; what tests Xet starts a process
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")  # how long an example takes says nothing while other tests run
 torch.set_num_threads(1)  # the machine's other cores may be busy, and waiting for them takes longer than the work
 
 
