@@ -246,7 +246,8 @@ def _end_with_driver(life: Connection) -> None:
 
 def _serve(connection: Connection, life: Connection, work: Work[Any, Any]) -> None:
     """Run items in a worker process until the driver has no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver is interrupted, and stops us
+    for number in (signal.SIGINT, signal.SIGHUP):  # the driver is interrupted, and stops us
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_driver, args=(life,), name="end with driver", daemon=True).start()
 
     def report(progress: Progress) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from raymerge.cluster.ray.session import TASK_NBYTES
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
-from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.execution import Execution, carry_out, check_finite
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.options import MergeKeywords, MergeOptions, make_options
@@ -26,6 +26,7 @@ from raymerge.pipeline.output.state import (
     read_manifest,
 )
 from raymerge.pipeline.output.stitch import list_outputs
+from raymerge.pipeline.output.verify import check_model
 from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.plan.shards import Limits
 from raymerge.pipeline.plan.types import Gpus, MergePlan
@@ -160,6 +161,9 @@ def merge_variants(
         ]
         unfinished = [k for k, (state, _) in enumerate(opened) if state is not OutputState.COMPLETE]
         complete = [k for k in range(len(outs)) if k not in unfinished]
+        if options.recheck:
+            for k in complete:
+                _recheck(stores, targets[k], limits.num_workers)
         nonfinite = {k: read_manifest(stores, targets[k]).nonfinite for k in complete}
         for found in nonfinite.values():
             check_finite(found, strict=options.strict)
@@ -173,6 +177,7 @@ def merge_variants(
                 narrator,
                 session,
                 strict=options.strict,
+                recheck=options.recheck,
             )
             nonfinite |= dict(zip(unfinished, done.nonfinite, strict=True))
         faults = stores.faults.drain()
@@ -250,6 +255,14 @@ def _check_output(stores: Stores, plan: MergePlan, position: int, out: str | Pat
     needed = sum(task.outputs[position].nbytes for task in plan.tasks) + sum(file.nbytes for file in output.side_files)
     stores.at(target).check_space(target, needed - measure_nbytes(stores, target))
     return target
+
+
+def _recheck(stores: Stores, out: str, num_workers: int) -> None:
+    """Compare every file of a finished output with its checksum."""
+    try:
+        check_model(stores, out, num_workers)
+    except OutputError as error:
+        raise OutputError(f"{error}\ngive --overwrite to make it again") from None
 
 
 def _make_limits(options: MergeOptions) -> Limits:

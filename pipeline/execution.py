@@ -49,6 +49,7 @@ def carry_out(
     session: RaySession | None,
     *,
     strict: bool,
+    recheck: bool,
 ) -> Execution:
     """Make every shard that an earlier run has not finished, and complete the outputs.
 
@@ -60,6 +61,7 @@ def carry_out(
         narrator: told how it goes.
         session: the Ray cluster that does the work, if any.
         strict: whether NaN and infinity are refused.
+        recheck: whether finished shards are read and hashed again.
 
     Raises:
         RaymergeError: something the caller can put right; running again goes on with the finished shards.
@@ -82,7 +84,7 @@ def carry_out(
 
     urls = [*outs, *(item.url for item in plan.inputs)]
     runner = make_runner(stores, plan.num_workers, urls, session, plan.gpus, retried)
-    finished = _find_finished(stores, plan, journals, runner)
+    finished = _find_finished(stores, plan, journals, runner, recheck=recheck)
     narrator.resumed([task for task in plan.tasks if task.file in finished])
     todo = [task for task in plan.tasks if task.file not in finished]
     results = []
@@ -121,7 +123,7 @@ def check_finite(nonfinite: Sequence[str], *, strict: bool) -> None:
 
 
 def _find_finished(
-    stores: Stores, plan: MergePlan, journals: Sequence[Journal], runner: Runner
+    stores: Stores, plan: MergePlan, journals: Sequence[Journal], runner: Runner, *, recheck: bool
 ) -> dict[str, tuple[ShardFile, ...]]:
     """Return by name the shards that an earlier run has finished in all outputs, and that are as it left them."""
     recorded = [
@@ -130,7 +132,7 @@ def _find_finished(
         for file in journal.read_records(task.outputs[position] for task in plan.tasks).values()
     ]
     checks = runner.run(
-        partial(check_shard, stores, outs=[journal.out for journal in journals]),
+        partial(check_shard, stores, outs=[journal.out for journal in journals], recheck=recheck),
         recorded,
         [Resources(mem_nbytes=0, cost=file.nbytes) for _, file in recorded],
         lambda progress: None,

@@ -68,6 +68,9 @@ class MergeOptions:
         True
     )
     wait: Annotated[bool, Help("Wait for another run that is writing to OUT to end.", OUTPUT)] = False
+    recheck: Annotated[
+        bool, Help("Read and hash again what an earlier run finished, instead of going by size and time.", OUTPUT)
+    ] = False
     overwrite: Annotated[bool, Help("Replace a model that is in OUT.", OUTPUT)] = False
     ray: Annotated[bool, Help("Start Ray on this machine, and merge on it.", CLUSTER)] = False
     address: Annotated[
@@ -130,6 +133,7 @@ class MergeKeywords(TypedDict, total=False):
     trust_headers: bool
     private: bool
     wait: bool
+    recheck: bool
     overwrite: bool
     ray: bool
     address: str | None

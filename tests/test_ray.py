@@ -80,6 +80,22 @@ def test_nothing_of_ray_is_left_after_an_interrupt(config: dict[str, Any], tmp_p
     assert not any(Path(directory).exists() for directory in directories)
 
 
+@pytest.mark.slow
+def test_what_a_killed_run_leaves_of_ray_is_swept_by_the_next(config: dict[str, Any], tmp_path: Path) -> None:
+    file = write_config(tmp_path / "merge.yml", config)
+    process = start_command("merge", file, tmp_path / "out", "--ray", "--workers", "1", "--shard-size", "1")
+    (left,) = wait_for(lambda: find_directories(process.pid))
+    process.send_signal(signal.SIGSTOP)
+    with start_ray(1):
+        assert Path(left).exists(), "another run's, which is alive"
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not find_processes(left))
+    assert Path(left).exists()
+    with start_ray(1):
+        assert not Path(left).exists()
+
+
 def find_directories(pid: int) -> set[str]:
     """Return the temporary directories of the Rays that a process has started."""
     found = (re.search(r"/tmp/raymerge-\w+", command) for each, command in list_commands() if is_child(each, pid))

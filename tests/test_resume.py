@@ -19,7 +19,9 @@ from transformers import AutoConfig
 
 from raymerge import merge, verify
 from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.plan.results import ShardResult
+from raymerge.pipeline.output.verify import check_shard
+from raymerge.pipeline.plan.results import ShardFile, ShardResult
+from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import INDEX, read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.watchers import on, stop_after
@@ -105,11 +107,14 @@ def test_kill_at_any_moment(config: Path, undisturbed: dict[str, bytes], tmp_pat
 
 
 @pytest.mark.slow
-def test_ctrl_c(config: Path, undisturbed: dict[str, bytes], tmp_path: Path, cli: Cli) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal(
+    config: Path, undisturbed: dict[str, bytes], tmp_path: Path, cli: Cli, number: signal.Signals
+) -> None:
     out = tmp_path / "merged"
     process = start_command("merge", config, out, *MANY)
     wait_for_records(process, out, 20)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "Interrupted. What is finished is kept: run the same command again to go on."
@@ -120,6 +125,17 @@ def test_ctrl_c(config: Path, undisturbed: dict[str, bytes], tmp_path: Path, cli
     assert_not_loadable(out)
     outcome = cli("merge", config, out, *MANY)
     assert f"{num_finished} of " in outcome.err
+    assert read_files(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_under_nohup(config: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    process = start_command("merge", config, out, *MANY, prefix=("nohup",))
+    wait_for_records(process, out, 20)
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
     assert read_files(out) == undisturbed
 
 
@@ -160,6 +176,42 @@ def test_damaged_shards_are_made_again(config: Path, half: Path, undisturbed: di
     assert report.num_resumed == len(sound)
     assert identities(half, sound) == before
     assert read_files(half) == undisturbed
+
+
+def damage_unseen(path: Path) -> None:
+    """Change a file's content behind its size and time, as a failing disk does."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read()[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_recheck(config: Path, half: Path, undisturbed: dict[str, bytes], cli: Cli) -> None:
+    damaged = records(half)[:2]
+    for name in damaged:
+        damage_unseen(half / name)
+    num_finished = len(records(half))
+    report = merge(config, half, shard_size=1, recheck=True)
+    assert report.num_resumed == num_finished - len(damaged)
+    assert read_files(half) == undisturbed
+    damage_unseen(half / damaged[0])
+    assert cli("merge", config, half, *MANY).code == 0
+    refused = cli("merge", config, half, *MANY, "--recheck")
+    assert (refused.code, refused.out) == (2, "")
+    assert f"  {damaged[0]}: sha256 is " in refused.err
+    assert "give --overwrite to make it again" in refused.err
+    assert cli("merge", config, half, *MANY, "--overwrite").code == 0
+    assert cli("merge", config, half, *MANY, "--recheck").code == 0
+
+
+def test_a_finished_shard_that_disappears_while_it_is_looked_at(half: Path, stores: Stores) -> None:
+    gone = ShardFile(records(half)[0], 1, "", "", (), {})
+    (half / gone.file).unlink()
+    found = check_shard(stores, (0, gone), lambda progress: None, outs=[str(half)], recheck=False)
+    assert found is None
 
 
 def test_what_another_plan_has_left_is_not_reused(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import read_files, write_config, write_family
-from tests.commands import run_command
+from tests.commands import Outcome, run_command, start_command
 from tests.servers.hub import HubServer
 from tests.stored_models import make_config, without_own
 
@@ -16,7 +22,10 @@ NAMELESS = ("unshare", "--user", "--map-user=54321")
 """Runs a command as a user who is in no passwd file."""
 NO_HOME = dict.fromkeys(("HOME", "USER", "LOGNAME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "HF_HOME"))
 
-pytestmark = pytest.mark.skipif(
+MANY = ("--shard-size", "1", "--workers", "2")
+"""A file for each tensor: a run that takes a second or more."""
+
+needs_namespaces = pytest.mark.skipif(
     subprocess.run([*NAMELESS, "true"], capture_output=True, check=False).returncode != 0,
     reason="needs user namespaces",
 )
@@ -24,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    return write_family(tmp_path_factory.mktemp("family"), 1)
+    return write_family(tmp_path_factory.mktemp("family"), 1, num_layers=10)
 
 
 @pytest.fixture
@@ -32,6 +41,7 @@ def config(family: tuple[Path, ...], tmp_path: Path) -> Path:
     return write_config(tmp_path / "merge.yml", make_config(list(map(str, family))))
 
 
+@needs_namespaces
 @pytest.mark.parametrize("home", [None, "/proc"])
 def test_ray_without_a_home(config: Path, tmp_path: Path, home: str | None) -> None:
     env = {**NO_HOME, "HOME": home}
@@ -41,6 +51,7 @@ def test_ray_without_a_home(config: Path, tmp_path: Path, home: str | None) -> N
     assert without_own(read_files(tmp_path / "ray")) == without_own(read_files(tmp_path / "local"))
 
 
+@needs_namespaces
 def test_hub_without_a_home(config: Path, family: tuple[Path, ...], tmp_path: Path) -> None:
     with HubServer(tmp_path / "hub") as hub:
         hub.add_token("hf_writer", user="me", can_write=["me"])
@@ -64,6 +75,7 @@ def test_hub_without_a_home(config: Path, family: tuple[Path, ...], tmp_path: Pa
         assert "model.safetensors" in hub.read_files("me/out", "main")
 
 
+@needs_namespaces
 def test_home_in_a_config(tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yml", {"merge_method": "passthrough", "models": [{"model": "~/models/a"}]})
     done = run_command("plan", config, env=NO_HOME, prefix=NAMELESS)
@@ -74,8 +86,75 @@ def test_home_in_a_config(tmp_path: Path) -> None:
     )
 
 
+@needs_namespaces
 def test_token_without_a_home(tmp_path: Path) -> None:
     env = {**NO_HOME, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": None, "RAY_AUTH_TOKEN_PATH": None}
     done = run_command("jobs", "list", "--address", "http://127.0.0.1:9", env=env, prefix=NAMELESS)
     assert done.code == 2
     assert done.err.startswith("Error: nobody answers at http://127.0.0.1:9")
+
+
+def as_user(user: int) -> tuple[str, ...]:
+    """Return what starts a command as one of two users of a group."""
+    return ("setpriv", "--reuid", str(user), "--regid", "54300", "--clear-groups")
+
+
+ALICE, BOB = as_user(54321), as_user(54322)
+
+
+@pytest.fixture
+def shared(family: tuple[Path, ...]) -> Iterator[Path]:
+    """A directory that everybody may write to, with the family and the config of its merge."""
+    if os.geteuid() or subprocess.run([*BOB, sys.executable, "-c", "import torch"], check=False).returncode:
+        pytest.skip("needs root, and a Python that other users may run")
+    directory = Path(tempfile.mkdtemp(prefix="raymerge-users-", dir="/tmp"))
+    directory.chmod(0o777)
+    try:
+        names = [shutil.copytree(model, directory / model.name) for model in family]
+        for file in directory.rglob("*.safetensors"):
+            file.chmod(0o644)
+        write_config(directory / "merge.yml", make_config(list(map(str, names))))
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def merge_as(user: tuple[str, ...], shared: Path, umask: int) -> Outcome:
+    before = os.umask(umask)
+    try:
+        return run_command("merge", shared / "merge.yml", shared / "out", *MANY, prefix=user, cwd=shared)
+    finally:
+        os.umask(before)
+
+
+def kill_midway(user: tuple[str, ...], shared: Path, umask: int) -> list[str]:
+    """Start a merge as a user, kill it, and return the shards that are finished."""
+    before = os.umask(umask)
+    process = start_command("merge", shared / "merge.yml", shared / "out", *MANY, prefix=user, cwd=shared)
+    os.umask(before)
+    while process.poll() is None and len(list((shared / "out/.raymerge").glob("*.safetensors.json"))) < 3:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    return [path.name.removesuffix(".json") for path in (shared / "out/.raymerge").glob("*.safetensors.json")]
+
+
+def test_a_colleague_resumes(shared: Path) -> None:
+    finished = kill_midway(ALICE, shared, 0o002)
+    assert len(finished) >= 3
+    done = merge_as(BOB, shared, 0o002)
+    assert done.code == 0, done.err
+    assert "going on with the rest" in done.err
+    owners = {path.name: path.stat().st_uid for path in (shared / "out").iterdir()}
+    assert {owners[name] for name in finished} == {54321}
+    assert owners["config.json"] == 54322
+    done = merge_as(ALICE, shared, 0o002)
+    assert done.code == 0, done.err
+
+
+def test_a_colleague_who_may_not_write(shared: Path) -> None:
+    kill_midway(ALICE, shared, 0o022)
+    done = merge_as(BOB, shared, 0o022)
+    assert done.code == 2
+    lock = shared / "out/.raymerge/lock"
+    assert f"Error: {lock}: cannot be created: Permission denied; {lock} (-rw-r--r--) belongs to user 54321" in done.err

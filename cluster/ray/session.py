@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +17,7 @@ from typing import Any
 import raymerge
 from raymerge.cluster.errors import ClusterConnectError, HeadLostError, ResourceError
 from raymerge.cluster.home import find_home, is_writable
+from raymerge.cluster.ray.directory import make_directory
 
 SETTINGS = {
     "RAY_task_oom_retries": "0",  # we repeat an item ourselves, with more memory; Ray would do so for ever
@@ -105,7 +104,7 @@ def start_ray(num_cpus: int, num_gpus: int | None = None) -> Iterator[RaySession
         ClusterConnectError: Ray does not start.
     """
     with (
-        _make_directory() as directory,
+        make_directory() as directory,
         _own_token(),
         _connected(
             "local",
@@ -218,22 +217,6 @@ def _connected(address: str, **options: Any) -> Iterator[RaySession]:
         yield RaySession(ray.util.get_node_ip_address(), nodes)
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _make_directory() -> Iterator[str]:
-    """Make a directory for Ray: with a short name, as there are sockets in it, whose names have at most 107 bytes."""
-    try:
-        directory = tempfile.mkdtemp(prefix="raymerge-", dir="/tmp")
-    except OSError as error:
-        raise ClusterConnectError(
-            f"Ray does not start on this machine: it needs a directory in /tmp ({error.strerror}); make /tmp writable,"
-            " or leave --ray out to merge without it"
-        ) from None
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end the process within seconds, whatever it is waiting for."""
+"""Ctrl-C, SIGTERM and a terminal that is closed end the process within seconds, whatever it is waiting for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functools import cache
 
 MESSAGE = "Interrupted. What is finished is kept: run the same command again to go on."
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _GRACE_SECONDS = 5.0
 """For tidying up: letting go of the lock, ending uploads."""
@@ -44,7 +44,8 @@ def held_interrupts() -> Iterator[None]:
         yield
         return
     held: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in _SIGNALS}
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in heard}
     try:
         yield
     finally:
@@ -56,12 +57,14 @@ def held_interrupts() -> Iterator[None]:
 
 @cache
 def watch_for_interrupts() -> None:
-    """Have SIGTERM do what Ctrl-C does, and a thread end the process if it is still there a few seconds later.
+    """Have SIGTERM and SIGHUP do what Ctrl-C does, and a thread end the process if it is still there seconds later.
 
-    SIGTERM is how schedulers end a job. Python tells the main thread of a signal only when that is done with what it
-    waits for, and a request to a store that is silent may take long.
+    SIGTERM is how schedulers end a job; SIGHUP tells of a closed terminal, unless `nohup` has it ignored. Python tells
+    the main thread of a signal only when that is done with what it waits for, and a silent store may keep it long.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)

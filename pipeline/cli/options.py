@@ -28,7 +28,9 @@ class Preset:
         self.values = values
 
 
-PlanOptions = Annotated[MergeOptions, Preset("private", "wait", "overwrite", "ray", "address", "shared_filesystem")]
+PlanOptions = Annotated[
+    MergeOptions, Preset("private", "wait", "recheck", "overwrite", "ray", "address", "shared_filesystem")
+]
 """The options of planning."""
 
 RemoteOptions = Annotated[MergeOptions, Preset("ray", address="auto")]

@@ -60,10 +60,13 @@ def verify(
     if workers < 1:
         raise ConfigError(f"workers is {workers}; it must be 1 or more")
     with open_stores(StoreSettings(storage)) as stores:
-        return _verify(stores, locate_output(stores, out), workers, on_progress)
+        return check_model(stores, locate_output(stores, out), workers, on_progress)
 
 
-def _verify(stores: Stores, out: str, workers: int, on_progress: Callable[[Progress], None]) -> VerifyReport:
+def check_model(
+    stores: Stores, out: str, workers: int, on_progress: Callable[[Progress], None] = lambda progress: None
+) -> VerifyReport:
+    """Do what `verify` does, with the stores of another call."""
     manifest = _read_manifest(stores, out)
     files = manifest.files
     problems = [f"{name}: a file that the manifest does not list" for name in find_unlisted(stores, out, manifest)]
@@ -85,19 +88,23 @@ def _verify(stores: Stores, out: str, workers: int, on_progress: Callable[[Progr
 
 
 def check_shard(
-    stores: Stores, item: tuple[int, ShardFile], report: Report, *, outs: Sequence[str]
+    stores: Stores, item: tuple[int, ShardFile], report: Report, *, outs: Sequence[str], recheck: bool
 ) -> tuple[int, ShardFile] | None:
-    """Return a recorded shard if its file is as it was; read only where its etag has changed.
+    """Return a recorded shard if its file is as it was; read only where its etag has changed, or that is asked for.
 
     Args:
         stores: of the outputs.
         item: which of the outputs, and the shard there.
         report: told of the bytes read.
         outs: the output directories.
+        recheck: whether to read it all the same: on disks the etag is made of size and time, elsewhere of the content.
     """
     output, recorded = item
-    file = stores.at(outs[output]).stat(f"{outs[output]}/{recorded.file}")
-    if file.etag != recorded.etag and _hash_file(stores, file, report) != recorded.sha256:
+    try:
+        file = stores.at(outs[output]).stat(f"{outs[output]}/{recorded.file}")
+    except FileNotFoundError:  # deleted just now
+        return None
+    if (recheck or file.etag != recorded.etag) and _hash_file(stores, file, report) != recorded.sha256:
         return None
     return output, replace(recorded, etag=file.etag)
 

@@ -82,7 +82,7 @@ def test_commands_offer_what_they_take(command: str, cli: Cli, monkeypatch: pyte
     text = cli(*command.split(), "--help").out
     offered = {name for name in get_type_hints(MergeOptions) if f"--{name.replace('_', '-')} " in text}
     planned = {"memory", "workers", "gpu_memory", "storage", "shard_size", "seed", "strict", "trust_headers"}
-    sent = planned | {"private", "wait", "overwrite", "shared_filesystem"}
+    sent = planned | {"private", "wait", "recheck", "overwrite", "shared_filesystem"}
     of_command = {"plan": planned, "merge": set(get_type_hints(MergeOptions)), "submit": sent | {"address"}}
     assert offered == of_command.get(command, sent)
     assert "--threads" not in text

@@ -259,7 +259,7 @@ def _lock(path: Path) -> int:
         except OSError as error:
             raise output_error(error, path, "cannot be created") from error
         try:
-            descriptor = os.open(path, flags, 0o644)
+            descriptor = os.open(path, flags, 0o666)
         except FileNotFoundError:  # another run has just deleted the directory
             continue
         except OSError as error:

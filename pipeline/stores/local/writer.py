@@ -6,7 +6,9 @@ import ctypes
 import errno
 import fcntl
 import os
+import pwd
 import shutil
+import stat
 from contextlib import suppress
 from pathlib import Path
 from threading import get_ident
@@ -20,8 +22,6 @@ _ALIGNMENT = 4096
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 _NEXT_STEP = {
-    errno.EACCES: "choose a directory that you may write to",
-    errno.EPERM: "choose a directory that you may write to",
     errno.EROFS: "the file system is read-only: choose another directory",
     errno.ENOTDIR: "a part of the path is a file: choose another directory",
     errno.EEXIST: "a part of the path is a file: choose another directory",
@@ -53,7 +53,7 @@ class LocalWriter(Writer):
             make_parents(self._partial)
             self._partial.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._descriptor = os.open(self._partial, flags, 0o644)
+            self._descriptor = os.open(self._partial, flags, 0o666)
         except OSError as error:
             raise output_error(error, path, "cannot be created", nbytes) from error
         try:
@@ -157,8 +157,27 @@ def output_error(error: OSError, path: Path, what: str, nbytes: int = 0) -> Outp
         return OutputError(
             f"{path}: {what}: {why}; free space and run the same command again: finished shards are kept"
         )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return OutputError(f"{path}: {what}: {error.strerror}; {_explain_denied(path)}")
     next_step = _NEXT_STEP.get(error.errno or 0)
     return OutputError(f"{path}: {what}: {error.strerror}" + (f"; {next_step}" if next_step else ""))
+
+
+def _explain_denied(path: Path) -> str:
+    """Say whose file or directory may not be written to, and what to do."""
+    try:
+        there = next(p for p in (path.absolute(), *path.absolute().parents) if os.access(p, os.F_OK))
+        status = there.stat()
+    except OSError:
+        return "choose a directory that you may write to"
+    try:
+        owner = pwd.getpwuid(status.st_uid).pw_name
+    except KeyError:
+        owner = f"user {status.st_uid}"
+    return (
+        f"{there} ({stat.filemode(status.st_mode)}) belongs to {owner}, who can let you write there; or choose another"
+        " directory"
+    )
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:

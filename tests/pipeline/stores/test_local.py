@@ -185,7 +185,7 @@ def test_the_unfinished_file_is_hidden_and_beside_the_target(storage: LocalStora
     writer.abort()
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o000, 0o644)])
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o000, 0o666)])
 def test_mode(storage: LocalStorage, tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
