@@ -12,6 +12,7 @@ from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_models
 from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.model_config import dump_config
 from raymerge.pipeline.checkpoint.quantised import QUANTISED_FILES
+from raymerge.pipeline.checkpoint.side_files import explain_left_out, find_side_files
 from raymerge.pipeline.checkpoint.tying import has_own_head
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
@@ -84,10 +85,11 @@ def make_plan(
     merges = join_variants(recipes)
     transfer = _measure_transfer(stores, checkpoints, outs, limits.runner_nbytes)
     tasks, num_workers, num_allowed = make_tasks(merges, replace(limits, transfer=transfer))
-    copied = [Copied(name, file) for name, file in checkpoints[0].side_files if name not in QUANTISED_FILES]
+    beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)
+    doubts += more_doubts
     outputs = []
     for position, (config, recipe) in enumerate(zip(configs, recipes, strict=True)):
-        side_files: tuple[SideFile, ...] = (*copied, Written(CONFIG, dump_config(recipe.config)))
+        side_files: tuple[SideFile, ...] = (*beside, Written(CONFIG, dump_config(recipe.config)))
         fingerprint = make_fingerprint(tasks, side_files, position)
         warnings = (*config.warnings, *doubts, *recipe.warnings)
         outputs.append(PlannedOutput(config.text, seed, side_files, warnings, fingerprint))
@@ -96,10 +98,10 @@ def make_plan(
         tasks=tasks,
         outputs=tuple(outputs),
         donor=checkpoints[0].model,
-        inputs=tuple(InputModel(c.model, c.url, _list_files(c)) for c in checkpoints),
+        inputs=tuple(InputModel(c.model, c.url, tuple(c.files)) for c in checkpoints),
         method=first.method,
         advice=(advice,) if advice else (),
-        dropped=(*recipes[0].dropped, *_explain_other_weights(checkpoints)),
+        dropped=(*recipes[0].dropped, *left_out),
         num_workers=num_workers,
         allowed_mem=limits.allowed_mem,
         gpus=limits.gpus,
@@ -122,16 +124,22 @@ def _measure_transfer(
     )
 
 
-def _list_files(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return every file of a checkpoint, relative to it."""
-    weights = (file.url.removeprefix(f"{checkpoint.url}/") for file in checkpoint.weight_files)
-    index = (checkpoint.index,) if checkpoint.index else ()
-    return (CONFIG, *index, *weights, *checkpoint.other_weights, *(name for name, _ in checkpoint.side_files))
-
-
-def _explain_other_weights(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    return [
-        f"{c.model}: {name}: weights that are not part of the checkpoint; neither merged nor copied"
-        for c in checkpoints
-        for name in c.other_weights
-    ]
+def _gather_side_files(
+    stores: Stores, checkpoints: Sequence[Checkpoint]
+) -> tuple[list[SideFile], list[str], list[str]]:
+    """Return the donor's files that an output gets besides weights, warnings, and lines on what stays behind."""
+    donor, *others = checkpoints
+    found = find_side_files(stores, donor)
+    copied = [Copied(name, file) for name, file in found.copied if name not in QUANTISED_FILES]
+    written = [Written(name, text) for name, text in found.masked]
+    warnings = [f"{donor.model}: {name} holds a credential, which the output gets as ***" for name, _ in found.masked]
+    for name in found.module_weights:
+        also = ", ".join(str(other.model) for other in others if name in other.files)
+        unused = f"; those of {also} are not used" if also else ""
+        warnings.append(f"{name}: weights of a module of its own, copied from {donor.model} and not merged{unused}")
+    left_out = [*explain_left_out(donor, found.left_out, is_donor=True)]
+    for other in others:
+        weights = {file.url for file in other.weight_files}
+        names = [name for name, file in other.files.items() if file.url not in weights]
+        left_out += explain_left_out(other, names, is_donor=False)
+    return [*copied, *written], warnings, left_out

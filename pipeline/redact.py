@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 _VALUE = r"(?:[^\s&\"',;)}<>\\]|\\\\)+"
 """Stops before a lone backslash: in JSON that escapes a quote or a line's end, which must stay."""
@@ -73,3 +75,37 @@ def redact(text: str) -> str:
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def redact_json(text: str) -> str:
+    r"""Return the text of a JSON file with credentials in its strings replaced; unchanged where there are none.
+
+    >>> redact_json('{"use_auth_token": "hf_0123456789abcdef", "bos_token": "<s>"}')
+    '{\n  "use_auth_token": "***",\n  "bos_token": "<s>"\n}\n'
+    >>> redact_json('{"use_auth_token": true}')
+    '{"use_auth_token": true}'
+    """
+    if redact(text) == text:
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return redact(text)
+    safe = redact_values(value)
+    return text if safe == value else json.dumps(safe, indent=2, ensure_ascii=False) + "\n"
+
+
+def redact_values(value: Any, key: str = "") -> Any:
+    """Return a JSON value with credentials in its strings replaced, by their own look or that of their key.
+
+    Args:
+        value: any.
+        key: the name of the field that has it.
+    """
+    if isinstance(value, dict):
+        return {name: redact_values(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [redact_values(item, key) for item in value]
+    if isinstance(value, str):
+        return next(iter(json.loads(redact(json.dumps({key: value}))).values()))
+    return value

@@ -51,6 +51,7 @@ TYPOS = {
 }
 ODD = "my models/ünï %41 100% #1?a=b+c&d"
 ODD_FILES = {"with space.json": b"{}", "sub/ünï #1?x%41+y.txt": b"odd", "empty.txt": b""}
+ODD_FILES["processor_config.json"] = json.dumps(list(ODD_FILES)).encode()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ def models(tmp_path: Path) -> list[Path]:
         (model / "sub").mkdir()
         (model / "sub" / f"only-in-{k}.txt").write_text("text")
         (model / f"top-{k}.txt").write_text("text")
+        (model / "processor_config.json").write_text(json.dumps([f"sub/only-in-{k}.txt", f"top-{k}.txt"]))
     return models
 
 
@@ -57,7 +59,9 @@ def test_overwriting_the_same_model_makes_it_again(models: list[Path], tmp_path:
 def test_overwriting_what_another_tool_made(models: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "merged"
     write_llama(out, 7, num_shards=3)
-    (out / "pytorch_model.bin").write_bytes(b"pickled")
+    names = ("pytorch_model.bin", "pytorch_model.bin.index.json", "LICENSE", "README.md", "modeling_x.py", "vocab.txt")
+    for name in names:
+        (out / name).write_bytes(b"of an earlier model")
     (out / ".git").mkdir()
     (out / ".git" / "HEAD").write_text("kept")
     merge(make_config(models), out, overwrite=True)
@@ -106,6 +110,10 @@ def test_a_killed_overwrite_can_be_repeated(
         ["models/one/model.safetensors", "models/one/config.json", "README.md"],
         ["model.safetensors", "config.json", "checkpoint-5/model.safetensors"],
         ["firmware.bin", "thesis.txt"],
+        ["model.safetensors", "config.json", "train.py"],
+        ["model.safetensors", "config.json", "notes.md"],
+        ["model-00001-of-00002.safetensors", "config.json", "optimizer.pt"],
+        ["model.safetensors", "config.json", "results.json", "other.safetensors"],
         ["embeddings.safetensors", "notes.txt"],
     ],
     ids="+".join,
@@ -123,6 +131,7 @@ def test_what_is_no_model_is_left_alone(
     assert outcome.code == 2
     assert outcome.err.startswith(f"Error: {out} ")
     assert ("nothing was deleted" in outcome.err) is overwrite
+    assert overwrite or "--overwrite" not in outcome.err, "advice that would be refused"
     assert read_files(out) == before
 
 
@@ -255,7 +264,8 @@ def test_another_tokenizer_is_another_merge(models: list[Path], tmp_path: Path) 
 
 
 def test_a_donor_that_changes_during_the_merge(models: list[Path], tmp_path: Path) -> None:
-    change = on(Planned, lambda _: (models[0] / "tokenizer_config.json").write_text("{}"))
+    path = models[0] / "tokenizer_config.json"
+    change = on(Planned, lambda _: path.write_text("{}".ljust(path.stat().st_size)))
     with pytest.raises(OSError, match=r"tokenizer_config\.json: changed since the plan was made"):
         merge(make_config(models), tmp_path / "merged", on_event=change)
     assert not (tmp_path / "merged" / "config.json").exists()

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raymerge.pipeline.checkpoint.files import CONFIG, check_name, is_hidden, is_side_file, is_weights
+from raymerge.pipeline.checkpoint.files import CONFIG, check_name, is_hidden
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.weights import EXPLICIT, explain_no_weights, find_weights, read_json
 from raymerge.pipeline.errors import CheckpointError, FetchError
 from raymerge.pipeline.messages import counted
-from raymerge.pipeline.redact import redact
+from raymerge.pipeline.redact import redact, redact_values
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Storage
@@ -36,13 +36,11 @@ class Checkpoint:
     url: str
     """The directory that holds them; absolute, and at a revision that does not move."""
     config: dict[str, Any]
-    """config.json, parsed, but for what names files of weights."""
+    """config.json, parsed; without credentials, and without what names files of weights."""
     weight_files: tuple[StoredFile, ...]
     """The safetensors files that hold the tensors, by name."""
-    side_files: tuple[tuple[str, StoredFile], ...]
-    """Tokenizer and everything else that goes along with the weights: relative name, file."""
-    other_weights: tuple[str, ...]
-    """Relative names of files of weights that do not belong to the model: neither merged nor copied."""
+    files: Mapping[str, StoredFile]
+    """All that is in the directory, by relative name; hidden files left out."""
     index: str = ""
     """The index file that names the weight files; empty where there is none, or it is ignored."""
     weight_map: Mapping[str, str] | None = None
@@ -98,15 +96,9 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
         cached = _CACHED.fullmatch(PurePosixPath(url).name)
         hint = f"; this is a folder of the Hub's cache: write {cached[1]}/{cached[2]}" if cached else ""
         raise CheckpointError(f"{url}: no {CONFIG}; a model is a directory with {CONFIG} and safetensors files{hint}")
-    side_names = [name for name in names if is_side_file(name)]
-    directories = {parent.as_posix() for name in side_names for parent in PurePosixPath(name).parents}
-    if both := directories.intersection(side_names):
-        raise CheckpointError(
-            f"{url}: {min(both)} is both a file and a directory, which no file system can hold; rename one"
-        )
     if not is_url(url):
-        _check_links(Path(url), [CONFIG, *side_names])
-    config = read_json(storage, f"{url}/{CONFIG}", _MAX_CONFIG_NBYTES)
+        check_links(Path(url), [CONFIG])
+    config = redact_values(read_json(storage, f"{url}/{CONFIG}", _MAX_CONFIG_NBYTES))
     weights = find_weights(storage, url, files, config, trust_headers=trust_headers)
     config.pop(EXPLICIT, None)  # the output's files have names of their own
     return Checkpoint(
@@ -118,8 +110,7 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
         weight_map=weights.weight_map,
         trusts_headers=trust_headers,
         warnings=tuple(f"{model}: {warning}" for warning in weights.warnings),
-        side_files=tuple((name, files[name]) for name in side_names),
-        other_weights=tuple(name for name in names if is_weights(name) and name not in weights.names),
+        files=files,
     )
 
 
@@ -147,7 +138,7 @@ def locate_model(stores: Stores, model: ModelRef) -> str:
     raise CheckpointError(f"{model}: no such directory ({path}){suggest_directory(path) or hint}")
 
 
-def _check_links(directory: Path, names: Iterable[str]) -> None:
+def check_links(directory: Path, names: Iterable[str]) -> None:
     """Refuse links that lead out of a model: whatever they lead to would become part of the output.
 
     In the Hub's cache, snapshots/REVISION/NAME leads to blobs/HASH. Weights may be links to anywhere: nothing of them

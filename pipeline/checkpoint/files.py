@@ -17,8 +17,68 @@ _WEIGHTS = re.compile(
     r"|nemo)$"
 )
 _REWRITTEN = {CONFIG, "README.md", "mergekit_config.yml", MANIFEST, FIGURES}
-_OF_TRAINING = re.compile(r"(checkpoint-[^/]*|runs)/|(.*/)?adapter_config\.json$")
-"""Files that a trainer leaves beside the model, and that say nothing about it."""
+_SIDE = re.compile(
+    r"""
+    (?!(?:adapter|peft|lora|ds|deepspeed|accelerate|train(?:ing|er)?|wandb)_)(?:[\w.-]+_)?config\.json
+    | (?:config_sentence_transformers|configuration|modules|preprocessor|processor)\.json
+    | (?:tokenizer|tekken|special_tokens_map|added_tokens|normalizer|chat_template)\.json
+    | (?:[\w.-]+[_-])?vocab\.(?:json|txt) | (?:[\w.-]+[_-])?merges\.txt | bpe\.codes | dict\.txt
+    | [\w.-]+\.(?:model(?:\.v\d+)?|tiktoken|spm|bpe|vocab|jinja) | additional_chat_templates/[\w.-]+\.jinja
+    | (?:configuration|modell?ing|tokenization|feature_extraction|(?:image_|video_|audio_)?processing)_\w+\.py
+    | (?i:(?:[\w .-]*[ _.-])?(?:licen[sc]e|notice|copying|use[_-]policy|terms[_-]of[_-]use)
+      (?:[ _-][\w -]*)?(?:\.(?:txt|md|pdf|rst|html))?)
+    """,
+    re.VERBOSE,
+)
+"""Files of a model besides its weights, at the top of its directory: configs, tokenizer, templates, code, licence."""
+
+_MAIN_WEIGHTS = re.compile(r"(?:model|pytorch_model)[\w.-]*\.(?:safetensors|bin)")
+_SECRET = re.compile(
+    r"""
+    (?:id_(?:rsa|dsa|ecdsa|ed25519)|authorized_keys|known_hosts|_?netrc|env|token)(?:\.\w+)?
+    | .*\.(?:pem|key|p12|pfx|jks|keystore|kdbx|ppk|env)
+    | (?:.*[_.-])?(?:secrets?|credentials?|passw(?:or)?ds?|api[_-]?keys?|access[_-]?keys?|private[_-]?keys?
+      |service[_-]?accounts?|(?:hf|hub|auth|access|api|wandb|github|refresh)[_-]?tokens?)(?:[_.-].*)?
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def is_side_file(name: str) -> bool:
+    """Tell whether a file is one that models have besides their weights.
+
+    >>> [is_side_file(name) for name in ("tokenizer.model", "LICENSE.txt", "train.py", "logs/config.json")]
+    [True, True, False, False]
+    """
+    return _SIDE.fullmatch(name) is not None and not is_secret(name) and name not in _REWRITTEN
+
+
+def is_rewritten(name: str) -> bool:
+    """Tell whether a file describes a model and its files, so that an output gets one of its own.
+
+    >>> is_rewritten("README.md"), is_rewritten("pytorch_model.bin.index.json")
+    (True, True)
+    """
+    is_index = name.endswith(".index.json") and is_weights(name.removesuffix(".index.json"))
+    return name in _REWRITTEN or (is_index and "/" not in name)
+
+
+def is_of_model(name: str) -> bool:
+    """Tell whether a file is one that models are made of, weights included, and never somebody's other work.
+
+    >>> [is_of_model(name) for name in ("model-00001-of-00002.safetensors", "optimizer.pt", "train.py", "README.md")]
+    [True, False, False, True]
+    """
+    return _MAIN_WEIGHTS.fullmatch(name) is not None or is_side_file(name) or is_rewritten(name)
+
+
+def is_secret(name: str) -> bool:
+    """Tell whether a file looks like a key or a password, by its name.
+
+    >>> is_secret("id_rsa"), is_secret("deploy/server.pem"), is_secret("special_tokens_map.json")
+    (True, True, False)
+    """
+    return _SECRET.fullmatch(PurePosixPath(name).name) is not None
 
 
 def is_hidden(name: str) -> bool:
@@ -29,14 +89,6 @@ def is_hidden(name: str) -> bool:
 def is_weights(name: str) -> bool:
     """Tell whether a file holds weights, in whatever format."""
     return _WEIGHTS.search(name) is not None
-
-
-def is_side_file(name: str) -> bool:
-    """Tell whether a file goes along with a model's weights."""
-    is_index = name.endswith(".index.json") and is_weights(name.removesuffix(".index.json"))
-    is_partial = name.endswith((".lock", ".incomplete"))
-    is_left = is_index or is_partial or name in _REWRITTEN or _OF_TRAINING.match(name) is not None
-    return not (is_weights(name) or is_left)
 
 
 def check_name(name: str, url: str) -> None:

@@ -20,6 +20,7 @@ from raymerge.pipeline.checkpoint.model_config import Json, count_layers
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.checkpoint.quantised import find_quantisation
 from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.side_files import find_side_files
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.stacks import Stack, Totals, add_up, split_stacks
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_tied
@@ -195,7 +196,9 @@ def _inspect_model(stores: Stores, url: str) -> Inspection:
     else:
         config, weight_map = checkpoint.config, checkpoint.weight_map
         names = [file.url.removeprefix(f"{checkpoint.url}/") for file in checkpoint.weight_files]
-        side_names = {name for name, _ in checkpoint.side_files}
+        beside = find_side_files(stores, checkpoint)
+        side_names = {name for name, _ in (*beside.copied, *beside.masked)}
+        reads.note(*beside.read_nbytes)
     reads.note(*resolving)
     tensors = _read_tensors(stores, {name: files[name] for name in names}, reads)
     if weight_map is not None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 
-from raymerge.pipeline.checkpoint.files import CONFIG, INDEX, is_weights
+from raymerge.pipeline.checkpoint.files import CONFIG, INDEX, is_of_model
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Contents, parse_manifest
 from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
 from raymerge.pipeline.messages import listing
@@ -22,10 +21,8 @@ from raymerge.pipeline.urls import is_url, suggest_directory
 
 _MODEL_FILES = (CONFIG, INDEX, MANIFEST)
 """Without these nothing loads, and nothing looks finished."""
-_BESIDE_WEIGHTS = re.compile(
-    r"\.(json|jinja|model|tiktoken|py|ya?ml|md)$|^(merges|vocab|added_tokens)\.txt$|^(LICENSE|NOTICE|USE_POLICY)"
-)
-"""Names that files of a model have; others may be somebody's work."""
+_SHOWN = 10
+"""Names of files that are in the way which a message lists."""
 _WAIT_SECONDS = 2.0
 """Between looks at whether another run has ended."""
 
@@ -189,14 +186,14 @@ def _inspect(stores: Stores, out: str, fingerprint: str) -> OutputState | str:
             return OutputState.UNFINISHED
         return (
             f"{out} holds an unfinished merge of another config, seed, set of inputs or version; "
-            f"choose another directory, or give --overwrite to start over"
+            f"choose another directory{_advise_overwrite(stores, out, 'start over')}"
         )
     files = {name: file for name, file in stores.at(out).list(out).items() if not name.startswith(f"{DIRECTORY}/")}
     if not files:
         return OutputState.NEW
     manifest = _find_manifest(stores, out)
     if manifest is None or manifest.fingerprint != fingerprint:
-        advice = ", or give --overwrite to replace the model there" if _is_model(set(files)) else ""
+        advice = _advise_overwrite(stores, out, "replace the model there")
         return f"{out} is not empty ({listing(files)}); choose another directory{advice}"
     changes = list(_compare_sizes(manifest, files))
     if changes:
@@ -243,17 +240,26 @@ def _find_deletable(stores: Stores, out: str) -> list[str]:
     elif manifest is not None:
         known = manifest.files.keys() | {MANIFEST}
     else:
-        known = {name for name in visible if "/" not in name and (is_weights(name) or _BESIDE_WEIGHTS.search(name))}
+        known = {name for name in visible if is_of_model(name)}
         is_empty = all(name.startswith(f"{DIRECTORY}/") for name in stores.at(out).list(out))
         if not is_empty and not _is_model(known):
             raise OutputError(f"{out} is not empty and does not look like a model; nothing was deleted")
     others = [name for name in visible if name not in known]
     if others:
         raise OutputError(
-            f"{out} holds more than a model ({listing(others)}); "
+            f"{out} holds more than a model ({listing(others, _SHOWN)}); "
             f"nothing was deleted: choose another directory, or clear this one yourself"
         )
     return visible
+
+
+def _advise_overwrite(stores: Stores, out: str, purpose: str) -> str:
+    """Return the advice to overwrite, where that would not be refused."""
+    try:
+        _find_deletable(stores, out)
+    except OutputError:
+        return ""
+    return f", or give --overwrite to {purpose}"
 
 
 def _is_model(names: Set[str]) -> bool:

@@ -79,12 +79,17 @@ def check_model(
     problems += sorted(problem for problem in checks if problem)
     num_tensors = 0
     if not problems:
-        tensors = _read_tensors(stores, out, [name for name in files if name.endswith(".safetensors")])
+        tensors = _read_tensors(stores, out, [name for name in files if _is_shard(name)])
         num_tensors = len(tensors)
         problems += _compare_tensors(stores, out, tensors, has_index=INDEX in files)
     if problems:
         raise OutputError(f"{out} is not what was written:\n  " + "\n  ".join(problems))
     return VerifyReport(len(files), num_tensors, sum(file.nbytes for file in files.values()))
+
+
+def _is_shard(name: str) -> bool:
+    """Tell whether a file holds tensors of the model, and not of a module in a directory of its own."""
+    return name.endswith(".safetensors") and "/" not in name
 
 
 def check_shard(

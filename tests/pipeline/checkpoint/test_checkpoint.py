@@ -61,8 +61,7 @@ def test_sharded(sharded: Path) -> None:
     assert names(checkpoint) == sorted(SHARDS)
     assert [file.nbytes for file in checkpoint.weight_files] == [(sharded / name).stat().st_size for name in SHARDS]
     assert checkpoint.weight_map == WEIGHT_MAP
-    assert checkpoint.side_files == ()
-    assert checkpoint.other_weights == ()
+    assert checkpoint.files.keys() == {*SHARDS, "config.json", "model.safetensors.index.json"}
 
 
 def test_single(single: Path) -> None:
@@ -86,7 +85,6 @@ def test_a_single_file_beside_a_complete_index_is_another_model(sharded: Path) -
     checkpoint = resolve(sharded, trust_headers=True)
     assert names(checkpoint) == ["model.safetensors"]
     assert (checkpoint.index, checkpoint.weight_map) == ("", None)
-    assert checkpoint.other_weights == tuple(sorted(SHARDS))
     (warning,) = checkpoint.warnings
     assert "--trust-headers is given" in warning
 
@@ -156,74 +154,11 @@ def test_ways_to_name_a_directory(single: Path, monkeypatch: pytest.MonkeyPatch,
     assert checkpoint.model.path == path
 
 
-@pytest.fixture
-def snapshot(tmp_path: Path, single: Path) -> Path:
-    """A model in the Hub's cache, with a side file in a directory of its own."""
-    snapshot = tmp_path / "hub" / "snapshots" / "abc"
-    (snapshot / "1_Pooling").mkdir(parents=True)
-    (single / "1_Pooling").mkdir()
-    (single / "1_Pooling" / "config.json").write_text("{}")
-    for k, path in enumerate(sorted(path for path in single.rglob("*") if path.is_file())):
-        blob = tmp_path / "hub" / "blobs" / f"{k}"
-        blob.parent.mkdir(exist_ok=True)
-        path.rename(blob)
-        link = snapshot / path.relative_to(single)
-        link.symlink_to(os.path.relpath(blob, link.parent))
-    return snapshot
-
-
-def test_links_as_in_a_hub_cache(snapshot: Path, tmp_path: Path) -> None:
-    assert [name for name, _ in resolve(snapshot).side_files] == ["1_Pooling/config.json"]
-    assert resolve(snapshot).weight_files[0].nbytes == (snapshot / "model.safetensors").stat().st_size
-    (tmp_path / "link").symlink_to(snapshot)
-    assert len(resolve(tmp_path / "link").side_files) == 1
-
-
-def test_links_within_a_model(single: Path) -> None:
-    (single / "vocab.json").write_text("{}")
-    (single / "other.json").symlink_to("vocab.json")
-    assert [name for name, _ in resolve(single).side_files] == ["other.json", "vocab.json"]
-
-
-@pytest.mark.parametrize("name", ["extra.txt", "config.json", "deep/down.txt"])
-@pytest.mark.parametrize("kind", ["single", "snapshot"])
-def test_links_out_of_a_model(name: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    model: Path = request.getfixturevalue(kind)
-    (tmp_path / "secret.json").write_text("{}")
-    link = model / name
-    link.parent.mkdir(exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(tmp_path / "secret.json", link.parent))
-    refuse(model, f"{link}: a link to {tmp_path}/secret.json, outside .*replace the link by the file")
-
-
 def test_weights_may_be_links_to_anywhere(sharded: Path, tmp_path: Path) -> None:
     for path in list(sharded.glob("model*")):
         (sharded / path.name).rename(tmp_path / path.name)
         path.symlink_to(tmp_path / path.name)
     assert names(resolve(sharded)) == sorted(SHARDS)
-
-
-def test_side_files(single: Path) -> None:
-    side = ["1_Pooling/config.json", "chat_template.jinja", "checkpoint-notes.txt", "docs/runs/x.txt",
-            "generation_config.json", "merges.txt", "modeling_x.py",
-            "tokenizer.json", "tokenizer.model", "vocab.json", "with space/ümläut.txt"]  # fmt: skip
-    weights = ["2_Dense/model.safetensors", "consolidated.safetensors", "model.gguf", "onnx/model.onnx",
-               "optimizer.pt", "original/consolidated.00.pth", "pytorch_model-00001-of-00002.bin", "rust_model.h5",
-               "flax_model.msgpack", "x.ckpt", "onnx/model.onnx_data", "rust_model.ot", "x.tflite", "x.pkl", "x.npz",
-               "x.npy", "x.distcp", "x.mlmodel", "x.mar", "x.nemo", "checkpoint-500/optimizer.pt"]  # fmt: skip
-    ignored = ["README.md", "mergekit_config.yml", "raymerge_manifest.json", ".gitattributes", ".git/HEAD",
-               ".cache/x/y", "__pycache__/modeling_x.pyc", "model.lock", "x.incomplete", "pytorch_model.bin.index.json",
-               "2_Dense/model.safetensors.index.json", ".hidden/README.md", "checkpoint-500/tokenizer.json",
-               "checkpoint-500/a/b.json", "runs/Jan01/events.out.tfevents.1", "adapter_config.json",
-               "lora/adapter_config.json"]  # fmt: skip
-    for name in [*side, *weights, *ignored]:
-        (single / name).parent.mkdir(parents=True, exist_ok=True)
-        (single / name).write_text("content")
-    checkpoint = resolve(single)
-    assert [name for name, _ in checkpoint.side_files] == sorted(side)
-    assert all(file.url == f"{single}/{name}" and file.nbytes == 7 for name, file in checkpoint.side_files)
-    assert list(checkpoint.other_weights) == sorted(weights)
 
 
 # what cannot be merged
@@ -353,7 +288,7 @@ def test_other_kinds_of_weights(single: Path, files: list[str], message: str) ->
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\\b", "c:d", "a\x1b[0m"])
-def test_side_files_that_cannot_be_written_elsewhere(single: Path, name: str) -> None:
+def test_files_that_cannot_be_written_elsewhere(single: Path, name: str) -> None:
     (single / name).touch()
     message = refuse(single, "rename it")
     assert message.isprintable()

@@ -42,6 +42,7 @@ SIDE_FILES = {
     "generation_config.json": b"{}",
     "chat_template.jinja": b"{{ messages }}",
     "modeling_custom.py": b"class Model: ...\n",
+    "preprocessor_config.json": b'{"picture": "assets/deep/picture.png", "empty": "empty.txt"}',
     "empty.txt": b"",
     "assets/deep/picture.png": b"\x89PNG",
 }
@@ -50,6 +51,7 @@ NOT_COPIED = {
     "mergekit_config.yml": b"another config",
     MANIFEST: b"another manifest",
     "pytorch_model.bin": b"pickled",
+    "train.py": b"",
     "original/consolidated.00.pth": b"pickled",
     ".gitattributes": b"",
     ".cache/huggingface/download/x.metadata": b"",

@@ -52,7 +52,7 @@ class Finished:
 @pytest.fixture
 def finished(tmp_path: Path) -> Iterator[Finished]:
     models = write_family(tmp_path / "in", 1, num_shards=2)
-    (models[0] / "notes.txt").write_text("as the donor has them")
+    (models[0] / "vocab.txt").write_text("as the donor has them")
     config = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in models]}
     the_plan = plan(config, shard_size="10kB")
     with open_stores() as stores:
@@ -76,7 +76,7 @@ def test_all_files_are_there_and_the_manifest_knows_them(finished: Finished) -> 
         name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()
     }
     assert manifest.fingerprint == finished.output.fingerprint
-    assert files["notes.txt"] == b"as the donor has them"
+    assert files["vocab.txt"] == b"as the donor has them"
 
 
 def test_figures_have_a_row_for_each_tensor(finished: Finished) -> None:
@@ -101,11 +101,11 @@ def test_a_shard_that_is_no_longer_what_was_written(finished: Finished, damage: 
 
 
 def test_a_donor_that_has_changed(finished: Finished, tmp_path: Path) -> None:
-    (tmp_path / "in" / "base" / "notes.txt").write_text("as somebody has changed them")
-    with pytest.raises(FetchError, match=r"notes\.txt"):
+    (tmp_path / "in" / "base" / "vocab.txt").write_text("as somebody has changed them")
+    with pytest.raises(FetchError, match=r"vocab\.txt"):
         finished.stitch()
     assert finished.loadable() == set()
-    assert "notes.txt" not in read_files(finished.directory)
+    assert "vocab.txt" not in read_files(finished.directory)
 
 
 def test_a_lock_that_is_lost_on_the_way(finished: Finished) -> None:

@@ -69,7 +69,7 @@ def expand_layouts(config: Mapping[str, Any], models: Mapping[str, Layout]) -> R
     """Return the recipe for a merge config over checkpoints of these names."""
     merge_config = load_config(config)
     checkpoints = [
-        Checkpoint(model, f"/models/{model}", dict(models[str(model)].config), (), (), ())
+        Checkpoint(model, f"/models/{model}", dict(models[str(model)].config), (), {})
         for model in merge_config.referenced_models
     ]
     opened = []

@@ -1,0 +1,216 @@
+"""What leaves with a merged model besides its weights: the donor's files that a model is made of, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, check_links
+from raymerge.pipeline.checkpoint.files import CONFIG, is_rewritten, is_secret, is_side_file, is_weights
+from raymerge.pipeline.errors import CheckpointError
+from raymerge.pipeline.messages import counted
+from raymerge.pipeline.redact import redact_json
+from raymerge.pipeline.sizes import format_nbytes
+from raymerge.pipeline.stores.files import StoredFile
+from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.urls import is_url
+
+_MODULES = "modules.json"
+_MAX_TEXT_NBYTES = 2 * 2**20
+_REFERRING = re.compile(r"(?:.*/)?(?:[\w.-]*config[\w.-]*|modules|preprocessor|processor)\.json|.*\.py")
+"""Files that may name other files of a model."""
+
+_ASIDE = re.compile(
+    r"(?:onnx|openvino|gguf|coreml|tflite|original|runs|checkpoint-\d+|b?f(?:p|loat)?\d+|u?int\d+|awq|gptq|mlx)(?:/|$)",
+    re.IGNORECASE,
+)
+"""Directories of exports, other precisions and training, whatever words there are in configs."""
+
+_IMPORT = re.compile(r"^\s*from\s+\.(\w*)\s+import\s+(\w+)", re.MULTILINE)
+_STRING = re.compile(r"""["']([^"'\n]+)["']""")
+_WITH_WEIGHTS = ("Dense", "LayerNorm", "CNN", "LSTM", "WordEmbeddings", "StaticEmbedding", "WeightedLayerPooling")
+"""Modules of sentence-transformers that are nothing without a file of weights."""
+
+_TOKENIZER = re.compile(r"tokenizer|tekken|vocab|.*\.(?:model|tiktoken|spm)$")
+
+
+@dataclass(frozen=True, slots=True)
+class SideFiles:
+    """The donor's files besides its weights."""
+
+    copied: tuple[tuple[str, StoredFile], ...]
+    """Relative name, file."""
+    masked: tuple[tuple[str, str], ...]
+    """Those that hold a token: relative name, and the text without it."""
+    module_weights: tuple[str, ...]
+    """Those copied that are weights: of modules in directories of their own."""
+    left_out: tuple[str, ...]
+    """Everything that is in the directory besides."""
+    read_nbytes: tuple[int, ...]
+    """Sizes of the files that were read to find out."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer is among them."""
+        return any(_TOKENIZER.match(name) for name, _ in self.copied)
+
+
+def find_side_files(stores: Stores, checkpoint: Checkpoint) -> SideFiles:
+    """Return what a model gives to an output besides weights: what models are made of, and what its configs name.
+
+    Raises:
+        CheckpointError: a module's weights are missing, a name cannot be written everywhere, or a file is a link out of
+            the directory.
+        FetchError: the store refuses or is down.
+    """
+    files = checkpoint.files
+    weights = {file.url.removeprefix(f"{checkpoint.url}/") for file in checkpoint.weight_files}
+    found = {name for name in files if is_side_file(name)}
+    candidates = {name for name in files if _may_be_named(name) and name not in found | weights}
+    masked, sizes = {}, []
+    todo = [CONFIG, *sorted(found)]
+    while todo:
+        name = todo.pop(0)
+        is_code = name.endswith(".py")
+        if not _REFERRING.fullmatch(name) or files[name].nbytes > _MAX_TEXT_NBYTES or (is_code and not candidates):
+            continue
+        if name == CONFIG:
+            text = json.dumps(checkpoint.config)
+        else:
+            text = stores.at(checkpoint.url).read(files[name].url, _MAX_TEXT_NBYTES).decode(errors="replace")
+            sizes.append(files[name].nbytes)
+            if not is_code and (safe := redact_json(text)) != text:
+                masked[name] = safe
+        if name == _MODULES:
+            _check_modules(stores, checkpoint, text)
+        named = _find_named(name, text, candidates)
+        found |= named
+        candidates -= named
+        todo += sorted(named)
+    _check_names(checkpoint, found)
+    return SideFiles(
+        copied=tuple((name, files[name]) for name in sorted(found) if name not in masked),
+        masked=tuple(masked.items()),
+        module_weights=tuple(name for name in sorted(found) if is_weights(name)),
+        left_out=tuple(name for name in files if name not in found | weights and not is_rewritten(name)),
+        read_nbytes=tuple(sizes),
+    )
+
+
+def explain_left_out(checkpoint: Checkpoint, names: Collection[str], *, is_donor: bool) -> Iterator[str]:
+    """Yield a line for each kind of files that stay behind, with the files.
+
+    Args:
+        checkpoint: that has them.
+        names: of files that get into no output.
+        is_donor: whether its other files would be copied; if not, only weights are told.
+    """
+    weights = [name for name in names if is_weights(name)]
+    secrets = [name for name in names if is_secret(name)]
+    others = [name for name in names if name not in {*weights, *secrets}]
+    kinds = [(weights, "weights that are not part of the checkpoint, neither merged nor copied")]
+    if is_donor:
+        kinds += [(secrets, "looks like a secret, never copied"), (others, "not part of a model, not copied")]
+    for listed, what in kinds:
+        if listed:
+            yield f"{checkpoint.model}: {what}: {', '.join(_group(checkpoint.files, listed))}"
+
+
+def _group(files: Mapping[str, StoredFile], names: Collection[str]) -> list[str]:
+    """Return names with sizes, those of a directory together."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        top, slash, _ = name.partition("/")
+        groups.setdefault(top + slash, []).append(name)
+    result = []
+    for group, members in groups.items():
+        number = f"{counted(len(members), 'file')}, " if group.endswith("/") else ""
+        result.append(f"{group} ({number}{format_nbytes(sum(files[name].nbytes for name in members))})")
+    return result
+
+
+def _may_be_named(name: str) -> bool:
+    """Tell whether a file belongs to a model if another one names it."""
+    if is_secret(name) or is_rewritten(name) or _ASIDE.match(name) or name.endswith((".lock", ".incomplete")):
+        return False
+    return "/" in name or not is_weights(name)
+
+
+def _find_named(name: str, text: str, candidates: Collection[str]) -> set[str]:
+    """Return the files that a file of the model names: by itself, by a directory, or as code that it imports."""
+    if not candidates:
+        return set()
+    where = PurePosixPath(name).parent
+    if name.endswith(".py"):
+        modules = {one or other for one, other in _IMPORT.findall(text)}
+        strings = set(_STRING.findall(text))
+        quoted = {other for other in candidates if PurePosixPath(other).name in strings}
+        return quoted | {str(where / f"{module}.py") for module in modules}.intersection(candidates)
+    try:
+        words = set(_list_words(json.loads(text)))
+    except (ValueError, RecursionError):
+        return set()
+    paths = {(where / word).as_posix() for word in words} | words
+    code = {(where / f"{word.rpartition('--')[2].partition('.')[0]}.py").as_posix() for word in words if "." in word}
+    found = {other for other in candidates if other in paths or other in code}
+    for other in candidates:
+        is_inside = any(parent.as_posix() in paths for parent in PurePosixPath(other).parents)
+        if is_inside and _is_of_module(other, candidates):
+            found.add(other)
+    return found
+
+
+def _list_words(value: Any) -> Iterator[str]:
+    """Yield the strings of a JSON value that may be names, keys too."""
+    if isinstance(value, str):
+        if 0 < len(value) < 256 and value != ".":
+            yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _list_words(key)
+            yield from _list_words(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _list_words(item)
+
+
+def _is_of_module(name: str, candidates: Collection[str]) -> bool:
+    """Tell whether a file in a module's directory is part of it; pickled weights are where there are no others."""
+    path = PurePosixPath(name)
+    if name.endswith((".safetensors", ".safetensors.index.json")):
+        return True
+    if path.name == "pytorch_model.bin":
+        return (path.parent / "model.safetensors").as_posix() not in candidates
+    return path.name == CONFIG or is_side_file(path.name)
+
+
+def _check_modules(stores: Stores, checkpoint: Checkpoint, text: str) -> None:
+    """Refuse a model whose list of modules names one that has weights, and whose weights are not there."""
+    try:
+        modules = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.url}/{_MODULES}: not JSON: {error}") from error
+    for module in modules if isinstance(modules, list) else ():
+        path, kind = (str(module.get(key) or "") for key in ("path", "type")) if isinstance(module, dict) else ("", "")
+        kind = kind.rpartition(".")[2]
+        has_weights = any(name.startswith(f"{path}/") and is_weights(name) for name in checkpoint.files)
+        if path and kind in _WITH_WEIGHTS and not has_weights:
+            advice = stores.at(checkpoint.url).advise_download(checkpoint.url)
+            raise CheckpointError(
+                f"{checkpoint.url}: {_MODULES} names {path} ({kind}), whose weights are missing; {advice}"
+            )
+
+
+def _check_names(checkpoint: Checkpoint, names: Collection[str]) -> None:
+    """Refuse files that cannot be written as they are to every store, and links that lead out of a model."""
+    directories = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+    if both := directories.intersection(names):
+        raise CheckpointError(
+            f"{checkpoint.url}: {min(both)} is both a file and a directory, which no file system can hold; rename one"
+        )
+    if not is_url(checkpoint.url):
+        check_links(Path(checkpoint.url), names)
