@@ -129,6 +129,7 @@ class FaultProxy:
         only: what `faults` is restricted to.
         stall_s: seconds of silence of `Fault.STALL` and `Fault.STALL_IN_BODY`.
         retry_after: seconds that `Fault.TOO_MANY` asks for.
+        rule: returns status, code and message of a refusal for requests that this server never serves, else None.
         nbytes_per_s: how much of all bodies, in both directions together, gets through; None is no limit.
     """
 
@@ -163,6 +164,7 @@ class FaultProxy:
         self.only: Predicate = lambda _: True
         self.stall_s = stall_s
         self.retry_after = retry_after
+        self.rule: Callable[[Request], tuple[str, str, str] | None] = lambda _: None
         self.nbytes_per_s: float | None = None
         self._line_is_free_at = 0.0
         self._script: deque[tuple[Fault | None, Predicate]] = deque()
@@ -350,6 +352,8 @@ class _Connection:
         """Answer one request; return whether the connection may be used again."""
         if request.fault in _ERRORS:
             return self._refuse(request, _ERRORS[request.fault])
+        if refusal := self._proxy.rule(request):
+            return self._refuse(request, refusal)
         if request.fault is Fault.RESET:
             return self._reset()
         if request.fault is Fault.STALL:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 
+from raymerge.pipeline.stores.abilities import ARCHIVED, ENCRYPTED, REQUESTER_PAYS
 from raymerge.pipeline.stores.retry import Fault, one_line
 from raymerge.pipeline.urls import split_url
 
@@ -49,7 +50,7 @@ def classify_error(error: BaseException) -> Fault | None:
         return None
     if any(isinstance(link, socket.gaierror) and link.errno == socket.EAI_NONAME for link in links):
         return None  # no host has this name
-    status, code = _status(error), error_code(error)
+    status, code = find_status(error), error_code(error)
     if status in _PASSING_STATUS or code in _PASSING_CODES:
         what = f"{status or ''} {code if code != str(status) else ''}".strip()
         return Fault(what, _retry_after(error))
@@ -78,7 +79,7 @@ def explain_error(error: BaseException, url: str, credentials: str) -> str:
         url: of the file or directory.
         credentials: which ones were used, such as `with those of the environment`; never what they are.
     """
-    code, status, text = error_code(error), _status(error), one_line(_as_exception(error))
+    code, status, text = error_code(error), find_status(error), one_line(_as_exception(error))
     said = f"{url}: {text}" if not code or code in text else f"{url}: {code}: {text}"
     names = {name for link in _chain(error) for name in _class_names(link)}
     if is_missing_bucket(error):
@@ -93,8 +94,11 @@ def explain_error(error: BaseException, url: str, credentials: str) -> str:
         return f"{said}; set this machine's clock"
     if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "301", "IllegalLocationConstraintException"):
         return f"{said}; the bucket seems to be in another region: set AWS_REGION to it"
+    if code == "InvalidObjectState":
+        return f"{said}; {ARCHIVED}"
     if isinstance(error, PermissionError) or status in (401, 403):
-        return f"{said}; asked {credentials}: use others, or have access granted"
+        settings = f"{REQUESTER_PAYS}{ENCRYPTED}" if url.startswith("s3://") else ""
+        return f"{said}; asked {credentials}: use others, or have access granted{settings}"
     if any(isinstance(link, socket.gaierror) for link in _chain(error)):
         return f"{said}; no host has this name: check the URL and AWS_ENDPOINT_URL"
     if isinstance(error, NotImplementedError):
@@ -118,7 +122,7 @@ def is_missing_bucket(error: BaseException) -> bool:
 
 def is_changed(error: BaseException) -> bool:
     """Tell whether a condition on a file's content did not hold, or it is too short now."""
-    return _status(error) in (412, 416) or error_code(error) in ("PreconditionFailed", "InvalidRange")
+    return find_status(error) in (412, 416) or error_code(error) in ("PreconditionFailed", "InvalidRange")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -135,7 +139,8 @@ def _class_names(error: BaseException) -> list[str]:
     return [base.__name__ for base in type(error).__mro__]
 
 
-def _status(error: BaseException) -> int | None:
+def find_status(error: BaseException) -> int | None:
+    """Return the status of the answer that an error is or comes from; None where there was none."""
     for link in _chain(error):
         response = getattr(link, "response", None)
         if isinstance(response, dict):

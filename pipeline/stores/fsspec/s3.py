@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from secrets import token_hex
 from typing import Any
 
 import botocore.session
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
-from s3fs.core import S3File
 
-from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.stores.files import Buffer, StoredFile, check_same
-from raymerge.pipeline.stores.fsspec.errors import error_code, is_changed
+from raymerge.pipeline.errors import FetchError, OutputError
+from raymerge.pipeline.stores.abilities import (
+    UNSUPPORTED_STATUS,
+    Abilities,
+    encryption_parameters,
+    find_abilities,
+    requester_pays,
+)
+from raymerge.pipeline.stores.files import StoredFile, check_same
+from raymerge.pipeline.stores.fsspec.errors import error_code, find_status, is_changed
 from raymerge.pipeline.stores.fsspec.files import FsspecFiles
 from raymerge.pipeline.stores.fsspec.loop import WRITE_SECONDS, run_bounded
-from raymerge.pipeline.stores.fsspec.writer import FsspecWriter, WholeWriter
+from raymerge.pipeline.stores.fsspec.parts import PartsFile, PartsWriter
+from raymerge.pipeline.stores.fsspec.writer import WholeWriter
 from raymerge.pipeline.stores.lease import hold_lease
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, NUM_REQUESTS, REQUEST_SECONDS, RemoteStorage
-from raymerge.pipeline.stores.retry import FaultLog
+from raymerge.pipeline.stores.retry import FaultLog, one_line, retry
 from raymerge.pipeline.stores.seam import Lock, Writer
 
 PART_NBYTES = 8 * 2**20
@@ -31,6 +38,7 @@ PART_NBYTES = 8 * 2**20
 
 _MAX_NUM_PARTS = 10_000
 _CONNECT_SECONDS = 5
+_NO_CHECKSUMS = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
 
 
 class S3fsStorage(FsspecFiles):
@@ -43,6 +51,9 @@ class S3fsStorage(FsspecFiles):
         super().__init__("s3", faults)
         self._lock = threading.Lock()
         self._filesystem: Any = None
+        self._abilities = Abilities()
+        self._is_probed = False
+        self._probe_lock = threading.Lock()
 
     def _is_cut(self, name: str, path: str) -> bool:
         return super()._is_cut(name, path) or "?versionId=" in name
@@ -68,11 +79,14 @@ class S3fsStorage(FsspecFiles):
                     anon=found is None,
                     skip_instance_cache=True,
                     use_listings_cache=False,
+                    requester_pays=requester_pays(),
+                    s3_additional_kwargs=encryption_parameters(),
                     config_kwargs={
                         "connect_timeout": _CONNECT_SECONDS,
                         "read_timeout": REQUEST_SECONDS,
                         "retries": {"total_max_attempts": 1},
                         "max_pool_connections": 4 * NUM_REQUESTS,
+                        **({} if self._abilities.has_checksums else _NO_CHECKSUMS),
                     },
                 )
                 self._filesystem.retries = 1
@@ -104,9 +118,10 @@ class S3fsStorage(FsspecFiles):
     def open_writer(  # noqa: D102
         self, url: str, nbytes: int, partial_url: str | None = None, *, exclusive: bool = False
     ) -> Writer:
+        self._probe(url)
         if nbytes <= PART_NBYTES:
             return WholeWriter(self, url, nbytes, lambda data: self._put_small(url, data, exclusive=exclusive))
-        return _PartsWriter(self, url, nbytes, self._open_parts(url, nbytes, exclusive=exclusive))
+        return PartsWriter(self, url, nbytes, self._open_parts(url, nbytes, exclusive=exclusive))
 
     def _put_small(self, url: str, data: bytes, *, exclusive: bool) -> None:
         """Write an object; where there is one of this content, it is our own and the answer was lost, or as good."""
@@ -127,18 +142,29 @@ class S3fsStorage(FsspecFiles):
         except FileNotFoundError:
             return False
 
-    def _open_parts(self, url: str, nbytes: int, *, exclusive: bool) -> _PartsFile:
+    def _open_parts(self, url: str, nbytes: int, *, exclusive: bool) -> PartsFile:
         part_nbytes = max(PART_NBYTES, -(-nbytes // _MAX_NUM_PARTS))
         filesystem, path = self.locate(url)
+        if exclusive and not self._abilities.has_conditions:
+            if self._find_etag(url) is not None:
+                raise FileExistsError(f"{url}: there is an object of this name")
+            exclusive = False
 
         def patiently(operation: str, function: Callable[[], Any]) -> Any:
             return self.change(operation, url, function)
 
-        return _PartsFile(patiently, filesystem, path, "xb" if exclusive else "wb", part_nbytes)
+        return PartsFile(patiently, filesystem, path, "xb" if exclusive else "wb", part_nbytes)
 
     def put(self, url: str, data: bytes, **conditions: str) -> str | None:
-        """Write an object and return its etag; None where a condition does not hold."""
+        """Write an object and return its etag; None where a condition does not hold.
+
+        Where the store knows no conditions, it is looked at first.
+        """
         filesystem, path = self.locate(url)
+        if conditions and not self._abilities.has_conditions:
+            if (self._find_etag(url) or "") != conditions.get("IfMatch", "").strip('"'):
+                return None
+            conditions = {}
         try:
             answer = run_bounded(filesystem, "pipe_file", path, data, seconds=WRITE_SECONDS, **conditions)
         except FileExistsError:
@@ -155,8 +181,72 @@ class S3fsStorage(FsspecFiles):
         bucket, key, _ = filesystem.split_path(path)
         return run_bounded(filesystem, "call_s3", method, Bucket=bucket, Key=key, **parameters)
 
+    def delete_if(self, url: str, etag: str) -> None:
+        """Delete an object if it has this etag still: asked first, as not every S3 knows conditions on a DELETE."""
+        condition = {"IfMatch": f'"{etag}"'} if self._abilities.has_conditions else {}
+        if self.ask("HEAD", url, lambda: self._find_etag(url), is_once=True) == etag:
+            self.ask("DELETE", url, lambda: self.request("delete_object", url, **condition), is_once=True)
+
+    def _find_etag(self, url: str) -> str | None:
+        filesystem, path = self.locate(url)
+        try:
+            return str(run_bounded(filesystem, "info", path)["ETag"]).strip('"')
+        except FileNotFoundError as error:
+            if error_code(error) == "NoSuchBucket":
+                raise
+            return None
+
+    def _probe(self, url: str) -> None:
+        """Find out, once, what the store refuses of writes beside this one, and do without it from then on.
+
+        Raises:
+            OutputError: the store refuses any write, or is down.
+        """
+        with self._probe_lock:
+            if self._is_probed:
+                return
+            directory = url.rpartition("/")[0].removesuffix("/.raymerge")
+            probe = f"{directory}/.raymerge/probe.{token_hex(8)}"
+            most = self._abilities
+
+            def attempt(abilities: Abilities) -> None:
+                with self._lock:
+                    if abilities.has_checksums != self._abilities.has_checksums:
+                        self._filesystem = None
+                    self._abilities = abilities
+
+                def write() -> None:
+                    if abilities.has_conditions:
+                        self.put(probe, b"-", mode="create")
+                        self.put(probe, b"-", IfMatch=f'"{self._find_etag(probe)}"')
+                    else:
+                        self.put(probe, b"-")
+
+                retry(
+                    write,
+                    faults=self.faults,
+                    store=self.store_name(url),
+                    operation="PUT",
+                    classify=self.classify,
+                    give_up=lambda error, summary: FetchError(f"{url}: {summary}: {one_line(error)}"),
+                )
+
+            def is_unsupported(error: Exception) -> bool:
+                return find_status(error) in UNSUPPORTED_STATUS
+
+            try:
+                find_abilities(
+                    attempt, most=most, is_unsupported=is_unsupported, faults=self.faults, store=self.store_name(url)
+                )
+            except Exception as error:
+                raise OutputError(str(error if isinstance(error, FetchError) else self.explain(error, url))) from None
+            with suppress(OSError):
+                self.remove(probe, is_once=True)
+            self._is_probed = True
+
     def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:
         """Hold a lease on an object."""
+        self._probe(url)
         return hold_lease(S3Leases(self), url, self.faults)
 
 
@@ -199,74 +289,8 @@ class S3Leases:
             return None
 
     def delete_if(self, url: str, etag: str) -> None:
-        """Delete an object if it has this etag still: asked first, as not every S3 knows conditions on a DELETE."""
-        filesystem, path = self._storage.locate(url)
-        info = self._storage.ask("HEAD", url, lambda: run_bounded(filesystem, "info", path), is_once=True)
-        if info["ETag"].strip('"') == etag:
-            self._storage.ask(
-                "DELETE", url, lambda: self._storage.request("delete_object", url, IfMatch=f'"{etag}"'), is_once=True
-            )
-
-
-class _PartsFile(S3File):  # type: ignore[misc]
-    """An s3fs file whose requests are tried again one by one: what it was given is not asked for twice."""
-
-    def __init__(
-        self,
-        patiently: Callable[[str, Callable[[], Any]], Any],
-        filesystem: Any,
-        path: str,
-        mode: str,
-        part_nbytes: int,
-    ) -> None:
-        self._patiently = patiently
-        super().__init__(filesystem, path, mode, block_size=part_nbytes, autocommit=False)
-
-    def _call_s3(self, method: str, *kwarglist: Any, **kwargs: Any) -> Any:
-        def request() -> Any:
-            call = self.fs._call_s3, method, self.s3_additional_kwargs, *kwarglist
-            try:
-                return sync(self.fs.loop, *call, timeout=WRITE_SECONDS, **kwargs)
-            except OSError as error:
-                if "IfNoneMatch" in kwargs and is_changed(error):
-                    raise FileExistsError(f"{self.path}: there is an object of this name") from None
-                raise
-
-        return self._patiently(method, request)
-
-
-class _PartsWriter(FsspecWriter):
-    """Uploads a file in parts, one after the other."""
-
-    def __init__(self, storage: S3fsStorage, url: str, nbytes: int, file: _PartsFile) -> None:
-        super().__init__(storage, url, nbytes)
-        self._file = file
-
-    def _append(self, data: Buffer) -> None:
-        while data:  # it sends all that it has at once
-            piece = data[: self._file.blocksize - self._file.buffer.tell()]
-            self._file.write(piece)
-            data = data[piece.nbytes :]
-
-    def _finish(self) -> None:
-        self._file.close()  # sends what is left
-        try:
-            self._file.commit()
-        except (OutputError, FileExistsError):
-            if not self._is_complete():
-                raise
-
-    def _discard(self) -> None:
-        self._file.closed = True  # it would begin an upload when it is thrown away
-        self._file.discard()
-
-    def _is_complete(self) -> bool:
-        """Tell whether the parts have become the object, and only the answer was lost."""
-        parts = self._file.parts
-        digest = hashlib.md5(b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts), usedforsecurity=False)
-        with suppress(OSError):
-            return self.storage.stat(self.url).etag == f"{digest.hexdigest()}-{len(parts)}"
-        return False
+        """Delete an object if it has this etag still."""
+        self._storage.delete_if(url, etag)
 
 
 def _read_chunks(loop: Any, body: Any) -> Iterator[bytes]:

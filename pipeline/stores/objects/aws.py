@@ -19,6 +19,7 @@ from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 
 from raymerge.pipeline.errors import FetchError
+from raymerge.pipeline.stores.abilities import requester_pays
 from raymerge.pipeline.stores.objects.errors import ObjectError
 from raymerge.pipeline.stores.retry import one_line
 from raymerge.pipeline.urls import check_endpoint
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
 DEFAULT_REGION = "us-east-1"
 
 _CREDENTIAL_MINUTES = 10
-"""How long credentials that are renewed may be kept: botocore renews them at least so much before they expire."""
+"""How long credentials that are renewed may be kept: botocore renews them so much before they expire, if it can."""
 
 _MAX_SWEEPS = 4
+
+_NO_CREDENTIALS = (BotoCoreError, RuntimeError)
+"""Errors of botocore for credentials that cannot be had; RuntimeError for some that have ended when they are given."""
 
 _METHODS = {
     "env": "the environment",
@@ -57,11 +61,10 @@ class AwsAccount:
             self._credentials = self._session.get_credentials()
             if self._credentials is not None:
                 self._credentials.get_frozen_credentials()
-        except BotoCoreError as error:
-            raise FetchError(
-                f"s3: no credentials: {one_line(error)};"
-                " check AWS_PROFILE and the files in ~/.aws, or log in with `aws sso login`"
-            ) from None
+        except _NO_CREDENTIALS as error:
+            raise FetchError(f"s3: {_explain_missing(error)}") from None
+        self.trouble = ""
+        """The reason why there are no credentials any more, where they could not be renewed."""
         self.endpoint: str | None = ConfiguredEndpointProvider(
             full_config=self._session.full_config, scoped_config=self._scoped, client_name="s3"
         ).provide()
@@ -87,6 +90,12 @@ class AwsAccount:
         section = self._scoped.get("s3")
         return isinstance(section, Mapping) and section.get("addressing_style") == "virtual"
 
+    @property
+    def checksum_algorithm(self) -> str | None:
+        """The checksum that writes are sent with; None where the AWS tools are told to send none."""
+        is_off = self._session.get_config_variable("request_checksum_calculation") == "when_required"
+        return os.environ.get("AWS_CHECKSUM_ALGORITHM") or (None if is_off else "crc64nvme")
+
     def describe(self) -> str:
         """Return where the credentials come from, for messages."""
         if self._credentials is None:
@@ -99,13 +108,23 @@ class AwsAccount:
         """Return credentials that are good for a while."""
         if self._credentials is None:
             raise ValueError("no credentials")
-        frozen = self._credentials.get_frozen_credentials()
-        is_renewed = isinstance(self._credentials, RefreshableCredentials)
+        try:
+            frozen = self._credentials.get_frozen_credentials()
+        except _NO_CREDENTIALS as error:
+            self.trouble = _explain_missing(error)
+            raise
+        self.trouble = ""
+        expires_at = None
+        if isinstance(self._credentials, RefreshableCredentials):
+            now, keep = datetime.now(UTC), timedelta(minutes=_CREDENTIAL_MINUTES)
+            if ends_at := self._credentials._expiry_time:  # some last for less than the time to renew them in
+                keep = min(keep, (ends_at.astimezone(UTC) - now) / 2)
+            expires_at = now + keep
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
             "token": frozen.token,
-            "expires_at": datetime.now(UTC) + timedelta(minutes=_CREDENTIAL_MINUTES) if is_renewed else None,
+            "expires_at": expires_at,
         }
 
     def read_ca_bundle(self) -> str | None:
@@ -150,7 +169,7 @@ class AwsAccount:
             ObjectError: the store refuses, or cannot be reached.
         """
         try:
-            answer = self.client(region).head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+            answer = self.client(region).head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED", **_payer())
         except ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             raise ObjectError("HEAD", status, "", "") from None
@@ -167,10 +186,12 @@ class AwsAccount:
         client = self.client(region)
         for _ in range(_MAX_SWEEPS):
             try:
-                answer = client.list_multipart_uploads(Bucket=bucket, Prefix=key)  # the key itself comes first
+                answer = client.list_multipart_uploads(
+                    Bucket=bucket, Prefix=key, **_payer()
+                )  # the key itself comes first
                 for upload in answer.get("Uploads", ()):
                     if upload["Key"] == key:
-                        client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload["UploadId"])
+                        client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload["UploadId"], **_payer())
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 401, 403, 405, 501):
                     return
@@ -203,3 +224,13 @@ class AwsAccount:
             for client in self._clients.values():
                 client.close()
             self._clients.clear()
+
+
+def _explain_missing(error: Exception) -> str:
+    return (
+        f"no credentials: {one_line(error)}; check AWS_PROFILE and the files in ~/.aws, or log in with `aws sso login`"
+    )
+
+
+def _payer() -> dict[str, str]:
+    return {"RequestPayer": "requester"} if requester_pays() else {}

@@ -8,19 +8,26 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
+from secrets import token_hex
+from threading import Lock as ThreadLock
 from typing import TYPE_CHECKING, TypeVar
 
 import obstore
+from obstore.exceptions import AlreadyExistsError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.stores import retry as retrying
+from raymerge.pipeline.stores.abilities import UNSUPPORTED_STATUS, Abilities, find_abilities
+from raymerge.pipeline.stores.objects.advice import FOUND_BY, advise
 from raymerge.pipeline.stores.objects.aws import DEFAULT_REGION, AwsAccount
 from raymerge.pipeline.stores.objects.errors import NO_STORE, ObjectError, classify_fault, translated
 from raymerge.pipeline.stores.remote import REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import Fault, FaultLog, one_line, retry
 
 if TYPE_CHECKING:
+    from obstore import PutMode
     from obstore.store import AzureConfig, ClientConfig, RetryConfig, S3Config
 
 T = TypeVar("T")
@@ -31,6 +38,8 @@ _UPLOAD_SECONDS = 300.0
 """For one part; a slow line has several on their way at once: enough for 0.15 MB/s of each worker."""
 _MAX_UNKNOWN_NAME = 5
 """Failures to find the host at first, before its name counts as misspelt."""
+
+_ONCE: RetryConfig = {"max_retries": 0}
 
 _NO_PREFIX = ".raymerge-none"
 """Nothing begins with this."""
@@ -84,29 +93,32 @@ class Bucket:
             self.region = aws.region or aws.find_region(name) or DEFAULT_REGION
             if not re.fullmatch(r"[\w-]+", self.region, re.ASCII):
                 raise FetchError(f"{self.url}: {self.region!r} is no region; set AWS_REGION, as in {DEFAULT_REGION}")
-        retries: RetryConfig = {
+        self._retries: RetryConfig = {
             "max_retries": 1000,
             # An upload that fails is aborted, which may take as long again.
             "retry_timeout": timedelta(seconds=retrying.PATIENCE_SECONDS / 2),
             "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=8), "base": 2},
         }
+        self.abilities = Abilities(has_checksums=aws is not None and aws.checksum_algorithm is not None)
         try:
-            self.reads = self._build({"max_retries": 0}, REQUEST_SECONDS)
-            self.writes = self._build(retries, _UPLOAD_SECONDS)
+            self.reads = self._build(_ONCE, REQUEST_SECONDS, self.abilities)
+            self.writes = self._build(self._retries, _UPLOAD_SECONDS, self.abilities)
         except (ObjectError, ValueError) as error:
-            hint = "" if aws else f"; credentials are taken as {_FOUND_BY[scheme]}"
+            hint = "" if aws else f"; credentials are taken as {FOUND_BY[scheme]}"
             raise FetchError(f"{self.url}: the settings cannot be used: {one_line(error)}{hint}") from None
         self._is_there = False
         self._is_store = False
+        self._is_probed = not self.endpoint  # AWS itself takes all that is sent
+        self._probe_lock = ThreadLock()
 
-    def _build(self, retry_config: RetryConfig, seconds: float) -> AnyStore:
+    def _build(self, retry_config: RetryConfig, seconds: float, abilities: Abilities) -> AnyStore:
         client: ClientConfig = {
             "timeout": timedelta(seconds=seconds),
             "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
         }
         with translated("connect"):
             if self.aws is not None:
-                return self._build_s3(self.aws, client, retry_config)
+                return self._build_s3(self.aws, client, retry_config, abilities)
             if self.url.startswith("gs://"):
                 return GCSStore(self.name, client_options=client, retry_config=retry_config)
             config: AzureConfig = {}
@@ -116,13 +128,16 @@ class Bucket:
                 config["use_azure_cli"] = True
             return AzureStore(self.name, config=config, client_options=client, retry_config=retry_config)
 
-    def _build_s3(self, aws: AwsAccount, client: ClientConfig, retry_config: RetryConfig) -> S3Store:
+    def _build_s3(
+        self, aws: AwsAccount, client: ClientConfig, retry_config: RetryConfig, abilities: Abilities
+    ) -> S3Store:
         config: S3Config = {
             "region": self.region,
             "unsigned_payload": True,
-            "checksum_algorithm": "crc64nvme",
             "disable_bulk_delete": True,
         }
+        if abilities.has_checksums and aws.checksum_algorithm:
+            config["checksum_algorithm"] = aws.checksum_algorithm
         if endpoint := aws.endpoint_of(self.name):
             config["endpoint"] = config["aws_endpoint_url_s3"] = endpoint
             config["virtual_hosted_style_request"] = aws.is_virtual
@@ -183,6 +198,61 @@ class Bucket:
             raise FetchError(self.explain(error, self.url))
         self._is_store = True
 
+    def probe(self, key: str) -> None:
+        """Find out, once, what the store refuses of writes, and do without it from then on.
+
+        Args:
+            key: of an object that will be written; the probe is beside it, for a moment.
+
+        Raises:
+            OutputError: the store refuses any write, or is down.
+        """
+        with self._probe_lock:
+            if self._is_probed:
+                return
+            directory = key.rpartition("/")[0].removesuffix(".raymerge").rstrip("/")
+            most, probe = self.abilities, f"{directory}/.raymerge/probe.{token_hex(8)}".lstrip("/")
+            url, operation = f"{self.url}/{key}", "PUT"
+
+            def attempt(abilities: Abilities) -> None:
+                is_as_usual = abilities.has_checksums == most.has_checksums
+                store = self.reads if is_as_usual else self._build(_ONCE, REQUEST_SECONDS, abilities)
+                write = partial(_write_probe, store, probe, has_conditions=abilities.has_conditions)
+                self._retry(write, operation, classify_fault, self._give_up(url, operation))
+
+            try:
+                found = find_abilities(
+                    attempt, most=most, is_unsupported=_is_unsupported, faults=self.faults, store=self.url
+                )
+            except (ObjectError, FetchError) as error:
+                raise OutputError(self.explain(error, url) if isinstance(error, ObjectError) else str(error)) from None
+            with suppress(ObjectError), translated("DELETE"):
+                obstore.delete(self.reads, probe)
+            if found.has_checksums != most.has_checksums:
+                self.reads = self._build(_ONCE, REQUEST_SECONDS, found)
+                self.writes = self._build(self._retries, _UPLOAD_SECONDS, found)
+            self.abilities, self._is_probed = found, True
+
+    def put(self, store: AnyStore, key: str, data: bytes, mode: PutMode) -> str:
+        """Write an object in one request and return its etag; where the store knows no conditions, look first.
+
+        Raises:
+            ObjectError: the store refuses, or the condition does not hold.
+        """
+        with translated("PUT"):
+            if mode != "overwrite" and not self.abilities.has_conditions:
+                wanted = mode["e_tag"] if isinstance(mode, dict) else None
+                if self._find_etag(key) != wanted:
+                    raise ObjectError("PUT", 412, "PreconditionFailed", "")
+                mode = "overwrite"
+            return obstore.put(store, key, data, mode=mode, use_multipart=False)["e_tag"] or ""
+
+    def _find_etag(self, key: str) -> str | None:
+        try:
+            return obstore.head(self.reads, key)["e_tag"]
+        except FileNotFoundError:
+            return None
+
     def answers(self, key: str) -> bool:
         """Tell whether the store can be reached; one request."""
         try:
@@ -218,20 +288,20 @@ class Bucket:
     def _give_up(self, url: str, operation: str = "list") -> Callable[[Exception, str], Exception]:
         def give_up(error: Exception, summary: str) -> Exception:
             hint = ""
-            if self._endpoint.startswith("http://") and "connection reset" in str(error):
+            if self.endpoint.startswith("http://") and "connection reset" in str(error):
                 hint = "; if it speaks TLS, write https:// in the endpoint"
             return FetchError(f"{self.url}: {operation} of {url}: {summary}: {one_line(error)}{self._at}{hint}")
 
         return give_up
 
     @property
-    def _endpoint(self) -> str:
+    def endpoint(self) -> str:
         """The endpoint that the user has given; empty where there is none."""
         return (self.aws.endpoint if self.aws else None) or ""
 
     @property
     def _at(self) -> str:
-        return f" (at {self._endpoint})" if self._endpoint else ""
+        return f" (at {self.endpoint})" if self.endpoint else ""
 
     def explain(self, error: ObjectError, url: str) -> str:
         """Return the message for a refusal: the request, where, and the next step."""
@@ -239,7 +309,7 @@ class Bucket:
         if error.status == 403 and not error.code:
             error = self._ask_why(error, key)
         times = f" after {error.num_attempts} attempts" if error.num_attempts > 1 else ""
-        return f"{url}: {error.method} failed{times}: {error}{self._at}{self._advise(error)}"
+        return f"{url}: {error.method} failed{times}: {error}{self._at}{advise(error, self)}"
 
     def _ask_why(self, error: ObjectError, key: str) -> ObjectError:
         """Repeat a HEAD, whose answer has no body that could say why it was refused, as a GET."""
@@ -252,53 +322,19 @@ class Bucket:
                 return found
         return error
 
-    def _advise(self, error: ObjectError) -> str:
-        who = self.aws.describe() if self.aws else f"credentials as {_FOUND_BY[self.url[:2]]}"
-        if error.trouble == "TLS":
-            return (
-                "; the certificate is not a trusted one; if an authority of your own has signed it,"
-                " name a file with that authority's certificate in AWS_CA_BUNDLE"
-            )
-        if error.trouble == "not TLS":
-            return "; the server does not speak TLS: write http:// in the endpoint, not https://"
-        is_bare = error.status in (400, 404, 405, 501) and not error.code
-        if error.trouble == NO_STORE or (is_bare and self._endpoint):
-            return "; is this the address of an object store, and is no login page or proxy on the way to it?"
-        if error.trouble == "unusable name":
-            return "; rename or delete it"
-        if error.trouble == "name not found":
-            return "; check the spelling of the endpoint" if self._endpoint else self._check_network()
-        if error.code in ("NoSuchBucket", "ContainerNotFound", "InvalidBucketName"):
-            lower = (
-                f" (names of buckets are in lower case: {self.url.lower()}?)" if self.name != self.name.lower() else ""
-            )
-            return f"; there is no {self.url}: check its spelling{lower}, or make it first"
-        if error.status in (301, 307) or error.code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):
-            asked = self.aws.find_region(self.name) if self.aws else None
-            region = error.region or asked or "another"
-            return f"; {self.url} is in region {region}, and {self.region} was asked: set AWS_REGION"
-        if error.code == "RequestTimeTooSkewed":
-            ahead = error.skew
-            by = f" by {abs(ahead):.0f} s, {'ahead' if ahead > 0 else 'behind'}" if ahead else ""
-            return f"; the clock of this machine is wrong{by}: set it right"
-        if error.code in ("ExpiredToken", "TokenRefreshRequired", "ExpiredTokenException"):
-            return f" ({who}); the session has ended: log in again (`aws sso login`), or set a new AWS_SESSION_TOKEN"
-        if error.code == "SignatureDoesNotMatch":
-            return f" ({who}); the secret key does not belong to the access key: check both"
-        if error.code in ("InvalidAccessKeyId", "InvalidToken"):
-            return f" ({who}); the store does not know this access key: check it, and the endpoint"
-        if error.status in (401, 403):
-            if self.aws and self.aws.is_anonymous:
-                return f" ({who}); set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            may = "read" if error.method in ("GET", "HEAD", "list") else "write"
-            return f" ({who}); these may not {may} there: use others, or have them allowed to"
-        return ""
 
-    def _check_network(self) -> str:
-        return f"; check the network, and the region {self.region!r}" if self.region else "; check the network"
+def _write_probe(store: AnyStore, key: str, *, has_conditions: bool) -> None:
+    """Write an object, under each kind of condition if they are to be tried."""
+    with translated("PUT"):
+        if not has_conditions:
+            obstore.put(store, key, b"-", mode="overwrite")
+            return
+        with suppress(AlreadyExistsError):  # an earlier answer was lost
+            obstore.put(store, key, b"-", mode="create")
+        etag = obstore.head(store, key)["e_tag"]
+        if etag:
+            obstore.put(store, key, b"-", mode={"e_tag": etag})
 
 
-_FOUND_BY = {
-    "gs": "Google's tools find them (GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`)",
-    "az": "Azure's tools find them (AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, `az login`)",
-}
+def _is_unsupported(error: Exception) -> bool:
+    return isinstance(error, ObjectError) and error.status in UNSUPPORTED_STATUS

@@ -156,6 +156,7 @@ class ObjectStorage(RemoteStorage):
 
     def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:  # noqa: D102
         bucket, key = self._locate_output(url)
+        bucket.probe(key)
         return hold_lease(_LeaseObject(bucket, key), url, self.faults)
 
     def close(self) -> None:  # noqa: D102
@@ -260,8 +261,7 @@ class _LeaseObject:
     def _put(self, url: str, data: bytes, mode: PutMode) -> str | None:
         def put() -> str | None:
             try:
-                with translated("PUT"):
-                    return unquoted(obstore.put(self._bucket.reads, self._key, data, mode=mode)["e_tag"])
+                return unquoted(self._bucket.put(self._bucket.reads, self._key, data, mode))
             except ObjectError as error:
                 if error.status in (404, 409, 412) and not error.as_fault():
                     return None

@@ -49,6 +49,7 @@ class ObjectWriter(Writer):
     def __init__(self, bucket: Bucket, pool: BufferPool, url: str, key: str, nbytes: int, *, exclusive: bool) -> None:
         if exclusive and nbytes > _MAX_EXCLUSIVE_NBYTES:
             raise ValueError(f"{url}: {nbytes:,} bytes cannot be written so that they replace nothing")
+        bucket.probe(key)
         self._bucket = bucket
         self._url = url
         self._key = key
@@ -142,15 +143,14 @@ class ObjectWriter(Writer):
             nonlocal num_tries
             num_tries += 1
             try:
-                with translated("PUT"):
-                    put = obstore.put(store, self._key, content, mode=mode, use_multipart=False)
+                etag = self._bucket.put(store, self._key, content, mode)
             except ObjectError as error:
                 if not self._exclusive or error.status not in (409, 412) or error.as_fault():
                     raise
                 if num_tries == 1 or not self._holds(content):
                     raise FileExistsError(errno.EEXIST, "there is such an object already", self._url) from None
                 return self._find()[0]  # the answer to an earlier try was lost
-            return StoredFile(self._url, len(content), unquoted(put["e_tag"]))
+            return StoredFile(self._url, len(content), unquoted(etag))
 
         return self._bucket.write("PUT", self._url, put)
 
@@ -168,7 +168,7 @@ class ObjectWriter(Writer):
         """Return the object as it is stored, and its checksum where the store has one."""
 
         def find() -> tuple[StoredFile, int | None]:
-            if self._bucket.aws is None:
+            if self._bucket.aws is None or not self._bucket.abilities.has_checksums:
                 with translated("HEAD"):
                     return stored_file(self._url, obstore.head(self._bucket.reads, self._key)), None
             nbytes, etag, checksum = self._bucket.aws.read_crc64nvme(self._bucket.name, self._key, self._bucket.region)

@@ -1,0 +1,80 @@
+"""Limits and demands of S3 stores: writes that some refuse, and settings that some buckets ask for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raymerge.pipeline.stores.retry import FaultLog
+
+ARCHIVED = "the object is archived (Glacier): restore it first (`aws s3api restore-object`), or name a copy of it"
+REQUESTER_PAYS = "; if the bucket has its readers pay, set AWS_REQUEST_PAYER=requester"
+ENCRYPTED = (
+    "; if the bucket asks for encryption, set AWS_SERVER_SIDE_ENCRYPTION=aws:kms, and AWS_SSE_KMS_KEY_ID if for one key"
+)
+UNSUPPORTED_STATUS = (400, 405, 501)
+"""Statuses of an answer to a request with a header that the store does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """The headers of writes that a store takes."""
+
+    has_checksums: bool = True
+    """Checksums of what is written."""
+    has_conditions: bool = True
+    """If-None-Match and If-Match."""
+
+
+def find_abilities(
+    attempt: Callable[[Abilities], object],
+    *,
+    most: Abilities,
+    is_unsupported: Callable[[Exception], bool],
+    faults: FaultLog,
+    store: str,
+) -> Abilities:
+    """Return the most that a store takes, found by writing an object with all, some or none of the headers.
+
+    Args:
+        attempt: writes an object, with these headers.
+        most: the headers that may be sent at all.
+        is_unsupported: tells whether an error may be about a header.
+        faults: where limits are noted, as the report names what is in it.
+        store: for that note.
+
+    Raises:
+        Exception: of the plainest write, where no other works.
+    """
+    for found in _candidates(most):
+        try:
+            attempt(found)
+        except Exception as error:
+            if found == Abilities(has_checksums=False, has_conditions=False) or not is_unsupported(error):
+                raise
+        else:
+            break
+    if most.has_checksums and not found.has_checksums:
+        faults.note(store, "PUT", "this store refuses checksums: what arrives is compared by its size alone")
+    if not found.has_conditions:
+        faults.note(
+            store, "lock", "this store refuses conditions of writes: of two runs that begin together, both go on"
+        )
+    return found
+
+
+def _candidates(most: Abilities) -> list[Abilities]:
+    pairs = [(True, True), (True, False), (False, True), (False, False)]
+    return [Abilities(*pair) for pair in pairs if most.has_checksums or not pair[0]]
+
+
+def requester_pays() -> bool:
+    """Tell whether the user has agreed to pay for what is read, by the setting that obstore knows."""
+    return os.environ.get("AWS_REQUEST_PAYER", "").lower() in ("requester", "true", "1", "yes", "on")
+
+
+def encryption_parameters() -> dict[str, str]:
+    """Return the parameters of writes for the encryption that is set, by the settings that obstore knows."""
+    settings = {"ServerSideEncryption": "AWS_SERVER_SIDE_ENCRYPTION", "SSEKMSKeyId": "AWS_SSE_KMS_KEY_ID"}
+    return {name: value for name, setting in settings.items() if (value := os.environ.get(setting))}

@@ -1,0 +1,147 @@
+"""S3 stores that refuse conditions or checksums, and buckets that ask for more than a key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from raymerge.pipeline.errors import FetchError, HeldError, OutputError
+from raymerge.pipeline.stores.open import Stores, open_stores
+from raymerge.pipeline.stores.settings import StoreSettings
+from tests.pipeline.stores.storage_contract import MIB, make_bytes, read_all
+from tests.servers.faults import FaultProxy, Request
+from tests.servers.s3 import S3Server
+
+CHECKSUMS = ("x-amz-checksum-", "x-amz-sdk-checksum-")
+CONDITIONS = ("if-none-match", "if-match")
+REFUSALS = {
+    "501": (
+        "501 Not Implemented",
+        "NotImplemented",
+        "A header you provided implies functionality that is not implemented",
+    ),
+    "400": (
+        "400 Bad Request",
+        "InvalidArgument",
+        "Unsupported header 'x-amz-checksum-crc64nvme' received for this API call.",
+    ),
+}
+DENIED = ("403 Forbidden", "AccessDenied", "Access Denied")
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+@pytest.fixture(params=["auto", "fsspec"])
+def stores(request: pytest.FixtureRequest, proxy: FaultProxy) -> Iterator[Stores]:
+    with open_stores(StoreSettings(library=request.param)) as stores:
+        yield stores
+
+
+def refuse(proxy: FaultProxy, prefixes: tuple[str, ...], refusal: tuple[str, str, str]) -> list[Request]:
+    """Refuse writes with a header that begins so; return the requests that will be refused."""
+    refused: list[Request] = []
+
+    def rule(request: Request) -> tuple[str, str, str] | None:
+        writes = request.method in ("PUT", "POST", "DELETE")
+        if writes and any(name.startswith(prefixes) for name in request.headers):
+            refused.append(request)
+            return refusal
+        return None
+
+    proxy.rule = rule
+    return refused
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+@pytest.mark.parametrize(
+    "prefixes", [CONDITIONS, CHECKSUMS, CONDITIONS + CHECKSUMS], ids=["conditions", "checksums", "both"]
+)
+def test_a_store_that_refuses_headers(
+    stores: Stores, proxy: FaultProxy, bucket: str, prefixes: tuple[str, ...], status: str
+) -> None:
+    refused = refuse(proxy, prefixes, REFUSALS[status])
+    url = f"s3://{bucket}/out"
+    storage = stores.at(url)
+    with storage.lock(f"{url}/.raymerge/lock") as lock:
+        lock.check()
+        with pytest.raises(HeldError, match="is writing to"), storage.lock(f"{url}/.raymerge/lock"):
+            pass
+        for nbytes in (10, 9 * MIB):
+            content = make_bytes(nbytes)
+            assert read_all(storage, storage.write(f"{url}/{nbytes}", content)) == content
+        storage.write(f"{url}/once", b"first", exclusive=True)
+        with pytest.raises(FileExistsError):
+            storage.write(f"{url}/once", b"second", exclusive=True)
+    assert list(storage.list(url)) == ["10", str(9 * MIB), "once"]
+    assert len(refused) <= 3
+    notes = " ".join(name for name, _ in stores.faults.drain())
+    assert ("refuses conditions of writes" in notes) == (CONDITIONS[0] in prefixes)
+    assert ("refuses checksums" in notes) == (CHECKSUMS[0] in prefixes)
+
+
+def test_checksums_are_off_where_the_aws_tools_are_told_so(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    refused = refuse(proxy, CHECKSUMS, REFUSALS["400"])
+    for library in ("auto", "fsspec"):
+        with open_stores(StoreSettings(library=library)) as stores:
+            url = f"s3://{bucket}/{library}"
+            assert stores.at(url).write(url, make_bytes(9 * MIB)).nbytes == 9 * MIB
+            assert not stores.faults.drain()
+    assert not refused
+
+
+def test_a_store_that_takes_no_writes_says_why(stores: Stores, proxy: FaultProxy, bucket: str) -> None:
+    proxy.rule = lambda request: REFUSALS["501"] if request.method == "PUT" else None
+    with pytest.raises(OutputError, match=r"out/a: .*not implemented"):
+        stores.at(f"s3://{bucket}").write(f"s3://{bucket}/out/a", b"1")
+    assert proxy.operations["PutObject"] <= 4
+
+
+def test_an_archived_object(stores: Stores, proxy: FaultProxy, bucket: str) -> None:
+    file = stores.at(f"s3://{bucket}").write(f"s3://{bucket}/a", b"1234")
+    invalid = ("403 Forbidden", "InvalidObjectState", "The operation is not valid for the object's storage class")
+    proxy.rule = lambda request: invalid if request.operation == "GetObject" else None
+    with pytest.raises(FetchError, match=r"/a: .*InvalidObjectState.*archived.*restore it first"):
+        read_all(stores.at(file.url), file)
+
+
+def test_a_bucket_whose_readers_pay(
+    stores: Stores, proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{bucket}/a"
+    stores.at(url).write(url, b"1234")
+    proxy.rule = lambda request: None if request.headers.get("x-amz-request-payer") == "requester" else DENIED
+    stores.close()
+    with pytest.raises(FetchError, match="set AWS_REQUEST_PAYER=requester"):
+        stores.at(url).read(url, 10)
+    stores.close()
+    monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
+    assert stores.at(url).read(url, 10) == b"1234"
+    assert stores.at(url).write(url, make_bytes(9 * MIB)).nbytes == 9 * MIB
+
+
+def test_a_bucket_that_asks_for_encryption(
+    stores: Stores, proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{bucket}/a"
+
+    def rule(request: Request) -> tuple[str, str, str] | None:
+        is_write = request.operation in ("PutObject", "CreateMultipartUpload")
+        return DENIED if is_write and request.headers.get("x-amz-server-side-encryption") != "AES256" else None
+
+    proxy.rule = rule
+    with pytest.raises(OutputError, match="set AWS_SERVER_SIDE_ENCRYPTION"):
+        stores.at(url).write(url, b"1234")
+    stores.close()
+    monkeypatch.setenv("AWS_SERVER_SIDE_ENCRYPTION", "AES256")
+    for nbytes in (4, 9 * MIB):
+        content = make_bytes(nbytes)
+        assert read_all(stores.at(url), stores.at(url).write(url, content)) == content
