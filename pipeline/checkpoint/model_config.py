@@ -10,7 +10,7 @@ from raymerge.pipeline.checkpoint.reference import ModelRef
 
 Json = dict[str, Any]
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 _MEANING_FIELDS = (
     "model_type", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_dim", "rotary_pct", "alibi",
@@ -130,7 +130,8 @@ def _meaning(config: Json, field: str) -> object:
     part = text_part(config)
     rope = part.get("rope_parameters")
     rope = rope if isinstance(rope, Mapping) else {}
-    rope = rope.get("full_attention", rope)  # one set for each type of layer
+    of_full = rope.get("full_attention")  # one set for each type of layer
+    rope = of_full if isinstance(of_full, Mapping) else rope
     if field in ("rope_theta", "partial_rotary_factor"):
         return rope.get(field, part.get(field))
     if field == "rope_scaling":

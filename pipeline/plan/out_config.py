@@ -17,6 +17,7 @@ from raymerge.pipeline.checkpoint.model_config import (
     text_part,
     ties_embeddings,
 )
+from raymerge.pipeline.checkpoint.names import split_name
 from raymerge.pipeline.checkpoint.quantised import drop_quantisation
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_headless
 from raymerge.pipeline.messages import counted
@@ -83,7 +84,8 @@ def check_configs(models: Iterable[Model], *, moves_layers: bool) -> list[str]:
 
 def _check_head(model: Model) -> Iterator[str]:
     """Yield a warning where config.json and the stored tensors disagree about the output head."""
-    if is_headless(model.config) or find_embedding(model.view.names()) is None:
+    embedding = model.view.find(find_embedding(model.view.names()) or "")
+    if is_headless(model.config) or embedding is None:
         return
     stated, head = ties_embeddings(model.config), find_head(model.view.names())
     if stated and head and not model.is_tied:
@@ -91,7 +93,9 @@ def _check_head(model: Model) -> Iterator[str]:
             f"{model.ref}: config.json says tie_word_embeddings: true, and {head} is stored with other values than the"
             " embedding; it counts as the head, as in transformers 5, while older loaders ignore it"
         )
-    if stated is False and head is None:
+    outside = (model.view.find(name) for name in model.view.names() if split_name(name) is None)
+    alike = [source.name for source in outside if source and source.shape == embedding.shape]
+    if stated is False and head is None and alike == [embedding.name]:
         yield (
             f"{model.ref}: config.json says tie_word_embeddings: false, and no head is stored, so loaders make one of"
             " random numbers; if the embedding is the head, say true there"

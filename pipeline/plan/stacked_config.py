@@ -34,12 +34,21 @@ _LAST_LAYERS = ("num_kv_shared_layers",)
 _INTERVALS = {"full_attention_interval": "linear_attention", "sliding_window_pattern": "sliding_attention"}
 """Fields that make every n-th layer one of full attention, and what they make of the others; `layer_types` says the
 same for each layer (`Qwen3NextConfig`, `Gemma3TextConfig`, `Cohere2Config` of transformers)."""
+_SUPERSEDED = {
+    **dict.fromkeys(_INTERVALS, "layer_types"),
+    "global_attn_every_n_layers": "layer_types",
+    "layer_group_size": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "attn_layer_offset": "layers_block_type",
+    "attn_layer_period": "layers_block_type",
+}
+"""Fields that loaders do not look at where a list says the same of each layer."""
 _SLIDING_PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
 """`sliding_window_pattern` of models whose config.json leaves it out, by model_type."""
 
 _DEPTH_FIELD = re.compile(
     r"interval|_every_|_period|_step$|freq(?:uency)?$|layer_offset|_pattern$|start_layer|layer_start|end_layer"
-    r"|layer_group|^num_\w+_layers$|first_k_"
+    r"|layer_group|^num_(?!nextn)\w+_layers$|first_k_"
 )
 """Fields that may tie a layer's kind to its number in a way that no rule of ours can move."""
 _STRIDE = re.compile(r"interval|_every_|_period|_step$|freq(?:uency)?$|pattern$|layer_group")
@@ -88,6 +97,8 @@ def read_layer(config: Json, layer: int) -> tuple[Any, ...]:
             said.append(layer in value)
         elif _is_per_layer(name, value, num_layers) or _is_letter_per_layer(name, value, num_layers):
             said.append(repr(value[layer]))
+        elif _is_by_number(name, value, num_layers):
+            said.append(repr(value.get(str(layer))))
         elif name in _FIRST_LAYERS and type(value) is int:
             said.append(layer < value)
         elif name in _LAST_LAYERS and type(value) is int:
@@ -116,6 +127,10 @@ def _stack_part(part: Json, old: int, origins: Origins, *, has_types: bool) -> l
             given = (text_part(origin).get(name) for origin, _ in origins)
             letters = zip((text if isinstance(text, str) else value for text in given), origins, strict=True)
             part[name] = "".join(_entry(text, layer, value) for text, (_, layer) in letters)
+        elif _is_by_number(name, value, old):
+            sections = [text_part(origin).get(name) for origin, _ in origins]
+            entries = zip((each if isinstance(each, dict) else {} for each in sections), origins, strict=True)
+            part[name] = {str(k): e[str(layer)] for k, (e, (_, layer)) in enumerate(entries) if str(layer) in e}
         elif base is not None:
             for key, numbers in _list_partition(value):
                 value[key] = [
@@ -127,7 +142,7 @@ def _stack_part(part: Json, old: int, origins: Origins, *, has_types: bool) -> l
             count = _recount(name, value, old, origins)
             if count is not None:
                 part[name] = count
-            elif not (name.lstrip("_") in _INTERVALS and has_types) and _is_of_depth(name, value):
+            elif _is_of_depth(name, value) and not _is_superseded(part, name, has_types=has_types):
                 warnings.append(
                     f"config.json: {name} = {value} ties layers to their number and stays as it is; "
                     f"check it against the new stack of {counted(len(origins), 'layer')}"
@@ -136,16 +151,29 @@ def _stack_part(part: Json, old: int, origins: Origins, *, has_types: bool) -> l
 
 
 def _is_per_layer(name: str, value: object, num_layers: int) -> bool:
-    return ("layer" in name or name in _LAYER_LISTS) and isinstance(value, list) and len(value) == num_layers
+    is_named = "layer" in name or name.endswith("_types") or name in _LAYER_LISTS
+    return is_named and isinstance(value, list) and len(value) == num_layers
 
 
 def _is_letter_per_layer(name: str, value: object, num_layers: int) -> bool:
     return name == "hybrid_override_pattern" and isinstance(value, str) and len(value) == num_layers
 
 
+def _is_by_number(name: str, value: object, num_layers: int) -> bool:
+    """Tell whether a section has an entry for some layers, by their numbers, as `per_layer_config` of Gemma 4."""
+    if "layer" not in name or not isinstance(value, dict) or not value:
+        return False
+    return all(key.isdecimal() and int(key) < num_layers for key in value)
+
+
 def _is_of_depth(name: str, value: object) -> bool:
     is_said = isinstance(value, int | str) and name not in LAYER_COUNTS and _DEPTH_FIELD.search(name) is not None
     return is_said and not (value == 1 and _STRIDE.search(name))
+
+
+def _is_superseded(part: Json, name: str, *, has_types: bool) -> bool:
+    better = _SUPERSEDED.get(name.lstrip("_"))
+    return isinstance(part.get(better or ""), list) or (name in _INTERVALS and has_types)
 
 
 def _list_partition(value: object) -> list[tuple[str, list[int]]]:

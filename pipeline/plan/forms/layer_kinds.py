@@ -16,6 +16,7 @@ Kind = frozenset[tuple[str, tuple[int, ...]]]
 
 _SHOWN = 4
 
+_NUMBERED = re.compile(r"(.*?\.)([0-9]{1,4})(?:\.|$)")
 _SIZE = re.compile(r"size|dim|rank|width")
 """Fields that may be the share of one layer."""
 
@@ -50,8 +51,8 @@ def check_layers(config: Json, donor: Model, origins: Sequence[tuple[Model, int]
     for k, (model, layer) in enumerate(origins):
         found = read_layer(config, k)
         candidates = {kind for kind, of_kind in zip(own, said, strict=True) if of_kind == found} or set(own)
-        if len(candidates) > 1 and k < len(own):
-            candidates = {own[k]}
+        if len(candidates) > 1:  # a layer past the donor's own is probably like those at its end
+            candidates = {own[k]} if k < len(own) else set(own[1:])
         if candidates != {kinds[model.ref].get(layer, frozenset())}:
             odd.append(f"layer {k} (layer {layer} of {model.ref})")
     warnings = []
@@ -62,7 +63,7 @@ def check_layers(config: Json, donor: Model, origins: Sequence[tuple[Model, int]
             " keep the order of the kinds"
         )
     if [layer for _, layer in origins] != list(range(len(own))):
-        warnings += _check_outside(donor)
+        warnings += [*_check_outside(donor), *_check_beside(donor)]
     return warnings
 
 
@@ -88,6 +89,22 @@ def _check_outside(donor: Model) -> Iterator[str]:
                     f" {counted(donor.layers.num_layers, 'layer')}, so it may have a part for each of them; it stays"
                     " as it is, and does not follow the layers"
                 )
+
+
+def _check_beside(donor: Model) -> Iterator[str]:
+    """Yield a warning for each other row of tensors with an entry for every layer, as XLM has several."""
+    parent = re.sub(r"[^.]+\.$", "", donor.layers.main)
+    rows: dict[str, set[int]] = {}
+    for name in donor.view.names():
+        match = _NUMBERED.match(name)
+        if match and match[1] != donor.layers.main and name.startswith(parent):
+            rows.setdefault(match[1], set()).add(int(match[2]))
+    for prefix, numbers in rows.items():
+        if numbers == set(range(donor.layers.num_layers)):
+            yield (
+                f"{prefix}* has a number for each of the {counted(donor.layers.num_layers, 'layer')} under"
+                f" {donor.layers.main}*; it stays as it is, and does not follow the layers"
+            )
 
 
 def _list_numbers(node: object) -> Iterator[int]:

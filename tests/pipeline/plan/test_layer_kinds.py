@@ -88,3 +88,16 @@ def test_tensors_outside_with_a_part_for_each_layer() -> None:
     assert warn(plain, (0, 2), (1, 4)) == []
     (warning,) = warn(layout, (0, 2), (1, 4))
     assert "model.per_layer_projection.weight is [20, 4]: 20 is a multiple of the 4 layers" in warning
+
+
+def test_rows_of_tensors_beside_the_layers() -> None:
+    shapes = {f"transformer.{row}.{k}.weight": (4, 4) for k in range(3) for row in ("attentions", "ffns")}
+    layout = Layout({"transformer.embeddings.weight": (8, 4), **shapes}, {"num_hidden_layers": 3})
+    assert warn(layout, (0, 3)) == []
+    (warning,) = warn(layout, (0, 3), (1, 3))
+    assert "transformer.attentions.* has a number for each of the 3 layers under transformer.ffns.*" in warning
+
+
+def test_a_first_layer_of_its_own_and_a_deeper_stack() -> None:
+    assert warn(hybrid("abbb"), (0, 4), (1, 4)) == []
+    assert len(warn(hybrid("abbb"), (0, 4), (0, 4))) == 1

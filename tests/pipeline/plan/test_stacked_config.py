@@ -109,7 +109,7 @@ def test_nested_and_flat_models_in_one_stack() -> None:
         {"layer_group_size": 2},
         {"interleave_moe_layer_step": 2},
         {"sliding_window_pattern": "LG"},
-        {"num_nextn_predict_layers": 1},
+        {"num_memory_layers": 1},
     ],
 )
 def test_fields_that_count_on_the_order_of_layers(
@@ -132,6 +132,8 @@ def test_fields_that_count_on_the_order_of_layers(
         {"first_k_dense_replace": 0},
         {"layer_norm_eps": 1e-5},
         {"vision_feature_layer": -2},
+        {"num_nextn_predict_layers": 1},
+        {"mtp_num_hidden_layers": 1},
         {"use_layer_group": True},
         {"num_key_value_heads": 2},
     ],
@@ -190,6 +192,27 @@ def test_an_interval_becomes_a_type_for_each_layer(field: Json, other: str) -> N
     result, warnings = stack(config, (config, 0, 2), (config, 1, 4))
     types = [other, "full_attention", "full_attention", other, "full_attention"]
     assert (result, warnings) == ({**config, "num_hidden_layers": 5, "layer_types": types}, [])
+
+
+@pytest.mark.parametrize(
+    ("field", "better"),
+    [
+        ({"no_rope_layer_interval": 4}, {"no_rope_layers": [1, 1, 1, 0]}),
+        ({"global_attn_every_n_layers": 2}, {"layer_types": ["s", "f", "s", "f"]}),
+        ({"_sliding_window_pattern": 2}, {"layer_types": ["s", "f", "s", "f"]}),
+    ],
+)
+def test_a_field_that_a_list_supersedes_is_no_warning(field: Json, better: Json) -> None:
+    config = {"num_hidden_layers": 4, **field, **better}
+    ((name, listed),) = better.items()
+    result, warnings = stack(config, (config, 0, 2), (config, 3, 4))
+    assert (result[name], warnings) == ([*listed[:2], listed[3]], [])
+
+
+def test_a_section_with_an_entry_for_some_layers() -> None:
+    config = {"num_hidden_layers": 4, "per_layer_config": {"3": {"head_dim": 16}, "0": {"head_dim": 8}}}
+    result, _ = stack(config, (config, 0, 1), (config, 3, 4), (config, 2, 4))
+    assert result["per_layer_config"] == {"0": {"head_dim": 8}, "1": {"head_dim": 16}, "3": {"head_dim": 16}}
 
 
 def test_a_pattern_of_letters_follows_the_layers() -> None:
