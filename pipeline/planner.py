@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_models
-from raymerge.pipeline.checkpoint.files import CONFIG
+from raymerge.pipeline.checkpoint.files import CONFIG, is_tokenizer
 from raymerge.pipeline.checkpoint.model_config import dump_config
 from raymerge.pipeline.checkpoint.quantised import QUANTISED_FILES
 from raymerge.pipeline.checkpoint.side_files import explain_left_out, find_side_files
@@ -130,9 +130,12 @@ def _gather_side_files(
     """Return the donor's files that an output gets besides weights, warnings, and lines on what stays behind."""
     donor, *others = checkpoints
     found = find_side_files(stores, donor)
-    copied = [Copied(name, file) for name, file in found.copied if name not in QUANTISED_FILES]
-    written = [Written(name, text) for name, text in found.masked]
+    side_files: list[SideFile] = [Copied(name, file) for name, file in found.copied if name not in QUANTISED_FILES]
+    side_files += [Written(name, text) for name, text in found.masked]
     warnings = [f"{donor.model}: {name} holds a credential, which the output gets as ***" for name, _ in found.masked]
+    part = stores.at(donor.url).explain_part(donor.url)
+    if part and not any(is_tokenizer(file.name) for file in side_files):
+        warnings.append(f"{donor.model}: there is no tokenizer, so the output gets none; {part}")
     for name in found.module_weights:
         also = ", ".join(str(other.model) for other in others if name in other.files)
         unused = f"; those of {also} are not used" if also else ""
@@ -142,4 +145,4 @@ def _gather_side_files(
         weights = {file.url for file in other.weight_files}
         names = [name for name, file in other.files.items() if file.url not in weights]
         left_out += explain_left_out(other, names, is_donor=False)
-    return [*copied, *written], warnings, left_out
+    return side_files, warnings, left_out

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 
-from raymerge import Planned, merge, plan, verify
+from raymerge import Planned, inspect, merge, plan, verify
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
 from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.stores.open import Stores
@@ -111,6 +112,16 @@ def test_a_revision(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) 
     assert without_own(read_files(tmp_path / "out")) == expected
 
 
+@pytest.mark.parametrize("written", ["hf://{}@refs%2Fpr%2F1", "{}@refs%2Fpr%2F1", "{}@refs/pr/1"])
+def test_a_revision_with_slashes(written: str, hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
+    hub.move_branch("org/tuned1", "refs/pr/1", hub.get_head("org/tuned1"))
+    hub.upload("org/tuned1", {"config.json": b"{}"})
+    model = written.format("org/tuned1")
+    merge(make_config([NAMES[0], model, NAMES[2]]), tmp_path / "out", shard_size=SHARD_SIZE)
+    assert without_own(read_files(tmp_path / "out")) == expected
+    assert inspect(model).obstacle == ""
+
+
 def test_who_may_not_read(hub: HubServer, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.create_repo("org/gated", gated=True)
     monkeypatch.setenv("HF_TOKEN", "hf_nobodysuchtoken")
@@ -203,6 +214,36 @@ def test_few_requests_to_the_hub_itself(hub: HubServer, tmp_path: Path) -> None:
 
 
 # buckets
+
+
+@pytest.mark.parametrize("lacks", ["tokenizer_config.json", "model-00002*", "*.safetensors*", "config.json"])
+def test_half_of_a_repository_offline(
+    lacks: str, hub: HubServer, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the cache lacks files, that is said, and the advice completes it."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in NAMES:
+        snapshot_download(
+            name, endpoint=hub.url, cache_dir=tmp_path / "cache", ignore_patterns=[lacks], token="hf_writer"
+        )
+    with monkeypatch.context() as offline:
+        offline.setenv("HF_HUB_OFFLINE", "1")
+        if lacks == "tokenizer_config.json":
+            (said,) = [w for w in merge(make_config(NAMES), tmp_path / "half").warnings if "no tokenizer" in w]
+        else:
+            with pytest.raises(CheckpointError) as caught:
+                merge(make_config(NAMES), tmp_path / "half")
+            said = str(caught.value)
+        assert "HF_HUB_OFFLINE is set" in said
+        assert str(tmp_path / "cache" / "models--org--base") in said
+    assert f"hf download {NAMES[0]} --revision {hub.get_head(NAMES[0])}" in said
+    for name in NAMES:
+        snapshot_download(
+            name, revision=hub.get_head(name), endpoint=hub.url, cache_dir=tmp_path / "cache", token="hf_writer"
+        )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    merge(make_config(NAMES), tmp_path / "out", shard_size=SHARD_SIZE)
+    assert without_own(read_files(tmp_path / "out")) == expected
 
 
 @pytest.fixture

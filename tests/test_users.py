@@ -152,6 +152,37 @@ def test_a_colleague_resumes(shared: Path) -> None:
     assert done.code == 0, done.err
 
 
+def test_the_root_of_a_volume(shared: Path) -> None:
+    """There is a lost+found, which only root may open, and it is in nobody's way: in a model, or in the output."""
+    (shared / "out").mkdir()
+    (shared / "out").chmod(0o777)
+    for place in (shared / "out", next(shared.glob("base"))):
+        (place / "lost+found").mkdir(mode=0o700)
+        (place / "lost+found" / "#12").write_text("of root")
+    done = merge_as(ALICE, shared, 0o022)
+    assert done.code == 0, done.err
+    assert run_command("verify", shared / "out", prefix=ALICE).code == 0
+    assert run_command("inspect", shared / "base", prefix=ALICE).code == 0
+    done = run_command("merge", shared / "merge.yml", shared / "out", "--overwrite", prefix=ALICE)
+    assert done.code == 0, done.err
+    assert (shared / "out" / "lost+found" / "#12").read_text() == "of root"
+
+
+def test_a_directory_that_may_not_be_read(shared: Path) -> None:
+    (shared / "base").chmod(0o700)
+    done = run_command("plan", shared / "merge.yml", prefix=ALICE)
+    assert (done.code, done.err.strip()) == (2, f"Error: {shared}/base: cannot be listed: Permission denied")
+
+
+def test_a_link_into_a_directory_that_may_not_be_read(shared: Path) -> None:
+    (shared / "closed").mkdir(mode=0o700)
+    weights = shared / "base" / "model.safetensors"
+    weights.rename(shared / "closed" / "weights")
+    weights.symlink_to(shared / "closed" / "weights")
+    done = run_command("plan", shared / "merge.yml", prefix=ALICE)
+    assert (done.code, done.err.strip()) == (2, f"Error: {weights}: Permission denied")
+
+
 def test_a_colleague_who_may_not_write(shared: Path) -> None:
     kill_midway(ALICE, shared, 0o022)
     done = merge_as(BOB, shared, 0o022)

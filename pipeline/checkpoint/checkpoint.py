@@ -95,6 +95,8 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
             raise explain_no_weights(storage, url, files)
         cached = _CACHED.fullmatch(PurePosixPath(url).name)
         hint = f"; this is a folder of the Hub's cache: write {cached[1]}/{cached[2]}" if cached else ""
+        if part := storage.explain_part(url):
+            hint = f"; {part}"
         raise CheckpointError(f"{url}: no {CONFIG}; a model is a directory with {CONFIG} and safetensors files{hint}")
     if not is_url(url):
         check_links(Path(url), [CONFIG])

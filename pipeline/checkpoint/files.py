@@ -33,6 +33,7 @@ _SIDE = re.compile(
 """Files of a model besides its weights, at the top of its directory: configs, tokenizer, templates, code, licence."""
 
 _MAIN_WEIGHTS = re.compile(r"(?:model|pytorch_model)[\w.-]*\.(?:safetensors|bin)")
+_TOKENIZER = re.compile(r"tokenizer|tekken|(?:[\w.-]+[_-])?vocab\.|.*\.(?:model|tiktoken|spm)$")
 _SECRET = re.compile(
     r"""
     (?:id_(?:rsa|dsa|ecdsa|ed25519)|authorized_keys|known_hosts|_?netrc|env|token)(?:\.\w+)?
@@ -51,6 +52,11 @@ def is_side_file(name: str) -> bool:
     [True, True, False, False]
     """
     return _SIDE.fullmatch(name) is not None and not is_secret(name) and name not in _REWRITTEN
+
+
+def is_tokenizer(name: str) -> bool:
+    """Tell whether a file is part of a tokenizer."""
+    return _TOKENIZER.match(name) is not None
 
 
 def is_rewritten(name: str) -> bool:

@@ -35,8 +35,6 @@ _STRING = re.compile(r"""["']([^"'\n]+)["']""")
 _WITH_WEIGHTS = ("Dense", "LayerNorm", "CNN", "LSTM", "WordEmbeddings", "StaticEmbedding", "WeightedLayerPooling")
 """Modules of sentence-transformers that are nothing without a file of weights."""
 
-_TOKENIZER = re.compile(r"tokenizer|tekken|vocab|.*\.(?:model|tiktoken|spm)$")
-
 
 @dataclass(frozen=True, slots=True)
 class SideFiles:
@@ -52,11 +50,6 @@ class SideFiles:
     """Everything that is in the directory besides."""
     read_nbytes: tuple[int, ...]
     """Sizes of the files that were read to find out."""
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether a tokenizer is among them."""
-        return any(_TOKENIZER.match(name) for name, _ in self.copied)
 
 
 def find_side_files(stores: Stores, checkpoint: Checkpoint) -> SideFiles:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raymerge.pipeline.checkpoint.files import CONFIG
+from raymerge.pipeline.checkpoint.files import CONFIG, is_tokenizer
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.memory import measure_demand
@@ -27,8 +27,10 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
     again = f", and {format_nbytes(reread)} again for second passes over tensors larger than a buffer" if reread else ""
     shards = counted(len(plan.tasks), "shard") + (f", the largest {format_nbytes(largest)}" if plan.tasks[1:] else "")
     models = counted(len(plan.models), "model")
+    has_tokenizer = any(is_tokenizer(file.name) for file in plan.outputs[0].side_files)
+    given = "config.json, tokenizer and other files" if has_tokenizer else "config.json; it has no tokenizer"
     lines = [
-        f"{plan.method} of {models}, {plan.donor} gives config.json, tokenizer and other files",
+        f"{plan.method} of {models}, {plan.donor} gives {given}",
         f"  tensors  {len(plan.weight_map)}",
         f"  read     {format_nbytes(read)}{again}",
         f"  write    {format_nbytes(plan.total_nbytes)} in {shards}",

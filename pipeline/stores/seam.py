@@ -210,9 +210,13 @@ class Storage(ABC):
             OutputError: another run holds it, or the store refuses.
         """
 
+    def explain_part(self, url: str) -> str:
+        """Return why a listing may lack files of a directory, and the way to them; empty where it is complete."""
+        return ""
+
     def advise_download(self, url: str) -> str:
         """Return how to get the files that are missing in a directory."""
-        return "download the checkpoint again"
+        return self.explain_part(url) or "download the checkpoint again"
 
     def publish(self, url: str, message: str, last: Collection[str] = ()) -> None:
         """Make everything visible that was committed below a directory, in a store where that takes steps of its own.

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from raymerge.cluster.home import find_home
 from raymerge.pipeline.errors import CheckpointError, FetchError
+from raymerge.pipeline.messages import listing
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.hub.path import HubPath
 from raymerge.pipeline.stores.local.writer import file_etag
@@ -59,6 +60,16 @@ def list_cached(place: HubPath) -> dict[str, tuple[int, str]]:
     return found
 
 
+def explain_part(place: HubPath) -> str:
+    """Say what the cache has of a commit, and how to get the rest."""
+    found = listing(sorted(list_cached(place)), 10) or "no file"
+    return (
+        f"HF_HUB_OFFLINE is set, so only what was downloaded counts: {_find_directory(place)} has {found} of this"
+        " revision; download the rest without HF_HUB_OFFLINE, where the Hub can be reached:"
+        f" `hf download {place.repo} --revision {place.revision}`"
+    )
+
+
 def not_cached(file: StoredFile) -> FetchError:
     """Return the error for a file that is not in the cache, and may not be read from the Hub."""
     return FetchError(
@@ -68,9 +79,15 @@ def not_cached(file: StoredFile) -> FetchError:
 
 
 def _not_cached(place: HubPath) -> CheckpointError:
+    directory = _find_directory(place)
+    paths = (directory / "refs").rglob("*")
+    refs = [path.relative_to(directory / "refs").as_posix() for path in paths if path.is_file()]
+    commits = [path.name for path in (directory / "snapshots").glob("*")]
+    known = f", which has {listing(sorted(refs) + sorted(commits), 5)} of this repository" if commits else ""
+    revision = "" if place.revision == constants.DEFAULT_REVISION else f" --revision {place.revision}"
     return CheckpointError(
-        f"{place.url}: HF_HUB_OFFLINE is set, and this revision is not in {_find_cache()};"
-        f" unset it, or download the model first: `hf download {place.repo}`"
+        f"{place.url}: HF_HUB_OFFLINE is set, and this revision is not in {_find_cache()}{known};"
+        f" unset it, or download the model first: `hf download {place.repo}{revision}`"
     )
 
 

@@ -16,7 +16,7 @@ from huggingface_hub.utils._runtime import is_xet_available
 from raymerge.pipeline.errors import CheckpointError, FetchError, MergeError, OutputError
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile, check_same
 from raymerge.pipeline.stores.hub.api import is_missing
-from raymerge.pipeline.stores.hub.cache import find_cached, find_cached_commit, list_cached, not_cached
+from raymerge.pipeline.stores.hub.cache import explain_part, find_cached, find_cached_commit, list_cached, not_cached
 from raymerge.pipeline.stores.hub.commit import ATTRIBUTES, prepare_branch, publish_branch, settle
 from raymerge.pipeline.stores.hub.files import XET_NBYTES, HubFiles
 from raymerge.pipeline.stores.hub.path import HubPath, is_offline, parse_hub_url
@@ -80,6 +80,9 @@ class HubStorage(HubFiles):
         place = parse_hub_url(url)
         if revision is not None and "@" in url:
             raise CheckpointError(f"{url}: a revision is in the URL already, and {revision!r} is given too; leave one")
+        if revision is not None and "%" in revision:  # as in our own URLs, where a slash of a revision is %2F
+            place = parse_hub_url("/".join(filter(None, (f"hf://{place.repo}@{revision}", place.path))))
+            revision = None
         places = [place.at(revision or place.revision)]
         if revision is not None and "/" in revision:  # org/name@revision/directory, in a config
             first, _, rest = revision.partition("/")
@@ -203,6 +206,10 @@ class HubStorage(HubFiles):
                         pending.forget()
         finally:
             pending.tidy()
+
+    def explain_part(self, url: str) -> str:  # noqa: D102
+        place = parse_hub_url(url)
+        return explain_part(place) if is_offline() and place.is_pinned else ""
 
     def publish(self, url: str, message: str, last: Collection[str] = ()) -> None:  # noqa: D102
         place = parse_hub_url(url)

@@ -56,21 +56,34 @@ class LocalStorage(Storage):
         except FileNotFoundError:
             raise
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise FileNotFoundError(error.errno, "a link to itself", url) from error
             raise FetchError(f"{url}: {error.strerror}") from error
         if not stat_mode.S_ISREG(status.st_mode):
             raise FileNotFoundError(f"{url}: not a file")
         return StoredFile(url, status.st_size, file_etag(status))
 
     def list(self, url: str) -> Mapping[str, StoredFile]:
-        """Return the files below a directory; links to files count, links to directories are not followed."""
+        """Return the files below a directory; links to files count, links to directories are not followed.
+
+        Directories below that may not be read, such as the lost+found of a volume, count as empty.
+        """
         root = local_path(url)
+
+        def refuse_unreadable(error: OSError) -> None:
+            is_below = error.filename != str(root)
+            if isinstance(error, FileNotFoundError | NotADirectoryError) or (
+                is_below and isinstance(error, PermissionError)
+            ):
+                return
+            raise FetchError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
         found = {}
-        for directory, _, names in os.walk(root, onerror=_refuse_unreadable):
+        for directory, _, names in os.walk(root, onerror=refuse_unreadable):
             for path in (Path(directory, name) for name in names):
-                if path.is_file():
-                    name = path.relative_to(root).as_posix()
-                    with suppress(FileNotFoundError):  # deleted just now
-                        found[name] = self.stat(f"{url}/{name}")
+                name = path.relative_to(root).as_posix()
+                with suppress(FileNotFoundError):  # deleted just now, or no file
+                    found[name] = self.stat(f"{url}/{name}")
         return dict(sorted(found.items()))
 
     def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:  # noqa: D102
@@ -243,11 +256,6 @@ def _read_run(descriptor: int, file: StoredFile, start: int, buffers: Sequence[B
 
 def _check_same(file: StoredFile, status: os.stat_result) -> None:
     check_same(file, status.st_size, file_etag(status))
-
-
-def _refuse_unreadable(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise FetchError(f"{error.filename}: cannot be listed: {error.strerror}") from error
 
 
 def _lock(path: Path) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from raymerge import merge, plan, verify
 from raymerge.pipeline.checkpoint.checkpoint import resolve_model
+from raymerge.pipeline.checkpoint.files import is_tokenizer
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.side_files import SideFiles, find_side_files
 from raymerge.pipeline.errors import CheckpointError
@@ -20,6 +21,8 @@ from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import llama_config, llama_tensors, read_files, write_checkpoint, write_llama
 
 DENSE = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+TOKENIZERS = ["qwen.tiktoken", "sentencepiece.bpe.model", "source.spm", "spiece.model", "tekken.json", "tokenizer.json",
+              "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "vocab.json", "vocab.txt"]  # fmt: skip
 TOKEN = "hf_" + "a1B2" * 9
 
 
@@ -73,7 +76,7 @@ def test_what_a_model_is_made_of(single: Path) -> None:
     assert all(file.url == f"{single}/{name}" and file.nbytes == 2 for name, file in found.copied)
     assert sorted(found.left_out) == sorted(others)
     assert (found.module_weights, found.masked) == ((), ())
-    assert found.has_tokenizer
+    assert [name for name in parts if is_tokenizer(name)] == TOKENIZERS
 
 
 def test_files_that_configs_and_code_name(single: Path) -> None:

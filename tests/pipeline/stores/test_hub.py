@@ -368,6 +368,9 @@ def test_what_is_in_the_cache_is_not_read_from_the_hub(
         read_all(offline, files["sub/notes.txt"])
     with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE is set.*hf download me/other"):
         offline.pin("hf://me/other", None)
+    with pytest.raises(CheckpointError, match=rf"has main, {commit} of this .*hf download {model} --revision dev"):
+        offline.pin(f"hf://{model}", "dev")
+    assert "has config.json, model.safetensors of this revision" in offline.advise_download(url)
     with pytest.raises(OutputError, match="HF_HUB_OFFLINE is set"):
         offline.lock(f"hf://{model}/.raymerge/lock").__enter__()
     assert not server.requests
