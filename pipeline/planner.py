@@ -16,6 +16,7 @@ from raymerge.pipeline.checkpoint.side_files import explain_left_out, find_side_
 from raymerge.pipeline.checkpoint.tying import has_own_head
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.memory import Transfer
 from raymerge.pipeline.plan.recipe import expand, open_model
 from raymerge.pipeline.plan.schedule import explain_idle
@@ -83,6 +84,7 @@ def make_plan(
         models.append(open_model(checkpoint, stored, has_own_head=own_head))
     recipes = [expand(config, models, seed) for config in configs]
     merges = join_variants(recipes)
+    check_integers(stores, merges)
     transfer = _measure_transfer(stores, checkpoints, outs, limits.runner_nbytes)
     tasks, num_workers, num_allowed = make_tasks(merges, replace(limits, transfer=transfer))
     beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)

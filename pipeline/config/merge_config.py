@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from raymerge.ops.registry import Base, Op
-from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.document import Document, read_document
+from raymerge.pipeline.config.fields import parse_dtype, parse_integers, parse_layer_range, parse_patterns
 from raymerge.pipeline.config.methods import (
     Use,
     check_given,
@@ -20,11 +20,11 @@ from raymerge.pipeline.config.methods import (
     parse_method,
     parse_settings,
 )
-from raymerge.pipeline.config.node import Place, PlaceError
+from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref
 from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.messages import counted, shown, suggest
+from raymerge.pipeline.messages import counted, shown
 
 _FORMS = ("models", "slices", "modules")
 _MOE_KEYS = {"experts", "gate_mode", "shared_experts", "experts_per_token"}
@@ -42,6 +42,8 @@ _KEYS = (
     "out_dtype",
     "parameters",
     "modules",
+    "keep_float32",
+    "integers",
     *_NOT_SUPPORTED,
 )
 
@@ -91,6 +93,10 @@ class MergeConfig:
     """As in a safetensors header; None where the inputs decide."""
     out_dtype: str | None
     """Likewise; goes before `dtype` in the output."""
+    keep_float32: tuple[str, ...]
+    """Shell patterns of names: those stored as float32 stay that, whatever `dtype` says."""
+    takes_integers_of_donor: bool
+    """Whether tensors that are not floating-point may differ, and are the donor's then."""
     parameters: Settings
     """At the top level, for the whole merge."""
     text: str
@@ -165,7 +171,9 @@ class _Reader:
         self._parameters = self._read_parameters(root, of_model=False)
         models = self._read_models()
         slices = [place.attempt(self._read_slice) for place in root.get("slices").attempt(_list) or ()]
-        dtypes = [root.get(key).attempt(_parse_dtype) for key in ("dtype", "out_dtype")]
+        dtypes = [root.get(key).attempt(parse_dtype) for key in ("dtype", "out_dtype")]
+        patterns = root.get("keep_float32").attempt(parse_patterns)
+        of_donor = root.get("integers").attempt(parse_integers)
         if self._op is not None:
             check_given(self._op, self._uses, per_model=True)
             levels = [(self._parameters,)] if not slices else [(s.parameters, self._parameters) for s in slices if s]
@@ -179,6 +187,8 @@ class _Reader:
             base_model=self._base,
             dtype=dtypes[0],
             out_dtype=dtypes[1],
+            keep_float32=patterns or (),
+            takes_integers_of_donor=bool(of_donor),
             parameters=self._parameters,
             text=document.text,
             warnings=root.findings.list_warnings(document),
@@ -275,7 +285,7 @@ class _Reader:
         model, own = self._read_model(place), self._read_parameters(place, of_model=True)
         if model is not None:
             self._check_parameters(place, model, (own, parameters, self._parameters), base, around)
-        layer_range = _parse_layer_range(place.get("layer_range"), place.misspelt("layer_range"))
+        layer_range = parse_layer_range(place.get("layer_range"), place.misspelt("layer_range"))
         return None if model is None else SliceSource(model, layer_range, own)
 
 
@@ -301,30 +311,6 @@ def _check_lengths(place: Place, sources: Sequence[SliceSource]) -> None:
                 f"[{start}, {stop}] is {counted(stop - start, 'layer')}, but the first source of this slice, "
                 f"[{first[0]}, {first[1]}], is {first[1] - first[0]}; give all sources of a slice the same length"
             )
-
-
-def _parse_layer_range(place: Place, misspelt: PlaceError | None) -> tuple[int, int]:
-    advice = "write [start, stop], the first layer and the one after the last, such as [0, 32]"
-    match place.value:
-        case [int() as start, int() as stop] if not isinstance(start, bool) and not isinstance(stop, bool):
-            if 0 <= start < stop:
-                return start, stop
-            raise place.error(f"[{start}, {stop}] holds no layers; {advice}")
-        case None if misspelt:
-            raise misspelt
-    raise place.error(f"{shown(place.value)} is given; {advice}")
-
-
-def _parse_dtype(place: Place) -> str | None:
-    if place.value is None:
-        return None
-    name = place.text().removeprefix("torch.")
-    if name not in OUTPUT_DTYPES:
-        advice = suggest(name if "8" not in name else "", OUTPUT_DTYPES, 0.5)
-        if name == "auto":
-            advice = f"leave {place.path} out to keep the models' own"
-        raise place.error(f"{name!r} is no dtype that a merge can be written in; {advice}")
-    return OUTPUT_DTYPES[name]
 
 
 def _check_entry(place: Place, keys: tuple[str, ...]) -> None:

@@ -185,5 +185,6 @@ def _explain_difference(merge: TensorMerge, source: int) -> TensorMismatchError:
     first, other = merge.sources[0], merge.sources[source]
     return TensorMismatchError(
         f"{merge.name} ({merge.out_dtype}, not floating-point) differs between {first.model} and {other.model};"
-        " such tensors cannot be merged, only copied from equal inputs"
+        " such tensors are not merged, only copied: to take those of the base, or else of the first model, add"
+        " `integers: donor` to the config"
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from raymerge.ops.registry import Base, find_op
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
 from raymerge.pipeline.checkpoint.names import find_layers, natural_key
 from raymerge.pipeline.checkpoint.quantised import find_quantisation
@@ -91,7 +92,13 @@ def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:
     if not merges:
         raise CheckpointError(f"{donor.ref}: no tensor is left for the output")
     out_config, more = make_out_config(form, merges, donor)
-    warnings += [*form.warnings, *more, *_warn_of_float64(merges), *_warn_of_cancelling_weights(merges)]
+    warnings += [
+        *form.warnings,
+        *more,
+        *_warn_of_float64(merges),
+        *_warn_of_rounding(merges),
+        *_warn_of_cancelling_weights(merges),
+    ]
     for model in form.models.values():
         for name, rule in model.view.hidden().items():
             accounts.drop(model.ref, name, rule)
@@ -165,6 +172,19 @@ def _find_drop_rule(name: str, found: Sequence[Source | None]) -> str | None:
 def _warn_of_float64(merges: Sequence[TensorMerge]) -> list[str]:
     wide = [merge.name for merge in merges if any(source.dtype == "F64" for source in merge.sources)]
     return [f"{count_tensors(wide)} stored as float64, merged in float32"] if wide else []
+
+
+def _warn_of_rounding(merges: Sequence[TensorMerge]) -> list[str]:
+    """Warn of float32 tensors among shorter ones: models have reasons for them."""
+    floats = [merge for merge in merges if merge.op != COPY]
+    long = [merge for merge in floats if any(source.dtype in ("F32", "F64") for source in merge.sources)]
+    rounded = [merge.name for merge in long if DTYPES[merge.out_dtype].num_bits == 16]
+    if not rounded or len(long) == len(floats):
+        return []
+    return [
+        f"{count_tensors(rounded)} stored as float32 among shorter ones, and rounded as `dtype` says; to keep such"
+        " tensors as they are, add `keep_float32: true`, or a list of patterns of their names"
+    ]
 
 
 def _warn_of_cancelling_weights(merges: Sequence[TensorMerge]) -> list[str]:

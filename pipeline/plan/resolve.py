@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernels.copy import Identical
@@ -41,6 +42,10 @@ class Scope:
     """Parameters of the slice and of the whole merge, highest precedence first."""
     out_dtype: str | None
     """As in a safetensors header; None where the inputs decide."""
+    keep_float32: tuple[str, ...] = ()
+    """Shell patterns of output tensors that stay float32 where an input has them so."""
+    donor: ModelRef | None = None
+    """The model whose integers are taken; None where those of all must be equal."""
 
 
 def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: float, seed: int) -> TensorMerge:
@@ -64,9 +69,12 @@ def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: 
     dtypes = [part.source.dtype for part in parts]
     shape = parts[0].source.shape
     if not all(DTYPES[dtype].is_mergeable for dtype in dtypes):
-        sources = _as_bytes(name, parts)
+        of_donor = [part for part in parts if part.model == scope.donor]
+        sources = _as_bytes(name, of_donor or (parts[:1] if scope.donor else parts))
         return TensorMerge(name, shape, dtypes[0], "U8", COPY, sources, (Variant((), Identical(), seed),))
     out_dtype = scope.out_dtype or promote(dtypes)
+    if "F32" in dtypes and any(fnmatchcase(name, pattern) for pattern in scope.keep_float32):
+        out_dtype = "F32"
     parameters = _resolve_parameters(name, parts, scope, position)
     try:
         kernel = scope.op.kernel(parameters)

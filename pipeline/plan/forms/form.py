@@ -125,7 +125,14 @@ class Form(ABC):
             settings: parameters that go before those of the whole merge, highest precedence first.
         """
         out_dtype = self.config.out_dtype or self.config.dtype
-        return Scope(find_op(self.config.method), base, (*settings, self.config.parameters), out_dtype)
+        return Scope(
+            find_op(self.config.method),
+            base,
+            (*settings, self.config.parameters),
+            out_dtype,
+            self.config.keep_float32,
+            self.donor.ref if self.config.takes_integers_of_donor else None,
+        )
 
     def share_head(self, first: Collection[ModelRef], last: Collection[ModelRef]) -> None:
         """Decide whether the output's head is its embedding, and have tied models looked at accordingly.

@@ -294,3 +294,23 @@ def test_every_input_tensor_is_accounted_for(names: list[str], num_layers: int, 
         return  # a range past the layers, or nothing left
     check_accounts(recipe, models)
     assert len({merge.name for merge in recipe.merges}) == len(recipe.merges)
+
+
+def test_float32_among_shorter_tensors_is_rounded_with_a_word_or_kept() -> None:
+    decay, other = "model.layers.0.mamba.A_log", "model.layers.0.mamba.other"
+    layout = Layout({**llama().shapes, decay: (4,), other: (4,)}, llama().config, dtypes={decay: "F32", other: "F32"})
+
+    def dtypes(**more: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+        recipe = expand_layouts(linear("a", "b", **more), {"a": layout, "b": layout})
+        return {name: by_name(recipe)[name].out_dtype for name in (decay, other)}, recipe.warnings
+
+    assert dtypes() == ({decay: "F32", other: "F32"}, ())
+    found, (warning,) = dtypes(dtype="bfloat16")
+    assert found == {decay: "BF16", other: "BF16"}
+    assert warning.startswith(f"2 tensors ({decay}, ...) stored as float32 among shorter ones")
+    found, (warning,) = dtypes(dtype="bfloat16", keep_float32=True)
+    assert found == {decay: "F32", other: "BF16"}
+    assert f"1 tensor ({other})" in warning
+    assert dtypes(dtype="bfloat16", keep_float32=["*.mamba.*"]) == ({decay: "F32", other: "F32"}, ())
+    whole = Layout(llama().shapes, llama().config, dtype="F32")
+    assert expand_layouts(linear("a", dtype="bfloat16"), {"a": whole}).warnings == ()

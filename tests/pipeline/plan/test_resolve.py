@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -159,3 +160,12 @@ def test_quantised_tensors_are_refused(dtype: str) -> None:
 def test_scalars_and_empty_tensors(shape: tuple[int, ...], num_elements: int) -> None:
     merge = merged([part("a", shape=shape)], scope("passthrough"))
     assert (merge.shape, merge.num_elements, merge.nbytes) == (shape, num_elements, 2 * num_elements)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "dtype", "expected"),
+    [((), "F32", "BF16"), (("*w",), "F32", "F32"), (("W",), "F32", "BF16"), (("*",), "F16", "BF16")],
+)
+def test_float32_on_purpose(patterns: tuple[str, ...], dtype: str, expected: str) -> None:
+    where = replace(scope("linear", settings(weight=1.0), out_dtype="BF16"), keep_float32=patterns)
+    assert merged([part("a", dtype=dtype), part("b")], where).out_dtype == expected

@@ -1,0 +1,70 @@
+"""Single fields of a config, from what is written to what it means."""
+
+from __future__ import annotations
+
+from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
+from raymerge.pipeline.config.node import Place, PlaceError
+from raymerge.pipeline.messages import shown, suggest
+
+SENSITIVE_TO_ROUNDING = (
+    "*.A_log",
+    "*.dt_bias",
+    "*.D",
+    "*correction_bias",
+    "*expert_bias",
+    "*router*bias",
+    "*gate.bias",
+    "*layer_scale*",
+    "*.attn_sink*",
+    "*.sinks",
+)
+"""Tensors that models keep in float32 on purpose: decays of state-space layers, biases of routers, scales of layers."""
+
+
+def parse_layer_range(place: Place, misspelt: PlaceError | None) -> tuple[int, int]:
+    """Return a range of layers, half-open: [start, stop).
+
+    Raises:
+        PlaceError: `misspelt`, if nothing is here and that says why; or it is no such range.
+    """
+    advice = "write [start, stop], the first layer and the one after the last, such as [0, 32]"
+    match place.value:
+        case [int() as start, int() as stop] if not isinstance(start, bool) and not isinstance(stop, bool):
+            if 0 <= start < stop:
+                return start, stop
+            raise place.error(f"[{start}, {stop}] holds no layers; {advice}")
+        case None if misspelt:
+            raise misspelt
+    raise place.error(f"{shown(place.value)} is given; {advice}")
+
+
+def parse_dtype(place: Place) -> str | None:
+    """Return a dtype as a safetensors header has it; None where none is given."""
+    if place.value is None:
+        return None
+    name = place.text().removeprefix("torch.")
+    if name not in OUTPUT_DTYPES:
+        advice = suggest(name if "8" not in name else "", OUTPUT_DTYPES, 0.5)
+        if name == "auto":
+            advice = f"leave {place.path} out to keep the models' own"
+        raise place.error(f"{name!r} is no dtype that a merge can be written in; {advice}")
+    return OUTPUT_DTYPES[name]
+
+
+def parse_patterns(place: Place) -> tuple[str, ...]:
+    """Return patterns of tensor names: those that are listed, or for `true` those that are good for most models."""
+    if place.value is None or place.value is False:
+        return ()
+    if place.value is True:
+        return SENSITIVE_TO_ROUNDING
+    return tuple(pattern.text() for pattern in place.elements())
+
+
+def parse_integers(place: Place) -> bool:
+    """Return whether integers are the donor's where they differ."""
+    if place.value not in (None, "equal", "donor"):
+        raise place.error(
+            f"{shown(place.value)} is given; write `equal` to refuse integers that differ between the models, or"
+            " `donor` to take those of the base, or else of the first model"
+        )
+    return place.value == "donor"
