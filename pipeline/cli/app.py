@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 from raymerge import __version__
-from raymerge.pipeline.cli.console import say, say_hint
+from raymerge.pipeline.cli.console import put, say, say_hint
 from raymerge.pipeline.cli.interrupt import watch_for_interrupts
 from raymerge.pipeline.cli.jobs import jobs, submit
 from raymerge.pipeline.cli.manifest import manifest
@@ -104,7 +104,7 @@ def plan(
     if save is not None:
         save_table(result, save)
     if json:
-        typer.echo(plan_json(result))
+        put(plan_json(result))
         return
     _print_plan(result, verbose=verbose)
 
@@ -112,7 +112,7 @@ def plan(
 def _print_plan(plan: MergePlan, *, verbose: bool) -> None:
     from raymerge.pipeline.plan.report import format_plan
 
-    typer.echo(format_plan(plan, verbose=verbose))
+    put(format_plan(plan, verbose=verbose))
     for warning in plan.warnings:
         say(redact(f"warning: {warning}"))
 
@@ -167,7 +167,7 @@ def verify(out: Out, options: VerifyOptions) -> None:
     from raymerge.pipeline.sizes import format_nbytes
 
     report = check(out, workers=options.workers, storage=options.storage)
-    typer.echo(
+    put(
         f"{out} is sound: {counted(report.num_files, 'file')}, {counted(report.num_tensors, 'tensor')},"
         f" {format_nbytes(report.nbytes)}"
     )
@@ -182,7 +182,7 @@ def methods(
     from raymerge.pipeline.cli.formats import format_method
 
     for op in [find_op(name)] if name else load_ops().values():
-        typer.echo(format_method(op))
+        put(format_method(op))
 
 
 @commands.command(epilog="Example: raymerge inspect Qwen/Qwen2.5-7B-Instruct")
@@ -206,7 +206,7 @@ def inspect(
     from raymerge.pipeline.cli.formats import format_inspection, inspection_json
 
     found = look_at(url, storage=storage)
-    typer.echo(inspection_json(found) if json else format_inspection(found, with_tensors=tensors))
+    put(inspection_json(found) if json else format_inspection(found, with_tensors=tensors))
 
 
 commands.command(epilog="Example: raymerge submit merge.yml s3://bucket/merged --address http://head:8265 --follow")(

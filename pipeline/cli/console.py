@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -19,6 +20,11 @@ def say(text: str, *, stream: TextIO | None = None) -> None:
     """Print a message to stderr, or to another stream; its label, if it has one, in colour."""
     stream = stream or sys.stderr
     print(paint(text, stream), file=stream, flush=True)
+
+
+def put(text: str) -> None:
+    """Print what a command was asked for to stdout: names, sizes, JSON, wherever they come from."""
+    print(printable(text), flush=True)
 
 
 def say_hint(text: str) -> None:
@@ -44,5 +50,7 @@ def has_colour(stream: TextIO) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return text that does nothing to a terminal, wherever it comes from."""
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)
+    """Return text that does nothing to a terminal, wherever it comes from; JSON stays JSON, and says the same."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else json.dumps(sign)[1:-1] for sign in text)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raymerge import __version__
-from raymerge.pipeline.cli.console import say, say_hint
+from raymerge.pipeline.cli.console import put, say, say_hint
 from raymerge.pipeline.cli.options import (
     MESSAGES,
     Address,
@@ -88,7 +88,7 @@ def submit(
     except ClusterConnectError as error:
         hint = f"; it may have begun all the same: {_format_command('status', client, job_id)}"
         raise type(error)(f"{error}{'' if isinstance(error, RefusedError) else hint}") from None
-    typer.echo(job_id)
+    put(job_id)
     if follow:
         sys.exit(_follow(client, job_id))
     say_hint(f"Submitted. To see how it goes: {_format_command('logs', client, job_id)} --follow")
@@ -104,7 +104,7 @@ def list_jobs(address: Address) -> None:
 
     for job in JobClient(address).list_jobs():
         if "raymerge" in job.metadata:
-            typer.echo(f"{job.id}  {job.status:<9}  {_format_time(job.started)}  {job.metadata.get('out', '')}")
+            put(f"{job.id}  {job.status:<9}  {_format_time(job.started)}  {job.metadata.get('out', '')}")
 
 
 @jobs.command(epilog="Example: raymerge jobs status raymerge-1a2b3c4d --address http://head:8265")
@@ -113,17 +113,17 @@ def status(job_id: JobId, address: Address) -> None:
     from raymerge.cluster.job_client import JobClient
 
     job = JobClient(address).find_job(job_id)
-    typer.echo(f"{job.id}: {job.status}")
+    put(f"{job.id}: {job.status}")
     for name in ("config", "out"):
         if name in job.metadata:
-            typer.echo(f"{name}: {job.metadata[name]}")
-    typer.echo(f"started: {_format_time(job.started)}")
+            put(f"{name}: {job.metadata[name]}")
+    put(f"started: {_format_time(job.started)}")
     if job.ended:
-        typer.echo(f"ended: {_format_time(job.ended)}")
+        put(f"ended: {_format_time(job.ended)}")
     if job.exit_code is not None:
-        typer.echo(f"exit code: {job.exit_code}")
+        put(f"exit code: {job.exit_code}")
     if job.status == "FAILED":
-        typer.echo(redact(_explain(job)))
+        put(redact(_explain(job)))
 
 
 @jobs.command(epilog="Example: raymerge jobs logs raymerge-1a2b3c4d --address http://head:8265 --follow")
@@ -153,7 +153,7 @@ def stop(job_id: JobId, address: Address) -> None:
     client = JobClient(address)
     if client.stop(job_id):
         client.follow(job_id, lambda line: None)
-    typer.echo(f"{job_id}: {client.find_job(job_id).status}")
+    put(f"{job_id}: {client.find_job(job_id).status}")
 
 
 def _follow(client: JobClient, job_id: str) -> int:

@@ -193,6 +193,7 @@ def _check(
     begun.add(id(node))
     total = 1
     if isinstance(node, yaml.ScalarNode):
+        _check_text(node, problems)
         if node.tag in _PLAIN_TAGS:
             try:
                 loader.construct_object(node)
@@ -203,6 +204,8 @@ def _check(
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                _check_text(key, problems)
             if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEY_TAGS:
                 problems.append(_problem(key, "a key must be a string; put it in quotes"))
             elif key.value in lines:
@@ -215,6 +218,17 @@ def _check(
         raise _problem(node, f"with all aliases written out there are more than {MAX_NODES} values")
     counts[id(node)] = total
     return total
+
+
+def _check_text(node: yaml.ScalarNode, problems: list[yaml.MarkedYAMLError]) -> None:
+    r"""Make characters of the pairs that JSON writes as `\ud83d\ude00`; half a pair and NUL are in no text."""
+    try:
+        node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        problems.append(_problem(node, f"{node.value[:40]!a} is not text: half of a pair of surrogates"))
+        node.value = ascii(node.value)
+    if "\0" in node.value:
+        problems.append(_problem(node, f"{node.value[:40]!a} has a character that no name may have, \\0; remove it"))
 
 
 def _problem(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:

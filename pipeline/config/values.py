@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+import re2
 
 from raymerge.ops.registry import Parameter, Value
 from raymerge.pipeline.config.node import Place
@@ -35,7 +37,7 @@ class Rule:
             return True
         kind, _, pattern = self.filter.partition(":")
         if kind == "regex":
-            return re.search(pattern, tensor) is not None
+            return _compile(pattern).search(tensor) is not None
         if kind == "glob":
             return fnmatch.fnmatchcase(tensor, pattern)
         return self.filter in tensor
@@ -137,14 +139,26 @@ def _parse_rule(place: Place, parameter: Parameter) -> Rule:
 def _check_filter(place: Place, pattern: str) -> None:
     if pattern.startswith("regex:"):
         try:
-            re.compile(pattern.removeprefix("regex:"))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise place.error(f"{pattern!r} is not a valid regular expression: {error}") from error
+            _compile(pattern.removeprefix("regex:"))
+        except re2.error as error:
+            reason = error.args[0].decode(errors="replace") if error.args else "too large"
+            raise place.error(
+                f"{pattern!r} is not a valid regular expression: {reason}; the syntax is that of RE2, which has neither"
+                " look-around nor back-references, and so never hangs"
+            ) from error
     elif pattern != "*" and not pattern.startswith("glob:") and _PATTERN_SIGNS.intersection(pattern):
         place.warn(
             f"{pattern!r} is looked for in tensor names as it is, and will not be found; for a pattern write "
             f"'glob:{pattern}' or 'regex:...'"
         )
+
+
+@lru_cache(maxsize=64)
+def _compile(pattern: str) -> re2._Regexp:
+    """Return a regular expression whose search takes time in proportion to the name, whatever it says."""
+    options = re2.Options()
+    options.log_errors = False
+    return re2.compile(pattern, options)
 
 
 def _parse_gradient(place: Place, parameter: Parameter) -> tuple[Value, ...]:

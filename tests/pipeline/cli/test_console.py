@@ -79,8 +79,8 @@ def test_hints_are_dim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 def test_nothing_that_a_terminal_would_obey_gets_through() -> None:
-    assert printable("a\x1b[2Jb\u202ec\td\ne") == "a\\x1b[2Jb\\u202ec\td\ne"
-    assert paint("Error: \x1b[2J", Terminal()) == f"{RED}Error:{PLAIN} \\x1b[2J"
+    assert printable("a\x1b[2Jb\u202ec\td\ne") == "a\\u001b[2Jb\\u202ec\td\ne"
+    assert paint("Error: \x1b[2J", Terminal()) == f"{RED}Error:{PLAIN} \\u001b[2J"
 
 
 def test_commands_say_errors_and_warnings_in_colour(tmp_path: Path) -> None:
