@@ -244,8 +244,9 @@ class JobClient:
             lines = error.read(_MAX_ERROR_NBYTES).decode(errors="replace").splitlines()
         except (OSError, HTTPException):
             lines = []
-        raised = [line for line in lines if _RAISED.match(line)]  # the answer may be a traceback
-        text = (raised or [line for line in lines if line.strip()] or [error.reason])[-1]
+        raised = [k for k, line in enumerate(lines) if _RAISED.match(line)]  # the answer may be a traceback
+        said = lines[raised[-1] :] if raised else [line for line in lines if line.strip()][-1:]
+        text = " ".join(" ".join(said).split()) or str(error.reason)
         if error.code in (401, 403):
             given = "refuses the token that it was given" if self._token else "asks for a token"
             return RefusedError(
@@ -318,11 +319,17 @@ def _make_job(item: Mapping[str, Any]) -> Job:
         id=str(item["submission_id"]),
         status=str(item["status"]),
         message=str(item.get("message") or ""),
-        exit_code=item.get("driver_exit_code"),
-        metadata=item.get("metadata") or {},
+        exit_code=_make_exit_code(item.get("driver_exit_code")),
+        metadata={str(name): str(value) for name, value in (item.get("metadata") or {}).items()},
         started=_make_time(item.get("start_time")),
         ended=_make_time(item.get("end_time")),
     )
+
+
+def _make_exit_code(given: object) -> int | None:
+    if given is None or type(given) is int:
+        return given
+    raise TypeError(f"{given!r} is no exit code")
 
 
 def _make_time(milliseconds: int | None) -> datetime | None:

@@ -24,7 +24,9 @@ from raymerge.pipeline.plan.shards import Limits, make_fingerprint, make_tasks
 from raymerge.pipeline.plan.types import Copied, InputModel, MergePlan, PlannedOutput, SideFile, Written
 from raymerge.pipeline.plan.variants import join_variants
 from raymerge.pipeline.runners import count_slots
+from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.urls import scheme_of
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray.session import RaySession
@@ -111,6 +113,13 @@ def make_plan(
     )
 
 
+def _check_readable(stores: Stores, files: Sequence[Copied]) -> None:
+    """Read a byte of each file of this machine that is to be copied, which happens after all shards are made."""
+    ranges = [ByteRange(file.source, 0, 1) for file in files if scheme_of(file.source.url) == "file" and file.nbytes]
+    if ranges:
+        stores.at(ranges[0].file.url).read_into(ranges, [memoryview(bytearray(1)) for _ in ranges])
+
+
 def _measure_transfer(
     stores: Stores, checkpoints: Sequence[Checkpoint], outs: Sequence[str], runner_nbytes: int
 ) -> Transfer:
@@ -132,8 +141,9 @@ def _gather_side_files(
     """Return the donor's files that an output gets besides weights, warnings, and lines on what stays behind."""
     donor, *others = checkpoints
     found = find_side_files(stores, donor)
-    side_files: list[SideFile] = [Copied(name, file) for name, file in found.copied if name not in QUANTISED_FILES]
-    side_files += [Written(name, text) for name, text in found.masked]
+    copied = [Copied(name, file) for name, file in found.copied if name not in QUANTISED_FILES]
+    _check_readable(stores, copied)
+    side_files: list[SideFile] = [*copied, *(Written(name, text) for name, text in found.masked)]
     warnings = [f"{donor.model}: {name} holds a credential, which the output gets as ***" for name, _ in found.masked]
     part = stores.at(donor.url).explain_part(donor.url)
     if part and not any(is_tokenizer(file.name) for file in side_files):

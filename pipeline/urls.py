@@ -101,6 +101,11 @@ def check_url(url: str) -> None:
         raise ConfigError(f"{url}: nothing is named after {scheme}://")
     if scheme_of(url) in ("s3", "gs", "az"):
         _check_bucket(url)
+    try:
+        _ = urlsplit(url).port
+    except ValueError as error:
+        if scheme_of(url) in ("http", "https"):
+            raise ConfigError(f"{url}: not a URL: {error}") from None
     if not {".", ".."}.isdisjoint(rest.split("/")):
         raise ConfigError(f"{url}: `.` and `..` have no meaning in a URL; write the path out")
 

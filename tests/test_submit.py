@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -308,6 +309,58 @@ def test_what_must_not_be_sent(
     assert outcome.code == 2
     assert says in outcome.err
     assert "hidden" not in outcome.err
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A cluster with one job, which has failed in a way of its own, and which takes no other."""
+
+    exit_code: object = 0
+
+    def do_GET(self) -> None:
+        job = {"submission_id": "j", "type": "SUBMISSION", "status": "FAILED", "message": "the driver was lost"}
+        content = {"logs": ""} if self.path.endswith("/logs") else job | {"driver_exit_code": self.exit_code}
+        self.answer(200, json.dumps(content).encode())
+
+    def do_POST(self) -> None:
+        self.answer(500, MISMATCH.encode())
+
+    def answer(self, code: int, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+MISMATCH = """Traceback (most recent call last):
+  File "job_head.py", line 1, in submit_job
+RuntimeError: Version mismatch: The cluster was started with:
+    Ray: 2.59.0
+    Python: 3.12.1
+This process was started with:
+    Ray: 2.60.0
+    Python: 3.11.7
+"""
+
+
+def test_jobs_that_fail_oddly(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        outcome = cli("jobs", "logs", "j", "--follow", "--address", address)
+        assert outcome.code == 2
+        assert "j failed with exit code 0: the driver was lost" in outcome.err
+        with pytest.raises(
+            ClusterConnectError, match=r"started with: Ray: 2.59.0 Python: 3.12.1 This .* Python: 3.11.7"
+        ):
+            JobClient(address).submit("j", "true", {}, {}, {})
+        monkeypatch.setattr(Failing, "exit_code", "three")
+        outcome = cli("jobs", "status", "j", "--address", address)
+        assert outcome.code == 2
+        assert "does not answer as Ray does" in outcome.err
+        server.shutdown()
 
 
 class NotRay(BaseHTTPRequestHandler):

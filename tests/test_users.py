@@ -189,3 +189,22 @@ def test_a_colleague_who_may_not_write(shared: Path) -> None:
     assert done.code == 2
     lock = shared / "out/.raymerge/lock"
     assert f"Error: {lock}: cannot be created: Permission denied; {lock} (-rw-r--r--) belongs to user 54321" in done.err
+
+
+def test_a_tokenizer_that_may_not_be_read_is_told_of_before_the_merge(shared: Path) -> None:
+    tokenizer = shared / "base/tokenizer.json"
+    tokenizer.write_text("{}")
+    tokenizer.chmod(0o600)
+    done = run_command("plan", shared / "merge.yml", prefix=BOB, cwd=shared)
+    assert (done.code, done.err) == (2, f"Error: {tokenizer}: cannot be opened: Permission denied\n")
+
+
+def test_links_into_a_closed_directory(shared: Path) -> None:
+    (shared / "closed").mkdir(mode=0o700)
+    (shared / "link").symlink_to(shared / "closed/model")
+    for name in ("link", "closed/model"):
+        for command in ("inspect", "verify"):
+            done = run_command(command, shared / name, prefix=BOB, cwd=shared)
+            assert (done.code, done.err.count("\n")) == (2, 1), done.err
+            assert f"Error: {shared / name}" in done.err
+            assert "Permission denied" in done.err

@@ -137,6 +137,7 @@ class _Reads:
 
 
 def _is_file(stores: Stores, url: str) -> bool:
+    check_url(url)
     path = urlsplit(url).path if scheme_of(url) in ("http", "https") else url  # a signed URL goes on after its path
     return path.endswith(".safetensors") and not (scheme_of(url) == "file" and _local_path(stores, url).is_dir())
 

@@ -145,7 +145,10 @@ def _meaning(config: Json, field: str) -> object:
         return {"rope_type": kind, **scaling} if scaling or kind != "default" else None
     if field == "sliding_window" and part.get("use_sliding_window") is False:
         return None
-    if field == "layer_types" and set(list_field(config, field)) == {"full_attention"}:
+    if (
+        field == "layer_types"
+        and list_field(config, field).count("full_attention") == len(list_field(config, field)) > 0
+    ):
         return None
     return part.get(field)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,8 +52,18 @@ def main() -> None:
         from raymerge.pipeline.cli.exits import explain
 
         failed = explain(error)
-        say(failed.text)
+        with suppress(OSError):  # the terminal may be gone
+            say(failed.text)
+        _drop_unwritten()
         sys.exit(failed.exit_code)
+
+
+def _drop_unwritten() -> None:
+    """Leave out what stdout could not take: Python would try again at its end, and say so in its own way."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_usage(error: typer.TyperException) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
+from pathlib import Path
 
 from raymerge import RaymergeError
 from raymerge.pipeline.cli.interrupt import MESSAGE
@@ -20,5 +22,20 @@ def explain(error: BaseException) -> MergeFailed:
     if isinstance(error, ModuleNotFoundError):
         text = f"{error.name} is not installed for {sys.executable}; install raymerge there again, with what it needs"
         return MergeFailed(type(error).__name__, text, 2)
+    if isinstance(error, OSError) and (text := _explain_os(error)):
+        return MergeFailed(type(error).__name__, redact(text), 2)
     text = "".join(traceback.format_exception(error)).rstrip()
     return MergeFailed(type(error).__name__, redact(text), 1)
+
+
+def _explain_os(error: OSError) -> str:
+    """Return what this machine refuses, where that is no mistake of ours; nothing where it may be one."""
+    if error.filename is not None:
+        return f"{error.filename!s}: {error.strerror}"
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return "the working directory was deleted; change to a directory that is there"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
+        return f"standard output cannot be written: {error.strerror}"
+    return ""

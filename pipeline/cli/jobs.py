@@ -174,7 +174,7 @@ def _follow(client: JobClient, job_id: str) -> int:
     if job.status == "STOPPED":
         say_hint(f"{job_id} was stopped. What is finished is kept: submit the same merge again to go on.")
         return 130
-    if job.exit_code is None or job.exit_code == _NO_PYTHON:
+    if job.exit_code is None or job.exit_code == _NO_PYTHON or (job.status == "FAILED" and job.exit_code == 0):
         return 2
     return job.exit_code if job.exit_code >= 0 else 128 - job.exit_code  # by a signal, as shells count
 
@@ -193,7 +193,7 @@ def _explain(job: Job) -> str:
         )
     if job.exit_code is None:
         return f"{job.id} failed before it began: {job.message}"
-    return f"{job.id} failed with exit code {job.exit_code}"
+    return f"{job.id} failed with exit code {job.exit_code}" + (f": {job.message}" if job.exit_code == 0 else "")
 
 
 def _format_time(time: datetime | None) -> str:

@@ -48,7 +48,10 @@ class Journal:
         try:
             content = self._storage.read(f"{self.out}/{LOCK}", _MAX_RECORD_NBYTES)
         except FileNotFoundError:
-            content = b""
+            raise OutputError(
+                f"{self.out}: the lock of this run is gone: the output, or the bucket that it is in, was deleted"
+                " meanwhile; run again when nobody else works there"
+            ) from None
         if self.token.encode() not in content:
             raise OutputError(
                 f"{self.out}: another run has taken the lock of this one, which had not renewed it in time;"

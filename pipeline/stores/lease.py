@@ -126,10 +126,7 @@ class _Lease(Lock):
 
     def check(self) -> None:
         if self._lost_to is not None:
-            raise OutputError(
-                f"{self._url}: {self._lost_to} has taken the lock of this run, which had not renewed it in time;"
-                " run again when nobody else writes there"
-            )
+            raise OutputError(f"{self._url}: {self._lost_to}")
         seconds = _now() - self._renewed_at
         if seconds > TTL_SECONDS - _MARGIN_SECONDS:
             raise OutputError(
@@ -160,7 +157,7 @@ class _Lease(Lock):
             found = self._store.read_with_age(self._url)
             other = _decode(found[0]) if found else None
             if found is None or other is None or other.token != holder.token:
-                self._lost_to = f"another raymerge run ({other})" if other else "somebody"
+                self._lost_to = _explain_loss(found is not None, other)
                 return False
             holder, etag = other, found[1]
         self._holder, self._etag, self._renewed_at = holder, etag, started
@@ -195,6 +192,20 @@ def _take(store: LeaseStore, url: str, faults: FaultLog) -> _Lease:
     raise OutputError(
         f"{url}: other runs took the lock or let it go each of the {_MAX_TRIES} times that it was tried;"
         " wait until nobody else writes there, or choose another directory"
+    )
+
+
+def _explain_loss(is_there: bool, other: Holder | None) -> str:
+    """Say why a lock is not this run's any more, and what to do."""
+    if not is_there:
+        return (
+            "the lock of this run is gone: the output, or the bucket that it is in, was deleted meanwhile; run again"
+            " when nobody else works there"
+        )
+    taker = f"another raymerge run ({other})" if other else "somebody"
+    return (
+        f"{taker} has taken the lock of this run, which had not renewed it in time; run again when nobody else writes"
+        " there"
     )
 
 

@@ -22,6 +22,8 @@ from raymerge.pipeline.stores.ranges import coalesce
 from raymerge.pipeline.stores.seam import Lock, Storage, Writer
 
 _MAX_OPEN_FILES = 64
+_MAX_FILES = 50_000
+"""In one directory and below it: whoever gives `/` or `~` for a model is not to wait for a list of the whole disk."""
 _MAX_CALL_NBYTES = 2**30
 _MAX_CALL_BUFFERS = 1024
 _MAX_LOCK_TRIES = 1000
@@ -69,6 +71,8 @@ class LocalStorage(Storage):
         Directories below that may not be read, such as the lost+found of a volume, count as empty.
         """
         root = local_path(url)
+        if len(root.absolute().parts) == 1:
+            raise FetchError(f"{url}: all files of this machine, and no model; give the directory of one")
 
         def refuse_unreadable(error: OSError) -> None:
             is_below = error.filename != str(root)
@@ -84,6 +88,10 @@ class LocalStorage(Storage):
                 name = path.relative_to(root).as_posix()
                 with suppress(FileNotFoundError):  # deleted just now, or no file
                     found[name] = self.stat(f"{url}/{name}")
+                if len(found) > _MAX_FILES:
+                    raise FetchError(
+                        f"{url}: more than {_MAX_FILES:,} files, which are no model; give the directory of one"
+                    )
         return dict(sorted(found.items()))
 
     def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:  # noqa: D102

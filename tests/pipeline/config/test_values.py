@@ -116,7 +116,7 @@ def test_values_get_the_declared_type(kind: type[Value], value: object, expected
         (float, {"filter": "mlp", "value": {"value": 1}}, r"parameters\.p\.value: .* a number"),
         (float, {"filter": 3, "value": 1}, r"parameters\.p\.filter: 3 is given, .* quotes"),
         (float, {"filter": "regex:(", "value": 1}, r"parameters\.p\.filter: .*not a valid regular expression"),
-        (float, {"filter": "regex:a{99999999999}", "value": 1}, "not a valid regular expression"),
+        (float, {"filter": "regex:a{2000}", "value": 1}, "not a valid regular expression"),
         (float, {"filter": r"regex:(?!a)b", "value": 1}, "look-around"),
         (float, {"filter": r"regex:(a)\1", "value": 1}, "back-references"),
         (int, 1.5, "a whole number"),

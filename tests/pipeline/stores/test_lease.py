@@ -176,7 +176,7 @@ def test_it_is_lost_when_it_was_deleted(objects: Objects) -> None:
     with hold_lease(objects, URL, FaultLog()) as lock:
         objects.content = None
         wait_until(lambda: not any(thread.name == "renew lock" for thread in threading.enumerate()))
-        with pytest.raises(OutputError, match="somebody has taken the lock"):
+        with pytest.raises(OutputError, match="the lock of this run is gone: the output, or the bucket"):
             lock.check()
 
 
