@@ -16,6 +16,7 @@ from raymerge.pipeline.checkpoint.side_files import explain_left_out, find_side_
 from raymerge.pipeline.checkpoint.tying import has_own_head
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.memory import Transfer
 from raymerge.pipeline.plan.recipe import expand, open_model
@@ -146,6 +147,9 @@ def _gather_side_files(
     side_files: list[SideFile] = [*copied, *(Written(name, text) for name, text in found.masked)]
     warnings = [f"{donor.model}: {name} holds a credential, which the output gets as ***" for name, _ in found.masked]
     part = stores.at(donor.url).explain_part(donor.url)
+    if found.missing:
+        hint = f"; {part}" if part else ""
+        warnings.append(f"{donor.model}: {listing(found.missing)} missing, which its configs name (auto_map){hint}")
     if part and not any(is_tokenizer(file.name) for file in side_files):
         warnings.append(f"{donor.model}: there is no tokenizer, so the output gets none; {part}")
     for name in found.module_weights:

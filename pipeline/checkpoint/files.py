@@ -22,8 +22,9 @@ _SIDE = re.compile(
     (?!(?:adapter|peft|lora|ds|deepspeed|accelerate|train(?:ing|er)?|wandb)_)(?:[\w.-]+_)?config\.json
     | (?:config_sentence_transformers|configuration|modules|preprocessor|processor)\.json
     | (?:tokenizer|tekken|special_tokens_map|added_tokens|normalizer|chat_template)\.json
-    | (?:[\w.-]+[_-])?vocab\.(?:json|txt) | (?:[\w.-]+[_-])?merges\.txt | bpe\.codes | dict\.txt
-    | [\w.-]+\.(?:model(?:\.v\d+)?|tiktoken|spm|bpe|vocab|jinja) | additional_chat_templates/[\w.-]+\.jinja
+    | (?:byte_maps|emoji|word_pronunciation|word_shape)\.json
+    | (?:[\w.-]+[_-])?vocab(?:[_-]\w+)?\.(?:json|txt) | (?:[\w.-]+[_-])?merges\.txt | bpe\.codes | dict\.txt
+    | [\w.-]+\.(?:model(?:\.v\d+)?|tokenizer|tiktoken|spm|bpe|vocab|jinja) | additional_chat_templates/[\w.-]+\.jinja
     | (?:configuration|modell?ing|tokenization|feature_extraction|(?:image_|video_|audio_)?processing)_\w+\.py
     | (?i:(?:[\w .-]*[ _.-])?(?:licen[sc]e|notice|copying|use[_-]policy|terms[_-]of[_-]use)
       (?:[ _-][\w -]*)?(?:\.(?:txt|md|pdf|rst|html))?)
@@ -33,7 +34,7 @@ _SIDE = re.compile(
 """Files of a model besides its weights, at the top of its directory: configs, tokenizer, templates, code, licence."""
 
 _MAIN_WEIGHTS = re.compile(r"(?:model|pytorch_model)[\w.-]*\.(?:safetensors|bin)")
-_TOKENIZER = re.compile(r"tokenizer|tekken|(?:[\w.-]+[_-])?vocab\.|.*\.(?:model|tiktoken|spm)$")
+_TOKENIZER = re.compile(r"tokenizer|tekken|(?:[\w.-]+[_-])?vocab[._-]|.*\.(?:model|tokenizer|tiktoken|spm)$")
 _SECRET = re.compile(
     r"""
     (?:id_(?:rsa|dsa|ecdsa|ed25519)|authorized_keys|known_hosts|_?netrc|env|token)(?:\.\w+)?

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,6 +45,8 @@ class SideFiles:
     """Relative name, file."""
     masked: tuple[tuple[str, str], ...]
     """Those that hold a token: relative name, and the text without it."""
+    missing: tuple[str, ...]
+    """Files of code that configs name and that are not there."""
     module_weights: tuple[str, ...]
     """Those copied that are weights: of modules in directories of their own."""
     left_out: tuple[str, ...]
@@ -64,7 +67,7 @@ def find_side_files(stores: Stores, checkpoint: Checkpoint) -> SideFiles:
     weights = {file.url.removeprefix(f"{checkpoint.url}/") for file in checkpoint.weight_files}
     found = {name for name in files if is_side_file(name)}
     candidates = {name for name in files if _may_be_named(name) and name not in found | weights}
-    masked, sizes = {}, []
+    masked, sizes, missing = {}, [], set()
     todo = [CONFIG, *sorted(found)]
     while todo:
         name = todo.pop(0)
@@ -78,6 +81,8 @@ def find_side_files(stores: Stores, checkpoint: Checkpoint) -> SideFiles:
             sizes.append(files[name].nbytes)
             if not is_code and (safe := redact_json(text)) != text:
                 masked[name] = safe
+        if name.endswith("config.json"):
+            missing |= _find_code(name, text) - files.keys()
         if name == _MODULES:
             _check_modules(stores, checkpoint, text)
         named = _find_named(name, text, candidates)
@@ -88,6 +93,7 @@ def find_side_files(stores: Stores, checkpoint: Checkpoint) -> SideFiles:
     return SideFiles(
         copied=tuple((name, files[name]) for name in sorted(found) if name not in masked),
         masked=tuple(masked.items()),
+        missing=tuple(sorted(missing)),
         module_weights=tuple(name for name in sorted(found) if is_weights(name)),
         left_out=tuple(name for name in files if name not in found | weights and not is_rewritten(name)),
         read_nbytes=tuple(sizes),
@@ -157,6 +163,17 @@ def _find_named(name: str, text: str, candidates: Collection[str]) -> set[str]:
     return found
 
 
+def _find_code(name: str, text: str) -> set[str]:
+    """Return the files of code that a config's `auto_map` names, but for those in other repositories."""
+    config = None
+    with suppress(ValueError, RecursionError):
+        config = json.loads(text)
+    auto_map = config.get("auto_map") if isinstance(config, dict) else None
+    words = _list_words(list(auto_map.values())) if isinstance(auto_map, dict) else ()
+    here = [word.partition(".")[0] for word in words if "." in word and "--" not in word]
+    return {(PurePosixPath(name).parent / f"{module}.py").as_posix() for module in here}
+
+
 def _list_words(value: Any) -> Iterator[str]:
     """Yield the strings of a JSON value that may be names, keys too."""
     if isinstance(value, str):
@@ -185,7 +202,7 @@ def _check_modules(stores: Stores, checkpoint: Checkpoint, text: str) -> None:
     """Refuse a model whose list of modules names one that has weights, and whose weights are not there."""
     try:
         modules = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint.url}/{_MODULES}: not JSON: {error}") from error
     for module in modules if isinstance(modules, list) else ():
         path, kind = (str(module.get(key) or "") for key in ("path", "type")) if isinstance(module, dict) else ("", "")

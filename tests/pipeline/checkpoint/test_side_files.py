@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from raymerge import merge, plan, verify
 from raymerge.pipeline.checkpoint.checkpoint import resolve_model
-from raymerge.pipeline.checkpoint.files import is_tokenizer
+from raymerge.pipeline.checkpoint.files import is_of_model, is_tokenizer
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.side_files import SideFiles, find_side_files
 from raymerge.pipeline.errors import CheckpointError
@@ -92,6 +94,38 @@ def test_files_that_configs_and_code_name(single: Path) -> None:
     }
     write(single, {**named, "train.py": "", "unnamed.txt": "", "checkpoint-7/tokenizer.json": "{}"})
     assert copied(single) == sorted(named.keys() - {"config.json"})
+
+
+def test_every_file_that_transformers_saves() -> None:
+    """The names stand in its tokenizers, and among its constants."""
+    root = Path(transformers.__file__).parent
+    names = set(re.findall(r'_NAME = "([\w.-]+\.\w+)"', (root / "utils" / "__init__.py").read_text()))
+    for path in root.rglob("tokenization_*.py"):
+        for table in re.findall(r"VOCAB_FILES_NAMES\s*=\s*\{(.*?)\}", path.read_text(), re.DOTALL):
+            names |= set(re.findall(r":\s*[\"']([^\"']+)[\"']", table))
+    assert {"vocab-src.json", "sentencepiece.bpe.model", "tokenizer_config.json"} <= names
+    assert {name for name in names if not is_of_model(name)} == {"modelcard.json"}
+
+
+def test_code_that_is_missing(tmp_path: Path) -> None:
+    auto_map = {"AutoModel": "modeling_x.Model", "AutoTokenizer": ["tokenization_x.Slow", None], "A": "org/b--other.C"}
+    model = write_llama(tmp_path / "a", auto_map=auto_map)
+    write(model, {"modeling_x.py": ""})
+    (warning,) = plan(passthrough(model)).warnings
+    assert warning == f"{model}: tokenization_x.py missing, which its configs name (auto_map)"
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "modules.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[1]", "3", "null", '"x"', "[" * 100_000, '{"auto_map": [[1]]}', "\xff"]
+)
+def test_odd_json_is_copied_as_it_is(name: str, text: str, single: Path) -> None:
+    write(single, {name: text.encode("latin-1"), "other.txt": ""})
+    if name == "modules.json" and text[:2] in ("", "{", "[[", "\xff"):
+        with pytest.raises(CheckpointError, match=r"modules\.json: not JSON"):
+            find(single)
+    else:
+        assert copied(single) == [name]
 
 
 def test_secrets_are_never_copied(single: Path) -> None:
