@@ -82,3 +82,25 @@ class TiedView(View):
         if self._head is not None:
             rule += " and which is merged instead"
         return {**self._below.hidden(), self._stored_head: rule}
+
+
+class RenamedView(View):
+    """A model whose names begin in another way: `old` is seen as `new` at the beginning of each."""
+
+    def __init__(self, below: View, old: str, new: str) -> None:
+        self.ref = below.ref
+        self._below = below
+        self._stored = {new + name.removeprefix(old) if name.startswith(old) else name: name for name in below.names()}
+
+    def names(self) -> Collection[str]:
+        """Return the names below, each with the new beginning."""
+        return self._stored.keys()
+
+    def find(self, name: str) -> Source | None:
+        """Return the tensor that is seen under a name."""
+        stored = self._stored.get(name)
+        return None if stored is None else self._below.find(stored)
+
+    def hidden(self) -> Mapping[str, str]:
+        """Return those below, by their own names."""
+        return self._below.hidden()

@@ -21,6 +21,7 @@ from raymerge.pipeline.plan.accounts import Accounts, count_tensors
 from raymerge.pipeline.plan.forms import open_form
 from raymerge.pipeline.plan.forms.form import Form, Model, OutputTensor
 from raymerge.pipeline.plan.out_config import check_configs, make_out_config
+from raymerge.pipeline.plan.renaming import match_names
 from raymerge.pipeline.plan.resolve import COPY, Part, make_tensor_merge
 from raymerge.pipeline.plan.types import ParameterValue, TensorMerge
 
@@ -75,7 +76,10 @@ def expand(config: MergeConfig, models: Sequence[Model], seed: int = 0) -> Recip
         CheckpointError: no tensor is left.
         ConfigError: a slice reaches past a model's layers, or a parameter is missing.
     """
-    return expand_form(open_form(config, {model.ref: model for model in models}), models, seed)
+    models, warnings = match_names(models)
+    form = open_form(config, {model.ref: model for model in models})
+    form.warnings += warnings
+    return expand_form(form, models, seed)
 
 
 def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:

@@ -181,7 +181,8 @@ def test_layers_of_different_kinds_do_not_merge() -> None:
 
 def test_models_that_name_their_layers_differently() -> None:
     a = bare(["model.layers.0.w", "model.layers.1.w", "model.norm.weight"], num_hidden_layers=2)
-    b = bare([name.replace("model.", "model.language_model.") for name in a.shapes], num_hidden_layers=2)
+    names = [name.replace("model.", "model.language_model.") for name in a.shapes]
+    b = bare([*names, "model.visual.patch.weight"], num_hidden_layers=2)
     with pytest.raises(
         TensorMismatchError, match=r"layers are called model.layers.\* in a and model.language_model.layers.\* in b"
     ):
