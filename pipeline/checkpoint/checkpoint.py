@@ -100,7 +100,9 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
         raise CheckpointError(f"{url}: no {CONFIG}; a model is a directory with {CONFIG} and safetensors files{hint}")
     if not is_url(url):
         check_links(Path(url), [CONFIG])
-    config = redact_values(read_json(storage, f"{url}/{CONFIG}", _MAX_CONFIG_NBYTES))
+    stored = read_json(storage, f"{url}/{CONFIG}", _MAX_CONFIG_NBYTES)
+    config = redact_values(stored)
+    warnings = [] if config == stored else [f"{CONFIG} holds a credential, which no output gets"]
     weights = find_weights(storage, url, files, config, trust_headers=trust_headers)
     config.pop(EXPLICIT, None)  # the output's files have names of their own
     return Checkpoint(
@@ -111,7 +113,7 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
         index=weights.index,
         weight_map=weights.weight_map,
         trusts_headers=trust_headers,
-        warnings=tuple(f"{model}: {warning}" for warning in weights.warnings),
+        warnings=tuple(f"{model}: {warning}" for warning in (*warnings, *weights.warnings)),
         files=files,
     )
 
