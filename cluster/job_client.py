@@ -236,7 +236,19 @@ class JobClient:
                 raise self._explain(error, path) from None
         except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise ClusterConnectError(f"nobody answers at {self.address} ({reason}); {_ADVICE}") from None
+            advice = self._explain_proxy() or _ADVICE
+            raise ClusterConnectError(f"nobody answers at {self.address} ({reason}); {advice}") from None
+
+    def _explain_proxy(self) -> str:
+        """Say through which proxy the cluster was asked; nothing where it was asked directly."""
+        parts = urlsplit(self.address)
+        proxy = urllib.request.getproxies().get(parts.scheme)
+        if not proxy or urllib.request.proxy_bypass(parts.netloc):
+            return ""
+        return (
+            f"it was asked through the proxy {proxy.rpartition('@')[2]}, which {parts.scheme}_proxy names; if it is"
+            f" reached without one, add {parts.hostname} to no_proxy"
+        )
 
     def _explain(self, error: urllib.error.HTTPError, path: str) -> ClusterConnectError | JobError:
         """Return the error for an unsuccessful HTTP answer."""

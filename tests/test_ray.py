@@ -80,6 +80,20 @@ def test_nothing_of_ray_is_left_after_an_interrupt(config: dict[str, Any], tmp_p
     assert not any(Path(directory).exists() for directory in directories)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("127.0.0.1:1", "nobody answers at 127.0.0.1:1"),
+        ("http://127.0.0.1:8265", "http://127.0.0.1:8265 is not the address of a cluster"),
+        ("ray://127.0.0.1:10001", "ray://127.0.0.1:10001 is not the address of a cluster"),
+    ],
+)
+def test_auto_with_a_dead_address_in_the_environment(monkeypatch: pytest.MonkeyPatch, given: str, says: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", given)
+    with pytest.raises(ClusterConnectError, match=f"RAY_ADDRESS names the cluster that `auto` means: {says}"):
+        connect_ray("auto", {}).__enter__()
+
+
 @pytest.mark.slow
 def test_what_a_killed_run_leaves_of_ray_is_swept_by_the_next(config: dict[str, Any], tmp_path: Path) -> None:
     file = write_config(tmp_path / "merge.yml", config)

@@ -363,6 +363,20 @@ def test_jobs_that_fail_oddly(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
         server.shutdown()
 
 
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "http://me:hidden@127.0.0.1:9"])
+def test_a_dead_proxy_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+    outcome = cli("jobs", "list", "--address", "http://10.0.0.5:8265")
+    assert outcome.code == 2
+    assert "127.0.0.1:9, which http_proxy names; if it is reached without one" in outcome.err
+    assert "add 10.0.0.5 to no_proxy" in outcome.err
+    assert "hidden" not in outcome.err
+    monkeypatch.setenv("no_proxy", "10.0.0.5,127.0.0.1")
+    assert "proxy" not in cli("jobs", "list", "--address", "http://127.0.0.1:1").err
+
+
 class NotRay(BaseHTTPRequestHandler):
     """A server of another kind, at `/elsewhere` one that sends clients on."""
 

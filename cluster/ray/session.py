@@ -34,6 +34,9 @@ _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 _CONNECT_SECONDS = 5.0
 
+_MAX_SHOWN = 500
+"""Characters of Ray's own explanations in a message."""
+
 _HEAD_LOOK_SECONDS = 5.0
 """Between looks at whether the head is there."""
 
@@ -131,6 +134,8 @@ def connect_ray(address: str, variables: Mapping[str, str]) -> Iterator[RaySessi
     """
     if address != "auto":
         _check_address(address)
+    elif given := os.environ.get("RAY_ADDRESS"):
+        _check_variable(given)
     # a job's workers have what was submitted with it, and Ray refuses to be told twice
     runtime_env = {} if _JOB_VARIABLE in os.environ else {"py_modules": [raymerge], "env_vars": dict(variables)}
     with _connected(address, runtime_env=runtime_env) as session:
@@ -250,15 +255,33 @@ def _check_address(address: str) -> None:
         ) from None
 
 
+def _check_variable(address: str) -> None:
+    """Check the address that `auto` means: Ray itself tries for minutes, and prints a page of its log."""
+    if address in ("auto", "local"):
+        return
+    try:
+        _check_address(address)
+    except ClusterConnectError as error:
+        raise ClusterConnectError(
+            f"RAY_ADDRESS names the cluster that `auto` means: {error}; or unset it for the cluster of this machine"
+        ) from None
+
+
 def _explain(address: str, error: Exception) -> str:
     chain = [str(error)]
     cause: BaseException | None = error
     while (cause := cause.__cause__ or cause.__context__ if cause else None) is not None:
         chain.append(str(cause))
     text = "\n".join(chain)
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    first = lines[0] if not lines[0].endswith(":") else " ".join(" ".join(lines).split())[:_MAX_SHOWN]
     if address == "local":
         return f"Ray does not start on this machine: {first}; leave --ray out to merge without it"
+    if "Could not find any running Ray instance" in text:
+        return (
+            "no Ray cluster runs on this machine; start one (`ray start --head`), give the address of another machine's"
+            " with --address HOST:PORT, or start Ray for this merge alone with --ray"
+        )
     if "ersion mismatch" in text:
         return f"the Ray cluster at {address} does not fit to what is installed here: {' '.join(str(error).split())}"
     if "InvalidAuthToken" in text:
