@@ -12,10 +12,10 @@ import threading
 import time
 import types
 import warnings
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -24,6 +24,9 @@ from raymerge.cluster.errors import StoppedError, WorkerLostError
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.outcome import Done, Failed, make_picklable
 from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
+
+NUM_ATTEMPTS = 4
+"""How often an item is tried whose worker dies: memory that ran out, or a signal from outside."""
 
 _PATIENCE_SECONDS = 3.0
 """For workers to end what they are doing when the run is broken off."""
@@ -35,11 +38,24 @@ class _Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class _Lost:
+    """In place of a worker's message: it is dead."""
+
+    how: str
+
+
+@dataclass(slots=True)
 class _Worker:
     process: multiprocessing.process.BaseProcess
     connection: Connection
     life: Connection
     """Nobody else can write to it: that it is closed tells the worker that the driver is gone."""
+    slot: int
+    """Which of the workers that run at once it is."""
+    item: int = -1
+    """What it has in work."""
+    reported: Progress = field(default_factory=Progress)
+    """Progress of that item."""
 
 
 class StartMethod(Enum):
@@ -67,11 +83,13 @@ class ProcessRunner(Runner):
         *,
         preload: Sequence[str] = (),
         environments: Sequence[Mapping[str, str]] = (),
+        on_retry: Callable[[str], None] = lambda reason: None,
     ) -> None:
         if num_processes < 1:
             raise ValueError(f"{num_processes} processes are given, at least 1 is needed")
         self.num_processes = num_processes
         self._environments = environments or ({},)
+        self._on_retry = on_retry
         self._context: Any = multiprocessing.get_context(start_method.value)
         if start_method is StartMethod.FRESH:
             self._context.set_forkserver_preload(list(preload))
@@ -86,13 +104,14 @@ class ProcessRunner(Runner):
         resources: Sequence[Resources],
         on_progress: Report,
     ) -> Iterator[Result]:
-        """Yield each item's result as it comes; see `Runner.run`."""
+        """Yield each item's result as it comes; see `Runner.run`. The item of a worker that dies is done again."""
         waiting = deque(sorted(range(len(items)), key=lambda i: (-resources[i].cost, i)))
         workers: list[_Worker] = []
+        num_lost: Counter[int] = Counter()
         error: BaseException | None = None
         try:
-            for _ in range(min(self.num_processes, len(items))):
-                workers.append(self._start(work, workers))
+            for slot in range(min(self.num_processes, len(items))):
+                workers.append(self._start(work, workers, slot))
             busy = {worker.connection: worker for worker in workers if _assign(worker, items, waiting)}
             while busy:
                 for connection in wait(list(busy)):
@@ -100,8 +119,21 @@ class ProcessRunner(Runner):
                     worker = busy[connection]
                     message = _receive(worker)
                     if isinstance(message, Progress):
+                        worker.reported = _add(worker.reported, message)
                         on_progress(message)
                         continue
+                    if isinstance(message, _Lost):
+                        num_lost[worker.item] += 1
+                        if error is None and num_lost[worker.item] < NUM_ATTEMPTS:
+                            del busy[connection]
+                            on_progress(Progress(-worker.reported.read_nbytes, -worker.reported.written_nbytes))
+                            self._on_retry(message.how)
+                            waiting.appendleft(worker.item)
+                            worker = self._replace(work, worker, workers)
+                            _assign(worker, items, waiting)
+                            busy[worker.connection] = worker
+                            continue
+                        message = _give_up(message, num_lost[worker.item])
                     if isinstance(message, Failed):
                         waiting.clear()
                         error = error or message.error
@@ -118,7 +150,15 @@ class ProcessRunner(Runner):
         if error is not None:
             raise error
 
-    def _start(self, work: Work[Any, Any], others: Sequence[_Worker]) -> _Worker:
+    def _replace(self, work: Work[Any, Any], dead: _Worker, workers: list[_Worker]) -> _Worker:
+        """Start a worker in place of one that has died."""
+        dead.connection.close()
+        dead.life.close()
+        workers.remove(dead)
+        workers.append(self._start(work, workers, dead.slot))
+        return workers[-1]
+
+    def _start(self, work: Work[Any, Any], others: Sequence[_Worker], slot: int) -> _Worker:
         ours, theirs = self._context.Pipe()
         life, held = self._context.Pipe(duplex=False)
         if self._context.get_start_method() == "fork":
@@ -128,14 +168,14 @@ class ProcessRunner(Runner):
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
         else:
-            own = self._environments[len(others) % len(self._environments)]
+            own = self._environments[slot % len(self._environments)]
             environment = os.environ | own  # the fork server may be older than what is in it now
             process = self._context.Process(target=_serve_fresh, args=(theirs, life, environment, work), daemon=True)
             with _without_main():
                 process.start()
         theirs.close()
         life.close()
-        return _Worker(process, ours, held)
+        return _Worker(process, ours, held, slot)
 
 
 def start_fork_server(preload: Sequence[str]) -> None:
@@ -154,6 +194,7 @@ def make_local_runner(
     *,
     preload: Sequence[str] = (),
     environments: Sequence[Mapping[str, str]] = (),
+    on_retry: Callable[[str], None] = lambda reason: None,
 ) -> Runner:
     """Return the runner for this machine: with processes where they can be had and are of use, else threads.
 
@@ -162,11 +203,12 @@ def make_local_runner(
         start_method: how workers may come into being.
         preload: modules that workers need; imported once for all of them where they are started fresh.
         environments: variables that fresh workers have besides, the first worker the first of these and so on, in turn.
+        on_retry: told why an item is done again: its worker has died.
     """
     is_fork = start_method is StartMethod.FORK
     if num_workers == 1 or start_method is StartMethod.THREAD or (is_fork and sys.platform != "linux"):
         return LocalRunner(num_workers)
-    return ProcessRunner(num_workers, start_method, preload=preload, environments=environments)
+    return ProcessRunner(num_workers, start_method, preload=preload, environments=environments, on_retry=on_retry)
 
 
 _main_lock = threading.Lock()
@@ -188,9 +230,9 @@ def _assign(worker: _Worker, items: Sequence[Any], waiting: deque[int]) -> bool:
     """Give a worker its next item, if there is one."""
     if not waiting:
         return False
-    item = items[waiting.popleft()]
+    worker.item, worker.reported = waiting.popleft(), Progress()
     with suppress(BrokenPipeError):  # it has died; that is noticed when its answer is read
-        worker.connection.send(item)
+        worker.connection.send(items[worker.item])
     return True
 
 
@@ -200,15 +242,24 @@ def _stop(worker: _Worker) -> None:
         worker.connection.send(_Stop())
 
 
-def _receive(worker: _Worker) -> Progress | Done | Failed:
+def _receive(worker: _Worker) -> Progress | Done | Failed | _Lost:
     try:
         message: Progress | Done | Failed = worker.connection.recv()
     except (EOFError, ConnectionError):
         worker.process.join()
         code = worker.process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return Failed(WorkerLostError(f"a worker process {how}; what is finished is kept: run the same command again"))
+        return _Lost(f"its worker process {how}")
     return message
+
+
+def _give_up(lost: _Lost, num_attempts: int) -> Failed:
+    after = f"gave up an item after {num_attempts} attempts, at last because " if num_attempts > 1 else ""
+    return Failed(WorkerLostError(f"{after}{lost.how}; what is finished is kept: run the same command again"))
+
+
+def _add(one: Progress, other: Progress) -> Progress:
+    return Progress(one.read_nbytes + other.read_nbytes, one.written_nbytes + other.written_nbytes)
 
 
 def _end(workers: Sequence[_Worker], patience_seconds: float | None) -> None:

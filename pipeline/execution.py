@@ -80,7 +80,7 @@ def carry_out(
         narrator.progressed(progress)
 
     def retried(reason: str) -> None:
-        narrator.retried(stores.faults.note("ray", "shard", reason), 1)
+        narrator.retried(stores.faults.note("workers" if session is None else "ray", "shard", reason), 1)
 
     urls = [*outs, *(item.url for item in plan.inputs)]
     runner = make_runner(stores, plan.num_workers, urls, session, plan.gpus, retried)

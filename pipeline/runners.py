@@ -89,7 +89,8 @@ def make_runner(
         return ActorRunner(num_slots, num_sharing=gpus.num_sharing(num_workers), **options)
     environments = [{VARIABLE: gpu} for gpu in require_gpus()] if gpus is not None else []
     start_method = _choose_start_method(stores, urls, on_gpus=gpus is not None)
-    return make_local_runner(num_workers, start_method, preload=_list_modules(stores, urls), environments=environments)
+    preload = _list_modules(stores, urls)
+    return make_local_runner(num_workers, start_method, preload=preload, environments=environments, on_retry=on_retry)
 
 
 def count_slots(num_workers: int, session: RaySession | None = None, gpus: Gpus | None = None) -> int:

@@ -139,6 +139,19 @@ def test_a_closed_terminal_under_nohup(config: Path, undisturbed: dict[str, byte
     assert read_files(out) == undisturbed
 
 
+@pytest.mark.slow
+def test_a_killed_worker_costs_its_shard_alone(config: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    process = start_command("merge", config, out, *MANY)
+    wait_for_records(process, out, 20)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "retried: workers: shard: its worker process was killed by SIGKILL" in err
+    assert read_files(out) == undisturbed
+
+
 @pytest.fixture
 def half(config: Path, tmp_path: Path) -> Path:
     """An output with about half of its shards."""

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from raymerge.cluster.errors import WorkerLostError
-from raymerge.cluster.process_runner import ProcessRunner, StartMethod
+from raymerge.cluster.process_runner import NUM_ATTEMPTS, ProcessRunner, StartMethod
 from raymerge.cluster.runner import Progress, Report, Runner
 from tests.cluster.runner_contract import RunnerContract, even, nothing
 
@@ -69,9 +72,37 @@ def test_items_run_in_processes_of_their_own() -> None:
     assert os.getpid() not in set(ProcessRunner(2).run(own_pid, [1, 2, 3], even("abc"), nothing))
 
 
-def test_a_killed_worker_is_an_error_that_says_so() -> None:
-    with pytest.raises(WorkerLostError, match="SIGKILL"):
-        list(ProcessRunner(2).run(kill_itself, [1, 2, 3], even("abc"), nothing))
+def test_a_worker_that_dies_each_time_is_an_error_that_says_so() -> None:
+    reasons: list[str] = []
+    runner = ProcessRunner(2, on_retry=reasons.append)
+    with pytest.raises(WorkerLostError, match=r"after 4 attempts, at last because its worker process was .* SIGKILL"):
+        list(runner.run(kill_itself, [1, 2, 3], even("abc"), nothing))
+    assert reasons == ["its worker process was killed by SIGKILL"] * (NUM_ATTEMPTS - 1)
+    assert not multiprocessing.active_children()
+
+
+def die_at_first(item: int, report: Report, *, directory: Path) -> int:
+    """Items 1 and 3 have their worker killed once, after it has reported."""
+    report(Progress(read_nbytes=1))
+    if item in (1, 3):
+        with suppress(FileExistsError):
+            (directory / str(item)).touch(exist_ok=False)
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+@pytest.mark.parametrize("start_method", [StartMethod.FORK, StartMethod.FRESH])
+def test_items_of_dead_workers_are_done_again(tmp_path: Path, start_method: StartMethod) -> None:
+    reasons: list[str] = []
+    seen: list[int] = []
+    runner = ProcessRunner(2, start_method, on_retry=reasons.append)
+    work = partial(die_at_first, directory=tmp_path)
+    results = runner.run(work, list(range(6)), even("abcdef"), lambda progress: seen.append(progress.read_nbytes))
+    assert sorted(results) == list(range(6))
+    assert len(reasons) == 2
+    assert sum(seen) == 6, "what the dead workers had reported is taken back"
+    assert not multiprocessing.active_children()
 
 
 def test_an_error_that_cannot_be_pickled_keeps_its_text() -> None:
