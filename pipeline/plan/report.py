@@ -95,13 +95,15 @@ def plan_json(plan: MergePlan) -> str:
                 for task in plan.tasks
             ],
             "side_files": [file.name for file in plan.outputs[0].side_files if file.name != CONFIG],
-            "config": json.loads(plan.outputs[0].config_json),
+            # JSON has no Infinity, which config.json may: written as newer versions of transformers write it
+            "config": json.loads(plan.outputs[0].config_json, parse_constant=lambda name: {"__float__": name}),
             "dropped": list(plan.dropped),
             "warnings": list(plan.warnings),
             "advice": list(plan.advice),
         },
         indent=2,
         ensure_ascii=False,
+        allow_nan=False,
     )
     return redact(text)
 

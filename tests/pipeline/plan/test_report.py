@@ -14,7 +14,7 @@ from raymerge.pipeline.cli.formats import format_method
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.plan.report import format_plan, plan_json, plan_table, save_table
 from raymerge.pipeline.plan.types import MergePlan
-from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_sparse
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama, write_sparse
 
 HIDDEN, VOCAB = 512, 33_000
 """The embedding is larger than an input buffer can be."""
@@ -166,3 +166,10 @@ def test_a_method_for_people_says_all_that_it_takes(name: str) -> None:
 )
 def test_a_method_says_how_many_models_it_takes(name: str, models: str) -> None:
     assert models in format_method(load_ops()[name])
+
+
+def test_json_has_no_infinity_where_config_json_has_one(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "m", time_step_limit=[0.0, float("inf"), float("nan")])
+    text = plan_json(plan({"merge_method": "passthrough", "models": [{"model": str(model)}]}))
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert found["config"]["time_step_limit"] == [0.0, {"__float__": "Infinity"}, {"__float__": "NaN"}]
