@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from email.message import Message
 from email.utils import parsedate_to_datetime
+from urllib.request import getproxies, proxy_bypass
 
 from raymerge.pipeline.stores.retry import Fault
 
@@ -60,9 +61,9 @@ def explain_broken(error: Exception, host: str) -> BrokenError:
         fault = Fault("name lookup failed") if error.errno == socket.EAI_AGAIN else None
         return BrokenError(f"there is no host {host}: {error.strerror}; check the name and the network", fault)
     if isinstance(error, TimeoutError):
-        return BrokenError(f"{host} did not answer in time", Fault("timeout"))
+        return BrokenError(f"{host}{_name_proxy(host)} did not answer in time", Fault("timeout"))
     if isinstance(error, ConnectionRefusedError):
-        return BrokenError(f"{host} refuses connections", Fault("connection refused"))
+        return BrokenError(f"{host}{_name_proxy(host)} refuses connections", Fault("connection refused"))
     if isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS:
         return BrokenError(
             f"{host} does not speak TLS there; write http:// instead of https://, or check the port", None
@@ -74,6 +75,15 @@ def explain_broken(error: Exception, host: str) -> BrokenError:
     if isinstance(error, http.client.BadStatusLine | http.client.LineTooLong):
         return BrokenError(f"the answer of {host} is not HTTP", Fault("not HTTP"))
     return BrokenError(f"{host}: the request cannot be made: {type(error).__name__}", None)
+
+
+def _name_proxy(host: str) -> str:
+    """Name the proxy that a host is asked through, which may be the one with the fault; nothing where there is none."""
+    proxies = getproxies()
+    given = proxies.get("https") or proxies.get("http")
+    if not given or proxy_bypass(host):
+        return ""
+    return f", or the proxy {given.rpartition('@')[2]} that it is asked through (https_proxy, http_proxy, no_proxy),"
 
 
 def _find_wait(headers: Message) -> float | None:

@@ -22,7 +22,7 @@ from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError, O
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.web.client import WebClient
-from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError
+from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, explain_broken
 from raymerge.pipeline.stores.web.index import parse_index
 from raymerge.pipeline.stores.web.storage import WebStorage
 from tests.pipeline.stores.storage_contract import MIB, make_bytes, read_all, read_ranges
@@ -399,3 +399,14 @@ def test_an_endless_answer_is_not_read(server: FileServer) -> None:
     with pytest.raises(BrokenError, match=re.escape("more than 1,000 bytes")), answer:
         answer.read(1000)
     client.close()
+
+
+def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert str(explain_broken(ConnectionRefusedError(), "models.org")) == "models.org refuses connections"
+    monkeypatch.setenv("https_proxy", "http://me:hidden@10.0.0.1:3128")
+    said = str(explain_broken(ConnectionRefusedError(), "models.org"))
+    assert said.startswith("models.org, or the proxy 10.0.0.1:3128 that it is asked through")
+    monkeypatch.setenv("no_proxy", "models.org")
+    assert str(explain_broken(ConnectionRefusedError(), "models.org")) == "models.org refuses connections"
