@@ -9,15 +9,12 @@ import ssl
 import time
 from base64 import b64encode
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, REQUEST_SECONDS
 from raymerge.pipeline.stores.web.errors import BrokenError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 
 def make_connection(
@@ -107,7 +104,7 @@ class _TimedReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: WriteableBuffer) -> int | None:
+    def readinto(self, buffer: Any) -> int | None:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the request took too long")
