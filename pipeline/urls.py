@@ -116,8 +116,8 @@ def check_endpoint(setting: str, endpoint: str) -> None:
     Raises:
         FetchError: it is not, saying what it might have been.
     """
-    parts = urlsplit(endpoint)
     with suppress(ValueError):
+        parts = urlsplit(endpoint)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and " " not in endpoint:
             return
     hint = "" if "://" in endpoint else f"; did you mean https://{endpoint}, or http://{endpoint}?"

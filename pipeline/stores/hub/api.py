@@ -17,10 +17,12 @@ from huggingface_hub import (
     get_token,
     hf_raise_for_status,
 )
+from huggingface_hub.file_download import HfFileMetadata
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
 import raymerge
+from raymerge.pipeline.decoding import decode
 from raymerge.pipeline.errors import CorruptedError, FetchError
 from raymerge.pipeline.stores.hub.path import HubPath, find_endpoint, is_offline
 from raymerge.pipeline.stores.hub.session import StorageRefusalError, own_requests, quiet
@@ -101,8 +103,14 @@ class HubApi:
 
     def find_commit(self, place: HubPath) -> tuple[str, bool]:
         """Return the commit that a revision is now, and whether the repository is gated."""
-        info = self.ask("revision", lambda: self.hub.model_info(place.repo, revision=place.revision))
-        return str(info.sha), bool(info.gated)
+
+        def look() -> tuple[str, bool]:
+            info = self.hub.model_info(place.repo, revision=place.revision)
+            if not place.at(str(info.sha)).is_pinned:
+                raise TypeError(f"{info.sha!r} is given for a commit")
+            return str(info.sha), bool(info.gated)
+
+        return self.ask("revision", look)
 
     def list_tree(self, place: HubPath) -> dict[str, tuple[int, str]]:
         """Return size and etag of each file below a place, by its path in the repository."""
@@ -121,13 +129,17 @@ class HubApi:
 
     def find_file(self, place: HubPath) -> tuple[int, str] | None:
         """Return a file's size and etag; None where there is no such file, branch or repository."""
+
+        def look() -> tuple[int, str] | None:
+            infos = self.hub.get_paths_info(place.repo, [place.path], revision=place.revision)
+            return next((_size_and_etag(info) for info in infos if isinstance(info, RepoFile)), None)
+
         try:
-            infos = self.ask("stat", lambda: self.hub.get_paths_info(place.repo, [place.path], revision=place.revision))
+            return self.ask("stat", look)
         except RefusalError as error:
             if is_missing(error):
                 return None
             raise
-        return next((_size_and_etag(info) for info in infos if isinstance(info, RepoFile)), None)
 
     def find_content(self, place: HubPath) -> tuple[str, int | None, str]:
         """Return where a file's bytes are, which stay the same there; their size, where the Hub says it, and etag."""
@@ -136,7 +148,13 @@ class HubApi:
             return f"{find_endpoint()}/{place.repo}/resolve/{quote(revision, safe='')}/{quote(place.path)}"
 
         url = url_of(place.revision)
-        found = self.ask("HEAD", lambda: self.hub.get_hf_file_metadata(url=url))
+
+        def look() -> HfFileMetadata:
+            metadata = self.hub.get_hf_file_metadata(url=url)
+            origin_of(metadata.location)
+            return metadata
+
+        found = self.ask("HEAD", look)
         is_here = found.location == url and found.commit_hash is not None
         return url_of(found.commit_hash or "") if is_here else found.location, found.size, found.etag or ""
 
@@ -275,5 +293,17 @@ def is_missing(error: RefusalError) -> bool:
     return error.status == 404 or (error.status == 401 and _BAD_TOKEN not in str(error))
 
 
+def check_listed(path: object, nbytes: object, etag: object) -> None:
+    """Make sure that path, size and etag of a file, as a Hub lists it, are those of one; raises TypeError."""
+    names = decode(path, str).split("/")
+    if not {"", ".", ".."}.isdisjoint(names) or "\0" in str(path):
+        raise TypeError(f"{path!r} is given for a path")
+    if decode(nbytes, int) < 0 or not decode(etag, str):
+        raise TypeError(f"{path!r} has {nbytes} bytes, etag {etag!r}")
+
+
 def _size_and_etag(file: RepoFile) -> tuple[int, str]:
-    return file.size, file.lfs.sha256 if file.lfs else file.blob_id
+    """Return a file's size and etag; raises TypeError where the answer is not that of a Hub."""
+    etag = file.lfs.sha256 if file.lfs else file.blob_id
+    check_listed(file.path, file.size, etag)
+    return file.size, etag

@@ -14,7 +14,7 @@ from huggingface_hub import BucketFile
 
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.stores.files import StoredFile, check_same
-from raymerge.pipeline.stores.hub.api import LOG_IN, is_missing
+from raymerge.pipeline.stores.hub.api import LOG_IN, check_listed, is_missing
 from raymerge.pipeline.stores.hub.files import XET_NBYTES, HubFiles
 from raymerge.pipeline.stores.hub.path import find_endpoint, is_offline
 from raymerge.pipeline.stores.hub.session import quiet
@@ -76,7 +76,8 @@ class BucketStorage(HubFiles):
 
         def collect() -> list[BucketFile]:
             entries = self.api.hub.list_bucket_tree(place.bucket, prefix or None, recursive=True)
-            return [entry for entry in entries if isinstance(entry, BucketFile) and entry.path.startswith(prefix)]
+            files = [_checked(entry) for entry in entries if isinstance(entry, BucketFile)]
+            return [file for file in files if file.path.startswith(prefix)]
 
         try:
             found = self._ask("list", url, collect)
@@ -168,7 +169,11 @@ class BucketStorage(HubFiles):
             FileNotFoundError: there is no such file, or no such bucket.
         """
         place = _parse(url)
-        found = self._ask("stat", url, lambda: list(self.api.hub.get_bucket_paths_info(place.bucket, [place.path])))
+
+        def look() -> list[BucketFile]:
+            return [_checked(file) for file in self.api.hub.get_bucket_paths_info(place.bucket, [place.path])]
+
+        found = self._ask("stat", url, look)
         if not found:
             raise FileNotFoundError(f"{url}: no such file")
         return found[0]
@@ -222,6 +227,12 @@ class _BucketWriter(SpoolWriter):
 
 def _content_url(place: _Place) -> str:
     return f"{find_endpoint()}/buckets/{place.bucket}/resolve/{quote(place.path, safe='')}"
+
+
+def _checked(file: BucketFile) -> BucketFile:
+    """Return the metadata of a file if its types are those of a Hub; raises TypeError where they are not."""
+    check_listed(file.path, file.size, file.xet_hash)
+    return file
 
 
 def _stored_file(url: str, file: BucketFile) -> StoredFile:

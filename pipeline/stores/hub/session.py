@@ -37,6 +37,9 @@ _NOISE: tuple[tuple[str, type[Warning]], ...] = (
 )
 """Warnings of huggingface_hub and httpx2 about each other and about us, which nobody can do anything about."""
 
+_AGENTS = "/api/agent-harnesses"
+"""Asked for by huggingface_hub for its user agent; it keeps any answer for a day, and fails with one that is odd."""
+
 _endpoint: ContextVar[str | None] = ContextVar("_endpoint", default=None)
 """The Hub's endpoint that this context asks; None while others use huggingface_hub."""
 
@@ -56,6 +59,8 @@ class HubSession(httpx2.Client):
         endpoint = _endpoint.get()
         if endpoint is None:
             return super().send(request, **options)
+        if request.url.path == _AGENTS:
+            raise BrokenError("not asked for", None)
         if origin_of(str(request.url)) != origin_of(endpoint):
             request.headers.pop("Authorization", None)
         seconds = _BODY_SECONDS if request.method == "PUT" or "/commit/" in request.url.path else REQUEST_SECONDS
@@ -103,7 +108,7 @@ def own_requests(endpoint: str) -> Iterator[None]:
         yield
     except MergeError:
         raise
-    except (httpx2.HTTPError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # huggingface_hub takes the types in an answer for granted
         raise _translate(error) from None
     finally:
         _endpoint.reset(token)
@@ -163,6 +168,8 @@ def _translate(error: Exception) -> Exception:
     cause = error.__cause__
     if isinstance(error, HfHubHTTPError):
         return _refusal_of(error.response)
+    if isinstance(error, RefusalError | BrokenError):
+        return error
     if isinstance(cause, RefusalError | BrokenError):
         return cause
     if isinstance(cause, HfHubHTTPError):
@@ -170,7 +177,7 @@ def _translate(error: Exception) -> Exception:
     if isinstance(error, JSONDecodeError):
         hint = "is HF_ENDPOINT the address of a Hub, and is no login page in between?"
         return BrokenError(f"the answer is not JSON; {hint}", None)
-    if isinstance(error, TypeError | KeyError):
+    if isinstance(error, TypeError | LookupError | AttributeError | ArithmeticError | RecursionError):
         return BrokenError(f"the answer is not that of a Hub: {type(error).__name__}: {one_line(error)}", None)
     why = f": {type(cause).__name__}: {one_line(cause)}" if isinstance(cause, Exception) else ""
     return BrokenError(f"{one_line(error)}{why}", None)

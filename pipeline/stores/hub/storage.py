@@ -6,6 +6,7 @@ published yet.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,8 @@ from raymerge.pipeline.stores.seam import Lock, Writer
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError
 
 _JOURNAL = ".raymerge"
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+"""An etag of the Hub: the hash of a file's content."""
 
 Tree = Mapping[str, tuple[int, str]]
 
@@ -229,6 +232,8 @@ class HubStorage(HubFiles):
     def locate(self, file: StoredFile) -> str:  # noqa: D102
         place = parse_hub_url(file.url)
         url, nbytes, etag = self.api.find_content(place)
+        if not _HASH.fullmatch(etag):  # a mirror may give none, or one of its own
+            etag = file.etag if place.is_pinned else (self._find_on_branch(place) or (0, ""))[1]
         check_same(file, file.nbytes if nbytes is None else nbytes, etag)
         return url
 

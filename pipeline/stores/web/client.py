@@ -17,7 +17,7 @@ from email.message import Message
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Self
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, urljoin
 
 from raymerge import __version__
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, REQUEST_SECONDS
@@ -28,6 +28,7 @@ from raymerge.pipeline.stores.web.connection import (
     make_response,
     make_tls,
     proxy_credentials,
+    split_web_url,
 )
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, explain_broken
 
@@ -50,10 +51,13 @@ class Reply(NamedTuple):
 def origin_of(url: str) -> tuple[str, str, int]:
     """Return scheme, host and port: what credentials are for.
 
+    Raises:
+        BrokenError: it is not the URL of a web server.
+
     >>> origin_of("https://user@Host/a")
     ('https', 'host', 443)
     """
-    parts = urlsplit(url)
+    parts = split_web_url(url)
     return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
@@ -91,9 +95,7 @@ class WebClient:
             if not redirects or answer.status not in _REDIRECTS or location is None:
                 return answer
             answer.finish()
-            target = urljoin(url, location)
-            if urlsplit(target).scheme not in ("https", urlsplit(url).scheme):
-                raise BrokenError(f"redirected from {urlsplit(url).scheme} to {urlsplit(target).scheme}", None)
+            target = _find_target(url, location)
             if origin_of(target) != origin_of(url):
                 headers = {name: value for name, value in headers.items() if name.lower() not in _SECRET_HEADERS}
             url = target
@@ -147,7 +149,7 @@ class WebClient:
             self._idle.setdefault(key, []).append(connection)
 
     def _send(self, method: str, url: str, headers: Mapping[str, str]) -> Answer:
-        parts = urlsplit(url)
+        parts = split_web_url(url)
         proxy = find_proxy(parts)
         key = (*origin_of(url), proxy and proxy.geturl())
         target = parts._replace(fragment="").geturl() if proxy and parts.scheme == "http" else _target_of(parts)
@@ -262,6 +264,18 @@ class Answer:
         else:
             response.close()
             self._connection.close()
+
+
+def _find_target(url: str, location: str) -> str:
+    """Return where a redirect leads; raises BrokenError where that is nowhere, or to where secrets could be read."""
+    try:
+        target = urljoin(url, location)
+    except ValueError:
+        target = location
+    scheme = split_web_url(url).scheme
+    if split_web_url(target).scheme not in ("https", scheme):
+        raise BrokenError(f"redirected from {scheme} to {split_web_url(target).scheme}", None)
+    return target
 
 
 def _target_of(parts: SplitResult) -> str:

@@ -9,6 +9,7 @@ import ssl
 import time
 from base64 import b64encode
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -62,13 +63,37 @@ def make_tls() -> ssl.SSLContext:
         raise BrokenError(f"no certificates: {hint}: {error}", None) from None
 
 
+def split_web_url(url: str) -> SplitResult:
+    """Return the parts of a web server's URL, which a server may have sent.
+
+    Raises:
+        BrokenError: it is none.
+    """
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    raise BrokenError(f"{url[:200]!r} is not the URL of a web server", None)
+
+
 def find_proxy(parts: SplitResult) -> SplitResult | None:
-    """Return the proxy that the environment names for a URL, if it does."""
+    """Return the proxy that the environment names for a URL, if it does.
+
+    Raises:
+        BrokenError: what it names is not the URL of one.
+    """
     proxies = getproxies()
     found = proxies.get(parts.scheme) or proxies.get("all")
     if not found or proxy_bypass(parts.hostname or ""):
         return None
-    return urlsplit(found if "://" in found else f"http://{found}")
+    try:
+        proxy = urlsplit(found if "://" in found else f"http://{found}")
+        _ = proxy.port
+    except ValueError:
+        raise BrokenError(
+            "the proxy that the environment names (http_proxy, https_proxy or all_proxy) is no URL", None
+        ) from None
+    return proxy
 
 
 def proxy_credentials(proxy: SplitResult) -> dict[str, str]:

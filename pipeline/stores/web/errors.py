@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import ssl
 import time
@@ -16,6 +17,7 @@ from raymerge.pipeline.stores.retry import Fault
 
 _MAX_MESSAGE_NBYTES = 2000
 _PASSING = (408, 429, 500, 502, 503, 504)
+_SECONDS = re.compile(r"[0-9]{1,9}")
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")
 """OpenSSL's codes for an answer that is not TLS; a connection that breaks gives others."""
 
@@ -89,15 +91,15 @@ def _name_proxy(host: str) -> str:
 def _find_wait(headers: Message) -> float | None:
     """Return the seconds that the server asks to be left alone: as a number, a date, or the Hub's RateLimit header."""
     asked = (headers.get("Retry-After") or "").strip()
-    if asked.isdigit():
+    if _SECONDS.fullmatch(asked):
         return float(asked)
     if asked:
         try:
             return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     fields = dict(part.strip().partition("=")[::2] for part in (headers.get("RateLimit") or "").split(";"))
-    return float(fields["t"]) if fields.get("r") == "0" and fields.get("t", "").isdigit() else None
+    return float(fields["t"]) if fields.get("r") == "0" and _SECONDS.fullmatch(fields.get("t", "")) else None
 
 
 def _find_reason(content: bytes) -> str:
@@ -105,6 +107,6 @@ def _find_reason(content: bytes) -> str:
     text = content[:_MAX_MESSAGE_NBYTES].decode(errors="replace").strip()
     if text.startswith("<"):
         return ""
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         text = str(json.loads(content)["error"])
     return " ".join(text.split())[:300]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from html.parser import HTMLParser
 from urllib.parse import unquote, urldefrag, urljoin
 
@@ -41,10 +42,14 @@ def parse_index(content_type: str, content: bytes, url: str) -> list[tuple[str, 
     if content_type != "text/html":
         return []
     parser = _LinkParser()
-    parser.feed(content.decode(errors="replace"))
+    with suppress(AssertionError):  # of html.parser, about markup that it cannot read; the links before it count
+        parser.feed(content.decode(errors="replace"))
     found: dict[str, bool] = {}
     for link in parser.links:
-        target = urldefrag(urljoin(url, link)).url
+        try:
+            target = urldefrag(urljoin(url, link)).url
+        except ValueError:
+            continue
         rest = target.removeprefix(url)
         name = unquote(rest.removesuffix("/"))
         if target != rest and "?" not in rest and _is_name(name):
@@ -56,7 +61,7 @@ def parse_weight_names(content: bytes) -> list[str]:
     """Return the files that a model's index names; none where it is damaged, which whoever plans with it will say."""
     try:
         return sorted({name for name in json.loads(content)["weight_map"].values() if _is_name(name)})
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []
 
 
@@ -64,7 +69,7 @@ def _parse_json(content: bytes) -> list[tuple[str, bool]]:
     """Read what nginx writes with `autoindex_format json`."""
     try:
         entries = [(entry["name"], entry["type"] == "directory") for entry in json.loads(content)]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return []
     return [(name, is_directory) for name, is_directory in entries if _is_name(name)]
 

@@ -13,7 +13,8 @@ from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.web.client import Answer, WebClient
 from raymerge.pipeline.stores.web.errors import RefusalError
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
+_NBYTES = re.compile(r"[0-9]{1,18}")
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def changed(file: StoredFile, nbytes: int | None, etag: str | None) -> FetchErro
 def parse_nbytes(headers: Message) -> int | None:
     """Return the Content-Length, where there is a sensible one."""
     text = headers.get("Content-Length") or ""
-    return int(text) if text.isdigit() else None
+    return int(text) if _NBYTES.fullmatch(text) else None
 
 
 def _check_status(answer: Answer, file: StoredFile, start: int, stop: int) -> None:
@@ -84,6 +85,6 @@ def _check_status(answer: Answer, file: StoredFile, start: int, stop: int) -> No
             )
     elif answer.status in (412, 416):
         total = (answer.headers.get("Content-Range") or "").rpartition("/")[2]
-        raise changed(file, int(total) if total.isdigit() else None, etag)
+        raise changed(file, int(total) if _NBYTES.fullmatch(total) else None, etag)
     else:
         raise RefusalError(answer.status, answer.headers, answer.read() if answer.status >= 400 else b"")
