@@ -11,6 +11,7 @@ from raymerge.pipeline.checkpoint.reference import ModelRef
 Json = dict[str, Any]
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+_MAX_LAYERS = 100_000
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 _MEANING_FIELDS = (
     "model_type", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_dim", "rotary_pct", "alibi",
@@ -116,7 +117,8 @@ def compare_configs(configs: Sequence[tuple[ModelRef, Json]], *, is_stack: bool 
 
 
 def _layer_count_key(part: Json) -> str | None:
-    return next((key for key in LAYER_COUNTS if type(part.get(key)) is int), None)
+    counts = {key: part[key] for key in LAYER_COUNTS if type(part.get(key)) is int}
+    return next((key for key, count in counts.items() if 0 < count <= _MAX_LAYERS), None)
 
 
 def list_field(config: Json, field: str) -> list[Any]:

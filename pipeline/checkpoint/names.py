@@ -8,6 +8,12 @@ from dataclasses import dataclass
 
 _NUMBER = re.compile(r"(?:^|\.)(0|[1-9][0-9]{0,5})\.")
 """A layer's number as checkpoints write it; with leading zeros it is a name like any other."""
+CAUSAL_MASKS = (".attn.bias", ".attention.bias")
+"""Names of buffers of shape [1, 1, n, n]; in any other shape, such a tensor is a weight."""
+OPTIONAL_BUFFERS = (".masked_bias", ".position_ids", *CAUSAL_MASKS)
+"""Names of buffers that checkpoints of one model may have or lack."""
+COMPUTED_BUFFER = "rotary_emb.inv_freq"
+"""Name of a buffer that models compute when they are loaded."""
 _DIGITS = re.compile(r"([0-9]+)")
 
 

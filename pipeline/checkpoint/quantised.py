@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.names import OPTIONAL_BUFFERS
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.messages import counted
 
@@ -19,7 +20,7 @@ _AT_LOAD = "bitsandbytes"
 """Quantises whole weights when they are loaded: a fine-tune that was merged back to 16 bits often keeps its section."""
 
 _SCALE = re.compile(
-    r"(?<![^.])(?:absmax|quant_map|quant_state\.[\w.]+|SCB|q?zeros|zero_point|g_idx|codebooks?|(?:\w+_)?scales?(?:_inv)?)$"
+    r"(?<![^.])(?:absmax|quant_map|quant_state\.[\w.]+|SCB|q?zeros|zero_point|g_idx|codebooks?|(?!logit|layer|norm|residual)(?:\w+_)?scales?(?:_inv)?)$"
 )
 """The last part of the name of what packed values need."""
 _WIDE = ("I64", "U64", "BOOL", "C64")
@@ -57,7 +58,7 @@ class Quantisation:
             return None
         return (
             f"quantised ({stated}), and yet none of its tensors holds packed numbers; if it was dequantised, take that"
-            " out of its files, and if not, use the model that it was made from"
+            " out of its files; a model that is made to be quantised when it is loaded is not supported"
         )
 
 
@@ -71,21 +72,22 @@ def find_quantisation(
         files: relative names of its side files.
         tensors: its tensors by name.
     """
-    stated = [name for name in files if name in QUANTISED_FILES]
+    found = [name for name in files if name in QUANTISED_FILES]
+    stated = list(found)
     methods = set()
     todo: list[tuple[str, Mapping[str, Any]]] = [("", config)]
     while todo:
         prefix, section = todo.pop()
         for key, value in section.items():
             if key in _SECTIONS and value:
-                method = value.get("quant_method") if isinstance(value, dict) else None
+                method = str(value.get("quant_method") or "") if isinstance(value, dict) else ""
                 methods.add(method)
                 stated.append(f"config.json: {prefix}{key}" + (f" ({method})" if method else ""))
             elif isinstance(value, dict):
                 todo.append((f"{prefix}{key}.", value))
     scaled = {prefix for name in tensors for prefix in _list_scaled(name)}
     packed = [tensor for tensor in tensors.values() if _is_packed(tensor, scaled, is_stated=bool(stated))]
-    return Quantisation(tuple(stated), tuple(packed), len(stated) == 1 and methods == {_AT_LOAD})
+    return Quantisation(tuple(stated), tuple(packed), methods == {_AT_LOAD} and not found)
 
 
 def drop_quantisation(config: dict[str, Any]) -> None:
@@ -116,6 +118,6 @@ def _is_packed(tensor: StoredTensor, scaled: Collection[str], *, is_stated: bool
         return False
     if tensor.dtype.startswith(("F8", "F6", "F4")):
         return True
-    if len(tensor.shape) < 2:
+    if len(tensor.shape) < 2 or tensor.name.endswith((*OPTIONAL_BUFFERS, "mask")):
         return False
     return is_stated or tensor.name in scaled or tensor.name.rpartition(".")[0] in scaled

@@ -206,7 +206,7 @@ def _check_modules(stores: Stores, checkpoint: Checkpoint, text: str) -> None:
         raise CheckpointError(f"{checkpoint.url}/{_MODULES}: not JSON: {error}") from error
     for module in modules if isinstance(modules, list) else ():
         path, kind = (str(module.get(key) or "") for key in ("path", "type")) if isinstance(module, dict) else ("", "")
-        kind = kind.rpartition(".")[2]
+        kind, path = kind.rpartition(".")[2], PurePosixPath(path).as_posix() if path else ""
         has_weights = any(name.startswith(f"{path}/") and is_weights(name) for name in checkpoint.files)
         if path and kind in _WITH_WEIGHTS and not has_weights:
             advice = stores.at(checkpoint.url).advise_download(checkpoint.url)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from raymerge.pipeline.checkpoint.model_config import Json, ties_embeddings
 from raymerge.pipeline.checkpoint.names import split_name
@@ -20,8 +20,8 @@ _EMBEDDINGS = (
     "embed_in.weight",
 )
 _HEADLESS = re.compile(r"(Classification|QuestionAnswering|(?<!Head)(?<!Heads)Model)$")
-_MIN_CHUNK_NBYTES = 2**16
-_MAX_CHUNK_NBYTES = 2**23
+_SAMPLE_NBYTES = 2**15
+_NUM_SAMPLES = 256
 
 
 def find_head(names: Iterable[str]) -> str | None:
@@ -80,28 +80,27 @@ def is_tied(config: Json, names: Collection[str], *, has_own_head: bool = False)
 def has_own_head(stores: Stores, config: Json, tensors: Mapping[str, StoredTensor]) -> bool:
     """Return whether config.json says that the head is the embedding, and a head of other values is stored.
 
-    transformers 5 then uses the stored one (`PreTrainedModel.tie_weights`). Reads both up to the first difference.
+    transformers 5 then uses the stored one (`PreTrainedModel.tie_weights`). At most 8 MiB of each are compared, evenly
+    spread with both ends among them: training changes a head everywhere.
 
     Raises:
         FetchError: the file could not be read.
     """
     head, embedding = (tensors.get(find(tensors) or "") for find in (find_head, find_embedding))
-    if head is None or embedding is None or not ties_embeddings(config):
+    if head is None or embedding is None or not ties_embeddings(config) or is_headless(config):
         return False
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         return True
-    start, size = 0, _MIN_CHUNK_NBYTES
-    while start < head.nbytes:
-        stop = min(head.nbytes, start + size)
-        if len({_read(stores, tensor, start, stop) for tensor in (head, embedding)}) == 2:
-            return True
-        start, size = stop, min(2 * size, _MAX_CHUNK_NBYTES)
-    return False
+    num_steps = -(-head.nbytes // _SAMPLE_NBYTES)
+    steps = sorted({k * max(0, num_steps - 1) // (_NUM_SAMPLES - 1) for k in range(_NUM_SAMPLES)})
+    parts = [(k * _SAMPLE_NBYTES, min(head.nbytes, (k + 1) * _SAMPLE_NBYTES)) for k in steps]
+    return any(_read(stores, head, some) != _read(stores, embedding, some) for some in (parts[:1], parts[1:]))
 
 
-def _read(stores: Stores, tensor: StoredTensor, start: int, stop: int) -> bytes:
-    """Return the bytes [start, stop) of a stored tensor."""
-    data = bytearray(stop - start)
-    place = ByteRange(tensor.file, tensor.start + start, tensor.start + stop)
-    stores.at(tensor.file.url).read_into([place], [memoryview(data)])
-    return bytes(data)
+def _read(stores: Stores, tensor: StoredTensor, parts: Sequence[tuple[int, int]]) -> list[bytearray]:
+    """Return some parts of a stored tensor, each as bytes [start, stop)."""
+    ranges = [ByteRange(tensor.file, tensor.start + start, tensor.start + stop) for start, stop in parts]
+    contents = [bytearray(place.nbytes) for place in ranges]
+    if ranges:
+        stores.at(tensor.file.url).read_into(ranges, [memoryview(content) for content in contents])
+    return contents

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
@@ -13,6 +13,7 @@ from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.resolve import COPY
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.seam import Storage
 
 _MAX_NBYTES = 2**16
 """Of a tensor: larger ones are compared where they are copied."""
@@ -29,9 +30,11 @@ def check_integers(stores: Stores, merges: Iterable[TensorMerge]) -> None:
         FetchError: a file could not be read.
     """
     copied = [merge for merge in merges if merge.op == COPY and len(merge.sources) > 1]
+    compared = [merge for merge in copied if merge.nbytes <= _MAX_NBYTES][:_MAX_COMPARED]
+    found = _read_all(stores, [source for merge in compared for source in merge.sources])
     different = []
-    for merge in [merge for merge in copied if merge.nbytes <= _MAX_NBYTES][:_MAX_COMPARED]:
-        first, *others = contents = [_read(stores, source) for source in merge.sources]
+    for merge in compared:
+        first, *others = contents = [found[source] for source in merge.sources]
         if any(other != first for other in others):
             models = (source.model for source in merge.sources)
             values = zip(models, (_show(merge, content) for content in contents), strict=True)
@@ -44,12 +47,17 @@ def check_integers(stores: Stores, merges: Iterable[TensorMerge]) -> None:
         )
 
 
-def _read(stores: Stores, source: Source) -> bytes:
-    """Return the bytes of a source."""
-    pieces = source.ranges(0, source.num_elements)
-    buffers = [bytearray(piece.nbytes) for piece in pieces]
-    stores.at(pieces[0].file.url).read_into(pieces, [memoryview(buffer) for buffer in buffers])
-    return b"".join(buffers)
+def _read_all(stores: Stores, sources: Sequence[Source]) -> dict[Source, bytes]:
+    """Return the bytes of some sources; those of one storage are read together."""
+    pieces = {source: source.ranges(0, source.num_elements) for source in sources}
+    buffers = {source: [bytearray(piece.nbytes) for piece in pieces[source]] for source in sources}
+    by_storage: dict[Storage, list[Source]] = {}
+    for source in pieces:
+        by_storage.setdefault(stores.at(pieces[source][0].file.url), []).append(source)
+    for storage, stored in by_storage.items():
+        ranges = [piece for source in stored for piece in pieces[source]]
+        storage.read_into(ranges, [memoryview(buffer) for source in stored for buffer in buffers[source]])
+    return {source: b"".join(parts) for source, parts in buffers.items()}
 
 
 def _show(merge: TensorMerge, content: bytes) -> str:

@@ -45,8 +45,9 @@ def make_out_config(form: Form, merges: Sequence[TensorMerge], donor: Model) -> 
                 f"tie_word_embeddings: false ({donor.ref} has it tied)"
             )
     elif not out_has_head:
-        had_head = not donor.is_tied and find_head(donor.view.names())
-        if had_head or (donor.is_tied and contradicts_itself_on_tying(config)):
+        is_another_tied = any(model.is_tied for model in form.models.values())
+        loses_head = not donor.is_tied and find_head(donor.view.names()) is not None
+        if (loses_head and is_another_tied) or (donor.is_tied and contradicts_itself_on_tying(config)):
             set_tied(config, True)
     nbytes_by_dtype: Counter[str] = Counter()
     for merge in merges:
@@ -68,7 +69,8 @@ def check_configs(models: Iterable[Model], *, moves_layers: bool) -> list[str]:
     warnings = compare_configs([(model.ref, model.config) for model in models], is_stack=moves_layers)
     for model in models:
         stated = count_layers(model.config)
-        if stated is not None and stated > model.layers.num_layers:
+        groups = text_part(model.config).get("num_hidden_groups")  # layers of ALBERT share their weights
+        if stated is not None and stated > model.layers.num_layers and groups is None:
             warnings.append(
                 f"{model.ref}: config.json states {counted(stated, 'layer')}, and the checkpoint has"
                 f" {model.layers.num_layers}; is it complete?"
@@ -95,7 +97,8 @@ def _check_head(model: Model) -> Iterator[str]:
         )
     outside = (model.view.find(name) for name in model.view.names() if split_name(name) is None)
     alike = [source.name for source in outside if source and source.shape == embedding.shape]
-    if stated is False and head is None and alike == [embedding.name]:
+    is_inside = "." in embedding.name.removesuffix(".weight")  # a model without a head keeps the names of its inside
+    if stated is False and head is None and is_inside and alike == [embedding.name]:
         yield (
             f"{model.ref}: config.json says tie_word_embeddings: false, and no head is stored, so loaders make one of"
             " random numbers; if the embedding is the head, say true there"

@@ -9,7 +9,13 @@ from raymerge.ops.registry import Base, find_op
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
-from raymerge.pipeline.checkpoint.names import find_layers, natural_key
+from raymerge.pipeline.checkpoint.names import (
+    CAUSAL_MASKS,
+    COMPUTED_BUFFER,
+    OPTIONAL_BUFFERS,
+    find_layers,
+    natural_key,
+)
 from raymerge.pipeline.checkpoint.quantised import find_quantisation
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
 from raymerge.pipeline.checkpoint.tying import find_embedding, is_tied
@@ -24,10 +30,6 @@ from raymerge.pipeline.plan.out_config import check_configs, make_out_config
 from raymerge.pipeline.plan.renaming import match_names
 from raymerge.pipeline.plan.resolve import COPY, Part, make_tensor_merge
 from raymerge.pipeline.plan.types import ParameterValue, TensorMerge
-
-_CAUSAL_MASKS = (".attn.bias", ".attention.bias")
-"""Names of buffers of shape [1, 1, n, n]; in any other shape, such a tensor is a weight."""
-_OPTIONAL_BUFFERS = (".masked_bias", ".position_ids", *_CAUSAL_MASKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,9 @@ def expand(config: MergeConfig, models: Sequence[Model], seed: int = 0) -> Recip
         CheckpointError: no tensor is left.
         ConfigError: a slice reaches past a model's layers, or a parameter is missing.
     """
+    for model in models:
+        _check_not_quantised(model)
+        _check_gathered(model)
     models, warnings = match_names(models)
     form = open_form(config, {model.ref: model for model in models})
     form.warnings += warnings
@@ -84,9 +89,6 @@ def expand(config: MergeConfig, models: Sequence[Model], seed: int = 0) -> Recip
 
 def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:
     """Work out every output tensor of a form; see `expand`."""
-    for model in models:
-        _check_not_quantised(model)
-        _check_gathered(model)
     warnings = check_configs(models, moves_layers=form.moves_layers)
     accounts = Accounts()
     found = (_resolve(output, accounts, seed) for output in form.list_tensors())
@@ -100,7 +102,7 @@ def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:
         *form.warnings,
         *more,
         *_warn_of_float64(merges),
-        *_warn_of_rounding(merges),
+        *_warn_of_rounding(merges, form.config.keep_float32),
         *_warn_of_cancelling_weights(merges),
     ]
     for model in form.models.values():
@@ -164,11 +166,11 @@ def _resolve(output: OutputTensor, accounts: Accounts, seed: int) -> TensorMerge
 
 def _find_drop_rule(name: str, found: Sequence[Source | None]) -> str | None:
     """Return why an output tensor is left out, if it is a buffer: computed by the model, not learned."""
-    if name.endswith("rotary_emb.inv_freq"):
+    if name.endswith(COMPUTED_BUFFER):
         return "a buffer that models compute when they are loaded"
-    if not name.endswith(_OPTIONAL_BUFFERS) or None not in found:
+    if not name.endswith(OPTIONAL_BUFFERS) or None not in found:
         return None
-    if name.endswith(_CAUSAL_MASKS) and any(source and source.shape[:2] != (1, 1) for source in found):
+    if name.endswith(CAUSAL_MASKS) and any(source and source.shape[:2] != (1, 1) for source in found):
         return None
     return "a buffer that models compute when they are loaded, and that not all inputs have"
 
@@ -178,16 +180,17 @@ def _warn_of_float64(merges: Sequence[TensorMerge]) -> list[str]:
     return [f"{count_tensors(wide)} stored as float64, merged in float32"] if wide else []
 
 
-def _warn_of_rounding(merges: Sequence[TensorMerge]) -> list[str]:
+def _warn_of_rounding(merges: Sequence[TensorMerge], kept: Sequence[str]) -> list[str]:
     """Warn of float32 tensors among shorter ones: models have reasons for them."""
     floats = [merge for merge in merges if merge.op != COPY]
     long = [merge for merge in floats if any(source.dtype in ("F32", "F64") for source in merge.sources)]
     rounded = [merge.name for merge in long if DTYPES[merge.out_dtype].num_bits == 16]
     if not rounded or len(long) == len(floats):
         return []
+    advice = "list patterns of their names" if kept else "write true, or a list of patterns of their names,"
     return [
         f"{count_tensors(rounded)} stored as float32 among shorter ones, and rounded as `dtype` says; to keep such"
-        " tensors as they are, add `keep_float32: true`, or a list of patterns of their names"
+        f" tensors as they are, {advice} under `keep_float32`"
     ]
 
 

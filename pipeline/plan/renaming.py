@@ -33,8 +33,8 @@ def match_names(models: Sequence[Model]) -> tuple[list[Model], list[str]]:
             view = RenamedView(model.view, old, new)
             model = replace(model, view=view, layers=find_layers(_list_sizes(view), count_layers(model.config)))
             warnings.append(
-                f"{model.ref}: its tensors are called {old}NAME where those of {donor.ref} are called {new}NAME; all"
-                " else is the same, and they are matched by that"
+                f"{model.ref}: its names begin with {old!r} where those of {donor.ref} begin with {new!r}; all else is"
+                " the same, and the tensors are matched by the rest"
             )
         matched.append(model)
     return matched, warnings

@@ -69,11 +69,17 @@ def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: 
     dtypes = [part.source.dtype for part in parts]
     shape = parts[0].source.shape
     if not all(DTYPES[dtype].is_mergeable for dtype in dtypes):
-        of_donor = [part for part in parts if part.model == scope.donor]
-        sources = _as_bytes(name, of_donor or (parts[:1] if scope.donor else parts))
+        sources = _as_bytes(name, parts)
+        if scope.donor is not None:
+            chosen = next((k for k, part in enumerate(parts) if part.model == scope.donor), 0)
+            sources = (sources[chosen],)
         return TensorMerge(name, shape, dtypes[0], "U8", COPY, sources, (Variant((), Identical(), seed),))
     out_dtype = scope.out_dtype or promote(dtypes)
-    if "F32" in dtypes and any(fnmatchcase(name, pattern) for pattern in scope.keep_float32):
+    if (
+        "F32" in dtypes
+        and DTYPES[out_dtype].num_bits == 16
+        and any(fnmatchcase(name, pattern) for pattern in scope.keep_float32)
+    ):
         out_dtype = "F32"
     parameters = _resolve_parameters(name, parts, scope, position)
     try:

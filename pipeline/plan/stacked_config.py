@@ -47,7 +47,7 @@ _SLIDING_PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
 """`sliding_window_pattern` of models whose config.json leaves it out, by model_type."""
 
 _DEPTH_FIELD = re.compile(
-    r"interval|_every_|_period|_step$|freq(?:uency)?$|layer_offset|_pattern$|start_layer|layer_start|end_layer"
+    r"interval|_every_|_period|_step$|freq(?:uency)?$|layer_offset|_pattern$|start_layer|layer_start|end_layer|layer_end"
     r"|layer_group|^num_(?!nextn)\w+_layers$|first_k_"
 )
 """Fields that may tie a layer's kind to its number in a way that no rule of ours can move."""
@@ -216,7 +216,8 @@ def _recount(name: str, value: object, old: int, origins: Origins) -> int | None
     if type(value) is not int or name not in (*_FIRST_LAYERS, *_LAST_LAYERS):
         return None
     is_first = name in _FIRST_LAYERS
-    counts = [text_part(origin).get(name, value) for origin, _ in origins]
+    given = (text_part(origin).get(name) for origin, _ in origins)
+    counts = [count if type(count) is int else value for count in given]
     marks = [
         layer < count if is_first else layer >= (count_layers(origin) or old) - count
         for count, (origin, layer) in zip(counts, origins, strict=True)

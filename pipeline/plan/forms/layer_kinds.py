@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from raymerge.pipeline.checkpoint.model_config import Json, text_part
-from raymerge.pipeline.checkpoint.names import split_name
+from raymerge.pipeline.checkpoint.names import COMPUTED_BUFFER, OPTIONAL_BUFFERS, split_name
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.stacked_config import read_layer
@@ -44,7 +44,8 @@ def check_layers(config: Json, donor: Model, origins: Sequence[tuple[Model, int]
     """
     if not donor.layers.num_layers:
         return []
-    kinds = {model.ref: _find_kinds(model) for model in (donor, *(model for model, _ in origins))}
+    models = {model.ref: model for model in (donor, *(model for model, _ in origins))}
+    kinds = {ref: _find_kinds(model) for ref, model in models.items()}
     own = [kinds[donor.ref].get(layer, frozenset()) for layer in range(donor.layers.num_layers)]
     said = [read_layer(donor.config, layer) for layer in range(len(own))]
     odd = []
@@ -58,9 +59,9 @@ def check_layers(config: Json, donor: Model, origins: Sequence[tuple[Model, int]
     warnings = []
     if odd:
         warnings.append(
-            f"the layers are not all alike, and config.json makes others of {counted(len(odd), 'layer')} than their"
-            f" tensors are: {listing(odd, _SHOWN)}; loaders will miss tensors there, or refuse them: choose ranges that"
-            " keep the order of the kinds"
+            f"the layers are not all alike, and config.json describes {counted(len(odd), 'layer')} otherwise than"
+            f" their tensors: {listing(odd, _SHOWN)}; loaders will miss tensors there, or refuse them: choose ranges"
+            " that keep the order of the kinds"
         )
     if [layer for _, layer in origins] != list(range(len(own))):
         warnings += [*_check_outside(donor), *_check_beside(donor)]
@@ -72,7 +73,11 @@ def _find_kinds(model: Model) -> dict[int, Kind]:
     kinds = {}
     for layer, rests in group_layers(model).items():
         sources = ((rest, model.view.find(f"{model.layers.main}{layer}.{rest}")) for rest in rests)
-        kinds[layer] = frozenset((rest, source.shape) for rest, source in sources if source is not None)
+        kinds[layer] = frozenset(
+            (rest, source.shape)
+            for rest, source in sources
+            if source is not None and not f".{rest}".endswith((COMPUTED_BUFFER, *OPTIONAL_BUFFERS))
+        )
     return kinds
 
 

@@ -83,6 +83,9 @@ def test_packed_tensors_are_known_by_what_stands_beside_them(
 def test_integers_that_are_no_weights_are_copied(tmp_path: Path) -> None:
     others = {
         "model.mask": torch.ones(4, 4, dtype=torch.uint8),
+        "attn.mask": torch.ones(4, 4, dtype=torch.uint8),
+        "h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+        "h.0.attn.scale": torch.ones(1),
         "attn.logit_scale": torch.ones(1),
         "attn.relative_position_index": torch.zeros(4, 4, dtype=torch.int64),
         "norm.scale": torch.ones(4),
@@ -94,6 +97,7 @@ def test_integers_that_are_no_weights_are_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"quantization_config": {"quant_method": ["fp8"]}}, r"\(\['fp8'\]\)\)"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"\(config.json: quantization_config \(fp8\)\)"),
         ({"text_config": {"quantization_config": {"bits": 4}}}, r"\(config.json: text_config.quantization_config\)"),
         ({"a": {"b": {"compression_config": {"x": 1}}}}, r"\(config.json: a.b.compression_config\)"),
@@ -117,14 +121,17 @@ def test_another_file_says_quantised(tmp_path: Path) -> None:
 
 def test_a_fine_tune_that_was_merged_back_to_16_bits_is_merged(tmp_path: Path) -> None:
     plain = write_llama(tmp_path / "plain", dtype=torch.bfloat16)
-    kept = write_llama(tmp_path / "kept", dtype=torch.bfloat16, quantization_config=BNB)
+    twice: dict[str, Any] = {"text_config": {"quantization_config": BNB}}
+    kept = write_llama(tmp_path / "kept", dtype=torch.bfloat16, quantization_config=BNB, **twice)
     the_plan = plan(passthrough(kept))
-    assert "config.json: quantization_config (bitsandbytes), but the weights are whole" in the_plan.warnings[0]
+    assert (
+        "config.json: text_config.quantization_config (bitsandbytes), but the weights are whole" in the_plan.warnings[0]
+    )
     merge(passthrough(kept), tmp_path / "out")
     merge(passthrough(plain), tmp_path / "expected")
     found, expected = (read_files(tmp_path / name) for name in ("out", "expected"))
-    for name in ("model.safetensors", "config.json"):
-        assert found[name] == expected[name]
+    assert found["model.safetensors"] == expected["model.safetensors"]
+    assert json.loads(found["config.json"]) == {**json.loads(expected["config.json"]), "text_config": {}}
 
 
 def test_a_config_may_say_that_nothing_is_quantised(tmp_path: Path) -> None:

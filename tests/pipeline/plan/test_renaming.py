@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from raymerge.pipeline.errors import TensorMismatchError
+from raymerge.pipeline.errors import CheckpointError, TensorMismatchError
 from tests.pipeline.plan.layouts import Layout, by_name, expand_layouts, linear, llama, passthrough, source_names
 
 BASE = llama()
@@ -35,7 +36,7 @@ def test_names_that_begin_in_another_way_are_matched(change: Callable[[str], str
         recipe = expand_layouts(config, {"a": BASE, "b": renamed(change)})
         assert set(by_name(recipe)) == set(BASE.shapes)
         (warning,) = recipe.warnings
-        assert f"b: its tensors are called {old}NAME" in warning
+        assert f"b: its names begin with {old!r}" in warning
         assert ("b", change("model.layers.1.self_attn.q_proj.weight")) in source_names(
             by_name(recipe)["model.layers.1.self_attn.q_proj.weight"]
         )
@@ -66,3 +67,11 @@ def test_a_tied_model_under_other_names() -> None:
 def test_other_differences_are_no_matter_of_names(other: Layout) -> None:
     with pytest.raises(TensorMismatchError):
         expand_layouts(linear("a", "b"), {"a": BASE, "b": other})
+
+
+def test_packed_numbers_under_other_names_are_refused() -> None:
+    packed = renamed(lambda name: f"_orig_mod.{name}")
+    packed = replace(packed, dtypes={name: "F8_E4M3" for name in packed.shapes if "proj" in name})
+    for more in ({}, {"integers": "donor"}):
+        with pytest.raises(CheckpointError, match=r"^b: quantised"):
+            expand_layouts(linear("a", "b", **more), {"a": BASE, "b": packed})

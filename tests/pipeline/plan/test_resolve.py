@@ -162,6 +162,17 @@ def test_scalars_and_empty_tensors(shape: tuple[int, ...], num_elements: int) ->
     assert (merge.shape, merge.num_elements, merge.nbytes) == (shape, num_elements, 2 * num_elements)
 
 
+def test_the_donors_integers_are_taken_from_tensors_of_one_dtype_alone() -> None:
+    parts = [part("a", dtype="I64"), part("b", dtype="I64")]
+    for donor, model in (("a", "a"), ("b", "b"), ("c", "a")):
+        merge = merged(parts, replace(scope("linear"), donor=ModelRef(donor)))
+        assert [source.model for source in merge.sources] == [model]
+    for others in (part("b", dtype="I32"), part("b", dtype="BF16")):
+        for ordered in ([parts[0], others], [others, parts[0]]):
+            with pytest.raises(TensorMismatchError, match="must be the same everywhere"):
+                merged(ordered, replace(scope("linear"), donor=ModelRef("b")))
+
+
 @pytest.mark.parametrize(
     ("patterns", "dtype", "expected"),
     [((), "F32", "BF16"), (("*w",), "F32", "F32"), (("W",), "F32", "BF16"), (("*",), "F16", "BF16")],
@@ -169,3 +180,8 @@ def test_scalars_and_empty_tensors(shape: tuple[int, ...], num_elements: int) ->
 def test_float32_on_purpose(patterns: tuple[str, ...], dtype: str, expected: str) -> None:
     where = replace(scope("linear", settings(weight=1.0), out_dtype="BF16"), keep_float32=patterns)
     assert merged([part("a", dtype=dtype), part("b")], where).out_dtype == expected
+
+
+def test_float64_is_kept_where_it_is_asked_for() -> None:
+    where = replace(scope("linear", settings(weight=1.0), out_dtype="F64"), keep_float32=("*",))
+    assert merged([part("a", dtype="F32")], where).out_dtype == "F64"

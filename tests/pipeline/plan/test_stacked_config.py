@@ -226,3 +226,18 @@ def test_a_config_without_a_count_is_left_alone() -> None:
     assert result == {"a": 1}
     assert len(warnings) == 1
     assert "3 layers" in warnings[0]
+
+
+@pytest.mark.parametrize("other", [None, "1", [1], True])
+def test_counts_of_another_kind_in_another_model(other: Any) -> None:
+    config = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+    result, _ = stack(config, ({**config, "first_k_dense_replace": other}, 0, 2), (config, 1, 2))
+    assert result["first_k_dense_replace"] == 1
+
+
+@pytest.mark.parametrize("count", [0, -1, 10**30])
+def test_counts_of_layers_that_cannot_be(count: int) -> None:
+    config = {"num_hidden_layers": count, "layer_types": []}
+    result, (warning,) = stack(config, (config, 0, 2))
+    assert result == config
+    assert "no layer count" in warning
