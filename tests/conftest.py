@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,9 @@ from tests.commands import Cli, Outcome
 from tests.servers.fixtures import bucket, s3_server  # noqa: F401
 
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # read by huggingface_hub when it is imported; what tests Xet starts a process
+with suppress(ValueError):  # not in the main thread
+    # A shell that runs the tests in the background has SIGINT ignored, and every command would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")  # how long an example takes says nothing while other tests run
 torch.set_num_threads(1)  # the machine's other cores may be busy, and waiting for them takes longer than the work
