@@ -15,7 +15,7 @@ import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.configprovider import ConfiguredEndpointProvider
-from botocore.credentials import RefreshableCredentials
+from botocore.credentials import Credentials, ReadOnlyCredentials, RefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 
 from raymerge.pipeline.errors import FetchError
@@ -93,7 +93,8 @@ class AwsAccount:
     @property
     def checksum_algorithm(self) -> str | None:
         """The checksum that writes are sent with; None where the AWS tools are told to send none."""
-        is_off = self._session.get_config_variable("request_checksum_calculation") == "when_required"
+        setting = self._session.get_config_variable("request_checksum_calculation")
+        is_off = str(setting).lower() == "when_required"
         return os.environ.get("AWS_CHECKSUM_ALGORITHM") or (None if is_off else "crc64nvme")
 
     def describe(self) -> str:
@@ -108,12 +109,7 @@ class AwsAccount:
         """Return credentials that are good for a while."""
         if self._credentials is None:
             raise ValueError("no credentials")
-        try:
-            frozen = self._credentials.get_frozen_credentials()
-        except _NO_CREDENTIALS as error:
-            self.trouble = _explain_missing(error)
-            raise
-        self.trouble = ""
+        frozen = self._freeze(self._credentials)
         expires_at = None
         if isinstance(self._credentials, RefreshableCredentials):
             now, keep = datetime.now(UTC), timedelta(minutes=_CREDENTIAL_MINUTES)
@@ -126,6 +122,16 @@ class AwsAccount:
             "token": frozen.token,
             "expires_at": expires_at,
         }
+
+    def _freeze(self, credentials: Credentials) -> ReadOnlyCredentials:
+        """Return credentials as they are now, renewed where they end soon."""
+        try:
+            frozen = credentials.get_frozen_credentials()
+        except _NO_CREDENTIALS as error:
+            self.trouble = _explain_missing(error)
+            raise
+        self.trouble = ""
+        return frozen
 
     def read_ca_bundle(self) -> str | None:
         """Return the certificates that the user wants trusted besides the usual ones, if any.
@@ -166,14 +172,19 @@ class AwsAccount:
         """Return an object's size, etag, and the checksum of all its bytes where the store has one.
 
         Raises:
-            ObjectError: the store refuses, or cannot be reached.
+            ObjectError: the store refuses, or cannot be reached, or there are no credentials any more.
         """
+        try:
+            if self._credentials is not None:
+                self._freeze(self._credentials)
+        except _NO_CREDENTIALS:
+            raise ObjectError("HEAD", 0, "", "the credentials have ended") from None
         try:
             answer = self.client(region).head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED", **_payer())
         except ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             raise ObjectError("HEAD", status, "", "") from None
-        except BotoCoreError as error:
+        except _NO_CREDENTIALS as error:
             raise ObjectError("HEAD", 0, "", "", f"broken connection ({type(error).__name__})") from None
         checksum = answer.get("ChecksumCRC64NVME")
         value = None
@@ -195,7 +206,7 @@ class AwsAccount:
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 401, 403, 405, 501):
                     return
-            except BotoCoreError:
+            except _NO_CREDENTIALS:
                 continue
             else:
                 return

@@ -8,10 +8,12 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import botocore.credentials
 import pytest
 
 from raymerge.pipeline.errors import FetchError
 from raymerge.pipeline.stores.objects.aws import AwsAccount
+from raymerge.pipeline.stores.objects.errors import ObjectError
 from raymerge.pipeline.stores.open import Stores
 from tests.servers.s3 import S3Server
 
@@ -79,3 +81,20 @@ def test_credentials_that_have_ended_when_they_are_given(broker: Path, bucket: s
     (broker / "seconds").write_text("-5")
     with pytest.raises(FetchError, match=r"s3: no credentials: .*expired"):
         stores.at(f"s3://{bucket}/a").read(f"s3://{bucket}/a", 4)
+
+
+def test_credentials_that_end_before_an_object_is_looked_at(
+    broker: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account = AwsAccount()
+
+    def end(credentials: object) -> None:
+        raise RuntimeError("Credentials were refreshed, but the refreshed credentials are still expired.")
+
+    monkeypatch.setattr(botocore.credentials.RefreshableCredentials, "get_frozen_credentials", end)
+    with pytest.raises(ObjectError, match="credentials have ended") as caught:
+        account.read_crc64nvme(bucket, "a", "us-east-1")
+    assert caught.value.as_fault() is None
+    assert "aws sso login" in account.trouble
+    account.abort_uploads(bucket, "a", "us-east-1")
+    account.close()
