@@ -75,20 +75,24 @@ class HubSession(httpx2.Client):
 
 
 class _SteadyBody(httpx2.SyncByteStream):
-    """A body whose sender may be slow, but not send a byte at a time."""
+    """A body whose sender may be slow, but not send a byte at a time; the time that its reader takes does not count."""
 
-    def __init__(self, body: httpx2.SyncByteStream) -> None:
+    def __init__(self, body: httpx2.SyncByteStream, seconds: float) -> None:
         self._body = body
+        self._seconds = seconds
 
     def __iter__(self) -> Iterator[bytes]:
-        since, nbytes = time.monotonic(), 0
+        since, nbytes, is_late = time.monotonic(), 0, False
         for chunk in self._body:
-            yield chunk
+            if is_late:  # and this chunk was not the end
+                raise httpx2.ReadTimeout("the answer comes too slowly")
             nbytes += len(chunk)
-            if time.monotonic() - since > REQUEST_SECONDS:
-                if nbytes < LEAST_NBYTES:
-                    raise httpx2.ReadTimeout("the answer comes too slowly")
-                since, nbytes = time.monotonic(), 0
+            now = time.monotonic()
+            if now - since > self._seconds:
+                is_late = nbytes < LEAST_NBYTES
+                since, nbytes = now, 0
+            yield chunk
+            since += time.monotonic() - now
 
     def close(self) -> None:
         self._body.close()
@@ -154,7 +158,8 @@ quiet = _Noise().silenced
 def _install() -> None:
     def watch(response: httpx2.Response) -> None:
         if _endpoint.get() is not None and isinstance(response.stream, httpx2.SyncByteStream):
-            response.stream = _SteadyBody(response.stream)
+            seconds = response.request.extensions.get("timeout", {}).get("read") or REQUEST_SECONDS
+            response.stream = _SteadyBody(response.stream, seconds)
 
     def make_session() -> HubSession:
         hooks: dict[str, list[Callable[..., Any]]] = {"request": [hf_request_event_hook], "response": [watch]}
