@@ -13,8 +13,25 @@ REQUESTER_PAYS = "; if the bucket has its readers pay, set AWS_REQUEST_PAYER=req
 ENCRYPTED = (
     "; if the bucket asks for encryption, set AWS_SERVER_SIDE_ENCRYPTION=aws:kms, and AWS_SSE_KMS_KEY_ID if for one key"
 )
-UNSUPPORTED_STATUS = (400, 405, 501)
+_UNSUPPORTED_STATUS = (400, 405, 501)
 """Statuses of an answer to a request with a header that the store does not know."""
+_OTHER_CODES = frozenset(
+    {
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "InvalidToken",
+        "TokenRefreshRequired",
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "AuthorizationHeaderMalformed",
+        "RequestTimeTooSkewed",
+        "RequestExpired",
+        "RequestTimeout",
+        "IllegalLocationConstraintException",
+        "InvalidRegion",
+    }
+)
+"""Codes about credentials, the clock, the region or the line, some with such a status."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +44,15 @@ class Abilities:
     """If-None-Match and If-Match."""
 
 
+def may_be_unsupported(status: int | None, code: str) -> bool:
+    """Tell whether an answer may be about a header that the store does not know.
+
+    >>> may_be_unsupported(501, "NotImplemented"), may_be_unsupported(400, "ExpiredToken")
+    (True, False)
+    """
+    return status in _UNSUPPORTED_STATUS and code not in _OTHER_CODES
+
+
 def find_abilities(
     attempt: Callable[[Abilities], object],
     *,
@@ -36,6 +62,8 @@ def find_abilities(
     store: str,
 ) -> Abilities:
     """Return the most that a store takes, found by writing an object with all, some or none of the headers.
+
+    What was refused is tried once more after a plainer write has worked, as one refusal alone may be a stray.
 
     Args:
         attempt: writes an object, with these headers.
@@ -47,14 +75,21 @@ def find_abilities(
     Raises:
         Exception: of the plainest write, where no other works.
     """
-    for found in _candidates(most):
+    candidates = _candidates(most)
+    plainest = candidates[-1]
+
+    def takes(abilities: Abilities) -> bool:
         try:
-            attempt(found)
+            attempt(abilities)
         except Exception as error:
-            if found == Abilities(has_checksums=False, has_conditions=False) or not is_unsupported(error):
+            if abilities == plainest or not is_unsupported(error):
                 raise
-        else:
-            break
+            return False
+        return True
+
+    found = next(abilities for abilities in candidates if takes(abilities))
+    refused = candidates[: candidates.index(found)]
+    found = next((abilities for abilities in refused if takes(abilities)), found)
     if most.has_checksums and not found.has_checksums:
         faults.note(store, "PUT", "this store refuses checksums: what arrives is compared by its size alone")
     if not found.has_conditions:

@@ -72,16 +72,20 @@ class Patience:
     """Decides whether one operation is tried again, and waits in between.
 
     Delays grow from 0.1 to 8 seconds, half of each at random so that workers do not return together. What a store asks
-    for (Retry-After) is waited for instead.
+    for (Retry-After) is waited for instead. An operation whose single try may outlast the patience is allowed
+    `least_tries` in a row however long they take.
     """
 
-    def __init__(self, faults: FaultLog, store: str, operation: str, seconds: float | None = None) -> None:
+    def __init__(
+        self, faults: FaultLog, store: str, operation: str, seconds: float | None = None, *, least_tries: int = 1
+    ) -> None:
         self.num_attempts = 0
         """Failures so far."""
         self._faults = faults
         self._store = store
         self._operation = operation
         self._seconds = PATIENCE_SECONDS if seconds is None else seconds
+        self._least_tries = least_tries
         self._num_in_a_row = 0
         self._failing_since: float | None = None
         self._asked_seconds = 0.0
@@ -114,7 +118,7 @@ class Patience:
             self._asked_seconds += delay
             if fault.what.startswith("429"):  # the store works, and says when it will again for us
                 self._failing_since += delay
-        if now + delay - self._failing_since > seconds:
+        if now + delay - self._failing_since > seconds and self._num_in_a_row >= self._least_tries:
             return False
         time.sleep(delay)
         return True
@@ -133,6 +137,7 @@ def retry(
     operation: str,
     classify: Callable[[Exception], Fault | None],
     give_up: Callable[[Exception, str], Exception],
+    least_tries: int = 1,
 ) -> T:
     """Call until it works.
 
@@ -143,8 +148,9 @@ def retry(
         operation: such as `GET`.
         classify: returns the fault that an error is, or None where trying again is useless: it is raised as it is.
         give_up: returns what to raise when it has gone on for too long, from the last error and how it was tried.
+        least_tries: how often it is tried at least, however long that takes.
     """
-    patience = Patience(faults, store, operation)
+    patience = Patience(faults, store, operation, least_tries=least_tries)
     while True:
         try:
             result = call()

@@ -16,10 +16,10 @@ from s3fs import S3FileSystem
 
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.stores.abilities import (
-    UNSUPPORTED_STATUS,
     Abilities,
     encryption_parameters,
     find_abilities,
+    may_be_unsupported,
     requester_pays,
 )
 from raymerge.pipeline.stores.files import StoredFile, check_same
@@ -210,10 +210,7 @@ class S3fsStorage(FsspecFiles):
             most = self._abilities
 
             def attempt(abilities: Abilities) -> None:
-                with self._lock:
-                    if abilities.has_checksums != self._abilities.has_checksums:
-                        self._filesystem = None
-                    self._abilities = abilities
+                self._use(abilities)
 
                 def write() -> None:
                     if abilities.has_conditions:
@@ -232,17 +229,27 @@ class S3fsStorage(FsspecFiles):
                 )
 
             def is_unsupported(error: Exception) -> bool:
-                return find_status(error) in UNSUPPORTED_STATUS
+                return may_be_unsupported(find_status(error), error_code(error))
 
             try:
-                find_abilities(
+                found = find_abilities(
                     attempt, most=most, is_unsupported=is_unsupported, faults=self.faults, store=self.store_name(url)
                 )
             except Exception as error:
+                with self._lock:
+                    self._abilities, self._filesystem = most, None
                 raise OutputError(str(error if isinstance(error, FetchError) else self.explain(error, url))) from None
+            self._use(found)
             with suppress(OSError):
                 self.remove(probe, is_once=True)
             self._is_probed = True
+
+    def _use(self, abilities: Abilities) -> None:
+        """Make writes with these headers from now on."""
+        with self._lock:
+            if abilities.has_checksums != self._abilities.has_checksums:
+                self._filesystem = None
+            self._abilities = abilities
 
     def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:
         """Hold a lease on an object."""

@@ -19,7 +19,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.stores import retry as retrying
-from raymerge.pipeline.stores.abilities import UNSUPPORTED_STATUS, Abilities, find_abilities
+from raymerge.pipeline.stores.abilities import Abilities, find_abilities, may_be_unsupported
 from raymerge.pipeline.stores.objects.advice import FOUND_BY, advise
 from raymerge.pipeline.stores.objects.aws import DEFAULT_REGION, AwsAccount
 from raymerge.pipeline.stores.objects.errors import NO_STORE, ObjectError, classify_fault, translated
@@ -34,8 +34,10 @@ T = TypeVar("T")
 AnyStore = S3Store | GCSStore | AzureStore
 
 _CONNECT_SECONDS = 5
-_UPLOAD_SECONDS = 300.0
+_UPLOAD_SECONDS = 240.0
 """For one part; a slow line has several on their way at once: enough for 0.15 MB/s of each worker."""
+_PUT_SECONDS = 60.0
+"""For one object of up to 8 MiB in one request: enough for 0.15 MB/s of each worker."""
 _MAX_UNKNOWN_NAME = 5
 """Failures to find the host at first, before its name counts as misspelt."""
 
@@ -69,11 +71,12 @@ _AZURE_CREDENTIALS = (
 
 
 class Bucket:
-    """A bucket, with a store for requests that we repeat ourselves, and one for uploads, which obstore repeats.
+    """A bucket, with stores for requests that we repeat ourselves, and one for uploads, which obstore repeats.
 
     Attributes:
         url: such as `s3://bucket`.
         reads: makes each request once.
+        puts: makes each request once, with time for one that sends an object of some MiB.
         writes: repeats requests.
         aws: what is known from AWS tools; None in other stores.
         faults: where what goes wrong is noted.
@@ -101,8 +104,7 @@ class Bucket:
         }
         self.abilities = Abilities(has_checksums=aws is not None and aws.checksum_algorithm is not None)
         try:
-            self.reads = self._build(_ONCE, REQUEST_SECONDS, self.abilities)
-            self.writes = self._build(self._retries, _UPLOAD_SECONDS, self.abilities)
+            self.reads, self.puts, self.writes = self._build_all(self.abilities)
         except (ObjectError, ValueError) as error:
             hint = "" if aws else f"; credentials are taken as {FOUND_BY[scheme]}"
             raise FetchError(f"{self.url}: the settings cannot be used: {one_line(error)}{hint}") from None
@@ -110,6 +112,13 @@ class Bucket:
         self._is_store = False
         self._is_probed = not self.endpoint  # AWS itself takes all that is sent
         self._probe_lock = ThreadLock()
+
+    def _build_all(self, abilities: Abilities) -> tuple[AnyStore, AnyStore, AnyStore]:
+        return (
+            self._build(_ONCE, REQUEST_SECONDS, abilities),
+            self._build(_ONCE, _PUT_SECONDS, abilities),
+            self._build(self._retries, _UPLOAD_SECONDS, abilities),
+        )
 
     def _build(self, retry_config: RetryConfig, seconds: float, abilities: Abilities) -> AnyStore:
         client: ClientConfig = {
@@ -210,7 +219,7 @@ class Bucket:
         with self._probe_lock:
             if self._is_probed:
                 return
-            directory = key.rpartition("/")[0].removesuffix(".raymerge").rstrip("/")
+            directory = f"/{key}".rpartition("/")[0].removesuffix("/.raymerge").strip("/")
             most, probe = self.abilities, f"{directory}/.raymerge/probe.{token_hex(8)}".lstrip("/")
             url, operation = f"{self.url}/{key}", "PUT"
 
@@ -229,8 +238,7 @@ class Bucket:
             with suppress(ObjectError), translated("DELETE"):
                 obstore.delete(self.reads, probe)
             if found.has_checksums != most.has_checksums:
-                self.reads = self._build(_ONCE, REQUEST_SECONDS, found)
-                self.writes = self._build(self._retries, _UPLOAD_SECONDS, found)
+                self.reads, self.puts, self.writes = self._build_all(found)
             self.abilities, self._is_probed = found, True
 
     def put(self, store: AnyStore, key: str, data: bytes, mode: PutMode) -> str:
@@ -262,15 +270,21 @@ class Bucket:
             return 0 < error.status < 500
         return True
 
-    def write(self, operation: str, url: str, function: Callable[[], T]) -> T:
+    def write(self, operation: str, url: str, function: Callable[[], T], *, least_tries: int = 1) -> T:
         """Carry out a request that changes something, and may be repeated without harm.
+
+        Args:
+            operation: such as PUT.
+            url: of the object, for messages.
+            function: makes the request.
+            least_tries: how often it is tried at least, however long that takes.
 
         Raises:
             OutputError: the store refuses or is down.
         """
         give_up = self._give_up(url, operation)
         try:
-            return self._retry(function, operation, classify_fault, give_up)
+            return self._retry(function, operation, classify_fault, give_up, least_tries)
         except (ObjectError, FetchError) as error:
             raise OutputError(self.explain(error, url) if isinstance(error, ObjectError) else str(error)) from None
 
@@ -280,9 +294,16 @@ class Bucket:
         operation: str,
         classify: Callable[[Exception], Fault | None],
         give_up: Callable[[Exception, str], Exception],
+        least_tries: int = 1,
     ) -> T:
         return retry(
-            function, faults=self.faults, store=self.url, operation=operation, classify=classify, give_up=give_up
+            function,
+            faults=self.faults,
+            store=self.url,
+            operation=operation,
+            classify=classify,
+            give_up=give_up,
+            least_tries=least_tries,
         )
 
     def _give_up(self, url: str, operation: str = "list") -> Callable[[Exception, str], Exception]:
@@ -337,4 +358,4 @@ def _write_probe(store: AnyStore, key: str, *, has_conditions: bool) -> None:
 
 
 def _is_unsupported(error: Exception) -> bool:
-    return isinstance(error, ObjectError) and error.status in UNSUPPORTED_STATUS
+    return isinstance(error, ObjectError) and may_be_unsupported(error.status, error.code)

@@ -135,8 +135,8 @@ class ObjectWriter(Writer):
 
     def _put(self, content: bytes) -> StoredFile:
         mode: PutMode = "create" if self._exclusive else "overwrite"
-        may_take_long = not self._exclusive and len(content) > _MAX_QUICK_NBYTES
-        store = self._bucket.writes if may_take_long else self._bucket.reads
+        may_take_long = len(content) > _MAX_QUICK_NBYTES
+        store = self._bucket.puts if may_take_long else self._bucket.reads
         num_tries = 0
 
         def put() -> StoredFile:
@@ -152,7 +152,7 @@ class ObjectWriter(Writer):
                 return self._find()[0]  # the answer to an earlier try was lost
             return StoredFile(self._url, len(content), unquoted(etag))
 
-        return self._bucket.write("PUT", self._url, put)
+        return self._bucket.write("PUT", self._url, put, least_tries=2 if may_take_long else 1)
 
     def _holds(self, content: bytes) -> bool:
         with translated("GET"):

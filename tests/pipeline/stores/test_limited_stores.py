@@ -79,7 +79,7 @@ def test_a_store_that_refuses_headers(
         with pytest.raises(FileExistsError):
             storage.write(f"{url}/once", b"second", exclusive=True)
     assert list(storage.list(url)) == ["10", str(9 * MIB), "once"]
-    assert len(refused) <= 3
+    assert len(refused) <= 6
     notes = " ".join(name for name, _ in stores.faults.drain())
     assert ("refuses conditions of writes" in notes) == (CONDITIONS[0] in prefixes)
     assert ("refuses checksums" in notes) == (CHECKSUMS[0] in prefixes)
@@ -88,7 +88,7 @@ def test_a_store_that_refuses_headers(
 def test_checksums_are_off_where_the_aws_tools_are_told_so(
     proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "When_Required")
     refused = refuse(proxy, CHECKSUMS, REFUSALS["400"])
     for library in ("auto", "fsspec"):
         with open_stores(StoreSettings(library=library)) as stores:
@@ -96,6 +96,50 @@ def test_checksums_are_off_where_the_aws_tools_are_told_so(
             assert stores.at(url).write(url, make_bytes(9 * MIB)).nbytes == 9 * MIB
             assert not stores.faults.drain()
     assert not refused
+
+
+@pytest.mark.parametrize("num_strays", [1, 3])
+def test_a_stray_refusal_takes_nothing_away(stores: Stores, proxy: FaultProxy, bucket: str, num_strays: int) -> None:
+    strays = [REFUSALS["400"]] * num_strays
+    proxy.rule = lambda request: strays.pop() if strays and request.method == "PUT" else None
+    url = f"s3://{bucket}/a"
+    stores.at(url).write(url, b"1234")
+    assert not strays
+    assert not stores.faults.drain()
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "AuthorizationHeaderMalformed"])
+def test_a_refusal_of_credentials_is_not_one_of_headers(
+    stores: Stores, proxy: FaultProxy, bucket: str, code: str
+) -> None:
+    refusals = [("400 Bad Request", code, "No.")]
+    proxy.rule = lambda request: refusals.pop() if refusals and request.method == "PUT" else None
+    url = f"s3://{bucket}/a"
+    with pytest.raises(OutputError):
+        stores.at(url).write(url, b"1234")
+    assert stores.at(url).write(url, b"1234").nbytes == 4
+    assert not stores.faults.drain()
+
+
+def test_a_probe_that_fails_leaves_nothing_behind(stores: Stores, proxy: FaultProxy, bucket: str) -> None:
+    proxy.rule = lambda request: REFUSALS["501"] if request.method == "PUT" else None
+    url = f"s3://{bucket}/a"
+    with pytest.raises(OutputError):
+        stores.at(url).write(url, b"1234")
+    sent: list[Request] = []
+    proxy.rule = lambda request: sent.append(request) if request.operation == "PutObject" else None
+    stores.at(url).write(url, b"1234")
+    assert any(name.startswith(CHECKSUMS) for request in sent for name in request.headers)
+    assert any(name in CONDITIONS for request in sent for name in request.headers)
+    assert not stores.faults.drain()
+
+
+def test_the_probe_is_beside_what_is_written(stores: Stores, proxy: FaultProxy, bucket: str) -> None:
+    paths: list[str] = []
+    proxy.rule = lambda request: paths.append(request.path) if request.method == "PUT" else None
+    url = f"s3://{bucket}/model.raymerge/a"
+    stores.at(url).write(url, b"1234")
+    assert any(path.startswith(f"/{bucket}/model.raymerge/.raymerge/probe.") for path in paths)
 
 
 def test_a_store_that_takes_no_writes_says_why(stores: Stores, proxy: FaultProxy, bucket: str) -> None:

@@ -224,3 +224,16 @@ def test_counts_from_many_threads_are_all_there(faults: FaultLog) -> None:
 def test_one_line() -> None:
     assert one_line(ValueError("\n first\n second")) == "first"
     assert one_line(TimeoutError()) == "TimeoutError"
+
+
+@pytest.mark.parametrize(("least_tries", "num_tries"), [(1, 1), (2, 2)])
+def test_a_try_that_outlasts_the_patience_may_be_tried_again(
+    clock: Clock, faults: FaultLog, least_tries: int, num_tries: int
+) -> None:
+    faults.note_answer(STORE)
+    patience = Patience(faults, STORE, "PUT", least_tries=least_tries)
+    for _ in range(num_tries - 1):
+        clock.now += 2 * PATIENCE_SECONDS
+        assert patience.failed(GONE)
+    clock.now += 2 * PATIENCE_SECONDS
+    assert not patience.failed(GONE)

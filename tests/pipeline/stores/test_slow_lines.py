@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from raymerge.pipeline.errors import FetchError
@@ -18,7 +20,7 @@ from raymerge.pipeline.stores.open import open_stores
 from raymerge.pipeline.stores.settings import StoreSettings
 from raymerge.pipeline.stores.web import client, connection
 from tests.pipeline.stores.storage_contract import make_bytes, read_all
-from tests.servers.faults import FaultProxy
+from tests.servers.faults import Fault, FaultProxy, is_operation
 from tests.servers.hub import HubServer
 from tests.servers.s3 import S3Server
 from tests.servers.static import NginxServer
@@ -99,3 +101,40 @@ def test_uploads_on_a_slow_line(s3_server: S3Server, bucket: str, monkeypatch: p
         proxy.nbytes_per_s = None
         assert read_all(stores.at(url), file) == content
     assert NUM_PARTS * PART_NBYTES / object_bucket._UPLOAD_SECONDS < 0.15e6
+    assert PART_NBYTES / object_bucket._PUT_SECONDS < 0.15e6
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_an_upload_that_is_stuck_is_tried_again(
+    s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch, exclusive: bool
+) -> None:
+    monkeypatch.setattr(object_bucket, "_PUT_SECONDS", 3.0)  # longer than the patience
+    content = make_bytes(1_500_000)
+    with FaultProxy(s3_server.endpoint, stall_s=30.0) as proxy, open_stores() as stores:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        url = f"s3://{bucket}/file"
+        stores.at(url).write(f"{url}.first", b"1234")
+        proxy.script([Fault.STALL], only=is_operation("PutObject"))
+        assert read_all(stores.at(url), stores.at(url).write(url, content, exclusive=exclusive)) == content
+
+
+class Chunks(httpx2.SyncByteStream):
+    """A body of one byte a chunk, each after a pause."""
+
+    def __init__(self, num_chunks: int, seconds: float) -> None:
+        self._num_chunks = num_chunks
+        self._seconds = seconds
+
+    def __iter__(self) -> Iterator[bytes]:
+        for _ in range(self._num_chunks):
+            time.sleep(self._seconds)
+            yield b"1"
+
+
+def test_a_body_that_is_whole_is_not_too_slow() -> None:
+    assert b"".join(session._SteadyBody(Chunks(1, 0.2), 0.1)) == b"1"
+    assert b"".join(session._SteadyBody(Chunks(3, 0.1), 1.0)) == b"111"
+    with pytest.raises(httpx2.ReadTimeout, match="too slowly"):
+        list(session._SteadyBody(Chunks(3, 0.2), 0.1))
+    for _ in session._SteadyBody(Chunks(3, 0.0), 0.1):
+        time.sleep(0.2)  # the reader's time
