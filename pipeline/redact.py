@@ -16,7 +16,7 @@ _NAMES = (
 )
 """Names of secrets in queries, headers, JSON, XML and key=value text, also with a prefix such as `AWS_`."""
 
-_SECRETS = (
+_KNOWN = (
     # scheme://user:password@host, where the password may have a slash that should have been encoded; no port
     (
         re.compile(
@@ -25,6 +25,22 @@ _SECRETS = (
         ),
         r"\g<keep>***@",
     ),
+    # tokens of the Hub, of Google and AWS, signed JSON, and private keys
+    (
+        re.compile(r"\b(?P<keep>hf_)(?:(?:jwt|oauth)_[\w.-]+|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{8,}|[A-Za-z]{30,})"),
+        r"\g<keep>***",
+    ),
+    (re.compile(r"\b(?P<keep>ya29\.)[\w-]+"), r"\g<keep>***"),
+    (re.compile(r"\b(?P<keep>eyJ)[\w-]{5,}\.[\w-]{5,}(?:\.[\w-]*)?"), r"\g<keep>***"),
+    (re.compile(r"\b(?P<keep>AKIA|ASIA)[A-Z0-9]{12,}"), r"\g<keep>***"),
+    (
+        re.compile(r"(?P<keep>-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----)(?:[A-Za-z0-9+/=\s]|\\[nr])+"),
+        r"\g<keep>***",
+    ),
+)
+"""Secrets known by their own look."""
+
+_NAMED = (
     (
         re.compile(
             rf"(?P<keep>(?<![A-Za-z0-9])(?:{_NAMES})(?:\\?[\"'])?(?:\s*(?:=|%3D|:)|>)\s*(?:\\?[\"'])?){_VALUE}",
@@ -49,19 +65,19 @@ _SECRETS = (
         r"\g<keep>***",
     ),
     (re.compile(r"(?P<keep>\bBearer\s+)[\w.~+/=-]+", re.IGNORECASE), r"\g<keep>***"),
-    # known by their own look: tokens of the Hub, of Google and AWS, signed JSON, and private keys
-    (
-        re.compile(r"\b(?P<keep>hf_)(?:(?:jwt|oauth)_[\w.-]+|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{8,}|[A-Za-z]{30,})"),
-        r"\g<keep>***",
-    ),
-    (re.compile(r"\b(?P<keep>ya29\.)[\w-]+"), r"\g<keep>***"),
-    (re.compile(r"\b(?P<keep>eyJ)[\w-]{5,}\.[\w-]{5,}(?:\.[\w-]*)?"), r"\g<keep>***"),
-    (re.compile(r"\b(?P<keep>AKIA|ASIA)[A-Z0-9]{12,}"), r"\g<keep>***"),
-    (
-        re.compile(r"(?P<keep>-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----)(?:[A-Za-z0-9+/=\s]|\\[nr])+"),
-        r"\g<keep>***",
-    ),
 )
+"""Secrets known by the name before them."""
+
+_QUERY = (re.compile(rf"(?P<keep>[?&][\w-]*(?<![A-Za-z0-9])(?:{_NAMES})=){_VALUE}", re.IGNORECASE), r"\g<keep>***")
+"""Secrets in the query of a URL."""
+
+_FIELD = re.compile(
+    rf"(?<![A-Za-z0-9])(?:{_NAMES}|password|passwd|secret|(?<!_)(?:token|Authorization|Cookie))\Z", re.IGNORECASE
+)
+"""The end of a JSON field's name that tells of a secret."""
+
+_SPECIAL_TOKEN = re.compile(r"<[^<>]*>")
+"""A word of a tokenizer, which is no secret whatever its field is called."""
 
 
 def redact(text: str) -> str:
@@ -72,7 +88,8 @@ def redact(text: str) -> str:
     >>> redact("https://me:pw@host/a?X-Amz-Signature=12ab&part=3")
     'https://***@host/a?X-Amz-Signature=***&part=3'
     """
-    for pattern, replacement in _SECRETS:
+    # URLs first: a name in a password would end it
+    for pattern, replacement in (_KNOWN[0], *_NAMED, *_KNOWN[1:]):
         text = pattern.sub(replacement, text)
     return text
 
@@ -85,18 +102,18 @@ def redact_json(text: str) -> str:
     >>> redact_json('{"use_auth_token": true}')
     '{"use_auth_token": true}'
     """
-    if redact(text) == text:
-        return text
     try:
         value = json.loads(text)
+        safe = redact_values(value)
     except (ValueError, RecursionError):
         return redact(text)
-    safe = redact_values(value)
     return text if safe == value else json.dumps(safe, indent=2, ensure_ascii=False) + "\n"
 
 
 def redact_values(value: Any, key: str = "") -> Any:
     """Return a JSON value with credentials in its strings replaced, by their own look or that of their key.
+
+    Words inside a string say nothing: chat templates have variables called `token`.
 
     Args:
         value: any.
@@ -106,6 +123,10 @@ def redact_values(value: Any, key: str = "") -> Any:
         return {name: redact_values(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [redact_values(item, key) for item in value]
-    if isinstance(value, str):
-        return next(iter(json.loads(redact(json.dumps({key: value}))).values()))
+    if not isinstance(value, str):
+        return value
+    if value and _FIELD.search(key) and not _SPECIAL_TOKEN.fullmatch(value):
+        return "***"
+    for pattern, replacement in (*_KNOWN, _QUERY):
+        value = pattern.sub(replacement, value)
     return value

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.pipeline.errors import ConfigError, FetchError
-from raymerge.pipeline.redact import redact
+from raymerge.pipeline.redact import redact, redact_json, redact_values
 from tests.commands import Cli
 
 SECRET = "S3cr3tS3cr3tS3cr3t"
@@ -93,6 +93,38 @@ def test_the_rest_stays(text: str) -> None:
     assert redact(text) == text
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"chat_template": "{% set token=message.content %}{{ 'Authorization: Bearer ' + tok }}{{ password='x' }}"},
+        {"chat_template": [{"name": "default", "template": "{% set api_key: hf_token = 'a' %}"}]},
+        {"token": "<|tool|>", "pad_token": "x", "secret": "", "password": None, "api_key": 1},
+        {"Authorization": ["<s>"], "f": "org/name@main"},
+    ],
+)  # fmt: skip
+def test_templates_in_configs_stay(value: object) -> None:
+    assert redact_values(value) == value
+    text = json.dumps(value)
+    assert redact_json(text) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"Authorization": f"é {SECRET}"}, {"Authorization": "***"}),
+        ({"password": f"'{SECRET}"}, {"password": "***"}),
+        ({"my_api_key": [f'"{SECRET}']}, {"my_api_key": ["***"]}),
+        ({"token": f"\\{SECRET}"}, {"token": "***"}),
+        ({"a": f"x hf_{SECRET}"}, {"a": "x hf_***"}),
+        ({"a": f"https://me:{SECRET}@h/x"}, {"a": "https://***@h/x"}),
+        ({"a": f"https://h/x?b=1&X-Amz-Signature={SECRET}&c=2"}, {"a": "https://h/x?b=1&X-Amz-Signature=***&c=2"}),
+    ],
+)
+def test_secrets_in_configs_go(value: object, expected: object) -> None:
+    assert redact_values(value) == expected
+    assert json.loads(redact_json(json.dumps(value))) == expected
+
+
 FRAGMENTS = st.sampled_from(
     [
         'https://h/a?sig=abc', '"', "\\", "\n", "'", " ", "token=", "Authorization: Bearer x", "https://", "u:p@h", "@",
@@ -108,6 +140,11 @@ def test_json_stays_json(parts: list[str]) -> None:
     found = json.loads(redact(json.dumps(value, indent=1, ensure_ascii=False)))
     assert found.keys() == value.keys()
     assert len(found["list"]) == len(parts)
+
+
+@given(FRAGMENTS, st.lists(FRAGMENTS, max_size=12).map("".join))
+def test_any_config_can_be_redacted(key: str, text: str) -> None:
+    assert redact_values({key: text, "Authorization": text}).keys() == {key, "Authorization"}
 
 
 @given(st.lists(FRAGMENTS, max_size=12).map("".join))
