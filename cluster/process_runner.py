@@ -42,6 +42,8 @@ class _Lost:
     """In place of a worker's message: it is dead."""
 
     how: str
+    is_killed: bool
+    """By SIGKILL, as the kernel does where memory runs out."""
 
 
 @dataclass(slots=True)
@@ -231,31 +233,36 @@ def _assign(worker: _Worker, items: Sequence[Any], waiting: deque[int]) -> bool:
     if not waiting:
         return False
     worker.item, worker.reported = waiting.popleft(), Progress()
-    with suppress(BrokenPipeError):  # it has died; that is noticed when its answer is read
+    with suppress(OSError):  # it has died; that is noticed when its answer is read
         worker.connection.send(items[worker.item])
     return True
 
 
 def _stop(worker: _Worker) -> None:
     """Have a worker end what it is doing at its next report."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         worker.connection.send(_Stop())
 
 
 def _receive(worker: _Worker) -> Progress | Done | Failed | _Lost:
     try:
         message: Progress | Done | Failed = worker.connection.recv()
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError):  # also in the middle of a message
         worker.process.join()
         code = worker.process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return _Lost(f"its worker process {how}")
+        return _Lost(f"its worker process {how}", is_killed=code == -signal.SIGKILL)
     return message
 
 
 def _give_up(lost: _Lost, num_attempts: int) -> Failed:
     after = f"gave up an item after {num_attempts} attempts, at last because " if num_attempts > 1 else ""
-    return Failed(WorkerLostError(f"{after}{lost.how}; what is finished is kept: run the same command again"))
+    why, advice = "", ""
+    if lost.is_killed:
+        why, advice = "; memory may have run out", ", with fewer --workers or less --memory"
+    return Failed(
+        WorkerLostError(f"{after}{lost.how}{why}; what is finished is kept: run the same command again{advice}")
+    )
 
 
 def _add(one: Progress, other: Progress) -> Progress:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from functools import partial
@@ -75,8 +76,12 @@ def test_items_run_in_processes_of_their_own() -> None:
 def test_a_worker_that_dies_each_time_is_an_error_that_says_so() -> None:
     reasons: list[str] = []
     runner = ProcessRunner(2, on_retry=reasons.append)
-    with pytest.raises(WorkerLostError, match=r"after 4 attempts, at last because its worker process was .* SIGKILL"):
+    with pytest.raises(
+        WorkerLostError, match=r"after 4 attempts, at last because its worker process was .* SIGKILL"
+    ) as caught:
         list(runner.run(kill_itself, [1, 2, 3], even("abc"), nothing))
+    assert "memory may have run out" in str(caught.value)
+    assert str(caught.value).endswith("run the same command again, with fewer --workers or less --memory")
     assert reasons == ["its worker process was killed by SIGKILL"] * (NUM_ATTEMPTS - 1)
     assert not multiprocessing.active_children()
 
@@ -90,6 +95,24 @@ def die_at_first(item: int, report: Report, *, directory: Path) -> int:
             time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGKILL)
     return item
+
+
+def die_in_a_message(item: int, report: Report, *, directory: Path) -> bytes:
+    """Have the worker killed once while it sends a result that its driver does not take at once."""
+    report(Progress(read_nbytes=1))
+    with suppress(FileExistsError):
+        (directory / str(item)).touch(exist_ok=False)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return bytes(2**24)
+
+
+def test_a_worker_killed_in_the_middle_of_a_message_is_lost(tmp_path: Path) -> None:
+    reasons: list[str] = []
+    runner = ProcessRunner(1, on_retry=reasons.append)
+    work = partial(die_in_a_message, directory=tmp_path)
+    results = runner.run(work, [1], even("a"), lambda progress: time.sleep(0.6))
+    assert [len(result) for result in results] == [2**24]
+    assert reasons == ["its worker process was killed by SIGKILL"]
 
 
 @pytest.mark.parametrize("start_method", [StartMethod.FORK, StartMethod.FRESH])
