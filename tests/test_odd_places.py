@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import MANIFEST, write_config, write_family
-from tests.commands import Cli, Outcome
+from tests.commands import Cli, Outcome, run_command
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,16 @@ def test_a_full_disk_under_stdout(config: Path, family: tuple[Path, ...], comman
             text=True,
             check=False,
         )
-    said = "Error: standard output cannot be written: No space left on device\n"
-    assert (done.returncode, done.stderr) == (2, said)
+    what = "" if command == "--help" else "standard output cannot be written: "
+    assert (done.returncode, done.stderr) == (2, f"Error: {what}No space left on device\n")
+
+
+def test_a_closed_stdout(tmp_path: Path) -> None:
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh"]
+    done = run_command("inspect", tmp_path / "none", prefix=shell)
+    assert done.code == 2
+    assert done.err.startswith("Error: ")
+    assert "Traceback" not in done.err
 
 
 def test_a_working_directory_that_was_deleted(config: Path, tmp_path: Path) -> None:

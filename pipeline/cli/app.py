@@ -60,6 +60,8 @@ def main() -> None:
 
 def _drop_unwritten() -> None:
     """Leave out what stdout could not take: Python would try again at its end, and say so in its own way."""
+    if sys.stdout is None:  # closed from the start
+        return
     try:
         sys.stdout.flush()
     except OSError:
@@ -80,7 +82,7 @@ def _show_usage(error: typer.TyperException) -> None:
 
 def _show_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"raymerge, version {__version__}")
+        put(f"raymerge, version {__version__}")
         raise typer.Exit
 
 

@@ -16,6 +16,10 @@ _SOURCE = re.compile(r"^ +\d+ \| .*$", re.MULTILINE)
 """A line of the config, as a message shows it."""
 
 
+class StdoutError(OSError):
+    """Standard output takes no more."""
+
+
 def say(text: str, *, stream: TextIO | None = None) -> None:
     """Print a message to stderr, or to another stream; its label, if it has one, in colour."""
     stream = stream or sys.stderr
@@ -23,8 +27,16 @@ def say(text: str, *, stream: TextIO | None = None) -> None:
 
 
 def put(text: str) -> None:
-    """Print what a command was asked for to stdout: names, sizes, JSON, wherever they come from."""
-    print(printable(text), flush=True)
+    """Print what a command was asked for to stdout: names, sizes, JSON, wherever they come from.
+
+    Raises:
+        StdoutError: stdout cannot be written.
+    """
+    shown = printable(text)
+    try:
+        print(shown, flush=True)
+    except OSError as error:
+        raise StdoutError(error.errno, error.strerror) from error
 
 
 def say_hint(text: str) -> None:

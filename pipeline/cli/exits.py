@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 from raymerge import RaymergeError
+from raymerge.pipeline.cli.console import StdoutError
 from raymerge.pipeline.cli.interrupt import MESSAGE
 from raymerge.pipeline.progress.events import MergeFailed
 from raymerge.pipeline.redact import redact
@@ -30,6 +31,8 @@ def explain(error: BaseException) -> MergeFailed:
 
 def _explain_os(error: OSError) -> str:
     """Return what this machine refuses, where that is no mistake of ours; nothing where it may be one."""
+    if isinstance(error, StdoutError):
+        return f"standard output cannot be written: {error.strerror}"
     if error.filename is not None:
         return f"{error.filename!s}: {error.strerror}"
     try:
@@ -37,5 +40,5 @@ def _explain_os(error: OSError) -> str:
     except FileNotFoundError:
         return "the working directory was deleted; change to a directory that is there"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
-        return f"standard output cannot be written: {error.strerror}"
+        return error.strerror or str(error)
     return ""
