@@ -102,6 +102,13 @@ def as_user(user: int) -> tuple[str, ...]:
 ALICE, BOB = as_user(54321), as_user(54322)
 
 
+def test_ray_with_a_home_that_may_not_be_entered(shared: Path) -> None:
+    (shared / "home").mkdir(mode=0o700)
+    code = "from raymerge.cluster.ray.session import _own_token\nwith _own_token(): pass"
+    env = {**os.environ, "HOME": str(shared / "home")}
+    subprocess.run([*ALICE, sys.executable, "-c", code], env=env, cwd=shared, check=True)
+
+
 @pytest.fixture
 def shared(family: tuple[Path, ...]) -> Iterator[Path]:
     """A directory that everybody may write to, with the family and the config of its merge."""
@@ -166,6 +173,18 @@ def test_the_root_of_a_volume(shared: Path) -> None:
     done = run_command("merge", shared / "merge.yml", shared / "out", "--overwrite", prefix=ALICE)
     assert done.code == 0, done.err
     assert (shared / "out" / "lost+found" / "#12").read_text() == "of root"
+
+
+def test_files_below_that_may_not_be_looked_at(shared: Path) -> None:
+    """In a directory that may be listed and not entered, and behind a link into a closed one."""
+    for name, mode in (("listed", 0o744), ("closed", 0o700), ("open", 0o755)):
+        (shared / "base" / name).mkdir()
+        (shared / "base" / name).chmod(mode)
+    (shared / "base/listed/notes.txt").write_text("x")
+    (shared / "base/closed/notes.txt").write_text("x")
+    (shared / "base/open/link").symlink_to(shared / "base/closed/notes.txt")
+    done = merge_as(ALICE, shared, 0o022)
+    assert done.code == 0, done.err
 
 
 def test_a_directory_that_may_not_be_read(shared: Path) -> None:

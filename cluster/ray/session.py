@@ -229,7 +229,7 @@ def _own_token() -> Iterator[None]:
     """Give Ray a token for its processes where it would keep one in a home directory that nobody can write to."""
     home = find_home()
     is_given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if is_given or (home is not None and ((home / ".ray/auth_token").exists() or is_writable(home / ".ray"))):
+    if is_given or (home is not None and (os.access(home / ".ray/auth_token", os.R_OK) or is_writable(home / ".ray"))):
         yield
         return
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -68,7 +68,8 @@ class LocalStorage(Storage):
     def list(self, url: str) -> Mapping[str, StoredFile]:
         """Return the files below a directory; links to files count, links to directories are not followed.
 
-        Directories below that may not be read, such as the lost+found of a volume, count as empty.
+        Directories below that may not be read or entered, such as the lost+found of a volume, count as empty, and so
+        do links in them into such directories. A link in the directory itself may be a model's file: it is refused.
         """
         root = local_path(url)
         if len(root.absolute().parts) == 1:
@@ -86,8 +87,13 @@ class LocalStorage(Storage):
         for directory, _, names in os.walk(root, onerror=refuse_unreadable):
             for path in (Path(directory, name) for name in names):
                 name = path.relative_to(root).as_posix()
-                with suppress(FileNotFoundError):  # deleted just now, or no file
+                try:
                     found[name] = self.stat(f"{url}/{name}")
+                except FileNotFoundError:  # deleted just now, or no file
+                    continue
+                except FetchError as error:
+                    if Path(directory) == root or not isinstance(error.__cause__, PermissionError):
+                        raise
                 if len(found) > _MAX_FILES:
                     raise FetchError(
                         f"{url}: more than {_MAX_FILES:,} files, which are no model; give the directory of one"
