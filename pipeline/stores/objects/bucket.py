@@ -14,15 +14,15 @@ from threading import Lock as ThreadLock
 from typing import TYPE_CHECKING, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.stores import retry as retrying
-from raymerge.pipeline.stores.abilities import Abilities, find_abilities, may_be_unsupported
+from raymerge.pipeline.stores.abilities import Abilities, find_abilities
 from raymerge.pipeline.stores.objects.advice import FOUND_BY, advise
 from raymerge.pipeline.stores.objects.aws import DEFAULT_REGION, AwsAccount
 from raymerge.pipeline.stores.objects.errors import NO_STORE, ObjectError, classify_fault, translated
+from raymerge.pipeline.stores.objects.probe import AnyStore, is_unsupported, write_probe
 from raymerge.pipeline.stores.remote import REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import Fault, FaultLog, one_line, retry
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from obstore.store import AzureConfig, ClientConfig, RetryConfig, S3Config
 
 T = TypeVar("T")
-AnyStore = S3Store | GCSStore | AzureStore
 
 _CONNECT_SECONDS = 5
 _UPLOAD_SECONDS = 240.0
@@ -226,12 +225,12 @@ class Bucket:
             def attempt(abilities: Abilities) -> None:
                 is_as_usual = abilities.has_checksums == most.has_checksums
                 store = self.reads if is_as_usual else self._build(_ONCE, REQUEST_SECONDS, abilities)
-                write = partial(_write_probe, store, probe, has_conditions=abilities.has_conditions)
+                write = partial(write_probe, store, probe, has_conditions=abilities.has_conditions)
                 self._retry(write, operation, classify_fault, self._give_up(url, operation))
 
             try:
                 found = find_abilities(
-                    attempt, most=most, is_unsupported=_is_unsupported, faults=self.faults, store=self.url
+                    attempt, most=most, is_unsupported=is_unsupported, faults=self.faults, store=self.url
                 )
             except (ObjectError, FetchError) as error:
                 raise OutputError(self.explain(error, url) if isinstance(error, ObjectError) else str(error)) from None
@@ -342,20 +341,3 @@ class Bucket:
                 found.method = error.method
                 return found
         return error
-
-
-def _write_probe(store: AnyStore, key: str, *, has_conditions: bool) -> None:
-    """Write an object, under each kind of condition if they are to be tried."""
-    with translated("PUT"):
-        if not has_conditions:
-            obstore.put(store, key, b"-", mode="overwrite")
-            return
-        with suppress(AlreadyExistsError):  # an earlier answer was lost
-            obstore.put(store, key, b"-", mode="create")
-        etag = obstore.head(store, key)["e_tag"]
-        if etag:
-            obstore.put(store, key, b"-", mode={"e_tag": etag})
-
-
-def _is_unsupported(error: Exception) -> bool:
-    return isinstance(error, ObjectError) and may_be_unsupported(error.status, error.code)
