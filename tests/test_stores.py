@@ -334,7 +334,7 @@ def test_memory_is_what_the_plan_says(bucket: str, s3_server: S3Server, tmp_path
         models = write_models(tmp_path / name, num_elements)
         urls = [upload(s3_server, bucket, f"{name}/{Path(model).name}", Path(model)) for model in models]
         configs.append(write_config(tmp_path / f"{name}.yml", make_config(urls)))
-    for memory in ("100MiB", "160MiB"):
+    for memory in ("112MiB", "160MiB"):
         out = f"s3://{bucket}/merged-{memory}"
         process = subprocess.run([sys.executable, "-c", SCRIPT, *configs, out, memory], capture_output=True, text=True)
         assert process.returncode == 0, process.stderr
