@@ -1,4 +1,4 @@
-"""Where a user's own files are: the home directory, and what programs keep in it. A user may have none."""
+"""The home directory, and the directory for state in it. A user may have none."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ class JobClient:
             raise ClusterConnectError(f"nobody answers at {self.address} ({reason}); {advice}") from None
 
     def _explain_proxy(self) -> str:
-        """Say through which proxy the cluster was asked; nothing where it was asked directly."""
+        """Name the proxy that the cluster was asked through; empty where it was asked directly."""
         parts = urlsplit(self.address)
         proxy = urllib.request.getproxies().get(parts.scheme)
         if not proxy or urllib.request.proxy_bypass(parts.netloc):

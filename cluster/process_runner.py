@@ -23,10 +23,7 @@ from typing import Any
 from raymerge.cluster.errors import StoppedError, WorkerLostError
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.outcome import Done, Failed, make_picklable
-from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
-
-NUM_ATTEMPTS = 4
-"""How often an item is tried whose worker dies: memory that ran out, or a signal from outside."""
+from raymerge.cluster.runner import NUM_ATTEMPTS, Item, Progress, Report, Resources, Result, Runner, Work
 
 _PATIENCE_SECONDS = 3.0
 """For workers to end what they are doing when the run is broken off."""
@@ -55,7 +52,7 @@ class _Worker:
     slot: int
     """Which of the workers that run at once it is."""
     item: int = -1
-    """What it has in work."""
+    """Position of the item in work."""
     reported: Progress = field(default_factory=Progress)
     """Progress of that item."""
 
@@ -121,14 +118,14 @@ class ProcessRunner(Runner):
                     worker = busy[connection]
                     message = _receive(worker)
                     if isinstance(message, Progress):
-                        worker.reported = _add(worker.reported, message)
+                        worker.reported += message
                         on_progress(message)
                         continue
                     if isinstance(message, _Lost):
                         num_lost[worker.item] += 1
                         if error is None and num_lost[worker.item] < NUM_ATTEMPTS:
                             del busy[connection]
-                            on_progress(Progress(-worker.reported.read_nbytes, -worker.reported.written_nbytes))
+                            on_progress(-worker.reported)
                             self._on_retry(message.how)
                             waiting.appendleft(worker.item)
                             worker = self._replace(work, worker, workers)
@@ -263,10 +260,6 @@ def _give_up(lost: _Lost, num_attempts: int) -> Failed:
     return Failed(
         WorkerLostError(f"{after}{lost.how}{why}; what is finished is kept: run the same command again{advice}")
     )
-
-
-def _add(one: Progress, other: Progress) -> Progress:
-    return Progress(one.read_nbytes + other.read_nbytes, one.written_nbytes + other.written_nbytes)
 
 
 def _end(workers: Sequence[_Worker], patience_seconds: float | None) -> None:

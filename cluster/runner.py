@@ -11,6 +11,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+NUM_ATTEMPTS = 4
+"""How often an item is tried whose worker dies or hangs, or whose store fails."""
+
+
 @dataclass(frozen=True, slots=True)
 class Resources:
     """Resources of one item while it runs."""
@@ -29,6 +33,14 @@ class Progress:
     """Bytes read from the inputs."""
     written_nbytes: int = 0
     """Bytes handed to the output."""
+
+    def __add__(self, other: Progress) -> Progress:
+        """Return the progress of both."""
+        return Progress(self.read_nbytes + other.read_nbytes, self.written_nbytes + other.written_nbytes)
+
+    def __neg__(self) -> Progress:
+        """Return the progress that takes this one back."""
+        return Progress(-self.read_nbytes, -self.written_nbytes)
 
 
 Report = Callable[[Progress], None]

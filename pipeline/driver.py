@@ -53,7 +53,7 @@ def plan(
     out: str | Path | None = None,
     **keywords: Unpack[MergeKeywords],
 ) -> MergePlan:
-    """Work out everything that a merge will do, reading headers only.
+    """Work out everything that a merge will do, reading hardly more than headers.
 
     The plan is for this machine; of `ray` and `address` it counts the memory that Ray takes, and no other machines.
 

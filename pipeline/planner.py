@@ -1,4 +1,7 @@
-"""From configs to a plan: which files, tensors, shards and how much memory. Reads headers only."""
+"""From configs to a plan: which files, tensors, shards and how much memory.
+
+Reads headers and small files; of tensors only small integers, and a sample of a head that is said to be the embedding.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +121,7 @@ def _check_readable(stores: Stores, files: Sequence[Copied]) -> None:
     """Read a byte of each file of this machine that is to be copied, which happens after all shards are made."""
     ranges = [ByteRange(file.source, 0, 1) for file in files if scheme_of(file.source.url) == "file" and file.nbytes]
     if ranges:
-        stores.at(ranges[0].file.url).read_into(ranges, [memoryview(bytearray(1)) for _ in ranges])
+        stores.at(ranges[0].file.url).read_ranges(ranges)
 
 
 def _measure_transfer(

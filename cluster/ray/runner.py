@@ -30,11 +30,8 @@ from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 from raymerge.cluster.errors import HeadLostError, ResourceError, TaskFailedError, WorkerLostError
 from raymerge.cluster.outcome import Done
 from raymerge.cluster.ray.session import RESERVED_MEM, HeadWatch, Node, list_nodes
-from raymerge.cluster.ray.task import Begun, Message, add, pack, serve, stop_all
-from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
-
-NUM_ATTEMPTS = 4
-"""At an item whose worker is lost or hangs, or whose store fails."""
+from raymerge.cluster.ray.task import Begun, Message, pack, serve, stop_all
+from raymerge.cluster.runner import NUM_ATTEMPTS, Item, Progress, Report, Resources, Result, Runner, Work
 
 LONELY_SECONDS = 120.0
 """How long no node may have room for an item: one that is powered off may be replaced."""
@@ -149,7 +146,7 @@ class RayRunner(Runner):
         def do_again(stream: Any, reason: str, mem_nbytes: int | None = None) -> None:
             attempt = running.pop(stream)
             self._release(stream, is_needed=False)
-            on_progress(Progress(-attempt.told.read_nbytes, -attempt.told.written_nbytes))
+            on_progress(-attempt.told)
             if error is None:
                 waiting.appendleft(self._again(attempt, reason, mem_nbytes))
 
@@ -172,7 +169,7 @@ class RayRunner(Runner):
                     if isinstance(message, Begun):
                         attempt.begun = message
                     elif isinstance(message, Progress):
-                        attempt.told = add(attempt.told, message)
+                        attempt.told += message
                         on_progress(message)
                     elif isinstance(message, Done):
                         del running[stream]

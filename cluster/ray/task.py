@@ -62,7 +62,7 @@ def serve(packed: bytes, item: object, stop_key: bytes) -> Iterator[Message]:
         if stop.is_set():
             raise StoppedError("stopped")
         with lock:
-            untold = add(untold or Progress(), progress)
+            untold = (untold or Progress()) + progress
 
     def work_off() -> None:
         try:
@@ -113,11 +113,6 @@ def _unpack(packed: bytes, stop_key: bytes) -> Work[Any, Any]:
 def stop_all(stop_key: bytes) -> None:
     """Have the items that are served under a key end at their next report, and those yet to begin at once."""
     _internal_kv_put(stop_key, b"", namespace=_NAMESPACE)
-
-
-def add(one: Progress, other: Progress) -> Progress:
-    """Return the progress of both."""
-    return Progress(one.read_nbytes + other.read_nbytes, one.written_nbytes + other.written_nbytes)
 
 
 def _has_stopped(stop_key: bytes) -> bool:

@@ -147,10 +147,7 @@ def _meaning(config: Json, field: str) -> object:
         return {"rope_type": kind, **scaling} if scaling or kind != "default" else None
     if field == "sliding_window" and part.get("use_sliding_window") is False:
         return None
-    if (
-        field == "layer_types"
-        and list_field(config, field).count("full_attention") == len(list_field(config, field)) > 0
-    ):
+    if field == "layer_types" and all(kind == "full_attention" for kind in list_field(config, field)):
         return None
     return part.get(field)
 

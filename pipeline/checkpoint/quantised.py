@@ -20,23 +20,24 @@ _AT_LOAD = "bitsandbytes"
 """Quantises whole weights when they are loaded: a fine-tune that was merged back to 16 bits often keeps its section."""
 
 _SCALE = re.compile(
-    r"(?<![^.])(?:absmax|quant_map|quant_state\.[\w.]+|SCB|q?zeros|zero_point|g_idx|codebooks?|(?!logit|layer|norm|residual)(?:\w+_)?scales?(?:_inv)?)$"
+    r"(?<![^.])(?:absmax|quant_map|quant_state\.[\w.]+|SCB|q?zeros|zero_point|g_idx|codebooks?"
+    r"|(?!logit|layer|norm|residual)(?:\w+_)?scales?(?:_inv)?)$"
 )
-"""The last part of the name of what packed values need."""
+"""The last part of the names of scales, zero points and codebooks."""
 _WIDE = ("I64", "U64", "BOOL", "C64")
 """Dtypes of positions and masks, never of packed values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """What speaks for a checkpoint being quantised."""
+    """Evidence that a checkpoint is quantised."""
 
     stated: tuple[str, ...] = ()
     """Places that say so, such as `config.json: quantization_config (fp8)`."""
     packed: tuple[StoredTensor, ...] = ()
     """Tensors whose stored numbers are not their values."""
     is_at_load: bool = False
-    """Whether the one place that says so may mean what is done to whole weights when they are loaded."""
+    """Whether all that says so may mean that whole weights are quantised when they are loaded."""
 
     def explain(self, decoded: Collection[str] = ()) -> str | None:
         """Return why the tensors cannot be taken as they are stored, and the way out; None where they can.
@@ -65,7 +66,7 @@ class Quantisation:
 def find_quantisation(
     config: Mapping[str, Any], files: Iterable[str], tensors: Mapping[str, StoredTensor]
 ) -> Quantisation:
-    """Return what speaks for a checkpoint being quantised.
+    """Return the evidence that a checkpoint is quantised.
 
     Args:
         config: its config.json.

@@ -1,4 +1,4 @@
-"""What leaves with a merged model besides its weights: the donor's files that a model is made of, and nothing else."""
+"""The donor's files that an output gets besides weights: those that a model is made of, and no others."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SideFiles:
 
 
 def find_side_files(stores: Stores, checkpoint: Checkpoint) -> SideFiles:
-    """Return what a model gives to an output besides weights: what models are made of, and what its configs name.
+    """Find the files of a model that an output gets: those that models are made of, and those that its configs name.
 
     Raises:
         CheckpointError: a module's weights are missing, a name cannot be written everywhere, or a file is a link out of

@@ -94,13 +94,11 @@ def has_own_head(stores: Stores, config: Json, tensors: Mapping[str, StoredTenso
     num_steps = -(-head.nbytes // _SAMPLE_NBYTES)
     steps = sorted({k * max(0, num_steps - 1) // (_NUM_SAMPLES - 1) for k in range(_NUM_SAMPLES)})
     parts = [(k * _SAMPLE_NBYTES, min(head.nbytes, (k + 1) * _SAMPLE_NBYTES)) for k in steps]
-    return any(_read(stores, head, some) != _read(stores, embedding, some) for some in (parts[:1], parts[1:]))
+    found = (_read(stores, head, some) != _read(stores, embedding, some) for some in (parts[:1], parts[1:]) if some)
+    return any(found)
 
 
-def _read(stores: Stores, tensor: StoredTensor, parts: Sequence[tuple[int, int]]) -> list[bytearray]:
-    """Return some parts of a stored tensor, each as bytes [start, stop)."""
+def _read(stores: Stores, tensor: StoredTensor, parts: Sequence[tuple[int, int]]) -> tuple[bytes, ...]:
+    """Return some parts of a stored tensor, each the bytes [start, stop)."""
     ranges = [ByteRange(tensor.file, tensor.start + start, tensor.start + stop) for start, stop in parts]
-    contents = [bytearray(place.nbytes) for place in ranges]
-    if ranges:
-        stores.at(tensor.file.url).read_into(ranges, [memoryview(content) for content in contents])
-    return contents
+    return stores.at(tensor.file.url).read_ranges(ranges)

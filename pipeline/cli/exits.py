@@ -30,7 +30,7 @@ def explain(error: BaseException) -> MergeFailed:
 
 
 def _explain_os(error: OSError) -> str:
-    """Return what this machine refuses, where that is no mistake of ours; nothing where it may be one."""
+    """Name the refusal of this machine behind an error; empty where it may be a mistake of ours."""
     if isinstance(error, StdoutError):
         return f"standard output cannot be written: {error.strerror}"
     if error.filename is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from hashlib import sha256
 
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
@@ -16,9 +16,9 @@ from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Storage
 
 _MAX_NBYTES = 2**16
-"""Of a tensor: larger ones are compared where they are copied."""
+"""Size of the largest tensors that are compared here; larger ones are where they are copied."""
 _MAX_COMPARED = 256
-"""Of tensors: each takes a read from every model."""
+"""Number of tensors that are compared here: each takes a read from every model."""
 _SHOWN = 5
 
 
@@ -31,7 +31,7 @@ def check_integers(stores: Stores, merges: Iterable[TensorMerge]) -> None:
     """
     copied = [merge for merge in merges if merge.op == COPY and len(merge.sources) > 1]
     compared = [merge for merge in copied if merge.nbytes <= _MAX_NBYTES][:_MAX_COMPARED]
-    found = _read_all(stores, [source for merge in compared for source in merge.sources])
+    found = _read_all(stores, (source for merge in compared for source in merge.sources))
     different = []
     for merge in compared:
         first, *others = contents = [found[source] for source in merge.sources]
@@ -47,17 +47,17 @@ def check_integers(stores: Stores, merges: Iterable[TensorMerge]) -> None:
         )
 
 
-def _read_all(stores: Stores, sources: Sequence[Source]) -> dict[Source, bytes]:
+def _read_all(stores: Stores, sources: Iterable[Source]) -> dict[Source, bytes]:
     """Return the bytes of some sources; those of one storage are read together."""
-    pieces = {source: source.ranges(0, source.num_elements) for source in sources}
-    buffers = {source: [bytearray(piece.nbytes) for piece in pieces[source]] for source in sources}
     by_storage: dict[Storage, list[Source]] = {}
-    for source in pieces:
-        by_storage.setdefault(stores.at(pieces[source][0].file.url), []).append(source)
+    for source in dict.fromkeys(sources):
+        by_storage.setdefault(stores.at(source.origins[0].file.url), []).append(source)
+    found: dict[Source, bytes] = {}
     for storage, stored in by_storage.items():
-        ranges = [piece for source in stored for piece in pieces[source]]
-        storage.read_into(ranges, [memoryview(buffer) for source in stored for buffer in buffers[source]])
-    return {source: b"".join(parts) for source, parts in buffers.items()}
+        pieces = [(source, piece) for source in stored for piece in source.ranges(0, source.num_elements)]
+        for (source, _), content in zip(pieces, storage.read_ranges([piece for _, piece in pieces]), strict=True):
+            found[source] = found.get(source, b"") + content
+    return found
 
 
 def _show(merge: TensorMerge, content: bytes) -> str:

@@ -59,8 +59,7 @@ def open_model(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], *, h
         raise CheckpointError(f"{checkpoint.model}: the checkpoint holds no tensors")
     layers = find_layers(((t.name, t.nbytes) for t in tensors.values()), count_layers(checkpoint.config))
     tied = is_tied(checkpoint.config, tensors, has_own_head=has_own_head)
-    files = checkpoint.files
-    quantisation = find_quantisation(checkpoint.config, files, tensors)
+    quantisation = find_quantisation(checkpoint.config, checkpoint.files, tensors)
     view = StoredView(checkpoint.model, tensors)
     return Model(view, checkpoint.config, layers, tied, tuple(tensors), quantisation)
 

@@ -84,7 +84,7 @@ def stack_layers(config: Json, origins: Origins) -> tuple[Json, list[str]]:
 
 
 def read_layer(config: Json, layer: int) -> tuple[Any, ...]:
-    """Return what a config.json says of one of its layers by itself, for comparison with others of the same model."""
+    """Return all fields of a config.json that tell one layer from another, for comparison within one model."""
     part = text_part(config)
     num_layers = count_layers(config)
     if not num_layers:

@@ -11,7 +11,8 @@ from raymerge.pipeline.stores.retry import FaultLog
 ARCHIVED = "the object is archived (Glacier): restore it first (`aws s3api restore-object`), or name a copy of it"
 REQUESTER_PAYS = "; if the bucket has its readers pay, set AWS_REQUEST_PAYER=requester"
 ENCRYPTED = (
-    "; if the bucket asks for encryption, set AWS_SERVER_SIDE_ENCRYPTION=aws:kms, and AWS_SSE_KMS_KEY_ID if for one key"
+    "; if the bucket asks for encryption, set AWS_SERVER_SIDE_ENCRYPTION=aws:kms, and AWS_SSE_KMS_KEY_ID where it asks"
+    " for a certain key"
 )
 _UNSUPPORTED_STATUS = (400, 405, 501)
 """Statuses of an answer to a request with a header that the store does not know."""
@@ -94,7 +95,9 @@ def find_abilities(
         faults.note(store, "PUT", "this store refuses checksums: what arrives is compared by its size alone")
     if not found.has_conditions:
         faults.note(
-            store, "lock", "this store refuses conditions of writes: of two runs that begin together, both go on"
+            store,
+            "lock",
+            "this store refuses conditions of writes: of two runs that begin together, both go on for some seconds",
         )
     return found
 

@@ -245,9 +245,13 @@ class Storage(ABC):
         file = self.stat(url)
         if file.nbytes > max_nbytes:
             raise FetchError(f"{url}: {file.nbytes:,} bytes, at most {max_nbytes:,} expected in such a file")
-        data = bytearray(file.nbytes)
-        self.read_into([ByteRange(file, 0, file.nbytes)], [memoryview(data)])
-        return bytes(data)
+        return self.read_ranges([ByteRange(file, 0, file.nbytes)])[0]
+
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> tuple[bytes, ...]:
+        """Return the content of some small ranges; see `read_into`."""
+        contents = [bytearray(place.nbytes) for place in ranges]
+        self.read_into(ranges, [memoryview(content) for content in contents])
+        return tuple(bytes(content) for content in contents)
 
     def write(self, url: str, data: Buffer | bytes, *, exclusive: bool = False) -> StoredFile:
         """Write a small file in one go.

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from raymerge.cluster.errors import WorkerLostError
-from raymerge.cluster.process_runner import NUM_ATTEMPTS, ProcessRunner, StartMethod
-from raymerge.cluster.runner import Progress, Report, Runner
+from raymerge.cluster.process_runner import ProcessRunner, StartMethod
+from raymerge.cluster.runner import NUM_ATTEMPTS, Progress, Report, Runner
 from tests.cluster.runner_contract import RunnerContract, even, nothing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks only where it is safe")

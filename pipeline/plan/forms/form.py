@@ -33,7 +33,7 @@ class Model:
     stored: Collection[str]
     """Every tensor of its files: each is merged, or left out by a rule that the plan prints."""
     quantisation: Quantisation
-    """What speaks for the stored numbers not being the weights."""
+    """Evidence that the stored numbers are not the weights."""
 
     @property
     def ref(self) -> ModelRef:

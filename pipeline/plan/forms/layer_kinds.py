@@ -12,7 +12,7 @@ from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.stacked_config import read_layer
 
 Kind = frozenset[tuple[str, tuple[int, ...]]]
-"""Name without stack and number, and shape, of each tensor of a layer."""
+"""Name without stack and number, and shape, of each tensor of a layer: thousands in mixtures of experts."""
 
 _SHOWN = 4
 
@@ -45,8 +45,12 @@ def check_layers(config: Json, donor: Model, origins: Sequence[tuple[Model, int]
     if not donor.layers.num_layers:
         return []
     models = {model.ref: model for model in (donor, *(model for model, _ in origins))}
-    kinds = {ref: _find_kinds(model) for ref, model in models.items()}
-    own = [kinds[donor.ref].get(layer, frozenset()) for layer in range(donor.layers.num_layers)]
+    numbers: dict[Kind, int] = {}  # equal for equal kinds, and quicker to compare
+    kinds = {
+        ref: {layer: numbers.setdefault(kind, len(numbers)) for layer, kind in _find_kinds(model).items()}
+        for ref, model in models.items()
+    }
+    own = [kinds[donor.ref].get(layer) for layer in range(donor.layers.num_layers)]
     said = [read_layer(donor.config, layer) for layer in range(len(own))]
     odd = []
     for k, (model, layer) in enumerate(origins):
@@ -54,7 +58,7 @@ def check_layers(config: Json, donor: Model, origins: Sequence[tuple[Model, int]
         candidates = {kind for kind, of_kind in zip(own, said, strict=True) if of_kind == found} or set(own)
         if len(candidates) > 1:  # a layer past the donor's own is probably like those at its end
             candidates = {own[k]} if k < len(own) else set(own[1:])
-        if candidates != {kinds[model.ref].get(layer, frozenset())}:
+        if candidates != {kinds[model.ref].get(layer)}:
             odd.append(f"layer {k} (layer {layer} of {model.ref})")
     warnings = []
     if odd:

@@ -13,9 +13,8 @@ import pytest
 
 from raymerge.cluster.errors import ResourceError, WorkerLostError
 from raymerge.cluster.ray.actors import ActorRunner
-from raymerge.cluster.ray.runner import NUM_ATTEMPTS
 from raymerge.cluster.ray.session import RaySession, start_ray
-from raymerge.cluster.runner import Progress, Report, Resources, Runner
+from raymerge.cluster.runner import NUM_ATTEMPTS, Progress, Report, Resources, Runner
 from tests.cluster.ray.work import hang_at_first, wait_until_gone
 from tests.cluster.runner_contract import RunnerContract, even, nothing, square
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from raymerge.cluster.errors import ResourceError, TaskFailedError, WorkerLostError
-from raymerge.cluster.ray.runner import NUM_ATTEMPTS, RayRunner
+from raymerge.cluster.ray.runner import RayRunner
 from raymerge.cluster.ray.session import RaySession, start_ray
-from raymerge.cluster.runner import Progress, Report, Resources
+from raymerge.cluster.runner import NUM_ATTEMPTS, Progress, Report, Resources
 from tests.cluster.ray.work import hang_at_first, wait_until_gone
 from tests.cluster.runner_contract import even, nothing, square
 
