@@ -20,8 +20,10 @@ from tests.servers.fixtures import bucket, s3_server  # noqa: F401
 
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # read by huggingface_hub when it is imported; what tests Xet starts a process
 with suppress(ValueError):  # not in the main thread
-    # A shell that runs the tests in the background has SIGINT ignored, and every command would inherit that.
+    # Commands inherit signals that are ignored, as SIGINT in the background and SIGHUP under nohup, but no handlers.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")  # how long an example takes says nothing while other tests run
 torch.set_num_threads(1)  # the machine's other cores may be busy, and waiting for them takes longer than the work
