@@ -235,11 +235,10 @@ def fail_at_first(item: int, report: Report, *, directory: Path) -> tuple[int, s
 def test_what_fails_on_one_node_is_done_on_another(cluster: Cluster, tmp_path: Path) -> None:
     work = partial(fail_at_first, directory=tmp_path)
     items = list(range(6))
-    # a processor to spare on each: Ray gives one back some time after a task's end, and a full node is passed over
-    with connect_ray(cluster.add_node(num_cpus=2) and cluster.address, {}):
+    with connect_ray(cluster.add_node(num_cpus=1) and cluster.address, {}):
         with pytest.raises(OSError, match="no way to the store of 0"):
             list(RayRunner(1, retry_on=(OSError,)).run(work, [0], even("a"), nothing))
-        cluster.add_node(num_cpus=2)
+        cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         reasons: list[str] = []
         runner = RayRunner(1, retry_on=(OSError,), on_retry=reasons.append)
@@ -249,6 +248,25 @@ def test_what_fails_on_one_node_is_done_on_another(cluster: Cluster, tmp_path: P
         ]
         with pytest.raises(OSError, match="no way to the store of 7"):
             list(RayRunner(1).run(work, [7], even("a"), nothing))
+
+
+def occupy() -> None:
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_what_fails_where_no_other_node_has_room_is_done_there(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raymerge.cluster.ray.runner.ELSEWHERE_SECONDS", 1.0)
+    with connect_ray(cluster.add_node(num_cpus=1) and cluster.address, {}):
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        occupied = ray.remote(num_cpus=1)(occupy).remote()
+        runner = RayRunner(1, retry_on=(OSError,))
+        work = partial(fail_at_first, directory=tmp_path)
+        assert list(runner.run(work, [0], even("a"), nothing)) == [(0, "the same")]
+        ray.cancel(occupied, force=True)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
@@ -38,6 +38,9 @@ LONELY_SECONDS = 120.0
 
 HANG_SECONDS = 900.0
 """How long an item may report nothing; the longest that a store is waited for is less than half of it."""
+
+ELSEWHERE_SECONDS = 30.0
+"""How long an item waits for room on a node where it has not failed yet, before any node will do."""
 
 _LOOK_SECONDS = 5.0
 """Between looks at the nodes, while no item has anything to tell."""
@@ -71,6 +74,8 @@ class Attempt:
     number: int = 1
     avoided: tuple[str, ...] = ()
     """Nodes on which earlier attempts failed."""
+    elsewhere: bool = False
+    """Whether it waits for another node than those."""
     begun: Begun | None = None
     """Where it is in work."""
     heard_at: float = field(default_factory=time.monotonic)
@@ -185,9 +190,12 @@ class RayRunner(Runner):
                             error = _explain_missing(message.error)
                             stop_all(stop_key)
                             give_up_at = time.monotonic() + _PATIENCE_SECONDS
-                for stream in _find_hung(running):
+                for stream in _find_overdue(running):
                     self._kill(stream)
-                    do_again(stream, f"it had reported nothing for {HANG_SECONDS:.0f} s")
+                    if running[stream].begun:
+                        do_again(stream, f"it had reported nothing for {HANG_SECONDS:.0f} s")
+                    else:
+                        waiting.appendleft(replace(running.pop(stream), elsewhere=False))
                 if time.monotonic() > give_up_at and not any(attempt.begun for attempt in running.values()):
                     for stream in running:  # they wait for room, perhaps for ever
                         self._kill(stream)
@@ -258,7 +266,7 @@ class RayRunner(Runner):
             head.check_sometimes()
             if ready:
                 ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
-            if ready or is_ending or _find_hung(running):
+            if ready or is_ending or _find_overdue(running):
                 return list(ready)
             if not head.check():
                 continue
@@ -286,19 +294,20 @@ class RayRunner(Runner):
         self._on_retry(f"{reason} (on {attempt.begun.host})" if attempt.begun else reason)
         if mem_nbytes is not None:
             mem_nbytes = max(attempt.mem_nbytes, min(mem_nbytes, self._find_largest(list_nodes())))
-        return Attempt(
-            attempt.item,
-            mem_nbytes or attempt.mem_nbytes,
-            attempt.number + 1,
-            (*attempt.avoided, attempt.begun.node_id) if attempt.begun else attempt.avoided,
-        )
+        mem_nbytes = mem_nbytes or attempt.mem_nbytes
+        avoided = (*attempt.avoided, attempt.begun.node_id) if attempt.begun else attempt.avoided
+        others = [node for node in list_nodes() if node.node_id not in avoided]
+        elsewhere = bool(avoided) and self._find_largest(others) >= mem_nbytes
+        return Attempt(attempt.item, mem_nbytes, attempt.number + 1, avoided, elsewhere)
 
 
 def choose_node(attempt: Attempt) -> Any:
-    """Return Ray's strategy: another node than before if there is room on one, else all nodes in turn."""
+    """Return Ray's strategy: another node than before where the attempt waits for one, else all nodes in turn."""
     if not attempt.avoided:
         return "SPREAD"
-    return NodeLabelSchedulingStrategy(hard={}, soft={"ray.io/node-id": NotIn(*attempt.avoided)})
+    wanted: Any = {"ray.io/node-id": NotIn(*attempt.avoided)}
+    # a mere preference passes over a node that looks full, as one does for a while after a task's end
+    return NodeLabelSchedulingStrategy(wanted) if attempt.elsewhere else NodeLabelSchedulingStrategy({}, soft=wanted)
 
 
 def _receive(stream: Any) -> Message:
@@ -306,10 +315,15 @@ def _receive(stream: Any) -> Message:
     return message
 
 
-def _find_hung(running: Mapping[Any, Attempt]) -> list[Any]:
-    """Return the streams of items that have begun, and have been silent for too long."""
-    since = time.monotonic() - HANG_SECONDS
-    return [stream for stream, attempt in running.items() if attempt.begun and attempt.heard_at < since]
+def _find_overdue(running: Mapping[Any, Attempt]) -> list[Any]:
+    """Return the streams of items that have been silent for too long, or have waited so for another node."""
+    now = time.monotonic()
+    return [
+        stream
+        for stream, attempt in running.items()
+        if (attempt.begun and attempt.heard_at < now - HANG_SECONDS)
+        or (attempt.elsewhere and not attempt.begun and attempt.heard_at < now - ELSEWHERE_SECONDS)
+    ]
 
 
 def _explain(error: RayError) -> str:

@@ -65,6 +65,8 @@ class Node:
     mem_nbytes: int
     """Memory that Ray may give to work, in bytes."""
     num_gpus: int = 0
+    node_id: str = ""
+    """Ray's name for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,7 @@ def list_nodes() -> tuple[Node, ...]:
             int(node["Resources"]["CPU"]),
             int(node["Resources"].get("memory", 0)),
             int(node["Resources"].get("GPU", 0)),
+            node["NodeID"],
         )
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
