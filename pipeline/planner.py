@@ -1,6 +1,7 @@
 """From configs to a plan: which files, tensors, shards and how much memory.
 
-Reads headers and small files; of tensors only small integers, and a sample of a head that is said to be the embedding.
+Reads headers and small files; of tensors only small integers, small ones of float32 that are rounded, and a sample of a
+head that is said to be the embedding.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.memory import Transfer
 from raymerge.pipeline.plan.recipe import expand, open_model
+from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_idle
 from raymerge.pipeline.plan.shards import Limits, make_fingerprint, make_tasks
 from raymerge.pipeline.plan.types import Copied, InputModel, MergePlan, PlannedOutput, SideFile, Written
@@ -91,6 +93,7 @@ def make_plan(
     recipes = [expand(config, models, seed) for config in configs]
     merges = join_variants(recipes)
     check_integers(stores, merges)
+    doubts += warn_of_rounding(stores, merges, first.keep_float32)
     transfer = _measure_transfer(stores, checkpoints, outs, limits.runner_nbytes)
     tasks, num_workers, num_allowed = make_tasks(merges, replace(limits, transfer=transfer))
     beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)

@@ -101,4 +101,4 @@ def has_own_head(stores: Stores, config: Json, tensors: Mapping[str, StoredTenso
 def _read(stores: Stores, tensor: StoredTensor, parts: Sequence[tuple[int, int]]) -> tuple[bytes, ...]:
     """Return some parts of a stored tensor, each the bytes [start, stop)."""
     ranges = [ByteRange(tensor.file, tensor.start + start, tensor.start + stop) for start, stop in parts]
-    return stores.at(tensor.file.url).read_ranges(ranges)
+    return stores.read_ranges(ranges)

@@ -7,13 +7,11 @@ from collections.abc import Iterable
 from hashlib import sha256
 
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.resolve import COPY
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.open import Stores
-from raymerge.pipeline.stores.seam import Storage
 
 _MAX_NBYTES = 2**16
 """Size of the largest tensors that are compared here; larger ones are where they are copied."""
@@ -31,10 +29,11 @@ def check_integers(stores: Stores, merges: Iterable[TensorMerge]) -> None:
     """
     copied = [merge for merge in merges if merge.op == COPY and len(merge.sources) > 1]
     compared = [merge for merge in copied if merge.nbytes <= _MAX_NBYTES][:_MAX_COMPARED]
-    found = _read_all(stores, (source for merge in compared for source in merge.sources))
+    sources = (source for merge in compared for source in merge.sources)
+    found = iter(stores.read_ranges([piece for s in sources for piece in s.ranges(0, s.num_elements)]))
     different = []
     for merge in compared:
-        first, *others = contents = [found[source] for source in merge.sources]
+        first, *others = contents = [next(found) for _ in merge.sources]
         if any(other != first for other in others):
             models = (source.model for source in merge.sources)
             values = zip(models, (_show(merge, content) for content in contents), strict=True)
@@ -45,19 +44,6 @@ def check_integers(stores: Stores, merges: Iterable[TensorMerge]) -> None:
             + listing(different, _SHOWN, separator="\n  ")
             + "\nTo take those of the base, or else of the first model, add `integers: donor` to the config."
         )
-
-
-def _read_all(stores: Stores, sources: Iterable[Source]) -> dict[Source, bytes]:
-    """Return the bytes of some sources; those of one storage are read together."""
-    by_storage: dict[Storage, list[Source]] = {}
-    for source in dict.fromkeys(sources):
-        by_storage.setdefault(stores.at(source.origins[0].file.url), []).append(source)
-    found: dict[Source, bytes] = {}
-    for storage, stored in by_storage.items():
-        pieces = [(source, piece) for source in stored for piece in source.ranges(0, source.num_elements)]
-        for (source, _), content in zip(pieces, storage.read_ranges([piece for _, piece in pieces]), strict=True):
-            found[source] = found.get(source, b"") + content
-    return found
 
 
 def _show(merge: TensorMerge, content: bytes) -> str:

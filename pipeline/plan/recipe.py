@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from raymerge.ops.registry import Base, find_op
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
-from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
 from raymerge.pipeline.checkpoint.names import (
     CAUSAL_MASKS,
@@ -101,7 +100,6 @@ def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:
         *form.warnings,
         *more,
         *_warn_of_float64(merges),
-        *_warn_of_rounding(merges, form.config.keep_float32),
         *_warn_of_cancelling_weights(merges),
     ]
     for model in form.models.values():
@@ -177,20 +175,6 @@ def _find_drop_rule(name: str, found: Sequence[Source | None]) -> str | None:
 def _warn_of_float64(merges: Sequence[TensorMerge]) -> list[str]:
     wide = [merge.name for merge in merges if any(source.dtype == "F64" for source in merge.sources)]
     return [f"{count_tensors(wide)} stored as float64, merged in float32"] if wide else []
-
-
-def _warn_of_rounding(merges: Sequence[TensorMerge], kept: Sequence[str]) -> list[str]:
-    """Warn of float32 tensors among shorter ones: models have reasons for them."""
-    floats = [merge for merge in merges if merge.op != COPY]
-    long = [merge for merge in floats if any(source.dtype in ("F32", "F64") for source in merge.sources)]
-    rounded = [merge.name for merge in long if DTYPES[merge.out_dtype].num_bits == 16]
-    if not rounded or len(long) == len(floats):
-        return []
-    advice = "list patterns of their names" if kept else "write true, or a list of patterns of their names,"
-    return [
-        f"{count_tensors(rounded)} stored as float32 among shorter ones, and rounded as `dtype` says; to keep such"
-        f" tensors as they are, {advice} under `keep_float32`"
-    ]
 
 
 def _warn_of_cancelling_weights(merges: Sequence[TensorMerge]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock as ThreadLock
 
@@ -49,6 +49,20 @@ class Stores:
             if scheme not in self._storages:
                 self._storages[scheme] = self._build(scheme)
             return self._storages[scheme]
+
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> tuple[bytes, ...]:
+        """Return the content of some small ranges, in their order; those of one storage are read together.
+
+        Raises:
+            FetchError: a file could not be read, or has changed.
+        """
+        by_storage: dict[Storage, dict[ByteRange, bytes]] = {}
+        for piece in ranges:
+            by_storage.setdefault(self.at(piece.file.url), {})[piece] = b""
+        found: dict[ByteRange, bytes] = {}
+        for storage, pieces in by_storage.items():
+            found.update(zip(pieces, storage.read_ranges(list(pieces)), strict=True))
+        return tuple(found[piece] for piece in ranges)
 
     def read_pieces(self, file: StoredFile) -> Iterator[Buffer]:
         """Yield a file's bytes in order; each piece is valid until the next is asked for.

@@ -296,21 +296,15 @@ def test_every_input_tensor_is_accounted_for(names: list[str], num_layers: int, 
     assert len({merge.name for merge in recipe.merges}) == len(recipe.merges)
 
 
-def test_float32_among_shorter_tensors_is_rounded_with_a_word_or_kept() -> None:
+def test_float32_among_shorter_tensors_is_rounded_or_kept() -> None:
     decay, other = "model.layers.0.mamba.A_log", "model.layers.0.mamba.other"
     layout = Layout({**llama().shapes, decay: (4,), other: (4,)}, llama().config, dtypes={decay: "F32", other: "F32"})
 
-    def dtypes(**more: Any) -> tuple[dict[str, str], tuple[str, ...]]:
-        recipe = expand_layouts(linear("a", "b", **more), {"a": layout, "b": layout})
-        return {name: by_name(recipe)[name].out_dtype for name in (decay, other)}, recipe.warnings
+    def dtypes(**more: Any) -> tuple[str, str]:
+        merges = by_name(expand_layouts(linear("a", "b", **more), {"a": layout, "b": layout}))
+        return merges[decay].out_dtype, merges[other].out_dtype
 
-    assert dtypes() == ({decay: "F32", other: "F32"}, ())
-    found, (warning,) = dtypes(dtype="bfloat16")
-    assert found == {decay: "BF16", other: "BF16"}
-    assert warning.startswith(f"2 tensors ({decay}, ...) stored as float32 among shorter ones")
-    found, (warning,) = dtypes(dtype="bfloat16", keep_float32=True)
-    assert found == {decay: "F32", other: "BF16"}
-    assert f"1 tensor ({other})" in warning
-    assert dtypes(dtype="bfloat16", keep_float32=["*.mamba.*"]) == ({decay: "F32", other: "F32"}, ())
-    whole = Layout(llama().shapes, llama().config, dtype="F32")
-    assert expand_layouts(linear("a", dtype="bfloat16"), {"a": whole}).warnings == ()
+    assert dtypes() == ("F32", "F32")
+    assert dtypes(dtype="bfloat16") == ("BF16", "BF16")
+    assert dtypes(dtype="bfloat16", keep_float32=True) == ("F32", "BF16")
+    assert dtypes(dtype="bfloat16", keep_float32=["*.mamba.*"]) == ("F32", "F32")
