@@ -18,5 +18,9 @@ class SourceMismatchError(RaymergeError, ValueError):
         return f"source {self.source} is not the same as source 0"
 
 
+class IntegerOverflowError(RaymergeError, OverflowError):
+    """Integers are added up, and the dtype cannot hold the sum."""
+
+
 class OpParameterError(RaymergeError, ValueError):
     """A parameter's value makes no sense for the op."""

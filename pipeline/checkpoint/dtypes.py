@@ -17,6 +17,11 @@ class DType:
     is_mergeable: bool
     """A floating-point dtype that holds values as they are, not quantised ones that need a scale."""
 
+    @property
+    def is_within_int64(self) -> bool:
+        """Whether these are integers that int64 can hold, all of them."""
+        return self.name[0] in "IU" and self.name != "U64"
+
 
 _ALL = (
     DType("F64", 64, "float64", True),

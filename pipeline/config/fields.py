@@ -60,11 +60,14 @@ def parse_patterns(place: Place) -> tuple[str, ...]:
     return tuple(pattern.text() for pattern in place.elements())
 
 
-def parse_integers(place: Place) -> bool:
-    """Return whether integers are the donor's where they differ."""
-    if place.value not in (None, "equal", "donor"):
-        raise place.error(
-            f"{shown(place.value)} is given; write `equal` to refuse integers that differ between the models, or"
-            " `donor` to take those of the base, or else of the first model"
-        )
-    return place.value == "donor"
+def parse_integers(place: Place) -> str:
+    """Return what becomes of integers that differ between the models."""
+    match place.value:
+        case None:
+            return "equal"
+        case "equal" | "donor" | "max" | "sum" as chosen:
+            return chosen
+    raise place.error(
+        f"{shown(place.value)} is given; write `equal` to refuse integers that differ between the models, `donor` to"
+        " take those of the base, or else of the first model, or `max` or `sum` of all models"
+    )

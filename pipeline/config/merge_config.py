@@ -95,8 +95,8 @@ class MergeConfig:
     """Likewise; goes before `dtype` in the output."""
     keep_float32: tuple[str, ...]
     """Shell patterns of names: those stored as float32 stay that, whatever `dtype` says."""
-    takes_integers_of_donor: bool
-    """Whether tensors that are not floating-point may differ, and are the donor's then."""
+    integers: str
+    """Tensors that are not floating-point: `equal` in all models, or the `donor`'s, the `max` or the `sum`."""
     parameters: Settings
     """At the top level, for the whole merge."""
     text: str
@@ -173,7 +173,7 @@ class _Reader:
         slices = [place.attempt(self._read_slice) for place in root.get("slices").attempt(_list) or ()]
         dtypes = [root.get(key).attempt(parse_dtype) for key in ("dtype", "out_dtype")]
         patterns = root.get("keep_float32").attempt(parse_patterns)
-        of_donor = root.get("integers").attempt(parse_integers)
+        integers = root.get("integers").attempt(parse_integers)
         if self._op is not None:
             check_given(self._op, self._uses, per_model=True)
             levels = [(self._parameters,)] if not slices else [(s.parameters, self._parameters) for s in slices if s]
@@ -188,7 +188,7 @@ class _Reader:
             dtype=dtypes[0],
             out_dtype=dtypes[1],
             keep_float32=patterns or (),
-            takes_integers_of_donor=bool(of_donor),
+            integers=integers or "equal",
             parameters=self._parameters,
             text=document.text,
             warnings=root.findings.list_warnings(document),

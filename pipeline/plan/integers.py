@@ -42,7 +42,8 @@ def check_integers(stores: Stores, merges: Iterable[TensorMerge]) -> None:
         raise TensorMismatchError(
             "tensors that are not floating-point differ, and are copied, not merged:\n  "
             + listing(different, _SHOWN, separator="\n  ")
-            + "\nTo take those of the base, or else of the first model, add `integers: donor` to the config."
+            + "\nTo take those of the base, or else of the first model, add `integers: donor` to the config; to"
+            " combine those of all models, `max` or `sum`."
         )
 
 

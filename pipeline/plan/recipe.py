@@ -27,7 +27,7 @@ from raymerge.pipeline.plan.forms import open_form
 from raymerge.pipeline.plan.forms.form import Form, Model, OutputTensor
 from raymerge.pipeline.plan.out_config import check_configs, make_out_config
 from raymerge.pipeline.plan.renaming import match_names
-from raymerge.pipeline.plan.resolve import COPY, Part, make_tensor_merge
+from raymerge.pipeline.plan.resolve import Part, make_tensor_merge
 from raymerge.pipeline.plan.types import ParameterValue, TensorMerge
 
 
@@ -183,7 +183,7 @@ def _warn_of_cancelling_weights(merges: Sequence[TensorMerge]) -> list[str]:
         merge.name: variant.parameters
         for merge in merges
         for variant in merge.variants
-        if merge.op != COPY and find_op(merge.op).base is Base.REQUIRED and _may_cancel(dict(variant.parameters))
+        if _may_cancel(dict(variant.parameters)) and find_op(merge.op).base is Base.REQUIRED
     }
     if not found:
         return []

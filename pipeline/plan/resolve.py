@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernels.copy import Identical
+from raymerge.ops.kernels.integers import Accumulation
 from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
@@ -44,8 +45,10 @@ class Scope:
     """As in a safetensors header; None where the inputs decide."""
     keep_float32: tuple[str, ...] = ()
     """Shell patterns of output tensors that stay float32 where an input has them so."""
+    integers: str = "equal"
+    """As in `MergeConfig`."""
     donor: ModelRef | None = None
-    """The model whose integers are taken; None where those of all must be equal."""
+    """The model whose config, and perhaps integers, the output gets."""
 
 
 def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: float, seed: int) -> TensorMerge:
@@ -70,10 +73,15 @@ def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: 
     shape = parts[0].source.shape
     if not all(DTYPES[dtype].is_mergeable for dtype in dtypes):
         sources = _as_bytes(name, parts)
-        if scope.donor is not None:
+        dtype = DTYPES[dtypes[0]]
+        if scope.integers in ("max", "sum") and dtype.is_within_int64:
+            variant = Variant((), Accumulation(scope.integers == "sum", dtype.torch_name), seed)
+            stored = tuple(part.source for part in parts)
+            return TensorMerge(name, shape, dtype.name, dtype.name, scope.integers, stored, (variant,))
+        if scope.integers == "donor":
             chosen = next((k for k, part in enumerate(parts) if part.model == scope.donor), 0)
             sources = (sources[chosen],)
-        return TensorMerge(name, shape, dtypes[0], "U8", COPY, sources, (Variant((), Identical(), seed),))
+        return TensorMerge(name, shape, dtype.name, "U8", COPY, sources, (Variant((), Identical(), seed),))
     out_dtype = scope.out_dtype or promote(dtypes)
     if (
         "F32" in dtypes

@@ -11,7 +11,6 @@ from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.config.fields import SENSITIVE_TO_ROUNDING
 from raymerge.pipeline.messages import counted, listing
-from raymerge.pipeline.plan.resolve import COPY
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.open import Stores
 
@@ -35,7 +34,7 @@ def warn_of_rounding(stores: Stores, merges: Iterable[TensorMerge], kept: Sequen
     Raises:
         FetchError: a file could not be read.
     """
-    floats = [merge for merge in merges if merge.op != COPY]
+    floats = [merge for merge in merges if DTYPES[merge.out_dtype].is_mergeable]
     long = {merge.name: sources for merge in floats if (sources := [s for s in merge.sources if s.dtype == "F32"])}
     rounded = [merge for merge in floats if merge.name in long and DTYPES[merge.out_dtype].num_bits == 16]
     if not rounded or len(long) == len(floats):

@@ -47,7 +47,7 @@ class TensorMerge:
     written_dtype: str
     """The dtype that results are rounded to: `out_dtype`, or U8 where bytes are copied as they are."""
     op: str
-    """A registered op, or `copy`: the sources must be equal, and the first one's bytes are written."""
+    """A registered op; or `max`, `sum` or `copy` of integers, the last of sources that must be equal."""
     sources: tuple[Source, ...]
     """In config order; where the op requires a base, that comes first."""
     variants: tuple[Variant, ...]

@@ -131,7 +131,8 @@ class Form(ABC):
             (*settings, self.config.parameters),
             out_dtype,
             self.config.keep_float32,
-            self.donor.ref if self.config.takes_integers_of_donor else None,
+            self.config.integers,
+            self.donor.ref,
         )
 
     def share_head(self, first: Collection[ModelRef], last: Collection[ModelRef]) -> None:

@@ -250,7 +250,7 @@ def test_parameters_that_have_no_effect_are_not_kept() -> None:
         ("linear", ("models.0.model", {"model": {"path": "x", "revision": 12}}), r"revision: 12 is given, .* quotes"),
         ("linear", ("models.0.model", {"model": "x", "lora": {"path": "y"}}), r"models\[0\]\.model\.lora: LoRA"),
         ("linear", ("dtype", "bf16"), "dtype: 'bf16' is no dtype .* did you mean 'bfloat16'"),
-        ("linear", ("integers", "max"), "integers: .max. is given; write `equal` to refuse"),
+        ("linear", ("integers", "min"), "integers: .min. is given; write `equal` to refuse"),
         ("linear", ("keep_float32", "*.A_log"), "keep_float32: .* is given, a list is needed"),
         ("linear", ("keep_float32", [1]), r"keep_float32\[0\]: 1 is given, a string is needed"),
         ("linear", ("out_dtype", "fp16"), "out_dtype: 'fp16' .* did you mean 'float16'"),

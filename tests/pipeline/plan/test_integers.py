@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from raymerge import merge, plan
+from raymerge.ops.errors import IntegerOverflowError
 from raymerge.pipeline.errors import TensorMismatchError
 from tests.checkpoints import add_noise, llama_config, llama_tensors, read_tensors, write_checkpoint
 
-STEPS, INDEX = "audio.norm.num_batches_tracked", "audio.index"
+STEPS, INDEX, NARROW = "audio.norm.num_batches_tracked", "audio.index", "audio.narrow"
 
 
 @pytest.fixture
@@ -23,7 +24,12 @@ def models(tmp_path: Path) -> list[str]:
         str(
             write_checkpoint(
                 tmp_path / name,
-                {**add_noise(base, steps), STEPS: torch.tensor(steps), INDEX: torch.arange(steps, steps + 8)},
+                {
+                    **add_noise(base, steps),
+                    STEPS: torch.tensor(steps),
+                    INDEX: torch.arange(steps, steps + 8),
+                    NARROW: torch.tensor([-100, 7], dtype=torch.int16),
+                },
                 llama_config(),
                 num_shards=2,
             )
@@ -53,6 +59,24 @@ def test_the_donors_integers(models: list[str], base: int, tmp_path: Path) -> No
         assert torch.equal(merged[name], donor[name])
     merge(linear(models[::-1], integers="donor"), tmp_path / "linear")
     assert read_tensors(tmp_path / "linear")[STEPS].item() == 1500
+
+
+@pytest.mark.parametrize(("choice", "steps"), [("max", 1500), ("sum", 2500)])
+def test_integers_of_all_models(models: list[str], choice: str, steps: int, tmp_path: Path) -> None:
+    for shard_size in (1, 2**20):
+        merge(linear(models, integers=choice), tmp_path / str(shard_size), shard_size=shard_size)
+    merged, others = (read_tensors(tmp_path / str(shard_size)) for shard_size in (1, 2**20))
+    assert (merged[STEPS].item(), merged[STEPS].dtype) == (steps, torch.int64)
+    assert merged[INDEX].tolist() == [1500 + k if choice == "max" else 2500 + 2 * k for k in range(8)]
+    assert merged[NARROW].tolist() == ([-100, 7] if choice == "max" else [-200, 14])
+    assert all(torch.equal(tensor, others[name]) for name, tensor in merged.items())
+
+
+def test_a_sum_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
+    narrow = {NARROW: torch.tensor([100], dtype=torch.int8)}
+    models = [str(write_checkpoint(tmp_path / name, {**llama_tensors(1), **narrow}, llama_config())) for name in "ab"]
+    with pytest.raises(IntegerOverflowError, match=f"{NARROW}: the models' sum is more than int8 holds"):
+        merge(linear(models, integers="sum"), tmp_path / "out")
 
 
 def test_equal_integers_are_copied(models: list[str], tmp_path: Path) -> None:

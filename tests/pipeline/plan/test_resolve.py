@@ -165,7 +165,7 @@ def test_scalars_and_empty_tensors(shape: tuple[int, ...], num_elements: int) ->
 def test_the_donors_integers_are_taken_from_tensors_of_one_dtype_alone() -> None:
     parts = [part("a", dtype="I64"), part("b", dtype="I64")]
     for donor, model in (("a", "a"), ("b", "b"), ("c", "a")):
-        merge = merged(parts, replace(scope("linear"), donor=ModelRef(donor)))
+        merge = merged(parts, replace(scope("linear"), integers="donor", donor=ModelRef(donor)))
         assert [source.model for source in merge.sources] == [model]
     for others in (part("b", dtype="I32"), part("b", dtype="BF16")):
         for ordered in ([parts[0], others], [others, parts[0]]):
