@@ -37,6 +37,15 @@ def listing(items: Iterable[object], most: int = 3, *, separator: str = ", ") ->
     return listed + (separator if "\n" in separator else " ") + f"and {len(names) - most:,} more"
 
 
+def escaped(text: str) -> str:
+    r"""Return a name from outside without what a terminal would take for a command, or what is no UTF-8.
+
+    >>> escaped("notes.md"), escaped("a\nb")
+    ('notes.md', "'a\\nb'")
+    """
+    return text if text.isprintable() else ascii(text)
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number of things.
 

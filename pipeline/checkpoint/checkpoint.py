@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raymerge.pipeline.checkpoint.files import CONFIG, check_name, is_hidden
+from raymerge.pipeline.checkpoint.files import CONFIG, is_hidden
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.weights import EXPLICIT, explain_no_weights, find_weights, read_json
 from raymerge.pipeline.errors import CheckpointError, FetchError
@@ -85,13 +85,10 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
     url = locate_model(stores, model)
     storage = stores.at(url)
     files = {name: file for name, file in storage.list(url).items() if not is_hidden(name)}
-    names = list(files)
-    for name in names:
-        check_name(name, url)
-    if not names:
+    if not files:
         raise nothing_there(storage, url)
-    if CONFIG not in names:
-        if any(name.startswith("adapter_model.") or name.endswith(".gguf") for name in names):
+    if CONFIG not in files:
+        if any(name.startswith("adapter_model.") or name.endswith(".gguf") for name in files):
             raise explain_no_weights(storage, url, files)
         cached = _CACHED.fullmatch(PurePosixPath(url).name)
         hint = f"; this is a folder of the Hub's cache: write {cached[1]}/{cached[2]}" if cached else ""

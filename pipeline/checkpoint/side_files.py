@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, check_links
-from raymerge.pipeline.checkpoint.files import CONFIG, is_rewritten, is_secret, is_side_file, is_weights
+from raymerge.pipeline.checkpoint.files import CONFIG, check_name, is_rewritten, is_secret, is_side_file, is_weights
 from raymerge.pipeline.errors import CheckpointError
-from raymerge.pipeline.messages import counted
+from raymerge.pipeline.messages import counted, escaped
 from raymerge.pipeline.redact import redact_json
 from raymerge.pipeline.sizes import format_nbytes
 from raymerge.pipeline.stores.files import StoredFile
@@ -31,6 +31,8 @@ _ASIDE = re.compile(
 )
 """Directories of exports, other precisions and training, whatever words there are in configs."""
 
+_REFERENCE = re.compile(r"(?:.*_)?(?<!name_or_)(?:path|dir|directory|folder|structure)s?")
+"""Fields of configs that name directories of the model: of modules, and as a Router of sentence-transformers does."""
 _IMPORT = re.compile(r"^\s*from\s+\.(\w*)\s+import\s+(\w+)", re.MULTILINE)
 _STRING = re.compile(r"""["']([^"'\n]+)["']""")
 _WITH_WEIGHTS = ("Dense", "LayerNorm", "CNN", "LSTM", "WordEmbeddings", "StaticEmbedding", "WeightedLayerPooling")
@@ -124,6 +126,7 @@ def _group(files: Mapping[str, StoredFile], names: Collection[str]) -> list[str]
     groups: dict[str, list[str]] = {}
     for name in names:
         top, slash, _ = name.partition("/")
+        top = escaped(top)
         groups.setdefault(top + slash, []).append(name)
     result = []
     for group, members in groups.items():
@@ -150,14 +153,16 @@ def _find_named(name: str, text: str, candidates: Collection[str]) -> set[str]:
         quoted = {other for other in candidates if PurePosixPath(other).name in strings}
         return quoted | {str(where / f"{module}.py") for module in modules}.intersection(candidates)
     try:
-        words = set(_list_words(json.loads(text)))
+        value = json.loads(text)
+        words, directories = set(_list_words(value)), set(_list_directories(value))
     except (ValueError, RecursionError):
         return set()
     paths = {(where / word).as_posix() for word in words} | words
+    directories = {path.as_posix() for word in directories for path in (where / word, PurePosixPath(word))}
     code = {(where / f"{word.rpartition('--')[2].partition('.')[0]}.py").as_posix() for word in words if "." in word}
     found = {other for other in candidates if other in paths or other in code}
     for other in candidates:
-        is_inside = any(parent.as_posix() in paths for parent in PurePosixPath(other).parents)
+        is_inside = any(parent.as_posix() in directories for parent in PurePosixPath(other).parents)
         if is_inside and _is_of_module(other, candidates):
             found.add(other)
     return found
@@ -186,6 +191,16 @@ def _list_words(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _list_words(item)
+
+
+def _list_directories(value: Any) -> Iterator[str]:
+    """Yield the strings of a JSON value that name directories: any other word may do so by accident."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _list_words(item) if _REFERENCE.fullmatch(key) else _list_directories(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _list_directories(item)
 
 
 def _is_of_module(name: str, candidates: Collection[str]) -> bool:
@@ -217,6 +232,8 @@ def _check_modules(stores: Stores, checkpoint: Checkpoint, text: str) -> None:
 
 def _check_names(checkpoint: Checkpoint, names: Collection[str]) -> None:
     """Refuse files that cannot be written as they are to every store, and links that lead out of a model."""
+    for name in sorted(names):
+        check_name(name, checkpoint.url)
     directories = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
     if both := directories.intersection(names):
         raise CheckpointError(

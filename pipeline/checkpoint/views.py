@@ -27,8 +27,12 @@ class View(ABC):
         """Return a tensor; None where there is none of this name."""
 
     def hidden(self) -> Mapping[str, str]:
-        """Return the stored tensors that are left out on purpose, each with the rule that says so."""
+        """Return the tensors that are left out on purpose, each with the rule that says so."""
         return {}
+
+    def seen(self, stored: str) -> str:
+        """Return the name under which a stored tensor is seen, or would be if it were not hidden."""
+        return stored
 
 
 class StoredView(View):
@@ -83,6 +87,10 @@ class TiedView(View):
             rule += " and which is merged instead"
         return {**self._below.hidden(), self._stored_head: rule}
 
+    def seen(self, stored: str) -> str:
+        """Return the name below."""
+        return self._below.seen(stored)
+
 
 class RenamedView(View):
     """A model whose names begin in another way: `old` is seen as `new` at the beginning of each."""
@@ -90,7 +98,8 @@ class RenamedView(View):
     def __init__(self, below: View, old: str, new: str) -> None:
         self.ref = below.ref
         self._below = below
-        self._stored = {new + name.removeprefix(old) if name.startswith(old) else name: name for name in below.names()}
+        self._old, self._new = old, new
+        self._stored = {self._rename(name): name for name in below.names()}
 
     def names(self) -> Collection[str]:
         """Return the names below, each with the new beginning."""
@@ -102,5 +111,12 @@ class RenamedView(View):
         return None if stored is None else self._below.find(stored)
 
     def hidden(self) -> Mapping[str, str]:
-        """Return those below, by their own names."""
-        return self._below.hidden()
+        """Return those below."""
+        return {self._rename(name): rule for name, rule in self._below.hidden().items()}
+
+    def seen(self, stored: str) -> str:
+        """Return the name with the new beginning."""
+        return self._rename(self._below.seen(stored))
+
+    def _rename(self, name: str) -> str:
+        return self._new + name.removeprefix(self._old) if name.startswith(self._old) else name

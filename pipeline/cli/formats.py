@@ -10,7 +10,7 @@ from raymerge.ops.registry import Base, Op, Parameter
 from raymerge.pipeline.checkpoint.inspect import FoundFile, Inspection
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.stacks import Stack, Totals
-from raymerge.pipeline.messages import counted, listing
+from raymerge.pipeline.messages import counted, escaped, listing
 from raymerge.pipeline.sizes import format_nbytes
 
 _WIDTH = 100
@@ -27,13 +27,13 @@ def format_inspection(found: Inspection, *, with_tensors: bool = False) -> str:
     if with_tensors:
         lines.append("  tensors: name, dtype, shape, size, and the bytes [start, stop) of a file")
         lines += [
-            f"    {_plain(tensor.name)}  {tensor.dtype}  {_shape(tensor)}  {format_nbytes(tensor.nbytes)}"
-            f"  {_plain(tensor.file.url)} {tensor.start}-{tensor.stop}"
+            f"    {escaped(tensor.name)}  {tensor.dtype}  {_shape(tensor)}  {format_nbytes(tensor.nbytes)}"
+            f"  {escaped(tensor.file.url)} {tensor.start}-{tensor.stop}"
             for tensor in found.tensors
         ]
     lines += _format_files(found)
     if found.obstacle:
-        lines.append(f"  cannot be merged: {_plain(found.obstacle)}")
+        lines.append(f"  cannot be merged: {escaped(found.obstacle)}")
     total = f"{format_nbytes(found.read_nbytes)} of {format_nbytes(found.nbytes)}"
     lines.append(f"read {total} in {counted(found.num_reads, 'read')}")
     return "\n".join(lines)
@@ -101,13 +101,13 @@ def _totals_json(total: Totals) -> dict[str, int]:
 
 
 def _format_head(found: Inspection) -> Iterator[str]:
-    names = ", ".join(map(_plain, found.architectures)) or "no architecture given"
-    kind = f" ({_plain(found.model_type)})" if found.model_type else ""
+    names = ", ".join(map(escaped, found.architectures)) or "no architecture given"
+    kind = f" ({escaped(found.model_type)})" if found.model_type else ""
     yield f"{names}{kind}, {found.weights_format}"
-    yield _line("where", _plain(found.url))
+    yield _line("where", escaped(found.url))
     if found.made is not None:
         made = f"raymerge {found.made.version}, {found.made.method} of {', '.join(found.made.models)}"
-        yield from _wrap("made by", _plain(made))
+        yield from _wrap("made by", escaped(made))
     weights = [file for file in found.files if file.role == "weights"]
     others = [file for file in found.files if file.role != "weights"]
     yield _line("files", f"{_files(weights)} with the tensors; {_files(others)} besides")
@@ -132,10 +132,10 @@ def _format_tensors(found: Inspection) -> Iterator[str]:
     if found.outside:
         yield "  outside of layers"
         shown = found.outside[:_MAX_OUTSIDE]
-        width = max(len(_plain(tensor.name)) for tensor in shown)
+        width = max(len(escaped(tensor.name)) for tensor in shown)
         for tensor in shown:
             size = format_nbytes(tensor.nbytes)
-            yield f"    {_plain(tensor.name):{min(width, 60)}}  {tensor.dtype}  {_shape(tensor)}  {size}"
+            yield f"    {escaped(tensor.name):{min(width, 60)}}  {tensor.dtype}  {_shape(tensor)}  {size}"
         if len(found.outside) > len(shown):
             yield f"    and {len(found.outside) - len(shown):,} more; --tensors lists them"
 
@@ -144,10 +144,10 @@ def _format_stack(stack: Stack) -> Iterator[str]:
     first = stack.kinds[0]
     if len(stack.kinds) == 1:
         num = "1 layer" if stack.num_layers == 1 else f"{stack.num_layers} layers, all alike"
-        yield _line("layers", f"{_plain(stack.prefix)}{_runs(first.layers)}: {num}; each {_format_totals(first.each)}")
+        yield _line("layers", f"{escaped(stack.prefix)}{_runs(first.layers)}: {num}; each {_format_totals(first.each)}")
         return
     num_kinds = len(stack.kinds)
-    yield _line("layers", f"{_plain(stack.prefix)}: {stack.num_layers} layers of {num_kinds} kinds")
+    yield _line("layers", f"{escaped(stack.prefix)}: {stack.num_layers} layers of {num_kinds} kinds")
     for kind in stack.kinds[:_MAX_FILES]:
         yield from _wrap("", f"{_runs(kind.layers)}: each {_format_totals(kind.each)}", indent=4)
     if num_kinds > _MAX_FILES:
@@ -159,9 +159,9 @@ def _format_tying(found: Inspection) -> str:
     if found.is_tied is None:
         return ""
     if not found.is_tied:
-        return f"{_plain(found.head)}, of its own" if found.head else "none"
-    stored = f"; {_plain(found.head)} is stored too, and is the head if it has other values" if found.head else ""
-    return f"tied: {_plain(found.embedding)}{stored}"
+        return f"{escaped(found.head)}, of its own" if found.head else "none"
+    stored = f"; {escaped(found.head)} is stored too, and is the head if it has other values" if found.head else ""
+    return f"tied: {escaped(found.embedding)}{stored}"
 
 
 def _format_files(found: Inspection) -> Iterator[str]:
@@ -169,7 +169,7 @@ def _format_files(found: Inspection) -> Iterator[str]:
         ("besides", ("config", "side file", "other")),
         ("not merged", ("other weights",)),
     ):
-        names = [f"{_plain(file.name)} ({format_nbytes(file.nbytes)})" for file in found.files if file.role in roles]
+        names = [f"{escaped(file.name)} ({format_nbytes(file.nbytes)})" for file in found.files if file.role in roles]
         if names:
             names = [name.replace(" ", _HARD_SPACE) for name in names]
             yield from _wrap(label, listing(names, _MAX_FILES))
@@ -225,11 +225,6 @@ def _wrap(label: str, text: str, *, indent: int = 2) -> Iterator[str]:
         break_on_hyphens=False,
     ):
         yield line.replace(_HARD_SPACE, " ")
-
-
-def _plain(text: str) -> str:
-    """Show a name from a file without what a terminal would take for a command."""
-    return text if text.isprintable() else ascii(text)
 
 
 def format_method(op: Op) -> str:

@@ -26,7 +26,7 @@ class Accounts:
         self._used.update((tensor.model, tensor.name) for tensor in source.origins)
 
     def drop(self, model: ModelRef, name: str, rule: str) -> None:
-        """Note that a stored tensor is left out, and why."""
+        """Note that a tensor, by the name under which it is seen, is left out, and why."""
         self._dropped[str(model), name] = rule
 
     def miss(self, name: str, model: ModelRef, has: Sequence[ModelRef]) -> None:
@@ -54,19 +54,22 @@ class Accounts:
     def explain_dropped(
         self,
         stored: Mapping[ModelRef, Iterable[str]],
+        seen: Callable[[ModelRef, str], str],
         explain: Callable[[ModelRef, str], str],
     ) -> tuple[str, ...]:
         """Return a line for each group of stored tensors that are not in the output, with the rule for it.
 
         Args:
             stored: the names of each model's tensors.
-            explain: returns the rule for a tensor that nothing has used or dropped.
+            seen: returns the name under which a stored tensor is seen.
+            explain: returns the rule for a tensor, by that name, that nothing has used or dropped.
         """
         groups: dict[tuple[ModelRef, str], list[str]] = {}
         for model, names in stored.items():
             for name in names:
                 if (str(model), name) not in self._used:
-                    rule = self._dropped.get((str(model), name)) or explain(model, name)
+                    shown = seen(model, name)
+                    rule = self._dropped.get((str(model), shown)) or explain(model, shown)
                     groups.setdefault((model, rule), []).append(name)
         return tuple(f"{model}: {count_tensors(names)}: {rule}" for (model, rule), names in groups.items())
 

@@ -107,6 +107,7 @@ def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:
             accounts.drop(model.ref, name, rule)
     dropped = accounts.explain_dropped(
         {model.ref: model.stored for model in models},
+        lambda ref, name: form.models[ref].view.seen(name),
         lambda ref, name: form.explain_unused(form.models[ref], name),
     )
     return Recipe(tuple(merges), out_config, tuple(warnings), dropped)

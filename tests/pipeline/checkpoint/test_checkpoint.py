@@ -285,15 +285,3 @@ def test_other_kinds_of_weights(single: Path, files: list[str], message: str) ->
     for name in files:
         (single / name).write_bytes(b"x")
     refuse(single, message)
-
-
-@pytest.mark.parametrize("name", ["a\nb", "a\\b", "c:d", "a\x1b[0m"])
-def test_files_that_cannot_be_written_elsewhere(single: Path, name: str) -> None:
-    (single / name).touch()
-    message = refuse(single, "rename it")
-    assert message.isprintable()
-
-
-def test_a_file_name_that_is_not_utf8(single: Path) -> None:
-    Path(os.fsdecode(os.fsencode(single) + b"/\xff.txt")).touch()
-    refuse(single, "not UTF-8; rename it").encode()

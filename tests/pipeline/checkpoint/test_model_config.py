@@ -95,6 +95,14 @@ def test_the_tie_is_stated_at_the_top_and_where_it_was() -> None:
             {"torch_dtype": "bfloat16", "vision_config": {"dtype": "float16"}, "text_config": {"a": 1}},
             {"torch_dtype": "float32", "vision_config": {"dtype": "float32"}, "text_config": {"a": 1}},
         ),
+        (
+            {"dtype": "bfloat16", "thinker_config": {"text_config": {"dtype": "bfloat16"}}, "parts": [{"dtype": None}]},
+            {
+                "dtype": "float32",
+                "thinker_config": {"text_config": {"dtype": "float32"}},
+                "parts": [{"dtype": "float32"}],
+            },
+        ),
     ],
 )
 def test_the_dtype_is_stated_under_the_keys_in_use(config: Json, expected: Json) -> None:

@@ -128,6 +128,27 @@ def test_odd_json_is_copied_as_it_is(name: str, text: str, single: Path) -> None
         assert copied(single) == [name]
 
 
+ODD_NAMES = ["a\nb", "a\\b", "c:d", "a\x1b[0m", os.fsdecode(b"\xff.txt")]
+
+
+def test_files_of_odd_names_stay_behind(single: Path) -> None:
+    for name in (*ODD_NAMES, "q\n.gguf"):
+        (single / name).touch()
+    weights, others = plan(passthrough(single)).dropped
+    assert weights.endswith("neither merged nor copied: 'q\\n.gguf' (0 B)")
+    assert all(part in others for part in (r"'a\nb'", r"'a\x1b[0m'", r"a\b (", "c:d (", r"'\udcff.txt'"))
+    assert (weights + others).isprintable()
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_files_that_cannot_be_written_elsewhere(single: Path, name: str) -> None:
+    write(single, {"tokenizer_config.json": {"vocab_file": name}})
+    (single / name).touch()
+    with pytest.raises(CheckpointError, match=r"rename it") as caught:
+        find(single)
+    assert str(caught.value).isprintable()
+
+
 def test_secrets_are_never_copied(single: Path) -> None:
     names = ["id_rsa", "keys/server.pem", "hf_token.txt", "api_key.json", "aws_credentials_config.json", "secrets.json",
              "client_secret_config.json", "env", "prod.env", "github_token", "service_account.json"]  # fmt: skip
@@ -186,6 +207,16 @@ def test_modules_with_weights_are_part_of_the_model(tmp_path: Path) -> None:
         merge(config, tmp_path / name, shard_size=shard_size)
         assert verify(tmp_path / name).num_tensors == len(llama_tensors(head=False))
     assert merge(passthrough(tmp_path / "sharded"), tmp_path / "again").num_shards == 1
+
+
+def test_words_that_happen_to_be_directories(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "a", talker={"kind": "speech"}, _name_or_path="output", aux={"codec_dir": "codec"})
+    for name in ("llama", "speech", "talker", "output", "codec", "query_0_Static"):
+        write(model, {f"{name}/model.safetensors": b"x", f"{name}/config.json": {}})
+    write(model, {"router_config.json": {"structure": {"query": ["query_0_Static"]}}})
+    found = find(model)
+    assert found.module_weights == ("codec/model.safetensors", "query_0_Static/model.safetensors")
+    assert {name.partition("/")[0] for name in found.left_out} == {"llama", "speech", "talker", "output"}
 
 
 def test_pickled_weights_of_a_module_are_copied_where_there_are_no_others(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.plan.accounts import Accounts
 from tests.pipeline.plan.layouts import bare, llama, model_refs, stored_tensors
@@ -9,12 +10,18 @@ from tests.pipeline.plan.layouts import bare, llama, model_refs, stored_tensors
 A, B, C = model_refs("a", "b", "c")
 
 
+def own_name(model: ModelRef, name: str) -> str:
+    return name.removeprefix("old.")
+
+
 def test_books_without_problems_come_out_even() -> None:
     accounts = Accounts()
     accounts.use(stored_tensors("a", bare(["w"]))["w"])
     accounts.drop(B, "w", "a rule")
     accounts.check()
-    assert accounts.explain_dropped({A: ["w"], B: ["w"]}, lambda model, name: "unused") == ("b: 1 tensor (w): a rule",)
+    assert accounts.explain_dropped({A: ["w"], B: ["old.w"]}, own_name, lambda model, name: "unused") == (
+        "b: 1 tensor (old.w): a rule",
+    )
 
 
 @pytest.mark.parametrize(("num_problems", "more"), [(1, ""), (5, ""), (6, "and 1 more"), (12, "and 7 more")])
@@ -46,7 +53,7 @@ def test_what_is_left_out_is_grouped_by_model_and_rule() -> None:
         if "layers" not in name:
             accounts.use(tensors[A][name])
     accounts.drop(B, "model.norm.weight", "a rule of its own")
-    lines = accounts.explain_dropped(tensors, lambda model, name: "past" if "layers.3" in name else "unused")
+    lines = accounts.explain_dropped(tensors, own_name, lambda model, name: "past" if "layers.3" in name else "unused")
     assert lines == (
         "a: 6 tensors (model.layers.0.mlp.up_proj.weight, ...): unused",
         "a: 2 tensors (model.layers.3.mlp.up_proj.weight, ...): past",

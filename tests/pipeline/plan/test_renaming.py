@@ -56,6 +56,18 @@ def test_a_tied_model_under_other_names() -> None:
     ]
 
 
+def test_rules_for_what_is_left_out_hold_under_other_names() -> None:
+    tied = llama(tie_word_embeddings=True)
+    tied = replace(tied, shapes={**tied.shapes, "model.layers.1.self_attn.rotary_emb.inv_freq": (2,)})
+    models = {"a": tied, "b": renamed(lambda name: f"_orig_mod.{name}", tied)}
+    for config in (linear("a", "b"), passthrough(("a", 0, 1), ("b", 1, 2)), passthrough(("b", 0, 1), ("a", 1, 2))):
+        lines = expand_layouts(config, models).dropped
+        rules = {line.removeprefix("a: ").replace("_orig_mod.", "") for line in lines if line.startswith("a: ")}
+        own = expand_layouts(config, {"a": tied, "b": tied}).dropped
+        assert [line.replace("_orig_mod.", "") for line in lines] == list(own)
+        assert rules
+
+
 @pytest.mark.parametrize(
     "other",
     [
