@@ -77,20 +77,20 @@ def set_dtype(config: Json, dtype: str) -> None:
         config: changed in place, sub-configs included.
         dtype: torch's word for it, such as `bfloat16`.
     """
-    for part in _list_sections(config):
+    for part in list_sections(config):
         for key in ("dtype", "torch_dtype"):
-            if key in part:
+            if part.get(key) is not None or (part is config and key in part):
                 part[key] = dtype
     if "dtype" not in config and "torch_dtype" not in config:
         config["torch_dtype"] = dtype
 
 
-def _list_sections(node: object) -> Iterator[Json]:
+def list_sections(node: object) -> Iterator[Json]:
     """Yield a config.json and its sections, however deep they lie: Qwen2.5-Omni has some in `thinker_config`."""
     if isinstance(node, dict):
         yield node
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from _list_sections(child)
+        yield from list_sections(child)
 
 
 def dump_config(config: Json) -> str:

@@ -92,6 +92,37 @@ class TiedView(View):
         return self._below.seen(stored)
 
 
+class PartView(View):
+    """A model without some of its tensors."""
+
+    def __init__(self, below: View, hidden: Mapping[str, str]) -> None:
+        """Look at a part of a model.
+
+        Args:
+            below: the whole.
+            hidden: tensors that are left out, each with the rule that says so.
+        """
+        self.ref = below.ref
+        self._below = below
+        self._hidden = hidden
+
+    def names(self) -> Collection[str]:
+        """Return the names below, but for what is hidden."""
+        return [name for name in self._below.names() if name not in self._hidden]
+
+    def find(self, name: str) -> Source | None:
+        """Return the tensor below if it is not hidden."""
+        return None if name in self._hidden else self._below.find(name)
+
+    def hidden(self) -> Mapping[str, str]:
+        """Return what is hidden here and below."""
+        return {**self._below.hidden(), **self._hidden}
+
+    def seen(self, stored: str) -> str:
+        """Return the name below."""
+        return self._below.seen(stored)
+
+
 class RenamedView(View):
     """A model whose names begin in another way: `old` is seen as `new` at the beginning of each."""
 

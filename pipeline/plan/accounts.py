@@ -37,8 +37,11 @@ class Accounts:
         """Note that tensors do not fit together."""
         self._problems.append(problem)
 
-    def check(self) -> None:
+    def check(self, explain: Callable[[], str] = str) -> None:
         """Refuse a recipe with missing or misfit tensors.
+
+        Args:
+            explain: says why names may differ, if that is known.
 
         Raises:
             TensorMismatchError: a tensor is missing in a model, or tensors do not fit.
@@ -48,7 +51,8 @@ class Accounts:
         raise TensorMismatchError(
             "the inputs do not fit together:\n  "
             + listing(self._problems, _SHOWN, separator="\n  ")
-            + "\nAll inputs need the same tensors in the same shapes; are they fine-tunes of one base?"
+            + "\n"
+            + (explain() or "All inputs need the same tensors in the same shapes; are they fine-tunes of one base?")
         )
 
     def explain_dropped(

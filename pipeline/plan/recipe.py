@@ -26,7 +26,7 @@ from raymerge.pipeline.plan.accounts import Accounts, count_tensors
 from raymerge.pipeline.plan.forms import open_form
 from raymerge.pipeline.plan.forms.form import Form, Model, OutputTensor
 from raymerge.pipeline.plan.out_config import check_configs, make_out_config
-from raymerge.pipeline.plan.renaming import match_names
+from raymerge.pipeline.plan.renaming import explain_names, match_names
 from raymerge.pipeline.plan.resolve import Part, make_tensor_merge
 from raymerge.pipeline.plan.types import ParameterValue, TensorMerge
 
@@ -79,7 +79,7 @@ def expand(config: MergeConfig, models: Sequence[Model], seed: int = 0) -> Recip
     for model in models:
         _check_not_quantised(model)
         _check_gathered(model)
-    models, warnings = match_names(models)
+    models, warnings = match_names(models, takes_parts=bool(config.models))
     form = open_form(config, {model.ref: model for model in models})
     form.warnings += warnings
     return expand_form(form, models, seed)
@@ -91,7 +91,7 @@ def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:
     accounts = Accounts()
     found = (_resolve(output, accounts, seed) for output in form.list_tensors())
     merges = sorted(filter(None, found), key=lambda merge: natural_key(merge.name))
-    accounts.check()
+    accounts.check(lambda: explain_names(models))
     donor = models[0]
     if not merges:
         raise CheckpointError(f"{donor.ref}: no tensor is left for the output")

@@ -1,62 +1,137 @@
-"""Fine-tunes of one base whose tensors are called otherwise: names that begin in another way are matched."""
+"""Fine-tunes of one base whose tensors are called otherwise, and language models that are part of multimodal ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
-from raymerge.pipeline.checkpoint.model_config import count_layers
+from raymerge.pipeline.checkpoint.model_config import count_layers, list_sections
 from raymerge.pipeline.checkpoint.names import find_layers
 from raymerge.pipeline.checkpoint.tying import is_head
-from raymerge.pipeline.checkpoint.views import RenamedView, View
+from raymerge.pipeline.checkpoint.views import PartView, RenamedView, View
+from raymerge.pipeline.plan.accounts import count_tensors
 from raymerge.pipeline.plan.forms.form import Model
 
+_SENSE = re.compile(r"vision|visual|image|audio|speech|video")
+"""Words in fields of a config.json that speak of more than a language model."""
+_LAYOUTS = (
+    ("experts", re.compile(r"\.experts\.\d+\."), re.compile(r"\.experts\.(?!\d)")),
+    ("query, key and value", re.compile(r"\.(?:q_proj|k_proj|v_proj|query|key|value)\."), re.compile(r"qkv|c_attn")),
+    ("gate and up projections", re.compile(r"\.(?:gate|up)_proj\."), re.compile(r"gate_up")),
+)
+"""What some versions of an architecture store one by one, and others together, with patterns of the names."""
+_PLURAL = re.compile(r"s(?=[._]|$)")
+_SAVE_AGAIN = "load both and save them again with one version of transformers, which gives them the same names"
 
-def match_names(models: Sequence[Model]) -> tuple[list[Model], list[str]]:
+
+def match_names(models: Sequence[Model], *, takes_parts: bool) -> tuple[list[Model], list[str]]:
     """Have every model seen under the names of the first, where all of them differ in their beginning alone.
 
     torch.compile puts `_orig_mod.` before each name, a submodule that is saved by itself keeps its name in the whole,
-    and versions of transformers say `model.language_model.` for `model.`.
+    and versions of transformers say `model.language_model.` for `model.`. A language model may also be among the
+    parts of a multimodal one, whose other tensors it lacks.
 
     Args:
         models: the donor first.
+        takes_parts: whether a language model may be merged with that of a multimodal model.
 
     Returns:
-        The models, and a warning for each that is seen under other names than its own.
+        The models, and a warning for each that is seen under other names than its own, or in part.
     """
     donor, *others = models
     matched, warnings = [donor], []
     for model in others:
-        change = _find_change(model, donor)
-        if change is not None:
-            old, new = change
-            view = RenamedView(model.view, old, new)
-            model = replace(model, view=view, layers=find_layers(_list_sizes(view), count_layers(model.config)))
+        wanted = _without_head(donor.view)
+        view = _rename(model.view, model, donor)
+        how = _say_change(model, donor)
+        if wanted in (_without_head(model.view), _without_head(view)):
+            if wanted != _without_head(model.view):
+                model = _look(model, view)
+                warnings.append(
+                    f"{model.ref}: its {how}; all else is the same, and the tensors are matched by the rest"
+                )
+        elif takes_parts and (extra := _find_extra(model, donor)):
+            model = replace(_look(model, view), lacks=frozenset(extra))
             warnings.append(
-                f"{model.ref}: its names begin with {old!r} where those of {donor.ref} begin with {new!r}; all else is"
-                " the same, and the tensors are matched by the rest"
+                f"{model.ref}: a language model like the one in {donor.ref}, and merged with that ({how});"
+                f" {count_tensors(extra)} that it lacks are merged without it, or copied if only one model has them"
+            )
+        elif takes_parts and (extra := _find_extra(donor, model)):
+            rule = f"the output is a language model like {donor.ref}"
+            part = PartView(model.view, dict.fromkeys(extra, rule))
+            model = _look(model, _rename(part, model, donor))
+            warnings.append(
+                f"{model.ref}: a multimodal model, of which only the language model is merged ({how}): {donor.ref}"
+                f" has nothing else; {count_tensors(extra)} are left out; to keep them, make {model.ref} the base_model"
             )
         matched.append(model)
     return matched, warnings
 
 
-def _find_change(model: Model, donor: Model) -> tuple[str, str] | None:
-    """Return the beginning of a model's names and the donor's for it; None where they have no such pair."""
-    wanted = _without_head(donor.view)
-    if not model.layers.main or not donor.layers.main or _without_head(model.view) == wanted:
-        return None
+def explain_names(models: Sequence[Model]) -> str:
+    """Return why models of one architecture may have other names, and the next step; empty where nothing is known."""
+    donor, *others = models
+    for model in others:
+        names, wanted = _without_head(_rename(model.view, model, donor)), _without_head(donor.view)
+        sides = (donor, sorted(wanted - names)), (model, sorted(names - wanted))
+        for (one, apart), (other, together) in (sides, sides[::-1]):
+            for noun, single, fused in _LAYOUTS:
+                first, second = next(filter(single.search, apart), ""), next(filter(fused.search, together), "")
+                if first and second:
+                    return (
+                        f"{one.ref} stores {noun} one by one ({first}), {other.ref} together ({second}); {_SAVE_AGAIN}."
+                    )
+        plain = {_PLURAL.sub("", name): name for name in sides[1][1]}
+        alike = [(name, plain[_PLURAL.sub("", name)]) for name in sides[0][1] if _PLURAL.sub("", name) in plain]
+        if alike:
+            name, its_name = alike[0]
+            return f"What {donor.ref} calls {name}, {model.ref} calls {its_name}; {_SAVE_AGAIN}, or rename the tensors."
+        if names != wanted and model.layers.main != donor.layers.main:
+            one, rest = next(side for side in sides if side[1])
+            return f"{model.ref}: {_say_change(model, donor)}; even so, {count_tensors(rest)} are in {one.ref} alone."
+    return ""
+
+
+def _find_change(model: Model, donor: Model) -> tuple[str, str]:
+    """Return how a model's names begin and how the donor's do, up to what both have in common before the layers."""
     old, new = model.layers.main.split("."), donor.layers.main.split(".")
     while old and new and old[-1] == new[-1]:
         old.pop()
         new.pop()
-    pair = "".join(f"{part}." for part in old), "".join(f"{part}." for part in new)
-    return pair if pair[0] != pair[1] and _without_head(RenamedView(model.view, *pair)) == wanted else None
+    return "".join(f"{part}." for part in old), "".join(f"{part}." for part in new)
 
 
-def _without_head(view: View) -> set[str]:
+def _say_change(model: Model, donor: Model) -> str:
+    old, new = _find_change(model, donor)
+    return (
+        f"names begin with {old!r} where those of {donor.ref} begin with {new!r}"
+        if old != new
+        else "under the same names"
+    )
+
+
+def _rename(view: View, model: Model, donor: Model) -> View:
+    """Return a view of a model by the names that the donor would have for them."""
+    old, new = _find_change(model, donor)
+    return RenamedView(view, old, new) if old != new and model.layers.main and donor.layers.main else view
+
+
+def _look(model: Model, view: View) -> Model:
+    sizes = [(name, source.nbytes) for name in view.names() if (source := view.find(name))]
+    return replace(model, view=view, layers=find_layers(sizes, count_layers(model.config)))
+
+
+def _find_extra(part: Model, whole: Model) -> list[str]:
+    """Return the tensors that a multimodal model has besides its language model; none where the other is not that."""
+    names, wanted = _without_head(_rename(part.view, part, whole)), _without_head(whole.view)
+    inside = re.sub(r"[^.]+\.$", "", whole.layers.main)  # whatever lies beside the layers is part of the language model
+    extra = sorted(wanted - names)
+    is_multimodal = any(_SENSE.search(key) for section in list_sections(whole.config) for key in section)
+    is_part = names <= wanted and inside and not any(name.startswith(inside) for name in extra)
+    return extra if is_multimodal and is_part else []
+
+
+def _without_head(view: View) -> Set[str]:
     """Return a model's names but for the head, which a tied model may lack."""
     return {name for name in view.names() if not is_head(name)}
-
-
-def _list_sizes(view: View) -> list[tuple[str, int]]:
-    return [(name, source.nbytes) for name in view.names() if (source := view.find(name))]

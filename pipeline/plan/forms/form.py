@@ -34,6 +34,8 @@ class Model:
     """Every tensor of its files: each is merged, or left out by a rule that the plan prints."""
     quantisation: Quantisation
     """Evidence that the stored numbers are not the weights."""
+    lacks: Collection[str] = frozenset()
+    """Names of others that a language model need not have, because they are parts of a multimodal one."""
 
     @property
     def ref(self) -> ModelRef:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import TensorMismatchError
@@ -27,10 +29,19 @@ class WholeModels(Form):
         self.share_head(refs, refs)
         views = [self.models[ref].view for ref in refs]
         scope = self.make_scope(self.config.base_model, ())
+        copying = replace(scope, op=find_op("passthrough"), base=None, settings=())
         names = dict.fromkeys(name for view in views for name in view.names())
         for name in sorted(names, key=natural_key):
-            inputs = [Input(view, name, (entry.parameters,)) for view, entry in zip(views, entries, strict=True)]
-            yield OutputTensor(name, self.donor.layers.position(name), tuple(inputs), scope)
+            inputs = [
+                Input(view, name, (entry.parameters,))
+                for view, entry in zip(views, entries, strict=True)
+                if name not in self.models[entry.model].lacks
+            ]
+            is_copied = len(inputs) == 1 < len(views)
+            if is_copied:
+                inputs = [Input(inputs[0].view, name)]
+            position = self.donor.layers.position(name)
+            yield OutputTensor(name, position, tuple(inputs), copying if is_copied else scope)
 
     def explain_unused(self, model: Model, name: str) -> str:
         """Return the rule for a model that only lends its files."""

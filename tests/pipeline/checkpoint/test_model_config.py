@@ -100,7 +100,7 @@ def test_the_tie_is_stated_at_the_top_and_where_it_was() -> None:
             {
                 "dtype": "float32",
                 "thinker_config": {"text_config": {"dtype": "float32"}},
-                "parts": [{"dtype": "float32"}],
+                "parts": [{"dtype": None}],
             },
         ),
     ],

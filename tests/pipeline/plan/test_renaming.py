@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,10 @@ BASE = llama()
 
 def renamed(change: Callable[[str], str], base: Layout = BASE) -> Layout:
     return Layout({change(name): shape for name, shape in base.shapes.items()}, base.config)
+
+
+def ties(*models: str, base: str) -> dict[str, Any]:
+    return linear(*models) | {"merge_method": "ties", "base_model": base}
 
 
 def nest(name: str) -> str:
@@ -66,6 +71,99 @@ def test_rules_for_what_is_left_out_hold_under_other_names() -> None:
         own = expand_layouts(config, {"a": tied, "b": tied}).dropped
         assert [line.replace("_orig_mod.", "") for line in lines] == list(own)
         assert rules
+
+
+TOWER = {"model.visual.patch.weight": (4, 4), "model.visual.blocks.0.qkv.weight": (4, 4)}
+SENSES = {"vision_config": {"depth": 1}, "num_hidden_layers": 2}
+MULTIMODAL = Layout({**renamed(nest).shapes, **TOWER}, SENSES)
+
+
+@pytest.mark.parametrize(
+    ("whole", "part"),
+    [
+        (MULTIMODAL, BASE),
+        (MULTIMODAL, llama(head=False, tie_word_embeddings=True)),
+        (MULTIMODAL, renamed(lambda name: name.removeprefix("model."), llama(head=False))),
+        (Layout({**renamed(lambda name: f"language_model.{name}").shapes, **TOWER}, SENSES), BASE),
+        (Layout({**BASE.shapes, "visual.patch.weight": (4, 4)}, SENSES), BASE),
+    ],
+)
+def test_a_language_model_and_the_one_in_a_multimodal_model(whole: Layout, part: Layout) -> None:
+    extra = {name for name in whole.shapes if "visual" in name}
+    for method in (linear("whole", "part"), ties("part", base="whole")):
+        recipe = expand_layouts(method, {"whole": whole, "part": part})
+        merges = by_name(recipe)
+        assert set(merges) == set(whole.shapes)
+        assert {name for name, merge in merges.items() if len(merge.sources) == 1} == extra
+        assert {source_names(merges[name])[0] for name in extra} == {("whole", name) for name in extra}
+        assert any("part: a language model like the one in whole" in warning for warning in recipe.warnings)
+        assert recipe.dropped == ()
+    for method in (linear("part", "whole"), ties("whole", base="part")):
+        recipe = expand_layouts(method, {"whole": whole, "part": part})
+        assert set(by_name(recipe)) - {"lm_head.weight"} == set(part.shapes) - {"lm_head.weight"}
+        assert all(len(merge.sources) == 2 for merge in recipe.merges)
+        assert any("make whole the base_model" in warning for warning in recipe.warnings)
+        (line,) = recipe.dropped
+        assert line.startswith(f"whole: {len(extra)} tensor")
+        assert line.endswith("the output is a language model like part")
+
+
+def test_two_multimodal_models_and_a_language_model() -> None:
+    recipe = expand_layouts(linear("a", "b", "part"), {"a": MULTIMODAL, "b": MULTIMODAL, "part": BASE})
+    assert {len(merge.sources) for name, merge in by_name(recipe).items() if name in TOWER} == {2}
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        Layout(MULTIMODAL.shapes, BASE.config),
+        Layout({**MULTIMODAL.shapes, "model.language_model.extra.weight": (4, 4)}, SENSES),
+        Layout(dict(list(MULTIMODAL.shapes.items())[1:]), SENSES),
+    ],
+    ids=["no other senses", "more in the language model", "less in the language model"],
+)
+def test_what_is_not_the_same_language_model_is_refused(whole: Layout) -> None:
+    for config in (linear("whole", "part"), linear("part", "whole")):
+        with pytest.raises(
+            TensorMismatchError, match=r"'model\.' .*'model\.language_model\.'|'model\.language_model\.'.*'model\.'"
+        ):
+            expand_layouts(config, {"whole": whole, "part": BASE})
+
+
+def test_layers_of_a_multimodal_model_and_of_a_language_model_make_no_stack() -> None:
+    with pytest.raises(TensorMismatchError, match=r"layers are called model.language_model.layers.\* in a"):
+        expand_layouts(passthrough(("a", 0, 1), ("b", 1, 2)), {"a": MULTIMODAL, "b": BASE})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (
+            ["experts.0.gate_proj.weight", "experts.0.up_proj.weight"],
+            ["experts.gate_up_proj"],
+            r"a stores experts one by one \(model.layers.0.mlp.experts.0.gate_proj.weight\), b together"
+            r" \(model.layers.0.mlp.experts.gate_up_proj\); load both and save them again with one version",
+        ),
+        (["experts.gate_up_proj"], ["experts.0.w1.weight"], "b stores experts one by one .*, a together"),
+        (["qkv_proj.weight"], ["q_proj.weight", "k_proj.weight"], "b stores query, key and value one by one"),
+        (["gate_proj.weight", "up_proj.weight"], ["gate_up_proj.weight"], "a stores gate and up projections one by"),
+        (
+            ["norms.weight"],
+            ["norm.weight"],
+            "What a calls model.layers.0.mlp.norms.weight, b calls model.layers.0.mlp.norm",
+        ),
+    ],
+)
+def test_other_names_are_explained(one: list[str], other: list[str], message: str) -> None:
+    layouts = {
+        ref: Layout(
+            {**BASE.shapes, **{f"model.layers.{k}.mlp.{name}": (4, 4) for k in range(2) for name in names}}, BASE.config
+        )
+        for ref, names in (("a", one), ("b", other))
+    }
+    for b in (layouts["b"], renamed(nest, layouts["b"])):
+        with pytest.raises(TensorMismatchError, match=message):
+            expand_layouts(linear("a", "b"), {"a": layouts["a"], "b": b})
 
 
 @pytest.mark.parametrize(
