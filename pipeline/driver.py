@@ -75,7 +75,9 @@ def plan(
     with open_stores(StoreSettings(options.storage)) as stores:
         loaded = load_config(config, strict=options.strict)
         where = ["." if out is None else str(out)]
-        return make_plan(stores, [loaded], where, limits, options.seed, trust_headers=options.trust_headers)
+        made = make_plan(stores, [loaded], where, limits, options.seed, trust_headers=options.trust_headers)
+        _check_doubts(made, strict=options.strict)
+        return made
 
 
 def merge(
@@ -134,6 +136,7 @@ def merge_variants(
         session, limits = _find_workers(stores, loaded[0], outs, options, stack)
         places, trust_headers = [str(out) for out in outs], options.trust_headers
         the_plan = make_plan(stores, loaded, places, limits, options.seed, session, trust_headers=trust_headers)
+        _check_doubts(the_plan, strict=options.strict)
         targets = [_check_output(stores, the_plan, k, out, overwrite=options.overwrite) for k, out in enumerate(outs)]
         if options.ray:
             from raymerge.cluster.ray.session import start_ray
@@ -225,6 +228,13 @@ def _find_workers(
         num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
         limits = replace(limits, gpus=Gpus(num_gpus, gpu_mem))
     return session, limits
+
+
+def _check_doubts(plan: MergePlan, *, strict: bool) -> None:
+    """Refuse a plan with warnings if that is wanted."""
+    if strict and plan.warnings:
+        doubts = "\n  ".join(plan.warnings)
+        raise ConfigError(f"refused because of strict:\n  {doubts}\nput these right, or leave strict out")
 
 
 def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False, storage: Library = "auto") -> str:

@@ -60,7 +60,7 @@ class MergeOptions:
         Size | None, Help("Largest output file, such as 5GB.", OUTPUT, "SIZE", default="by the output's size")
     ] = None
     seed: Annotated[int, Help("Seed of methods that draw random numbers.", OUTPUT, "N")] = 0
-    strict: Annotated[bool, Help("Refuse doubtful settings, NaN and infinity instead of warning.", OUTPUT)] = False
+    strict: Annotated[bool, Help("Refuse whatever gives a warning otherwise, and NaN and infinity.", OUTPUT)] = False
     trust_headers: Annotated[
         bool, Help("Go by the weight files where an input's index is missing or disagrees with them.", OUTPUT)
     ] = False

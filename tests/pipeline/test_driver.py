@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from raymerge import ConfigError, Event, OutputError, Planned, Progressed, Resum
 from raymerge.pipeline.driver import check_output, merge_variants
 from raymerge.pipeline.stores.files import Buffer, ByteRange
 from raymerge.pipeline.stores.local.storage import LocalStorage
-from tests.checkpoints import read_files, write_config, write_family
+from tests.checkpoints import INDEX, read_files, write_config, write_family, write_llama
 from tests.watchers import stop_after
 
 Config = dict[str, Any]
@@ -44,6 +45,23 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[ByteRange]:
 
     monkeypatch.setattr(LocalStorage, "read_into", read)
     return found
+
+
+@pytest.mark.parametrize("doubt", ["stale index", "head", "layers"])
+def test_strict_refuses_what_is_doubtful_in_models(doubt: str, tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model", seed=1, tie_word_embeddings=doubt == "head", global_attn_every_n_layers=3)
+    layers = [{"sources": [{"model": str(model), "layer_range": [k, 2]}]} for k in (0, 1)]
+    config: Config = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+    if doubt == "layers":
+        config = {"merge_method": "passthrough", "slices": layers}
+    if doubt == "stale index":
+        (model / INDEX).write_text('{"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}')
+    (warning,) = plan(config).warnings
+    for call in (plan, partial(merge, out=tmp_path / "out")):
+        with pytest.raises(ConfigError) as caught:
+            call(config, strict=True)
+        assert str(caught.value) == f"refused because of strict:\n  {warning}\nput these right, or leave strict out"
+    assert not (tmp_path / "out").exists()
 
 
 def header_nbytes(path: str) -> int:
