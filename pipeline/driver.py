@@ -194,6 +194,7 @@ def merge_variants(
                 num_per_process=done.num_per_process,
                 faults=faults,
                 nonfinite=nonfinite[k],
+                limits=stores.faults.limits,
                 was_complete=k not in unfinished,
             )
             for k, target in enumerate(targets)

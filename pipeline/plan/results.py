@@ -96,6 +96,8 @@ class MergeReport:
     warnings: tuple[str, ...]
     nonfinite: tuple[str, ...]
     """Tensors with NaN or infinity in the output."""
+    limits: tuple[str, ...] = ()
+    """What the stores lack, such as conditional writes, and what the merge did without."""
 
     def __repr__(self) -> str:
         contents = f"{counted(self.num_tensors, 'tensor')} in {counted(self.num_shards, 'shard')}"

@@ -28,6 +28,7 @@ def make_report(
     num_per_process: int = 1,
     faults: tuple[tuple[str, int], ...],
     nonfinite: tuple[str, ...],
+    limits: tuple[str, ...] = (),
     was_complete: bool = False,
 ) -> MergeReport:
     """Add up what a merge did.
@@ -41,6 +42,7 @@ def make_report(
         num_per_process: shards in work at once in one process.
         faults: what was got over besides what the results tell.
         nonfinite: tensors of the output.
+        limits: what stores lack.
         was_complete: whether there was nothing to do.
     """
     num_at_once = min(num_per_process, len(results))
@@ -66,6 +68,7 @@ def make_report(
         faults=_add_up([faults, *(result.faults for result in results)]),
         warnings=plan.warnings,
         nonfinite=nonfinite,
+        limits=limits,
     )
 
 
@@ -101,6 +104,7 @@ def format_report(report: MergeReport) -> str:
     if report.faults:
         lines.append(f"  retries   {sum(count for _, count in report.faults)}")
     lines += [f"    {count} x {what}" for what, count in report.faults]
+    lines += [f"  limit     {limit}" for limit in report.limits]
     lines.append(f"  manifest  {report.manifest}")
     return redact("\n".join(lines))
 

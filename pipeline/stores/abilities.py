@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from raymerge.pipeline.stores.retry import FaultLog
 
@@ -14,6 +15,7 @@ ENCRYPTED = (
     "; if the bucket asks for encryption, set AWS_SERVER_SIDE_ENCRYPTION=aws:kms, and AWS_SSE_KMS_KEY_ID where it asks"
     " for a certain key"
 )
+AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn")
 _UNSUPPORTED_STATUS = (400, 405, 501)
 """Statuses of an answer to a request with a header that the store does not know."""
 _OTHER_CODES = frozenset(
@@ -45,6 +47,20 @@ class Abilities:
     """If-None-Match and If-Match."""
 
 
+class IgnoredError(Exception):
+    """A store wrote an object although the condition did not hold."""
+
+
+def is_aws(endpoint: str) -> bool:
+    """Tell whether an endpoint is one of AWS, which takes all that is sent; an empty one is.
+
+    >>> is_aws("https://s3.eu-west-1.amazonaws.com"), is_aws("https://amazonaws.com.example.org")
+    (True, False)
+    """
+    host = urlsplit(endpoint).hostname or ""
+    return not endpoint or host.endswith(AWS_DOMAINS)
+
+
 def may_be_unsupported(status: int | None, code: str) -> bool:
     """Tell whether an answer may be about a header that the store does not know.
 
@@ -70,8 +86,8 @@ def find_abilities(
         attempt: writes an object, with these headers.
         most: the headers that may be sent at all.
         is_unsupported: tells whether an error may be about a header.
-        faults: where limits are noted, as the report names what is in it.
-        store: for that note.
+        faults: where limits are noted.
+        store: for these notes.
 
     Raises:
         Exception: of the plainest write, where no other works.
@@ -92,13 +108,7 @@ def find_abilities(
     refused = candidates[: candidates.index(found)]
     found = next((abilities for abilities in refused if takes(abilities)), found)
     if most.has_checksums and not found.has_checksums:
-        faults.note(store, "PUT", "this store refuses checksums: what arrives is compared by its size alone")
-    if not found.has_conditions:
-        faults.note(
-            store,
-            "lock",
-            "this store refuses conditions of writes: of two runs that begin together, both go on for some seconds",
-        )
+        faults.note_limit(store, "this store refuses checksums: what arrives is compared by its size alone")
     return found
 
 

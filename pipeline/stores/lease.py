@@ -1,4 +1,7 @@
-"""A lock in a store that has conditional writes: an object that is renewed, and taken by others when it is not."""
+"""A lock in a store: an object that is renewed, and taken by others when it is not.
+
+It is exact where the store has conditional writes; elsewhere it is looked at again after others have had their time.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,9 @@ _MARGIN_SECONDS = 2.0
 _LEAVING_SECONDS = 5.0
 """How long a renewal that is under way is waited for at the end."""
 
+_SETTLE_SECONDS = 1.0
+"""Without conditional writes: how long another run, which saw no lock either, is given to write its own."""
+
 _MAX_TRIES = 10
 
 
@@ -42,6 +48,9 @@ class LeaseStore(Protocol):
     Each call tries again by itself after faults that may pass, and raises an OutputError or FetchError where that does
     not help. A write whose answer was lost may therefore look as if it had failed a condition: the lock finds that out.
     """
+
+    is_weak: bool
+    """Whether it has no conditional writes: it looks first and writes then, and another run may write in between."""
 
     def create(self, url: str, data: bytes) -> str | None:
         """Write an object unless there is one, and return its etag; None where there is one."""
@@ -98,7 +107,12 @@ def hold_lease(store: LeaseStore, url: str, faults: FaultLog) -> Iterator[Lock]:
         HeldError: another run holds it, and has renewed it lately.
         OutputError: it cannot be written.
     """
-    lease = _take(store, url, faults)
+    lease = _take(store, url)
+    if store.is_weak:
+        faults.note_limit(
+            _target_of(url), "this store has no conditional writes: runs that begin in the same second may both go on"
+        )
+        _settle(store, url, lease)
     lease.start()
     try:
         yield lease
@@ -164,17 +178,22 @@ class _Lease(Lock):
         return True
 
 
-def _take(store: LeaseStore, url: str, faults: FaultLog) -> _Lease:
+def _settle(store: LeaseStore, url: str, lease: Lock) -> None:
+    """Make sure that the lock is still ours after a while: of several that wrote it, the last has it."""
+    time.sleep(_SETTLE_SECONDS)
+    found = store.read_with_age(url)
+    holder = _decode(found[0]) if found else None
+    if holder is None or holder.token != lease.token:
+        raise HeldError(_refusal(url, holder, found[2] if found else 0.0))
+
+
+def _take(store: LeaseStore, url: str) -> _Lease:
     since = datetime.now(UTC).astimezone().isoformat(sep=" ", timespec="seconds")
     ours = Holder(os.getpid(), platform.node(), _boot_id(), since, secrets.token_hex(16))
     for _ in range(_MAX_TRIES):
         started = _now()
         etag = store.create(url, ours.encode())
         if etag is not None:
-            again = dataclasses.replace(ours, renewals=1)
-            if (new_etag := store.create(url, again.encode())) is not None:
-                faults.note(url, "lock", "this store ignores conditions of writes: nothing keeps a second run out")
-                return _Lease(store, url, again, new_etag, started)
             return _Lease(store, url, ours, etag, started)
         found = store.read_with_age(url)
         if found is None:  # just deleted
@@ -210,12 +229,15 @@ def _explain_loss(is_there: bool, other: Holder | None) -> str:
 
 
 def _refusal(url: str, holder: Holder | None, age: float) -> str:
-    target = url.rpartition("/")[0].removesuffix("/.raymerge")
     return (
-        f"another raymerge run ({holder or 'just started'}) is writing to {target};"
+        f"another raymerge run ({holder or 'just started'}) is writing to {_target_of(url)};"
         f" wait for it to end (--wait does), or choose another directory; if it was killed,"
         f" try again in {max(1.0, TTL_SECONDS - age):.0f} s"
     )
+
+
+def _target_of(url: str) -> str:
+    return url.rpartition("/")[0].removesuffix("/.raymerge")
 
 
 def _decode(content: bytes) -> Holder | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock as ThreadLock
 
@@ -20,20 +20,21 @@ COPY_NBYTES = 4 * 2**20
 class Stores:
     """The storages of one merge, with the buffers and the record of faults that they share.
 
-    Safe to use from several threads. Pickled as its settings: a worker process has storages of its own.
+    Safe to use from several threads. Pickled as its settings and the stores that are known to work: a worker process
+    has storages of its own.
     """
 
-    def __init__(self, settings: StoreSettings = DEFAULTS) -> None:
+    def __init__(self, settings: StoreSettings = DEFAULTS, reached: Iterable[str] = ()) -> None:
         self.settings = settings
-        self.faults = FaultLog()
+        self.faults = FaultLog(reached)
         """Faults that this process has recovered from."""
         self.pool = BufferPool()
         """It holds at most what the plan gives to the workers that run at once in this process."""
         self._lock = ThreadLock()
         self._storages: dict[str, Storage] = {}
 
-    def __reduce__(self) -> tuple[type[Stores], tuple[StoreSettings]]:
-        return Stores, (self.settings,)
+    def __reduce__(self) -> tuple[type[Stores], tuple[StoreSettings, tuple[str, ...]]]:
+        return Stores, (self.settings, self.faults.reached)
 
     def at(self, url: str) -> Storage:
         """Return the storage that serves a path or URL; one for each kind of store, so that connections are shared.

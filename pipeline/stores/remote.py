@@ -94,8 +94,14 @@ class RemoteStorage(Storage):
         if requesting is not None:
             requesting.shutdown()
 
-    def call(self, operation: str, url: str, function: Callable[[], T]) -> T:
+    def call(self, operation: str, url: str, function: Callable[[], T], *, least_tries: int = 1) -> T:
         """Carry out a request that may be repeated without harm.
+
+        Args:
+            operation: such as GET.
+            url: of the file, for messages.
+            function: makes the request.
+            least_tries: how often it is tried at least, however long that takes.
 
         Raises:
             FileNotFoundError: as `function` does.
@@ -113,6 +119,7 @@ class RemoteStorage(Storage):
                 operation=operation,
                 classify=self.classify,
                 give_up=give_up,
+                least_tries=least_tries,
             )
         except (FileNotFoundError, NotADirectoryError, FileExistsError, MergeError):
             raise
@@ -136,6 +143,7 @@ class RemoteStorage(Storage):
             stop = min(piece.stop, offset + wanted_nbytes)
             try:
                 with self.open_range(file, offset, stop) as chunks:
+                    self.faults.note_answer(self.store_name(file.url))
                     for chunk in chunks:
                         offset = piece.fill(offset, stop, memoryview(chunk).cast("B"))
                         if offset - mark >= LEAST_NBYTES:

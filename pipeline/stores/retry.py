@@ -6,10 +6,11 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.redact import redact
 
 T = TypeVar("T")
@@ -38,12 +39,16 @@ class Fault:
 
 
 class FaultLog:
-    """Counts the faults that were got over, and knows which stores work. Safe to use from several threads."""
+    """Counts the faults that were got over, and knows which stores work, and what they lack.
 
-    def __init__(self) -> None:
+    Safe to use from several threads.
+    """
+
+    def __init__(self, reached: Iterable[str] = ()) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._reached: set[str] = set()
+        self._reached = set(reached)
+        self._limits: dict[str, None] = {}
 
     def note(self, store: str, operation: str, what: str) -> str:
         """Count one fault of a store, such as `s3://bucket`, in an operation, such as `GET`; return its name."""
@@ -59,9 +64,25 @@ class FaultLog:
             self._counts.clear()
         return counts
 
+    def note_limit(self, store: str, what: str) -> None:
+        """Note what a store lacks, and what the merge does without."""
+        with self._lock:
+            self._limits[redact(f"{store}: {what}")] = None
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What stores lack, each once."""
+        with self._lock:
+            return tuple(self._limits)
+
     def note_answer(self, store: str) -> None:
         """Note that a store has answered."""
         self._reached.add(store)
+
+    @property
+    def reached(self) -> tuple[str, ...]:
+        """The stores that have answered."""
+        return tuple(sorted(self._reached))
 
     def has_answered(self, store: str) -> bool:
         """Tell whether a store has answered once."""
@@ -126,7 +147,7 @@ class Patience:
     @property
     def summary(self) -> str:
         """Such as `gave up after 9 attempts in 38 s`."""
-        return f"gave up after {self.num_attempts} attempts in {time.monotonic() - self._start:.0f} s"
+        return f"gave up after {counted(self.num_attempts, 'attempt')} in {time.monotonic() - self._start:.0f} s"
 
 
 def retry(

@@ -44,6 +44,7 @@ class WeakLeases:
 
     def __init__(self, storage: UnconditionalStore) -> None:
         self._storage = storage
+        self.is_weak = storage.sharing is not Sharing.THREADS
 
     def create(self, url: str, data: bytes) -> str | None:
         """Write an object unless there is one, and return its etag; None where there is one."""

@@ -130,7 +130,9 @@ class FaultProxy:
         stall_s: seconds of silence of `Fault.STALL` and `Fault.STALL_IN_BODY`.
         retry_after: seconds that `Fault.TOO_MANY` asks for.
         rule: returns status, code and message of a refusal for requests that this server never serves, else None.
+        hidden_headers: names, in lower case, of headers of requests that the upstream does not see.
         nbytes_per_s: how much of all bodies, in both directions together, gets through; None is no limit.
+        is_shared: whether all connections take turns at that; else each has so much for itself.
     """
 
     def __init__(
@@ -165,7 +167,9 @@ class FaultProxy:
         self.stall_s = stall_s
         self.retry_after = retry_after
         self.rule: Callable[[Request], tuple[str, str, str] | None] = lambda _: None
+        self.hidden_headers: tuple[str, ...] = ()
         self.nbytes_per_s: float | None = None
+        self.is_shared = True
         self._line_is_free_at = 0.0
         self._script: deque[tuple[Fault | None, Predicate]] = deque()
         self._lock = threading.Lock()
@@ -305,7 +309,7 @@ class FaultProxy:
         return None
 
     def _paced(self, data: bytes) -> Iterator[bytes]:
-        """Yield data in pieces at the pace of the line, which all connections take turns at."""
+        """Yield data in pieces at the pace of the line."""
         start = 0
         while start < len(data):
             rate = self.nbytes_per_s
@@ -316,7 +320,7 @@ class FaultProxy:
             with self._lock:
                 now = time.monotonic()
                 self._line_is_free_at = max(now, self._line_is_free_at) + len(piece) / rate
-                wait = self._line_is_free_at - now
+                wait = self._line_is_free_at - now if self.is_shared else len(piece) / rate
             if self._closed.wait(wait):
                 return
             yield piece
@@ -375,7 +379,9 @@ class _Connection:
         self, head: bytes, request: Request, upstream: socket.socket, from_upstream: Reader
     ) -> tuple[bool, bytes]:
         """Send a request upstream; return whether all of its body went there, and the head of the answer."""
-        upstream.sendall(head)
+        hidden = self._proxy.hidden_headers
+        lines = head.split(b"\r\n")
+        upstream.sendall(b"\r\n".join(x for x in lines if x.partition(b":")[0].decode("latin-1").lower() not in hidden))
         if _expects_continue(request):
             if _readable(upstream, timeout=5):
                 answer = from_upstream.read_head()

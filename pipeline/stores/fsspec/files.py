@@ -19,7 +19,7 @@ from raymerge.pipeline.stores.fsspec.errors import (
     is_missing_bucket,
 )
 from raymerge.pipeline.stores.fsspec.info import is_directory, stored_file
-from raymerge.pipeline.stores.fsspec.loop import run_bounded
+from raymerge.pipeline.stores.fsspec.loop import WRITE_SECONDS, run_bounded
 from raymerge.pipeline.stores.remote import PIECE_NBYTES, RemoteStorage
 from raymerge.pipeline.stores.retry import Fault, FaultLog
 from raymerge.pipeline.urls import split_url
@@ -91,7 +91,9 @@ class FsspecFiles(RemoteStorage):
     def explain(self, error: Exception, url: str) -> FetchError:  # noqa: D102
         return FetchError(explain_error(error, url, self.credentials))
 
-    def ask(self, operation: str, url: str, function: Callable[[], T], *, is_once: bool = False) -> T:
+    def ask(
+        self, operation: str, url: str, function: Callable[[], T], *, is_once: bool = False, least_tries: int = 1
+    ) -> T:
         """Carry out a request, several times if need be.
 
         Raises:
@@ -109,7 +111,7 @@ class FsspecFiles(RemoteStorage):
                 raise
 
         try:
-            return attempt() if is_once else self.call(operation, url, attempt)
+            return attempt() if is_once else self.call(operation, url, attempt, least_tries=least_tries)
         except (FetchError, FileExistsError):
             raise
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -119,7 +121,7 @@ class FsspecFiles(RemoteStorage):
         except Exception as error:
             raise self.explain(error, url) from None
 
-    def change(self, operation: str, url: str, function: Callable[[], T]) -> T:
+    def change(self, operation: str, url: str, function: Callable[[], T], *, least_tries: int = 1) -> T:
         """Carry out a request that writes, several times if need be.
 
         Raises:
@@ -127,7 +129,7 @@ class FsspecFiles(RemoteStorage):
             OutputError: the store refuses or is down.
         """
         try:
-            return self.ask(operation, url, function)
+            return self.ask(operation, url, function, least_tries=least_tries)
         except (FetchError, FileNotFoundError) as error:
             raise OutputError(str(error)) from None
 
@@ -149,7 +151,7 @@ class FsspecFiles(RemoteStorage):
         def look() -> tuple[str, Mapping[str, Mapping[str, Any]]]:
             filesystem, path = self.locate(url)
             filesystem.invalidate_cache()
-            return path, filesystem.find(path, detail=True)
+            return path, run_bounded(filesystem, "find", path, seconds=WRITE_SECONDS, detail=True)
 
         try:
             path, infos = self.ask("LIST", url, look)

@@ -8,8 +8,8 @@ from fsspec.asyn import sync
 
 from raymerge.pipeline.stores.remote import REQUEST_SECONDS
 
-WRITE_SECONDS = 3 * REQUEST_SECONDS
-"""Longest that a request with a body of 8 MiB may take: long enough for 150 kB/s."""
+WRITE_SECONDS = 4.5 * REQUEST_SECONDS
+"""Longest that a request with a body of 8 MiB may take: enough for 0.15 MB/s, also if lines are shared unevenly."""
 
 
 def run_bounded(

@@ -17,8 +17,10 @@ from s3fs import S3FileSystem
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.stores.abilities import (
     Abilities,
+    IgnoredError,
     encryption_parameters,
     find_abilities,
+    is_aws,
     may_be_unsupported,
     requester_pays,
 )
@@ -51,7 +53,7 @@ class S3fsStorage(FsspecFiles):
         super().__init__("s3", faults)
         self._lock = threading.Lock()
         self._filesystem: Any = None
-        self._abilities = Abilities()
+        self.abilities = Abilities()
         self._is_probed = False
         self._probe_lock = threading.Lock()
 
@@ -83,10 +85,10 @@ class S3fsStorage(FsspecFiles):
                     s3_additional_kwargs=encryption_parameters(),
                     config_kwargs={
                         "connect_timeout": _CONNECT_SECONDS,
-                        "read_timeout": REQUEST_SECONDS,
+                        "read_timeout": WRITE_SECONDS,  # what only reads is bounded where it is called
                         "retries": {"total_max_attempts": 1},
                         "max_pool_connections": 4 * NUM_REQUESTS,
-                        **({} if self._abilities.has_checksums else _NO_CHECKSUMS),
+                        **({} if self.abilities.has_checksums else _NO_CHECKSUMS),
                     },
                 )
                 self._filesystem.retries = 1
@@ -132,7 +134,7 @@ class S3fsStorage(FsspecFiles):
             elif self.put(url, data, mode="create") is None and not self._holds(url, data):
                 raise FileExistsError(f"{url}: there is an object of this name")
 
-        self.change("PUT", url, put)
+        self.change("PUT", url, put, least_tries=2)
 
     def _holds(self, url: str, data: bytes) -> bool:
         """Tell whether an object has this content."""
@@ -145,13 +147,13 @@ class S3fsStorage(FsspecFiles):
     def _open_parts(self, url: str, nbytes: int, *, exclusive: bool) -> PartsFile:
         part_nbytes = max(PART_NBYTES, -(-nbytes // _MAX_NUM_PARTS))
         filesystem, path = self.locate(url)
-        if exclusive and not self._abilities.has_conditions:
+        if exclusive and not self.abilities.has_conditions:
             if self._find_etag(url) is not None:
                 raise FileExistsError(f"{url}: there is an object of this name")
             exclusive = False
 
         def patiently(operation: str, function: Callable[[], Any]) -> Any:
-            return self.change(operation, url, function)
+            return self.change(operation, url, function, least_tries=2)
 
         return PartsFile(patiently, filesystem, path, "xb" if exclusive else "wb", part_nbytes)
 
@@ -161,7 +163,7 @@ class S3fsStorage(FsspecFiles):
         Where the store knows no conditions, it is looked at first.
         """
         filesystem, path = self.locate(url)
-        if conditions and not self._abilities.has_conditions:
+        if conditions and not self.abilities.has_conditions:
             if (self._find_etag(url) or "") != conditions.get("IfMatch", "").strip('"'):
                 return None
             conditions = {}
@@ -183,7 +185,7 @@ class S3fsStorage(FsspecFiles):
 
     def delete_if(self, url: str, etag: str) -> None:
         """Delete an object if it has this etag still: asked first, as not every S3 knows conditions on a DELETE."""
-        condition = {"IfMatch": f'"{etag}"'} if self._abilities.has_conditions else {}
+        condition = {"IfMatch": f'"{etag}"'} if self.abilities.has_conditions else {}
         if self.ask("HEAD", url, lambda: self._find_etag(url), is_once=True) == etag:
             self.ask("DELETE", url, lambda: self.request("delete_object", url, **condition), is_once=True)
 
@@ -205,9 +207,12 @@ class S3fsStorage(FsspecFiles):
         with self._probe_lock:
             if self._is_probed:
                 return
+            if is_aws(self.change("connect", url, self._find_endpoint)):
+                self._is_probed = True
+                return
             directory = url.rpartition("/")[0].removesuffix("/.raymerge")
             probe = f"{directory}/.raymerge/probe.{token_hex(8)}"
-            most = self._abilities
+            most = self.abilities
 
             def attempt(abilities: Abilities) -> None:
                 self._use(abilities)
@@ -215,6 +220,8 @@ class S3fsStorage(FsspecFiles):
                 def write() -> None:
                     if abilities.has_conditions:
                         self.put(probe, b"-", mode="create")
+                        if self.put(probe, b"-", mode="create") is not None:
+                            raise IgnoredError
                         self.put(probe, b"-", IfMatch=f'"{self._find_etag(probe)}"')
                     else:
                         self.put(probe, b"-")
@@ -229,7 +236,7 @@ class S3fsStorage(FsspecFiles):
                 )
 
             def is_unsupported(error: Exception) -> bool:
-                return may_be_unsupported(find_status(error), error_code(error))
+                return isinstance(error, IgnoredError) or may_be_unsupported(find_status(error), error_code(error))
 
             try:
                 found = find_abilities(
@@ -237,19 +244,23 @@ class S3fsStorage(FsspecFiles):
                 )
             except Exception as error:
                 with self._lock:
-                    self._abilities, self._filesystem = most, None
+                    self.abilities, self._filesystem = most, None
                 raise OutputError(str(error if isinstance(error, FetchError) else self.explain(error, url))) from None
             self._use(found)
             with suppress(OSError):
                 self.remove(probe, is_once=True)
             self._is_probed = True
 
+    def _find_endpoint(self) -> str:
+        run_bounded(self.filesystem, "connect")
+        return str(self.filesystem.s3.meta.endpoint_url)
+
     def _use(self, abilities: Abilities) -> None:
         """Make writes with these headers from now on."""
         with self._lock:
-            if abilities.has_checksums != self._abilities.has_checksums:
+            if abilities.has_checksums != self.abilities.has_checksums:
                 self._filesystem = None
-            self._abilities = abilities
+            self.abilities = abilities
 
     def lock(self, url: str, *, restart: bool = False) -> AbstractContextManager[Lock]:
         """Hold a lease on an object."""
@@ -262,6 +273,7 @@ class S3Leases:
 
     def __init__(self, storage: S3fsStorage) -> None:
         self._storage = storage
+        self.is_weak = not storage.abilities.has_conditions
 
     def create(self, url: str, data: bytes) -> str | None:
         """Write an object unless there is one, and return its etag; None where there is one."""

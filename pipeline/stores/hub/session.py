@@ -68,7 +68,7 @@ class HubSession(httpx2.Client):
         try:
             response = super().send(request, **options)
         except httpx2.TransportError as error:
-            raise _explain_transport(error, request.url.host) from None
+            raise _explain_transport(error, request.url) from None
         if response.status_code >= 400 and classify_web(_refusal_of(response)) is not None:
             raise _refusal_of(response)
         return response
@@ -196,13 +196,13 @@ def _refusal_of(response: httpx2.Response) -> RefusalError:
     return (RefusalError if is_hub else StorageRefusalError)(response.status_code, headers, response.read())
 
 
-def _explain_transport(error: httpx2.TransportError, host: str) -> BrokenError:
+def _explain_transport(error: httpx2.TransportError, url: httpx2.URL) -> BrokenError:
     """Return the failure below httpx2, by the error that its own was raised from."""
     cause: BaseException | None = TimeoutError() if isinstance(error, httpx2.TimeoutException) else error
     while cause is not None:
         if isinstance(cause, OSError):
-            return explain_broken(cause, host)
+            return explain_broken(cause, str(url))
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, httpx2.NetworkError | httpx2.RemoteProtocolError):
-        return BrokenError(f"the connection to {host} broke", Fault("connection broken"))
-    return BrokenError(f"{host}: the request cannot be made: {type(error).__name__}", None)
+        return BrokenError(f"the connection to {url.host} broke", Fault("connection broken"))
+    return BrokenError(f"{url.host}: the request cannot be made: {type(error).__name__}", None)

@@ -18,7 +18,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.stores import retry as retrying
-from raymerge.pipeline.stores.abilities import Abilities, find_abilities
+from raymerge.pipeline.stores.abilities import Abilities, find_abilities, is_aws
 from raymerge.pipeline.stores.objects.advice import FOUND_BY, advise
 from raymerge.pipeline.stores.objects.aws import DEFAULT_REGION, AwsAccount
 from raymerge.pipeline.stores.objects.errors import NO_STORE, ObjectError, classify_fault, translated
@@ -35,8 +35,8 @@ T = TypeVar("T")
 _CONNECT_SECONDS = 5
 _UPLOAD_SECONDS = 240.0
 """For one part; a slow line has several on their way at once: enough for 0.15 MB/s of each worker."""
-_PUT_SECONDS = 60.0
-"""For one object of up to 8 MiB in one request: enough for 0.15 MB/s of each worker."""
+_PUT_SECONDS = 90.0
+"""For one object of up to 8 MiB in one request: enough for 0.15 MB/s, also if lines are shared unevenly."""
 _MAX_UNKNOWN_NAME = 5
 """Failures to find the host at first, before its name counts as misspelt."""
 
@@ -109,7 +109,7 @@ class Bucket:
             raise FetchError(f"{self.url}: the settings cannot be used: {one_line(error)}{hint}") from None
         self._is_there = False
         self._is_store = False
-        self._is_probed = not self.endpoint  # AWS itself takes all that is sent
+        self._is_probed = is_aws(self.endpoint)
         self._probe_lock = ThreadLock()
 
     def _build_all(self, abilities: Abilities) -> tuple[AnyStore, AnyStore, AnyStore]:

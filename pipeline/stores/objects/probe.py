@@ -8,7 +8,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from raymerge.pipeline.stores.abilities import may_be_unsupported
+from raymerge.pipeline.stores.abilities import IgnoredError, may_be_unsupported
 from raymerge.pipeline.stores.objects.errors import ObjectError, translated
 
 AnyStore = S3Store | GCSStore | AzureStore
@@ -22,11 +22,16 @@ def write_probe(store: AnyStore, key: str, *, has_conditions: bool) -> None:
             return
         with suppress(AlreadyExistsError):  # an earlier answer was lost
             obstore.put(store, key, b"-", mode="create")
+        with suppress(AlreadyExistsError):
+            obstore.put(store, key, b"-", mode="create")
+            raise IgnoredError
         etag = obstore.head(store, key)["e_tag"]
         if etag:
             obstore.put(store, key, b"-", mode={"e_tag": etag})
 
 
 def is_unsupported(error: Exception) -> bool:
-    """Tell whether a store may have refused a request because it does not know its conditions or checksums."""
-    return isinstance(error, ObjectError) and may_be_unsupported(error.status, error.code)
+    """Tell whether a store may have refused a request, or a condition of it, because it does not know its headers."""
+    return isinstance(error, IgnoredError) or (
+        isinstance(error, ObjectError) and may_be_unsupported(error.status, error.code)
+    )

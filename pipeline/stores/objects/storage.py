@@ -214,6 +214,7 @@ class _LeaseObject:
     def __init__(self, bucket: Bucket, key: str) -> None:
         self._bucket = bucket
         self._key = key
+        self.is_weak = not bucket.abilities.has_conditions
 
     def create(self, url: str, data: bytes) -> str | None:
         return self._put(url, data, "create")

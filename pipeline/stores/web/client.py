@@ -23,10 +23,10 @@ from raymerge import __version__
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import Fault
 from raymerge.pipeline.stores.web.connection import (
-    find_proxy,
     make_connection,
     make_response,
     make_tls,
+    parse_proxy,
     proxy_credentials,
     split_web_url,
 )
@@ -150,7 +150,7 @@ class WebClient:
 
     def _send(self, method: str, url: str, headers: Mapping[str, str]) -> Answer:
         parts = split_web_url(url)
-        proxy = find_proxy(parts)
+        proxy = parse_proxy(parts)
         key = (*origin_of(url), proxy and proxy.geturl())
         target = parts._replace(fragment="").geturl() if proxy and parts.scheme == "http" else _target_of(parts)
         own = {"User-Agent": f"raymerge/{__version__}", "Accept-Encoding": "identity"}
@@ -167,11 +167,11 @@ class WebClient:
             response = connection.getresponse()
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
-            raise explain_broken(error, parts.hostname or "") from None
+            raise explain_broken(error, url) from None
         except BaseException:
             connection.close()
             raise
-        return Answer(self, key, connection, response)
+        return Answer(self, url, key, connection, response)
 
     def _find_tls(self) -> ssl.SSLContext:
         tls = self._tls
@@ -196,6 +196,7 @@ class Answer:
     def __init__(
         self,
         client: WebClient,
+        url: str,
         key: tuple[object, ...],
         connection: http.client.HTTPConnection,
         response: http.client.HTTPResponse,
@@ -203,6 +204,7 @@ class Answer:
         self.status = response.status
         self.headers: Message = response.headers
         self._client = client
+        self._url = url
         self._key = key
         self._connection = connection
         self._response = response
@@ -226,7 +228,7 @@ class Answer:
                 try:
                     count = self._response.readinto(buffer)
                 except (OSError, http.client.HTTPException, ValueError) as error:
-                    raise explain_broken(error, str(self._connection.host)) from None
+                    raise explain_broken(error, self._url) from None
                 if not count:
                     return
                 yield buffer[:count]

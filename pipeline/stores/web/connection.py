@@ -12,10 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, REQUEST_SECONDS
-from raymerge.pipeline.stores.web.errors import BrokenError
+from raymerge.pipeline.stores.web.errors import BrokenError, find_proxy
 
 
 def make_connection(
@@ -76,23 +75,20 @@ def split_web_url(url: str) -> SplitResult:
     raise BrokenError(f"{url[:200]!r} is not the URL of a web server", None)
 
 
-def find_proxy(parts: SplitResult) -> SplitResult | None:
+def parse_proxy(parts: SplitResult) -> SplitResult | None:
     """Return the proxy that the environment names for a URL, if it does.
 
     Raises:
         BrokenError: what it names is not the URL of one.
     """
-    proxies = getproxies()
-    found = proxies.get(parts.scheme) or proxies.get("all")
-    if not found or proxy_bypass(parts.hostname or ""):
+    found, variable = find_proxy(parts.geturl())
+    if not found:
         return None
     try:
         proxy = urlsplit(found if "://" in found else f"http://{found}")
         _ = proxy.port
     except ValueError:
-        raise BrokenError(
-            "the proxy that the environment names (http_proxy, https_proxy or all_proxy) is no URL", None
-        ) from None
+        raise BrokenError(f"the proxy that the environment names ({variable}) is no URL", None) from None
     return proxy
 
 

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from email.message import Message
 from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from raymerge.pipeline.stores.retry import Fault
@@ -51,8 +52,9 @@ def classify_web(error: Exception) -> Fault | None:
     return None
 
 
-def explain_broken(error: Exception, host: str) -> BrokenError:
-    """Return the fault behind an error of http.client or of the socket below it."""
+def explain_broken(error: Exception, url: str) -> BrokenError:
+    """Return the fault behind an error of http.client, or of the socket below it, in a request for a URL."""
+    host = urlsplit(url).hostname or ""
     if isinstance(error, ssl.SSLCertVerificationError):
         return BrokenError(
             f"the certificate of {host} is not trusted ({error.verify_message});"
@@ -63,9 +65,9 @@ def explain_broken(error: Exception, host: str) -> BrokenError:
         fault = Fault("name lookup failed") if error.errno == socket.EAI_AGAIN else None
         return BrokenError(f"there is no host {host}: {error.strerror}; check the name and the network", fault)
     if isinstance(error, TimeoutError):
-        return BrokenError(f"{host}{_name_proxy(host)} did not answer in time", Fault("timeout"))
+        return BrokenError(f"{host}{_name_proxy(url)} did not answer in time", Fault("timeout"))
     if isinstance(error, ConnectionRefusedError):
-        return BrokenError(f"{host}{_name_proxy(host)} refuses connections", Fault("connection refused"))
+        return BrokenError(f"{host}{_name_proxy(url)} refuses connections", Fault("connection refused"))
     if isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS:
         return BrokenError(
             f"{host} does not speak TLS there; write http:// instead of https://, or check the port", None
@@ -79,13 +81,20 @@ def explain_broken(error: Exception, host: str) -> BrokenError:
     return BrokenError(f"{host}: the request cannot be made: {type(error).__name__}", None)
 
 
-def _name_proxy(host: str) -> str:
-    """Name the proxy that a host is asked through, which may be the one with the fault; nothing where there is none."""
-    proxies = getproxies()
-    given = proxies.get("https") or proxies.get("http")
-    if not given or proxy_bypass(host):
-        return ""
-    return f", or the proxy {given.rpartition('@')[2]} that it is asked through (https_proxy, http_proxy, no_proxy),"
+def find_proxy(url: str) -> tuple[str, str]:
+    """Return the proxy that the environment names for a URL, and its variable; empty where there is none."""
+    parts, proxies = urlsplit(url), getproxies()
+    for name in (parts.scheme, "all"):
+        if proxies.get(name) and not proxy_bypass(parts.hostname or ""):
+            return proxies[name], f"{name}_proxy"
+    return "", ""
+
+
+def _name_proxy(url: str) -> str:
+    """Name the proxy that a URL is asked through, which may be the one with the fault; nothing where there is none."""
+    given, variable = find_proxy(url)
+    proxy = given.rpartition("@")[2]
+    return f", or the proxy {proxy} that it is asked through ({variable}; no_proxy exempts hosts)," if proxy else ""
 
 
 def _find_wait(headers: Message) -> float | None:

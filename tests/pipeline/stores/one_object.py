@@ -13,6 +13,7 @@ class Objects:
     """A store of one object in this process, whose clock is set by hand and whose answers may get lost."""
 
     def __init__(self) -> None:
+        self.is_weak = False
         self.now = 1_000_000.0
         self.is_down = False
         self.num_lost = 0

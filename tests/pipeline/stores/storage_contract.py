@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
+from raymerge.pipeline.stores import lease
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.seam import Storage, Writer
 
@@ -42,6 +43,10 @@ class StorageContract:
     @pytest.fixture
     def root(self) -> str:
         raise NotImplementedError
+
+    @pytest.fixture(autouse=True)
+    def _settled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.0)
 
     # what is there
 

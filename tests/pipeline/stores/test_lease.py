@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.errors import HeldError, OutputError
 from raymerge.pipeline.stores import lease
 from raymerge.pipeline.stores.lease import Holder, hold_lease
 from raymerge.pipeline.stores.retry import FaultLog
@@ -169,6 +169,25 @@ def test_it_is_lost_when_another_run_has_taken_it(objects: Objects) -> None:
         with pytest.raises(OutputError, match=r"another raymerge run \(pid 12, since 2026-01-02.* has taken the lock"):
             lock.check()
     assert held(objects) == elsewhere()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_without_conditions_the_last_of_two_that_begin_at_once_has_it(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    objects.is_weak = True
+    monkeypatch.setattr("time.sleep", lambda _: put(objects, elsewhere()) if is_first else None)
+    faults = FaultLog()
+    if is_first:
+        with pytest.raises(HeldError, match=r"pid 12, since 2026-01-02"):
+            hold_lease(objects, URL, faults).__enter__()
+        assert held(objects) == elsewhere()
+    else:
+        with hold_lease(objects, URL, faults) as lock:
+            lock.check()
+    (limit,) = faults.limits
+    assert limit.startswith("store://bucket/out: this store has no conditional writes")
+    assert not faults.drain()
 
 
 @pytest.mark.usefixtures("_quick")

@@ -8,10 +8,11 @@ import pytest
 
 from raymerge.pipeline.errors import FetchError, HeldError, OutputError
 from raymerge.pipeline.stores.open import Stores, open_stores
-from raymerge.pipeline.stores.settings import StoreSettings
+from raymerge.pipeline.stores.settings import Library, StoreSettings
 from tests.pipeline.stores.storage_contract import MIB, make_bytes, read_all
 from tests.servers.faults import FaultProxy, Request
 from tests.servers.s3 import S3Server
+from tests.servers.sink import NullSink
 
 CHECKSUMS = ("x-amz-checksum-", "x-amz-sdk-checksum-")
 CONDITIONS = ("if-none-match", "if-match")
@@ -80,9 +81,39 @@ def test_a_store_that_refuses_headers(
             storage.write(f"{url}/once", b"second", exclusive=True)
     assert list(storage.list(url)) == ["10", str(9 * MIB), "once"]
     assert len(refused) <= 6
-    notes = " ".join(name for name, _ in stores.faults.drain())
-    assert ("refuses conditions of writes" in notes) == (CONDITIONS[0] in prefixes)
-    assert ("refuses checksums" in notes) == (CHECKSUMS[0] in prefixes)
+    limits = " ".join(stores.faults.limits)
+    assert ("no conditional writes" in limits) == (CONDITIONS[0] in prefixes)
+    assert ("refuses checksums" in limits) == (CHECKSUMS[0] in prefixes)
+    assert not stores.faults.drain()
+
+
+@pytest.mark.parametrize("library", ["auto", "fsspec"])
+def test_a_store_that_ignores_conditions(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    with NullSink() as sink, FaultProxy(sink.endpoint) as proxy:
+        proxy.hidden_headers = CONDITIONS
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        url = "s3://bucket/out"
+        with (
+            open_stores(StoreSettings(library=library)) as stores,
+            open_stores(StoreSettings(library=library)) as others,
+        ):
+            with stores.at(url).lock(f"{url}/.raymerge/lock"):
+                with pytest.raises(HeldError), others.at(url).lock(f"{url}/.raymerge/lock"):
+                    pass
+                stores.at(url).write(f"{url}/once", b"first", exclusive=True)
+                with pytest.raises(FileExistsError):
+                    stores.at(url).write(f"{url}/once", b"second", exclusive=True)
+            assert any("no conditional writes" in limit for limit in stores.faults.limits)
+
+
+@pytest.mark.parametrize("library", ["auto", "fsspec"])
+def test_aws_itself_is_not_probed(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    with NullSink() as sink, FaultProxy(sink.endpoint) as proxy:
+        monkeypatch.setattr("raymerge.pipeline.stores.abilities.AWS_DOMAINS", ("127.0.0.1",))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        with open_stores(StoreSettings(library=library)) as stores:
+            stores.at("s3://bucket/a").write("s3://bucket/a", b"1234")
+        assert [request.path for request in proxy.requests if request.method == "PUT"] == ["/bucket/a"]
 
 
 def test_checksums_are_off_where_the_aws_tools_are_told_so(

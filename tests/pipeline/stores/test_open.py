@@ -27,15 +27,17 @@ def test_urls_are_checked(stores: Stores) -> None:
         stores.at("s3:bucket/a")
 
 
-def test_another_process_gets_the_settings_and_nothing_else(tmp_path: Path) -> None:
+def test_another_process_gets_the_settings_and_what_is_known_to_work(tmp_path: Path) -> None:
     stores = Stores(StoreSettings("fsspec", private=False))
     here = stores.at(str(tmp_path))
     stores.faults.note("s3://bucket", "GET", "503")
+    stores.faults.note_answer("s3://bucket")
     copy, again = pickle.loads(pickle.dumps((stores, stores)))
     assert copy is again
     assert copy.settings == stores.settings
     assert copy.at(str(tmp_path)) is not here
     assert copy.faults.drain() == ()
+    assert copy.faults.reached == ("s3://bucket",)
     assert stores.faults.drain() == (("s3://bucket: GET: 503", 1),)
 
 

@@ -402,11 +402,20 @@ def test_an_endless_answer_is_not_read(server: FileServer) -> None:
 
 
 def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("no_proxy", "NO_PROXY", "https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
+    for name in ("no_proxy", "https_proxy", "http_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert str(explain_broken(ConnectionRefusedError(), "models.org")) == "models.org refuses connections"
+        monkeypatch.delenv(name.upper(), raising=False)
+    plain, secure = "http://models.org/a", "https://models.org/a"
+
+    def explain(url: str) -> str:
+        return str(explain_broken(ConnectionRefusedError(), url))
+
+    assert explain(plain) == explain(secure) == "models.org refuses connections"
     monkeypatch.setenv("https_proxy", "http://me:hidden@10.0.0.1:3128")
-    said = str(explain_broken(ConnectionRefusedError(), "models.org"))
-    assert said.startswith("models.org, or the proxy 10.0.0.1:3128 that it is asked through")
+    through = "models.org, or the proxy 10.0.0.1:3128 that it is asked through ({}; no_proxy exempts hosts), refuses"
+    assert explain(secure).startswith(through.format("https_proxy"))
+    assert explain(plain) == "models.org refuses connections"
+    monkeypatch.setenv("all_proxy", "http://me:hidden@10.0.0.2:3128")
+    assert explain(plain).startswith(through.format("all_proxy").replace("0.1", "0.2"))
     monkeypatch.setenv("no_proxy", "models.org")
-    assert str(explain_broken(ConnectionRefusedError(), "models.org")) == "models.org refuses connections"
+    assert explain(plain) == explain(secure) == "models.org refuses connections"
