@@ -5,21 +5,25 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import types
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from raymerge.cluster.directory import make_directory
 from raymerge.cluster.errors import StoppedError, WorkerLostError
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.outcome import Done, Failed, make_picklable
@@ -91,6 +95,7 @@ class ProcessRunner(Runner):
         self._on_retry = on_retry
         self._context: Any = multiprocessing.get_context(start_method.value)
         if start_method is StartMethod.FRESH:
+            _place_sockets()
             self._context.set_forkserver_preload(list(preload))
         else:
             for name in preload:
@@ -183,8 +188,26 @@ def start_fork_server(preload: Sequence[str]) -> None:
     Args:
         preload: modules that workers need.
     """
+    _place_sockets()
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     multiprocessing.forkserver.ensure_running()
+
+
+@cache
+def _place_sockets() -> None:
+    """Have the fork server's socket in a directory that a later run deletes if this process is killed.
+
+    multiprocessing makes a directory of its own in TMPDIR otherwise, whose name may be too long for sockets.
+    """
+    stack = ExitStack()
+    multiprocessing.util.Finalize(None, stack.close, exitpriority=-200)  # after multiprocessing's own, at -100
+    with suppress(OSError):
+        directory = stack.enter_context(make_directory())
+        tempfile.tempdir, before = str(directory), tempfile.tempdir
+        try:
+            multiprocessing.util.get_temp_dir()
+        finally:
+            tempfile.tempdir = before
 
 
 def make_local_runner(

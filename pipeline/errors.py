@@ -41,3 +41,12 @@ class HeldError(OutputError):
 
 class CorruptedError(OutputError):
     """An upload went wrong, or a store has something else than it was sent; doing it again may help."""
+
+    num_attempts = 6
+    """How often it is worth doing, the first time included."""
+
+
+class StalledError(CorruptedError):
+    """An upload has taken minutes, and the store answers other requests."""
+
+    num_attempts = 2

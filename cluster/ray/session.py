@@ -10,14 +10,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import raymerge
+from raymerge.cluster.directory import make_directory
 from raymerge.cluster.errors import ClusterConnectError, HeadLostError, ResourceError
 from raymerge.cluster.home import find_home, is_writable
-from raymerge.cluster.ray.directory import make_directory
 
 SETTINGS = {
     "RAY_task_oom_retries": "0",  # we repeat an item ourselves, with more memory; Ray would do so for ever
@@ -109,7 +110,7 @@ def start_ray(num_cpus: int, num_gpus: int | None = None) -> Iterator[RaySession
         ClusterConnectError: Ray does not start.
     """
     with (
-        make_directory() as directory,
+        _own_directory() as directory,
         _own_token(),
         _connected(
             "local",
@@ -220,11 +221,24 @@ def _connected(address: str, **options: Any) -> Iterator[RaySession]:
         if not nodes:
             raise ClusterConnectError(
                 f"the Ray cluster at {address} has no node with processors; add one with"
-                f" `ray start --address {address}`"
+                f" `ray start --address {ray.get_runtime_context().gcs_address}`"
             )
         yield RaySession(ray.util.get_node_ip_address(), nodes)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_directory() -> Iterator[Path]:
+    with ExitStack() as stack:
+        try:
+            directory = stack.enter_context(make_directory())
+        except OSError as error:
+            raise ClusterConnectError(
+                f"Ray does not start on this machine: it needs a directory in /tmp ({error.strerror}); make /tmp"
+                " writable, or leave --ray out to merge without it"
+            ) from None
+        yield directory
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -30,9 +31,6 @@ from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.retry import one_line
 
-_MAX_ATTEMPTS = 6
-"""At a shard that a store keeps corrupting."""
-
 
 def run_shard(
     stores: Stores, task: ShardTask, report: Report, *, journals: Sequence[Journal], device: str = "cuda"
@@ -59,7 +57,7 @@ def run_shard(
     _connect(stores, task, journals)  # nor are clients of stores and their modules
     first_mem, first_peak = measure_first_mem(os.getpid())
     start = time.perf_counter()
-    for attempt in range(1, _MAX_ATTEMPTS + 1):
+    for attempt in itertools.count(1):
         done = Progress(0, 0)
 
         def count(progress: Progress) -> None:
@@ -71,7 +69,7 @@ def run_shard(
             files = _make_shard(stores, task, count, journals, device)
             break
         except CorruptedError as error:
-            if attempt == _MAX_ATTEMPTS:
+            if attempt >= error.num_attempts:
                 raise
             stores.faults.note(journals[0].out, "write", one_line(error))
             report(Progress(0, -done.written_nbytes))

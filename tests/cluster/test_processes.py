@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -38,8 +41,44 @@ class OddError(Exception):
         super().__init__(first + second)
 
 
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """A directory whose name leaves room for that of a socket."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as directory:
+        yield Path(directory)
+
+
 def own_pid(item: int, report: Report) -> int:
     return os.getpid()
+
+
+def start_and_leave(parent: Path, is_killed: bool) -> subprocess.CompletedProcess[bytes]:
+    """Start a fork server in a process of its own, which then ends or is killed; it prints where the socket was."""
+    program = f"""
+        import os, signal, time
+        from pathlib import Path
+        from raymerge.cluster import directory
+        from raymerge.cluster.process_runner import start_fork_server
+        directory._PARENT = Path({str(parent)!r})
+        start_fork_server([])
+        print(*Path({str(parent)!r}).glob("*/*/listener-*"), flush=True)
+        if {is_killed}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    temporary = parent / ("long" * 30)
+    temporary.mkdir(exist_ok=True)
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, stdout=subprocess.PIPE)
+
+
+def test_the_socket_of_a_killed_run_is_deleted_by_the_next(short_directory: Path) -> None:
+    killed = start_and_leave(short_directory, is_killed=True)
+    (left,) = map(Path, killed.stdout.decode().split())
+    assert killed.returncode == -signal.SIGKILL
+    assert left.exists()
+    done = start_and_leave(short_directory, is_killed=False)
+    assert (done.returncode, len(done.stdout.split())) == (0, 1)
+    assert [path.name for path in short_directory.rglob("*")] == ["long" * 30]
 
 
 def kill_itself(item: int, report: Report) -> int:

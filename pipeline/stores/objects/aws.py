@@ -16,7 +16,7 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.configprovider import ConfiguredEndpointProvider
 from botocore.credentials import Credentials, ReadOnlyCredentials, RefreshableCredentials
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, ProxyConnectionError
 
 from raymerge.pipeline.errors import FetchError
 from raymerge.pipeline.stores.abilities import requester_pays
@@ -238,9 +238,10 @@ class AwsAccount:
 
 
 def _explain_missing(error: Exception) -> str:
-    return (
-        f"no credentials: {one_line(error)}; check AWS_PROFILE and the files in ~/.aws, or log in with `aws sso login`"
-    )
+    advice = "check AWS_PROFILE and the files in ~/.aws, or log in with `aws sso login`"
+    if isinstance(error, ProxyConnectionError):
+        advice = "check the proxy (http_proxy, https_proxy), or exempt hosts from it with no_proxy"
+    return f"no credentials: {one_line(error)}; {advice}"
 
 
 def _payer() -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import obstore
 from awscrt.checksums import crc64nvme
 
-from raymerge.pipeline.errors import CorruptedError, OutputError
+from raymerge.pipeline.errors import CorruptedError, OutputError, StalledError
 from raymerge.pipeline.stores.buffers import BufferPool
 from raymerge.pipeline.stores.files import Buffer, StoredFile
 from raymerge.pipeline.stores.objects.bucket import Bucket
@@ -182,7 +182,8 @@ class ObjectWriter(Writer):
             error.method = "upload"
         # Where the store answers, something happened to this upload, and another may go well.
         is_worth_another = error.as_fault() is not None and self._bucket.answers(self._key)
-        kind = CorruptedError if is_worth_another else OutputError
+        another = StalledError if error.trouble == "timeout" else CorruptedError
+        kind = another if is_worth_another else OutputError
         failure = kind(self._bucket.explain(error, self._url))
         self.abort()
         return failure

@@ -1,4 +1,4 @@
-"""The directory of a Ray that was started for one run, and what is left of those whose run was killed."""
+"""Directories for the sockets and files of processes that a run starts, and what is left of those of killed runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from raymerge.cluster.errors import ClusterConnectError
 
 _PARENT = Path("/tmp")
 """Short: sockets are in the directory, whose names have at most 107 bytes."""
@@ -23,26 +21,22 @@ _LOCK = "lock"
 
 @contextmanager
 def make_directory() -> Iterator[Path]:
-    """Make a directory for Ray, and delete it at the end; delete first those of runs that were killed.
+    """Make a directory that is deleted at the end; delete first those of runs that were killed.
 
     Raises:
-        ClusterConnectError: /tmp cannot be written to.
+        OSError: /tmp cannot be written to.
     """
     _sweep()
-    try:
-        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_PARENT))
-        lock = os.open(directory / "new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ClusterConnectError(
-            f"Ray does not start on this machine: it needs a directory in {_PARENT} ({error.strerror}); make {_PARENT}"
-            " writable, or leave --ray out to merge without it"
-        ) from None
+    owner = os.getpid()
+    directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_PARENT))
+    lock = os.open(directory / "new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (directory / "new").rename(directory / _LOCK)  # under this name it is held from the first moment
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        if os.getpid() == owner:  # a forked process has this context too, and may drop it
+            shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
 
 
