@@ -515,7 +515,7 @@ def odd_family(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return list(family)
 
 
-@pytest.mark.parametrize("place", ["local", "s3", "hub"])
+@pytest.mark.parametrize("place", ["local", "s3", pytest.param("hub", marks=pytest.mark.slow)])
 def test_odd_names(
     odd_family: list[Path], place: str, bucket: str, s3_server: S3Server, hub: HubServer, tmp_path: Path, cli: Cli,
     monkeypatch: pytest.MonkeyPatch,

@@ -89,7 +89,9 @@ def test_disk_to_disk(name: str, tmp_path: Path) -> None:
     check(name, digest(read_files(tmp_path / "merged").items()))
 
 
-@pytest.mark.parametrize("name", S3_MERGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "fsspec" in name else []) for name in S3_MERGES]
+)
 def test_s3(name: str, models: Path, bucket: str, s3_server: S3Server, tmp_path: Path) -> None:
     """In a bucket of a name that stays, for the config is part of the output."""
     case, out = S3_MERGES[name]

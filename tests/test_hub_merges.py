@@ -73,6 +73,7 @@ def test_hub_to_hub(hub: HubServer, expected: dict[str, bytes], tmp_path: Path, 
     assert state == []
 
 
+@pytest.mark.slow
 def test_hub_to_hub_by_xet(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
     config = write_config(tmp_path / "merge.yml", make_config(NAMES))
     arguments = ("merge", config, "hf://me/merged", "--shard-size", SHARD_SIZE, "--memory", "2GiB")
@@ -91,11 +92,6 @@ def test_nothing_is_visible_before_the_one_commit(hub: HubServer) -> None:
     assert set().union(*seen) <= {".gitattributes"}
 
 
-def test_from_the_hub_to_here(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
-    merge(make_config(NAMES), tmp_path / "out", shard_size=SHARD_SIZE)
-    assert without_own(read_files(tmp_path / "out")) == expected
-
-
 def test_a_branch_that_moves_does_not_matter(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
     def move(_: Planned) -> None:
         files = hub.read_files(NAMES[1], "main")
@@ -112,14 +108,14 @@ def test_a_revision(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) 
     assert without_own(read_files(tmp_path / "out")) == expected
 
 
-@pytest.mark.parametrize("written", ["hf://{}@refs%2Fpr%2F1", "{}@refs%2Fpr%2F1", "{}@refs/pr/1"])
-def test_a_revision_with_slashes(written: str, hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_revision_with_slashes(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
     hub.move_branch("org/tuned1", "refs/pr/1", hub.get_head("org/tuned1"))
     hub.upload("org/tuned1", {"config.json": b"{}"})
-    model = written.format("org/tuned1")
-    merge(make_config([NAMES[0], model, NAMES[2]]), tmp_path / "out", shard_size=SHARD_SIZE)
+    models = [written.format("org/tuned1") for written in ("hf://{}@refs%2Fpr%2F1", "{}@refs%2Fpr%2F1", "{}@refs/pr/1")]
+    assert len({plan(make_config([NAMES[0], model, NAMES[2]])).inputs[1].url for model in models}) == 1
+    assert [inspect(model).obstacle for model in models] == [""] * 3
+    merge(make_config([NAMES[0], models[0], NAMES[2]]), tmp_path / "out", shard_size=SHARD_SIZE)
     assert without_own(read_files(tmp_path / "out")) == expected
-    assert inspect(model).obstacle == ""
 
 
 def test_who_may_not_read(hub: HubServer, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +212,14 @@ def test_few_requests_to_the_hub_itself(hub: HubServer, tmp_path: Path) -> None:
 # buckets
 
 
-@pytest.mark.parametrize("lacks", ["tokenizer_config.json", "model-00002*", "*.safetensors*", "config.json"])
+@pytest.mark.parametrize(
+    "lacks",
+    [
+        "tokenizer_config.json",
+        "model-00002*",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("*.safetensors*", "config.json")),
+    ],
+)
 def test_half_of_a_repository_offline(
     lacks: str, hub: HubServer, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +266,7 @@ def test_bucket_to_bucket(
     config = write_config(tmp_path / "merge.yml", make_config(in_buckets))
     out = "hf://buckets/me/merged/deep/down"
     arguments = ("--shard-size", SHARD_SIZE, "--memory", "2GiB")
-    outcome = run_command("merge", config, out, *arguments)
+    outcome = cli("merge", config, out, *arguments)
     assert outcome.code == 0, outcome.err
     found = hub.read_bucket("me/merged")
     assert without_own({name.removeprefix("deep/down/"): content for name, content in found.items()}) == expected
@@ -275,6 +278,7 @@ def test_bucket_to_bucket(
     assert hub.leaked_tokens == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_merge_to_a_bucket(hub: HubServer, in_buckets: list[str], expected: dict[str, bytes]) -> None:
     out = "hf://buckets/me/merged"
     with pytest.raises(RuntimeError):

@@ -76,7 +76,7 @@ def test_a_killed_overwrite_can_be_repeated(
     fresh = tmp_path / "fresh" / "merged"
     merge(make_config(models[::-1]), fresh)
     unlink = Path.unlink
-    for number in range(12):
+    for number in (0, 1, 4, 11):
         out = tmp_path / f"{number}" / "merged"
         merge(make_config(models), out, shard_size=3000)
         left = number

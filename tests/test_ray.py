@@ -143,6 +143,7 @@ def wait_for(look: Callable[[], Any]) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_ray_is_gone_after_a_start_that_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> tuple[Node, ...]:
         raise KeyboardInterrupt
@@ -380,11 +381,14 @@ def test_workers_of_one_gpu_are_limited(num_workers: int, num_slots: int) -> Non
     nodes = (Node("10.0.0.5", 8, 2**34, 4), Node("10.0.0.6", 4, 2**34, 1), Node("10.0.0.7", 8, 2**34))
     session = RaySession("10.0.0.4", nodes).with_gpus()
     assert session.nodes == nodes[:2]
+    with pytest.raises(ResourceError, match="the work needs GPUs, and no node of the cluster has one; do without"):
+        RaySession("10.0.0.4", nodes[2:]).with_gpus()
     runner = make_runner(Stores(), num_workers, ["s3://bucket/out"], session, Gpus(4, 2**34))
     assert isinstance(runner, ActorRunner)
     assert runner.num_slots == num_slots
 
 
+@pytest.mark.slow
 def test_a_cluster_without_gpus_is_refused_before_anything_runs(
     config: dict[str, Any], cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -394,6 +398,7 @@ def test_a_cluster_without_gpus_is_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_actors_get_shards_and_say_what_they_lack(config: dict[str, Any], cluster: Cluster, tmp_path: Path) -> None:
     cluster.add_node(num_cpus=1, num_gpus=1)

@@ -62,8 +62,12 @@ def test_s3_to_s3(
     out = f"s3://{bucket}/out/merged model"
     outcome = cli("merge", config, out, "--shard-size", SHARD_SIZE)
     assert (outcome.code, outcome.out[: len(out)]) == (0, out), outcome.err
-    assert without_own(download(out)) == expected
+    files = download(out)
+    assert without_own(files) == expected
     assert s3_server.uploads_of(bucket) == []
+    manifest = json.loads(files["raymerge_manifest.json"])
+    assert [item["model"] for item in manifest["models"]] == models
+    assert sum(item["nbytes"] for item in manifest["inputs"]) > 0
     assert cli("verify", out).out.startswith(f"{out} is sound")
     assert "was complete already" in cli("merge", config, out, "--shard-size", SHARD_SIZE).out
     assert cli("verify", f"{out}/").code == 0
@@ -91,6 +95,7 @@ def test_every_way_gives_the_same_bytes(
         verify(out)
 
 
+@pytest.mark.slow
 def test_either_library_finishes_what_the_other_began(
     models: list[str], bucket: str, expected: dict[str, bytes]
 ) -> None:
@@ -136,6 +141,7 @@ def test_a_killed_merge_goes_on(
     assert s3_server.uploads_of(bucket) == []
 
 
+@pytest.mark.slow
 def test_no_byte_of_a_model_touches_the_local_disk(
     models: list[str], bucket: str, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -201,7 +207,7 @@ def change_last_byte(storage: Storage, url: str) -> None:
     storage.write(url, bytes(content))
 
 
-@pytest.mark.parametrize("library", ["auto", "fsspec"])
+@pytest.mark.parametrize("library", ["auto", pytest.param("fsspec", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "tokenizer_config.json"])
 def test_a_replaced_input_stops_the_merge(
     models: list[str], bucket: str, name: str, library: Any, stores: Stores
@@ -297,14 +303,6 @@ def test_faults_are_reported(models: list[str], bucket: str, proxy: FaultProxy, 
     assert outcome.code == 0, outcome.err
     assert f"  retries   3\n    3 x s3://{bucket}: GET: 503 SlowDown\n" in outcome.out
     assert f"retried: s3://{bucket}: GET: 503 SlowDown (3 times by now)\n" in outcome.err
-
-
-def test_the_manifest_has_the_bytes_of_remote_inputs(models: list[str], bucket: str) -> None:
-    out = f"s3://{bucket}/merged"
-    merge(make_config(models), out, shard_size=SHARD_SIZE)
-    manifest = json.loads(download(out)["raymerge_manifest.json"])
-    assert [item["model"] for item in manifest["models"]] == models
-    assert sum(item["nbytes"] for item in manifest["inputs"]) > 0
 
 
 @pytest.mark.slow

@@ -67,12 +67,9 @@ def test_a_repository_becomes_public_where_that_is_asked_for(
     assert not hub.repos["me/open"].private
 
 
-@pytest.mark.parametrize(
-    ("num_pairs", "workers"),
-    [(2, 1), pytest.param(10, 1, marks=pytest.mark.slow), pytest.param(10, 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_pairs_in_two_threads_do_not_see_each_other(
-    num_pairs: int,
     workers: int,
     hub: HubServer,
     s3_server: S3Server,
@@ -80,6 +77,7 @@ def test_pairs_in_two_threads_do_not_see_each_other(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    num_pairs = 10
     expected = {}
     for seed in range(2 * num_pairs):
         merge(make_config(list(map(str, family))), tmp_path / f"expected{seed}", seed=seed, workers=1)

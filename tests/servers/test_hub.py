@@ -329,6 +329,7 @@ def test_huggingface_hub_deletes_and_branches(hub: HubServer, tmp_path: Path) ->
     ]
 
 
+@pytest.mark.slow
 def test_huggingface_hub_waits_at_the_rate_limit(hub: HubServer, tmp_path: Path) -> None:
     hub.page_length = 1
     hub.upload("me/model", {"a.txt": b"", "b.txt": b""})

@@ -138,8 +138,8 @@ def test_strict(config: Path, tmp_path: Path, cli: Cli) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_quiet_merge_prints_nothing(config: Path, tmp_path: Path) -> None:
-    outcome = run_command("merge", config, tmp_path / "out", "-q")
+def test_quiet_merge_prints_nothing(config: Path, tmp_path: Path, cli: Cli) -> None:
+    outcome = cli("merge", config, tmp_path / "out", "-q")
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     assert (tmp_path / "out" / "config.json").exists()
 

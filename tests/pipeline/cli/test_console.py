@@ -10,7 +10,7 @@ import torch
 
 from raymerge.pipeline.cli.console import paint, printable, say_hint
 from tests.checkpoints import write_config, write_family
-from tests.commands import run_command, run_in_terminal, strip_controls
+from tests.commands import Cli, run_in_terminal, strip_controls
 
 RED, YELLOW, DIM, PLAIN = "\x1b[1;31m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
 
@@ -83,21 +83,19 @@ def test_nothing_that_a_terminal_would_obey_gets_through() -> None:
     assert paint("Error: \x1b[2J", Terminal()) == f"{RED}Error:{PLAIN} \\u001b[2J"
 
 
-def test_commands_say_errors_and_warnings_in_colour(tmp_path: Path) -> None:
+def test_commands_say_errors_and_warnings_in_colour(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     family = write_family(tmp_path / "in", 2, dtype=torch.bfloat16)
     content = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in family]}
     doubtful = write_config(tmp_path / "doubtful.yml", {**content, "bogus": 1})
     wrong = write_config(tmp_path / "wrong.yml", {**content, "dtype": "bf16"})
     wishes = {"NO_COLOR": None, "FORCE_COLOR": None}
-    commands: list[list[str | Path]] = [["plan", doubtful], ["merge", doubtful, tmp_path / "out"]]
-    for command in commands:
-        sent = run_in_terminal(*command, columns=200, env=wishes)
-        assert f"{YELLOW}warning:{PLAIN} doubtful.yml:" in sent
-        assert "unknown key" in strip_controls(sent)
+    sent = run_in_terminal("merge", doubtful, tmp_path / "out", columns=200, env=wishes)
+    assert f"{YELLOW}warning:{PLAIN} doubtful.yml:" in sent
+    assert "unknown key" in strip_controls(sent)
     sent = run_in_terminal("plan", wrong, columns=200, env=wishes)
     line = wrong.read_text().splitlines().index("dtype: bf16") + 1
     assert f"{RED}Error:{PLAIN} {wrong}:{line}: dtype: 'bf16'" in sent
     assert f"{DIM}{line:5} | dtype: bf16{PLAIN}" in sent
-    assert "\x1b" not in run_in_terminal("plan", wrong, env=wishes | {"NO_COLOR": "1"})
-    assert "\x1b" not in run_command("plan", wrong).err
-    assert run_command("plan", wrong, env={"FORCE_COLOR": "1"}).err.startswith(RED)
+    assert "\x1b" not in cli("plan", wrong).err
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert cli("plan", wrong).err.startswith(RED)

@@ -47,7 +47,10 @@ def test_progress_that_does_not_fit_is_shortened_by_whole_figures(width: int, sh
     assert format_progress(step, width) == shown
 
 
-@pytest.mark.parametrize(("shard_size", "columns"), [("5kB", 80), ("1GB", 120), ("5kB", 40)])
+@pytest.mark.parametrize(
+    ("shard_size", "columns"),
+    [("5kB", 120), *(pytest.param(*more, marks=pytest.mark.slow) for more in (("1GB", 120), ("5kB", 40)))],
+)
 def test_the_last_frame_is_the_finished_one(tmp_path: Path, shard_size: str, columns: int) -> None:
     family = write_family(tmp_path / "in", 2, dtype=torch.bfloat16)
     content = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in family]}

@@ -40,7 +40,7 @@ def parse(out: str) -> list[dict[str, Any]]:
 
 
 def test_a_merge_and_another_of_the_same(config: Path, tmp_path: Path, cli: Cli) -> None:
-    done = run_command("merge", config, tmp_path / "out", "--log-json", "--workers", "2", "--shard-size", "100kB")
+    done = cli("merge", config, tmp_path / "out", "--log-json", "--workers", "2", "--shard-size", "100kB")
     assert (done.code, done.err) == (0, "")
     events = parse(done.out)
     the_plan = plan(config, shard_size="100kB")
@@ -63,6 +63,7 @@ def test_a_merge_and_another_of_the_same(config: Path, tmp_path: Path, cli: Cli)
     assert parse(again.out)[-1]["was_complete"]
 
 
+@pytest.mark.slow
 def test_memory_is_compared_with_the_plan(tmp_path: Path) -> None:
     """In a process of its own, as a merge is: what is measured is what was planned, but for some pages."""
     generator = torch.Generator().manual_seed(0)
@@ -174,6 +175,7 @@ def test_a_second_ctrl_c() -> None:
     assert [(event["event"], event["message"]) for event in parse(out.decode())] == [("error", MESSAGE)]
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves(config: Path, tmp_path: Path) -> None:
     with start_command("merge", config, tmp_path / "out", "--log-json", "--shard-size", "100kB") as process:
         assert process.stdout is not None

@@ -112,7 +112,8 @@ EVERYTHING = {
 @pytest.mark.parametrize("options", [(), ("--gpus", "2", "--env", "A=b", *EVERYTHING["kuberay"])])
 def test_kuberay_accepts_it(manifest: Any, ray_job_schema: dict[str, Any], options: tuple[str, ...]) -> None:
     config_map, ray_job = yaml.safe_load_all(manifest("kuberay", *options))
-    jsonschema.validate(ray_job, ray_job_schema)
+    schema = jsonschema.Draft202012Validator(ray_job_schema)
+    schema.validate(ray_job)
     assert set(config_map) == {"apiVersion", "kind", "metadata", "data"}
     cluster = ray_job["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
@@ -122,7 +123,7 @@ def test_kuberay_accepts_it(manifest: Any, ray_job_schema: dict[str, Any], optio
         assert SETTINGS.items() <= variables.items()
     ray_job["spec"]["backOffLimit"] = 1
     with pytest.raises(jsonschema.ValidationError, match="backOffLimit"):
-        jsonschema.validate(ray_job, ray_job_schema)
+        schema.validate(ray_job)
 
 
 @pytest.mark.parametrize("options", [(), ("--gpus", "2", "--env", "A=b", *EVERYTHING["aws-batch"])])

@@ -89,6 +89,7 @@ def shared_s3() -> Iterator[S3fsStorage]:
     storage.close()
 
 
+@pytest.mark.slow  # the contract holds for s3fs as for the other libraries behind fsspec
 class TestS3fs(StorageContract):
     @pytest.fixture
     def storage(self, bucket: str, shared_s3: S3fsStorage) -> S3fsStorage:
