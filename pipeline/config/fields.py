@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
 from raymerge.pipeline.config.node import Place, PlaceError
 from raymerge.pipeline.messages import shown, suggest
@@ -21,21 +23,42 @@ SENSITIVE_TO_ROUNDING = (
 """Tensors that models keep in float32 on purpose: decays of state-space layers, biases of routers, scales of layers."""
 
 
+_RANGE = "write [start, stop], the first layer and the one after the last, such as [0, 32]"
+
+
 def parse_layer_range(place: Place, misspelt: PlaceError | None) -> tuple[int, int]:
-    """Return a range of layers, half-open: [start, stop).
+    """Return a range of layers, half-open: [start, stop); it may be empty.
 
     Raises:
         PlaceError: `misspelt`, if nothing is here and that says why; or it is no such range.
     """
-    advice = "write [start, stop], the first layer and the one after the last, such as [0, 32]"
     match place.value:
         case [int() as start, int() as stop] if not isinstance(start, bool) and not isinstance(stop, bool):
-            if 0 <= start < stop:
+            if 0 <= start <= stop:
                 return start, stop
-            raise place.error(f"[{start}, {stop}] holds no layers; {advice}")
+            raise place.error(f"[{start}, {stop}] holds no layers; {_RANGE}")
         case None if misspelt:
             raise misspelt
-    raise place.error(f"{shown(place.value)} is given; {advice}")
+    raise place.error(f"{shown(place.value)} is given; {_RANGE}")
+
+
+def check_empty(slices: Place, ranges: Sequence[tuple[int, int] | None]) -> None:
+    """Refuse slices without layers, but for a first or last one, which gives what stands around the layers.
+
+    Args:
+        slices: as written.
+        ranges: the layers of each; None where they could not be read.
+    """
+    are_layers = any(found and found[0] < found[1] for found in ranges)
+    for number, (part, found) in enumerate(zip(slices.elements(), ranges, strict=True)):
+        if found is None or found[0] < found[1]:
+            continue
+        where = next(part.get("sources").elements()).get("layer_range")
+        side = {0: "before", len(ranges) - 1: "after"}.get(number)
+        if side and are_layers:
+            where.warn(f"{list(found)} holds no layers: of these models comes what stands {side} the layers, no more")
+        else:
+            where.note(where.error(f"{list(found)} holds no layers; {_RANGE}"))
 
 
 def parse_dtype(place: Place) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.document import Document, read_document
-from raymerge.pipeline.config.fields import parse_dtype, parse_integers, parse_layer_range, parse_patterns
+from raymerge.pipeline.config.fields import check_empty, parse_dtype, parse_integers, parse_layer_range, parse_patterns
 from raymerge.pipeline.config.methods import (
     Use,
     check_given,
@@ -73,7 +73,7 @@ class OutputSlice:
     """One entry of `slices`: consecutive layers of the output."""
 
     sources: tuple[SliceSource, ...]
-    """At least one; all of the same number of layers."""
+    """At least one; all of the same number of layers, which may be 0 in the first slice and the last."""
     base_model: ModelRef | None
     """Holds for this slice instead of the config's; None where the slice has none of its own."""
     parameters: Settings
@@ -171,6 +171,8 @@ class _Reader:
         self._parameters = self._read_parameters(root, of_model=False)
         models = self._read_models()
         slices = [place.attempt(self._read_slice) for place in root.get("slices").attempt(_list) or ()]
+        if slices:
+            check_empty(root.get("slices"), [part and part.sources[0].layer_range for part in slices])
         dtypes = [root.get(key).attempt(parse_dtype) for key in ("dtype", "out_dtype")]
         patterns = root.get("keep_float32").attempt(parse_patterns)
         integers = root.get("integers").attempt(parse_integers)

@@ -207,6 +207,24 @@ def test_a_density_of_1_is_fine() -> None:
     load_config(changed("ties", ("parameters.density", [0.2, 1])), strict=True)
 
 
+def test_only_the_first_slice_and_the_last_may_hold_no_layers() -> None:
+    def ranges(*ranges: list[int]) -> dict[str, Any]:
+        return {
+            "merge_method": "passthrough",
+            "slices": [{"sources": [{"model": "org/a", "layer_range": found}]} for found in ranges],
+        }
+
+    first, last = load_config(ranges([0, 0], [0, 2], [2, 2])).warnings
+    path = (
+        "slices[{}].sources[0].layer_range: [{}, {}] holds no layers: of these models comes what stands {} the layers"
+    )
+    assert first.startswith(path.format(0, 0, 0, "before"))
+    assert last.startswith(path.format(2, 2, 2, "after"))
+    for refused in (ranges([0, 2], [1, 1], [0, 2]), ranges([0, 0]), ranges([0, 0], [2, 2])):
+        with pytest.raises(ConfigError, match=r"layer_range: \[\d, \d\] holds no layers; write \[start, stop\]"):
+            load_config(refused)
+
+
 def test_strict_names_everything_at_once() -> None:
     with pytest.raises(ConfigError, match=r"(?s)bogus: .*models\[0\]\.more: "):
         load_config(changed("linear", ("bogus", 1), ("models.0.more", 2)), strict=True)
@@ -275,7 +293,8 @@ def test_parameters_that_have_no_effect_are_not_kept() -> None:
             r"slices\[1\]\.sources\[1\]\.layer_range: \[8, 13\] is 5",
         ),
         ("slerp", ("slices.0.sources.0.layer_range", MISSING), r"sources\[0\]\.layer_range: nothing is given; write"),
-        ("slerp", ("slices.0.sources.0.layer_range", [4, 4]), r"\[4, 4\] holds no layers"),
+        ("slerp", ("slices.0.sources.0.layer_range", [4, 4]), r"\[0, 8\] is 8 layers, but the first source"),
+        ("slerp", ("slices.0.sources.0.layer_range", [4, 3]), r"\[4, 3\] holds no layers"),
         ("slerp", ("slices.0.sources.0.layer_range", [-1, 4]), r"\[-1, 4\] holds no layers"),
         ("slerp", ("slices.0.sources.0.layer_range", [0, 4, 8]), r"\[0, 4, 8\] is given"),
         ("slerp", ("slices.0.sources.0.layer_range", [False, True]), r"\[false, true\] is given"),

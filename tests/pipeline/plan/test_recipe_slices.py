@@ -53,6 +53,15 @@ def test_a_frankenmerge_of_two_times_24_layers() -> None:
     }
 
 
+def test_slices_of_no_layers_give_what_stands_around_the_layers() -> None:
+    models = {name: llama(4) for name in "abc"}
+    recipe = expand_layouts(passthrough(("b", 0, 0), ("a", 0, 4), ("c", 4, 4)), models)
+    merges = by_name(recipe)
+    assert [source_names(merges[name])[0][0] for name in (EMBEDDING, NORM, HEAD)] == ["b", "c", "c"]
+    assert {source_names(merge)[0][0] for name, merge in merges.items() if "layers" in name} == {"a"}
+    assert recipe.config["num_hidden_layers"] == 4
+
+
 def test_lists_of_layer_numbers_follow() -> None:
     a, b = llama(4, mlp_only_layers=[0, 3]), llama(4, mlp_only_layers=[1])
     recipe = expand_layouts(passthrough(("a", 0, 4), ("b", 1, 3)), {"a": a, "b": b})
