@@ -6,6 +6,7 @@ Names after `scheme://` are taken as they are, not decoded, but in file:// and h
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "azure": "az", "abfs": "az", 
 _KNOWN = ("file", "s3", "gs", "az", "hf", "http", "https", "memory", "ftp", "sftp", "smb", "hdfs")
 _MISTYPED = re.compile(rf"({'|'.join([*_KNOWN, *_ALIASES])})(?::(?!/)|//)(.*)", re.IGNORECASE | re.DOTALL)
 """A path that begins as a URL would, but for a sign or two."""
+_MAX_NAME_NBYTES, _MAX_PATH_NBYTES = 255, 4095
 _CHAINED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://.*)?::.*://")
 
 
@@ -135,6 +137,14 @@ def suggest_directory(path: Path) -> str:
 
 def _check_path(path: str) -> None:
     """Refuse what is a path by its form only: nothing would be found there, or an output would end up there."""
+    try:
+        data = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{path!a}: no file can have this name; use other characters") from None
+    if b"\0" in data:
+        raise ConfigError(f"{path!a}: no file can have a NUL character in its name; leave that out")
+    if len(data) > _MAX_PATH_NBYTES or any(len(name) > _MAX_NAME_NBYTES for name in data.split(b"/")):
+        raise ConfigError(f"{path[:200]}...: File name too long; give a shorter one")
     if is_url(path.strip()):
         raise ConfigError(f"{path!r}: a URL, with white space before it; leave that out")
     mistyped = _MISTYPED.match(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from raymerge import RaymergeError, merge, plan, verify
 from tests.checkpoints import MANIFEST, write_config, write_family
 from tests.commands import Cli, Outcome, run_command
 
@@ -49,6 +50,24 @@ def test_names_that_no_place_has(config: Path, tmp_path: Path, cli: Cli, name: s
         assert_told(cli(*arguments), name[:200])
     assert_told(cli("inspect", name), says)
     assert_told(cli("merge", config, name), name[:200])
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "y/" * 3000, "a\0b", "a\ud83d", "loop", "loop/x"])
+def test_callers_from_python_get_an_error_of_ours(
+    family: tuple[Path, ...], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    config = {"merge_method": "passthrough", "models": [{"model": str(family[0])}]}
+    for call in (
+        lambda: plan({"merge_method": "passthrough", "models": [{"model": name}]}),
+        lambda: plan(Path(name)),
+        lambda: merge(config, name),
+        lambda: verify(name),
+    ):
+        with pytest.raises(RaymergeError):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
 def test_a_directory_of_far_more_than_a_model(

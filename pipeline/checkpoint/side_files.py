@@ -21,7 +21,8 @@ from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import is_url
 
 _MODULES = "modules.json"
-_MAX_TEXT_NBYTES = 2 * 2**20
+_MAX_TEXT_NBYTES = 64 * 2**20
+"""Tokenizers of many added words have configs of some MiB."""
 _REFERRING = re.compile(r"(?:.*/)?(?:[\w.-]*config[\w.-]*|modules|preprocessor|processor)\.json|.*\.py")
 """Files that may name other files of a model."""
 
@@ -74,8 +75,13 @@ def find_side_files(stores: Stores, checkpoint: Checkpoint) -> SideFiles:
     while todo:
         name = todo.pop(0)
         is_code = name.endswith(".py")
-        if not _REFERRING.fullmatch(name) or files[name].nbytes > _MAX_TEXT_NBYTES or (is_code and not candidates):
+        if not _REFERRING.fullmatch(name) or (is_code and not candidates):
             continue
+        if files[name].nbytes > _MAX_TEXT_NBYTES:
+            raise CheckpointError(
+                f"{files[name].url}: {format_nbytes(files[name].nbytes)} are too many to look for credentials in, which"
+                " no output may get; make the file smaller, or take it away"
+            )
         if name == CONFIG:
             text = json.dumps(checkpoint.config)
         else:

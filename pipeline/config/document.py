@@ -127,9 +127,11 @@ def _read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_NBYTES + 1)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         hint = "; the config must be on this machine" if re.match("[a-z0-9]{2,}:", str(path)) else ""
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}{hint}") from error
+        why = getattr(error, "strerror", None) or "no file can have this name"
+        name = str(path).encode(errors="backslashreplace").decode()
+        raise ConfigError(f"cannot read the config {name}: {why}{hint}") from error
     if len(data) > MAX_NBYTES:
         raise ConfigError(f"{path} is larger than {MAX_NBYTES} bytes; this is not a merge config")
     try:

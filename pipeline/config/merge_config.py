@@ -172,7 +172,7 @@ class _Reader:
         models = self._read_models()
         slices = [place.attempt(self._read_slice) for place in root.get("slices").attempt(_list) or ()]
         if slices:
-            check_empty(root.get("slices"), [part and part.sources[0].layer_range for part in slices])
+            check_empty(root.get("slices"), [part.sources[0].layer_range if part else None for part in slices])
         dtypes = [root.get(key).attempt(parse_dtype) for key in ("dtype", "out_dtype")]
         patterns = root.get("keep_float32").attempt(parse_patterns)
         integers = root.get("integers").attempt(parse_integers)

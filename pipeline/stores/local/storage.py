@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from raymerge.cluster.home import expand_home
-from raymerge.pipeline.errors import FetchError, HeldError, OutputError
+from raymerge.pipeline.errors import ConfigError, FetchError, HeldError, OutputError
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile, check_same
 from raymerge.pipeline.stores.local.writer import LocalWriter, file_etag, is_at, make_parents, output_error
 from raymerge.pipeline.stores.ranges import coalesce
@@ -48,7 +48,10 @@ class LocalStorage(Storage):
         return str(expand_home(local_path(url)).absolute())
 
     def resolve(self, url: str) -> str:  # noqa: D102
-        return str(local_path(url).resolve())
+        try:
+            return str(local_path(url).resolve())
+        except RuntimeError:
+            raise ConfigError(f"{url}: a link that leads to itself; choose another directory") from None
 
     def stat(self, url: str) -> StoredFile:  # noqa: D102
         try:

@@ -159,6 +159,20 @@ def test_secrets_are_never_copied(single: Path) -> None:
     assert all(name.partition("/")[0] in lines[0] for name in names)
 
 
+def test_credentials_in_large_configs_are_masked(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model")
+    words = {str(number): {"content": "x" * 100} for number in range(25_000)}
+    text = json.dumps({"added_tokens_decoder": words, "auth_token": "hf_0123456789abcdefghij"})
+    (model / "tokenizer_config.json").write_text(text)
+    config = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+    merge(config, tmp_path / "out")
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer == {"added_tokens_decoder": words, "auth_token": "***"}
+    os.truncate(model / "tokenizer_config.json", 65 * 2**20)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: 68\.2 MB are too many to look for credentials"):
+        plan(config)
+
+
 def test_credentials_in_configs_are_masked(tmp_path: Path) -> None:
     model = write_llama(tmp_path / "a", use_auth_token=TOKEN, auth_token=True, text_config={"hub": [f"x {TOKEN}"]})
     write(model, {"tokenizer_config.json": {"use_auth_token": TOKEN, "bos_token": "<s>"}, "vocab.json": {"<s>": 0}})
