@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.messages import shown
 
 Json = dict[str, Any]
 
@@ -24,6 +25,10 @@ _MEANING_FIELDS = (
     "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "scoring_func", "n_group", "topk_group",
 )  # fmt: skip
 """Fields that give the same weights another meaning."""
+
+
+_NONE_IS_MEANT = ("model_type", "rope_scaling")
+"""Fields without a default, in whatever architecture: where they are left out, there is none."""
 
 
 def text_part(config: Json) -> Json:
@@ -106,13 +111,21 @@ def compare_configs(configs: Sequence[tuple[ModelRef, Json]], *, is_stack: bool 
         is_stack: whether layers are stacked anew, so that lists with an entry for each layer follow them.
     """
     warnings = []
+    unsaid: dict[str, list[str]] = {}
     for field in _MEANING_FIELDS:
         values = [(model, _meaning(config, field)) for model, config in configs]
         effective = [
             _default(config, field) if value is None else value
             for (_, config), (_, value) in zip(configs, values, strict=True)
         ]
-        if any(value != effective[0] for value in effective[1:]):
+        stated = [value for _, value in values if value is not None]
+        if not stated or all(value == effective[0] for value in effective[1:]):
+            continue
+        if field not in _NONE_IS_MEANT and all(value == stated[0] for value in stated):
+            for model, value in values:
+                if value is None:
+                    unsaid.setdefault(str(model), []).append(f"{field} {shown(stated[0])}")
+        else:
             given = "; ".join(f"{model}: {'not given' if value is None else value}" for model, value in values)
             outcome = f"the output gets {values[0][0]}'s"
             if is_stack and field == "layer_types" and list_field(configs[0][1], field):
@@ -121,6 +134,11 @@ def compare_configs(configs: Sequence[tuple[ModelRef, Json]], *, is_stack: bool 
                 f"config.json: {field} differs, so the same weights mean different things in the inputs ({given}); "
                 + outcome
             )
+    warnings += [
+        f"config.json: {model} leaves out what others state; it means the same where these are the defaults of its"
+        f" architecture: {', '.join(fields)}"
+        for model, fields in unsaid.items()
+    ]
     return warnings
 
 

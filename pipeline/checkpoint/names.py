@@ -14,6 +14,8 @@ OPTIONAL_BUFFERS = (".masked_bias", ".position_ids", *CAUSAL_MASKS)
 """Names of buffers that checkpoints of one model may have or lack."""
 COMPUTED_BUFFER = "rotary_emb.inv_freq"
 """Name of a buffer that models compute when they are loaded."""
+OTHER_SENSES = re.compile(r"vision|visual|image|audio|speech|video")
+"""Words in names of tensors and of config.json's fields for parts that are not a language model."""
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -99,7 +101,8 @@ def find_layers(nbytes_by_name: Iterable[tuple[str, int]], num_hidden_layers: in
             nbytes[split.stack] = nbytes.get(split.stack, 0) + size
     stacks = {stack: len(layers) for stack, layers in members.items() if max(layers) == len(layers) - 1}
     counted = [stack for stack, length in stacks.items() if num_hidden_layers and length >= num_hidden_layers]
-    main = max(counted or stacks, key=lambda stack: (nbytes[stack], stack), default="")
+    of_language = [stack for stack in counted if not OTHER_SENSES.search(stack)]
+    main = max(of_language or counted or stacks, key=lambda stack: (nbytes[stack], stack), default="")
     num_layers = num_hidden_layers if main in counted and num_hidden_layers else stacks.get(main, 0)
     return Layers(stacks, main, num_layers)
 

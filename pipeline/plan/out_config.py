@@ -37,7 +37,8 @@ def make_out_config(form: Form, merges: Sequence[TensorMerge], donor: Model) -> 
     drop_quantisation(config)
     warnings = []
     out_has_head = find_head(merge.name for merge in merges) is not None
-    if out_has_head and (donor.is_tied or ties_embeddings(config)):
+    knows_embedding = find_embedding(donor.view.names()) is not None  # T5 scales by the flag, and stores the head twice
+    if out_has_head and (donor.is_tied or (ties_embeddings(config) and knows_embedding)):
         set_tied(config, False)
         if donor.is_tied:
             warnings.append(
@@ -111,10 +112,12 @@ def _check_embedding(model: Model) -> Iterator[str]:
     if embedding is None or len(embedding.shape) != 2:
         return
     part = text_part(model.config)
+    head = model.view.find(find_head(model.view.names()) or "")  # rows of the embedding alone may be for images
     for field, size in zip(EMBEDDING_FIELDS, embedding.shape, strict=True):
         stated = part.get(field)
-        if isinstance(stated, int) and stated != size and size not in part.values():  # such as embedding_size
+        is_of_head = head is not None and stated in head.shape
+        if isinstance(stated, int) and stated != size and size not in part.values() and not is_of_head:
             yield (
                 f"{model.ref}: config.json states {field} {stated}, and {embedding.name} is {list(embedding.shape)};"
-                " loaders will refuse one of them"
+                " most loaders refuse that"
             )

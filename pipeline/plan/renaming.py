@@ -7,22 +7,27 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from raymerge.pipeline.checkpoint.model_config import count_layers, list_sections
-from raymerge.pipeline.checkpoint.names import find_layers
+from raymerge.pipeline.checkpoint.names import OTHER_SENSES, find_layers
 from raymerge.pipeline.checkpoint.tying import is_head
 from raymerge.pipeline.checkpoint.views import PartView, RenamedView, View
 from raymerge.pipeline.plan.accounts import count_tensors
 from raymerge.pipeline.plan.forms.form import Model
 
-_SENSE = re.compile(r"vision|visual|image|audio|speech|video")
-"""Words in fields of a config.json that speak of more than a language model."""
 _LAYOUTS = (
     ("experts", re.compile(r"\.experts\.\d+\."), re.compile(r"\.experts\.(?!\d)")),
-    ("query, key and value", re.compile(r"\.(?:q_proj|k_proj|v_proj|query|key|value)\."), re.compile(r"qkv|c_attn")),
-    ("gate and up projections", re.compile(r"\.(?:gate|up)_proj\."), re.compile(r"gate_up")),
+    (
+        "query, key and value",
+        re.compile(r"\.(?:q_proj|k_proj|v_proj|query|key|value)\."),
+        re.compile(r"\.(?:\w*qkv|query_key_value|c_attn)"),
+    ),
+    ("gate and up projections", re.compile(r"\.(?:gate|up)_proj\."), re.compile(r"\.gate_up")),
 )
 """What some versions of an architecture store one by one, and others together, with patterns of the names."""
 _PLURAL = re.compile(r"s(?=[._]|$)")
-_SAVE_AGAIN = "load both and save them again with one version of transformers, which gives them the same names"
+_SAVE_AGAIN = (
+    "to give both the same names, load each with transformers 5 and save it by save_pretrained(...,"
+    " save_original_format=False)"
+)
 
 
 def match_names(models: Sequence[Model], *, takes_parts: bool) -> tuple[list[Model], list[str]]:
@@ -127,7 +132,7 @@ def _find_extra(part: Model, whole: Model) -> list[str]:
     names, wanted = _without_head(_rename(part.view, part, whole)), _without_head(whole.view)
     inside = re.sub(r"[^.]+\.$", "", whole.layers.main)  # whatever lies beside the layers is part of the language model
     extra = sorted(wanted - names)
-    is_multimodal = any(_SENSE.search(key) for section in list_sections(whole.config) for key in section)
+    is_multimodal = any(OTHER_SENSES.search(key) for section in list_sections(whole.config) for key in section)
     is_part = names <= wanted and inside and not any(name.startswith(inside) for name in extra)
     return extra if is_multimodal and is_part else []
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
+from transformers import Gemma3Config
 
 from raymerge.pipeline.checkpoint.model_config import (
     Json,
@@ -149,7 +151,6 @@ def test_two_ways_to_say_the_same(one: Json, other: Json) -> None:
 @pytest.mark.parametrize(
     ("one", "other", "shown"),
     [
-        ({}, {"rope_theta": 1e6}, ("rope_theta", "m0: not given", "m1: 1000000.0")),
         ({"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-6}, ("rms_norm_eps", "1e-05", "1e-06")),
         ({"hidden_act": "silu"}, {"hidden_act": "gelu"}, ("hidden_act", "silu", "gelu")),
         ({"num_attention_heads": 8}, {"num_attention_heads": 16}, ("num_attention_heads", "8", "16")),
@@ -171,8 +172,30 @@ def test_layer_types_follow_the_layers_of_a_stack() -> None:
     assert act.endswith("the output gets a's")
     assert "layer_types differs" in types
     assert types.endswith("each layer of the output keeps that of the model it comes from, the first in its slice")
-    (types,) = compare_configs([(ModelRef("c"), {}), configs[0]], is_stack=True)[1:]
+    (types,) = compare_configs([(ModelRef("c"), {}), *configs], is_stack=True)[1:]
     assert types.endswith("the output gets c's"), "a list that the donor lacks is not made up"
+
+
+def test_fields_that_a_config_leaves_to_its_architecture_take_one_line() -> None:
+    gemma = {
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+    }
+    saved = Gemma3Config(**copy.deepcopy(gemma)).to_dict()
+    for configs, model in (((gemma, saved), "m0"), ((saved, gemma), "m1"), ((saved, saved, gemma), "m2")):
+        (line,) = compare(*configs)
+        assert line.startswith(f"config.json: {model} leaves out what others state")
+        assert all(part in line for part in ("rope_theta 1000000.0", "num_attention_heads 8", "rms_norm_eps 1e-06"))
+    assert compare({}, {"rope_theta": 1e6}) != []
+    changed = {**saved, "text_config": {**saved["text_config"], "rms_norm_eps": 1e-5}}
+    assert any("rms_norm_eps differs" in line for line in compare(gemma, saved, changed))
 
 
 def test_the_third_model_is_compared_too() -> None:

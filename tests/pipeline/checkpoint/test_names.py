@@ -78,6 +78,13 @@ def test_config_says_which_stack_is_the_main_one() -> None:
     assert layers.stacks == {"vision_tower.blocks.": 3, "language_model.model.layers.": 4}
 
 
+def test_a_tower_is_not_the_main_stack_whatever_its_size() -> None:
+    tower = [f"model.visual.blocks.{k}.w" for k in range(6) for _ in range(50)]
+    text = [f"model.language_model.layers.{k}.w" for k in range(4)]
+    assert find(*tower, *text, count=4).main == "model.language_model.layers."
+    assert find(*tower, *text[:2], count=4).main == "model.visual.blocks.", "where no other reaches the count"
+
+
 def test_without_a_count_the_largest_stack_is_the_main_one() -> None:
     layers = find_layers([("a.0.w", 10), ("a.1.w", 10), ("b.0.w", 500)], None)
     assert (layers.main, layers.num_layers) == ("b.", 1)

@@ -52,3 +52,10 @@ def test_the_embedding_is_compared_with_config_json(stated: dict[str, Any], warn
     assert [text for text in warnings if f"{EMBEDDING} is [8, 4]" in text] == list(warnings)
     assert len(warnings) == len(warned)
     assert all(text in warning for text, warning in zip(warned, warnings, strict=True))
+
+
+def test_rows_of_the_embedding_alone() -> None:
+    """Llama 3.2 Vision has some for images, which the head lacks."""
+    layout = llama(vocab_size=8)
+    layout = Layout({**layout.shapes, EMBEDDING: (16, 4)}, layout.config)
+    assert expand_layouts(linear("a"), {"a": layout}).warnings == ()

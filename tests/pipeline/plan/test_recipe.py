@@ -308,3 +308,11 @@ def test_float32_among_shorter_tensors_is_rounded_or_kept() -> None:
     assert dtypes(dtype="bfloat16") == ("BF16", "BF16")
     assert dtypes(dtype="bfloat16", keep_float32=True) == ("F32", "BF16")
     assert dtypes(dtype="bfloat16", keep_float32=["*.mamba.*"]) == ("F32", "F32")
+
+
+def test_the_flag_stays_where_the_embedding_is_not_known() -> None:
+    """T5 scales by it, and checkpoints of it may have the head beside `shared.weight`."""
+    layout = bare(["shared.weight", "lm_head.weight", "decoder.block.0.w"], num_layers=1, tie_word_embeddings=True)
+    recipe = expand_layouts(linear("a", "b"), {"a": layout, "b": layout})
+    assert recipe.config["tie_word_embeddings"] is True
+    assert "lm_head.weight" in by_name(recipe)

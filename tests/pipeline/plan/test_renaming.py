@@ -142,7 +142,7 @@ def test_layers_of_a_multimodal_model_and_of_a_language_model_make_no_stack() ->
             ["experts.0.gate_proj.weight", "experts.0.up_proj.weight"],
             ["experts.gate_up_proj"],
             r"a stores experts one by one \(model.layers.0.mlp.experts.0.gate_proj.weight\), b together"
-            r" \(model.layers.0.mlp.experts.gate_up_proj\); load both and save them again with one version",
+            r" \(model.layers.0.mlp.experts.gate_up_proj\); to give both the same names, load each with",
         ),
         (["experts.gate_up_proj"], ["experts.0.w1.weight"], "b stores experts one by one .*, a together"),
         (["qkv_proj.weight"], ["q_proj.weight", "k_proj.weight"], "b stores query, key and value one by one"),
