@@ -12,6 +12,7 @@ from raymerge.pipeline.messages import shown
 Json = dict[str, Any]
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+_DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")
 _MAX_LAYERS = 100_000
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 _MEANING_FIELDS = (
@@ -38,6 +39,11 @@ def text_part(config: Json) -> Json:
         if isinstance(part, dict) and _layer_count_key(inner := text_part(part)):
             return inner
     return config
+
+
+def layer_counts(part: Json) -> tuple[str, ...]:
+    """Return the fields of a section that may count the layers of its main stack: the decoder, if there is one."""
+    return _DECODER_COUNTS if any(_is_count(part.get(key)) for key in _DECODER_COUNTS) else LAYER_COUNTS
 
 
 def count_layers(config: Json) -> int | None:
@@ -143,8 +149,11 @@ def compare_configs(configs: Sequence[tuple[ModelRef, Json]], *, is_stack: bool 
 
 
 def _layer_count_key(part: Json) -> str | None:
-    counts = {key: part[key] for key in LAYER_COUNTS if type(part.get(key)) is int}
-    return next((key for key, count in counts.items() if 0 < count <= _MAX_LAYERS), None)
+    return next((key for key in layer_counts(part) if _is_count(part.get(key))), None)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value <= _MAX_LAYERS
 
 
 def list_field(config: Json, field: str) -> list[Any]:

@@ -16,6 +16,8 @@ COMPUTED_BUFFER = "rotary_emb.inv_freq"
 """Name of a buffer that models compute when they are loaded."""
 OTHER_SENSES = re.compile(r"vision|visual|image|audio|speech|video")
 """Words in names of tensors and of config.json's fields for parts that are not a language model."""
+_INPUT_SIDE = re.compile(r"encoder|qformer|projector|connector|resampler|perceiver")
+"""Words in names of stacks that come before a language model's own, where it has one besides."""
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -102,7 +104,8 @@ def find_layers(nbytes_by_name: Iterable[tuple[str, int]], num_hidden_layers: in
     stacks = {stack: len(layers) for stack, layers in members.items() if max(layers) == len(layers) - 1}
     counted = [stack for stack, length in stacks.items() if num_hidden_layers and length >= num_hidden_layers]
     of_language = [stack for stack in counted if not OTHER_SENSES.search(stack)]
-    main = max(of_language or counted or stacks, key=lambda stack: (nbytes[stack], stack), default="")
+    of_output = [stack for stack in of_language if not _INPUT_SIDE.search(stack)]
+    main = max(of_output or of_language or counted or stacks, key=lambda stack: (nbytes[stack], stack), default="")
     num_layers = num_hidden_layers if main in counted and num_hidden_layers else stacks.get(main, 0)
     return Layers(stacks, main, num_layers)
 

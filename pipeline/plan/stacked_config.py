@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from raymerge.pipeline.checkpoint.model_config import LAYER_COUNTS, Json, count_layers, list_field, text_part
+from raymerge.pipeline.checkpoint.model_config import (
+    LAYER_COUNTS,
+    Json,
+    count_layers,
+    layer_counts,
+    list_field,
+    text_part,
+)
 from raymerge.pipeline.messages import counted
 
 Origins = Sequence[tuple[Json, int]]
@@ -115,9 +122,10 @@ def _is_moved(old: int, origins: Origins) -> bool:
 def _stack_part(part: Json, old: int, origins: Origins, *, has_types: bool) -> list[str]:
     """Change one section of a config.json, where the count of layers was `old`; return warnings."""
     warnings = []
+    counts = layer_counts(part)
     for name, value in list(part.items()):
         base = _find_base(value, old)
-        if name in LAYER_COUNTS or name == "max_window_layers":
+        if name in counts or name == "max_window_layers":
             part[name] = len(origins) if value == old else value
         elif name in _INDEX_LISTS and isinstance(value, list):
             part[name] = [k for k, (origin, layer) in enumerate(origins) if layer in list_field(origin, name)]

@@ -47,6 +47,8 @@ def compare(*configs: Json) -> list[str]:
         ({}, None),
         ({"num_hidden_layers": 32}, 32),
         ({"n_layer": 12}, 12),
+        ({"num_layers": 12, "num_decoder_layers": 6}, 6),
+        ({"num_hidden_layers": 32, "encoder_layers": 32, "decoder_layers": 4}, 4),
         ({"n_layers": 6}, 6),
         ({"num_layers": 24}, 24),
         ({"num_hidden_layers": None, "num_layers": 28}, 28),
@@ -177,7 +179,7 @@ def test_layer_types_follow_the_layers_of_a_stack() -> None:
 
 
 def test_fields_that_a_config_leaves_to_its_architecture_take_one_line() -> None:
-    gemma = {
+    gemma: Json = {
         "model_type": "gemma3",
         "text_config": {
             "hidden_size": 2560,

@@ -85,6 +85,13 @@ def test_a_tower_is_not_the_main_stack_whatever_its_size() -> None:
     assert find(*tower, *text[:2], count=4).main == "model.visual.blocks.", "where no other reaches the count"
 
 
+def test_the_stack_of_a_decoder_is_the_main_one() -> None:
+    decoder = [f"decoder.block.{k}.w" for k in range(4)]
+    for name in ("encoder.block", "qformer.encoder.layer", "model.projector.layers"):
+        assert find(*[f"{name}.{k}.w" for k in range(5) for _ in range(50)], *decoder, count=4).main == "decoder.block."
+    assert find(*[f"bert.encoder.layer.{k}.w" for k in range(4)], count=4).main == "bert.encoder.layer."
+
+
 def test_without_a_count_the_largest_stack_is_the_main_one() -> None:
     layers = find_layers([("a.0.w", 10), ("a.1.w", 10), ("b.0.w", 500)], None)
     assert (layers.main, layers.num_layers) == ("b.", 1)

@@ -241,3 +241,10 @@ def test_counts_of_layers_that_cannot_be(count: int) -> None:
     result, (warning,) = stack(config, (config, 0, 2))
     assert result == config
     assert "no layer count" in warning
+
+
+def test_a_decoder_is_counted_by_itself() -> None:
+    for config in ({"num_layers": 4, "num_decoder_layers": 4}, {"encoder_layers": 4, "decoder_layers": 4}):
+        stacked, warnings = stack_layers(config, [(config, layer) for layer in (0, 1, 2, 2, 3)])
+        assert list(stacked.values()) == [4, 5]
+        assert warnings == []
