@@ -222,7 +222,7 @@ class JobClient:
         answer = self._send(method, path, None if body is None else json.dumps(body).encode())
         try:
             return json.loads(answer)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ClusterConnectError(f"{self.address} does not answer as Ray does; {_ADVICE}") from None
 
     def _send(self, method: str, path: str, data: bytes | None = None) -> bytes:

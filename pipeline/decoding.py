@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
@@ -9,6 +10,30 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _MAX_NUMBER = 2**63
 """Larger ones are not ours."""
+_MAX_DEPTH = 100
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Return what JSON from anywhere says.
+
+    Raises:
+        ValueError: it is none, or is nested more deeply than what goes through it could follow.
+    """
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for node in level
+            for item in (node.values() if isinstance(node, dict) else node)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return value
+    raise ValueError("it is nested too deeply")
 
 
 def decode(value: Any, kind: Any) -> Any:

@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from raymerge.pipeline.decoding import parse_json
+
 _VALUE = r"(?:[^\s&\"',;)}<>\\]|\\\\)+"
 """Stops before a lone backslash: in JSON that escapes a quote or a line's end, which must stay."""
 
@@ -83,7 +85,7 @@ _SPECIAL_TOKEN = re.compile(r"<[^<>]*>")
 def redact(text: str) -> str:
     """Return the text with credentials replaced by `***`: in (signed) URLs, headers, settings, and known tokens.
 
-    What was JSON is still JSON.
+    JSON whose secrets are strings is still JSON.
 
     >>> redact("https://me:pw@host/a?X-Amz-Signature=12ab&part=3")
     'https://***@host/a?X-Amz-Signature=***&part=3'
@@ -92,6 +94,19 @@ def redact(text: str) -> str:
     for pattern, replacement in (_KNOWN[0], *_NAMED, *_KNOWN[1:]):
         text = pattern.sub(replacement, text)
     return text
+
+
+def redact_texts(value: Any) -> Any:
+    """Return a JSON value with each of its strings redacted by itself, as text, so that it is JSON still.
+
+    >>> redact_texts({"use_auth_token": True, "url": "https://me:pw@host/"})
+    {'use_auth_token': True, 'url': 'https://***@host/'}
+    """
+    if isinstance(value, dict):
+        return {redact(name): redact_texts(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_texts(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def redact_json(text: str) -> str:
@@ -103,9 +118,9 @@ def redact_json(text: str) -> str:
     '{"use_auth_token": true}'
     """
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         safe = redact_values(value)
-    except (ValueError, RecursionError):
+    except ValueError:
         return redact(text)
     return text if safe == value else json.dumps(safe, indent=2, ensure_ascii=False) + "\n"
 

@@ -24,6 +24,7 @@ FIRST_READ_NBYTES = 8 * 1024
 """More than most headers have; a second read is rarer than bytes read in vain."""
 _MAX_ELEMENTS = 2**63 - 1
 _MAX_RANK = 64
+_MAX_DIGITS = 300
 _DOWNLOAD = "the file is damaged or incomplete: download it again"
 
 
@@ -125,7 +126,13 @@ def _parse_json(data: bytes, file: StoredFile) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         _refuse(file, f"offset {_LENGTH_NBYTES + error.start}: the header is not UTF-8")
     try:
-        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_parse_float)
+        header = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_parse_float,
+            parse_int=_parse_int,
+        )
         if "\\u" in text:
             json.dumps(header, ensure_ascii=False).encode()
     except RecursionError:
@@ -160,6 +167,13 @@ def _parse_float(text: str) -> float:
     if isinf(value):
         raise ValueError(f"{text:.50} is too large")
     return value
+
+
+def _parse_int(text: str) -> int | float:
+    """Return a whole number, but for what the safetensors library takes for another: `-0`, and what no float can be."""
+    if len(text) > _MAX_DIGITS:
+        _parse_float(text)
+    return -0.0 if text == "-0" else int(text)
 
 
 def _check_metadata(metadata: Any, file: StoredFile) -> None:

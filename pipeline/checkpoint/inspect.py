@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from raymerge.pipeline.checkpoint.side_files import find_side_files
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.stacks import Stack, Totals, add_up, split_stacks
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_tied
+from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.redact import redact
@@ -219,10 +219,10 @@ def _read_object(storage: Storage, files: Mapping[str, StoredFile], name: str, r
     file = files.get(name)
     if file is None or file.nbytes > _MAX_JSON_NBYTES:
         return {}
-    with suppress(ValueError, RecursionError):
+    with suppress(ValueError):
         content = storage.read(file.url, _MAX_JSON_NBYTES)
         reads.note(len(content))
-        value = json.loads(content)
+        value = parse_json(content)
         if isinstance(value, dict):
             return value
     return {}

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from raymerge.pipeline.decoding import decode
-from raymerge.pipeline.redact import redact
+from raymerge.pipeline.decoding import decode, parse_json
+from raymerge.pipeline.redact import redact, redact_texts
 
 MANIFEST = "raymerge_manifest.json"
 FIGURES = "raymerge_figures.parquet"
@@ -54,7 +54,7 @@ class Manifest:
 
     def dump(self) -> str:
         """Return the text of the file, without credentials."""
-        return redact(json.dumps(asdict(self), indent=1, ensure_ascii=False)) + "\n"
+        return json.dumps(redact_texts(asdict(self)), indent=1, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def parse_manifest(content: bytes) -> Contents:
         ValueError: it is damaged.
     """
     try:
-        contents: Contents = decode(json.loads(content), Contents)
+        contents: Contents = decode(parse_json(content), Contents)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return contents

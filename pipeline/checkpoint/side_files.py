@@ -12,6 +12,7 @@ from typing import Any
 
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, check_links
 from raymerge.pipeline.checkpoint.files import CONFIG, check_name, is_rewritten, is_secret, is_side_file, is_weights
+from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.messages import counted, escaped
 from raymerge.pipeline.redact import redact_json
@@ -159,9 +160,9 @@ def _find_named(name: str, text: str, candidates: Collection[str]) -> set[str]:
         quoted = {other for other in candidates if PurePosixPath(other).name in strings}
         return quoted | {str(where / f"{module}.py") for module in modules}.intersection(candidates)
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         words, directories = set(_list_words(value)), set(_list_directories(value))
-    except (ValueError, RecursionError):
+    except ValueError:
         return set()
     paths = {(where / word).as_posix() for word in words} | words
     directories = {path.as_posix() for word in directories for path in (where / word, PurePosixPath(word))}
@@ -177,8 +178,8 @@ def _find_named(name: str, text: str, candidates: Collection[str]) -> set[str]:
 def _find_code(name: str, text: str) -> set[str]:
     """Return the files of code that a config's `auto_map` names, but for those in other repositories."""
     config = None
-    with suppress(ValueError, RecursionError):
-        config = json.loads(text)
+    with suppress(ValueError):
+        config = parse_json(text)
     auto_map = config.get("auto_map") if isinstance(config, dict) else None
     words = _list_words(list(auto_map.values())) if isinstance(auto_map, dict) else ()
     here = [word.partition(".")[0] for word in words if "." in word and "--" not in word]
@@ -222,8 +223,8 @@ def _is_of_module(name: str, candidates: Collection[str]) -> bool:
 def _check_modules(stores: Stores, checkpoint: Checkpoint, text: str) -> None:
     """Refuse a model whose list of modules names one that has weights, and whose weights are not there."""
     try:
-        modules = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        modules = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{checkpoint.url}/{_MODULES}: not JSON: {error}") from error
     for module in modules if isinstance(modules, list) else ():
         path, kind = (str(module.get(key) or "") for key in ("path", "type")) if isinstance(module, dict) else ("", "")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymerge.pipeline.checkpoint.files import INDEX, SINGLE, check_name, is_weights
+from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.stores.files import StoredFile
@@ -114,9 +115,9 @@ def read_json(storage: Storage, url: str, max_nbytes: int) -> dict[str, Any]:
     if nbytes > max_nbytes:
         raise CheckpointError(f"{url}: {nbytes:,} bytes, at most {max_nbytes:,} are expected; {download}")
     try:
-        value = json.loads(storage.read(url, max_nbytes).decode())
+        value = parse_json(storage.read(url, max_nbytes).decode())
         json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{url}: not JSON in UTF-8: {error}; {download}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{url}: a JSON {type(value).__name__}, an object is expected; {download}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,11 +13,13 @@ from raymerge.pipeline.errors import ConfigError
 
 MAX_NBYTES = 2**20
 """Largest document that is read."""
-MAX_NODES = 100_000
-"""Most nodes that a document may have once its aliases are written out."""
+MAX_NODES = 50_000
+"""Most nodes that a document may have, also once its aliases are written out; so many take PyYAML a few seconds."""
 
 _MAX_SHOWN = 100
 """Characters of a line that a message shows."""
+_MAX_PROBLEMS = 50
+"""Lines that a message shows."""
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {_TAG + kind for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
@@ -26,6 +28,15 @@ _KEY_TAGS = {_TAG + "str", _TAG + "merge"}
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, except that what looks like a date stays a string: it is a model's name or revision."""
+
+    num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem=f"there are more than {MAX_NODES} values", problem_mark=mark)
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -64,6 +75,11 @@ class Document:
         if len(written) > _MAX_SHOWN:
             written = f"{written[: _MAX_SHOWN - 3]}..."
         return f"{message}\n{line:5} | {written}"
+
+    def show_all(self, problems: Sequence[tuple[str, int | None]]) -> str:
+        """Return a message about several lines: the first problems, each with its line, and how many there are more."""
+        rest = len(problems) - _MAX_PROBLEMS
+        return "\n".join([self.show(*each) for each in problems[:_MAX_PROBLEMS]] + [f"and {rest:,} more"] * (rest > 0))
 
 
 def read_document(source: Path | str | Mapping[str, object]) -> Document:
@@ -163,8 +179,8 @@ def _construct(document: Document) -> Document:
         problems: list[yaml.MarkedYAMLError] = []
         _check(root, loader, {}, set(), problems)
         if problems:
-            shown = [document.show(str(e.problem), e.problem_mark.line + 1) for e in problems if e.problem_mark]
-            raise ConfigError("\n".join(shown)) from problems[0]
+            shown = [(str(error.problem), error.problem_mark.line + 1) for error in problems if error.problem_mark]
+            raise ConfigError(document.show_all(shown)) from problems[0]
         return replace(document, content=loader.construct_document(root), node=root)
     finally:
         loader.dispose()

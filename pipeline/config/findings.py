@@ -7,6 +7,13 @@ from dataclasses import dataclass, field
 
 from raymerge.pipeline.config.document import Document
 
+_MOST = 1000
+"""So many mistakes are looked for; each unknown key is compared with all that are known."""
+
+
+class TooManyError(Exception):
+    """The rest of a document is not worth reading."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -28,18 +35,30 @@ class Findings:
     unknown: set[str] = field(default_factory=set)
     """Paths of keys that have no meaning: one may have been meant for a key that is missed."""
 
+    def note(self, finding: Finding, *, is_error: bool) -> None:
+        """Add a mistake, unless it is noted already.
+
+        Raises:
+            TooManyError: there are so many that this is no merge config.
+        """
+        noted = self.errors if is_error else self.warnings
+        if finding not in noted:
+            noted.append(finding)
+        if len(noted) >= _MOST:
+            raise TooManyError
+
     def list_warnings(self, document: Document) -> tuple[str, ...]:
         """Return the warnings, each with its line, and without directories: they get into the output's manifest."""
         return tuple(document.where(found.line, is_short=True) + found.message for found in _sorted(self.warnings))
 
     def explain(self, document: Document) -> str:
-        """Return all mistakes, errors first, in the order of the file, each with its line and the line's text."""
-        errors = [document.show(finding.message, finding.line) for finding in _sorted(self.errors)]
+        """Return the first mistakes, errors first, in the order of the file, each with its line and the line's text."""
+        errors = [(finding.message, finding.line) for finding in _sorted(self.errors)]
         paths = {finding.message.partition(": ")[0] for finding in self.errors}
         others = [warning for warning in self.warnings if warning.message.partition(": ")[0] not in paths]
         label = "warning: " if errors else ""
-        warnings = [document.show(label + finding.message, finding.line) for finding in _sorted(others)]
-        return "\n".join([*errors, *warnings])
+        warnings = [(label + finding.message, finding.line) for finding in _sorted(others)]
+        return document.show_all([*errors, *warnings])
 
 
 def _sorted(findings: Iterable[Finding]) -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.document import Document, read_document
 from raymerge.pipeline.config.fields import check_empty, parse_dtype, parse_integers, parse_layer_range, parse_patterns
+from raymerge.pipeline.config.findings import TooManyError
 from raymerge.pipeline.config.methods import (
     Use,
     check_given,
@@ -133,7 +135,9 @@ def load_config(source: Path | str | Mapping[str, object], *, strict: bool = Fal
     """
     document = read_document(source)
     root = Place(document.content, node=document.node)
-    config = _Reader(root).read(document)
+    config = None
+    with suppress(TooManyError):
+        config = _Reader(root).read(document)
     if config is None:
         raise ConfigError(root.findings.explain(document))
     if strict and config.warnings:
@@ -208,24 +212,23 @@ class _Reader:
 
     def _read_models(self) -> list[ModelEntry]:
         place = self._root.get("models")
-        entries: list[ModelEntry] = []
+        entries: dict[ModelRef, ModelEntry] = {}
         num_errors = len(place.findings.errors)
         for written in place.attempt(_list) or ():
             entry = written.attempt(partial(self._read_entry, before=entries))
             if entry is not None:
-                entries.append(entry)
+                entries[entry.model] = entry
         if entries and self._op is not None and len(place.findings.errors) == num_errors and self._is_base_sound():
-            models = [entry.model for entry in entries]
-            self._root.attempt(partial(check_models, op=self._op, models=models, base=self._base))
-        return entries
+            self._root.attempt(partial(check_models, op=self._op, models=tuple(entries), base=self._base))
+        return list(entries.values())
 
-    def _read_entry(self, place: Place, before: Sequence[ModelEntry]) -> ModelEntry | None:
+    def _read_entry(self, place: Place, before: Mapping[ModelRef, ModelEntry]) -> ModelEntry | None:
         _check_entry(place, ("model", "parameters"))
         model, parameters = self._read_model(place), self._read_parameters(place, of_model=True)
         if model is None:
             return None
-        same = next((i for i, other in enumerate(before) if other.model == model), None)
-        if same is not None:
+        if model in before:
+            same = list(before).index(model)
             raise place.get("model").error(
                 f"{model} is listed already, as models[{same}]; list each model once, with all of its weight"
             )

@@ -9,8 +9,8 @@ from functools import cache, partial
 from raymerge.ops.registry import Base, Op, load_ops
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.node import Place, PlaceError
-from raymerge.pipeline.config.values import Setting, Settings, parse_setting
-from raymerge.pipeline.messages import listing, suggest
+from raymerge.pipeline.config.values import Setting, Settings, is_setting, parse_setting
+from raymerge.pipeline.messages import listing, shown, suggest
 
 _MERGEKIT_METHODS = {
     "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "core_space", "dare_linear", "dare_ties", "della",
@@ -62,6 +62,10 @@ def parse_settings(place: Place, op: Op, *, of_model: bool) -> Settings:
         written = place.get(name)
         if name not in declared:
             written.warn_unknown(_explain_unknown(name, op))
+            if not is_setting(written.value):
+                written.note(
+                    written.error(f"{shown(written.value)} is no value of a parameter; is it one level too low?")
+                )
         elif of_model and not declared[name].per_model:
             written.warn(
                 f"ignored, because {op.name} has one {name!r} for all models; move it to the top-level `parameters`"

@@ -59,13 +59,11 @@ class Place:
 
     def note(self, error: PlaceError) -> None:
         """Note an error and go on."""
-        finding = Finding(str(error), error.line)
-        if finding not in self.findings.errors:
-            self.findings.errors.append(finding)
+        self.findings.note(Finding(str(error), error.line), is_error=True)
 
     def warn(self, problem: str) -> None:
         """Note something that is probably a mistake, and does no harm."""
-        self.findings.warnings.append(Finding(f"{self.path}: {problem}", self.line))
+        self.findings.note(Finding(f"{self.path}: {problem}", self.line), is_error=False)
 
     def warn_unknown(self, problem: str) -> None:
         """Note a key that has no meaning."""

@@ -99,6 +99,19 @@ def interpolate(values: Sequence[Value], position: float) -> Value:
     return round(value) if isinstance(left, int) else value
 
 
+def is_setting(value: object) -> bool:
+    """Tell whether a value has the form of a parameter, whatever the parameter is.
+
+    >>> is_setting([{"filter": "mlp", "value": [0, 1]}, {"value": 1}]), is_setting({"model": "a"}), is_setting([0, {}])
+    (True, False, False)
+    """
+    if isinstance(value, dict):
+        return "value" in value and not isinstance(value["value"], dict) and is_setting(value["value"])
+    if isinstance(value, list):
+        return len({isinstance(item, dict) for item in value}) < 2 and all(map(is_setting, value))
+    return True
+
+
 def parse_setting(place: Place, parameter: Parameter) -> Setting:
     """Return a parameter as the config gives it at one place, its values converted to the parameter's type.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from raymerge import __version__
-from raymerge.pipeline.decoding import decode
+from raymerge.pipeline.decoding import decode, parse_json
 from raymerge.pipeline.errors import MergeError, OutputError
 from raymerge.pipeline.plan.results import ShardFile
 from raymerge.pipeline.plan.types import ShardOutput
@@ -94,7 +94,7 @@ class Journal:
         found = {}
         for output in outputs:
             try:
-                record = json.loads(
+                record = parse_json(
                     self._storage.read(f"{self.out}/{DIRECTORY}/{output.file}.json", _MAX_RECORD_NBYTES)
                 )
                 if record.pop("fingerprint") != self.fingerprint:
@@ -128,7 +128,7 @@ class Begun:
 def read_begun(stores: Stores, out: str) -> Begun | None:
     """Return the plan that an unfinished output was begun with; None where there is none."""
     try:
-        plan = json.loads(stores.at(out).read(f"{out}/{_PLAN}", _MAX_RECORD_NBYTES))
+        plan = parse_json(stores.at(out).read(f"{out}/{_PLAN}", _MAX_RECORD_NBYTES))
         return Begun(str(plan["fingerprint"]), frozenset(map(str, plan["files"])))
     except FileNotFoundError:
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +15,9 @@ from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
 from raymerge.pipeline.checkpoint.files import INDEX
 from raymerge.pipeline.checkpoint.header import TensorEntry
-from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Contents, OutputFile
+from raymerge.pipeline.checkpoint.manifest import MANIFEST, Contents, OutputFile
 from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.checkpoint.weights import read_weight_map
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.output.journal import read_begun
 from raymerge.pipeline.output.state import find_unlisted, locate_output, read_manifest
@@ -167,7 +167,7 @@ def _compare_tensors(stores: Stores, out: str, tensors: Sequence[StoredTensor], 
             yield from (f"{Path(url).name}: {problem}" for problem in find_disagreements(Path(url), entries))
     weight_map = None
     if has_index:
-        weight_map = json.loads(stores.at(out).read(f"{out}/{INDEX}", MAX_MANIFEST_NBYTES))["weight_map"]
+        weight_map = read_weight_map(stores.at(out), f"{out}/{INDEX}")
     yield from find_index_faults(out, weight_map, tensors)
 
 

@@ -11,7 +11,7 @@ from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.memory import measure_demand
 from raymerge.pipeline.plan.types import MergePlan
-from raymerge.pipeline.redact import redact
+from raymerge.pipeline.redact import redact, redact_texts
 from raymerge.pipeline.sizes import format_memory, format_nbytes
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _num_passes(plan: MergePlan) -> int:
 
 def plan_json(plan: MergePlan) -> str:
     """Return a plan as JSON, without its tensors (see `plan_table`)."""
-    text = json.dumps(
+    content = redact_texts(
         {
             "method": plan.method,
             "models": [str(model) for model in plan.models],
@@ -100,12 +100,9 @@ def plan_json(plan: MergePlan) -> str:
             "dropped": list(plan.dropped),
             "warnings": list(plan.warnings),
             "advice": list(plan.advice),
-        },
-        indent=2,
-        ensure_ascii=False,
-        allow_nan=False,
+        }
     )
-    return redact(text)
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def save_table(plan: MergePlan, path: Path) -> None:

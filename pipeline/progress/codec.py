@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from raymerge.pipeline.decoding import decode
+from raymerge.pipeline.decoding import decode, parse_json
 from raymerge.pipeline.plan.results import MergeReport, ShardResult
 from raymerge.pipeline.progress.events import (
     Event,
@@ -19,7 +19,7 @@ from raymerge.pipeline.progress.events import (
     Retried,
     Warned,
 )
-from raymerge.pipeline.redact import redact
+from raymerge.pipeline.redact import redact_texts
 
 _NAMES: dict[type[Event], str] = {
     Planned: "planned",
@@ -45,15 +45,15 @@ def format_event(event: Event) -> str:
     name = _NAMES[type(event)]
     if isinstance(event, Planned):
         event = replace(event, plan=None)
-    return redact(json.dumps({"event": name, "time": now, **asdict(event, dict_factory=_leave_out_local)}))
+    return json.dumps(redact_texts({"event": name, "time": now, **asdict(event, dict_factory=_leave_out_local)}))
 
 
 def read_event(line: str) -> Event | None:
     """Return the event that a line tells of, whoever wrote it; None if it is something else."""
     try:
-        content = json.loads(line)
+        content = parse_json(line)
         event: Event = decode(content, _TYPES[content["event"]])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return None
     return event
 

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from raymerge.pipeline.decoding import decode
+from raymerge.pipeline.decoding import decode, parse_json
 from raymerge.pipeline.errors import HeldError, OutputError
 from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Lock
@@ -242,8 +242,8 @@ def _target_of(url: str) -> str:
 
 def _decode(content: bytes) -> Holder | None:
     try:
-        holder: Holder = decode(json.loads(content), Holder)
-    except (ValueError, TypeError, KeyError, RecursionError):
+        holder: Holder = decode(parse_json(content), Holder)
+    except (ValueError, TypeError, KeyError):
         return None
     return holder
 

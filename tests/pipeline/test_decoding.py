@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
 
-from raymerge.pipeline.decoding import decode
+from raymerge.pipeline.decoding import decode, parse_json
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,17 @@ def test_a_value_of_another_type(change: dict[str, Any]) -> None:
 def test_a_field_that_is_missing() -> None:
     with pytest.raises(KeyError, match="is_on"):
         decode({name: value for name, value in GIVEN.items() if name != "is_on"}, Outer)
+
+
+@pytest.mark.parametrize("depth", [101, 600, 990, 100_000])
+@pytest.mark.parametrize(("start", "stop"), [("[", "]"), ('{"a":', "}")])
+def test_json_that_is_nested_too_deeply(depth: int, start: str, stop: str) -> None:
+    inside = "1" if stop == "}" else ""
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json(start * depth + inside + stop * depth)
+    parse_json(start * 100 + inside + stop * 100)
+
+
+@pytest.mark.parametrize("content", ["5", '"x"', "[]", '{"a": [1, {"b": null}]}', b"[1]"])
+def test_json(content: str | bytes) -> None:
+    assert parse_json(content) == json.loads(content)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from raymerge.cluster.home import find_state, is_writable
-from raymerge.pipeline.decoding import decode
+from raymerge.pipeline.decoding import decode, parse_json
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.stores.files import Buffer
 from raymerge.pipeline.stores.hub.path import HubPath, find_endpoint
@@ -162,7 +162,7 @@ class PendingChanges:
     def read_underway(self) -> list[PendingFile]:
         """Return the files of the last recorded commit; none where there is no record."""
         with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-            return list(decode(json.loads((self.directory / _UNDERWAY).read_bytes()), tuple[PendingFile, ...]))
+            return list(decode(parse_json((self.directory / _UNDERWAY).read_bytes()), tuple[PendingFile, ...]))
         return []
 
     def settle(self, commit: str, changes: Iterable[PendingFile]) -> None:
@@ -227,6 +227,6 @@ def git_oid(content: Buffer | bytes) -> str:
 def _read_entry(path: Path) -> PendingFile | None:
     """Return a change; None where there is none, or a damaged one: the file is made again."""
     with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-        entry: PendingFile = decode(json.loads(path.read_bytes()), PendingFile)
+        entry: PendingFile = decode(parse_json(path.read_bytes()), PendingFile)
         return entry
     return None

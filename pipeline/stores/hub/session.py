@@ -24,7 +24,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from raymerge.pipeline.errors import MergeError
 from raymerge.pipeline.stores.remote import LEAST_NBYTES, REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import Fault, one_line
-from raymerge.pipeline.stores.web.client import origin_of
+from raymerge.pipeline.stores.web.client import find_target, origin_of
 from raymerge.pipeline.stores.web.connection import make_tls
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, classify_web, explain_broken
 
@@ -157,7 +157,11 @@ quiet = _Noise().silenced
 @cache
 def _install() -> None:
     def watch(response: httpx2.Response) -> None:
-        if _endpoint.get() is not None and isinstance(response.stream, httpx2.SyncByteStream):
+        if _endpoint.get() is None:
+            return
+        if response.has_redirect_location:  # httpx2 has odd ones that lead nowhere look like a broken connection
+            response.headers["Location"] = find_target(str(response.request.url), response.headers["Location"])
+        if isinstance(response.stream, httpx2.SyncByteStream):
             seconds = response.request.extensions.get("timeout", {}).get("read") or REQUEST_SECONDS
             response.stream = _SteadyBody(response.stream, seconds)
 

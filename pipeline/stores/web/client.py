@@ -95,7 +95,7 @@ class WebClient:
             if not redirects or answer.status not in _REDIRECTS or location is None:
                 return answer
             answer.finish()
-            target = _find_target(url, location)
+            target = find_target(url, location)
             if origin_of(target) != origin_of(url):
                 headers = {name: value for name, value in headers.items() if name.lower() not in _SECRET_HEADERS}
             url = target
@@ -268,7 +268,7 @@ class Answer:
             self._connection.close()
 
 
-def _find_target(url: str, location: str) -> str:
+def find_target(url: str, location: str) -> str:
     """Return where a redirect leads; raises BrokenError where that is nowhere, or to where secrets could be read."""
     try:
         target = urljoin(url, location)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import re
 import socket
 import ssl
@@ -14,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.stores.retry import Fault
 
 _MAX_MESSAGE_NBYTES = 2000
@@ -116,6 +116,6 @@ def _find_reason(content: bytes) -> str:
     text = content[:_MAX_MESSAGE_NBYTES].decode(errors="replace").strip()
     if text.startswith("<"):
         return ""
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
-        text = str(json.loads(content)["error"])
+    with suppress(ValueError, KeyError, TypeError):
+        text = str(parse_json(content)["error"])
     return " ".join(text.split())[:300]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from html.parser import HTMLParser
 from urllib.parse import unquote, urldefrag, urljoin
+
+from raymerge.pipeline.decoding import parse_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -60,16 +61,16 @@ def parse_index(content_type: str, content: bytes, url: str) -> list[tuple[str, 
 def parse_weight_names(content: bytes) -> list[str]:
     """Return the files that a model's index names; none where it is damaged, which whoever plans with it will say."""
     try:
-        return sorted({name for name in json.loads(content)["weight_map"].values() if _is_name(name)})
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return sorted({name for name in parse_json(content)["weight_map"].values() if _is_name(name)})
+    except (ValueError, TypeError, KeyError, AttributeError):
         return []
 
 
 def _parse_json(content: bytes) -> list[tuple[str, bool]]:
     """Read what nginx writes with `autoindex_format json`."""
     try:
-        entries = [(entry["name"], entry["type"] == "directory") for entry in json.loads(content)]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        entries = [(entry["name"], entry["type"] == "directory") for entry in parse_json(content)]
+    except (ValueError, TypeError, KeyError):
         return []
     return [(name, is_directory) for name, is_directory in entries if _is_name(name)]
 

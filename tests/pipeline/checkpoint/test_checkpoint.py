@@ -205,9 +205,10 @@ def test_an_empty_directory(tmp_path: Path) -> None:
         (b"3", "a JSON int, an object is expected"),
         (b'{"a":"\\ud800"}', "not JSON in UTF-8"),
         (b"[" * 100_000, "not JSON in UTF-8"),
+        (b'{"a":' * 600 + b"1" + b"}" * 600, "not JSON in UTF-8: it is nested too deeply"),
         (b'{"a":' + b"9" * 5_000 + b"}", "not JSON in UTF-8"),
     ],
-    ids=["empty", "cut", "not UTF-8", "list", "number", "lone surrogate", "deep", "5,000 digits"],
+    ids=["empty", "cut", "not UTF-8", "list", "number", "lone surrogate", "deep", "nested", "5,000 digits"],
 )
 def test_malformed_json(sharded: Path, name: str, content: bytes, message: str) -> None:
     (sharded / name).write_bytes(content)

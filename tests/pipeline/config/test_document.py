@@ -3,7 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from raymerge.pipeline.config import document
 from raymerge.pipeline.config.document import MAX_NBYTES, read_document
 from raymerge.pipeline.errors import ConfigError
 
@@ -69,8 +71,8 @@ def test_plain_yaml_is_read(text: str, expected: object) -> None:
         ("a: &x {k: *x}", "an alias refers to what contains it"),
         ("a: &x {<<: *x}", "an alias refers to what contains it"),
         ("a: {<<: 3}", "line 1"),
-        pytest.param(BOMB, "line 6.*more than 100000 values", id="bomb"),
-        pytest.param(MERGE_BOMB, "more than 100000 values", id="merge bomb"),
+        pytest.param(BOMB, "line 5.*more than 50000 values", id="bomb"),
+        pytest.param(MERGE_BOMB, "more than 50000 values", id="merge bomb"),
         pytest.param("a: " + "[" * 3000, "nested too deeply", id="deep"),
         pytest.param("a: " + "x" * MAX_NBYTES, "longer than", id="long"),
     ],
@@ -78,6 +80,20 @@ def test_plain_yaml_is_read(text: str, expected: object) -> None:
 def test_anything_else_is_refused_with_its_line(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_yaml(text)
+
+
+def test_values_are_counted_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "MAX_NODES", 100)
+    monkeypatch.setattr(yaml.SafeLoader, "construct_document", pytest.fail)
+    with pytest.raises(ConfigError, match="line 1, column 296: there are more than 100 values"):
+        parse_yaml("a: [" + "1, " * 50_000 + "1]")
+
+
+def test_a_message_shows_the_first_problems() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml("\n".join(f"{k}: 1" for k in range(80)))
+    lines = str(caught.value).splitlines()
+    assert (lines[-2:], len(lines)) == (["   50 | 49: 1", "and 30 more"], 101)
 
 
 def test_aliases_may_be_used_as_long_as_they_stay_small() -> None:

@@ -13,6 +13,7 @@ import yaml
 from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.config import findings
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.config.values import resolve
 from raymerge.pipeline.errors import ConfigError
@@ -241,6 +242,8 @@ def test_parameters_that_have_no_effect_are_not_kept() -> None:
     [
         ("linear", ("merge_method", MISSING), "merge_method: is missing"),
         ("linear", ("merge_method", 3), "merge_method: 3 is given, a string"),
+        ("linear", ("parameters.parameters", {"t": 1}), 'parameters.parameters: {"t": 1} is no value of a parameter'),
+        ("linear", ("parameters.x", [1, {"value": 2}]), "parameters.x: .* is no value of a parameter"),
         ("linear", ("merge_method", "liner"), "merge_method: 'liner' is unknown; did you mean 'linear'"),
         ("linear", ("models", MISSING), "no models are given"),
         ("linear", ("models", []), "models is empty"),
@@ -529,3 +532,12 @@ def test_loading_a_config_does_not_import_torch() -> None:
     run = subprocess.run([sys.executable, "-c", code, CONFIGS[0]], capture_output=True, text=True, check=True)
     assert "raymerge.ops.linear" in run.stdout.split()
     assert "torch" not in run.stdout.split()
+
+
+def test_reading_ends_after_many_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(findings, "_MOST", 60)
+    with pytest.raises(ConfigError) as caught:
+        load_config(LINEAR | {f"key{k}": 1 for k in range(5000)})
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("key0: unknown key")
+    assert (len(lines), lines[-1]) == (51, "and 10 more")

@@ -73,6 +73,9 @@ def test_records_of_another_plan_do_not_count(journal: Journal) -> None:
     assert replace(journal, fingerprint="beef").read_records(OUTPUTS) == {}
 
 
+DEEP = b"[" * 10_000
+
+
 def record_path(journal: Journal) -> str:
     return f"{journal.out}/{DIRECTORY}/{OUTPUTS[0].file}.json"
 
@@ -89,8 +92,9 @@ def record_path(journal: Journal) -> str:
         b'{"fingerprint": "f00d"}',
         b"\xff\xfe",
         b'{"fingerprint": "f00d", "x": 1}',
+        DEEP,
     ],
-    ids=str,
+    ids=lambda content: str(content[:40]),
 )
 def test_a_damaged_record_means_that_the_shard_is_made_again(
     journal: Journal, storage: Storage, content: bytes
@@ -145,7 +149,9 @@ def test_what_was_begun(journal: Journal, stores: Stores, storage: Storage) -> N
     assert read_begun(stores, journal.out) == Begun("beef", frozenset())
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"fingerprint": "f00d"}', b'{"fingerprint": 1, "files": 2}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"fingerprint": "f00d"}', b'{"fingerprint": 1, "files": 2}', DEEP]
+)
 def test_a_damaged_note_is_of_no_plan(journal: Journal, stores: Stores, storage: Storage, content: bytes) -> None:
     journal.begin([])
     (name,) = storage.list(f"{journal.out}/{DIRECTORY}")

@@ -61,7 +61,7 @@ def write_both(out: Path, name: str, content: bytes) -> None:
 
 
 def write_minus_zero(out: Path) -> None:
-    """Write a header whose numbers are ours, and not what the safetensors library takes for an offset."""
+    """Write a header with a number that is 0 to some readers of JSON, and to others no whole one."""
     content = (out / SHARD).read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = content[8:start].replace(b'"data_offsets":[0,', b'"data_offsets":[-0,')
@@ -112,9 +112,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         point_elsewhere,
         ["tensor 'model.norm.weight' is in model-0000"],
     ),
-    "header that only we read": (
+    "header with -0": (
         write_minus_zero,
-        [f"{SHARD}: the safetensors library does not open it: ", "invalid type: floating point `-0.0`"],
+        [f"{SHARD}: tensor ", "shape and data_offsets must be lists of non-negative integers"],
     ),
     "several": (
         lose_one_and_spoil_another,
@@ -122,6 +122,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "manifest missing": (lambda out: (out / MANIFEST).unlink(), [f"has no {MANIFEST}"]),
     "manifest cut": (lambda out: (out / MANIFEST).write_text("{"), [f"{MANIFEST} is damaged"]),
+    "manifest nested": (lambda out: (out / MANIFEST).write_text("[" * 9999), [f"{MANIFEST} is damaged: it is nested"]),
     "manifest of another kind": (lambda out: (out / MANIFEST).write_text('{"files": []}'), [f"{MANIFEST} is damaged"]),
     "manifest that leads outside": (list_outside_file, ["outside the directory: ../m0/config.json"]),
 }
@@ -152,6 +153,8 @@ def test_the_safetensors_library_has_a_say(out: Path, stores: Stores) -> None:
     ):
         (problem,) = find_disagreements(path, ours)
         assert problem.startswith(said)
+    path.write_bytes(b"\2\0\0\0\0\0\0\0[]")
+    assert next(find_disagreements(path, [])).startswith("the safetensors library does not open it: ")
 
 
 def test_hidden_files_are_in_no_model(out: Path) -> None:

@@ -173,3 +173,10 @@ def test_json_has_no_infinity_where_config_json_has_one(tmp_path: Path) -> None:
     text = plan_json(plan({"merge_method": "passthrough", "models": [{"model": str(model)}]}))
     found = json.loads(text, parse_constant=pytest.fail)
     assert found["config"]["time_step_limit"] == [0.0, {"__float__": "Infinity"}, {"__float__": "NaN"}]
+
+
+def test_json_stays_json_where_a_secret_is_none(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "m", use_auth_token=True, api_key=None, token={"access_token": "S3cr3tS3cr3t"})
+    text = plan_json(plan({"merge_method": "passthrough", "models": [{"model": str(model)}]}))
+    config = json.loads(text)["config"]
+    assert (config["use_auth_token"], config["api_key"], config["token"]) == (True, None, {"access_token": "***"})
