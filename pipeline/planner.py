@@ -22,7 +22,7 @@ from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.integers import check_integers
-from raymerge.pipeline.plan.memory import Transfer
+from raymerge.pipeline.plan.memory import Transfer, check_plan_fits
 from raymerge.pipeline.plan.recipe import expand, open_model
 from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_idle
@@ -30,7 +30,7 @@ from raymerge.pipeline.plan.shards import Limits, make_fingerprint, make_tasks
 from raymerge.pipeline.plan.types import Copied, InputModel, MergePlan, PlannedOutput, SideFile, Written
 from raymerge.pipeline.plan.variants import join_variants
 from raymerge.pipeline.runners import count_slots
-from raymerge.pipeline.stores.files import ByteRange
+from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 
@@ -81,7 +81,11 @@ def make_plan(
     if any(config.referenced_models != first.referenced_models for config in configs):
         raise ConfigError("the variants of one plan name different models; they may differ in parameters only")
     checkpoints = resolve_models(stores, first.referenced_models, trust_headers=trust_headers)
-    table = read_table(stores, {str(checkpoint.model): checkpoint.weight_files for checkpoint in checkpoints})
+
+    def check(file: StoredFile, num_tensors: int) -> None:
+        check_plan_fits(file.url, num_tensors, num_tensors, limits.allowed_mem)
+
+    table = read_table(stores, {str(c.model): c.weight_files for c in checkpoints}, check)
     tensors = list_tensors(table)
     models = []
     doubts: list[str] = []
@@ -96,6 +100,7 @@ def make_plan(
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
     transfer = _measure_transfer(stores, checkpoints, outs, limits.runner_nbytes)
     tasks, num_workers, num_allowed = make_tasks(merges, replace(limits, transfer=transfer))
+    check_plan_fits("the inputs together", len(table), len(merges), limits.allowed_mem)
     beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)
     doubts += more_doubts
     outputs = []

@@ -6,7 +6,7 @@ A file is 8 bytes (the length of the JSON, little-endian), the JSON, and the ten
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isinf, prod
 from typing import Any, NoReturn
@@ -41,8 +41,15 @@ class TensorEntry:
     """Offset after the last byte: the tensor is [start, stop) of the file."""
 
 
-def read_header(storage: Storage, file: StoredFile) -> tuple[TensorEntry, ...]:
+def read_header(
+    storage: Storage, file: StoredFile, check: Callable[[StoredFile, int], None] = lambda file, num_tensors: None
+) -> tuple[TensorEntry, ...]:
     """Return the tensors of a file in the order in which they lie there.
+
+    Args:
+        storage: that has it.
+        file: to read.
+        check: called with the number of tensors that the header seems to have, before memory is taken for them.
 
     Raises:
         CheckpointError: the file is not a well-formed safetensors file of the size that its header says.
@@ -55,6 +62,7 @@ def read_header(storage: Storage, file: StoredFile) -> tuple[TensorEntry, ...]:
         rest = bytearray(missing)
         storage.read_into([ByteRange(file, len(data), len(data) + missing)], [memoryview(rest)])
         data += rest
+    check(file, data.count(b'"data_offsets"'))
     return parse_header(data, file)
 
 

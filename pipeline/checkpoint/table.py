@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -44,12 +44,17 @@ DAMAGED = (
 )
 
 
-def read_table(stores: Stores, models: Mapping[str, Iterable[StoredFile]]) -> pa.Table:
+def read_table(
+    stores: Stores,
+    models: Mapping[str, Iterable[StoredFile]],
+    check: Callable[[StoredFile, int], None] = lambda file, num_tensors: None,
+) -> pa.Table:
     """Read the header of every file and return the tensors: models as given, files by name, tensors as they lie there.
 
     Args:
         stores: that have the files.
         models: the files of each model, by its reference as text.
+        check: called with each file and the number of tensors that its header seems to have, before it is parsed.
 
     Raises:
         CheckpointError: a header is malformed.
@@ -57,7 +62,7 @@ def read_table(stores: Stores, models: Mapping[str, Iterable[StoredFile]]) -> pa
     """
     files = [(model, file) for model, listed in models.items() for file in listed]
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        headers = pool.map(lambda item: read_header(stores.at(item[1].url), item[1]), files)
+        headers = pool.map(lambda item: read_header(stores.at(item[1].url), item[1], check), files)
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for (model, file), entries in zip(files, headers, strict=True):
         columns["model"] += [model] * len(entries)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from raymerge.pipeline.checkpoint.files import CONFIG, is_tokenizer
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import counted
-from raymerge.pipeline.plan.memory import measure_demand
+from raymerge.pipeline.plan.memory import NOTABLE_NBYTES, measure_demand, project_plan_mem
 from raymerge.pipeline.plan.types import MergePlan
 from raymerge.pipeline.redact import redact, redact_texts
 from raymerge.pipeline.sizes import format_memory, format_nbytes
@@ -29,6 +29,8 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
     models = counted(len(plan.models), "model")
     has_tokenizer = any(is_tokenizer(file.name) for file in plan.outputs[0].side_files)
     given = "config.json, tokenizer and other files" if has_tokenizer else "config.json; it has no tokenizer"
+    own = _project_own_mem(plan)
+    besides = f"; the plan takes {format_memory(own)} besides" if own >= NOTABLE_NBYTES else ""
     lines = [
         f"{plan.method} of {models}, {plan.donor} gives {given}",
         f"  tensors  {len(plan.weight_map)}",
@@ -36,7 +38,7 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
         f"  write    {format_nbytes(plan.total_nbytes)} in {shards}",
         f"  passes   {_num_passes(plan)} to measure, 1 to merge",
         f"  memory   {format_memory(projected)} for {_each(plan.num_workers)}, at most; "
-        f"{format_memory(plan.allowed_mem)} are allowed in all",
+        f"{format_memory(plan.allowed_mem)} are allowed in all{besides}",
     ]
     if plan.gpus is not None:
         on_gpu = max(task.projected_gpu_mem for task in plan.tasks)
@@ -54,6 +56,12 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
     lines += [f"  not in the output: {line}" for line in plan.dropped]
     lines += [f"  advice: {line}" for line in plan.advice]
     return redact("\n".join(lines))
+
+
+def _project_own_mem(plan: MergePlan) -> int:
+    return project_plan_mem(
+        sum(len(merge.sources) for task in plan.tasks for merge in task.merges), len(plan.weight_map)
+    )
 
 
 def _each(num_workers: int) -> str:
@@ -80,6 +88,7 @@ def plan_json(plan: MergePlan) -> str:
             "num_passes": _num_passes(plan),
             "num_workers": plan.num_workers,
             "allowed_mem": plan.allowed_mem,
+            "plan_mem": _project_own_mem(plan),
             "num_gpus": plan.gpus.num_gpus if plan.gpus else 0,
             "allowed_gpu_mem": plan.gpus.allowed_mem if plan.gpus else 0,
             "shards": [

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,9 +63,9 @@ def read_models(models: list[ModelRef]) -> pa.Table:
 def test_many_answers_are_waited_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together = threading.Barrier(16, timeout=20)
 
-    def meet(storage: Storage, file: StoredFile) -> tuple[TensorEntry, ...]:
+    def meet(storage: Storage, file: StoredFile, check: Callable[..., None]) -> tuple[TensorEntry, ...]:
         together.wait()
-        return read_header(storage, file)
+        return read_header(storage, file, check)
 
     monkeypatch.setattr("raymerge.pipeline.checkpoint.table.read_header", meet)
     shards = {f"model-{k:05d}-of-00016.safetensors": {f"w{k}": torch.zeros(1)} for k in range(1, 17)}

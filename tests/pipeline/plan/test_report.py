@@ -12,6 +12,7 @@ from raymerge import plan
 from raymerge.ops.registry import load_ops
 from raymerge.pipeline.cli.formats import format_method
 from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.plan import report
 from raymerge.pipeline.plan.report import format_plan, plan_json, plan_table, save_table
 from raymerge.pipeline.plan.types import MergePlan
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama, write_sparse
@@ -180,3 +181,11 @@ def test_json_stays_json_where_a_secret_is_none(tmp_path: Path) -> None:
     text = plan_json(plan({"merge_method": "passthrough", "models": [{"model": str(model)}]}))
     config = json.loads(text)["config"]
     assert (config["use_auth_token"], config["api_key"], config["token"]) == (True, None, {"access_token": "***"})
+
+
+def test_a_plan_says_what_it_takes_itself(ties: MergePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = 500 * 3 * 12 + 1900 * 12  # three models of 12 tensors
+    assert json.loads(plan_json(ties))["plan_mem"] == own
+    assert "the plan takes" not in format_plan(ties)
+    monkeypatch.setattr(report, "NOTABLE_NBYTES", own)
+    assert "96MiB are allowed in all; the plan takes 1MiB besides" in format_plan(ties)
