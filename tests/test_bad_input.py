@@ -274,7 +274,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("merge_method: !custom x\n", "!custom"),
         (BOMB, "aliases"),
         ("a: &a [*a]\n", "an alias refers to what contains it"),
-        ("[" * 5000, "nested too deeply"),
+        ("[" * 1000, "nested too deeply"),
         ("merge_method: linear\nmerge_method: slerp\n", "'merge_method' is there already"),
         ("merge_method: [\n", "merge.yml:2:1: "),
         ("", "empty"),

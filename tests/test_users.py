@@ -41,6 +41,7 @@ def config(family: tuple[Path, ...], tmp_path: Path) -> Path:
     return write_config(tmp_path / "merge.yml", make_config(list(map(str, family))))
 
 
+@pytest.mark.slow
 @needs_namespaces
 @pytest.mark.parametrize("home", [None, "/proc"])
 def test_ray_without_a_home(config: Path, tmp_path: Path, home: str | None) -> None:
@@ -51,6 +52,7 @@ def test_ray_without_a_home(config: Path, tmp_path: Path, home: str | None) -> N
     assert without_own(read_files(tmp_path / "ray")) == without_own(read_files(tmp_path / "local"))
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_hub_without_a_home(config: Path, family: tuple[Path, ...], tmp_path: Path) -> None:
     with HubServer(tmp_path / "hub") as hub:
@@ -202,6 +204,7 @@ def test_a_link_into_a_directory_that_may_not_be_read(shared: Path) -> None:
     assert (done.code, done.err.strip()) == (2, f"Error: {weights}: Permission denied")
 
 
+@pytest.mark.slow
 def test_a_colleague_who_may_not_write(shared: Path) -> None:
     kill_midway(ALICE, shared, 0o022)
     done = merge_as(BOB, shared, 0o022)

@@ -17,6 +17,8 @@ from tests.servers.hub import HubServer
 from tests.servers.hub_clients import CONFIG, WEIGHTS, ask, run_client, write_model
 from tests.servers.hub_git import GITATTRIBUTES, make_pointer
 
+pytestmark = pytest.mark.slow  # a process for each client; the product's tests use huggingface_hub in their own
+
 
 @pytest.mark.parametrize(("part_nbytes", "redirect_regular"), [(None, False), (1 << 20, True)])
 def test_what_huggingface_hub_uploads_comes_back(
@@ -246,7 +248,6 @@ def test_huggingface_hub_deletes_and_branches(hub: HubServer, tmp_path: Path) ->
     ]
 
 
-@pytest.mark.slow
 def test_huggingface_hub_waits_at_the_rate_limit(hub: HubServer, tmp_path: Path) -> None:
     hub.page_length = 1
     hub.upload("me/model", {"a.txt": b"", "b.txt": b""})
@@ -258,7 +259,6 @@ def test_huggingface_hub_waits_at_the_rate_limit(hub: HubServer, tmp_path: Path)
 # Others' clients
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
 @pytest.mark.parametrize("part_nbytes", [None, 1 << 20])
 def test_the_npm_client_agrees(hub: HubServer, tmp_path: Path, part_nbytes: int | None) -> None:
@@ -311,7 +311,6 @@ def test_the_npm_client_agrees(hub: HubServer, tmp_path: Path, part_nbytes: int 
     assert hub.leaked_tokens == []
 
 
-@pytest.mark.slow
 def test_a_mirror_in_front_serves_the_same(hub: HubServer, tmp_path: Path) -> None:
     hub.upload("me/model", {"config.json": CONFIG, "deep/model.safetensors": WEIGHTS})
     venv.create(tmp_path / "venv", with_pip=True)

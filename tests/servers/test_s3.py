@@ -218,6 +218,7 @@ def test_servers_do_not_share_anything(s3_server: S3Server, bucket: str) -> None
         assert names == [other.public_bucket]
 
 
+@pytest.mark.slow
 def test_a_server_dies_with_the_process_that_started_it() -> None:
     program = (
         "from tests.servers.s3 import S3Server; s = S3Server(); print(s.pid, *s.socket_files(), flush=True); input()"
