@@ -23,6 +23,13 @@ def parse_json(content: str | bytes) -> Any:
         value = json.loads(content)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if is_deep(value):
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def is_deep(value: Any) -> bool:
+    """Tell whether a parsed JSON value is nested more deeply than what goes through it could follow."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(_MAX_DEPTH):
         level = [
@@ -32,8 +39,8 @@ def parse_json(content: str | bytes) -> Any:
             if isinstance(item, dict | list)
         ]
         if not level:
-            return value
-    raise ValueError("it is nested too deeply")
+            return False
+    return True
 
 
 def decode(value: Any, kind: Any) -> Any:

@@ -11,6 +11,9 @@ from raymerge.pipeline.decoding import parse_json
 _VALUE = r"(?:[^\s&\"',;)}<>\\]|\\\\)+"
 """Stops before a lone backslash: in JSON that escapes a quote or a line's end, which must stay."""
 
+_NO_TEXT = r"(?!(?:true|false|null)(?:[\s,\]}]|$)|[\[{](?:[\s\"'\[\]{}]|$))"
+"""What JSON has under a name and is no secret: without it the JSON would be none."""
+
 _NAMES = (
     r"X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|server-side-encryption-customer-key|Signature|sig"
     r"|SharedAccessKey|SignatureProvided|secret_?access_?key|access_?key(?:_?id)?|account_?key|api[_-]?key|client_?secret"
@@ -45,7 +48,7 @@ _KNOWN = (
 _NAMED = (
     (
         re.compile(
-            rf"(?P<keep>(?<![A-Za-z0-9])(?:{_NAMES})(?:\\?[\"'])?(?:\s*(?:=|%3D|:)|>)\s*(?:\\?[\"'])?){_VALUE}",
+            rf"(?P<keep>(?<![A-Za-z0-9])(?:{_NAMES})(?:\\?[\"'])?(?:\s*(?:=|%3D|:)|>)\s*(?:\\?[\"'])?){_NO_TEXT}{_VALUE}",
             re.IGNORECASE,
         ),
         r"\g<keep>***",
@@ -122,7 +125,8 @@ def redact_json(text: str) -> str:
         safe = redact_values(value)
     except ValueError:
         return redact(text)
-    return text if safe == value else json.dumps(safe, indent=2, ensure_ascii=False) + "\n"
+    # half of a pair of surrogates can only be written as it was, with an escape
+    return text if safe == value else json.dumps(safe, indent=2, ensure_ascii="\\u" in text) + "\n"
 
 
 def redact_values(value: Any, key: str = "") -> Any:

@@ -12,6 +12,7 @@ from math import isinf, prod
 from typing import Any, NoReturn
 
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.decoding import is_deep
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.seam import Storage
@@ -197,6 +198,8 @@ def _parse_entry(name: str, fields: Any, data_start: int, file: StoredFile) -> T
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     except (KeyError, TypeError, IndexError):
         _refuse(file, f"tensor {_quote(name)}: the header must give dtype, shape and data_offsets")
+    if len(fields) > 3 and is_deep(fields):
+        _refuse(file, f"tensor {_quote(name)}: the header is nested too deeply")
     known = DTYPES.get(dtype) if type(dtype) is str else None
     if known is None:
         _refuse(

@@ -87,6 +87,7 @@ def test_a_secret_is_taken_out(what: str) -> None:
         "SignatureDoesNotMatch; the signature is wrong",
         "a token is missing: set HF_TOKEN",
         "design=1&assign: 2",
+        '{"use_auth_token": true, "api_key": null, "access_token": {"a": 1}, "id_token": [ ], "hf_token":{}}',
     ],
 )  # fmt: skip
 def test_the_rest_stays(text: str) -> None:
@@ -125,6 +126,14 @@ def test_secrets_in_configs_go(value: object, expected: object) -> None:
     assert json.loads(redact_json(json.dumps(value))) == expected
 
 
+def test_json_that_is_hard_to_write_again() -> None:
+    half = f'{{"hf_token": "hf_{SECRET}", "a": "\\ud800", "b": "é"}}'
+    safe = redact_json(half)
+    assert json.loads(safe.encode()) == {"hf_token": "***", "a": "\ud800", "b": "é"}
+    nested = f'{{"hf_token": "hf_{SECRET}", "use_auth_token": true, "a": {"[" * 300}{"]" * 300}}}'
+    assert json.loads(redact_json(nested))["hf_token"].endswith("***")
+
+
 FRAGMENTS = st.sampled_from(
     [
         'https://h/a?sig=abc', '"', "\\", "\n", "'", " ", "token=", "Authorization: Bearer x", "https://", "u:p@h", "@",
@@ -135,7 +144,7 @@ FRAGMENTS = st.sampled_from(
 
 @given(st.lists(FRAGMENTS, max_size=12))
 def test_json_stays_json(parts: list[str]) -> None:
-    """The manifest is redacted as a text: with any config in it, it must still be read afterwards."""
+    """What is redacted as a text, and is JSON, can still be read afterwards."""
     value = {"config": "".join(parts), "list": parts}
     found = json.loads(redact(json.dumps(value, indent=1, ensure_ascii=False)))
     assert found.keys() == value.keys()

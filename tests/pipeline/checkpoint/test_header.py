@@ -104,6 +104,10 @@ MALFORMED = {
         "past the end; the file has",
     ),
     "deep nesting": (make_file('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"), "nested too deeply"),
+    "nesting": (
+        make_file('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":' + "[" * 200 + "]" * 200 + "}}"),
+        "nested too deeply",
+    ),
     "lone surrogate": (make_file('{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'), "surrogates"),
     "metadata of numbers": (make_file('{"__metadata__":{"a":1},' + ONE + "}"), "__metadata__"),
     "metadata list": (make_file('{"__metadata__":[],' + ONE + "}"), "__metadata__"),
