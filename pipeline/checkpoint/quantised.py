@@ -49,11 +49,13 @@ class Quantisation:
         stated = ", ".join(self.stated)
         if packed:
             first = packed[0]
+            needed = "" if stated else "; for that, its quantization_config has to be back in config.json"
             return (
                 f"quantised ({stated or 'by its tensors; config.json does not say so'}):"
                 f" {counted(len(packed), 'tensor')} of packed numbers, such as {first.name} ({first.dtype}); quantised"
-                " checkpoints are not supported yet; dequantise first: load it in transformers with dequantize=True in"
-                " its quantization config, and save it"
+                " checkpoints are not supported yet; take the model that it was made from, or dequantise first: load it"
+                " in transformers with dequantize=True in its quantization config (FP8, MXFP4), or call the loaded"
+                f" model's dequantize() (bitsandbytes), and save it{needed}"
             )
         if not self.stated or self.packed or self.is_at_load:
             return None
