@@ -260,6 +260,10 @@ class Bucket:
         except FileNotFoundError:
             return None
 
+    def is_stalled(self, error: ObjectError) -> bool:
+        """Tell whether an upload has failed because it took longer than any may."""
+        return not error.status and error.seconds >= _UPLOAD_SECONDS
+
     def answers(self, key: str) -> bool:
         """Tell whether the store can be reached; one request."""
         try:

@@ -36,6 +36,7 @@ _FIELDS = {
     name: re.compile(rf"<{name}>([^<]{{1,300}})</{name}>")
     for name in ("Code", "Message", "Region", "RequestTime", "ServerTime")
 }
+_SECONDS = re.compile(r"\bError performing [^\n]* in (\d+(?:\.\d+)?)s\b")
 _RETRIES = re.compile(r"\bretries: (\d+),|\bafter (\d+) retries")
 _QUOTED_PATH = re.compile(r"(?<=\bpath: )\"(?:[^\"\\]|\\.){1,1000}\"")
 _BULK_CODE = re.compile(r"\(code: (\w+)\)")
@@ -73,6 +74,7 @@ class ObjectError(Exception):
         region: where the bucket is, where the store says so.
         skew: seconds that our clock is ahead of the store's, where it says so.
         num_attempts: how often obstore tried.
+        seconds: how long that took, where it says so and it was a second or more.
     """
 
     def __init__(self, method: str, status: int, code: str, message: str, trouble: str = "", region: str = "") -> None:
@@ -83,6 +85,7 @@ class ObjectError(Exception):
         self.region = region
         self.skew: float | None = None
         self.num_attempts = 1
+        self.seconds = 0.0
         text = " ".join(str(part) for part in (status or "", code) if part) or trouble
         super().__init__(": ".join(part for part in (text, message.rstrip(".")) if part))
 
@@ -143,6 +146,8 @@ def _translate(error: Exception, method: str) -> ObjectError:
     trouble = "" if status else next((name for pattern, name in _NETWORK if pattern.search(text)), "")
     message = found.get("Message", "") if status or trouble else text.splitlines()[0]
     result = ObjectError(method, status, code, message, trouble, found.get("Region", ""))
+    if took := _SECONDS.search(text):
+        result.seconds = float(took[1])
     result.skew = _skew(found.get("RequestTime"), found.get("ServerTime"))
     if retries := _RETRIES.search(text):
         result.num_attempts += int(retries[1] or retries[2])

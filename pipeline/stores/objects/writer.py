@@ -125,13 +125,17 @@ class ObjectWriter(Writer):
         return file
 
     def abort(self) -> None:  # noqa: D102
+        self._abort()
+
+    def _abort(self, *, is_stalled: bool = False) -> None:
         self._content = None
         parts, self._parts = self._parts, None
         if parts is None or not self._bucket.answers(self._key):  # it would be tried for long; the next run sweeps
             return
         with suppress(ObjectError):  # it has ended, or cannot be ended now
             parts.abort()
-        self._sweep()
+        if not is_stalled:  # the answer may be as slow as the upload
+            self._sweep()
 
     def _put(self, content: bytes) -> StoredFile:
         mode: PutMode = "create" if self._exclusive else "overwrite"
@@ -182,10 +186,11 @@ class ObjectWriter(Writer):
             error.method = "upload"
         # Where the store answers, something happened to this upload, and another may go well.
         is_worth_another = error.as_fault() is not None and self._bucket.answers(self._key)
-        another = StalledError if error.trouble == "timeout" else CorruptedError
-        kind = another if is_worth_another else OutputError
-        failure = kind(self._bucket.explain(error, self._url))
-        self.abort()
+        is_stalled = self._bucket.is_stalled(error)
+        kind = (StalledError if is_stalled else CorruptedError) if is_worth_another else OutputError
+        stuck = f"; it was stuck for {error.seconds:.0f} s" if is_stalled else ""
+        failure = kind(f"{self._bucket.explain(error, self._url)}{stuck}")
+        self._abort(is_stalled=is_stalled)
         return failure
 
     def _delete(self) -> None:

@@ -75,7 +75,10 @@ def test_packed_tensors_are_known_by_what_stands_beside_them(
     stated: dict[str, Any] = {"quantization_config": {"quant_method": "q"}} if is_stated else {}
     model = write_checkpoint(tmp_path / "m", tensors, llama_config(**stated))
     said = r"quantised \(config.json: quantization_config \(q\)\)" if is_stated else "config.json does not say so"
-    with pytest.raises(CheckpointError, match=f"{model}: .*{said}.*not supported yet; take the model that it was made from, or dequantise first"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"{model}: .*{said}.*not supported yet; take the model that it was made from, or dequantise first",
+    ):
         plan(passthrough(model, dtype="bfloat16"))
     assert "of packed numbers" in inspect(model).obstacle
 

@@ -46,6 +46,7 @@ def report_of(the_plan: MergePlan, results: list[ShardResult], num_per_process: 
         num_per_process=num_per_process,
         faults=(("ray: shard: its worker died", 1), SHARD.faults[0]),
         nonfinite=(),
+        limits=("s3://bucket: this store refuses checksums",),
     )
 
 
@@ -111,6 +112,7 @@ def test_a_report_for_people(the_plan: MergePlan) -> None:
         "    1 x hub: PUT: 500",
         "    1 x ray: shard: its worker died",
         "    6 x s3://bucket: GET: 503 SlowDown",
+        "  limit     s3://bucket: this store refuses checksums",
         "  manifest  s3://bucket/merged/raymerge_manifest.json",
     ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from raymerge.pipeline.errors import FetchError
+from raymerge.pipeline.errors import FetchError, StalledError
 from raymerge.pipeline.stores import remote, retry
 from raymerge.pipeline.stores.fsspec import files, loop, parts
 from raymerge.pipeline.stores.fsspec import s3 as fsspec_s3
@@ -21,7 +21,7 @@ from raymerge.pipeline.stores.open import open_stores
 from raymerge.pipeline.stores.settings import StoreSettings
 from raymerge.pipeline.stores.web import client, connection
 from tests.pipeline.stores.storage_contract import make_bytes, read_all
-from tests.servers.faults import Fault, FaultProxy, is_operation
+from tests.servers.faults import Fault, FaultProxy, Request, is_operation
 from tests.servers.hub import HubServer
 from tests.servers.s3 import S3Server
 from tests.servers.static import NginxServer
@@ -134,6 +134,26 @@ def test_an_upload_that_is_stuck_is_tried_again(
         stores.at(url).write(f"{url}.first", b"1234")
         proxy.script([Fault.STALL], only=is_operation("PutObject"))
         assert read_all(stores.at(url), stores.at(url).write(url, content, exclusive=exclusive)) == content
+
+
+def test_parts_that_are_stuck_are_worth_one_more_try(
+    s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_bucket, "_UPLOAD_SECONDS", 2.0)
+    with FaultProxy(s3_server.endpoint) as proxy, open_stores() as stores:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        url = f"s3://{bucket}/file"
+        stores.at(url).write(f"{url}.first", b"1234")
+
+        def trickle(request: Request) -> None:
+            if request.operation == "UploadPart":
+                proxy.is_shared, proxy.nbytes_per_s = False, 20.0
+
+        proxy.rule = trickle
+        with pytest.raises(StalledError) as caught:
+            stores.at(url).write(url, make_bytes(PART_NBYTES + 1))
+        assert caught.value.num_attempts == 2
+        assert not proxy.operations["ListMultipartUploads"], "its answer would take as long again"
 
 
 class Chunks(httpx2.SyncByteStream):
