@@ -110,7 +110,8 @@ def hold_lease(store: LeaseStore, url: str, faults: FaultLog) -> Iterator[Lock]:
     lease = _take(store, url)
     if store.is_weak:
         faults.note_limit(
-            _target_of(url), "this store has no conditional writes: runs that begin in the same second may both go on"
+            _target_of(url),
+            "this store has no conditional writes: one that begins in the same second may be told late",
         )
         _settle(store, url, lease)
     lease.start()
