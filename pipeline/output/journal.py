@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from raymerge import __version__
 from raymerge.pipeline.decoding import decode, parse_json
-from raymerge.pipeline.errors import MergeError, OutputError
+from raymerge.pipeline.errors import FetchError, MergeError, OutputError
 from raymerge.pipeline.plan.results import ShardFile
 from raymerge.pipeline.plan.types import ShardOutput
 from raymerge.pipeline.stores.open import Stores
@@ -22,6 +22,7 @@ LOCK = f"{DIRECTORY}/lock"
 """Held by the run that writes to the output."""
 
 _PLAN = f"{DIRECTORY}/plan.json"
+_MAX_READS = 5
 _MAX_RECORD_NBYTES = 16 * 2**20
 
 
@@ -46,7 +47,7 @@ class Journal:
         if not self.token:
             return
         try:
-            content = self._storage.read(f"{self.out}/{LOCK}", _MAX_RECORD_NBYTES)
+            content = self._read_lock()
         except FileNotFoundError:
             raise OutputError(
                 f"{self.out}: the lock of this run is gone: the output, or the bucket that it is in, was deleted"
@@ -57,6 +58,18 @@ class Journal:
                 f"{self.out}: another run has taken the lock of this one, which had not renewed it in time;"
                 " run again when nobody else writes there"
             )
+
+    def _read_lock(self) -> bytes:
+        """Return the lock's content; once more where it was renewed between two requests, as on slow lines."""
+        url = f"{self.out}/{LOCK}"
+        for _ in range(_MAX_READS):
+            before = self._storage.stat(url)
+            try:
+                return self._storage.read(url, _MAX_RECORD_NBYTES)
+            except FetchError:
+                if self._storage.stat(url) == before:
+                    raise
+        return self._storage.read(url, _MAX_RECORD_NBYTES)
 
     def begin(self, names: Sequence[str]) -> None:
         """Note which plan this output is made by, and the names of all its files: no others may be deleted."""

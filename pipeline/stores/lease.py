@@ -111,7 +111,7 @@ def hold_lease(store: LeaseStore, url: str, faults: FaultLog) -> Iterator[Lock]:
     if store.is_weak:
         faults.note_limit(
             _target_of(url),
-            "this store has no conditional writes: one that begins in the same second may be told late",
+            "this store has no conditional writes: a run that begins in the same second may be noticed late",
         )
         _settle(store, url, lease)
     lease.start()

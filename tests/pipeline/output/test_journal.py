@@ -17,6 +17,8 @@ from raymerge.pipeline.plan.results import ShardFile
 from raymerge.pipeline.plan.types import ShardOutput
 from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.seam import Storage
+from tests.servers.faults import FaultProxy, Request
+from tests.servers.s3 import S3Server
 
 FINGERPRINT = "f00d"
 CONTENT = bytes(range(100))
@@ -199,3 +201,20 @@ def test_the_lock_must_still_be_ours(journal: Journal, storage: Storage) -> None
     with pytest.raises(OutputError, match="the lock of this run is gone"):
         held.check_held()
     journal.check_held()  # a lock that ends with its process cannot be taken
+
+
+def test_a_lock_that_is_renewed_while_it_is_read_is_still_held(
+    s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, writes = f"s3://{bucket}/out", iter(range(3))
+    with FaultProxy(s3_server.endpoint) as proxy, open_stores() as stores, open_stores() as holder:
+        holder.at(out).write(f"{out}/{LOCK}", b"token 0")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+
+        def renew(request: Request) -> None:
+            if request.operation == "GetObject" and (number := next(writes, None)) is not None:
+                holder.at(out).write(f"{out}/{LOCK}", f"token {number + 1}".encode())
+
+        proxy.rule = renew
+        Journal(stores, out, "", "token").check_held()
+        assert next(writes, None) is None
