@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 
 from raymerge.cluster.errors import StoppedError
 from raymerge.cluster.outcome import Done, Failed
 from raymerge.cluster.runner import Item, Progress, Report, Resources, Result, Runner, Work
+from raymerge.cluster.waiting import Waiting
 
 
 class _Ended:
@@ -35,8 +35,8 @@ class LocalRunner(Runner):
         on_progress: Report,
     ) -> Iterator[Result]:
         """Yield each item's result as it comes; see `Runner.run`."""
-        order = sorted(range(len(items)), key=lambda i: (-resources[i].cost, i))
-        waiting = deque(order)
+        waiting = Waiting(resources, self.num_threads)
+        may_fit = threading.Condition()
         events: queue.SimpleQueue[Progress | Done | Failed | _Ended] = queue.SimpleQueue()
         stop = threading.Event()
 
@@ -46,16 +46,25 @@ class LocalRunner(Runner):
             events.put(progress)
 
         def work_off() -> None:
-            while waiting and not stop.is_set():
-                try:
-                    item = items[waiting.popleft()]
-                except IndexError:  # another thread took the last one
+            position = None
+            while not stop.is_set():
+                with may_fit:
+                    if position is not None:
+                        waiting.release(position)
+                        may_fit.notify_all()
+                    while (position := waiting.take()) is None and waiting:
+                        may_fit.wait()
+                if position is None:
                     break
                 try:
-                    events.put(Done(work(item, report)))
+                    events.put(Done(work(items[position], report)))
                 except BaseException as error:  # raised in the driver
                     events.put(Failed(error))
                     break
+            with may_fit:
+                if stop.is_set() or position is not None:  # the others have nothing to wait for
+                    waiting.clear()
+                may_fit.notify_all()
             events.put(_Ended())
 
         threads = [

@@ -14,7 +14,7 @@ import threading
 import time
 import types
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ from raymerge.cluster.errors import StoppedError, WorkerLostError
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.outcome import Done, Failed, make_picklable
 from raymerge.cluster.runner import NUM_ATTEMPTS, Item, Progress, Report, Resources, Result, Runner, Work
+from raymerge.cluster.waiting import Waiting
 
 _PATIENCE_SECONDS = 3.0
 """For workers to end what they are doing when the run is broken off."""
@@ -56,7 +57,7 @@ class _Worker:
     slot: int
     """Which of the workers that run at once it is."""
     item: int = -1
-    """Position of the item in work."""
+    """Position of the item in work, or of its last one; -1 before the first."""
     reported: Progress = field(default_factory=Progress)
     """Progress of that item."""
 
@@ -109,14 +110,16 @@ class ProcessRunner(Runner):
         on_progress: Report,
     ) -> Iterator[Result]:
         """Yield each item's result as it comes; see `Runner.run`. The item of a worker that dies is done again."""
-        waiting = deque(sorted(range(len(items)), key=lambda i: (-resources[i].cost, i)))
+        waiting = Waiting(resources, self.num_processes)
         workers: list[_Worker] = []
+        busy: dict[Connection, _Worker] = {}
         num_lost: Counter[int] = Counter()
         error: BaseException | None = None
         try:
             for slot in range(min(self.num_processes, len(items))):
                 workers.append(self._start(work, workers, slot))
-            busy = {worker.connection: worker for worker in workers if _assign(worker, items, waiting)}
+            idle = workers[::-1]
+            _assign(idle, busy, items, waiting)
             while busy:
                 for connection in wait(list(busy)):
                     assert isinstance(connection, Connection)
@@ -126,16 +129,15 @@ class ProcessRunner(Runner):
                         worker.reported += message
                         on_progress(message)
                         continue
+                    del busy[connection]
                     if isinstance(message, _Lost):
                         num_lost[worker.item] += 1
                         if error is None and num_lost[worker.item] < NUM_ATTEMPTS:
-                            del busy[connection]
                             on_progress(-worker.reported)
                             self._on_retry(message.how)
-                            waiting.appendleft(worker.item)
-                            worker = self._replace(work, worker, workers)
-                            _assign(worker, items, waiting)
-                            busy[worker.connection] = worker
+                            waiting.release(worker.item, is_again=True)
+                            idle.append(self._replace(work, worker, workers))
+                            _assign(idle, busy, items, waiting)
                             continue
                         message = _give_up(message, num_lost[worker.item])
                     if isinstance(message, Failed):
@@ -143,8 +145,11 @@ class ProcessRunner(Runner):
                         error = error or message.error
                         for other in busy.values():
                             _stop(other)
-                    if not _assign(worker, items, waiting):
-                        del busy[connection]
+                    waiting.release(worker.item)
+                    idle.append(worker)
+                    _assign(idle, busy, items, waiting)
+                    if waiting and error is None:  # for room: what idle workers keep is theirs
+                        idle = [self._renew(work, worker, workers) for worker in idle]
                     if isinstance(message, Done):
                         yield message.result
         except BaseException:  # raised again: whatever broke the run off, its workers end
@@ -153,6 +158,14 @@ class ProcessRunner(Runner):
         _end(workers, None)
         if error is not None:
             raise error
+
+    def _renew(self, work: Work[Any, Any], idle: _Worker, workers: list[_Worker]) -> _Worker:
+        """Have a worker that has done an item end, and start another."""
+        if idle.item < 0:
+            return idle
+        idle.connection.close()
+        idle.process.join()
+        return self._replace(work, idle, workers)
 
     def _replace(self, work: Work[Any, Any], dead: _Worker, workers: list[_Worker]) -> _Worker:
         """Start a worker in place of one that has died."""
@@ -248,14 +261,14 @@ def _without_main() -> Iterator[None]:
             sys.modules["__main__"] = main
 
 
-def _assign(worker: _Worker, items: Sequence[Any], waiting: deque[int]) -> bool:
-    """Give a worker its next item, if there is one."""
-    if not waiting:
-        return False
-    worker.item, worker.reported = waiting.popleft(), Progress()
-    with suppress(OSError):  # it has died; that is noticed when its answer is read
-        worker.connection.send(items[worker.item])
-    return True
+def _assign(idle: list[_Worker], busy: dict[Connection, _Worker], items: Sequence[Any], waiting: Waiting) -> None:
+    """Give idle workers the items that there is room for."""
+    while idle and (item := waiting.take()) is not None:
+        worker = idle.pop()
+        worker.item, worker.reported = item, Progress()
+        with suppress(OSError):  # it has died; that is noticed when its answer is read
+            worker.connection.send(items[item])
+        busy[worker.connection] = worker
 
 
 def _stop(worker: _Worker) -> None:

@@ -23,6 +23,8 @@ class Resources:
     """Memory for tensors and scratch, in bytes."""
     cost: int
     """Any measure of how long it takes; the largest start first."""
+    num_slots: int = 1
+    """How many of a runner's slots it takes up: several where its memory is that of several items."""
 
 
 @dataclass(frozen=True, slots=True)

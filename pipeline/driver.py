@@ -28,7 +28,7 @@ from raymerge.pipeline.output.state import (
 from raymerge.pipeline.output.stitch import list_outputs
 from raymerge.pipeline.output.verify import check_model
 from raymerge.pipeline.plan.results import MergeReport
-from raymerge.pipeline.plan.shards import Limits
+from raymerge.pipeline.plan.shares import Limits
 from raymerge.pipeline.plan.types import Gpus, MergePlan
 from raymerge.pipeline.plan.variants import select_files, select_outputs
 from raymerge.pipeline.planner import make_plan

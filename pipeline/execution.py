@@ -147,4 +147,4 @@ def _find_finished(
 
 
 def _measure_resources(task: ShardTask) -> Resources:
-    return Resources(mem_nbytes=task.projected_mem, cost=measure_cost(task))
+    return Resources(mem_nbytes=task.projected_mem, cost=measure_cost(task), num_slots=task.num_shares)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from raymerge.cluster.host import measure_memory
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_models
 from raymerge.pipeline.checkpoint.files import CONFIG, is_tokenizer
 from raymerge.pipeline.checkpoint.model_config import dump_config
@@ -26,7 +27,8 @@ from raymerge.pipeline.plan.memory import Transfer, check_plan_fits
 from raymerge.pipeline.plan.recipe import expand, open_model
 from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_idle
-from raymerge.pipeline.plan.shards import Limits, make_fingerprint, make_tasks
+from raymerge.pipeline.plan.shards import make_fingerprint, make_tasks
+from raymerge.pipeline.plan.shares import Limits, explain_shares
 from raymerge.pipeline.plan.types import Copied, InputModel, MergePlan, PlannedOutput, SideFile, Written
 from raymerge.pipeline.plan.variants import join_variants
 from raymerge.pipeline.runners import count_slots
@@ -36,6 +38,10 @@ from raymerge.pipeline.urls import scheme_of
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray.session import RaySession
+
+
+_CACHED = 0.5
+"""Share of a machine's memory up to which files stay in its page cache while they are merged."""
 
 
 @contextmanager
@@ -99,7 +105,8 @@ def make_plan(
     check_integers(stores, merges)
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
     transfer = _measure_transfer(stores, checkpoints, outs, limits.runner_nbytes)
-    tasks, num_workers, num_allowed = make_tasks(merges, replace(limits, transfer=transfer))
+    limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, checkpoints, session))
+    tasks, num_workers, num_allowed = make_tasks(merges, limits)
     check_plan_fits("the inputs together", len(table), len(merges), limits.allowed_mem)
     beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)
     doubts += more_doubts
@@ -109,14 +116,16 @@ def make_plan(
         fingerprint = make_fingerprint(tasks, side_files, position)
         warnings = (*config.warnings, *doubts, *recipe.warnings)
         outputs.append(PlannedOutput(config.text, seed, side_files, warnings, fingerprint))
-    advice = explain_idle(tasks, count_slots(num_allowed, session, limits.gpus))
+    advice = explain_shares(tasks, limits, num_allowed)
+    if idle := explain_idle(tasks, count_slots(num_allowed, session, limits.gpus)):
+        advice.append(idle)
     return MergePlan(
         tasks=tasks,
         outputs=tuple(outputs),
         donor=checkpoints[0].model,
         inputs=tuple(InputModel(c.model, c.url, tuple(c.files)) for c in checkpoints),
         method=first.method,
-        advice=(advice,) if advice else (),
+        advice=tuple(advice),
         dropped=(*recipes[0].dropped, *left_out),
         num_workers=num_workers,
         allowed_mem=limits.allowed_mem,
@@ -130,6 +139,16 @@ def _check_readable(stores: Stores, files: Sequence[Copied]) -> None:
     ranges = [ByteRange(file.source, 0, 1) for file in files if scheme_of(file.source.url) == "file" and file.nbytes]
     if ranges:
         stores.at(ranges[0].file.url).read_ranges(ranges)
+
+
+def _is_cached(stores: Stores, checkpoints: Sequence[Checkpoint], session: RaySession | None) -> bool:
+    """Return whether the inputs lie on this machine, and stay in its page cache once they have been read."""
+    if session is not None and session.is_elsewhere:
+        return False
+    if any(stores.at(checkpoint.url).is_remote for checkpoint in checkpoints):
+        return False
+    nbytes = sum(file.nbytes for checkpoint in checkpoints for file in checkpoint.weight_files)
+    return nbytes <= _CACHED * measure_memory()
 
 
 def _measure_transfer(

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from raymerge import merge, plan
+from raymerge.pipeline import planner
+from raymerge.pipeline.plan import shares
 from tests.checkpoints import read_files, read_tensors, write_checkpoint, write_family
 from tests.method_configs import METHODS, make_config
 
@@ -50,6 +52,27 @@ def test_workers_and_memory(
     has_passes = config["merge_method"] != "linear"
     assert any(task.reread_nbytes for task in the_plan.tasks) is (is_streamed and has_passes)
     merge(config, tmp_path / "merged", memory=memory, workers=workers, shard_size=SHARD_NBYTES, seed=5)
+    assert read_files(tmp_path / "merged") == files
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_large_tensor_takes_the_memory_of_several_workers_to_be_read_once(
+    workers: int,
+    expected: tuple[dict[str, Any], dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planner, "_CACHED", 0)  # as where the page cache does not hold the inputs,
+    monkeypatch.setattr(shares, "_SMALL", 1)  # and other tensors are most of them
+    config, files = expected
+    the_plan = plan(config, memory="66MiB", workers=workers, shard_size=SHARD_NBYTES)
+    has_passes = config["merge_method"] != "linear"
+    large = [task for task in the_plan.tasks if task.num_shares > 1]
+    assert (the_plan.num_workers, bool(large)) == (workers, has_passes and workers > 1)
+    assert not any(task.reread_nbytes for task in the_plan.tasks)
+    report = merge(config, tmp_path / "merged", memory="66MiB", workers=workers, shard_size=SHARD_NBYTES, seed=5)
+    assert report.read_nbytes == sum(task.read_nbytes for task in the_plan.tasks)
+    assert report.over_nbytes == 0
     assert read_files(tmp_path / "merged") == files
 
 

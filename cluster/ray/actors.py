@@ -9,7 +9,8 @@ from typing import Any
 
 import ray
 
-from raymerge.cluster.ray.runner import Attempt, RayRunner, choose_node
+from raymerge.cluster.ray.attempt import Attempt, choose_node
+from raymerge.cluster.ray.runner import RayRunner
 from raymerge.cluster.ray.session import RESERVED_MEM, Node, list_nodes
 from raymerge.cluster.ray.task import Message, serve
 from raymerge.cluster.runner import Item, Report, Resources, Result, Work

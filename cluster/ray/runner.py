@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -25,13 +25,14 @@ from ray.exceptions import (
     TaskCancelledError,
     WorkerCrashedError,
 )
-from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
 from raymerge.cluster.errors import HeadLostError, ResourceError, TaskFailedError, WorkerLostError
 from raymerge.cluster.outcome import Done
+from raymerge.cluster.ray.attempt import Attempt, choose_node
 from raymerge.cluster.ray.session import RESERVED_MEM, HeadWatch, Node, list_nodes
 from raymerge.cluster.ray.task import Begun, Message, pack, serve, stop_all
 from raymerge.cluster.runner import NUM_ATTEMPTS, Item, Progress, Report, Resources, Result, Runner, Work
+from raymerge.cluster.waiting import order_items
 
 LONELY_SECONDS = 120.0
 """How long no node may have room for an item: one that is powered off may be replaced."""
@@ -61,27 +62,6 @@ _LOST: Mapping[type[RayError], str] = {
     RuntimeEnvSetupError: "its node could not make its environment",
 }
 """Losses of workers, and how they are reported."""
-
-
-@dataclass(slots=True)
-class Attempt:
-    """An item in work, or to be; how `RayRunner` keeps its books."""
-
-    item: int
-    """Its position."""
-    mem_nbytes: int
-    """Asked of Ray."""
-    number: int = 1
-    avoided: tuple[str, ...] = ()
-    """Nodes on which earlier attempts failed."""
-    elsewhere: bool = False
-    """Whether it waits for another node than those."""
-    begun: Begun | None = None
-    """Where it is in work."""
-    heard_at: float = field(default_factory=time.monotonic)
-    """When there was something from it last."""
-    told: Progress = field(default_factory=Progress)
-    """Progress that it has reported, which is taken back if it is done again."""
 
 
 class RayRunner(Runner):
@@ -138,8 +118,9 @@ class RayRunner(Runner):
             TaskFailedError: Ray cannot run the work.
             HeadLostError: the cluster's head does not answer any more.
         """
-        order = sorted(range(len(items)), key=lambda i: (-resources[i].cost, i))
-        waiting = deque(Attempt(i, resources[i].mem_nbytes + RESERVED_MEM) for i in order)
+        waiting = deque(
+            Attempt(i, resources[i].mem_nbytes + RESERVED_MEM, resources[i].num_slots) for i in order_items(resources)
+        )
         running: dict[Any, Attempt] = {}
         error: BaseException | None = None
         give_up_at = math.inf
@@ -213,8 +194,17 @@ class RayRunner(Runner):
 
     def _start(self, attempt: Attempt, packed: bytes, item: object, stop_key: bytes) -> Any:
         """Have an item run; return the stream of what it tells."""
-        task = self._task.options(memory=attempt.mem_nbytes, scheduling_strategy=choose_node(attempt))
+        task = self._task.options(
+            num_cpus=self._count_cpus(attempt),
+            memory=attempt.mem_nbytes,
+            scheduling_strategy=choose_node(attempt),
+        )
         return task.remote(packed, item, stop_key)
+
+    def _count_cpus(self, attempt: Attempt) -> int:
+        """Return the processors that keep others out of the memory that an item takes, at most all of a node."""
+        most = max((node.num_cpus for node in list_nodes() if self._is_fit(node)), default=self._num_cpus)
+        return min(self._num_cpus * attempt.num_slots, most) if attempt.num_slots > 1 else self._num_cpus
 
     def _release(self, stream: Any, *, is_needed: bool) -> None:
         """Take note that an item has ended, and whether its worker is needed for another."""
@@ -298,16 +288,7 @@ class RayRunner(Runner):
         avoided = (*attempt.avoided, attempt.begun.node_id) if attempt.begun else attempt.avoided
         others = [node for node in list_nodes() if node.node_id not in avoided]
         elsewhere = bool(avoided) and self._find_largest(others) >= mem_nbytes
-        return Attempt(attempt.item, mem_nbytes, attempt.number + 1, avoided, elsewhere)
-
-
-def choose_node(attempt: Attempt) -> Any:
-    """Return Ray's strategy: another node than before where the attempt waits for one, else all nodes in turn."""
-    if not attempt.avoided:
-        return "SPREAD"
-    wanted: Any = {"ray.io/node-id": NotIn(*attempt.avoided)}
-    # a mere preference passes over a node that looks full, as one does for a while after a task's end
-    return NodeLabelSchedulingStrategy(wanted) if attempt.elsewhere else NodeLabelSchedulingStrategy({}, soft=wanted)
+        return Attempt(attempt.item, mem_nbytes, attempt.num_slots, attempt.number + 1, avoided, elsewhere)
 
 
 def _receive(stream: Any) -> Message:

@@ -99,7 +99,9 @@ def _make_shard(
             shards[-1].append_bytes(output.header)
         report(Progress(written_nbytes=sum(shard.nbytes for shard in shards)))
         with ExitStack() as stack:
-            buffers = stack.enter_context(stores.pool.lend(task.buffer_nbytes, task.num_buffers))
+            buffers = stack.enter_context(
+                stores.pool.lend(task.buffer_nbytes, task.num_buffers, keep=task.keeps_buffers)
+            )
             stage = _open_stage(stores, task, shards, buffers, device, stack)
             merger = ShardMerger(task, stage)
             for filled in stack.enter_context(closing(fetch_windows(stores, make_fetches(task), buffers))):

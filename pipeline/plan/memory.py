@@ -27,8 +27,7 @@ _ITEM_NBYTES = {dtype.torch_name: dtype.num_bits // 8 for dtype in DTYPES.values
 """Bytes of an element, by torch's word for the dtype."""
 
 MAX_BUFFER_NBYTES = 64 * 2**20
-"""Holds a layer's matrix of several models for all passes; larger buffers do not pay, for fresh memory costs more than
-reading a file again from the page cache."""
+"""Of a buffer for tensors that are read once anyhow; a larger one does not make it faster."""
 
 CONTEXT_NBYTES = 640 * 2**20
 """What CUDA takes of a GPU for each process, and for what operations allocate for themselves. An estimate: not measured
@@ -87,6 +86,8 @@ class Demand:
     """State that the kernels keep besides."""
     out_nbytes: int
     """One block of the output, as stored."""
+    kept_nbytes: int
+    """All of every source, as stored, where it is needed more than once; else 0."""
 
     @property
     def working_nbytes(self) -> int:
@@ -107,16 +108,23 @@ def measure_demand(merge: TensorMerge) -> Demand:
     grid = max(1, kernel.grid(site))
     num_elements = min(grid, merge.num_elements)
     states = {kernel.measuring(site): kernel.state_nbytes(site) for kernel, site in sites}
+    num_passes = max(kernel.num_passes(site) for kernel, site in sites)
     return Demand(
         block_elements=grid,
         num_blocks=-(-merge.num_elements // grid),
-        num_passes=max(kernel.num_passes(site) for kernel, site in sites),
+        num_passes=num_passes,
         block_nbytes=sum(source.max_nbytes(num_elements) for source in merge.sources),
         scratch_nbytes=num_elements * _ITEM_NBYTES[kernel.compute_dtype] * count_scratch(merge)
         + max(source.decoder.temporary_nbytes(num_elements) for source in merge.sources),
         state_nbytes=sum(states.values()),
         out_nbytes=num_elements * DTYPES[merge.written_dtype].num_bits // 8,
+        kept_nbytes=measure_kept(merge) if num_passes else 0,
     )
+
+
+def measure_kept(merge: TensorMerge) -> int:
+    """Return the room that all of a tensor's sources take in a buffer."""
+    return sum(source.max_nbytes(source.num_elements) for source in merge.sources)
 
 
 def count_scratch(merge: TensorMerge) -> int:
@@ -152,13 +160,15 @@ def choose_buffer_nbytes(
         worker_gpu_mem: what one worker may use of a GPU, in bytes; None to merge on the CPU.
 
     Returns:
-        As much as is useful and fits; less than `max(block_nbytes)` where the memory does not suffice.
+        As much as is useful and fits; less than `max(block_nbytes)` where the memory does not suffice. On the CPU, as
+        many tensors as possible are kept between their passes.
     """
     largest = _largest_block(demands)
     useful = max(MAX_BUFFER_NBYTES, largest)
     if worker_gpu_mem is None:
-        room = worker_mem - project_mem(demands, 0, transfer)
-        return min(useful, room // transfer.num_buffers // ALIGNMENT * ALIGNMENT)
+        room = (worker_mem - project_mem(demands, 0, transfer)) // transfer.num_buffers // ALIGNMENT * ALIGNMENT
+        kept = max((demand.kept_nbytes for demand in demands if demand.kept_nbytes <= room), default=0)
+        return min(max(useful, kept), room)
 
     def fits(nbytes: int) -> bool:
         return (

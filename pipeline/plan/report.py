@@ -23,8 +23,7 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
     read = sum(task.read_nbytes for task in plan.tasks)
     reread = sum(task.reread_nbytes for task in plan.tasks)
     largest = max(task.nbytes for task in plan.tasks)
-    projected = max(task.projected_mem for task in plan.tasks)
-    again = f", and {format_nbytes(reread)} again for second passes over tensors larger than a buffer" if reread else ""
+    again = f", and {format_nbytes(reread)} again for tensors that are not kept between passes" if reread else ""
     shards = counted(len(plan.tasks), "shard") + (f", the largest {format_nbytes(largest)}" if plan.tasks[1:] else "")
     models = counted(len(plan.models), "model")
     has_tokenizer = any(is_tokenizer(file.name) for file in plan.outputs[0].side_files)
@@ -37,8 +36,7 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
         f"  read     {format_nbytes(read)}{again}",
         f"  write    {format_nbytes(plan.total_nbytes)} in {shards}",
         f"  passes   {_num_passes(plan)} to measure, 1 to merge",
-        f"  memory   {format_memory(projected)} for {_each(plan.num_workers)}, at most; "
-        f"{format_memory(plan.allowed_mem)} are allowed in all{besides}",
+        f"  memory   {_format_shares(plan)}; {format_memory(plan.allowed_mem)} are allowed in all{besides}",
     ]
     if plan.gpus is not None:
         on_gpu = max(task.projected_gpu_mem for task in plan.tasks)
@@ -64,8 +62,17 @@ def _project_own_mem(plan: MergePlan) -> int:
     )
 
 
-def _each(num_workers: int) -> str:
-    return "one worker" if num_workers == 1 else f"each of {num_workers} workers"
+def _format_shares(plan: MergePlan) -> str:
+    """Return what workers take, and tasks that take as much as several."""
+    each = "one worker" if plan.num_workers == 1 else f"each of {plan.num_workers} workers"
+    single = max((task.projected_mem for task in plan.tasks if task.num_shares == 1), default=0)
+    large = [task for task in plan.tasks if task.num_shares > 1]
+    text = [f"{format_memory(single)} for {each}, at most"] if single else []
+    if large:
+        most = max(large, key=lambda task: task.projected_mem)
+        what = f"{counted(len(large), 'shard')} with larger tensors" if single else "each shard"
+        text.append(f"{what} up to {format_memory(most.projected_mem)}, in the place of {most.num_shares} workers")
+    return "; ".join(text)
 
 
 def _num_passes(plan: MergePlan) -> int:

@@ -4,40 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from raymerge import __version__
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.header import make_header
-from raymerge.pipeline.plan.memory import (
-    Demand,
-    Transfer,
-    check_fits,
-    choose_buffer_nbytes,
-    measure_demand,
-    project_gpu_mem,
-    project_mem,
-)
-from raymerge.pipeline.plan.types import Gpus, ShardOutput, ShardTask, SideFile, TensorMerge
+from raymerge.pipeline.plan.memory import Demand, check_fits, measure_demand, project_gpu_mem, project_mem
+from raymerge.pipeline.plan.shares import Limits, Shares, share_out_memory
+from raymerge.pipeline.plan.types import ShardOutput, ShardTask, SideFile, TensorMerge
 from raymerge.pipeline.plan.windows import is_resident
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The user's limits."""
-
-    allowed_mem: int
-    """For tensors and scratch of all workers together, in bytes."""
-    num_workers: int
-    shard_nbytes: int | None
-    """Largest output file, unless one tensor is larger; None for the default."""
-    gpus: Gpus | None = None
-    """The GPUs that merge; None to merge on the CPU."""
-    runner_nbytes: int = 0
-    """Memory of a worker that the runner takes while it runs a task."""
-    transfer: Transfer = field(default=Transfer())
-    """Memory for reading and writing."""
 
 
 def default_shard_nbytes(total_nbytes: int) -> int:
@@ -67,20 +43,14 @@ def make_tasks(merges: Sequence[TensorMerge], limits: Limits) -> tuple[tuple[Sha
     """
     demands = {merge.name: measure_demand(merge) for merge in merges}
     check_fits(demands, limits.allowed_mem, limits.transfer, limits.gpus.allowed_mem if limits.gpus else None)
-    kinds = set(demands.values())  # few, of many tensors
-    largest_block = max(demand.block_nbytes for demand in kinds)
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
     shards = list(split_shards(merges, shard_nbytes))
-    num_allowed = limits.num_workers
-    while num_allowed > 1 and _buffer_nbytes(kinds, limits, num_allowed) < largest_block:
-        num_allowed -= 1
-    num_workers = min(num_allowed, len(shards))
-    buffer_nbytes = _buffer_nbytes(kinds, limits, num_workers)
+    shares, num_allowed = share_out_memory([[demands[merge.name] for merge in shard] for shard in shards], limits)
     tasks = tuple(
-        _make_task(shard, file, demands, buffer_nbytes, limits)
+        _make_task(shard, file, demands, shares, on_gpu=limits.gpus is not None)
         for shard, file in zip(shards, shard_names(len(shards)), strict=True)
     )
-    return tasks, num_workers, num_allowed
+    return tasks, shares.num_workers, num_allowed
 
 
 def split_shards(merges: Sequence[TensorMerge], shard_nbytes: int) -> Iterator[tuple[TensorMerge, ...]]:
@@ -129,28 +99,25 @@ def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[SideFile],
     return digest.hexdigest()
 
 
-def _buffer_nbytes(demands: Collection[Demand], limits: Limits, num_workers: int) -> int:
-    """One size for all tasks, so that buffers are used again."""
-    gpus = limits.gpus
-    gpu_mem = gpus.allowed_mem // gpus.num_sharing(num_workers) if gpus else None
-    return choose_buffer_nbytes(demands, limits.allowed_mem // num_workers, limits.transfer, gpu_mem)
-
-
 def _make_task(
     merges: Sequence[TensorMerge],
     file: str,
     demands: Mapping[str, Demand],
-    buffer_nbytes: int,
-    limits: Limits,
+    shares: Shares,
+    *,
+    on_gpu: bool,
 ) -> ShardTask:
     own = [demands[merge.name] for merge in merges]
+    buffer_nbytes, num_buffers = shares.choose_buffers(own)
+    transfer = replace(shares.transfer, num_buffers=num_buffers)
+    projected_mem = project_mem(own, buffer_nbytes, transfer, on_gpu=on_gpu)
     # Wide dtypes first, so that every tensor is aligned to its own dtype in the file.
     ordered = tuple(sorted(merges, key=lambda merge: -DTYPES[merge.out_dtype].num_bits))
     header = make_header([(merge.name, merge.out_dtype, merge.shape, merge.nbytes) for merge in ordered])
     read = {merge.name: sum(source.nbytes for source in merge.sources) for merge in merges}
     output = ShardOutput(file, header, len(header) + sum(merge.nbytes for merge in merges))
     return ShardTask(
-        outputs=(output,) * limits.transfer.num_outputs,
+        outputs=(output,) * transfer.num_outputs,
         merges=ordered,
         read_nbytes=sum(read.values()),
         reread_nbytes=sum(
@@ -159,7 +126,9 @@ def _make_task(
             if not is_resident(merge, buffer_nbytes)
         ),
         buffer_nbytes=buffer_nbytes,
-        num_buffers=limits.transfer.num_buffers,
-        projected_mem=project_mem(own, buffer_nbytes, limits.transfer, on_gpu=limits.gpus is not None),
-        projected_gpu_mem=project_gpu_mem(own, buffer_nbytes, limits.transfer.num_outputs) if limits.gpus else 0,
+        num_buffers=num_buffers,
+        keeps_buffers=buffer_nbytes == shares.buffer_nbytes,
+        num_shares=shares.count(projected_mem),
+        projected_mem=projected_mem,
+        projected_gpu_mem=project_gpu_mem(own, buffer_nbytes, transfer.num_outputs) if on_gpu else 0,
     )

@@ -117,6 +117,10 @@ class ShardTask:
     """Size of one input buffer."""
     num_buffers: int
     """Input buffers: with 2, the next is filled while one is merged."""
+    keeps_buffers: bool
+    """Whether they have the size of most tasks' buffers, so that the worker keeps them for its next task."""
+    num_shares: int
+    """Workers' shares of the memory that it takes: several where it reads a large tensor once."""
     projected_mem: int
     """Peak memory for tensors and scratch, in bytes."""
     projected_gpu_mem: int

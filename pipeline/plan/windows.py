@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from raymerge.pipeline.plan.memory import Demand, measure_demand
+from raymerge.pipeline.plan.memory import Demand, measure_demand, measure_kept
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.files import ByteRange, aligned
 
@@ -66,4 +66,4 @@ def make_windows(merge: TensorMerge, demand: Demand, buffer_nbytes: int) -> Iter
 
 def is_resident(merge: TensorMerge, buffer_nbytes: int) -> bool:
     """Return whether all sources fit in one buffer, so that they are read once for all passes."""
-    return sum(source.max_nbytes(source.num_elements) for source in merge.sources) <= buffer_nbytes
+    return measure_kept(merge) <= buffer_nbytes

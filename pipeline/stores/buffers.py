@@ -38,11 +38,19 @@ class BufferPool:
             self._free.clear()
 
     @contextmanager
-    def lend(self, nbytes: int, count: int) -> Iterator[list[memoryview]]:
-        """Have so many buffers for a while."""
+    def lend(self, nbytes: int, count: int, *, keep: bool = True) -> Iterator[list[memoryview]]:
+        """Have so many buffers for a while.
+
+        Args:
+            nbytes: of each.
+            count: how many.
+            keep: whether they are kept for whoever wants such buffers next; if not, what is kept makes room for them.
+        """
+        if not keep:
+            self.close()
         buffers = [self.acquire(max(1, nbytes)) for _ in range(count)]
         try:
             yield [memoryview(buffer) for buffer in buffers]
         finally:
-            for buffer in buffers:
+            for buffer in buffers if keep else ():
                 self.release(buffer)

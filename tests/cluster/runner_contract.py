@@ -93,6 +93,17 @@ def work_until_stopped(item: int, report: Report, *, directory: Path) -> int:
         (directory / f"ended-{item}").touch()
 
 
+def add_up_slots(item: tuple[str, int], report: Report, *, directory: Path) -> int:
+    """Return how many slots the items have that run now."""
+    name, num_slots = item
+    mark = directory / f"{name}-{num_slots}"
+    mark.touch()
+    time.sleep(0.05)
+    total = sum(int(path.name[2:]) for path in directory.iterdir())
+    mark.unlink()
+    return total
+
+
 def nothing(progress: Progress) -> None:
     pass
 
@@ -157,6 +168,18 @@ class RunnerContract(ABC):
         work = partial(count_running, directory=tmp_path, expected=num_workers)
         counts = list(self.make_runner(num_workers).run(work, items, even(items), nothing))
         assert max(counts) == num_workers
+
+    def test_no_more_slots_are_taken_than_there_are(self, tmp_path: Path) -> None:
+        items = [("a", 1), ("b", 1), ("c", 3), ("d", 1), ("e", 3), ("f", 1)]
+        resources = [Resources(mem_nbytes=1, cost=1, num_slots=num_slots) for _, num_slots in items]
+        work = partial(add_up_slots, directory=tmp_path)
+        sums = list(self.make_runner(4).run(work, items, resources, nothing))
+        assert len(sums) == len(items)
+        assert 3 <= max(sums) <= 4
+
+    def test_an_item_of_more_slots_than_there_are_gets_all(self) -> None:
+        resources = [Resources(mem_nbytes=1, cost=1, num_slots=9)] * 2
+        assert sorted(self.make_runner(2).run(square, [2, 3], resources, nothing)) == [4, 9]
 
     def test_progress_adds_up_and_arrives_in_the_drivers_thread(self) -> None:
         seen: list[tuple[Progress, threading.Thread]] = []

@@ -25,7 +25,7 @@ from raymerge.pipeline.plan.memory import (
     project_mem,
 )
 from raymerge.pipeline.sizes import parse_nbytes
-from raymerge.pipeline.stores.files import aligned
+from raymerge.pipeline.stores.files import ALIGNMENT, aligned
 from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES
 from tests.pipeline.plan.layouts import make_merge, make_variant
 
@@ -40,6 +40,7 @@ DEMANDS = st.lists(
         scratch_nbytes=st.integers(0, 2**25),
         state_nbytes=st.integers(0, 2**22),
         out_nbytes=st.integers(0, 2**19),
+        kept_nbytes=st.integers(0, 2**24).map(lambda n: n * ALIGNMENT),
     ),
     min_size=1,
     max_size=5,
@@ -121,7 +122,10 @@ def test_a_chosen_buffer_keeps_within_the_memory_and_holds_a_block(
     buffer_nbytes = choose_buffer_nbytes(demands, mem, transfer)
     largest_block = max(demand.block_nbytes for demand in demands)
     assert project_mem(demands, buffer_nbytes, transfer) <= mem
-    assert buffer_nbytes <= max(MAX_BUFFER_NBYTES, largest_block)
+    kept = {demand.kept_nbytes for demand in demands}
+    assert buffer_nbytes <= max(MAX_BUFFER_NBYTES, largest_block) or buffer_nbytes in kept
+    room = (mem - project_mem(demands, 0, transfer)) // transfer.num_buffers
+    assert all(nbytes <= buffer_nbytes or nbytes > room for nbytes in kept if nbytes)
     fits = project_mem(demands, largest_block, transfer) <= mem
     assert (buffer_nbytes >= largest_block) is fits
 
@@ -154,7 +158,10 @@ def test_the_stated_limit_works_and_one_mebibyte_less_does_not(
 
 
 def test_the_message_names_the_tensor_and_both_figures() -> None:
-    small, large = Demand(2**16, 9, 0, 2**20, 2**20, 0, 2**17), Demand(2**16, 9, 1, 2**24, 2**23, 2**21, 2**17)
+    small, large = (
+        Demand(2**16, 9, 0, 2**20, 2**20, 0, 2**17, 0),
+        Demand(2**16, 9, 1, 2**24, 2**23, 2**21, 2**17, 9 * 2**24),
+    )
     needed = (2**24 + 2**23 + 2**21 + 2 * OUTPUT_BUFFER_NBYTES + WORKER_NBYTES) // 2**20
     with pytest.raises(MemoryLimitError) as caught:
         check_fits({"one": small, "two": large, "three": small}, 20 * 2**20, Transfer())

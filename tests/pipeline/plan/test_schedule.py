@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.plan.schedule import explain_idle, measure_cost, measure_idle, share_out
-from raymerge.pipeline.plan.shards import Limits, make_tasks
+from raymerge.pipeline.plan.shards import make_tasks
+from raymerge.pipeline.plan.shares import Limits
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.sizes import parse_nbytes
 from tests.pipeline.plan.layouts import make_merge

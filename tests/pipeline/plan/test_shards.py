@@ -19,13 +19,13 @@ from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.memory import CONTEXT_NBYTES, MAX_BUFFER_NBYTES, Transfer, measure_demand, project_mem
 from raymerge.pipeline.plan.shards import (
-    Limits,
     default_shard_nbytes,
     make_fingerprint,
     make_tasks,
     shard_names,
     split_shards,
 )
+from raymerge.pipeline.plan.shares import Limits
 from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge, Written
 from raymerge.pipeline.sizes import parse_nbytes
 from raymerge.pipeline.stores.files import StoredFile
@@ -50,6 +50,11 @@ LARGE = st.lists(
         st.text("abc", min_size=1, max_size=4),
         st.integers(1, 2**24),
         dtypes=st.integers(1, 90).map(lambda n: ("BF16",) * n),
+    )
+    | st.builds(
+        lambda name, size: make_merge(name, size, op="slerp", parameters={"t": 0.5}),
+        st.text("abc", min_size=1, max_size=4),
+        st.integers(1, 2**26),
     ),
     min_size=1,
     max_size=6,
@@ -138,10 +143,14 @@ def test_memory_stays_within_what_is_allowed(merges: list[TensorMerge], mem: int
             plan(merges, mem=limit - 2**20, workers=workers, shard=size)
         return
     assert 1 <= num_workers <= min(workers, len(tasks))
-    assert num_workers * max(task.projected_mem for task in tasks) <= mem * 2**20
+    share = mem * 2**20 // num_workers
     for task in tasks:
         demands = [measure_demand(merge) for merge in task.merges]
         assert task.projected_mem == project_mem(demands, task.buffer_nbytes, Transfer())
+        assert task.num_shares == 1 or not task.keeps_buffers
+        assert task.num_shares <= num_workers
+        assert task.projected_mem <= task.num_shares * share or task.num_shares == num_workers
+        assert task.projected_mem <= mem * 2**20
         assert task.buffer_nbytes >= max(demand.block_nbytes for demand in demands)
 
 
@@ -159,8 +168,10 @@ def test_more_memory_than_is_useful_is_not_taken() -> None:
 
 def test_a_tensor_too_large_for_the_memory_is_planned_to_be_read_again() -> None:
     merge = make_merge(num_elements=2**26, op="slerp", parameters={"t": 0.5})
-    (task,), _ = plan([merge])
+    (task,), _ = plan([merge], mem=2**28)
     assert task.read_nbytes == task.reread_nbytes == 2 * 2 * 2**26
+    (task,), _ = plan([merge])
+    assert (task.read_nbytes, task.reread_nbytes) == (2 * 2 * 2**26, 0)
 
 
 @pytest.mark.parametrize(

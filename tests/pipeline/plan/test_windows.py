@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymerge.pipeline.plan.memory import measure_demand
-from raymerge.pipeline.plan.shards import Limits, make_tasks
+from raymerge.pipeline.plan.shards import make_tasks
+from raymerge.pipeline.plan.shares import Limits
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.plan.windows import Window, is_resident, make_fetches, make_windows
 from raymerge.pipeline.stores.files import aligned

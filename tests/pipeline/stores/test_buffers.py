@@ -33,6 +33,17 @@ def test_a_closed_pool_holds_nothing() -> None:
     assert pool.acquire(NBYTES) is not buffer
 
 
+def test_lent_buffers_are_kept_or_have_the_room_of_those_that_are() -> None:
+    pool = BufferPool()
+    with pool.lend(NBYTES, 2) as buffers:
+        buffers[0][:1] = b"x"
+        del buffers
+    assert sum(map(len, pool._free.values())) == 2
+    with pool.lend(3 * NBYTES, 1, keep=False):
+        assert sum(map(len, pool._free.values())) == 0
+    assert sum(map(len, pool._free.values())) == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_forked_processes_do_not_share_buffers() -> None:
     pool = BufferPool()

@@ -1,0 +1,44 @@
+"""An attempt at an item on Ray: what it asks for, where it may run, and how it goes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
+
+from raymerge.cluster.ray.task import Begun
+from raymerge.cluster.runner import Progress
+
+
+@dataclass(slots=True)
+class Attempt:
+    """An item in work, or to be; how `RayRunner` keeps its books."""
+
+    item: int
+    """Its position."""
+    mem_nbytes: int
+    """Asked of Ray."""
+    num_slots: int = 1
+    """Of this runner that it takes up."""
+    number: int = 1
+    avoided: tuple[str, ...] = ()
+    """Nodes on which earlier attempts failed."""
+    elsewhere: bool = False
+    """Whether it waits for another node than those."""
+    begun: Begun | None = None
+    """Where it is in work."""
+    heard_at: float = field(default_factory=time.monotonic)
+    """When there was something from it last."""
+    told: Progress = field(default_factory=Progress)
+    """Progress that it has reported, which is taken back if it is done again."""
+
+
+def choose_node(attempt: Attempt) -> Any:
+    """Return Ray's strategy: another node than before where the attempt waits for one, else all nodes in turn."""
+    if not attempt.avoided:
+        return "SPREAD"
+    wanted: Any = {"ray.io/node-id": NotIn(*attempt.avoided)}
+    # a mere preference passes over a node that looks full, as one does for a while after a task's end
+    return NodeLabelSchedulingStrategy(wanted) if attempt.elsewhere else NodeLabelSchedulingStrategy({}, soft=wanted)

@@ -1,0 +1,182 @@
+"""How the memory is shared out: among how many workers, and which tasks get several shares.
+
+A tensor that is measured before it is combined is read once if the buffer holds all of its sources, and once more for
+each pass if it does not. Pure, without I/O.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from raymerge.pipeline.plan.memory import Demand, Transfer, choose_buffer_nbytes, measure_demand, project_mem
+from raymerge.pipeline.plan.types import Gpus, ShardTask
+from raymerge.pipeline.plan.windows import is_resident
+from raymerge.pipeline.sizes import format_memory
+
+_SMALL = 0.1
+"""Share of the inputs that is not worth giving up workers for."""
+
+_READ_SPEED = 2e9
+_MERGE_SPEED = 0.5e9
+"""Bytes a second that a machine reads from stores or disks, and that one worker merges: rough, to weigh one against the
+other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The user's limits."""
+
+    allowed_mem: int
+    """For tensors and scratch of all workers together, in bytes."""
+    num_workers: int
+    shard_nbytes: int | None
+    """Largest output file, unless one tensor is larger; None for the default."""
+    gpus: Gpus | None = None
+    """The GPUs that merge; None to merge on the CPU."""
+    runner_nbytes: int = 0
+    """Memory of a worker that the runner takes while it runs a task."""
+    transfer: Transfer = field(default=Transfer())
+    """Memory for reading and writing."""
+    is_cached: bool = False
+    """Whether the page cache holds what was read once, so that reading it again costs next to nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Equal shares of the memory, one for each worker."""
+
+    num_workers: int
+    allowed_mem: int
+    """All shares together, in bytes."""
+    buffer_nbytes: int
+    """Size of one input buffer, for all tasks that make do with one share: a worker uses its buffers again."""
+    transfer: Transfer
+    may_join: bool
+    """Whether a task may take several shares to read its tensors once."""
+
+    def choose_buffers(self, demands: Collection[Demand]) -> tuple[int, int]:
+        """Return size and number of a task's input buffers.
+
+        The largest of its tensors that is to be read once decides, as far as all of the memory holds its sources.
+        """
+        missing = {demand.kept_nbytes for demand in demands if demand.kept_nbytes > self.buffer_nbytes}
+        for nbytes in sorted(missing if self.may_join else (), reverse=True):
+            for num_buffers in range(self.transfer.num_buffers, 0, -1):
+                transfer = replace(self.transfer, num_buffers=num_buffers)
+                if project_mem(demands, nbytes, transfer) <= self.allowed_mem:
+                    return nbytes, num_buffers
+        return self.buffer_nbytes, self.transfer.num_buffers
+
+    def count(self, nbytes: int) -> int:
+        """Return how many shares hold so many bytes."""
+        return max(1, -(-nbytes // (self.allowed_mem // self.num_workers)))
+
+    def estimate_seconds(self, tasks: Iterable[Collection[Demand]]) -> float:
+        """Return about how long tasks take: reading them, or merging them, whatever takes longer."""
+        read_nbytes = worker_nbytes = 0
+        for demands in tasks:
+            buffer_nbytes, num_buffers = self.choose_buffers(demands)
+            mem_nbytes = project_mem(demands, buffer_nbytes, replace(self.transfer, num_buffers=num_buffers))
+            nbytes = sum(demand.num_blocks * demand.block_nbytes for demand in demands)
+            again = sum(each.num_passes * each.kept_nbytes for each in demands if each.kept_nbytes > buffer_nbytes)
+            read_nbytes += nbytes + again
+            worker_nbytes += nbytes * self.count(mem_nbytes)
+        return max(read_nbytes / _READ_SPEED, worker_nbytes / self.num_workers / _MERGE_SPEED)
+
+
+def share_out_memory(tasks: Sequence[Collection[Demand]], limits: Limits) -> tuple[Shares, int]:
+    """Decide how many workers share the memory.
+
+    Fewer than the user wants where a share does not hold a block of each tensor; and where only the shares of fewer
+    hold the sources of nearly all tensors between their passes, unless the merge takes longer with them.
+
+    Args:
+        tasks: the demands of each task's tensors; one worker with all of the memory can do them.
+        limits: the user's.
+
+    Returns:
+        The shares, and how many there would be if there were more tasks.
+    """
+    kinds = Counter(demand for demands in tasks for demand in demands)  # few, of many tensors
+    most = limits.num_workers
+    while most > 1 and _choose(kinds, limits, limits.transfer, most) < max(kind.block_nbytes for kind in kinds):
+        most -= 1
+    shares = _make_shares(kinds, limits, limits.transfer, min(most, len(tasks)))
+    if limits.gpus is not None or limits.is_cached:
+        return shares, most
+    choices = []
+    for num_buffers in range(limits.transfer.num_buffers, 0, -1):  # with one, workers take turns in reading
+        transfer = replace(limits.transfer, num_buffers=num_buffers)
+        fewer = _give_up(kinds, limits, transfer, most)
+        choices.append((_make_shares(kinds, limits, transfer, min(fewer, len(tasks))), fewer))
+    choices.append((shares, most))
+    seconds = [choice[0].estimate_seconds(tasks) for choice in choices]
+    return next(choice for choice, each in zip(choices, seconds, strict=True) if each <= min(seconds) * (1 + _SMALL))
+
+
+def explain_shares(tasks: Sequence[ShardTask], limits: Limits, num_allowed: int) -> list[str]:
+    """Return what more memory would change.
+
+    Args:
+        tasks: as planned.
+        limits: the user's.
+        num_allowed: workers that the memory is for.
+    """
+    if limits.gpus is not None or limits.is_cached:
+        return []
+    advice = []
+    again = {
+        measure_demand(merge)
+        for task in tasks
+        if task.reread_nbytes
+        for merge in task.merges
+        if not is_resident(merge, task.buffer_nbytes)
+    }
+    needed = [project_mem([each], each.kept_nbytes, replace(limits.transfer, num_buffers=1)) for each in again]
+    if max(needed, default=0) > limits.allowed_mem:
+        advice.append(f"with --memory {format_memory(max(needed))} every tensor would be read once")
+    if num_allowed < limits.num_workers:
+        share = max((task.projected_mem for task in tasks if task.keeps_buffers), default=limits.allowed_mem)
+        advice.append(
+            f"the memory is for {num_allowed} of {limits.num_workers} workers; --memory"
+            f" {format_memory(share * limits.num_workers)} would be for all"
+        )
+    return advice
+
+
+def _make_shares(kinds: Mapping[Demand, int], limits: Limits, transfer: Transfer, num_workers: int) -> Shares:
+    again = _count_again(kinds, limits, transfer, num_workers)
+    return Shares(
+        num_workers,
+        limits.allowed_mem,
+        _choose(kinds, limits, transfer, num_workers),
+        transfer,
+        may_join=limits.gpus is None and (not limits.is_cached or again <= _SMALL * _count_kept(kinds)),
+    )
+
+
+def _give_up(kinds: Mapping[Demand, int], limits: Limits, transfer: Transfer, num_workers: int) -> int:
+    """Return how many workers' shares hold nearly all tensors between their passes that all of the memory holds."""
+    bearable = _count_again(kinds, limits, transfer, 1) + _SMALL * _count_kept(kinds)
+    while num_workers > 1 and _count_again(kinds, limits, transfer, num_workers) > bearable:
+        num_workers -= 1
+    return num_workers
+
+
+def _count_again(kinds: Mapping[Demand, int], limits: Limits, transfer: Transfer, num_workers: int) -> int:
+    """Return the bytes of tensors that a share does not hold between their passes."""
+    buffer_nbytes = _choose(kinds, limits, transfer, num_workers)
+    return sum(kind.kept_nbytes * count for kind, count in kinds.items() if kind.kept_nbytes > buffer_nbytes)
+
+
+def _count_kept(kinds: Mapping[Demand, int]) -> int:
+    return sum(kind.kept_nbytes * count for kind, count in kinds.items())
+
+
+def _choose(kinds: Collection[Demand], limits: Limits, transfer: Transfer, num_workers: int) -> int:
+    """Return the size of buffers, the same for all tasks."""
+    gpus = limits.gpus
+    gpu_mem = gpus.allowed_mem // gpus.num_sharing(num_workers) if gpus else None
+    return choose_buffer_nbytes(kinds, limits.allowed_mem // num_workers, transfer, gpu_mem)

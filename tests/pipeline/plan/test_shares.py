@@ -1,0 +1,99 @@
+"""Of which memory tensors are read once: Llama 3.1 70B, three fine-tunes and their base, as a planner sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raymerge.pipeline.plan.memory import Transfer
+from raymerge.pipeline.plan.shards import make_tasks
+from raymerge.pipeline.plan.shares import Limits, explain_shares
+from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
+from tests.pipeline.plan.layouts import make_merge
+
+GIB = 2**30
+TIES = {"weight": (0.5,) * 3, "density": (0.5,) * 3, "normalize": True, "rescale": False, "lambda": 1.0}
+NUM_SOURCES = {"ties": 4, "slerp": 2, "linear": 4}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "ties": TIES,
+    "slerp": {"t": 0.5},
+    "linear": {"weight": (1.0,) * 4, "normalize": True},
+}
+
+
+def make_llama(op: str) -> list[TensorMerge]:
+    """Return the output tensors of a merge of Llamas of 70 B parameters."""
+    hidden, mlp, vocab = 8_192, 28_672, 128_256
+    sizes = {"lm_head": vocab * hidden, "model.embed_tokens": vocab * hidden, "model.norm": hidden}
+    for k in range(80):
+        sizes |= {f"model.layers.{k}.mlp.{name}": hidden * mlp for name in ("down", "gate", "up")}
+        sizes |= {f"model.layers.{k}.self_attn.{name}": hidden * hidden for name in ("o", "q")}
+        sizes |= {f"model.layers.{k}.self_attn.{name}": hidden * hidden // 8 for name in ("k", "v")}
+    dtypes = ("BF16",) * NUM_SOURCES[op]
+    return [make_merge(name, size, op=op, parameters=PARAMETERS[op], dtypes=dtypes) for name, size in sizes.items()]
+
+
+def plan(
+    op: str, mem: int, num_workers: int, *, num_buffers: int = 2, is_cached: bool = False, gpus: Gpus | None = None
+) -> tuple[tuple[ShardTask, ...], int, list[str]]:
+    """Return tasks, number of workers and advice."""
+    limits = Limits(mem, num_workers, None, gpus, transfer=Transfer(num_buffers), is_cached=is_cached)
+    tasks, num_at_once, num_allowed = make_tasks(make_llama(op), limits)
+    return tasks, num_at_once, explain_shares(tasks, limits, num_allowed)
+
+
+def again(tasks: tuple[ShardTask, ...]) -> float:
+    """Return the share of the inputs that is read again."""
+    return sum(task.reread_nbytes for task in tasks) / sum(task.read_nbytes for task in tasks)
+
+
+@pytest.mark.parametrize("num_buffers", [1, 2])
+@pytest.mark.parametrize("op", ["ties", "slerp"])
+def test_much_memory_reads_everything_once_and_keeps_all_workers(op: str, num_buffers: int) -> None:
+    tasks, num_workers, advice = plan(op, 128 * GIB, 16, num_buffers=num_buffers)
+    assert (again(tasks), num_workers, advice) == (0, 16, [])
+    # of 213 shards, those of the embedding and the head
+    assert sum(task.num_shares > 1 for task in tasks) <= 2
+
+
+@pytest.mark.parametrize("num_buffers", [1, 2])
+def test_little_memory_gives_up_workers_before_it_reads_again(num_buffers: int) -> None:
+    tasks, num_workers, advice = plan("ties", 8 * GIB, 16, num_buffers=num_buffers)
+    assert again(tasks) <= 0.1
+    assert 2 <= num_workers < 16
+    assert advice[-1].startswith(f"the memory is for {num_workers} of 16 workers; --memory ")
+
+
+def test_less_than_that_streams_what_fits_nowhere_and_says_what_would_do() -> None:
+    tasks, _, advice = plan("ties", 4 * GIB, 16, num_buffers=1)
+    assert 0 < again(tasks) <= 0.1
+    (stated,) = (line for line in advice if line.endswith("every tensor would be read once"))
+    mem = int(stated.split()[2].removesuffix("MiB")) * 2**20
+    assert again(plan("ties", mem, 16, num_buffers=1)[0]) == 0
+    assert again(plan("ties", mem - 2**20, 16, num_buffers=1)[0]) > 0
+
+
+def test_the_stated_memory_is_for_all_workers() -> None:
+    *_, advice = plan("ties", 8 * GIB, 16, num_buffers=1)
+    mem = int(advice[-1].split()[-5].removesuffix("MiB")) * 2**20
+    _, num_workers, advice = plan("ties", mem, 16, num_buffers=1)
+    assert (num_workers, advice) == (16, [])
+
+
+def test_workers_are_worth_more_than_reading_again_from_the_page_cache() -> None:
+    tasks, num_workers, advice = plan("ties", 4 * GIB, 16, num_buffers=1, is_cached=True)
+    assert (num_workers, advice) == (16, [])
+    assert again(tasks) > 1
+
+
+def test_what_is_read_once_anyhow_takes_no_more_memory() -> None:
+    tasks, num_workers, advice = plan("linear", 4 * GIB, 16)
+    assert (again(tasks), num_workers, advice) == (0, 16, [])
+    assert max(task.projected_mem for task in tasks) < 200 * 2**20
+
+
+def test_gpus_share_alike() -> None:
+    tasks, num_workers, advice = plan("ties", 128 * GIB, 16, gpus=Gpus(8, 64 * GIB))
+    assert (num_workers, advice) == (16, [])
+    assert {task.num_shares for task in tasks} == {1}
