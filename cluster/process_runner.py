@@ -149,7 +149,7 @@ class ProcessRunner(Runner):
                     idle.append(worker)
                     _assign(idle, busy, items, waiting)
                     if waiting and error is None:  # for room: what idle workers keep is theirs
-                        idle = [self._renew(work, worker, workers) for worker in idle]
+                        idle = [self._replace(work, each, workers) if each.item >= 0 else each for each in idle]
                     if isinstance(message, Done):
                         yield message.result
         except BaseException:  # raised again: whatever broke the run off, its workers end
@@ -159,20 +159,13 @@ class ProcessRunner(Runner):
         if error is not None:
             raise error
 
-    def _renew(self, work: Work[Any, Any], idle: _Worker, workers: list[_Worker]) -> _Worker:
-        """Have a worker that has done an item end, and start another."""
-        if idle.item < 0:
-            return idle
-        idle.connection.close()
-        idle.process.join()
-        return self._replace(work, idle, workers)
-
-    def _replace(self, work: Work[Any, Any], dead: _Worker, workers: list[_Worker]) -> _Worker:
-        """Start a worker in place of one that has died."""
-        dead.connection.close()
-        dead.life.close()
-        workers.remove(dead)
-        workers.append(self._start(work, workers, dead.slot))
+    def _replace(self, work: Work[Any, Any], old: _Worker, workers: list[_Worker]) -> _Worker:
+        """Start a worker in place of one that is idle, or dead."""
+        old.connection.close()
+        old.process.join()
+        old.life.close()
+        workers.remove(old)
+        workers.append(self._start(work, workers, old.slot))
         return workers[-1]
 
     def _start(self, work: Work[Any, Any], others: Sequence[_Worker], slot: int) -> _Worker:

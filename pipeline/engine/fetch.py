@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from queue import SimpleQueue
 
 from raymerge.pipeline.plan.windows import Fetch, Window
 from raymerge.pipeline.stores.files import Buffer, ByteRange, aligned
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Storage
+
+PIECE_NBYTES = 64 * 2**20
+"""Read between two reports, at most: a worker that is silent for long is taken for one that hangs."""
+
+_REPORT_SECONDS = 1.0
+"""Between reports of what a thread reads ahead, while nothing can be merged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +28,10 @@ class Filled:
     views: tuple[tuple[memoryview, ...], ...]
     """For each source the bytes of its ranges, in order; valid until the next window is asked for."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that were read."""
-        return sum(len(view) for views in self.views for view in views)
 
-
-def fetch_windows(stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Generator[Filled, None, None]:
+def fetch_windows(
+    stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer], on_read: Callable[[int], None]
+) -> Generator[Filled, None, None]:
     """Yield a task's windows, filled.
 
     With one buffer, reading and merging are done by the same thread, so that bytes are still in its core's cache when
@@ -38,42 +42,80 @@ def fetch_windows(stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Bu
         stores: that have the inputs.
         fetches: in order.
         buffers: one or two; no fetch is larger.
+        on_read: told of so many bytes that have arrived, often, in the caller's thread.
 
     Raises:
         FetchError: a range could not be read, or its file has changed.
     """
     filling = _fill_ahead if len(buffers) > 1 else _fill_in_turn
-    yield from filling(stores, fetches, buffers)
+    yield from filling(stores, fetches, buffers, on_read)
 
 
-def _fill_in_turn(stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Iterator[Filled]:
+def _fill_in_turn(
+    stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer], on_read: Callable[[int], None]
+) -> Iterator[Filled]:
     for fetch, following in pairwise(chain(fetches, [()])):
-        windows = _fill(stores, fetch, buffers[0])
+        windows = _fill(stores, fetch, buffers[0], on_read)
         coming = _ranges(following)
         for storage, positions in _by_storage(stores, coming).items():
             storage.will_read([coming[k] for k in positions])
         yield from windows
 
 
-def _fill_ahead(stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer]) -> Iterator[Filled]:
+def _fill_ahead(
+    stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer], on_read: Callable[[int], None]
+) -> Iterator[Filled]:
+    arrived: SimpleQueue[int] = SimpleQueue()
+
+    def wait_for(windows: Future[list[Filled]]) -> list[Filled]:
+        is_done = False
+        while not is_done:
+            is_done = bool(wait([windows], _REPORT_SECONDS).done)
+            on_read(sum(arrived.get() for _ in range(arrived.qsize())))
+        return windows.result()
+
     with ThreadPoolExecutor(1, thread_name_prefix="fetch") as reader:
         waiting: Future[list[Filled]] | None = None
         windows: Future[list[Filled]] | None
         for number, fetch in enumerate(fetches):
-            windows, waiting = waiting, reader.submit(_fill, stores, fetch, buffers[number % 2])
+            windows, waiting = waiting, reader.submit(_fill, stores, fetch, buffers[number % 2], arrived.put)
             if windows is not None:
-                yield from windows.result()
+                yield from wait_for(windows)
         if waiting is not None:
-            yield from waiting.result()
+            yield from wait_for(waiting)
 
 
-def _fill(stores: Stores, fetch: Fetch, buffer: Buffer) -> list[Filled]:
+def _fill(stores: Stores, fetch: Fetch, buffer: Buffer, on_read: Callable[[int], None]) -> list[Filled]:
     windows = _lay_out(fetch, buffer)
     views = [view for filled in windows for views in filled.views for view in views]
     ranges = _ranges(fetch)
     for storage, positions in _by_storage(stores, ranges).items():
-        storage.read_into([ranges[k] for k in positions], [views[k] for k in positions])
+        for pieces, places in _cut([ranges[k] for k in positions], [views[k] for k in positions]):
+            storage.read_into(pieces, places)
+            on_read(sum(piece.nbytes for piece in pieces))
     return windows
+
+
+def _cut(
+    ranges: Sequence[ByteRange], views: Sequence[memoryview]
+) -> Iterator[tuple[list[ByteRange], list[memoryview]]]:
+    """Yield ranges and their places in groups of as many bytes as are read between two reports."""
+    pieces: list[ByteRange] = []
+    places: list[memoryview] = []
+    room = PIECE_NBYTES
+    for item, view in zip(ranges, views, strict=True):
+        start = 0
+        while start < item.nbytes:
+            stop = min(item.nbytes, start + room)
+            pieces.append(ByteRange(item.file, item.start + start, item.start + stop))
+            places.append(view[start:stop])
+            room -= stop - start
+            start = stop
+            if not room:
+                yield pieces, places
+                pieces, places, room = [], [], PIECE_NBYTES
+    if pieces:
+        yield pieces, places
 
 
 def _by_storage(stores: Stores, ranges: Iterable[ByteRange]) -> dict[Storage, list[int]]:

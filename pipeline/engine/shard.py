@@ -104,10 +104,11 @@ def _make_shard(
             )
             stage = _open_stage(stores, task, shards, buffers, device, stack)
             merger = ShardMerger(task, stage)
-            for filled in stack.enter_context(closing(fetch_windows(stores, make_fetches(task), buffers))):
+            windows = fetch_windows(stores, make_fetches(task), buffers, lambda nbytes: report(Progress(nbytes)))
+            for filled in stack.enter_context(closing(windows)):
                 before = sum(shard.nbytes for shard in shards)
                 merger.add(filled)
-                report(Progress(filled.nbytes, sum(shard.nbytes for shard in shards) - before))
+                report(Progress(written_nbytes=sum(shard.nbytes for shard in shards) - before))
             before = sum(shard.nbytes for shard in shards)
             stage.flush()
             report(Progress(0, sum(shard.nbytes for shard in shards) - before))

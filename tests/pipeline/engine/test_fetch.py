@@ -87,6 +87,10 @@ def make_buffers(request: pytest.FixtureRequest) -> Callable[[Sequence[Fetch]], 
     return make
 
 
+def ignore(nbytes: int) -> None:
+    """Take no note of what has arrived."""
+
+
 MakeBuffers = Callable[[Sequence[Fetch]], list[Buffer]]
 
 
@@ -95,14 +99,35 @@ def test_every_window_has_its_bytes_and_they_stay_until_the_next(
 ) -> None:
     fetches = cut(merge, 1, 4, 2, 7, 1, 1, 14)
     seen = []
-    for filled in fetch_windows(stores, fetches, make_buffers(fetches)):
+    for filled in fetch_windows(stores, fetches, make_buffers(fetches), ignore):
         found = copy(filled)
         assert found == expected(contents, filled.window.start, filled.window.stop)
-        assert filled.nbytes == 3 * 400
         wait_for_reader()
         assert copy(filled) == found, "overwritten while it was merged"
         seen.append(filled.window)
     assert seen == [window for fetch in fetches for window in fetch]
+
+
+def test_bytes_are_told_as_they_arrive_in_the_callers_thread(
+    stores: Stores, merge: TensorMerge, contents: list[bytes], make_buffers: MakeBuffers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("raymerge.pipeline.engine.fetch.PIECE_NBYTES", 1000)
+    fetches = cut(merge, 20, 10)
+    told: list[int] = []
+    threads = set()
+
+    def tell(nbytes: int) -> None:
+        told.append(nbytes)
+        threads.add(threading.current_thread())
+
+    for filled in fetch_windows(stores, fetches, buffers := make_buffers(fetches), tell):
+        assert copy(filled) == expected(contents, filled.window.start, filled.window.stop)
+    assert sum(told) == 3 * NBYTES
+    assert threads == {threading.current_thread()}
+    if len(buffers) == 1:
+        assert len(told) == 2 * (8 + 4) + 12  # two files of one store together, the third by itself
+        assert max(told) <= 1000
 
 
 def wait_for_reader() -> None:
@@ -117,7 +142,7 @@ def test_sources_begin_where_any_dtype_is_aligned(
 ) -> None:
     fetches = [(Window(merge, 0, 7, range(1)), Window(merge, 7, 21, range(1)))]
     (buffer, *_) = buffers = make_buffers(fetches)
-    for number, filled in enumerate(fetch_windows(stores, fetches, buffers)):
+    for number, filled in enumerate(fetch_windows(stores, fetches, buffers, ignore)):
         offset = number * 3 * aligned(28)
         for k, (view,) in enumerate(filled.views):
             first = offset + k * aligned(view.nbytes)
@@ -125,7 +150,7 @@ def test_sources_begin_where_any_dtype_is_aligned(
 
 
 def test_nothing_to_fetch(stores: Stores, make_buffers: MakeBuffers) -> None:
-    assert list(fetch_windows(stores, [], make_buffers([()]))) == []
+    assert list(fetch_windows(stores, [], make_buffers([()]), ignore)) == []
 
 
 def test_fetches_are_planned_as_they_are_needed(stores: Stores, merge: TensorMerge, make_buffers: MakeBuffers) -> None:
@@ -139,7 +164,7 @@ def test_fetches_are_planned_as_they_are_needed(stores: Stores, merge: TensorMer
             num_planned += 1
             yield fetch
 
-    for number, _ in enumerate(fetch_windows(stores, planned(), make_buffers(fetches)), start=1):
+    for number, _ in enumerate(fetch_windows(stores, planned(), make_buffers(fetches), ignore), start=1):
         assert num_planned <= number + 2
 
 
@@ -151,13 +176,13 @@ def test_an_input_that_has_changed(
     url = urls[which]
     stores.at(url).write(url, b"x" * (OFFSET + NBYTES + 1))
     with pytest.raises(FetchError, match=Path(url).name):
-        list(fetch_windows(stores, fetches, make_buffers(fetches)))
+        list(fetch_windows(stores, fetches, make_buffers(fetches), ignore))
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("fetch")]
 
 
 def test_an_end_before_the_last_window(stores: Stores, merge: TensorMerge, make_buffers: MakeBuffers) -> None:
     fetches = cut(merge, 1, 1, 1, 1)
-    with closing(fetch_windows(stores, fetches, make_buffers(fetches))) as windows:
+    with closing(fetch_windows(stores, fetches, make_buffers(fetches), ignore)) as windows:
         next(windows)
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("fetch")]
 
@@ -188,7 +213,7 @@ def test_storages_are_told_what_is_read_next(
         monkeypatch.setattr(storage, "read_into", read)
         monkeypatch.setattr(storage, "will_read", hint)
     fetches = cut(merge, 1, 2, 1)
-    list(fetch_windows(stores, fetches, [memoryview(bytearray(room_for(fetches)))]))
+    list(fetch_windows(stores, fetches, [memoryview(bytearray(room_for(fetches)))], ignore))
     reads = [entry[1:] for entry in log if entry[0] == "read"]
     hints = [entry[1:] for entry in log if entry[0] == "hint"]
     assert len(reads) == 12
@@ -211,6 +236,6 @@ def test_with_two_buffers_the_next_is_read_meanwhile(
     monkeypatch.setattr(storage, "read_into", read)
     fetches = cut(merge, 1, 1, 1)
     buffers = [memoryview(bytearray(room_for(fetches))) for _ in range(2)]
-    with closing(fetch_windows(stores, fetches, buffers)) as windows:
+    with closing(fetch_windows(stores, fetches, buffers, ignore)) as windows:
         next(windows)
         assert is_read.wait(10)

@@ -56,9 +56,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         with gpu:
             return run(stores, task, report, **rest, device=DEVICE.type)
 
-    def fill_and_tell(stores: Stores, fetched: Any, buffer: Any) -> Any:
+    def fill_and_tell(stores: Stores, fetched: Any, buffer: Any, on_read: Any) -> Any:
         gpu.host_writes(buffer)
-        return fill(stores, fetched, buffer)
+        return fill(stores, fetched, buffer, on_read)
 
     for module in (driver, workers):
         monkeypatch.setattr(module, "require_gpus", lambda: ["0"])
