@@ -119,7 +119,8 @@ class RayRunner(Runner):
             HeadLostError: the cluster's head does not answer any more.
         """
         waiting = deque(
-            Attempt(i, resources[i].mem_nbytes + RESERVED_MEM, resources[i].num_slots) for i in order_items(resources)
+            Attempt(i, resources[i].mem_nbytes + RESERVED_MEM, min(resources[i].num_slots, self.num_slots))
+            for i in order_items(resources)
         )
         running: dict[Any, Attempt] = {}
         error: BaseException | None = None
@@ -139,8 +140,7 @@ class RayRunner(Runner):
         head = HeadWatch()
         try:
             while running or waiting:
-                while waiting and len(running) < self.num_slots:
-                    attempt = waiting.popleft()
+                while attempt := _take(waiting, self.num_slots - sum(each.num_slots for each in running.values())):
                     attempt.heard_at = time.monotonic()
                     running[self._start(attempt, packed, items[attempt.item], stop_key)] = attempt
                 for stream in self._wait(running, head, is_ending=error is not None):
@@ -203,8 +203,10 @@ class RayRunner(Runner):
 
     def _count_cpus(self, attempt: Attempt) -> int:
         """Return the processors that keep others out of the memory that an item takes, at most all of a node."""
+        if attempt.num_slots == 1:
+            return self._num_cpus
         most = max((node.num_cpus for node in list_nodes() if self._is_fit(node)), default=self._num_cpus)
-        return min(self._num_cpus * attempt.num_slots, most) if attempt.num_slots > 1 else self._num_cpus
+        return min(self._num_cpus * attempt.num_slots, most)
 
     def _release(self, stream: Any, *, is_needed: bool) -> None:
         """Take note that an item has ended, and whether its worker is needed for another."""
@@ -289,6 +291,14 @@ class RayRunner(Runner):
         others = [node for node in list_nodes() if node.node_id not in avoided]
         elsewhere = bool(avoided) and self._find_largest(others) >= mem_nbytes
         return Attempt(attempt.item, mem_nbytes, attempt.num_slots, attempt.number + 1, avoided, elsewhere)
+
+
+def _take(waiting: deque[Attempt], num_free: int) -> Attempt | None:
+    """Return the first attempt that so many free slots are enough for, which waits no more."""
+    attempt = next((attempt for attempt in waiting if attempt.num_slots <= num_free), None)
+    if attempt is not None:
+        waiting.remove(attempt)
+    return attempt
 
 
 def _receive(stream: Any) -> Message:
