@@ -22,7 +22,7 @@ class Resources:
     mem_nbytes: int
     """Memory for tensors and scratch, in bytes."""
     cost: int
-    """Any measure of how long it takes; the largest start first."""
+    """Any measure of how long it takes; of items with as many slots, the largest start first."""
     num_slots: int = 1
     """How many of a runner's slots it takes up: several where its memory is that of several items."""
 

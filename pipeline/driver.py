@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from raymerge.cluster.ray.session import TASK_NBYTES
+from raymerge.cluster.host import measure_memory
+from raymerge.cluster.ray.session import RESERVED_MEM, TASK_NBYTES
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
 from raymerge.pipeline.errors import ConfigError, OutputError
@@ -221,7 +222,8 @@ def _find_workers(
         if gpu_mem is not None:
             session = session.with_gpus()
         num_workers = options.workers or max(node.num_cpus for node in session.nodes)
-        limits = replace(limits, num_workers=num_workers)
+        task_mem = max(node.mem_nbytes for node in session.nodes) - RESERVED_MEM
+        limits = replace(limits, num_workers=num_workers, task_mem=max(1, task_mem))
     elif limits.num_workers > 1 and not options.ray:
         models = [model.path for model in config.referenced_models]
         prepare_workers(stores, models, [str(out) for out in outs], on_gpus=gpu_mem is not None)
@@ -278,5 +280,10 @@ def _recheck(stores: Stores, out: str, num_workers: int) -> None:
 
 def _make_limits(options: MergeOptions) -> Limits:
     is_on_ray = options.ray or options.address is not None
-    runner_nbytes = TASK_NBYTES if is_on_ray else 0
-    return Limits(options.allowed_mem, options.num_workers, options.shard_nbytes, runner_nbytes=runner_nbytes)
+    return Limits(
+        options.allowed_mem,
+        options.num_workers,
+        options.shard_nbytes,
+        runner_nbytes=TASK_NBYTES if is_on_ray else 0,
+        task_mem=measure_memory() // 2 if options.ray else None,  # Ray keeps some for itself and its object store
+    )

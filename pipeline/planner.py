@@ -92,6 +92,7 @@ def make_plan(
         check_plan_fits(file.url, num_tensors, num_tensors, limits.allowed_mem)
 
     table = read_table(stores, {str(c.model): c.weight_files for c in checkpoints}, check)
+    check_plan_fits("the inputs together", len(table), len(table) // len(checkpoints), limits.allowed_mem)
     tensors = list_tensors(table)
     models = []
     doubts: list[str] = []
@@ -107,7 +108,6 @@ def make_plan(
     transfer = _measure_transfer(stores, checkpoints, outs, limits.runner_nbytes)
     limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, checkpoints, session))
     tasks, num_workers, num_allowed = make_tasks(merges, limits)
-    check_plan_fits("the inputs together", len(table), len(merges), limits.allowed_mem)
     beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)
     doubts += more_doubts
     outputs = []

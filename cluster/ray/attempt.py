@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
+from raymerge.cluster.ray.session import Node
 from raymerge.cluster.ray.task import Begun
 from raymerge.cluster.runner import Progress
 
@@ -22,6 +23,8 @@ class Attempt:
     """Asked of Ray."""
     num_slots: int = 1
     """Of this runner that it takes up."""
+    num_cpus: int = 1
+    """Asked of Ray: those of its slots, which keep others out of the memory that it takes."""
     number: int = 1
     avoided: tuple[str, ...] = ()
     """Nodes on which earlier attempts failed."""
@@ -33,6 +36,11 @@ class Attempt:
     """When there was something from it last."""
     told: Progress = field(default_factory=Progress)
     """Progress that it has reported, which is taken back if it is done again."""
+
+
+def has_room(node: Node, attempt: Attempt) -> bool:
+    """Tell whether a node that does nothing else can run an attempt."""
+    return node.mem_nbytes >= attempt.mem_nbytes and node.num_cpus >= attempt.num_cpus
 
 
 def choose_node(attempt: Attempt) -> Any:

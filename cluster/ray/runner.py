@@ -28,7 +28,7 @@ from ray.exceptions import (
 
 from raymerge.cluster.errors import HeadLostError, ResourceError, TaskFailedError, WorkerLostError
 from raymerge.cluster.outcome import Done
-from raymerge.cluster.ray.attempt import Attempt, choose_node
+from raymerge.cluster.ray.attempt import Attempt, choose_node, has_room
 from raymerge.cluster.ray.session import RESERVED_MEM, HeadWatch, Node, list_nodes
 from raymerge.cluster.ray.task import Begun, Message, pack, serve, stop_all
 from raymerge.cluster.runner import NUM_ATTEMPTS, Item, Progress, Report, Resources, Result, Runner, Work
@@ -175,8 +175,8 @@ class RayRunner(Runner):
                     self._kill(stream)
                     if running[stream].begun:
                         do_again(stream, f"it had reported nothing for {HANG_SECONDS:.0f} s")
-                    else:
-                        waiting.appendleft(replace(running.pop(stream), elsewhere=False))
+                    elif (attempt := running.pop(stream)) and error is None:
+                        waiting.appendleft(replace(attempt, elsewhere=False))
                 if time.monotonic() > give_up_at and not any(attempt.begun for attempt in running.values()):
                     for stream in running:  # they wait for room, perhaps for ever
                         self._kill(stream)
@@ -194,19 +194,18 @@ class RayRunner(Runner):
 
     def _start(self, attempt: Attempt, packed: bytes, item: object, stop_key: bytes) -> Any:
         """Have an item run; return the stream of what it tells."""
+        attempt.num_cpus = self._count_cpus(attempt)
         task = self._task.options(
-            num_cpus=self._count_cpus(attempt),
-            memory=attempt.mem_nbytes,
-            scheduling_strategy=choose_node(attempt),
+            num_cpus=attempt.num_cpus, memory=attempt.mem_nbytes, scheduling_strategy=choose_node(attempt)
         )
         return task.remote(packed, item, stop_key)
 
     def _count_cpus(self, attempt: Attempt) -> int:
-        """Return the processors that keep others out of the memory that an item takes, at most all of a node."""
+        """Return the processors of an attempt's slots, at most all of a node that has the memory."""
         if attempt.num_slots == 1:
             return self._num_cpus
-        most = max((node.num_cpus for node in list_nodes() if self._is_fit(node)), default=self._num_cpus)
-        return min(self._num_cpus * attempt.num_slots, most)
+        nodes = [node for node in list_nodes() if self._is_fit(node) and node.mem_nbytes >= attempt.mem_nbytes]
+        return min(self._num_cpus * attempt.num_slots, max((node.num_cpus for node in nodes), default=self._num_cpus))
 
     def _release(self, stream: Any, *, is_needed: bool) -> None:
         """Take note that an item has ended, and whether its worker is needed for another."""
@@ -262,14 +261,15 @@ class RayRunner(Runner):
                 return list(ready)
             if not head.check():
                 continue
-            needed = max(attempt.mem_nbytes for attempt in running.values())
-            if self._find_largest(list_nodes()) >= needed:
+            nodes = [node for node in list_nodes() if self._is_fit(node)]
+            lonely = [each for each in running.values() if not any(has_room(node, each) for node in nodes)]
+            if not lonely:
                 deadline = time.monotonic() + LONELY_SECONDS
             elif time.monotonic() > deadline:
                 raise WorkerLostError(
-                    f"no node of the cluster has had {needed:,} bytes of memory and {self._num_cpus} processors for a"
-                    f" shard in the last {LONELY_SECONDS:.0f} s; what is finished is kept: run the same command again"
-                    " when one has"
+                    f"no node of the cluster has had {lonely[0].mem_nbytes:,} bytes of memory and {lonely[0].num_cpus}"
+                    f" processors for a shard in the last {LONELY_SECONDS:.0f} s; what is finished is kept: run the"
+                    " same command again when one has"
                 )
 
     def _again(self, attempt: Attempt, reason: str, mem_nbytes: int | None) -> Attempt:
@@ -290,7 +290,10 @@ class RayRunner(Runner):
         avoided = (*attempt.avoided, attempt.begun.node_id) if attempt.begun else attempt.avoided
         others = [node for node in list_nodes() if node.node_id not in avoided]
         elsewhere = bool(avoided) and self._find_largest(others) >= mem_nbytes
-        return Attempt(attempt.item, mem_nbytes, attempt.num_slots, attempt.number + 1, avoided, elsewhere)
+        return replace(
+            attempt, mem_nbytes=mem_nbytes, number=attempt.number + 1, avoided=avoided, elsewhere=elsewhere, begun=None,
+            told=Progress(),
+        )  # fmt: skip
 
 
 def _take(waiting: deque[Attempt], num_free: int) -> Attempt | None:

@@ -19,7 +19,7 @@ class Accumulation(Kernel):
     compute_dtype = "int64"
 
     def num_scratch(self, site: Site) -> int:
-        """One for a source, and one for the next sum."""
+        """Return one for a source, and one for the next sum."""
         return 1 + self.is_sum
 
     def start(self, site: Site) -> KernelRun:
@@ -36,8 +36,9 @@ class _AccumulationRun(KernelRun):
         """Go through the sources of one block.
 
         Raises:
-            IntegerOverflowError: a sum is more than the dtype holds.
+            IntegerOverflowError: the dtype does not hold a sum.
         """
+        limits = torch.iinfo(getattr(torch, self.kernel.dtype))
         block.load(0, out)
         for source in range(1, self.site.num_sources):
             other = block.load(source, block.scratch[0])
@@ -45,12 +46,18 @@ class _AccumulationRun(KernelRun):
                 self._add(other, out, block.scratch[1])
             else:
                 torch.maximum(out, other, out=out)
+        if out.amax() > limits.max or out.amin() < limits.min:
+            raise self._explain()
 
     def _add(self, other: torch.Tensor, out: torch.Tensor, total: torch.Tensor) -> None:
         torch.add(out, other, out=total)
         # two numbers of one sign whose sum has the other
         wrapped = out.bitwise_xor_(total).bitwise_and_(other.bitwise_xor_(total)).amin() < 0
-        limits = torch.iinfo(getattr(torch, self.kernel.dtype))
-        if wrapped or total.amax() > limits.max or total.amin() < limits.min:
-            raise IntegerOverflowError(f"{self.site.name}: the models' sum is more than {self.kernel.dtype} holds")
+        if wrapped:
+            raise self._explain()
         out.copy_(total)
+
+    def _explain(self) -> IntegerOverflowError:
+        return IntegerOverflowError(
+            f"{self.site.name}: the models' sum does not fit into {self.kernel.dtype}; write `integers: max` or `donor`"
+        )

@@ -186,5 +186,5 @@ def _explain_difference(merge: TensorMerge, source: int) -> TensorMismatchError:
     return TensorMismatchError(
         f"{merge.name} ({merge.out_dtype}, not floating-point) differs between {first.model} and {other.model};"
         " such tensors are not merged, only copied: to take those of the base, or else of the first model, add"
-        " `integers: donor` to the config"
+        " `integers: donor` to the config, or `max` or `sum` to combine them"
     )

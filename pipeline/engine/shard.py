@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import gc
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 
@@ -57,7 +58,8 @@ def run_shard(
     _connect(stores, task, journals)  # nor are clients of stores and their modules
     first_mem, first_peak = measure_first_mem(os.getpid())
     start = time.perf_counter()
-    for attempt in itertools.count(1):
+    failures: Counter[type[Exception]] = Counter()
+    while True:
         done = Progress(0, 0)
 
         def count(progress: Progress) -> None:
@@ -69,10 +71,12 @@ def run_shard(
             files = _make_shard(stores, task, count, journals, device)
             break
         except CorruptedError as error:
-            if attempt >= error.num_attempts:
+            failures[type(error)] += 1
+            if failures[type(error)] >= error.num_attempts:
                 raise
             stores.faults.note(journals[0].out, "write", one_line(error))
             report(Progress(0, -done.written_nbytes))
+        gc.collect()  # the error and the frames that it came through hold on to buffers and to each other
     for journal, file in zip(journals, files, strict=True):
         journal.record(file)
     return ShardResult(

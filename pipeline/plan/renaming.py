@@ -60,7 +60,7 @@ def match_names(models: Sequence[Model], *, takes_parts: bool) -> tuple[list[Mod
             model = replace(_look(model, view), lacks=frozenset(extra))
             warnings.append(
                 f"{model.ref}: a language model like the one in {donor.ref}, and merged with that ({how});"
-                f" {count_tensors(extra)} that it lacks are merged without it, or copied if only one model has them"
+                f" merged without it, or copied if only one model has them: {count_tensors(extra)}"
             )
         elif takes_parts and (extra := _find_extra(donor, model)):
             rule = f"the output is a language model like {donor.ref}"
@@ -68,7 +68,7 @@ def match_names(models: Sequence[Model], *, takes_parts: bool) -> tuple[list[Mod
             model = _look(model, _rename(part, model, donor))
             warnings.append(
                 f"{model.ref}: a multimodal model, of which only the language model is merged ({how}): {donor.ref}"
-                f" has nothing else; {count_tensors(extra)} are left out; to keep them, make {model.ref} the base_model"
+                f" has nothing else; left out: {count_tensors(extra)}; to keep them, make {model.ref} the base_model"
             )
         matched.append(model)
     return matched, warnings
@@ -133,8 +133,9 @@ def _find_extra(part: Model, whole: Model) -> list[str]:
     inside = re.sub(r"[^.]+\.$", "", whole.layers.main)  # whatever lies beside the layers is part of the language model
     extra = sorted(wanted - names)
     is_multimodal = any(OTHER_SENSES.search(key) for section in list_sections(whole.config) for key in section)
-    is_part = names <= wanted and inside and not any(name.startswith(inside) for name in extra)
-    return extra if is_multimodal and is_part else []
+    is_part = inside and names <= wanted and all(name.startswith(inside) for name in names)
+    is_whole = not any(name.startswith(inside) for name in extra)
+    return extra if is_multimodal and is_part and is_whole else []
 
 
 def _without_head(view: View) -> Set[str]:

@@ -56,6 +56,8 @@ def explain_idle(tasks: Sequence[ShardTask], num_workers: int) -> str | None:
         tasks: of a plan.
         num_workers: tasks in work at once, on all machines together.
     """
+    if any(task.num_shares > 1 for task in tasks):  # the place of several workers
+        return None
     costs = [measure_cost(task) for task in tasks]
     loads = share_out(costs, num_workers)
     if sum(costs) < _WORTH_NBYTES or measure_idle(loads) <= _SMALL:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from raymerge.pipeline.plan.memory import Demand, Transfer, choose_buffer_nbytes, measure_demand, project_mem
 from raymerge.pipeline.plan.types import Gpus, ShardTask
-from raymerge.pipeline.plan.windows import is_resident
-from raymerge.pipeline.sizes import format_memory
+from raymerge.pipeline.sizes import format_memory, parse_nbytes
 
 _SMALL = 0.1
 """Share of the inputs that is not worth giving up workers for."""
@@ -39,6 +38,8 @@ class Limits:
     """Memory of a worker that the runner takes while it runs a task."""
     transfer: Transfer = field(default=Transfer())
     """Memory for reading and writing."""
+    task_mem: int | None = None
+    """The most that a single task may use where that is less, as a machine of a cluster has less, in bytes."""
     is_cached: bool = False
     """Whether the page cache holds what was read once, so that reading it again costs next to nothing."""
 
@@ -53,8 +54,8 @@ class Shares:
     buffer_nbytes: int
     """Size of one input buffer, for all tasks that make do with one share: a worker uses its buffers again."""
     transfer: Transfer
-    may_join: bool
-    """Whether a task may take several shares to read its tensors once."""
+    task_mem: int
+    """The most that a task may use to read its tensors once: that of several shares, or of its own only."""
 
     def choose_buffers(self, demands: Collection[Demand]) -> tuple[int, int]:
         """Return size and number of a task's input buffers.
@@ -62,16 +63,16 @@ class Shares:
         The largest of its tensors that is to be read once decides, as far as all of the memory holds its sources.
         """
         missing = {demand.kept_nbytes for demand in demands if demand.kept_nbytes > self.buffer_nbytes}
-        for nbytes in sorted(missing if self.may_join else (), reverse=True):
+        for nbytes in sorted(missing, reverse=True):
             for num_buffers in range(self.transfer.num_buffers, 0, -1):
                 transfer = replace(self.transfer, num_buffers=num_buffers)
-                if project_mem(demands, nbytes, transfer) <= self.allowed_mem:
+                if project_mem(demands, nbytes, transfer) <= self.task_mem:
                     return nbytes, num_buffers
         return self.buffer_nbytes, self.transfer.num_buffers
 
     def count(self, nbytes: int) -> int:
         """Return how many shares hold so many bytes."""
-        return max(1, -(-nbytes // (self.allowed_mem // self.num_workers)))
+        return min(self.num_workers, max(1, -(-nbytes // (self.allowed_mem // self.num_workers))))
 
     def estimate_seconds(self, tasks: Iterable[Collection[Demand]]) -> float:
         """Return about how long tasks take: reading them, or merging them, whatever takes longer."""
@@ -107,13 +108,13 @@ def share_out_memory(tasks: Sequence[Collection[Demand]], limits: Limits) -> tup
     if limits.gpus is not None or limits.is_cached:
         return shares, most
     choices = []
-    for num_buffers in range(limits.transfer.num_buffers, 0, -1):  # with one, workers take turns in reading
+    for num_buffers in range(1, limits.transfer.num_buffers + 1):  # with one, workers take turns in reading
         transfer = replace(limits.transfer, num_buffers=num_buffers)
         fewer = _give_up(kinds, limits, transfer, most)
         choices.append((_make_shares(kinds, limits, transfer, min(fewer, len(tasks))), fewer))
-    choices.append((shares, most))
-    seconds = [choice[0].estimate_seconds(tasks) for choice in choices]
-    return next(choice for choice, each in zip(choices, seconds, strict=True) if each <= min(seconds) * (1 + _SMALL))
+    best = max(choices, key=lambda choice: choice[0].num_workers * choice[0].transfer.num_buffers)
+    is_worth = best[1] == most or best[0].estimate_seconds(tasks) <= shares.estimate_seconds(tasks) * (1 + _SMALL)
+    return best if is_worth else (shares, most)
 
 
 def explain_shares(tasks: Sequence[ShardTask], limits: Limits, num_allowed: int) -> list[str]:
@@ -127,33 +128,32 @@ def explain_shares(tasks: Sequence[ShardTask], limits: Limits, num_allowed: int)
     if limits.gpus is not None or limits.is_cached:
         return []
     advice = []
-    again = {
-        measure_demand(merge)
-        for task in tasks
-        if task.reread_nbytes
-        for merge in task.merges
-        if not is_resident(merge, task.buffer_nbytes)
-    }
-    needed = [project_mem([each], each.kept_nbytes, replace(limits.transfer, num_buffers=1)) for each in again]
-    if max(needed, default=0) > limits.allowed_mem:
-        advice.append(f"with --memory {format_memory(max(needed))} every tensor would be read once")
+    demands = [[measure_demand(merge) for merge in task.merges] for task in tasks]
+    single = replace(limits.transfer, num_buffers=1)
+    needed = max(project_mem(each, max(one.kept_nbytes for one in each), single) for each in demands)
+    if needed > limits.allowed_mem and any(task.reread_nbytes for task in tasks):
+        advice.append(f"with --memory {format_memory(needed)} every tensor would be read once")
     if num_allowed < limits.num_workers:
         share = max((task.projected_mem for task in tasks if task.keeps_buffers), default=limits.allowed_mem)
+        text = format_memory(share * limits.num_workers)
+        more = replace(limits, allowed_mem=parse_nbytes(text))
+        holds = share_out_memory(demands, more)[1] == limits.num_workers
         advice.append(
-            f"the memory is for {num_allowed} of {limits.num_workers} workers; --memory"
-            f" {format_memory(share * limits.num_workers)} would be for all"
+            f"the memory is for {num_allowed} of {limits.num_workers} workers"
+            + (f"; --memory {text} would be for all" if holds else "")
         )
     return advice
 
 
 def _make_shares(kinds: Mapping[Demand, int], limits: Limits, transfer: Transfer, num_workers: int) -> Shares:
     again = _count_again(kinds, limits, transfer, num_workers)
+    may_join = limits.gpus is None and (not limits.is_cached or again <= _SMALL * _count_kept(kinds))
     return Shares(
         num_workers,
         limits.allowed_mem,
         _choose(kinds, limits, transfer, num_workers),
         transfer,
-        may_join=limits.gpus is None and (not limits.is_cached or again <= _SMALL * _count_kept(kinds)),
+        task_mem=min(limits.allowed_mem, limits.task_mem or limits.allowed_mem) if may_join else 0,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from raymerge.pipeline.plan.memory import Demand, measure_demand, measure_kept
+from raymerge.pipeline.plan.memory import MAX_BUFFER_NBYTES, Demand, measure_demand, measure_kept
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.files import ByteRange, aligned
 
@@ -34,15 +34,19 @@ Fetch = tuple[Window, ...]
 
 
 def make_fetches(task: ShardTask) -> Iterator[Fetch]:
-    """Yield the fetches of a task, in order; no fetch is larger than its buffer."""
+    """Yield the fetches of a task, in order; no fetch is larger than its buffer.
+
+    Small windows are fetched together, but not more than are merged soon: the next are fetched meanwhile.
+    """
     waiting: list[Window] = []
-    room = task.buffer_nbytes
+    most = min(task.buffer_nbytes, MAX_BUFFER_NBYTES)
+    room = most
     for merge in task.merges:
         for window in make_windows(merge, measure_demand(merge), task.buffer_nbytes):
             nbytes = window.nbytes()
-            if nbytes > room:
+            if waiting and nbytes > room:
                 yield tuple(waiting)
-                waiting, room = [], task.buffer_nbytes
+                waiting, room = [], most
             waiting.append(window)
             room -= nbytes
     if waiting:

@@ -113,7 +113,13 @@ def hold_lease(store: LeaseStore, url: str, faults: FaultLog) -> Iterator[Lock]:
             _target_of(url),
             "this store has no conditional writes: a run that begins in the same second may be noticed late",
         )
-        _settle(store, url, lease)
+        try:
+            _settle(store, url, lease)
+        except HeldError:
+            raise
+        except BaseException:  # Ctrl-C too: the lock would refuse others for a while
+            lease.drop()
+            raise
     lease.start()
     try:
         yield lease
@@ -153,6 +159,10 @@ class _Lease(Lock):
         """Let go of it, unless it may be somebody else's by now; where the store is down, it ends by itself."""
         self._is_left.set()
         self._thread.join(_LEAVING_SECONDS)
+        self.drop()
+
+    def drop(self) -> None:
+        """Delete it, unless it may be somebody else's by now."""
         if self._lost_to is None and _now() - self._renewed_at < TTL_SECONDS - _MARGIN_SECONDS:
             with suppress(OSError):
                 self._store.delete_if(self._url, self._etag)

@@ -29,12 +29,17 @@ def test_what_floats_cannot_hold() -> None:
     assert run_kernel(Accumulation(True, "int64"), sources).tolist() == [2**53 + 1, -(2**63), 2**63 - 1]
 
 
+def test_only_the_whole_sum_has_to_fit() -> None:
+    sources = [torch.tensor([value], dtype=torch.int8) for value in (100, 100, -100)]
+    assert run_kernel(Accumulation(True, "int8"), sources).tolist() == [100]
+
+
 @pytest.mark.parametrize(
     ("dtype", "values"),
     [("int64", (LARGE, LARGE)), ("int64", (-LARGE, -LARGE - 1)), ("int8", (100, 28)), ("uint8", (255, 1))],
 )
 def test_sums_that_the_dtype_cannot_hold(dtype: str, values: tuple[int, int]) -> None:
     sources = [torch.tensor([1, value, 1], dtype=getattr(torch, dtype)) for value in values]
-    with pytest.raises(IntegerOverflowError, match=f"the models' sum is more than {dtype} holds") as caught:
+    with pytest.raises(IntegerOverflowError, match=f"the models' sum does not fit into {dtype}; write") as caught:
         run_kernel(Accumulation(True, dtype), sources)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

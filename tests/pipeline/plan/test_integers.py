@@ -75,7 +75,7 @@ def test_integers_of_all_models(models: list[str], choice: str, steps: int, tmp_
 def test_a_sum_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
     narrow = {NARROW: torch.tensor([100], dtype=torch.int8)}
     models = [str(write_checkpoint(tmp_path / name, {**llama_tensors(1), **narrow}, llama_config())) for name in "ab"]
-    with pytest.raises(IntegerOverflowError, match=f"{NARROW}: the models' sum is more than int8 holds"):
+    with pytest.raises(IntegerOverflowError, match=f"{NARROW}: the models' sum does not fit into int8"):
         merge(linear(models, integers="sum"), tmp_path / "out")
 
 

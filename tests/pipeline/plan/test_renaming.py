@@ -130,6 +130,14 @@ def test_what_is_not_the_same_language_model_is_refused(whole: Layout) -> None:
             expand_layouts(config, {"whole": whole, "part": BASE})
 
 
+def test_a_multimodal_model_that_lacks_a_tensor_of_its_tower_is_no_language_model() -> None:
+    less = Layout({name: shape for name, shape in MULTIMODAL.shapes.items() if name != list(TOWER)[-1]}, SENSES)
+    assert len(less.shapes) == len(MULTIMODAL.shapes) - 1
+    for config in (linear("whole", "less"), linear("less", "whole")):
+        with pytest.raises(TensorMismatchError, match="but not in less"):
+            expand_layouts(config, {"whole": MULTIMODAL, "less": less})
+
+
 def test_layers_of_a_multimodal_model_and_of_a_language_model_make_no_stack() -> None:
     with pytest.raises(TensorMismatchError, match=r"layers are called model.language_model.layers.\* in a"):
         expand_layouts(passthrough(("a", 0, 1), ("b", 1, 2)), {"a": MULTIMODAL, "b": BASE})

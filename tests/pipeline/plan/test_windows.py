@@ -125,6 +125,13 @@ def test_a_buffer_is_filled_to_the_last_byte_and_no_further(num_tensors: int, mo
         assert sum(sizes) == 20
 
 
+def test_a_large_buffer_is_for_large_tensors_and_not_for_many_small_ones() -> None:
+    large = make_merge("large", 2**26, op="slerp", parameters={"t": 0.5})
+    small = [make_merge(f"small{k}", 2**22) for k in range(10)]  # 16 MiB of two sources
+    task = dataclasses.replace(make_task(*small[:5], large, *small[5:]), buffer_nbytes=2**28)
+    assert [len(fetch) for fetch in make_fetches(task)] == [4, 1, 1, 4, 1]
+
+
 def test_small_tensors_are_fetched_together() -> None:
     merges = [make_merge(f"w{k}", 1000) for k in range(100)]
     assert [len(fetch) for fetch in make_fetches(make_task(*merges))] == [100]
