@@ -359,7 +359,7 @@ def test_workers_end_with_their_driver(
     started = time.monotonic()
     process.send_signal(number)
     process.communicate()  # until nobody holds the other end, workers among them
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20  # and not the minute for which the store is silent
 
 
 @pytest.mark.slow

@@ -118,24 +118,22 @@ class RayRunner(Runner):
             TaskFailedError: Ray cannot run the work.
             HeadLostError: the cluster's head does not answer any more.
         """
-        waiting = deque(
-            Attempt(i, resources[i].mem_nbytes + RESERVED_MEM, min(resources[i].num_slots, self.num_slots))
-            for i in order_items(resources)
-        )
+        nodes = list_nodes() if items else ()
+        waiting = deque(self._ask(i, resources[i], nodes) for i in order_items(resources))
         running: dict[Any, Attempt] = {}
         error: BaseException | None = None
         give_up_at = math.inf
         packed = pack(work)
         stop_key = f"stop-{uuid4().hex}".encode()
         if waiting:
-            self._check(max(attempt.mem_nbytes for attempt in waiting))
+            self._check(max(attempt.mem_nbytes for attempt in waiting), nodes)
 
-        def do_again(stream: Any, reason: str, mem_nbytes: int | None = None) -> None:
+        def do_again(stream: Any, reason: str, mem_nbytes: int | None = None, *, elsewhere: bool = False) -> None:
             attempt = running.pop(stream)
             self._release(stream, is_needed=False)
             on_progress(-attempt.told)
             if error is None:
-                waiting.appendleft(self._again(attempt, reason, mem_nbytes))
+                waiting.appendleft(self._again(attempt, reason, mem_nbytes, elsewhere=elsewhere))
 
         head = HeadWatch()
         try:
@@ -162,7 +160,7 @@ class RayRunner(Runner):
                         self._release(stream, is_needed=bool(waiting))
                         yield message.result
                     elif self._may_pass(message.error, attempt):
-                        do_again(stream, f"{type(message.error).__name__}: {message.error}")
+                        do_again(stream, f"{type(message.error).__name__}: {message.error}", elsewhere=True)
                     else:
                         del running[stream]
                         self._release(stream, is_needed=False)
@@ -194,18 +192,21 @@ class RayRunner(Runner):
 
     def _start(self, attempt: Attempt, packed: bytes, item: object, stop_key: bytes) -> Any:
         """Have an item run; return the stream of what it tells."""
-        attempt.num_cpus = self._count_cpus(attempt)
         task = self._task.options(
             num_cpus=attempt.num_cpus, memory=attempt.mem_nbytes, scheduling_strategy=choose_node(attempt)
         )
         return task.remote(packed, item, stop_key)
 
-    def _count_cpus(self, attempt: Attempt) -> int:
-        """Return the processors of an attempt's slots, at most all of a node that has the memory."""
-        if attempt.num_slots == 1:
-            return self._num_cpus
-        nodes = [node for node in list_nodes() if self._is_fit(node) and node.mem_nbytes >= attempt.mem_nbytes]
-        return min(self._num_cpus * attempt.num_slots, max((node.num_cpus for node in nodes), default=self._num_cpus))
+    def _ask(self, item: int, resources: Resources, nodes: Sequence[Node]) -> Attempt:
+        """Return the first attempt at an item."""
+        num_slots = min(resources.num_slots, self.num_slots)
+        mem_nbytes = resources.mem_nbytes + RESERVED_MEM
+        return Attempt(item, mem_nbytes, num_slots, self._count_cpus(num_slots, mem_nbytes, nodes))
+
+    def _count_cpus(self, num_slots: int, mem_nbytes: int, nodes: Sequence[Node]) -> int:
+        """Return the processors of so many slots, at most all of a node that has the memory."""
+        fit = [node.num_cpus for node in nodes if self._is_fit(node) and node.mem_nbytes >= mem_nbytes]
+        return min(self._num_cpus * num_slots, max(fit, default=self._num_cpus))
 
     def _release(self, stream: Any, *, is_needed: bool) -> None:
         """Take note that an item has ended, and whether its worker is needed for another."""
@@ -227,9 +228,9 @@ class RayRunner(Runner):
         """Tell whether an error may not come again on another node, and there is one."""
         return isinstance(error, self._retry_on) and attempt.number < NUM_ATTEMPTS and len(list_nodes()) > 1
 
-    def _check(self, mem_nbytes: int) -> None:
+    def _check(self, mem_nbytes: int, nodes: Sequence[Node]) -> None:
         """Refuse what would wait for ever."""
-        largest = self._find_largest(list_nodes())
+        largest = self._find_largest(nodes)
         if mem_nbytes > largest:
             raise ResourceError(
                 f"an item needs {mem_nbytes:,} bytes of memory, and no node of the cluster"
@@ -272,8 +273,15 @@ class RayRunner(Runner):
                     " same command again when one has"
                 )
 
-    def _again(self, attempt: Attempt, reason: str, mem_nbytes: int | None) -> Attempt:
+    def _again(self, attempt: Attempt, reason: str, mem_nbytes: int | None, *, elsewhere: bool) -> Attempt:
         """Return the next attempt at an item, with more memory where it is given, up to what a node has.
+
+        Args:
+            attempt: the last one.
+            reason: why it has failed.
+            mem_nbytes: that would have been enough, if that was the reason.
+            elsewhere: whether another node is to be waited for, if one has room. The cluster's head is asked which,
+                and has to be there: where a worker was lost, it may be gone, too.
 
         Raises:
             WorkerLostError: there were enough of them.
@@ -284,16 +292,18 @@ class RayRunner(Runner):
                 " run the same command again"
             )
         self._on_retry(f"{reason} (on {attempt.begun.host})" if attempt.begun else reason)
-        if mem_nbytes is not None:
-            mem_nbytes = max(attempt.mem_nbytes, min(mem_nbytes, self._find_largest(list_nodes())))
-        mem_nbytes = mem_nbytes or attempt.mem_nbytes
         avoided = (*attempt.avoided, attempt.begun.node_id) if attempt.begun else attempt.avoided
-        others = [node for node in list_nodes() if node.node_id not in avoided]
-        elsewhere = bool(avoided) and self._find_largest(others) >= mem_nbytes
-        return replace(
-            attempt, mem_nbytes=mem_nbytes, number=attempt.number + 1, avoided=avoided, elsewhere=elsewhere, begun=None,
-            told=Progress(),
-        )  # fmt: skip
+        again = replace(
+            attempt, number=attempt.number + 1, avoided=avoided, elsewhere=False, begun=None, told=Progress()
+        )
+        if mem_nbytes is not None:
+            nodes = list_nodes()
+            again.mem_nbytes = max(attempt.mem_nbytes, min(mem_nbytes, self._find_largest(nodes)))
+            again.num_cpus = self._count_cpus(again.num_slots, again.mem_nbytes, nodes)
+        elif elsewhere and avoided:
+            others = [node for node in list_nodes() if self._is_fit(node) and node.node_id not in avoided]
+            again.elsewhere = any(has_room(node, again) for node in others)
+        return again
 
 
 def _take(waiting: deque[Attempt], num_free: int) -> Attempt | None:

@@ -61,8 +61,6 @@ def serve(packed: bytes, item: object, stop_key: bytes) -> Iterator[Message]:
         nonlocal untold
         if stop.is_set():
             raise StoppedError("stopped")
-        if progress == Progress():
-            return  # no sign that the work gets on
         with lock:
             untold = (untold or Progress()) + progress
 

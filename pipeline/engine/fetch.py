@@ -71,7 +71,8 @@ def _fill_ahead(
         is_done = False
         while not is_done:
             is_done = bool(wait([windows], _REPORT_SECONDS).done)
-            on_read(sum(arrived.get() for _ in range(arrived.qsize())))
+            if nbytes := sum(arrived.get() for _ in range(arrived.qsize())):  # none is no sign of life
+                on_read(nbytes)
         return windows.result()
 
     with ThreadPoolExecutor(1, thread_name_prefix="fetch") as reader:
