@@ -125,13 +125,14 @@ def explain_shares(tasks: Sequence[ShardTask], limits: Limits, num_allowed: int)
         limits: the user's.
         num_allowed: workers that the memory is for.
     """
-    if limits.gpus is not None or limits.is_cached:
+    is_read_again = any(task.reread_nbytes for task in tasks)
+    if limits.gpus is not None or limits.is_cached or (num_allowed == limits.num_workers and not is_read_again):
         return []
     advice = []
     demands = [[measure_demand(merge) for merge in task.merges] for task in tasks]
     single = replace(limits.transfer, num_buffers=1)
     needed = max(project_mem(each, max(one.kept_nbytes for one in each), single) for each in demands)
-    if needed > limits.allowed_mem and any(task.reread_nbytes for task in tasks):
+    if needed > limits.allowed_mem and is_read_again:
         advice.append(f"with --memory {format_memory(needed)} every tensor would be read once")
     if num_allowed < limits.num_workers:
         share = max((task.projected_mem for task in tasks if task.keeps_buffers), default=limits.allowed_mem)
