@@ -78,7 +78,7 @@ def test_a_byte_a_second_is_given_up(line: tuple[FaultProxy, str, StoreSettings]
         proxy.is_shared, proxy.nbytes_per_s = False, 20.0
         reader = pickle.loads(pickle.dumps(stores)) if is_worker else stores
         with pytest.raises(
-            FetchError, match=r"(bytes [\d,]+ to [\d,]+|list of .*): gave up after [23] attempts in [23] s"
+            FetchError, match=r"(bytes [\d,]+ to [\d,]+|list of .*): gave up after [123] attempts? in [1-6] s"
         ):
             read_all(reader.at(url), file)
         reader.close()
@@ -89,7 +89,7 @@ def test_a_listing_that_comes_a_byte_a_second_is_given_up(line: tuple[FaultProxy
     proxy, url, settings = line
     with open_stores(settings) as stores:
         proxy.is_shared, proxy.nbytes_per_s = False, 20.0
-        with pytest.raises(FetchError, match=r"gave up after [123] attempts? in [123] s"):
+        with pytest.raises(FetchError, match=r"gave up after [123] attempts? in [1-6] s"):
             stores.at(url).list(url.rpartition("/")[0])
         proxy.nbytes_per_s = None
 
@@ -103,7 +103,7 @@ def test_an_answer_of_the_hub_that_comes_byte_by_byte_is_given_up(
         with open_stores() as stores:
             pinned = stores.at("hf://me/model").pin("hf://me/model", None)
             proxy.nbytes_per_s = 20.0
-            with pytest.raises(FetchError, match=r"revision: gave up after [123] attempts? in [23] s"):
+            with pytest.raises(FetchError, match=r"revision: gave up after [123] attempts? in [1-6] s"):
                 stores.at(pinned).pin("hf://me/model", None)
             proxy.nbytes_per_s = None
 
