@@ -9,7 +9,6 @@ import multiprocessing.util
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -208,12 +207,9 @@ def _place_sockets() -> None:
     stack = ExitStack()
     multiprocessing.util.Finalize(None, stack.close, exitpriority=-200)  # after multiprocessing's own, at -100
     with suppress(OSError):
-        directory = stack.enter_context(make_directory())
-        tempfile.tempdir, before = str(directory), tempfile.tempdir
-        try:
-            multiprocessing.util.get_temp_dir()
-        finally:
-            tempfile.tempdir = before
+        directory = str(stack.enter_context(make_directory()))
+        # private, but tempfile.tempdir would move the files of other threads, too
+        multiprocessing.current_process()._config.setdefault("tempdir", directory)  # type: ignore[attr-defined]
 
 
 def make_local_runner(

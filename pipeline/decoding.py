@@ -14,7 +14,7 @@ _MAX_DEPTH = 100
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Return what JSON from anywhere says.
+    """Parse JSON from an untrusted source.
 
     Raises:
         ValueError: it is none, or is nested more deeply than what goes through it could follow.

@@ -12,7 +12,7 @@ _VALUE = r"(?:[^\s&\"',;)}<>\\]|\\\\)+"
 """Stops before a lone backslash: in JSON that escapes a quote or a line's end, which must stay."""
 
 _NO_TEXT = r"(?!(?:true|false|null)(?:[\s,\]}]|$)|[\[{](?:[\s\"'\[\]{}]|$))"
-"""What JSON has under a name and is no secret: without it the JSON would be none."""
+"""Values of JSON that are no secrets; masked, they would leave text that is no JSON."""
 
 _NAMES = (
     r"X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|server-side-encryption-customer-key|Signature|sig"

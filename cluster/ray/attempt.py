@@ -20,18 +20,18 @@ class Attempt:
     item: int
     """Its position."""
     mem_nbytes: int
-    """Asked of Ray."""
+    """Memory requested from Ray."""
     num_slots: int = 1
-    """Of this runner that it takes up."""
+    """Slots of the runner that it takes up."""
     num_cpus: int = 1
-    """Asked of Ray: those of its slots, which keep others out of the memory that it takes."""
+    """Processors requested from Ray: those of its slots, which keep others out of the memory that it takes."""
     number: int = 1
     avoided: tuple[str, ...] = ()
     """Nodes on which earlier attempts failed."""
     elsewhere: bool = False
     """Whether it waits for another node than those."""
     begun: Begun | None = None
-    """Where it is in work."""
+    """Node and process that run it; None before it has begun."""
     heard_at: float = field(default_factory=time.monotonic)
     """When there was something from it last."""
     told: Progress = field(default_factory=Progress)

@@ -115,7 +115,7 @@ class PartView(View):
         return None if name in self._hidden else self._below.find(name)
 
     def hidden(self) -> Mapping[str, str]:
-        """Return what is hidden here and below."""
+        """Return the tensors that this view and those below leave out."""
         return {**self._below.hidden(), **self._hidden}
 
     def seen(self, stored: str) -> str:

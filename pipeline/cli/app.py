@@ -110,7 +110,7 @@ def plan(
     save: Annotated[Path | None, Help("Write the tensor table as Parquet.", MESSAGES, "FILE")] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Say what a merge will read, do and write, or what is wrong with it. Reads hardly more than headers."""
+    """Print what a merge will read, do and write, or what is wrong with it. Reads hardly more than headers."""
     from raymerge.pipeline import driver
     from raymerge.pipeline.plan.report import plan_json, save_table
 

@@ -84,7 +84,7 @@ def parse_patterns(place: Place) -> tuple[str, ...]:
 
 
 def parse_integers(place: Place) -> str:
-    """Return what becomes of integers that differ between the models."""
+    """Return the rule for integers that differ between the models."""
     match place.value:
         case None:
             return "equal"

@@ -27,7 +27,7 @@ _ITEM_NBYTES = {dtype.torch_name: dtype.num_bits // 8 for dtype in DTYPES.values
 """Bytes of an element, by torch's word for the dtype."""
 
 MAX_BUFFER_NBYTES = 64 * 2**20
-"""Of a buffer for tensors that are read once anyhow; a larger one does not make it faster."""
+"""Size of an input buffer, unless a block, or a tensor that is kept between its passes, takes more."""
 
 CONTEXT_NBYTES = 640 * 2**20
 """What CUDA takes of a GPU for each process, and for what operations allocate for themselves. An estimate: not measured

@@ -22,7 +22,7 @@ _LAYOUTS = (
     ),
     ("gate and up projections", re.compile(r"\.(?:gate|up)_proj\."), re.compile(r"\.gate_up")),
 )
-"""What some versions of an architecture store one by one, and others together, with patterns of the names."""
+"""Tensors that some versions of an architecture store one by one, and others fused, with patterns of their names."""
 _PLURAL = re.compile(r"s(?=[._]|$)")
 _SAVE_AGAIN = (
     "to give both the same names, load each with transformers 5 and save it by save_pretrained(...,"

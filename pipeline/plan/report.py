@@ -63,7 +63,7 @@ def _project_own_mem(plan: MergePlan) -> int:
 
 
 def _format_shares(plan: MergePlan) -> str:
-    """Return what workers take, and tasks that take as much as several."""
+    """Describe the memory of a worker, and of tasks that take several shares."""
     each = "one worker" if plan.num_workers == 1 else f"each of {plan.num_workers} workers"
     single = max((task.projected_mem for task in plan.tasks if task.num_shares == 1), default=0)
     large = [task for task in plan.tasks if task.num_shares > 1]

@@ -97,7 +97,7 @@ class MergeReport:
     nonfinite: tuple[str, ...]
     """Tensors with NaN or infinity in the output."""
     limits: tuple[str, ...] = ()
-    """What the stores lack, such as conditional writes, and what the merge did without."""
+    """Limits of the stores, such as no conditional writes, and what follows from each."""
 
     def __repr__(self) -> str:
         contents = f"{counted(self.num_tensors, 'tensor')} in {counted(self.num_shards, 'shard')}"

@@ -118,7 +118,7 @@ def share_out_memory(tasks: Sequence[Collection[Demand]], limits: Limits) -> tup
 
 
 def explain_shares(tasks: Sequence[ShardTask], limits: Limits, num_allowed: int) -> list[str]:
-    """Return what more memory would change.
+    """Give advice where more memory would save reading, or let more workers run.
 
     Args:
         tasks: as planned.

@@ -61,7 +61,7 @@ def start_and_leave(parent: Path, is_killed: bool) -> subprocess.CompletedProces
         from raymerge.cluster.process_runner import start_fork_server
         directory._PARENT = Path({str(parent)!r})
         start_fork_server([])
-        print(*Path({str(parent)!r}).glob("*/*/listener-*"), flush=True)
+        print(*Path({str(parent)!r}).rglob("listener-*"), flush=True)
         if {is_killed}:
             os.kill(os.getpid(), signal.SIGKILL)
     """

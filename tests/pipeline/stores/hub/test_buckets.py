@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 from raymerge.pipeline.errors import ConfigError, FetchError, HeldError, OutputError
 from raymerge.pipeline.stores.files import ByteRange
@@ -14,31 +11,10 @@ from raymerge.pipeline.stores.hub.storage import HubStorage
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Storage
-from tests.pipeline.stores.storage_contract import MIB, StorageContract, make_bytes, read_all, read_ranges
+from tests.pipeline.stores.hub.models import READER, SHARD, new_name
+from tests.pipeline.stores.storage_contract import MIB, StorageContract, read_all, read_ranges
 from tests.servers.faults import Fault, FaultProxy
 from tests.servers.hub import HubServer
-
-WRITER, READER = "hf_writerwriterwriter", "hf_readerreaderreader"
-SHARD = make_bytes(3 * MIB + 17)
-_numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    with HubServer(tmp_path_factory.mktemp("hub")) as server:
-        server.add_token(WRITER, user="me", can_write=["me"])
-        server.add_token(READER, user="reader")
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _environment(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("HF_TOKEN", WRITER)
-    server.reset_requests()
-    yield
-    assert not server.leaked_tokens
 
 
 @pytest.fixture
@@ -50,7 +26,7 @@ def storage() -> Iterator[BucketStorage]:
 
 @pytest.fixture
 def bucket(server: HubServer) -> str:
-    name = f"me/bucket-{next(_numbers)}"
+    name = new_name("bucket")
     server.create_bucket(name)
     return name
 
@@ -91,7 +67,7 @@ def test_malformed(storage: BucketStorage, url: str) -> None:
 
 def test_a_bucket_is_made_and_private_unless_asked_for(server: HubServer) -> None:
     for private in (True, False):
-        name = f"me/bucket-{next(_numbers)}"
+        name = new_name("bucket")
         storage = BucketStorage(FaultLog(), private=private)
         out = f"hf://buckets/{name}/out"
         assert storage.list(out) == {}
