@@ -21,7 +21,13 @@ DEVICE = torch.device("meta")
 
 _HOST = "host"
 _aten = torch.ops.aten
-_MAKE = (_aten.empty.memory_format, _aten.full.default, _aten.zeros.default, _aten.scalar_tensor.default)
+_MAKE = (
+    _aten.arange.default,
+    _aten.empty.memory_format,
+    _aten.full.default,
+    _aten.zeros.default,
+    _aten.scalar_tensor.default,
+)
 _MOVE = (_aten._to_copy.default, _aten.copy_.default)
 _WAIT = (_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.bincount.default)
 _TOUCH_NOTHING = ("aten::view", "aten::slice", "aten::select", "aten::detach", "aten::alias", "aten::empty")

@@ -75,11 +75,21 @@ class RandomBits:
             for page in pages:
                 there, here = _cut_page(page, start, stop)
                 _hash_on_cpu(_numpy_table()[there], *self._keys(page), bits[here], shifted[here])
-        else:
-            words, spare = (_words(spare) for spare in spares)
-            for page in pages:
+            return
+        words, spare = (_words(spare) for spare in spares)
+        table = _table(words.device)
+        whole = range(-(-start // PAGE_ELEMENTS), stop // PAGE_ELEMENTS)
+        if whole:  # at once: a GPU computes faster than it is told what
+            keys, factors = zip(*(map(_as_int32, self._keys(page)) for page in whole), strict=True)
+            columns = torch.tensor([keys, factors], dtype=torch.int32).to(words.device).unsqueeze(2)
+            here = slice(whole[0] * PAGE_ELEMENTS - start, (whole[-1] + 1) * PAGE_ELEMENTS - start)
+            shape = len(whole), PAGE_ELEMENTS
+            _hash(table, columns[0], columns[1], words[here].view(shape), spare[here].view(shape))
+        for page in pages:
+            if page not in whole:
                 there, here = _cut_page(page, start, stop)
-                _hash(_table(words.device)[there], *self._keys(page), words[here], spare[here])
+                key, factor = map(_as_int32, self._keys(page))
+                _hash(table[there], key, factor, words[here], spare[here])
 
     def _keys(self, page: int) -> tuple[int, int]:
         """Return two 32-bit keys, the second one odd."""
@@ -96,9 +106,15 @@ def _cut_page(page: int, start: int, stop: int) -> tuple[slice, slice]:
     return slice(first - offset, last - offset), slice(first - start, last - start)
 
 
-def _hash(words: torch.Tensor, key: int, factor: int, bits: torch.Tensor, shifted: torch.Tensor) -> None:
+def _hash(
+    words: torch.Tensor,
+    key: torch.Tensor | int,
+    factor: torch.Tensor | int,
+    bits: torch.Tensor,
+    shifted: torch.Tensor,
+) -> None:
     """Hash with torch, which has no logical shift: the bits that an arithmetic one brings in are masked out."""
-    torch.bitwise_xor(words, _as_int32(key), out=bits).mul_(_as_int32(factor))
+    torch.bitwise_xor(words, key, out=bits).mul_(factor)
     torch.bitwise_right_shift(bits, _SHIFT, out=shifted).bitwise_and_(2 ** (32 - _SHIFT) - 1)
     bits.bitwise_xor_(shifted).mul_(_as_int32(_FACTOR))
 

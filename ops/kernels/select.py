@@ -13,6 +13,9 @@ _NUM_LOW = 2**16
 _NUM_HIGH = 2**15
 """Without the sign, 15 high bits are left."""
 
+_MAX_TABLES = 32
+"""Tables of counts on a GPU."""
+
 SELECTION_NBYTES = _NUM_LOW * 8 + 3 * _NUM_LOW * 4
 """Memory of a selection: a table of counts, and low bits waiting to be counted."""
 SELECTION_TEMPORARY_NBYTES = 6 * _NUM_LOW * 8
@@ -97,7 +100,9 @@ class MagnitudeSparsifier(Sparsifier):
         torch.ops.aten.hardshrink.out(delta, largest_dropped, out=delta)
 
     def _count(self, values: torch.Tensor, num_values: int) -> None:
-        counts = values.bincount(minlength=num_values)
+        counts = (
+            values.bincount(minlength=num_values) if values.device.type == "cpu" else _count_apart(values, num_values)
+        )
         self._counts = counts if self._counts is None else self._counts.add_(counts)
 
     def _count_pending(self) -> None:
@@ -125,6 +130,20 @@ def _low_bits_in_bin(bits: torch.Tensor, high_bits: int, spare: torch.Tensor) ->
     is_inside = spare.view(torch.uint8)[: bits.numel()].numpy().view(np.bool_)
     np.less(unsigned, np.uint32(_NUM_LOW), out=is_inside)
     return torch.from_numpy(bits.numpy()[np.flatnonzero(is_inside)])
+
+
+def _count_apart(values: torch.Tensor, num_values: int) -> torch.Tensor:
+    """Return how often each number occurs in `values`, on a GPU; overwrites them.
+
+    Neighbours count in tables of their own: additions to one place wait for each other, and most deltas between models
+    that are stored in few bits are one of a few numbers.
+    """
+    num_tables = max(1, min(_MAX_TABLES, len(values) // num_values))
+    rows = values[: len(values) // num_tables * num_tables].view(-1, num_tables)
+    rows.add_(torch.arange(num_tables, dtype=torch.int32, device=values.device).mul_(num_values))
+    counts = torch.zeros(num_tables * num_values, dtype=torch.int32, device=values.device)
+    ones = torch.full((), 1, dtype=torch.int32, device=values.device).expand(len(values))
+    return counts.index_add_(0, values, ones).view(num_tables, num_values).sum(0)
 
 
 def _find_bin(counts: torch.Tensor, rank: int) -> tuple[int, int, int]:

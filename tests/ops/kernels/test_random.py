@@ -9,8 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from raymerge.ops.kernels import random
 from raymerge.ops.kernels.random import PAGE_ELEMENTS, RandomBits, RandomSparsifier
+from tests.fake_gpu import DEVICE, FakeGpu
 
 NUM_ELEMENTS = 2**20
 Bits = NDArray[np.uint32]
@@ -60,15 +60,16 @@ def test_any_cut_gives_the_same_bits() -> None:
     assert np.array_equal(draw(dtype=torch.float64), draw())
 
 
-def test_devices_agree() -> None:
-    """What other devices than the CPU run, run on the CPU."""
-    spares = (torch.empty(PAGE_ELEMENTS), torch.empty(PAGE_ELEMENTS))
-    for page in range(4):
-        bits = RandomBits(3, "w", 1)
-        bits.write(page * PAGE_ELEMENTS, spares)
-        words = torch.empty(PAGE_ELEMENTS, dtype=torch.int32)
-        random._hash(random._table(words.device), *bits._keys(page), words, torch.empty_like(words))
-        assert torch.equal(words, spares[0].view(torch.int32))
+@pytest.mark.parametrize("start", [0, 3 * PAGE_ELEMENTS, 1000])
+@pytest.mark.parametrize("num_elements", [10, PAGE_ELEMENTS, 3 * PAGE_ELEMENTS + 5])
+def test_devices_agree(start: int, num_elements: int) -> None:
+    with FakeGpu():
+        spares = torch.empty(num_elements, device=DEVICE), torch.empty(num_elements, device=DEVICE)
+        RandomBits(3, "w", 1).write(start, spares)
+        there = spares[0].view(torch.int32).cpu()
+    here = torch.empty(num_elements), torch.empty(num_elements)
+    RandomBits(3, "w", 1).write(start, here)
+    assert torch.equal(there, here[0].view(torch.int32))
 
 
 @pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 0.9, 0.999])
