@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from threading import Lock as ThreadLock
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from raymerge.pipeline.errors import FetchError, MergeError
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
@@ -24,17 +24,42 @@ NUM_REQUESTS = 16
 PIECE_NBYTES = 8 * 2**20
 """Most that one request asks for: large enough that its latency is small beside it."""
 
-MAX_GAP_NBYTES = 256 * 2**10
-"""Bytes that are rather read in vain than asked around with another request."""
-
 CHUNK_NBYTES = 128 * 2**10
-"""About what a request holds of its body at a time; larger ones are fresh memory each, which costs more than calls."""
+"""About what a request holds of a body at a time that comes in memory of its library; larger chunks are fresh memory
+each, which costs more than calls."""
 
 REQUEST_SECONDS = 20
 """Longest that a request may take, and that a connection may be silent."""
 
 LEAST_NBYTES = 16 * 2**10
 """Fewer bytes in a request's time are no progress; a request on a slow line asks for as few."""
+
+
+class Body(Protocol):
+    """The bytes of an answer, as they come."""
+
+    def readinto(self, buffer: Buffer) -> int:
+        """Put the bytes that come next into a buffer, or into its beginning, and return how many; 0 at the end."""
+
+
+class ChunkBody:
+    """A body that comes in memory of its library."""
+
+    def __init__(self, chunks: Iterator[Buffer | bytes]) -> None:
+        self._chunks = chunks
+        self._rest = memoryview(b"")
+
+    def readinto(self, buffer: Buffer) -> int:
+        """Copy from a chunk."""
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk).cast("B")
+        count = min(self._rest.nbytes, buffer.nbytes)
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
 
 
 class RemoteStorage(Storage):
@@ -58,8 +83,8 @@ class RemoteStorage(Storage):
         """Return the store of a URL for messages and the record of faults, such as `s3://bucket`."""
 
     @abstractmethod
-    def open_range(self, file: StoredFile, start: int, stop: int) -> AbstractContextManager[Iterator[Buffer | bytes]]:
-        """Make one request for bytes [start, stop) and return its body as it comes.
+    def open_range(self, file: StoredFile, start: int, stop: int) -> AbstractContextManager[Body]:
+        """Make one request for bytes [start, stop) and return its body.
 
         Raises:
             FetchError: the file has changed, is gone, or may not be read.
@@ -80,7 +105,7 @@ class RemoteStorage(Storage):
             if view.nbytes != item.nbytes:
                 raise ValueError(f"a buffer of {view.nbytes} bytes for a range of {item.nbytes}")
             item.check()
-        groups = coalesce(ranges, max_gap=MAX_GAP_NBYTES, max_nbytes=PIECE_NBYTES)
+        groups = coalesce(ranges, max_nbytes=PIECE_NBYTES)
         pieces = [piece for group in groups for piece in _cut(group, ranges, views)]
         if len(pieces) == 1:
             self._read_piece(pieces[0])
@@ -136,36 +161,35 @@ class RemoteStorage(Storage):
         """Read one piece, with as many requests as that takes."""
         file = piece.file
         patience = Patience(self.faults, self.store_name(file.url), "GET")
-        offset = mark = piece.start
+        mark = piece.start
         wanted_nbytes = PIECE_NBYTES
-        while offset < piece.stop:
-            before, started = offset, time.monotonic()
-            stop = min(piece.stop, offset + wanted_nbytes)
+        while piece.start < piece.stop:
+            before, started = piece.start, time.monotonic()
+            stop = min(piece.stop, before + wanted_nbytes)
             try:
-                with self.open_range(file, offset, stop) as chunks:
+                with self.open_range(file, before, stop) as body:
                     self.faults.note_answer(self.store_name(file.url))
-                    for chunk in chunks:
-                        offset = piece.fill(offset, stop, memoryview(chunk).cast("B"))
-                        if offset - mark >= LEAST_NBYTES:
+                    while piece.fill(body, stop):
+                        if piece.start - mark >= LEAST_NBYTES:
                             patience.succeeded()
-                            mark = offset
-                if offset < stop:
-                    raise _ShortBodyError(f"the body ended at byte {offset:,}")
+                            mark = piece.start
+                if piece.start < stop:
+                    raise _ShortBodyError(f"the body ended at byte {piece.start:,}")
                 patience.succeeded()
-                mark = offset
+                mark = piece.start
                 if time.monotonic() - started < REQUEST_SECONDS / 4:
                     wanted_nbytes = min(2 * wanted_nbytes, PIECE_NBYTES)
             except (FetchError, FileNotFoundError) as error:
                 raise FetchError(str(error)) from None
             except Exception as error:
                 if time.monotonic() - started > REQUEST_SECONDS / 2:
-                    wanted_nbytes = max((offset - before) // 2, LEAST_NBYTES)
+                    wanted_nbytes = max((piece.start - before) // 2, LEAST_NBYTES)
                 fault = Fault("short body") if isinstance(error, _ShortBodyError) else self.classify(error)
                 if fault is None:
                     raise self.explain(error, file.url) from None
                 if not patience.failed(fault):
                     raise FetchError(
-                        f"{self.store_name(file.url)}: GET of {file.url}, bytes {offset:,} to {piece.stop:,}:"
+                        f"{self.store_name(file.url)}: GET of {file.url}, bytes {piece.start:,} to {piece.stop:,}:"
                         f" {patience.summary}: {one_line(error)}"
                     ) from None
 
@@ -175,28 +199,57 @@ class _ShortBodyError(Exception):
 
 
 class _Piece:
-    """Bytes [start, stop) of a file, and the buffers that parts of it go to."""
+    """Bytes of a file that are still to be read, and where they go."""
 
     def __init__(self, file: StoredFile, start: int, stop: int, targets: Sequence[tuple[int, Buffer]]) -> None:
+        """Begin.
+
+        Args:
+            file: to read from.
+            start: first byte.
+            stop: after the last.
+            targets: views by their start in the file; they cover the piece, and may overlap.
+        """
         self.file = file
         self.start = start
         self.stop = stop
-        self._targets = targets  # by start, in the file
+        self._places: list[tuple[int, Buffer]] = []
+        self._doubles: list[tuple[int, Buffer]] = []
+        """Views, or parts of them, whose bytes are in places as well."""
+        self._number = 0
+        """Of the place that is filled next."""
+        reached = start
+        for first, view in targets:
+            if first < reached:
+                self._doubles.append((first, view[: reached - first]))
+            if first + view.nbytes > reached:
+                self._places.append((reached, view[reached - first :]))
+                reached = first + view.nbytes
 
-    def fill(self, offset: int, stop: int, chunk: Buffer) -> int:
-        """Copy a chunk of [offset, stop) that begins at `offset` to where it belongs, and return the offset after it.
+    def fill(self, body: Body, stop: int) -> bool:
+        """Read what comes next, before `stop`, and return False at the end of the body.
 
         Raises:
-            FetchError: it is longer than what was asked for.
+            FetchError: the body is longer than what was asked for.
         """
-        end = offset + chunk.nbytes
-        if end > stop:
-            raise FetchError(f"{self.file.url}: {end - stop:,} bytes more than asked for; is it behind a broken proxy?")
-        for start, view in self._targets:
-            first, last = max(offset, start), min(end, start + view.nbytes)
-            if first < last:
-                view[first - start : last - start] = chunk[first - offset : last - offset]
-        return end
+        if self.start == stop:
+            if body.readinto(memoryview(bytearray(1))):
+                raise FetchError(f"{self.file.url}: more bytes than were asked for; is it behind a broken proxy?")
+            return False
+        first, view = self._places[self._number]
+        count = body.readinto(view[self.start - first : stop - first])
+        self.start += count
+        self._number += self.start == first + view.nbytes
+        if self.start == self.stop:
+            self._fill_doubles()
+        return count > 0
+
+    def _fill_doubles(self) -> None:
+        for first, view in self._doubles:
+            for start, place in self._places:
+                begin, end = max(first, start), min(first + view.nbytes, start + place.nbytes)
+                if begin < end:
+                    view[begin - first : end - first] = place[begin - start : end - start]
 
 
 def _cut(group: ReadGroup, ranges: Sequence[ByteRange], views: Sequence[Buffer]) -> Iterator[_Piece]:
@@ -211,8 +264,7 @@ def _cut(group: ReadGroup, ranges: Sequence[ByteRange], views: Sequence[Buffer])
             first, last = max(start, item.start), min(stop, item.stop)
             if first < last:
                 targets.append((first, views[member][first - item.start : last - item.start]))
-        if targets:
-            yield _Piece(group.file, start, stop, targets)
+        yield _Piece(group.file, start, stop, targets)
 
 
 def _finish(pending: Sequence[Future[None]]) -> None:

@@ -20,7 +20,7 @@ from raymerge.pipeline.stores.fsspec.errors import (
 )
 from raymerge.pipeline.stores.fsspec.info import is_directory, stored_file
 from raymerge.pipeline.stores.fsspec.loop import WRITE_SECONDS, run_bounded
-from raymerge.pipeline.stores.remote import PIECE_NBYTES, RemoteStorage
+from raymerge.pipeline.stores.remote import PIECE_NBYTES, ChunkBody, RemoteStorage
 from raymerge.pipeline.stores.retry import Fault, FaultLog
 from raymerge.pipeline.urls import split_url
 
@@ -180,10 +180,10 @@ class FsspecFiles(RemoteStorage):
     # reading
 
     @contextmanager
-    def open_range(self, file: StoredFile, start: int, stop: int) -> Iterator[Iterator[Buffer | bytes]]:  # noqa: D102
+    def open_range(self, file: StoredFile, start: int, stop: int) -> Iterator[ChunkBody]:  # noqa: D102
         try:
             with self._open_body(file, start, stop) as chunks:
-                yield chunks
+                yield ChunkBody(chunks)
         except FileNotFoundError as error:
             if is_missing_bucket(error):
                 raise

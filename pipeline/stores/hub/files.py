@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock as ThreadLock
 
-from raymerge.pipeline.stores.files import Buffer, StoredFile
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.hub.api import HubApi
 from raymerge.pipeline.stores.hub.path import find_endpoint
 from raymerge.pipeline.stores.remote import RemoteStorage
 from raymerge.pipeline.stores.retry import Fault, FaultLog
 from raymerge.pipeline.stores.web import reader as web_reader
-from raymerge.pipeline.stores.web.client import WebClient, origin_of
+from raymerge.pipeline.stores.web.client import Answer, WebClient, origin_of
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, classify_web
 
 XET_NBYTES = 400 * 2**20
@@ -53,17 +51,13 @@ class HubFiles(RemoteStorage):
             FetchError: it has changed since the plan was made.
         """
 
-    @contextmanager
-    def open_range(self, file: StoredFile, start: int, stop: int) -> Iterator[Iterator[Buffer]]:  # noqa: D102
+    def open_range(self, file: StoredFile, start: int, stop: int) -> Answer:  # noqa: D102
         with self._guard:
             target = self._targets.setdefault(file, _Target())
         with target.lock:
             url = target.url = target.url or self.locate(file)
-
         try:
-            with web_reader.open_range(self._client, url, self.api.headers(url), file, start, stop) as chunks:
-                target.num_expiries = 0
-                yield chunks
+            answer = web_reader.open_range(self._client, url, self.api.headers(url), file, start, stop)
         except RefusalError as error:
             if error.status not in (401, 403) or origin_of(url) == origin_of(find_endpoint()):
                 raise
@@ -74,6 +68,8 @@ class HubFiles(RemoteStorage):
             if target.num_expiries > _MAX_EXPIRIES:
                 raise
             raise BrokenError("the signed URL is no longer good", Fault("403 expired URL")) from None
+        target.num_expiries = 0
+        return answer
 
     def store_name(self, url: str) -> str:  # noqa: D102
         return find_endpoint()

@@ -108,7 +108,7 @@ class LocalStorage(Storage):
         for item, view in zip(ranges, views, strict=True):
             if view.nbytes != item.nbytes:
                 raise ValueError(f"a buffer of {view.nbytes} bytes for a range of {item.nbytes}")
-        for group in coalesce(ranges, max_gap=0, max_nbytes=_MAX_CALL_NBYTES):
+        for group in coalesce(ranges, max_nbytes=_MAX_CALL_NBYTES):
             with self._files.opened(group.file) as descriptor:
                 run: list[Buffer] = []
                 start = stop = group.start
@@ -125,7 +125,7 @@ class LocalStorage(Storage):
         """Have the kernel read ahead into the page cache, where it can be told to."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for group in coalesce(ranges, max_gap=0, max_nbytes=_MAX_CALL_NBYTES):
+        for group in coalesce(ranges, max_nbytes=_MAX_CALL_NBYTES):
             with suppress(OSError), self._files.opened(group.file) as descriptor:
                 os.posix_fadvise(descriptor, group.start, group.stop - group.start, os.POSIX_FADV_WILLNEED)
 

@@ -18,6 +18,7 @@ from obstore.exceptions import (
 
 from raymerge.pipeline.errors import MergeError
 from raymerge.pipeline.stores.retry import Fault, one_line
+from raymerge.pipeline.stores.web.errors import classify_web
 
 BAD_CHECKSUM_CODES = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "Md5Mismatch"})
 """The store found other bytes than the sender's checksum is of."""
@@ -109,7 +110,13 @@ class ObjectError(Exception):
 
 def classify_fault(error: Exception) -> Fault | None:
     """Return the fault that an error is, or None where trying again is useless."""
-    return error.as_fault() if isinstance(error, ObjectError) else None
+    return error.as_fault() if isinstance(error, ObjectError) else classify_web(error)
+
+
+def refusal(method: str, status: int, content: bytes) -> ObjectError:
+    """Return the error for an answer other than success, from what it says."""
+    found = _find_fields(content.decode(errors="replace"))
+    return ObjectError(method, status, found.get("Code", ""), found.get("Message", ""))
 
 
 @contextmanager
@@ -134,7 +141,7 @@ def _translate(error: Exception, method: str) -> ObjectError:
         return ObjectError(method, 0, "", f"there is an object of the name {name}", "unusable name")
     if _NO_LOCATION in text:
         return ObjectError(method, 301, "PermanentRedirect", "")
-    found = {name: match[1] for name, pattern in _FIELDS.items() if (match := pattern.search(text))}
+    found = _find_fields(text)
     if made := _METHOD.search(text):
         method = made[1]
     status_match = _STATUS.search(text)
@@ -152,6 +159,10 @@ def _translate(error: Exception, method: str) -> ObjectError:
     if retries := _RETRIES.search(text):
         result.num_attempts += int(retries[1] or retries[2])
     return result
+
+
+def _find_fields(text: str) -> dict[str, str]:
+    return {name: match[1] for name, pattern in _FIELDS.items() if (match := pattern.search(text))}
 
 
 def _skew(ours: str | None, theirs: str | None) -> float | None:

@@ -15,11 +15,12 @@ import obstore
 
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.stores.buffers import BufferPool
-from raymerge.pipeline.stores.files import Buffer, StoredFile, check_same
+from raymerge.pipeline.stores.files import StoredFile, check_same
 from raymerge.pipeline.stores.lease import hold_lease
 from raymerge.pipeline.stores.objects.aws import AwsAccount
 from raymerge.pipeline.stores.objects.bucket import Bucket
 from raymerge.pipeline.stores.objects.errors import ObjectError, classify_fault, translated
+from raymerge.pipeline.stores.objects.reader import DirectReader
 from raymerge.pipeline.stores.objects.writer import (
     NUM_BUFFERS,
     PART_NBYTES,
@@ -28,8 +29,8 @@ from raymerge.pipeline.stores.objects.writer import (
     stored_file,
     unquoted,
 )
-from raymerge.pipeline.stores.remote import CHUNK_NBYTES, NUM_REQUESTS, RemoteStorage
-from raymerge.pipeline.stores.retry import Fault, FaultLog, Patience
+from raymerge.pipeline.stores.remote import CHUNK_NBYTES, NUM_REQUESTS, Body, ChunkBody, RemoteStorage
+from raymerge.pipeline.stores.retry import Fault, FaultLog, Patience, one_line
 from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES, Lock, Writer
 from raymerge.pipeline.urls import scheme_of, split_url
 
@@ -57,6 +58,7 @@ class ObjectStorage(RemoteStorage):
         self._lock = ThreadLock()
         self._buckets: dict[str, Bucket] = {}
         self._aws: AwsAccount | None = None
+        self._direct: DirectReader | None = None
 
     def absolute(self, url: str) -> str:  # noqa: D102
         bucket, key = split_url(url)
@@ -71,7 +73,7 @@ class ObjectStorage(RemoteStorage):
     def explain(self, error: Exception, url: str) -> FetchError:  # noqa: D102
         if isinstance(error, ObjectError):
             return FetchError(self._bucket(split_url(url)[0]).explain(error, url))
-        return FetchError(f"{url}: {type(error).__name__}")
+        return FetchError(f"{url}: {one_line(error)}")
 
     def stat(self, url: str) -> StoredFile:  # noqa: D102
         bucket, key = self._locate(url)
@@ -106,9 +108,14 @@ class ObjectStorage(RemoteStorage):
                 found[name] = stored_file(f"{url}/{name}", item)
         return dict(sorted(found.items()))
 
-    @contextmanager
-    def open_range(self, file: StoredFile, start: int, stop: int) -> Iterator[Iterator[Buffer | bytes]]:  # noqa: D102
+    def open_range(self, file: StoredFile, start: int, stop: int) -> AbstractContextManager[Body]:  # noqa: D102
         bucket, key = self._locate(file.url)
+        reader = self._direct
+        answer = reader.open_range(bucket, key, file, start, stop) if reader else None
+        return self._ask_obstore(bucket, key, file, start, stop) if answer is None else answer
+
+    @contextmanager
+    def _ask_obstore(self, bucket: Bucket, key: str, file: StoredFile, start: int, stop: int) -> Iterator[Body]:
         options: GetOptions = {"range": (start, stop)}
         if file.etag:
             options["if_match"] = quoted(file.etag)
@@ -117,7 +124,7 @@ class ObjectStorage(RemoteStorage):
                 result = obstore.get(bucket.reads, key, options=options)
                 found = stored_file(file.url, result.meta)
                 check_same(file, found.nbytes, found.etag)
-                yield (memoryview(chunk) for chunk in result.stream(CHUNK_NBYTES))
+                yield ChunkBody(memoryview(chunk) for chunk in result.stream(CHUNK_NBYTES))
         except ObjectError as error:
             if error.status in (404, 412, 416):
                 self.check_unchanged(file)
@@ -164,8 +171,11 @@ class ObjectStorage(RemoteStorage):
         with self._lock:
             self._buckets.clear()
             aws, self._aws = self._aws, None
+            direct, self._direct = self._direct, None
         if aws is not None:
             aws.close()
+        if direct is not None:
+            direct.close()
 
     def _locate(self, url: str) -> tuple[Bucket, str]:
         """Return the bucket and the key that a URL means.
@@ -195,7 +205,8 @@ class ObjectStorage(RemoteStorage):
         with self._lock:
             if name not in self._buckets:
                 if self._scheme == "s3" and self._aws is None:
-                    self._aws = AwsAccount()
+                    aws = AwsAccount()
+                    self._aws, self._direct = aws, DirectReader(aws)
                 self._buckets[name] = Bucket(self._scheme, name, self._aws, self.faults)
             return self._buckets[name]
 

@@ -12,7 +12,6 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from email.message import Message
 from functools import partial
 from types import TracebackType
@@ -20,6 +19,7 @@ from typing import NamedTuple, Self
 from urllib.parse import SplitResult, urljoin
 
 from raymerge import __version__
+from raymerge.pipeline.stores.files import Buffer
 from raymerge.pipeline.stores.remote import CHUNK_NBYTES, REQUEST_SECONDS
 from raymerge.pipeline.stores.retry import Fault
 from raymerge.pipeline.stores.web.connection import (
@@ -32,8 +32,6 @@ from raymerge.pipeline.stores.web.connection import (
 )
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, explain_broken
 
-_BUFFER_NBYTES = CHUNK_NBYTES // 2
-"""Smaller ones take turns at the interpreter lock too often; larger ones do not stay in a core's cache."""
 _MAX_ANSWER_NBYTES = 256 * 2**20
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -64,9 +62,14 @@ def origin_of(url: str) -> tuple[str, str, int]:
 class WebClient:
     """Makes requests; safe to use from several threads. Proxies and certificates are those of the environment."""
 
-    def __init__(self) -> None:
+    def __init__(self, authorities: str | None = None) -> None:
+        """Begin.
+
+        Args:
+            authorities: certificates (PEM) that are trusted besides those of the environment.
+        """
+        self._authorities = authorities
         self._idle: dict[tuple[object, ...], list[http.client.HTTPConnection]] = {}
-        self._buffers: list[memoryview] = []
         self._lock = threading.Lock()
         self._tls: ssl.SSLContext | None = None
 
@@ -127,21 +130,8 @@ class WebClient:
             connections = [connection for kept in self._idle.values() for connection in kept]
             self._idle.clear()
             self._tls = None
-        self._buffers.clear()
         for connection in connections:
             connection.close()
-
-    @contextmanager
-    def lend_buffer(self) -> Iterator[memoryview]:
-        """Lend memory to read into: to clear new memory for each request would cost a tenth of what reading does."""
-        try:
-            buffer = self._buffers.pop()
-        except IndexError:
-            buffer = memoryview(bytearray(_BUFFER_NBYTES))
-        try:
-            yield buffer
-        finally:
-            self._buffers.append(buffer)
 
     def give_back(self, key: tuple[object, ...], connection: http.client.HTTPConnection) -> None:
         """Keep a connection for the next request."""
@@ -176,7 +166,7 @@ class WebClient:
     def _find_tls(self) -> ssl.SSLContext:
         tls = self._tls
         if tls is None:
-            tls = self._tls = make_tls()
+            tls = self._tls = make_tls(self._authorities)
         return tls
 
     def _take(self, key: tuple[object, ...]) -> http.client.HTTPConnection | None:
@@ -215,23 +205,27 @@ class Answer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        self.close()
 
-    def chunks(self) -> Iterator[memoryview]:
-        """Yield the body as it comes; a chunk is valid until the next. A body that is cut short just ends.
+    def readinto(self, buffer: Buffer) -> int:
+        """Put what has come of the body into a buffer, straight from the socket, and return its size; 0 at the end.
+
+        A body that is cut short just ends.
 
         Raises:
             BrokenError: the connection broke, or the request has taken too long.
         """
-        with self._client.lend_buffer() as buffer:
-            while True:
-                try:
-                    count = self._response.readinto(buffer)
-                except (OSError, http.client.HTTPException, ValueError) as error:
-                    raise explain_broken(error, self._url) from None
-                if not count:
-                    return
-                yield buffer[:count]
+        response = self._response
+        try:
+            if response.chunked or not response.length:
+                return response.readinto(buffer)
+            count = response.fp.readinto1(buffer[: response.length])
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise explain_broken(error, self._url) from None
+        response.length -= count
+        if not response.length:
+            response.close()
+        return count
 
     def read(self, max_nbytes: int = _MAX_ANSWER_NBYTES) -> bytes:
         """Return the body.
@@ -240,7 +234,7 @@ class Answer:
             BrokenError: it did not come whole, or is too long.
         """
         expected = self._response.length
-        content = b"".join(map(bytes, self._bounded(max_nbytes)))
+        content = b"".join(map(bytes, self._chunks(max_nbytes)))
         if expected is not None and len(content) < expected:
             raise BrokenError(f"the answer ended after {len(content):,} of {expected:,} bytes", Fault("short body"))
         return content
@@ -248,18 +242,21 @@ class Answer:
     def finish(self) -> None:
         """Read over what is left, and let go of the connection."""
         with self:
-            for _ in self._bounded(_MAX_ANSWER_NBYTES):
+            for _ in self._chunks(_MAX_ANSWER_NBYTES):
                 pass
 
-    def _bounded(self, max_nbytes: int) -> Iterator[memoryview]:
+    def _chunks(self, max_nbytes: int) -> Iterator[memoryview]:
+        """Yield the body as it comes; a chunk is valid until the next."""
+        buffer = memoryview(bytearray(CHUNK_NBYTES))
         total = 0
-        for chunk in self.chunks():
-            total += chunk.nbytes
+        while count := self.readinto(buffer):
+            total += count
             if total > max_nbytes:
                 raise BrokenError(f"the answer has more than {max_nbytes:,} bytes", None)
-            yield chunk
+            yield buffer[:count]
 
-    def _end(self) -> None:
+    def close(self) -> None:
+        """Keep the connection for the next request if the whole body was read, and close it otherwise."""
         response = self._response
         if response.isclosed() and not response.length and not response.will_close and self._connection.sock:
             self._client.give_back(self._key, self._connection)

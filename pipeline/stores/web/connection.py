@@ -47,8 +47,11 @@ def make_response(deadline: float, connection: socket.socket, *args: Any, **opti
     return http.client.HTTPResponse(cast(socket.socket, _TimedSocket(connection, deadline)), *args, **options)
 
 
-def make_tls() -> ssl.SSLContext:
+def make_tls(authorities: str | None = None) -> ssl.SSLContext:
     """Return the certificates that the environment has trusted.
+
+    Args:
+        authorities: further ones (PEM).
 
     Raises:
         BrokenError: it names a file that has none.
@@ -56,7 +59,10 @@ def make_tls() -> ssl.SSLContext:
     from httpx2 import create_ssl_context  # where huggingface_hub takes its certificates from
 
     try:
-        return create_ssl_context()
+        context = create_ssl_context()
+        if authorities:
+            context.load_verify_locations(cadata=authorities)
+        return context
     except OSError as error:
         hint = "SSL_CERT_FILE or SSL_CERT_DIR names a file that is not there, or that has no certificate (PEM)"
         raise BrokenError(f"no certificates: {hint}: {error}", None) from None

@@ -1,10 +1,9 @@
-"""Ranged GETs: one request, its answer checked, its body as it comes."""
+"""Ranged GETs: one request, and its answer checked."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from email.message import Message
 
 from raymerge.pipeline.errors import FetchError
@@ -17,7 +16,6 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)
 _NBYTES = re.compile(r"[0-9]{1,18}")
 
 
-@contextmanager
 def open_range(
     client: WebClient,
     url: str,
@@ -26,8 +24,8 @@ def open_range(
     start: int,
     stop: int,
     check: Callable[[Message], None] = lambda headers: None,
-) -> Iterator[Iterator[memoryview]]:
-    """Make one request for bytes [start, stop) of a file and yield its body.
+) -> Answer:
+    """Make one request for bytes [start, stop) of a file and return the answer, whose body they are.
 
     Args:
         client: makes it.
@@ -43,11 +41,14 @@ def open_range(
         RefusalError: the server refuses.
         BrokenError: no whole answer came.
     """
-    wanted = {**headers, "Range": f"bytes={start}-{stop - 1}"}
-    with client.open("GET", url, wanted, redirects=True) as answer:
-        _check_status(answer, file, start, stop)
+    answer = client.open("GET", url, {**headers, "Range": f"bytes={start}-{stop - 1}"}, redirects=True)
+    try:
+        check_range(answer, file, start, stop)
         check(answer.headers)
-        yield answer.chunks()
+    except BaseException:
+        answer.close()
+        raise
+    return answer
 
 
 def changed(file: StoredFile, nbytes: int | None, etag: str | None) -> FetchError:
@@ -62,7 +63,13 @@ def parse_nbytes(headers: Message) -> int | None:
     return int(text) if _NBYTES.fullmatch(text) else None
 
 
-def _check_status(answer: Answer, file: StoredFile, start: int, stop: int) -> None:
+def check_range(answer: Answer, file: StoredFile, start: int, stop: int) -> None:
+    """Make sure that an answer has bytes [start, stop) of a file.
+
+    Raises:
+        FetchError: the file has changed, or the server cannot serve parts of it.
+        RefusalError: the server refuses.
+    """
     etag = answer.headers.get("ETag")
     if answer.status == 206:
         match = _CONTENT_RANGE.fullmatch((answer.headers.get("Content-Range") or "").strip())

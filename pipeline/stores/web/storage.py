@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from email.message import Message
 from typing import NoReturn
 from urllib.parse import quote, urlsplit
 
 from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError, OutputError
-from raymerge.pipeline.stores.files import Buffer, StoredFile
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.remote import RemoteStorage
 from raymerge.pipeline.stores.retry import Fault, FaultLog, one_line
 from raymerge.pipeline.stores.seam import Lock, Writer
 from raymerge.pipeline.stores.web import reader as web_reader
-from raymerge.pipeline.stores.web.client import WebClient
+from raymerge.pipeline.stores.web.client import Answer, WebClient
 from raymerge.pipeline.stores.web.connection import basic_credentials
 from raymerge.pipeline.stores.web.errors import RefusalError, classify_web
 from raymerge.pipeline.stores.web.index import INDEX, USUAL_NAMES, parse_index, parse_weight_names
@@ -119,8 +119,7 @@ class WebStorage(RemoteStorage):
             hint = "; if it needs a name and a password, write them into the URL: https://name:password@host/..."
         return FetchError(f"{url}: {one_line(error)}{hint}")
 
-    @contextmanager
-    def open_range(self, file: StoredFile, start: int, stop: int) -> Iterator[Iterator[Buffer]]:  # noqa: D102
+    def open_range(self, file: StoredFile, start: int, stop: int) -> Answer:  # noqa: D102
         source = _source_of(file.url)
         headers = {**source.headers, **_make_condition(file.etag)}
 
@@ -129,8 +128,7 @@ class WebStorage(RemoteStorage):
             if found and found != file.etag:
                 raise web_reader.changed(file, file.nbytes, found)
 
-        with web_reader.open_range(self._client, source.url, headers, file, start, stop, check) as chunks:
-            yield chunks
+        return web_reader.open_range(self._client, source.url, headers, file, start, stop, check)
 
     def _head(self, url: str, absent: Sequence[int]) -> Message:
         """Return a file's headers; `absent` are the answers that mean that there is no such file.
@@ -204,9 +202,7 @@ class WebStorage(RemoteStorage):
 
     def _read_byte(self, file: StoredFile) -> None:
         def ask() -> None:
-            with self.open_range(file, 0, 1) as chunks:
-                for _ in chunks:
-                    pass
+            self.open_range(file, 0, 1).finish()
 
         self.call("GET", file.url, ask)
 

@@ -251,12 +251,13 @@ def slow(*values: object) -> Any:
 def test_replaced_between_two_requests(s3: S3fsStorage, bucket: str, data: bytes) -> None:
     s3.write(f"s3://{bucket}/a", b"abcdefgh")
     file = s3.stat(f"s3://{bucket}/a")
-    with s3.open_range(file, 0, 4) as chunks:
-        assert b"".join(chunks) == b"abcd"
-    found = s3.write(file.url, data)
+    with s3.open_range(file, 0, 4) as body:
+        assert body.readinto(memoryview(found := bytearray(5))) == 4
+        assert found[:4] == b"abcd"
+    now = s3.write(file.url, data)
     message = (
         f"{file.url}: changed since the plan was made: expected 8 bytes, etag {file.etag};"
-        f" found {len(data)} bytes, etag {found.etag}. Run again when nobody writes to it"
+        f" found {len(data)} bytes, etag {now.etag}. Run again when nobody writes to it"
     )
     with pytest.raises(FetchError, match=f"^{message}$"), s3.open_range(file, 4, 8):
         pass

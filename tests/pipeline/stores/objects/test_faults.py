@@ -21,9 +21,9 @@ READ_FAULTS = {
     Fault.SLOW_DOWN: "503 SlowDown",
     Fault.SERVER_ERROR: "500 InternalError",
     Fault.TOO_MANY: "429 TooManyRequests",
-    Fault.RESET: "connection reset",
+    Fault.RESET: "connection broken",
     Fault.STALL: "timeout",
-    Fault.RESET_IN_BODY: "connection reset",
+    Fault.RESET_IN_BODY: "connection broken",
     Fault.STALL_IN_BODY: "timeout",
     Fault.SHORT_BODY: "short body",
 }
@@ -31,7 +31,8 @@ READ_FAULTS = {
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymerge.pipeline.stores.objects.bucket.REQUEST_SECONDS", 0.5)
+    for module in ("objects.bucket", "web.client", "web.connection"):
+        monkeypatch.setattr(f"raymerge.pipeline.stores.{module}.REQUEST_SECONDS", 0.5)
 
 
 @pytest.mark.usefixtures("_impatient")
@@ -66,6 +67,17 @@ def test_a_body_that_breaks_is_gone_on_with_where_it_broke(
     assert starts[1] > MIB
     assert starts[2] > starts[1]
     assert {request.headers["if-match"] for request in proxy.requests if request.operation == "GetObject"}
+
+
+def test_where_signed_urls_are_refused_obstore_reads(storage: ObjectStorage, bucket: str, proxy: FaultProxy) -> None:
+    storage.write(f"s3://{bucket}/a", PARTS[:1000])
+    file = storage.stat(f"s3://{bucket}/a")
+    assert read_all(storage, file) == PARTS[:1000]
+    proxy.faults = {Fault.EXPIRED: 1.0}
+    assert read_all(storage, file) == PARTS[:1000]
+    assert read_all(storage, file) == PARTS[:1000]
+    assert proxy.injected == {Fault.EXPIRED: 1}, "asked for once, and not again"
+    assert drained(storage) == {}
 
 
 @pytest.mark.parametrize("operation", ["HeadObject", "ListObjects"])

@@ -58,8 +58,8 @@ def test_replaced_while_it_is_read(
     url = f"s3://{bucket}/a"
     storage.write(url, make_bytes(4 * MIB))
     file = storage.stat(url)
-    with storage.open_range(file, 0, MIB) as chunks:
-        assert sum(len(memoryview(chunk)) for chunk in chunks) == MIB
+    with storage.open_range(file, 0, MIB) as body:
+        assert body.readinto(memoryview(bytearray(MIB))) > 0
     s3_server.client().put_object(Bucket=bucket, Key="a", Body=make_bytes(4 * MIB, 1))
     with pytest.raises(FetchError, match=rf"{url}: changed since the plan was made.*found 4,194,304 bytes, etag"):
         read_all(storage, file)
