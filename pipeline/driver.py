@@ -72,7 +72,7 @@ def plan(
     options = make_options(options, keywords)
     limits = _make_limits(options)
     if (gpu_mem := options.allowed_gpu_mem) is not None:  # on a machine without GPUs: a plan for one with one
-        limits = replace(limits, gpus=Gpus(len(list_gpus()) or 1, gpu_mem))
+        limits = replace(limits, gpus=Gpus(len(list_gpus()) or 1, gpu_mem, not _is_on_ray(options)))
     with open_stores(StoreSettings(options.storage)) as stores:
         loaded = load_config(config, strict=options.strict)
         where = ["." if out is None else str(out)]
@@ -229,7 +229,7 @@ def _find_workers(
         prepare_workers(stores, models, [str(out) for out in outs], on_gpus=gpu_mem is not None)
     if gpu_mem is not None:
         num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
-        limits = replace(limits, gpus=Gpus(num_gpus, gpu_mem))
+        limits = replace(limits, gpus=Gpus(num_gpus, gpu_mem, not _is_on_ray(options)))
     return session, limits
 
 
@@ -278,12 +278,15 @@ def _recheck(stores: Stores, out: str, num_workers: int) -> None:
         raise OutputError(f"{error}\ngive --overwrite to make it again") from None
 
 
+def _is_on_ray(options: MergeOptions) -> bool:
+    return options.ray or options.address is not None
+
+
 def _make_limits(options: MergeOptions) -> Limits:
-    is_on_ray = options.ray or options.address is not None
     return Limits(
         options.allowed_mem,
         options.num_workers,
         options.shard_nbytes,
-        runner_nbytes=TASK_NBYTES if is_on_ray else 0,
+        runner_nbytes=TASK_NBYTES if _is_on_ray(options) else 0,
         task_mem=measure_memory() // 2 if options.ray else None,  # Ray keeps some for itself and its object store
     )

@@ -23,7 +23,7 @@ from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.integers import check_integers
-from raymerge.pipeline.plan.memory import Transfer, check_plan_fits
+from raymerge.pipeline.plan.memory import MAX_BUFFER_NBYTES, Transfer, check_plan_fits
 from raymerge.pipeline.plan.recipe import expand, open_model
 from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_idle
@@ -105,7 +105,7 @@ def make_plan(
     merges = join_variants(recipes)
     check_integers(stores, merges)
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
-    transfer = _measure_transfer(stores, checkpoints, outs, limits.runner_nbytes)
+    transfer = _measure_transfer(stores, checkpoints, outs, limits)
     limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, checkpoints, session))
     tasks, num_workers, num_allowed = make_tasks(merges, limits)
     beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)
@@ -152,18 +152,20 @@ def _is_cached(stores: Stores, checkpoints: Sequence[Checkpoint], session: RaySe
 
 
 def _measure_transfer(
-    stores: Stores, checkpoints: Sequence[Checkpoint], outs: Sequence[str], runner_nbytes: int
+    stores: Stores, checkpoints: Sequence[Checkpoint], outs: Sequence[str], limits: Limits
 ) -> Transfer:
     inputs = dict.fromkeys(stores.at(checkpoint.url) for checkpoint in checkpoints)
     outputs = [stores.at(out) for out in outs]
-    return Transfer(
-        num_buffers=2 if any(storage.is_remote for storage in inputs) else 1,
+    is_remote = any(storage.is_remote for storage in inputs)
+    transfer = Transfer(
+        num_buffers=2 if is_remote or limits.gpus is not None else 1,
         nbytes=sum(storage.read_nbytes for storage in inputs)
         + sum(storage.write_nbytes for storage in outputs)
         + sum(storage.library_nbytes for storage in {*inputs, *outputs})
-        + runner_nbytes,
+        + limits.runner_nbytes,
         num_outputs=len(outs),
     )
+    return replace(transfer, staging_nbytes=MAX_BUFFER_NBYTES) if is_remote else transfer
 
 
 def _gather_side_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -72,7 +73,7 @@ class FakeMark(Mark):
 class FakeQueue(Queue):
     def __init__(self, gpu: FakeGpu, name: str) -> None:
         self.gpu, self.name = gpu, name
-        self.outer: list[str] = []
+        self.outer: list[str] = []  # a queue is used by one thread at a time
 
     def __enter__(self) -> None:
         self.outer.append(self.gpu.current)
@@ -106,7 +107,8 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.current = "default"
+        self._own = threading.local()
+        self._lock = threading.RLock()
         self.clocks: dict[str, Clock] = defaultdict(lambda: defaultdict(int))
         self.accesses: dict[int, list[_Access]] = defaultdict(list)
         """Of queues: by address for each piece of memory on the GPU, and under 0 for the host's."""
@@ -119,6 +121,16 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.num_sent = 0
         """Bytes from the host."""
 
+    @property
+    def current(self) -> str:
+        """The queue that this thread's operations go to."""
+        queue: str = getattr(self._own, "queue", "default")
+        return queue
+
+    @current.setter
+    def current(self, queue: str) -> None:
+        self._own.queue = queue
+
     def open_queue(self, device: torch.device) -> FakeQueue:
         assert device == DEVICE
         self.num_queues += 1
@@ -130,6 +142,10 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
             own[name] = max(own[name], time)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self._lock:
+            return self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
         is_there = [isinstance(tensor, GpuTensor) for tensor in tensors]

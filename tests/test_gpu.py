@@ -10,7 +10,6 @@ import torch
 from raymerge import merge
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Site
 from raymerge.ops.registry import Op
-from raymerge.pipeline.plan.memory import CONTEXT_NBYTES
 from tests.checkpoints import read_model, write_family
 from tests.method_configs import METHODS, make_config
 from tests.ops.engine import MemoryBlock, run_kernel
@@ -61,4 +60,4 @@ def test_memory_on_the_gpu_is_as_projected(method: str, family: tuple[Path, ...]
     keep = Keep()
     merge(make_config(method, family), tmp_path / "out", workers=1, gpu_memory="8GiB", on_event=keep)
     projected = max(task.projected_gpu_mem for task in keep.plan.tasks)
-    assert torch.cuda.max_memory_reserved() <= projected - CONTEXT_NBYTES + 64 * 2**20
+    assert torch.cuda.max_memory_reserved() <= projected + 64 * 2**20

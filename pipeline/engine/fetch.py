@@ -47,24 +47,28 @@ def fetch_windows(
     Raises:
         FetchError: a range could not be read, or its file has changed.
     """
-    filling = _fill_ahead if len(buffers) > 1 else _fill_in_turn
-    yield from filling(stores, fetches, buffers, on_read)
+    if len(buffers) > 1:
+
+        def fill(fetch: Fetch, number: int, on_read: Callable[[int], None]) -> list[Filled]:
+            return _fill(stores, fetch, buffers[number], on_read)
+
+        yield from fill_ahead(fill, fetches, on_read)
+    else:
+        yield from _fill_in_turn(stores, fetches, buffers[0], on_read)
 
 
-def _fill_in_turn(
-    stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer], on_read: Callable[[int], None]
-) -> Iterator[Filled]:
-    for fetch, following in pairwise(chain(fetches, [()])):
-        windows = _fill(stores, fetch, buffers[0], on_read)
-        coming = _ranges(following)
-        for storage, positions in _by_storage(stores, coming).items():
-            storage.will_read([coming[k] for k in positions])
-        yield from windows
+def fill_ahead(
+    fill: Callable[[Fetch, int, Callable[[int], None]], list[Filled]],
+    fetches: Iterable[Fetch],
+    on_read: Callable[[int], None],
+) -> Generator[Filled, None, None]:
+    """Yield windows while a thread fills those that come next.
 
-
-def _fill_ahead(
-    stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer], on_read: Callable[[int], None]
-) -> Iterator[Filled]:
+    Args:
+        fill: fills one of two buffers, 0 or 1, which nobody uses any more, and tells of the bytes that have arrived.
+        fetches: in order.
+        on_read: told of so many bytes that have arrived, often, in the caller's thread.
+    """
     arrived: SimpleQueue[int] = SimpleQueue()
 
     def wait_for(windows: Future[list[Filled]]) -> list[Filled]:
@@ -79,22 +83,49 @@ def _fill_ahead(
         waiting: Future[list[Filled]] | None = None
         windows: Future[list[Filled]] | None
         for number, fetch in enumerate(fetches):
-            windows, waiting = waiting, reader.submit(_fill, stores, fetch, buffers[number % 2], arrived.put)
+            windows, waiting = waiting, reader.submit(fill, fetch, number % 2, arrived.put)
             if windows is not None:
                 yield from wait_for(windows)
         if waiting is not None:
             yield from wait_for(waiting)
 
 
+def _fill_in_turn(
+    stores: Stores, fetches: Iterable[Fetch], buffer: Buffer, on_read: Callable[[int], None]
+) -> Iterator[Filled]:
+    for fetch, following in pairwise(chain(fetches, [()])):
+        windows = _fill(stores, fetch, buffer, on_read)
+        coming = _ranges(following)
+        for storage, positions in _by_storage(stores, coming).items():
+            storage.will_read([coming[k] for k in positions])
+        yield from windows
+
+
 def _fill(stores: Stores, fetch: Fetch, buffer: Buffer, on_read: Callable[[int], None]) -> list[Filled]:
     windows = _lay_out(fetch, buffer)
     views = [view for filled in windows for views in filled.views for view in views]
-    ranges = _ranges(fetch)
+    read_ranges(stores, _ranges(fetch), views, on_read)
+    return windows
+
+
+def read_ranges(
+    stores: Stores, ranges: Sequence[ByteRange], views: Sequence[memoryview], on_read: Callable[[int], None]
+) -> None:
+    """Fill each view with its range.
+
+    Args:
+        stores: that have them.
+        ranges: in any order.
+        views: as large as the ranges.
+        on_read: told of so many bytes that have arrived, often.
+
+    Raises:
+        FetchError: a range could not be read, or its file has changed.
+    """
     for storage, positions in _by_storage(stores, ranges).items():
         for pieces, places in _cut([ranges[k] for k in positions], [views[k] for k in positions]):
             storage.read_into(pieces, places)
             on_read(sum(piece.nbytes for piece in pieces))
-    return windows
 
 
 def _cut(

@@ -2,101 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from raymerge.pipeline.engine.fetch import Filled, fill_ahead, read_ranges
+from raymerge.pipeline.engine.gpu_rooms import Input, Output, Rooms, Sizes, drop_rooms, take_rooms
 from raymerge.pipeline.engine.stage import Stage
-from raymerge.pipeline.engine.streams import Mark, open_queue, pinned
+from raymerge.pipeline.engine.streams import Mark, open_queue
 from raymerge.pipeline.engine.writer import ShardWriter
-from raymerge.pipeline.stores.buffers import BufferPool
-from raymerge.pipeline.stores.files import ALIGNMENT, aligned
+from raymerge.pipeline.plan.windows import Fetch, Window
+from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange, aligned
+from raymerge.pipeline.stores.open import Stores
 
 
-@dataclass(slots=True)
-class _Input:
-    """Room for one window's sources on the device."""
+@dataclass(frozen=True, slots=True)
+class _Sent(Filled):
+    """A window whose bytes are on their way to the device."""
 
-    there: torch.Tensor
-    used: Mark | None = None
-    """When the kernels that work on it are done."""
-
-
-@dataclass(slots=True)
-class _Output:
-    """Room for one window's results of one output, on the device and in pinned memory.
-
-    The sum of their squares, and from `ALIGNMENT` the values as they are stored.
-    """
-
-    there: torch.Tensor
-    here: torch.Tensor
-    arrived: Mark | None = None
-    name: str = ""
-    dtype: torch.dtype = torch.float32
-    nbytes: int = 0
-    """Size of the values; 0 when they have been appended to the shard."""
+    sources: list[list[torch.Tensor]]
+    room: Input
+    arrived: Mark
 
 
 class GpuStage(Stage):
     """Three queues: bytes come as they are stored, are converted and merged there, and leave as they will be stored.
 
-    On any other device than a GPU everything happens at once, in the same order. Open it with `open_gpu_stage`.
+    Sources are sent once, and stay for all passes of their window. On any other device than a GPU everything happens at
+    once, in the same order. Open it with `open_gpu_stage`.
     """
 
-    takes_windows = True
-
-    def __init__(
-        self,
-        shards: Sequence[ShardWriter],
-        device: torch.device,
-        buffer_nbytes: int,
-        outputs: Sequence[Sequence[memoryview]],
-    ) -> None:
+    def __init__(self, shards: Sequence[ShardWriter], rooms: Rooms, piece_nbytes: int) -> None:
         super().__init__(shards)
-        self.device = device
-        self._upload, self._merge, self._download = (open_queue(device) for _ in range(3))
-        self._inputs = [_Input(self._make_room(buffer_nbytes)) for _ in range(2)]
-        self._outputs = [
-            [_Output(self._make_room(len(room)), torch.frombuffer(room, dtype=torch.uint8)) for room in rooms]
-            for rooms in outputs
-        ]
+        self.device = rooms.device
+        self.piece_nbytes = piece_nbytes
+        self._rooms = rooms
+        self._upload, self._merge, self._download = rooms.queues
+        for output in rooms.outputs:
+            for room in output:
+                room.nbytes = 0
 
-    @contextmanager
-    def bring(self, views: Sequence[memoryview]) -> Iterator[list[torch.Tensor]]:
-        """Send the bytes; what is called meanwhile is queued behind their arrival."""
-        room = self._inputs[0]
-        self._inputs.reverse()
+    def fetch(
+        self, stores: Stores, fetches: Iterable[Fetch], on_read: Callable[[int], None]
+    ) -> Generator[Filled, None, None]:
+        """Yield a task's windows, on their way to the device.
+
+        Args:
+            stores: that have the inputs.
+            fetches: in order.
+            on_read: told of so many bytes that have arrived, often, in the caller's thread.
+
+        Raises:
+            FetchError: a range could not be read, or its file has changed.
+        """
+
+        def send(fetch: Fetch, number: int, on_read: Callable[[int], None]) -> list[Filled]:
+            return self._send(stores, fetch, self._rooms.inputs[number], on_read)
+
+        if len(self._rooms.inputs) > 1:
+            yield from fill_ahead(send, fetches, on_read)
+        else:
+            for fetch in fetches:
+                yield from send(fetch, 0, on_read)
+
+    def _send(self, stores: Stores, fetch: Fetch, room: Input, on_read: Callable[[int], None]) -> list[Filled]:
+        """Read a fetch, piece by piece, and send each piece while the next one is read."""
+        ranges: list[tuple[ByteRange, int]] = []
+        windows: list[tuple[Window, list[list[torch.Tensor]]]] = []
+        offset = 0
+        for window in fetch:
+            sources = []
+            for pieces in window.ranges():
+                places = []
+                for piece in pieces:
+                    places.append(room.there[offset : offset + piece.nbytes])
+                    ranges.append((piece, offset))
+                    offset += aligned(piece.nbytes)
+                sources.append(places)
+            windows.append((window, sources))
         if room.used is not None:
             self._upload.wait(room.used)
-        sources = []
-        offset = 0
-        with self._upload:
-            for view in views:
-                place = room.there[offset : offset + len(view)]
-                if len(view):
-                    place.copy_(torch.frombuffer(view, dtype=torch.uint8), non_blocking=True)
-                sources.append(place)
-                offset += aligned(len(view))
-            arrived = self._upload.mark()
-        self._merge.wait(arrived)
+        for start, stop, parts in cut_ranges(ranges, self._rooms.sizes.staging_nbytes):
+            staging = self._rooms.staging[0]
+            self._rooms.staging.reverse()
+            if staging.sent is not None:
+                staging.sent.synchronize()
+            views = [staging.buffer[place - start : place - start + part.nbytes] for part, place in parts]
+            read_ranges(stores, [part for part, _ in parts], views, on_read)
+            with self._upload:
+                room.there[start:stop].copy_(staging.here[: stop - start], non_blocking=True)
+                staging.sent = self._upload.mark()
+        arrived = self._upload.mark()
+        return [_Sent(window, (), sources, room, arrived) for window, sources in windows]
+
+    @contextmanager
+    def bring(self, filled: Filled) -> Iterator[list[list[torch.Tensor]]]:
+        """Have what is called meanwhile queued behind the arrival of the bytes."""
+        assert isinstance(filled, _Sent)
+        self._merge.wait(filled.arrived)
         with self._merge:
-            yield sources
-            room.used = self._merge.mark()
-        arrived.synchronize()
+            yield filled.sources
+            filled.room.used = self._merge.mark()
+
+    def make_scratch(self, nbytes: int) -> torch.Tensor:
+        """Return the scratch of the rooms."""
+        return self._rooms.scratch
 
     def write(self, output: int, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         """Queue the way back, and append meanwhile what came back before."""
-        room = self._outputs[output][0]
-        self._outputs[output].reverse()
+        room = self._rooms.outputs[output][0]
+        self._rooms.outputs[output].reverse()
         self._append(output, room)
         room.name, room.dtype, room.nbytes = name, dtype, len(values) * dtype.itemsize
         stop = ALIGNMENT + room.nbytes
         room.there[ALIGNMENT:stop].view(dtype).copy_(values)
-        if dtype.is_floating_point:
-            room.there[: values.itemsize].view(values.dtype).copy_(torch.dot(values, values))
+        if dtype.is_floating_point:  # `dot` would have cuBLAS take time and memory
+            room.there[: values.itemsize].view(values.dtype).copy_(torch.linalg.vector_norm(values))
         self._download.wait(self._merge.mark())
         with self._download:
             room.here[:stop].copy_(room.there[:stop], non_blocking=True)
@@ -104,50 +127,76 @@ class GpuStage(Stage):
 
     def flush(self) -> None:
         """Wait for all results."""
-        for output, rooms in enumerate(self._outputs):
+        for output, rooms in enumerate(self._rooms.outputs):
             for room in rooms:
                 self._append(output, room)
 
     def wait(self) -> None:
         """Wait until nothing is under way any more."""
-        for queue in (self._upload, self._merge, self._download):
+        for queue in self._rooms.queues:
             queue.mark().synchronize()
 
-    def _append(self, output: int, room: _Output) -> None:
+    def _append(self, output: int, room: Output) -> None:
         if room.arrived is None or not room.nbytes:
             return
         room.arrived.synchronize()
         values = room.here[ALIGNMENT : ALIGNMENT + room.nbytes].view(room.dtype)
         if room.dtype.is_floating_point:
-            squares = float(room.here[: torch.float32.itemsize].view(torch.float32))
-            self.tallies[output].add(room.name, squares, values, room.dtype)
+            norm = float(room.here[: torch.float32.itemsize].view(torch.float32))
+            self.tallies[output].add(room.name, norm * norm, values, room.dtype)
         self._shards[output].append(values, room.dtype)
         room.nbytes = 0
-
-    def _make_room(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
 
 @contextmanager
 def open_gpu_stage(
-    shards: Sequence[ShardWriter],
-    pool: BufferPool,
-    device: torch.device,
-    inputs: Sequence[memoryview],
-    out_nbytes: int,
+    shards: Sequence[ShardWriter], device: torch.device, sizes: Sizes, piece_nbytes: int
 ) -> Iterator[GpuStage]:
     """Have a stage on a device for a while.
 
     Args:
         shards: where results go, one for each output.
-        pool: of the buffers that results come back to.
         device: a GPU; any other one behaves the same, for tests.
-        inputs: the buffers that windows are fetched into.
-        out_nbytes: room for the results of one window in one output.
+        sizes: of what the task needs.
+        piece_nbytes: bytes of the sources that are merged at once.
+
+    Raises:
+        OutOfMemoryError: there is less on the GPU.
     """
-    with ExitStack() as stack:
-        rooms = stack.enter_context(pool.lend(out_nbytes, 2 * len(shards)))
-        stack.enter_context(pinned([*inputs, *rooms], device))
-        stage = GpuStage(shards, device, len(inputs[0]), [rooms[k : k + 2] for k in range(0, len(rooms), 2)])
-        stack.callback(stage.wait)
+    stage = GpuStage(shards, take_rooms(device, sizes, open_queue), piece_nbytes)
+    try:
         yield stage
+    except BaseException:
+        drop_rooms()  # for the next attempt, or for other threads
+        raise
+    finally:
+        stage.wait()
+
+
+def cut_ranges(
+    ranges: Iterable[tuple[ByteRange, int]], nbytes: int
+) -> Iterator[tuple[int, int, list[tuple[ByteRange, int]]]]:
+    """Cut ranges and their places in memory at every multiple of `nbytes` there.
+
+    Args:
+        ranges: each with its first byte's place, in the order of these, without overlap.
+        nbytes: of a span of memory, at most.
+
+    Yields:
+        For each span its first place, the place after its last byte, and the ranges in it with their places.
+    """
+    parts: list[tuple[ByteRange, int]] = []
+    first = last = 0
+    for item, place in ranges:
+        start = 0
+        while start < item.nbytes:
+            if parts and place + start >= first + nbytes:
+                yield first, last, parts
+                parts = []
+            if not parts:
+                first = (place + start) // nbytes * nbytes
+            stop = min(item.nbytes, first + nbytes - place)
+            parts.append((ByteRange(item.file, item.start + start, item.start + stop), place + start))
+            start, last = stop, place + stop
+    if parts:
+        yield first, last, parts

@@ -59,5 +59,4 @@ def take_gpu() -> torch.device:
         _own.number = next(_TURNS) % len(require_gpus())
     device = torch.device("cuda", _own.number)
     torch.cuda.set_device(device)
-    torch.cuda.empty_cache()  # the last task needed other sizes
     return device

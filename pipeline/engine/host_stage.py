@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from raymerge.pipeline.engine.fetch import Filled
 from raymerge.pipeline.engine.stage import Stage
 
 
@@ -14,15 +15,16 @@ class HostStage(Stage):
     """Nothing is moved, and results are appended at once."""
 
     device = torch.device("cpu")
-    takes_windows = False
+    piece_nbytes = 0
 
     @contextmanager
-    def bring(self, views: Sequence[memoryview]) -> Iterator[list[torch.Tensor]]:
+    def bring(self, filled: Filled) -> Iterator[list[list[torch.Tensor]]]:
         """Use the bytes where they are."""
-        yield [
-            torch.frombuffer(view, dtype=torch.uint8) if len(view) else torch.empty(0, dtype=torch.uint8)
-            for view in views
-        ]
+        yield [[_as_tensor(view) for view in views] for views in filled.views]
+
+    def make_scratch(self, nbytes: int) -> torch.Tensor:
+        """Return scratch of a core."""
+        return torch.empty(nbytes, dtype=torch.uint8)
 
     def write(self, output: int, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         """Append at once."""
@@ -32,3 +34,7 @@ class HostStage(Stage):
 
     def flush(self) -> None:
         """Nothing waits."""
+
+
+def _as_tensor(view: memoryview) -> torch.Tensor:
+    return torch.frombuffer(view, dtype=torch.uint8) if len(view) else torch.empty(0, dtype=torch.uint8)

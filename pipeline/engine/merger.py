@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -35,13 +35,8 @@ class ShardMerger:
         self.figures: list[Figures] = [{} for _ in task.outputs]
         self._task = task
         self._stage = stage
-        demands = [measure_demand(merge) for merge in task.merges]
-        nbytes = max(
-            d.of_window(d.scratch_nbytes, task.buffer_nbytes) if stage.takes_windows else d.scratch_nbytes
-            for d in demands
-        )
         with explain_full_gpu(task.file, task):
-            self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=stage.device)
+            self._scratch = stage.make_scratch(measure_scratch(task.merges, stage.piece_nbytes))
         self._tensor: _Tensor | None = None
 
     def add(self, filled: Filled) -> None:
@@ -56,12 +51,8 @@ class ShardMerger:
             return  # no bytes to write, and no block for a kernel to see
         if self._tensor is None or self._tensor.merge is not merge:
             self._tensor = _Tensor(merge)
-        views = [view for views in filled.views for view in views]
-        with explain_full_gpu(merge.name, self._task), self._stage.bring(views) as pieces:
-            raws = []
-            for source_views in filled.views:
-                raws.append(Raw(pieces[: len(source_views)], window.start, window.stop))
-                pieces = pieces[len(source_views) :]
+        with explain_full_gpu(merge.name, self._task), self._stage.bring(filled) as sources:
+            raws = [Raw(pieces, window.start, window.stop) for pieces in sources]
             for index in window.passes:
                 self._run_pass(self._tensor, index, filled, raws)
 
@@ -87,9 +78,9 @@ class ShardMerger:
                 figures[merge.name] = run.figures()
 
     def _cut(self, tensor: _Tensor, filled: Filled, raws: Sequence[Raw]) -> Iterator[_WindowBlock]:
-        """Yield the blocks of a window, or all of it at once where the stage wants that."""
+        """Yield the blocks of a window, or several at once where the stage wants that."""
         start, stop = filled.window.start, filled.window.stop
-        step = stop - start if self._stage.takes_windows else tensor.grid
+        step = tensor.demand.count_elements(self._stage.piece_nbytes)
         scratch = self._scratch.view(find_dtype(tensor.compute_dtype))
         for first in range(start, stop, step):
             yield _WindowBlock(tensor, raws, first, min(first + step, stop), scratch)
@@ -102,7 +93,7 @@ class _Tensor:
         self.merge = merge
         sites = [(variant.kernel, merge.site(variant)) for variant in merge.variants]
         kernel, site = sites[0]
-        self.grid = kernel.grid(site)
+        self.demand = measure_demand(merge)
         self.compute_dtype = kernel.compute_dtype
         self.num_scratch = count_scratch(merge)
         self.num_passes = max(kernel.num_passes(site) for kernel, site in sites)
@@ -135,6 +126,12 @@ class _Tensor:
                 runs |= {position: leader.share(self.merge.variants[position].kernel) for position in others}
             self._runs = [runs[position] for position in range(len(runs))]
         return self._runs
+
+
+def measure_scratch(merges: Iterable[TensorMerge], piece_nbytes: int) -> int:
+    """Return the scratch for pieces of so many bytes of the most demanding tensor; for one block if that is 0."""
+    demands = [measure_demand(merge) for merge in merges]
+    return max(d.of_window(d.scratch_nbytes, piece_nbytes) if piece_nbytes else d.scratch_nbytes for d in demands)
 
 
 class _WindowBlock(Block):

@@ -7,28 +7,30 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 
 from raymerge.cluster.host import find_host
 from raymerge.cluster.runner import Progress, Report
 from raymerge.pipeline.engine.fetch import fetch_windows
-from raymerge.pipeline.engine.gpu_stage import open_gpu_stage
+from raymerge.pipeline.engine.gpu_rooms import Sizes
+from raymerge.pipeline.engine.gpu_stage import GpuStage, open_gpu_stage
 from raymerge.pipeline.engine.gpus import take_gpu
 from raymerge.pipeline.engine.host_stage import HostStage
-from raymerge.pipeline.engine.merger import ShardMerger, explain_full_gpu
+from raymerge.pipeline.engine.merger import ShardMerger, explain_full_gpu, measure_scratch
 from raymerge.pipeline.engine.process_memory import measure_first_mem, measure_peak, peak_rss
 from raymerge.pipeline.engine.stage import Stage
 from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.errors import CorruptedError
 from raymerge.pipeline.output.journal import Journal
-from raymerge.pipeline.plan.memory import measure_demand, out_slot_nbytes
+from raymerge.pipeline.plan.gpu_memory import out_slot_nbytes
+from raymerge.pipeline.plan.memory import measure_demand
 from raymerge.pipeline.plan.results import ShardFile, ShardResult
 from raymerge.pipeline.plan.types import ShardTask
 from raymerge.pipeline.plan.windows import make_fetches
-from raymerge.pipeline.stores.files import Buffer, StoredFile
+from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.retry import one_line
 
@@ -53,7 +55,7 @@ def run_shard(
         TensorMismatchError: tensors that are not floating-point differ between the inputs.
     """
     torch.set_num_threads(1)
-    if task.projected_gpu_mem and device == "cuda":
+    if task.piece_nbytes and device == "cuda":
         take_gpu()  # before the first measure: what CUDA takes of the host is not the shard's
     _connect(stores, task, journals)  # nor are clients of stores and their modules
     first_mem, first_peak = measure_first_mem(os.getpid())
@@ -103,12 +105,19 @@ def _make_shard(
             shards[-1].append_bytes(output.header)
         report(Progress(written_nbytes=sum(shard.nbytes for shard in shards)))
         with ExitStack() as stack:
-            buffers = stack.enter_context(
-                stores.pool.lend(task.buffer_nbytes, task.num_buffers, keep=task.keeps_buffers)
-            )
-            stage = _open_stage(stores, task, shards, buffers, device, stack)
+
+            def count(nbytes: int) -> None:
+                report(Progress(nbytes))
+
+            stage: Stage
+            if task.piece_nbytes:
+                stage = stack.enter_context(_open_gpu_stage(task, shards, stores, device))
+                windows = stage.fetch(stores, make_fetches(task), count)
+            else:
+                stage = HostStage(shards)
+                buffers = stores.pool.lend(task.buffer_nbytes, task.num_buffers, keep=task.keeps_buffers)
+                windows = fetch_windows(stores, make_fetches(task), stack.enter_context(buffers), count)
             merger = ShardMerger(task, stage)
-            windows = fetch_windows(stores, make_fetches(task), buffers, lambda nbytes: report(Progress(nbytes)))
             for filled in stack.enter_context(closing(windows)):
                 before = sum(shard.nbytes for shard in shards)
                 merger.add(filled)
@@ -154,17 +163,16 @@ def _keep_finite(figures: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-def _open_stage(
-    stores: Stores,
-    task: ShardTask,
-    shards: Sequence[ShardWriter],
-    buffers: list[Buffer],
-    device: str,
-    stack: ExitStack,
-) -> Stage:
-    if not task.projected_gpu_mem:
-        return HostStage(shards)
+@contextmanager
+def _open_gpu_stage(task: ShardTask, shards: Sequence[ShardWriter], stores: Stores, device: str) -> Iterator[GpuStage]:
     there = take_gpu() if device == "cuda" else torch.device(device)
-    out_nbytes = max(out_slot_nbytes(measure_demand(merge), task.buffer_nbytes) for merge in task.merges)
-    with explain_full_gpu(task.file, task):
-        return stack.enter_context(open_gpu_stage(shards, stores.pool, there, buffers, out_nbytes))
+    sizes = Sizes(
+        room_nbytes=task.buffer_nbytes,
+        num_rooms=task.num_buffers,
+        staging_nbytes=task.staging_nbytes,
+        scratch_nbytes=measure_scratch(task.merges, task.piece_nbytes),
+        out_nbytes=max(out_slot_nbytes(measure_demand(merge), task.piece_nbytes) for merge in task.merges),
+        num_outputs=len(shards),
+    )
+    with explain_full_gpu(task.file, task), open_gpu_stage(shards, there, sizes, task.piece_nbytes) as stage:
+        yield stage

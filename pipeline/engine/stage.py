@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from raymerge.pipeline.engine.fetch import Filled
 from raymerge.pipeline.engine.writer import ShardWriter
 
 
@@ -61,8 +62,8 @@ class Stage(ABC):
 
     device: torch.device
     """Where tensors to work with are made."""
-    takes_windows: bool
-    """Whether a whole window is one piece for kernels, instead of a block."""
+    piece_nbytes: int
+    """How many bytes of the sources are one piece for kernels: as many whole blocks, or 0 for a block at a time."""
 
     def __init__(self, shards: Sequence[ShardWriter]) -> None:
         """Write to one shard for each output."""
@@ -70,8 +71,12 @@ class Stage(ABC):
         self.tallies = [Tally() for _ in shards]
 
     @abstractmethod
-    def bring(self, views: Sequence[memoryview]) -> AbstractContextManager[list[torch.Tensor]]:
-        """Have bytes on the device, as flat uint8 tensors; `views` are not needed any more after the context."""
+    def bring(self, filled: Filled) -> AbstractContextManager[list[list[torch.Tensor]]]:
+        """Have the bytes of each source on the device, as flat uint8 tensors; the window is not needed afterwards."""
+
+    @abstractmethod
+    def make_scratch(self, nbytes: int) -> torch.Tensor:
+        """Return so many bytes on the device, for the pieces of all windows."""
 
     @abstractmethod
     def write(self, output: int, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:

@@ -29,11 +29,6 @@ _ITEM_NBYTES = {dtype.torch_name: dtype.num_bits // 8 for dtype in DTYPES.values
 MAX_BUFFER_NBYTES = 64 * 2**20
 """Size of an input buffer, unless a block, or a tensor that is kept between its passes, takes more."""
 
-CONTEXT_NBYTES = 640 * 2**20
-"""What CUDA takes of a GPU for each process, and for what operations allocate for themselves. An estimate: not measured
-yet."""
-
-
 WORKER_NBYTES = 4 * 2**20
 """Taken in every worker for stacks and allocator arenas of its threads. Measured on 2 cores: 1 to 4 MiB."""
 
@@ -94,6 +89,10 @@ class Demand:
         """Memory besides input and output buffers."""
         return self.scratch_nbytes + self.state_nbytes
 
+    def count_elements(self, nbytes: int) -> int:
+        """Return the elements of the whole blocks that have room in so many bytes; of one block at least."""
+        return max(1, nbytes // max(1, self.block_nbytes)) * self.block_elements
+
     def of_window(self, nbytes: int, buffer_nbytes: int) -> int:
         """Scale a per-block size to a whole window; a buffer holds one block at least."""
         if self.num_blocks <= 1:
@@ -146,99 +145,71 @@ class Transfer:
     """Memory that storages and runner take besides, for all outputs together."""
     num_outputs: int = 1
     """Files that are written at once."""
+    staging_nbytes: int = 8 * 2**20
+    """Size of a buffer that inputs go through on their way to a GPU: for a local disk, which needs no more."""
 
 
-def choose_buffer_nbytes(
-    demands: Collection[Demand], worker_mem: int, transfer: Transfer, worker_gpu_mem: int | None = None
-) -> int:
+def choose_buffer_nbytes(demands: Collection[Demand], worker_mem: int, transfer: Transfer) -> int:
     """Return the size of one input buffer for tensors with these demands.
 
     Args:
         demands: of all tensors.
         worker_mem: what one worker may use, in bytes.
         transfer: of each worker.
-        worker_gpu_mem: what one worker may use of a GPU, in bytes; None to merge on the CPU.
 
     Returns:
-        As much as is useful and fits; less than `max(block_nbytes)` where the memory does not suffice. On the CPU, as
-        many tensors as possible are kept between their passes.
+        As much as is useful and fits: as many tensors as possible are kept between their passes. Less than
+        `max(block_nbytes)` where the memory does not suffice.
     """
-    largest = _largest_block(demands)
-    useful = max(MAX_BUFFER_NBYTES, largest)
-    if worker_gpu_mem is None:
-        room = (worker_mem - project_mem(demands, 0, transfer)) // transfer.num_buffers // ALIGNMENT * ALIGNMENT
-        kept = max((demand.kept_nbytes for demand in demands if demand.kept_nbytes <= room), default=0)
-        return min(max(useful, kept), room)
-
-    def fits(nbytes: int) -> bool:
-        return (
-            project_mem(demands, nbytes, transfer, on_gpu=True) <= worker_mem
-            and project_gpu_mem(demands, nbytes, transfer.num_outputs) <= worker_gpu_mem
-        )
-
-    while useful > largest and not fits(useful):
-        useful = max(largest, useful // 2 // ALIGNMENT * ALIGNMENT)
-    return useful if fits(useful) else largest - 1
+    useful = max(MAX_BUFFER_NBYTES, largest_block(demands))
+    room = (worker_mem - project_mem(demands, 0, transfer)) // transfer.num_buffers // ALIGNMENT * ALIGNMENT
+    kept = max((demand.kept_nbytes for demand in demands if demand.kept_nbytes <= room), default=0)
+    return min(max(useful, kept), room)
 
 
-def project_mem(demands: Collection[Demand], buffer_nbytes: int, transfer: Transfer, *, on_gpu: bool = False) -> int:
-    """Return the peak memory of a task for tensors, scratch, transfers and threads, in bytes.
-
-    Where a GPU merges, there is no scratch, but two buffers for the results of a window.
-    """
-    if on_gpu:
-        working = 2 * transfer.num_outputs * max(out_slot_nbytes(demand, buffer_nbytes) for demand in demands)
-    else:
-        working = max(demand.working_nbytes for demand in demands)
-    writing = 2 * transfer.num_outputs * OUTPUT_BUFFER_NBYTES + transfer.nbytes
-    return transfer.num_buffers * buffer_nbytes + working + writing + WORKER_NBYTES
+def project_mem(demands: Collection[Demand], buffer_nbytes: int, transfer: Transfer) -> int:
+    """Return the peak memory of a task for tensors, scratch, transfers and threads, in bytes."""
+    working = max(demand.working_nbytes for demand in demands)
+    return transfer.num_buffers * buffer_nbytes + working + project_transfer_mem(transfer)
 
 
-def project_gpu_mem(demands: Collection[Demand], buffer_nbytes: int, num_outputs: int = 1) -> int:
-    """Return the peak memory of a task on its GPU, in bytes.
-
-    Two windows of the inputs, two of the results, and scratch for one, for a GPU takes a window at once.
-    """
-    working = max(demand.of_window(demand.working_nbytes, buffer_nbytes) for demand in demands)
-    results = 2 * num_outputs * max(out_slot_nbytes(demand, buffer_nbytes) for demand in demands)
-    return 2 * buffer_nbytes + working + results + CONTEXT_NBYTES
+def project_transfer_mem(transfer: Transfer) -> int:
+    """Return the memory of a worker besides input buffers and arithmetic, in bytes."""
+    return 2 * transfer.num_outputs * OUTPUT_BUFFER_NBYTES + transfer.nbytes + WORKER_NBYTES
 
 
-def out_slot_nbytes(demand: Demand, buffer_nbytes: int) -> int:
-    """Return the room for the results of one window that comes from a GPU: their sum, and the values."""
-    return ALIGNMENT + demand.of_window(demand.out_nbytes, buffer_nbytes)
-
-
-def check_fits(
-    demands: Mapping[str, Demand], allowed_mem: int, transfer: Transfer, allowed_gpu_mem: int | None = None
-) -> None:
+def check_fits(demands: Mapping[str, Demand], allowed_mem: int, transfer: Transfer) -> None:
     """Refuse tensors that even one worker cannot merge with all of the memory.
 
     Args:
         demands: by the tensor's name.
         allowed_mem: in bytes.
         transfer: of each worker.
-        allowed_gpu_mem: of one GPU, in bytes; None to merge on the CPU.
 
     Raises:
         MemoryLimitError: naming the most demanding tensor, both figures and the smallest limit that works.
     """
-    on_gpu = allowed_gpu_mem is not None
 
     def project(demands: Collection[Demand]) -> int:
-        return project_mem(demands, _largest_block(demands), transfer, on_gpu=on_gpu)
+        return project_mem(demands, largest_block(demands), transfer)
 
-    def project_on_gpu(demands: Collection[Demand]) -> int:
-        return project_gpu_mem(demands, _largest_block(demands), transfer.num_outputs)
-
-    _refuse_more(demands, project, allowed_mem, "--memory")
-    if allowed_gpu_mem is not None:
-        _refuse_more(demands, project_on_gpu, allowed_gpu_mem, "--gpu-memory")
+    refuse_more(demands, project, allowed_mem, "--memory")
 
 
-def _refuse_more(
+def refuse_more(
     demands: Mapping[str, Demand], project: Callable[[Collection[Demand]], int], allowed: int, option: str
 ) -> None:
+    """Refuse tensors that need more memory than is allowed.
+
+    Args:
+        demands: by the tensor's name.
+        project: returns the memory for tensors, in bytes.
+        allowed: in bytes.
+        option: that allows it, `--memory` or `--gpu-memory`.
+
+    Raises:
+        MemoryLimitError: naming the most demanding tensor, both figures and the smallest limit that works.
+    """
     needed = project(set(demands.values()))
     if needed > allowed:
         name = max(demands, key=lambda name: project([demands[name]]))
@@ -250,5 +221,6 @@ def _refuse_more(
         )
 
 
-def _largest_block(demands: Collection[Demand]) -> int:
+def largest_block(demands: Collection[Demand]) -> int:
+    """Return the largest block of all sources of one tensor, in bytes."""
     return max(demand.block_nbytes for demand in demands)

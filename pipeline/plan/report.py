@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from raymerge.pipeline.checkpoint.files import CONFIG, is_tokenizer
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import counted
+from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
 from raymerge.pipeline.plan.memory import NOTABLE_NBYTES, measure_demand, project_plan_mem
 from raymerge.pipeline.plan.types import MergePlan
 from raymerge.pipeline.redact import redact, redact_texts
@@ -39,11 +40,12 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
         f"  memory   {_format_shares(plan)}; {format_memory(plan.allowed_mem)} are allowed in all{besides}",
     ]
     if plan.gpus is not None:
+        context = "CUDA" if plan.gpus.is_in_one_process else "CUDA in each of them"
         on_gpu = max(task.projected_gpu_mem for task in plan.tasks)
         lines.append(
             f"  gpus     {plan.gpus.num_gpus}, {format_memory(on_gpu)} for each of "
-            f"{counted(plan.gpus.num_sharing(plan.num_workers), 'worker')} on one, at most; "
-            f"{format_memory(plan.gpus.allowed_mem)} of each are allowed"
+            f"{counted(plan.gpus.num_sharing(plan.num_workers), 'worker')} on one, at most, and "
+            f"{format_memory(CONTEXT_NBYTES)} for {context}; {format_memory(plan.gpus.allowed_mem)} of each are allowed"
         )
     if verbose:
         lines += [

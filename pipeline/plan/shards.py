@@ -10,7 +10,8 @@ from dataclasses import replace
 from raymerge import __version__
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.header import make_header
-from raymerge.pipeline.plan.memory import Demand, check_fits, measure_demand, project_gpu_mem, project_mem
+from raymerge.pipeline.plan.gpu_memory import check_fits_gpu, project_gpu_mem, project_staged_mem
+from raymerge.pipeline.plan.memory import Demand, check_fits, measure_demand, project_mem
 from raymerge.pipeline.plan.shares import Limits, Shares, share_out_memory
 from raymerge.pipeline.plan.types import ShardOutput, ShardTask, SideFile, TensorMerge
 from raymerge.pipeline.plan.windows import is_resident
@@ -42,13 +43,15 @@ def make_tasks(merges: Sequence[TensorMerge], limits: Limits) -> tuple[tuple[Sha
         MemoryLimitError: a tensor does not fit even for one worker.
     """
     demands = {merge.name: measure_demand(merge) for merge in merges}
-    check_fits(demands, limits.allowed_mem, limits.transfer, limits.gpus.allowed_mem if limits.gpus else None)
+    if limits.gpus is None:
+        check_fits(demands, limits.allowed_mem, limits.transfer)
+    else:
+        check_fits_gpu(demands, limits.allowed_mem, limits.gpus.allowed_mem, limits.transfer)
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
     shards = list(split_shards(merges, shard_nbytes))
     shares, num_allowed = share_out_memory([[demands[merge.name] for merge in shard] for shard in shards], limits)
     tasks = tuple(
-        _make_task(shard, file, demands, shares, on_gpu=limits.gpus is not None)
-        for shard, file in zip(shards, shard_names(len(shards)), strict=True)
+        _make_task(shard, file, demands, shares) for shard, file in zip(shards, shard_names(len(shards)), strict=True)
     )
     return tasks, shares.num_workers, num_allowed
 
@@ -104,13 +107,16 @@ def _make_task(
     file: str,
     demands: Mapping[str, Demand],
     shares: Shares,
-    *,
-    on_gpu: bool,
 ) -> ShardTask:
     own = [demands[merge.name] for merge in merges]
     buffer_nbytes, num_buffers = shares.choose_buffers(own)
     transfer = replace(shares.transfer, num_buffers=num_buffers)
-    projected_mem = project_mem(own, buffer_nbytes, transfer, on_gpu=on_gpu)
+    projected_gpu_mem = 0
+    if piece := shares.piece_nbytes:
+        projected_mem = project_staged_mem(own, piece, transfer)
+        projected_gpu_mem = project_gpu_mem(own, buffer_nbytes, piece, transfer)
+    else:
+        projected_mem = project_mem(own, buffer_nbytes, transfer)
     # Wide dtypes first, so that every tensor is aligned to its own dtype in the file.
     ordered = tuple(sorted(merges, key=lambda merge: -DTYPES[merge.out_dtype].num_bits))
     header = make_header([(merge.name, merge.out_dtype, merge.shape, merge.nbytes) for merge in ordered])
@@ -126,9 +132,11 @@ def _make_task(
             if not is_resident(merge, buffer_nbytes)
         ),
         buffer_nbytes=buffer_nbytes,
+        piece_nbytes=piece,
+        staging_nbytes=transfer.staging_nbytes,
         num_buffers=num_buffers,
         keeps_buffers=buffer_nbytes == shares.buffer_nbytes,
-        num_shares=shares.count(projected_mem),
+        num_shares=shares.count(projected_gpu_mem or projected_mem),
         projected_mem=projected_mem,
-        projected_gpu_mem=project_gpu_mem(own, buffer_nbytes, transfer.num_outputs) if on_gpu else 0,
+        projected_gpu_mem=projected_gpu_mem,
     )

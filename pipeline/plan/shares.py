@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES, choose_room_nbytes, project_gpu_mem
 from raymerge.pipeline.plan.memory import Demand, Transfer, choose_buffer_nbytes, measure_demand, project_mem
 from raymerge.pipeline.plan.types import Gpus, ShardTask
 from raymerge.pipeline.sizes import format_memory, parse_nbytes
@@ -49,10 +50,12 @@ class Shares:
     """Equal shares of the memory, one for each worker."""
 
     num_workers: int
-    allowed_mem: int
-    """All shares together, in bytes."""
+    share_nbytes: int
+    """One share, in bytes; of a GPU, where that is what decides."""
     buffer_nbytes: int
     """Size of one input buffer, for all tasks that make do with one share: a worker uses its buffers again."""
+    piece_nbytes: int
+    """How much a GPU merges at once; 0 where the CPU merges."""
     transfer: Transfer
     task_mem: int
     """The most that a task may use to read its tensors once: that of several shares, or of its own only."""
@@ -66,20 +69,26 @@ class Shares:
         for nbytes in sorted(missing, reverse=True):
             for num_buffers in range(self.transfer.num_buffers, 0, -1):
                 transfer = replace(self.transfer, num_buffers=num_buffers)
-                if project_mem(demands, nbytes, transfer) <= self.task_mem:
+                if self.project(demands, nbytes, transfer) <= self.task_mem:
                     return nbytes, num_buffers
         return self.buffer_nbytes, self.transfer.num_buffers
 
+    def project(self, demands: Collection[Demand], buffer_nbytes: int, transfer: Transfer) -> int:
+        """Return the memory of a task that shares are of, in bytes."""
+        if self.piece_nbytes:
+            return project_gpu_mem(demands, buffer_nbytes, self.piece_nbytes, transfer)
+        return project_mem(demands, buffer_nbytes, transfer)
+
     def count(self, nbytes: int) -> int:
         """Return how many shares hold so many bytes."""
-        return min(self.num_workers, max(1, -(-nbytes // (self.allowed_mem // self.num_workers))))
+        return min(self.num_workers, max(1, -(-nbytes // self.share_nbytes)))
 
     def estimate_seconds(self, tasks: Iterable[Collection[Demand]]) -> float:
         """Return about how long tasks take: reading them, or merging them, whatever takes longer."""
         read_nbytes = worker_nbytes = 0
         for demands in tasks:
             buffer_nbytes, num_buffers = self.choose_buffers(demands)
-            mem_nbytes = project_mem(demands, buffer_nbytes, replace(self.transfer, num_buffers=num_buffers))
+            mem_nbytes = self.project(demands, buffer_nbytes, replace(self.transfer, num_buffers=num_buffers))
             nbytes = sum(demand.num_blocks * demand.block_nbytes for demand in demands)
             again = sum(each.num_passes * each.kept_nbytes for each in demands if each.kept_nbytes > buffer_nbytes)
             read_nbytes += nbytes + again
@@ -102,10 +111,16 @@ def share_out_memory(tasks: Sequence[Collection[Demand]], limits: Limits) -> tup
     """
     kinds = Counter(demand for demands in tasks for demand in demands)  # few, of many tensors
     most = limits.num_workers
-    while most > 1 and _choose(kinds, limits, limits.transfer, most) < max(kind.block_nbytes for kind in kinds):
+    while most > 1 and _choose(kinds, limits, limits.transfer, most)[0] < max(kind.block_nbytes for kind in kinds):
         most -= 1
     shares = _make_shares(kinds, limits, limits.transfer, min(most, len(tasks)))
-    if limits.gpus is not None or limits.is_cached:
+    if limits.gpus is not None:  # with one room, the next sources are not read before these are merged
+        single = replace(limits.transfer, num_buffers=1)
+        again, again_single = (_count_again(kinds, limits, t, shares.num_workers) for t in (limits.transfer, single))
+        if again - again_single > _SMALL * _count_kept(kinds):
+            shares = _make_shares(kinds, limits, single, shares.num_workers)
+        return shares, most
+    if limits.is_cached:
         return shares, most
     choices = []
     for num_buffers in range(1, limits.transfer.num_buffers + 1):  # with one, workers take turns in reading
@@ -148,14 +163,18 @@ def explain_shares(tasks: Sequence[ShardTask], limits: Limits, num_allowed: int)
 
 def _make_shares(kinds: Mapping[Demand, int], limits: Limits, transfer: Transfer, num_workers: int) -> Shares:
     again = _count_again(kinds, limits, transfer, num_workers)
-    may_join = limits.gpus is None and (not limits.is_cached or again <= _SMALL * _count_kept(kinds))
-    return Shares(
-        num_workers,
-        limits.allowed_mem,
-        _choose(kinds, limits, transfer, num_workers),
-        transfer,
-        task_mem=min(limits.allowed_mem, limits.task_mem or limits.allowed_mem) if may_join else 0,
-    )
+    gpus = limits.gpus
+    may_join = not limits.is_cached or again <= _SMALL * _count_kept(kinds)
+    if gpus is None:
+        share, task_mem = (
+            limits.allowed_mem // num_workers,
+            min(limits.allowed_mem, limits.task_mem or limits.allowed_mem),
+        )
+    else:  # of several GPUs, one might be asked for the shares of another
+        share, task_mem = gpus.share(num_workers, CONTEXT_NBYTES), gpus.allowed_mem - CONTEXT_NBYTES
+        may_join = may_join and gpus.num_gpus == 1 and gpus.is_in_one_process
+    buffer_nbytes, piece_nbytes = _choose(kinds, limits, transfer, num_workers)
+    return Shares(num_workers, share, buffer_nbytes, piece_nbytes, transfer, task_mem if may_join else 0)
 
 
 def _give_up(kinds: Mapping[Demand, int], limits: Limits, transfer: Transfer, num_workers: int) -> int:
@@ -168,7 +187,7 @@ def _give_up(kinds: Mapping[Demand, int], limits: Limits, transfer: Transfer, nu
 
 def _count_again(kinds: Mapping[Demand, int], limits: Limits, transfer: Transfer, num_workers: int) -> int:
     """Return the bytes of tensors that a share does not hold between their passes."""
-    buffer_nbytes = _choose(kinds, limits, transfer, num_workers)
+    buffer_nbytes, _ = _choose(kinds, limits, transfer, num_workers)
     return sum(kind.kept_nbytes * count for kind, count in kinds.items() if kind.kept_nbytes > buffer_nbytes)
 
 
@@ -176,8 +195,9 @@ def _count_kept(kinds: Mapping[Demand, int]) -> int:
     return sum(kind.kept_nbytes * count for kind, count in kinds.items())
 
 
-def _choose(kinds: Collection[Demand], limits: Limits, transfer: Transfer, num_workers: int) -> int:
-    """Return the size of buffers, the same for all tasks."""
-    gpus = limits.gpus
-    gpu_mem = gpus.allowed_mem // gpus.num_sharing(num_workers) if gpus else None
-    return choose_buffer_nbytes(kinds, limits.allowed_mem // num_workers, transfer, gpu_mem)
+def _choose(kinds: Collection[Demand], limits: Limits, transfer: Transfer, num_workers: int) -> tuple[int, int]:
+    """Return the size of buffers, the same for all tasks, and how much of one a GPU merges at once."""
+    mem = limits.allowed_mem // num_workers
+    if limits.gpus is None:
+        return choose_buffer_nbytes(kinds, mem, transfer), 0
+    return choose_room_nbytes(kinds, mem, limits.gpus.share(num_workers, CONTEXT_NBYTES), transfer)

@@ -79,6 +79,8 @@ class Gpus:
     num_gpus: int
     allowed_mem: int
     """Memory of each for all workers that share it, in bytes."""
+    is_in_one_process: bool = True
+    """Whether workers that share a GPU are threads, with one CUDA context together, instead of processes."""
 
     def num_sharing(self, num_workers: int) -> int:
         """Return how many of the machine's workers share a GPU, at most.
@@ -87,6 +89,17 @@ class Gpus:
         3
         """
         return -(-num_workers // self.num_gpus)
+
+    def share(self, num_workers: int, context_nbytes: int) -> int:
+        """Return a worker's memory on its GPU besides CUDA's context, of which each process has one.
+
+        >>> Gpus(2, 1000).share(8, 200), Gpus(2, 1000, is_in_one_process=False).share(8, 200)
+        (200, 50)
+        """
+        sharing = self.num_sharing(num_workers)
+        if self.is_in_one_process:
+            return (self.allowed_mem - context_nbytes) // sharing
+        return self.allowed_mem // sharing - context_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +127,11 @@ class ShardTask:
     reread_nbytes: int
     """Bytes read again because a tensor does not fit in memory between its passes."""
     buffer_nbytes: int
-    """Size of one input buffer."""
+    """Size of one input buffer; on a GPU, where there is one."""
+    piece_nbytes: int
+    """Bytes of a tensor's sources that a GPU merges at once; 0 where the CPU merges."""
+    staging_nbytes: int
+    """Size of a buffer of the host that sources go through on their way to a GPU."""
     num_buffers: int
     """Input buffers: with 2, the next is filled while one is merged."""
     keeps_buffers: bool
@@ -124,7 +141,7 @@ class ShardTask:
     projected_mem: int
     """Peak memory for tensors and scratch, in bytes."""
     projected_gpu_mem: int
-    """Peak memory on a GPU, in bytes; 0 where it is merged on the CPU."""
+    """Peak memory on a GPU besides CUDA's context, in bytes; 0 where it is merged on the CPU."""
 
     @property
     def file(self) -> str:

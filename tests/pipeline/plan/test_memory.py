@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Site
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.memory import (
-    CONTEXT_NBYTES,
     MAX_BUFFER_NBYTES,
     WORKER_NBYTES,
     Demand,
@@ -20,8 +19,6 @@ from raymerge.pipeline.plan.memory import (
     check_fits,
     choose_buffer_nbytes,
     measure_demand,
-    out_slot_nbytes,
-    project_gpu_mem,
     project_mem,
 )
 from raymerge.pipeline.sizes import parse_nbytes
@@ -169,51 +166,3 @@ def test_the_message_names_the_tensor_and_both_figures() -> None:
         f"two needs {needed}MiB for one block of each source with scratch and output buffers, and 20MiB are allowed; "
         f"the smallest limit that works is --memory {needed}MiB"
     )
-
-
-# on GPUs
-
-
-def test_a_gpu_holds_two_windows_two_results_and_scratch_for_one() -> None:
-    demand = measure_demand(make_merge(num_elements=10 * BLOCK_ELEMENTS, dtypes=("BF16", "BF16")))
-    window = 3 * BLOCK_ELEMENTS
-    needed = 2 * 2 * 2 * window + 2 * (64 + 2 * window) + 2 * 4 * window + CONTEXT_NBYTES
-    assert project_gpu_mem([demand], 2 * 2 * window) == needed
-    assert out_slot_nbytes(demand, 2 * 2 * window) == 64 + 2 * window
-    assert project_mem([demand], 1000, Transfer(), on_gpu=True) < project_mem([demand], 1000, Transfer())
-
-
-def test_a_window_is_no_larger_than_the_tensor() -> None:
-    small, large = (measure_demand(make_merge(num_elements=n * BLOCK_ELEMENTS + 1)) for n in (3, 1000))
-    buffer_nbytes = 100 * large.block_nbytes
-    assert small.of_window(small.scratch_nbytes, buffer_nbytes) == 4 * small.scratch_nbytes
-    assert large.of_window(large.scratch_nbytes, buffer_nbytes) == 100 * large.scratch_nbytes
-    assert measure_demand(make_merge(num_elements=0)).of_window(100, buffer_nbytes) == 0
-
-
-@given(DEMANDS, st.integers(2**20, 2**31), st.integers(2**29, 2**31), TRANSFERS)
-def test_a_buffer_for_a_gpu_keeps_within_both_memories(
-    demands: list[Demand], mem: int, gpu_mem: int, transfer: Transfer
-) -> None:
-    largest = max(demand.block_nbytes for demand in demands)
-    buffer_nbytes = choose_buffer_nbytes(demands, mem, transfer, gpu_mem)
-
-    def fits(nbytes: int) -> bool:
-        on_host = project_mem(demands, nbytes, transfer, on_gpu=True)
-        return on_host <= mem and project_gpu_mem(demands, nbytes) <= gpu_mem
-
-    assert (buffer_nbytes >= largest) is fits(largest)
-    assert buffer_nbytes < largest or fits(buffer_nbytes)
-    assert buffer_nbytes in (max(MAX_BUFFER_NBYTES, largest), largest - 1) or not fits(2 * buffer_nbytes + 64)
-
-
-@given(DEMANDS, st.integers(0, CONTEXT_NBYTES - 1))
-def test_the_stated_limit_of_a_gpu_works_and_one_mebibyte_less_does_not(demands: list[Demand], allowed: int) -> None:
-    with pytest.raises(MemoryLimitError, match=r"^tensor\d needs \w+ on a GPU") as caught:
-        check_fits(named(demands), 2**40, Transfer(), allowed)
-    stated = re.search(r"--gpu-memory (\w+)$", str(caught.value))
-    assert stated is not None
-    limit = parse_nbytes(stated[1])
-    check_fits(named(demands), 2**40, Transfer(), limit)
-    with pytest.raises(MemoryLimitError):
-        check_fits(named(demands), 2**40, Transfer(), limit - 2**20)

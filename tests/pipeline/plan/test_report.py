@@ -62,7 +62,7 @@ def test_a_plan_for_gpus(models: tuple[Path, ...]) -> None:
     result = plan(config, workers=2, shard_size="30MB", gpu_memory="4GiB")
     line = next(line for line in format_plan(result).splitlines() if line.startswith("  gpus "))
     assert line.startswith("  gpus     1, ")
-    assert line.endswith("MiB for each of 2 workers on one, at most; 4096MiB of each are allowed")
+    assert line.endswith("MiB for each of 2 workers on one, at most, and 640MiB for CUDA; 4096MiB of each are allowed")
     found = json.loads(plan_json(result))
     assert (found["num_gpus"], found["allowed_gpu_mem"]) == (1, 2**32)
     assert all(0 < shard["projected_gpu_mem"] <= 2**31 for shard in found["shards"])

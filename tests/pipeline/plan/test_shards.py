@@ -17,7 +17,8 @@ from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.header import parse_header
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.errors import MemoryLimitError
-from raymerge.pipeline.plan.memory import CONTEXT_NBYTES, MAX_BUFFER_NBYTES, Transfer, measure_demand, project_mem
+from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
+from raymerge.pipeline.plan.memory import MAX_BUFFER_NBYTES, Transfer, measure_demand, project_mem
 from raymerge.pipeline.plan.shards import (
     default_shard_nbytes,
     make_fingerprint,
@@ -265,9 +266,9 @@ def test_workers_that_share_a_gpu_divide_its_memory() -> None:
     limits = Limits(2**36, 8, 1)
     on_cpu, _, _ = make_tasks(merges, limits)
     assert {task.projected_gpu_mem for task in on_cpu} == {0}
-    for num_gpus, gpu_mem, expected in ((1, 2**30, 1), (1, 2**32, 6), (2, 2**32, 8), (4, 2**30, 4)):
+    for num_gpus, gpu_mem, expected in ((1, 648 * 2**20, 3), (1, 2**30, 8), (2, 648 * 2**20, 6)):
         tasks, num_workers, _ = make_tasks(merges, replace(limits, gpus=Gpus(num_gpus, gpu_mem)))
         assert num_workers == expected
         sharing = -(-num_workers // num_gpus)
-        assert all(CONTEXT_NBYTES < task.projected_gpu_mem <= gpu_mem // sharing for task in tasks)
+        assert all(0 < task.projected_gpu_mem <= (gpu_mem - CONTEXT_NBYTES) // sharing for task in tasks)
         assert make_fingerprint(tasks, ()) == make_fingerprint(on_cpu, ())

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
 from raymerge.pipeline.plan.memory import Transfer
 from raymerge.pipeline.plan.shards import make_tasks
 from raymerge.pipeline.plan.shares import Limits, explain_shares
@@ -95,5 +96,23 @@ def test_what_is_read_once_anyhow_takes_no_more_memory() -> None:
 
 def test_gpus_share_alike() -> None:
     tasks, num_workers, advice = plan("ties", 128 * GIB, 16, gpus=Gpus(8, 64 * GIB))
-    assert (num_workers, advice) == (16, [])
+    assert (again(tasks), num_workers, advice) == (0, 16, [])
     assert {task.num_shares for task in tasks} == {1}
+
+
+@pytest.mark.parametrize("gpu_mem", [16 * GIB, 40 * GIB, 128 * GIB])
+def test_a_gpu_gets_everything_once_whatever_the_host_has(gpu_mem: int) -> None:
+    tasks, num_workers, _ = plan("ties", 4 * GIB, 16, is_cached=True, gpus=Gpus(1, gpu_mem))
+    assert num_workers == 16
+    share = (gpu_mem - CONTEXT_NBYTES) // 16
+    assert all(task.projected_gpu_mem <= task.num_shares * share for task in tasks)
+    assert all(task.projected_mem <= 4 * GIB // 16 for task in tasks)
+    assert (again(tasks) == 0) is (gpu_mem > 16 * GIB)
+
+
+def test_shares_of_several_gpus_or_processes_are_not_joined() -> None:
+    for gpus in (Gpus(2, 20 * GIB), Gpus(1, 20 * GIB, is_in_one_process=False)):
+        tasks, num_workers, _ = plan("ties", 128 * GIB, 8, gpus=gpus)
+        assert {task.num_shares for task in tasks} == {1}
+        share = gpus.share(num_workers, CONTEXT_NBYTES)
+        assert all(task.projected_gpu_mem <= share for task in tasks)
