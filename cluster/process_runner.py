@@ -15,27 +15,22 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from raymerge.cluster.directory import make_directory
-from raymerge.cluster.errors import StoppedError, WorkerLostError
+from raymerge.cluster.errors import WorkerLostError
+from raymerge.cluster.fork_server import place_sockets
 from raymerge.cluster.local import LocalRunner
-from raymerge.cluster.outcome import Done, Failed, make_picklable
+from raymerge.cluster.outcome import Done, Failed
 from raymerge.cluster.runner import NUM_ATTEMPTS, Item, Progress, Report, Resources, Result, Runner, Work
 from raymerge.cluster.waiting import Waiting
+from raymerge.cluster.worker_process import Stop, serve_forked, serve_fresh
 
 _PATIENCE_SECONDS = 3.0
 """For workers to end what they are doing when the run is broken off."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    """Sent to workers in place of an item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +49,7 @@ class _Worker:
     life: Connection
     """Nobody else can write to it: that it is closed tells the worker that the driver is gone."""
     slot: int
-    """Which of the workers that run at once it is."""
+    """Which of the processes that run at once it is in."""
     item: int = -1
     """Position of the item in work, or of its last one; -1 before the first."""
     reported: Progress = field(default_factory=Progress)
@@ -73,29 +68,51 @@ class StartMethod(Enum):
 
 
 class ProcessRunner(Runner):
-    """A few processes, each running one item after the other, the costliest items first.
+    """A few processes, each running one item after the other, the costliest items first; or one on each of its threads.
 
     Work that makes many short calls, as merging does, loses a third of its time to the interpreter lock when it runs on
     threads. The processes end with this one, however it ends.
     """
+
+    num_slots: int
+    """Items in work at once; may be lowered before a run."""
+    on_retry: Callable[[str], None]
+    """Told why an item is done again: its worker has died."""
 
     def __init__(
         self,
         num_processes: int,
         start_method: StartMethod = StartMethod.FORK,
         *,
+        num_threads: int = 1,
         preload: Sequence[str] = (),
         environments: Sequence[Mapping[str, str]] = (),
         on_retry: Callable[[str], None] = lambda reason: None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
+        """Begin.
+
+        Args:
+            num_processes: that run at once.
+            start_method: how they come into being.
+            num_threads: of each process that has been started fresh, each of which runs items.
+            preload: modules that workers need; imported once for all processes.
+            environments: variables that fresh processes have besides, in turn.
+            on_retry: told why an item is done again.
+            prepare: called in each fresh process before anything else.
+        """
         if num_processes < 1:
             raise ValueError(f"{num_processes} processes are given, at least 1 is needed")
         self.num_processes = num_processes
+        self.num_per_process = num_threads
+        self.num_slots = num_processes * num_threads
+        self.on_retry = on_retry
         self._environments = environments or ({},)
-        self._on_retry = on_retry
+        self._prepare = prepare
+        self._hired: list[_Worker] = []
         self._context: Any = multiprocessing.get_context(start_method.value)
         if start_method is StartMethod.FRESH:
-            _place_sockets()
+            place_sockets()
             self._context.set_forkserver_preload(list(preload))
         else:
             for name in preload:
@@ -109,15 +126,19 @@ class ProcessRunner(Runner):
         on_progress: Report,
     ) -> Iterator[Result]:
         """Yield each item's result as it comes; see `Runner.run`. The item of a worker that dies is done again."""
-        waiting = Waiting(resources, self.num_processes)
+        waiting = Waiting(resources, self.num_slots)
         workers: list[_Worker] = []
         busy: dict[Connection, _Worker] = {}
         num_lost: Counter[int] = Counter()
         error: BaseException | None = None
         try:
-            for slot in range(min(self.num_processes, len(items))):
-                workers.append(self._start(work, workers, slot))
-            idle = workers[::-1]
+            if items:
+                workers, self._hired = self._hired, workers
+            for first in workers[:: self.num_per_process]:
+                _send_work(work, first)
+            for slot in range(len(workers) // self.num_per_process, min(self.num_processes, len(items))):
+                workers += self._start(work, workers, slot)
+            idle = [worker for k in range(self.num_per_process) for worker in workers[k :: self.num_per_process]][::-1]
             _assign(idle, busy, items, waiting)
             while busy:
                 for connection in wait(list(busy)):
@@ -133,9 +154,11 @@ class ProcessRunner(Runner):
                         num_lost[worker.item] += 1
                         if error is None and num_lost[worker.item] < NUM_ATTEMPTS:
                             on_progress(-worker.reported)
-                            self._on_retry(message.how)
+                            self.on_retry(message.how)
                             waiting.release(worker.item, is_again=True)
-                            idle.append(self._replace(work, worker, workers))
+                            idle = [each for each in idle if each.process is not worker.process]
+                            if all(each.process is not worker.process for each in busy.values()):
+                                idle += self._replace(work, worker, workers)
                             _assign(idle, busy, items, waiting)
                             continue
                         message = _give_up(message, num_lost[worker.item])
@@ -147,8 +170,12 @@ class ProcessRunner(Runner):
                     waiting.release(worker.item)
                     idle.append(worker)
                     _assign(idle, busy, items, waiting)
-                    if waiting and error is None:  # for room: what idle workers keep is theirs
-                        idle = [self._replace(work, each, workers) if each.item >= 0 else each for each in idle]
+                    if waiting and error is None and self.num_per_process == 1:  # for room: idle workers keep theirs
+                        idle = [
+                            new
+                            for each in idle
+                            for new in (self._replace(work, each, workers) if each.item >= 0 else [each])
+                        ]
                     if isinstance(message, Done):
                         yield message.result
         except BaseException:  # raised again: whatever broke the run off, its workers end
@@ -158,58 +185,58 @@ class ProcessRunner(Runner):
         if error is not None:
             raise error
 
-    def _replace(self, work: Work[Any, Any], old: _Worker, workers: list[_Worker]) -> _Worker:
-        """Start a worker in place of one that is idle, or dead."""
-        old.connection.close()
+    def hire(self) -> None:
+        """Start fresh processes ahead of the first run, which uses them; `close` ends them if there is none."""
+        for slot in range(self.num_processes):
+            self._hired += self._start(None, self._hired, slot)
+
+    def close(self) -> None:
+        """End processes that no run has used, whatever they are doing."""
+        for worker in self._hired:
+            worker.process.kill()
+        _end(self._hired, None)
+        self._hired = []
+
+    def _replace(self, work: Work[Any, Any], old: _Worker, workers: list[_Worker]) -> list[_Worker]:
+        """Start workers in place of those of a process that is idle, or dead."""
+        for each in [each for each in workers if each.process is old.process]:
+            each.connection.close()
+            workers.remove(each)
         old.process.join()
         old.life.close()
-        workers.remove(old)
-        workers.append(self._start(work, workers, old.slot))
-        return workers[-1]
+        started = self._start(work, workers, old.slot)
+        workers += started
+        return started
 
-    def _start(self, work: Work[Any, Any], others: Sequence[_Worker], slot: int) -> _Worker:
-        ours, theirs = self._context.Pipe()
+    def _start(self, work: Work[Any, Any] | None, others: Sequence[_Worker], slot: int) -> list[_Worker]:
+        """Start a process and return its workers; a fresh one whose work comes later if there is none yet."""
+        pipes = [self._context.Pipe() for _ in range(self.num_per_process)]
         life, held = self._context.Pipe(duplex=False)
+        theirs = [their for _, their in pipes]
         if self._context.get_start_method() == "fork":
-            inherited = [ours, held, *(end for other in others for end in (other.connection, other.life))]
-            process = self._context.Process(target=_serve_forked, args=(theirs, life, inherited, work), daemon=True)
+            inherited = [
+                held,
+                *(our for our, _ in pipes),
+                *(end for each in others for end in (each.connection, each.life)),
+            ]
+            process = self._context.Process(target=serve_forked, args=(theirs[0], life, inherited, work), daemon=True)
             with warnings.catch_warnings():  # forking is safe beside our own threads: workers take none of their locks
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
         else:
             own = self._environments[slot % len(self._environments)]
             environment = os.environ | own  # the fork server may be older than what is in it now
-            process = self._context.Process(target=_serve_fresh, args=(theirs, life, environment, work), daemon=True)
+            arguments = (theirs, life, environment, self._prepare)
+            process = self._context.Process(target=serve_fresh, args=arguments, daemon=True)
             with _without_main():
                 process.start()
-        theirs.close()
+        for their in theirs:
+            their.close()
         life.close()
-        return _Worker(process, ours, held, slot)
-
-
-def start_fork_server(preload: Sequence[str]) -> None:
-    """Start the process that fresh workers are forked from, unless it runs already, and let it import.
-
-    Args:
-        preload: modules that workers need.
-    """
-    _place_sockets()
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
-    multiprocessing.forkserver.ensure_running()
-
-
-@cache
-def _place_sockets() -> None:
-    """Have the fork server's socket in a directory that a later run deletes if this process is killed.
-
-    multiprocessing makes a directory of its own in TMPDIR otherwise, whose name may be too long for sockets.
-    """
-    stack = ExitStack()
-    multiprocessing.util.Finalize(None, stack.close, exitpriority=-200)  # after multiprocessing's own, at -100
-    with suppress(OSError):
-        directory = str(stack.enter_context(make_directory()))
-        # private, but tempfile.tempdir would move the files of other threads, too
-        multiprocessing.current_process()._config.setdefault("tempdir", directory)  # type: ignore[attr-defined]
+        workers = [_Worker(process, our, held, slot) for our, _ in pipes]
+        if work is not None and self._context.get_start_method() != "fork":
+            _send_work(work, workers[0])
+        return workers
 
 
 def make_local_runner(
@@ -260,10 +287,16 @@ def _assign(idle: list[_Worker], busy: dict[Connection, _Worker], items: Sequenc
         busy[worker.connection] = worker
 
 
+def _send_work(work: Work[Any, Any], worker: _Worker) -> None:
+    """Tell a process what to do, by one of its workers."""
+    with suppress(OSError):  # as in `_assign`
+        worker.connection.send(work)
+
+
 def _stop(worker: _Worker) -> None:
     """Have a worker end what it is doing at its next report."""
     with suppress(OSError):
-        worker.connection.send(_Stop())
+        worker.connection.send(Stop())
 
 
 def _receive(worker: _Worker) -> Progress | Done | Failed | _Lost:
@@ -297,47 +330,3 @@ def _end(workers: Sequence[_Worker], patience_seconds: float | None) -> None:
         if worker.process.is_alive():
             worker.process.kill()
         worker.life.close()
-
-
-def _serve_forked(
-    connection: Connection, life: Connection, inherited: Sequence[Connection], work: Work[Any, Any]
-) -> None:
-    for other in inherited:
-        other.close()
-    _serve(connection, life, work)
-
-
-def _serve_fresh(
-    connection: Connection, life: Connection, environment: Mapping[str, str], work: Work[Any, Any]
-) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    _serve(connection, life, work)
-
-
-def _end_with_driver(life: Connection) -> None:
-    wait([life])
-    os._exit(1)
-
-
-def _serve(connection: Connection, life: Connection, work: Work[Any, Any]) -> None:
-    """Run items in a worker process until the driver has no more."""
-    for number in (signal.SIGINT, signal.SIGHUP):  # the driver is interrupted, and stops us
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_driver, args=(life,), name="end with driver", daemon=True).start()
-
-    def report(progress: Progress) -> None:
-        if connection.poll():  # what the driver sends to a busy worker, and its leaving, mean one thing
-            raise StoppedError("stopped")
-        connection.send(progress)
-
-    try:
-        while not isinstance(item := connection.recv(), _Stop):
-            message: Done | Failed
-            try:
-                message = Done(work(item, report))
-            except BaseException as error:
-                message = Failed(make_picklable(error))
-            connection.send(message)
-    except (EOFError, ConnectionError):  # the driver has left
-        return

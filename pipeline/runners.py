@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raymerge.cluster.process_runner import StartMethod, make_local_runner, start_fork_server
+from raymerge.cluster.fork_server import start_fork_server
+from raymerge.cluster.process_runner import StartMethod, make_local_runner
 from raymerge.cluster.runner import Report, Runner
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
 from raymerge.pipeline.engine.gpus import VARIABLE, require_gpus

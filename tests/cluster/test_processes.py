@@ -34,6 +34,15 @@ class TestFresh(RunnerContract):
         return ProcessRunner(num_workers, StartMethod.FRESH)
 
 
+class TestThreads(RunnerContract):
+    """Two threads in each process."""
+
+    def make_runner(self, num_workers: int) -> Runner:
+        runner = ProcessRunner(-(-num_workers // 2), StartMethod.FRESH, num_threads=2)
+        runner.num_slots = num_workers
+        return runner
+
+
 class OddError(Exception):
     """Cannot be rebuilt from its pickle."""
 
@@ -58,7 +67,7 @@ def start_and_leave(parent: Path, is_killed: bool) -> subprocess.CompletedProces
         import os, signal, time
         from pathlib import Path
         from raymerge.cluster import directory
-        from raymerge.cluster.process_runner import start_fork_server
+        from raymerge.cluster.fork_server import start_fork_server
         directory._PARENT = Path({str(parent)!r})
         start_fork_server([])
         print(*Path({str(parent)!r}).rglob("listener-*"), flush=True)
@@ -154,15 +163,17 @@ def test_a_worker_killed_in_the_middle_of_a_message_is_lost(tmp_path: Path) -> N
     assert reasons == ["its worker process was killed by SIGKILL"]
 
 
-@pytest.mark.parametrize("start_method", [StartMethod.FORK, StartMethod.FRESH])
-def test_items_of_dead_workers_are_done_again(tmp_path: Path, start_method: StartMethod) -> None:
+@pytest.mark.parametrize(
+    ("start_method", "num_threads"), [(StartMethod.FORK, 1), (StartMethod.FRESH, 1), (StartMethod.FRESH, 2)]
+)
+def test_items_of_dead_workers_are_done_again(tmp_path: Path, start_method: StartMethod, num_threads: int) -> None:
     reasons: list[str] = []
     seen: list[int] = []
-    runner = ProcessRunner(2, start_method, on_retry=reasons.append)
+    runner = ProcessRunner(2, start_method, num_threads=num_threads, on_retry=reasons.append)
     work = partial(die_at_first, directory=tmp_path)
     results = runner.run(work, list(range(6)), even("abcdef"), lambda progress: seen.append(progress.read_nbytes))
     assert sorted(results) == list(range(6))
-    assert len(reasons) == 2
+    assert len(reasons) == 2 if num_threads == 1 else 2 <= len(reasons) <= 4, "a process takes its threads along"
     assert sum(seen) == 6, "what the dead workers had reported is taken back"
     assert not multiprocessing.active_children()
 
@@ -232,3 +243,34 @@ def test_fresh_workers_have_variables_of_their_own() -> None:
     found = set(runner.run(own_variable, list(range(9)), even(range(9)), nothing))
     assert sorted(own for own, _ in found) == ["a", "a", "b"]
     assert "OWN" not in os.environ
+
+
+def tell_of_preparation(item: int, report: Report) -> tuple[int, str]:
+    return os.getpid(), os.environ.get("PREPARED", "")
+
+
+def prepare() -> None:
+    os.environ["PREPARED"] = os.environ["OWN"]
+
+
+def test_processes_hired_ahead_are_prepared_and_used_once() -> None:
+    runner = ProcessRunner(
+        2, StartMethod.FRESH, num_threads=2, environments=[{"OWN": "a"}, {"OWN": "b"}], prepare=prepare
+    )
+    runner.hire()
+    hired = {process.pid for process in multiprocessing.active_children()}
+    assert list(runner.run(own_pid, [], [], nothing)) == []
+    first = dict(runner.run(tell_of_preparation, list(range(20)), even(range(20)), nothing))
+    assert set(first) <= hired
+    assert set(first.values()) <= {"a", "b"}
+    second = set(runner.run(own_pid, [1], even("a"), nothing))
+    assert not second & hired
+    assert not multiprocessing.active_children()
+
+
+def test_processes_hired_for_nothing_end() -> None:
+    runner = ProcessRunner(2, StartMethod.FRESH, num_threads=2, prepare=partial(time.sleep, 600))
+    runner.hire()
+    assert len(multiprocessing.active_children()) == 2
+    runner.close()
+    assert not multiprocessing.active_children()
