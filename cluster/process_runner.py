@@ -244,7 +244,6 @@ def make_local_runner(
     start_method: StartMethod,
     *,
     preload: Sequence[str] = (),
-    environments: Sequence[Mapping[str, str]] = (),
     on_retry: Callable[[str], None] = lambda reason: None,
 ) -> Runner:
     """Return the runner for this machine: with processes where they can be had and are of use, else threads.
@@ -253,13 +252,12 @@ def make_local_runner(
         num_workers: items in work at once.
         start_method: how workers may come into being.
         preload: modules that workers need; imported once for all of them where they are started fresh.
-        environments: variables that fresh workers have besides, the first worker the first of these and so on, in turn.
         on_retry: told why an item is done again: its worker has died.
     """
     is_fork = start_method is StartMethod.FORK
     if num_workers == 1 or start_method is StartMethod.THREAD or (is_fork and sys.platform != "linux"):
         return LocalRunner(num_workers)
-    return ProcessRunner(num_workers, start_method, preload=preload, environments=environments, on_retry=on_retry)
+    return ProcessRunner(num_workers, start_method, preload=preload, on_retry=on_retry)
 
 
 _main_lock = threading.Lock()

@@ -41,6 +41,7 @@ from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.settings import Library, StoreSettings
 
 if TYPE_CHECKING:
+    from raymerge.cluster.process_runner import ProcessRunner
     from raymerge.cluster.ray.session import RaySession
 
 Config = Path | str | Mapping[str, Any]
@@ -134,7 +135,7 @@ def merge_variants(
     with open_stores(StoreSettings(options.storage, options.private)) as stores, ExitStack() as stack:
         _check_outs(stores, configs, outs)
         loaded = [load_config(config, strict=options.strict) for config in configs]
-        session, limits = _find_workers(stores, loaded[0], outs, options, stack)
+        session, limits, hired = _find_workers(stores, loaded[0], outs, options, stack)
         places, trust_headers = [str(out) for out in outs], options.trust_headers
         the_plan = make_plan(stores, loaded, places, limits, options.seed, session, trust_headers=trust_headers)
         _check_doubts(the_plan, strict=options.strict)
@@ -180,6 +181,7 @@ def merge_variants(
                 [opened[k][1] for k in unfinished],
                 narrator,
                 session,
+                hired,
                 strict=options.strict,
                 recheck=options.recheck,
             )
@@ -207,12 +209,13 @@ def merge_variants(
 
 def _find_workers(
     stores: Stores, config: MergeConfig, outs: Sequence[str | Path], options: MergeOptions, stack: ExitStack
-) -> tuple[RaySession | None, Limits]:
-    """Return the running Ray cluster that is asked for, if any, and what each machine may use.
+) -> tuple[RaySession | None, Limits, ProcessRunner | None]:
+    """Return the running Ray cluster that is asked for, if any, what each machine may use, and started processes.
 
     Where processes of this machine will do the work, they begin to import what they need.
     """
     session: RaySession | None = None
+    hired: ProcessRunner | None = None
     limits = _make_limits(options)
     gpu_mem = options.allowed_gpu_mem
     if options.address is not None:
@@ -226,11 +229,14 @@ def _find_workers(
         limits = replace(limits, num_workers=num_workers, task_mem=max(1, task_mem))
     elif limits.num_workers > 1 and not options.ray:
         models = [model.path for model in config.referenced_models]
-        prepare_workers(stores, models, [str(out) for out in outs], on_gpus=gpu_mem is not None)
+        places = [str(out) for out in outs]
+        hired = prepare_workers(stores, models, places, limits.num_workers, on_gpus=gpu_mem is not None)
+        if hired is not None:
+            stack.callback(hired.close)
     if gpu_mem is not None:
         num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
         limits = replace(limits, gpus=Gpus(num_gpus, gpu_mem, not _is_on_ray(options)))
-    return session, limits
+    return session, limits, hired
 
 
 def _check_doubts(plan: MergePlan, *, strict: bool) -> None:

@@ -23,6 +23,7 @@ from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Lock
 
 if TYPE_CHECKING:
+    from raymerge.cluster.process_runner import ProcessRunner
     from raymerge.cluster.ray.session import RaySession
 
 
@@ -47,6 +48,7 @@ def carry_out(
     locks: Sequence[Lock],
     narrator: Narrator,
     session: RaySession | None,
+    hired: ProcessRunner | None,
     *,
     strict: bool,
     recheck: bool,
@@ -60,6 +62,7 @@ def carry_out(
         locks: held on them.
         narrator: told how it goes.
         session: the Ray cluster that does the work, if any.
+        hired: the processes that do it, if they have been started.
         strict: whether NaN and infinity are refused.
         recheck: whether finished shards are read and hashed again.
 
@@ -83,7 +86,7 @@ def carry_out(
         narrator.retried(stores.faults.note("workers" if session is None else "ray", "shard", reason), 1)
 
     urls = [*outs, *(item.url for item in plan.inputs)]
-    runner = make_runner(stores, plan.num_workers, urls, session, plan.gpus, retried)
+    runner = make_runner(stores, plan.num_workers, urls, session, plan.gpus, retried, hired)
     finished = _find_finished(stores, plan, journals, runner, recheck=recheck)
     narrator.resumed([task for task in plan.tasks if task.file in finished])
     todo = [task for task in plan.tasks if task.file not in finished]

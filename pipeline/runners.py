@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raymerge.cluster.fork_server import start_fork_server
-from raymerge.cluster.process_runner import StartMethod, make_local_runner
+from raymerge.cluster.process_runner import ProcessRunner, StartMethod, make_local_runner
 from raymerge.cluster.runner import Report, Runner
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
-from raymerge.pipeline.engine.gpus import VARIABLE, require_gpus
+from raymerge.pipeline.engine.gpus import VARIABLE, require_gpus, start_cuda
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.output.journal import Journal
 from raymerge.pipeline.plan.results import ShardResult
@@ -60,6 +60,7 @@ def make_runner(
     session: RaySession | None = None,
     gpus: Gpus | None = None,
     on_retry: Callable[[str], None] = lambda reason: None,
+    hired: ProcessRunner | None = None,
 ) -> Runner:
     """Return the runner for tasks that read from and write to these URLs.
 
@@ -70,7 +71,11 @@ def make_runner(
         session: where the tasks run, if it is on Ray.
         gpus: what each machine merges on; None for the CPU.
         on_retry: told why a task is done again.
+        hired: the processes of `prepare_workers`.
     """
+    if hired is not None:
+        hired.num_slots, hired.on_retry = num_workers, on_retry
+        return hired
     if session is not None:
         from raymerge.cluster.ray.runner import RayRunner
 
@@ -88,10 +93,15 @@ def make_runner(
         from raymerge.cluster.ray.actors import ActorRunner
 
         return ActorRunner(num_slots, num_sharing=gpus.num_sharing(num_workers), **options)
-    environments = [{VARIABLE: gpu} for gpu in require_gpus()] if gpus is not None else []
     start_method = _choose_start_method(stores, urls, on_gpus=gpus is not None)
+    if gpus is not None:
+        require_gpus()
+        if start_method is StartMethod.FRESH and num_workers > 1:
+            runner = _make_gpu_runner(num_workers)
+            runner.num_slots, runner.on_retry = num_workers, on_retry
+            return runner
     preload = _list_modules(stores, urls)
-    return make_local_runner(num_workers, start_method, preload=preload, environments=environments, on_retry=on_retry)
+    return make_local_runner(num_workers, start_method, preload=preload, on_retry=on_retry)
 
 
 def count_slots(num_workers: int, session: RaySession | None = None, gpus: Gpus | None = None) -> int:
@@ -134,18 +144,46 @@ def check_reach(stores: Stores, urls: Sequence[str], session: RaySession, *, sha
         )
 
 
-def prepare_workers(stores: Stores, models: Sequence[str], outs: Sequence[str], *, on_gpus: bool) -> None:
-    """Begin to import what workers will need, while the merge is planned.
+def prepare_workers(
+    stores: Stores, models: Sequence[str], outs: Sequence[str], num_workers: int, *, on_gpus: bool
+) -> ProcessRunner | None:
+    """Begin to import what workers will need, and to start CUDA, while the merge is planned.
 
     Args:
         stores: of this merge.
         models: as the config names them.
         outs: paths or URLs of the outputs.
+        num_workers: tasks in work at once, at most.
         on_gpus: whether workers merge on GPUs.
+
+    Returns:
+        The processes, where they have been started already; to be closed.
     """
     urls = [*outs, *(f"hf://{name}" if is_repository(name) else name for name in models)]
-    if _choose_start_method(stores, urls, on_gpus=on_gpus) is StartMethod.FRESH:
+    if _choose_start_method(stores, urls, on_gpus=on_gpus) is not StartMethod.FRESH:
+        return None
+    if not on_gpus:
         start_fork_server(_list_modules(stores, urls))
+        return None
+    runner = _make_gpu_runner(num_workers)
+    runner.hire()
+    return runner
+
+
+def _make_gpu_runner(num_workers: int) -> ProcessRunner:
+    """Return a process for each GPU: one CUDA context, and a thread for each worker that shares the GPU.
+
+    Torch, hashing and I/O leave the interpreter lock alone, and a GPU needs few calls.
+    """
+    environments = [{VARIABLE: gpu} for gpu in require_gpus()]
+    num_processes = min(num_workers, len(environments))
+    return ProcessRunner(
+        num_processes,
+        StartMethod.FRESH,
+        num_threads=-(-num_workers // num_processes),
+        environments=environments,
+        prepare=start_cuda,
+    )
 
 
 def run_shard(stores: Stores, task: ShardTask, report: Report, *, journals: Sequence[Journal]) -> ShardResult:

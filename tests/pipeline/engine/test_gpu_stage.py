@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from raymerge import merge, plan
 from raymerge.cluster.runner import Report
 from raymerge.ops.kernels.random import PAGE_ELEMENTS
-from raymerge.pipeline import driver, planner
+from raymerge.pipeline import driver, execution, planner
 from raymerge.pipeline import runners as workers
 from raymerge.pipeline.engine import fetch, gpu_stage
 from raymerge.pipeline.engine import shard as execute
@@ -121,6 +122,35 @@ def test_the_same_files(
     assert gpu.num_there <= PAGE_ELEMENTS * 4, "nothing is left on the GPU but the table of random words"
     projected = max(task.projected_gpu_mem for task in keep.plan.tasks)
     assert projected // 2 <= gpu.most_there <= projected + 2**20, "what operations need is counted with the context"
+
+
+def run_on_the_cpu(stores: Stores, task: ShardTask, report: Report, **rest: Any) -> ShardResult:
+    return execute.run_shard(stores, task, report, **rest, device="cpu")
+
+
+@pytest.mark.slow
+def test_the_same_files_from_threads_of_a_process_that_is_started_before_the_plan(
+    on_the_cpu: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, expected = on_the_cpu
+    for module in (driver, workers):
+        monkeypatch.setattr(module, "require_gpus", lambda: ["0"])
+    monkeypatch.setattr(execution, "run_shard", run_on_the_cpu)
+    keep = Keep()
+    merge(config, tmp_path / "gpu", workers=2, seed=3, shard_size="2MB", gpu_memory="4GiB", on_event=keep)
+    assert read_model(tmp_path / "gpu") == expected
+    assert len(keep.plan.tasks) > keep.plan.num_workers == 2
+    assert not multiprocessing.active_children()
+
+
+def test_processes_end_where_the_plan_fails(
+    family: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (driver, workers):
+        monkeypatch.setattr(module, "require_gpus", lambda: ["0"])
+    with pytest.raises(MemoryLimitError):
+        merge(make_config("linear", family), tmp_path / "out", workers=3, gpu_memory="1MiB")
+    assert not multiprocessing.active_children()
 
 
 class CarelessQueue(FakeQueue):
