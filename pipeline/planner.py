@@ -26,7 +26,7 @@ from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.memory import MAX_BUFFER_NBYTES, Transfer, check_plan_fits
 from raymerge.pipeline.plan.recipe import expand, open_model
 from raymerge.pipeline.plan.rounding import warn_of_rounding
-from raymerge.pipeline.plan.schedule import explain_idle
+from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle
 from raymerge.pipeline.plan.shards import make_fingerprint, make_tasks
 from raymerge.pipeline.plan.shares import Limits, explain_shares
 from raymerge.pipeline.plan.types import Copied, InputModel, MergePlan, PlannedOutput, SideFile, Written
@@ -119,6 +119,8 @@ def make_plan(
     advice = explain_shares(tasks, limits, num_allowed)
     if idle := explain_idle(tasks, count_slots(num_allowed, session, limits.gpus)):
         advice.append(idle)
+    if limits.gpus is not None and session is None and (faster := explain_gpus(tasks, limits.num_workers)):
+        advice.append(faster)
     return MergePlan(
         tasks=tasks,
         outputs=tuple(outputs),

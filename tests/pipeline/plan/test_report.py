@@ -60,8 +60,10 @@ def test_a_plan_for_people(ties: MergePlan, models: tuple[Path, ...]) -> None:
 def test_a_plan_for_gpus(models: tuple[Path, ...]) -> None:
     config = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in models]}
     result = plan(config, workers=2, shard_size="30MB", gpu_memory="4GiB")
-    line = next(line for line in format_plan(result).splitlines() if line.startswith("  gpus "))
+    text = format_plan(result)
+    line = next(line for line in text.splitlines() if line.startswith("  gpus "))
     assert line.startswith("  gpus     1, ")
+    assert any(line.startswith("  advice: this would be faster without --gpu-memory") for line in text.splitlines())
     assert line.endswith("MiB for each of 2 workers on one, at most, and 640MiB for CUDA; 4096MiB of each are allowed")
     found = json.loads(plan_json(result))
     assert (found["num_gpus"], found["allowed_gpu_mem"]) == (1, 2**32)

@@ -3,15 +3,21 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from dataclasses import replace
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raymerge.ops.kernel import Site
+from raymerge.ops.kernels.linear import LinearCombination
 from raymerge.pipeline.checkpoint.names import natural_key
-from raymerge.pipeline.plan.schedule import explain_idle, measure_cost, measure_idle, share_out
+from raymerge.pipeline.plan.memory import Transfer
+from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle, measure_cost, measure_idle, share_out
 from raymerge.pipeline.plan.shards import make_tasks
 from raymerge.pipeline.plan.shares import Limits
-from raymerge.pipeline.plan.types import ShardTask, TensorMerge
+from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
 from raymerge.pipeline.sizes import parse_nbytes
 from tests.pipeline.plan.layouts import make_merge
 
@@ -121,3 +127,61 @@ def test_nothing_is_said_where_nothing_is_lost() -> None:
     assert explain_idle(plan(even, 10**12), 1) is None
     small = [make_merge(f"w.{k}", 10**6) for k in range(80)]
     assert explain_idle(plan(small, 10**9), 8) is None, "a second or so"
+
+
+# GPUs that are not worth their start
+
+
+def plan_for_gpus(merges: list[TensorMerge]) -> tuple[ShardTask, ...]:
+    return make_tasks(merges, Limits(2**40, 16, 10**9, Gpus(1, 2**37), transfer=Transfer(2)))[0]
+
+
+def make_model(num_billions: int, op: str, num_sources: int, **parameters: Any) -> list[TensorMerge]:
+    """Return a model of tensors with 100 million elements."""
+    dtypes = ("BF16",) * num_sources
+    return [make_merge(f"w.{k}", 10**8, op=op, parameters=parameters, dtypes=dtypes) for k in range(10 * num_billions)]
+
+
+TIES = {"weight": (1.0,) * 3, "density": (0.5,) * 3, "normalize": True, "int8_mask": False, "lambda": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("num_billions", "num_workers", "said"),
+    [
+        (3, 16, "takes 16 workers on the CPU about 2 s, and CUDA takes 5 s to start"),
+        (3, 1, None),
+        (1, 16, "takes 16 workers on the CPU less than a second, and"),
+        (70, 16, None),
+    ],
+)
+def test_a_gpu_is_not_worth_its_start_where_there_is_little_arithmetic(
+    num_billions: int, num_workers: int, said: str | None
+) -> None:
+    found = explain_gpus(plan_for_gpus(make_model(num_billions, "ties", 4, **TIES)), num_workers)
+    if said is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.startswith("this would be faster without --gpu-memory: the arithmetic ")
+        assert said in found
+
+
+def test_a_gpu_is_never_worth_less_for_more_work() -> None:
+    for op, parameters in (("slerp", SLERP), ("linear", {"weight": (1.0, 1.0), "normalize": True})):
+        sizes = [n for n in (1, 10, 100) if explain_gpus(plan_for_gpus(make_model(n, op, 2, **parameters)), 4)]
+        assert sizes == [1, 10, 100][: len(sizes)]
+
+
+class WholeMatrix(LinearCombination):
+    """Needs the whole tensor, as methods with an SVD do."""
+
+    def grid(self, site: Site) -> int:
+        return site.num_elements
+
+
+def test_kernels_that_need_whole_tensors_are_left_to_the_gpu() -> None:
+    merges = make_model(1, "linear", 2, weight=(1.0, 1.0), normalize=True)
+    variant = replace(merges[0].variants[0], kernel=WholeMatrix((1.0, 1.0)))
+    assert explain_gpus(plan_for_gpus(merges), 16) is not None
+    merges[-1] = replace(merges[-1], variants=(variant,))
+    assert explain_gpus(plan_for_gpus(merges), 16) is None
