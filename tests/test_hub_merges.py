@@ -201,9 +201,9 @@ def test_few_requests_to_the_hub_itself(hub: HubServer, tmp_path: Path) -> None:
     hub.reset_requests()
     merge(make_config(NAMES), tmp_path / "out", shard_size=SHARD_SIZE, workers=2)
     resolved: dict[str, int] = {}
-    for _, path, _ in hub.requests:
-        if "/resolve/" in path:
-            resolved[path] = resolved.get(path, 0) + 1
+    for request in hub.requests:
+        if "/resolve/" in request.path:
+            resolved[request.path] = resolved.get(request.path, 0) + 1
     num_processes = 3  # the driver, which reads headers, and two workers
     assert resolved
     assert max(resolved.values()) <= 2 * num_processes

@@ -35,8 +35,8 @@ def fetch_windows(
     """Yield a task's windows, filled.
 
     With one buffer, reading and merging are done by the same thread, so that bytes are still in its core's cache when
-    they are merged, and storages are told what is read next. With two, a thread fills one while the other is merged:
-    right where reading is waiting.
+    they are merged, and storages are told what is read next. With two, one is filled while the other is merged, and
+    both where merging waits: requests of the next fetch are on their way before the last ones of this fetch arrive.
 
     Args:
         stores: that have the inputs.
@@ -79,7 +79,7 @@ def fill_ahead(
                 on_read(nbytes)
         return windows.result()
 
-    with ThreadPoolExecutor(1, thread_name_prefix="fetch") as reader:
+    with ThreadPoolExecutor(2, thread_name_prefix="fetch") as reader:
         waiting: Future[list[Filled]] | None = None
         windows: Future[list[Filled]] | None
         for number, fetch in enumerate(fetches):

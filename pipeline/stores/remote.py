@@ -18,11 +18,14 @@ from raymerge.pipeline.stores.seam import Sharing, Storage
 
 T = TypeVar("T")
 
-NUM_REQUESTS = 16
-"""Requests in flight for the reads of one process: more than pieces in an input buffer, so that none has to wait."""
+NUM_REQUESTS = 24
+"""Requests in flight for the reads of one process: as many as two input buffers have pieces."""
 
-PIECE_NBYTES = 8 * 2**20
-"""Most that one request asks for: large enough that its latency is small beside it."""
+PIECE_NBYTES = 6 * 2**20
+"""Most that one request asks for: large enough that its latency is small beside it, and a part of an upload to S3.
+
+All requests in flight together are what a line of 10 Gbit/s carries in 0.1 s.
+"""
 
 CHUNK_NBYTES = 128 * 2**10
 """About what a request holds of a body at a time that comes in memory of its library; larger chunks are fresh memory

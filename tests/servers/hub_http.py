@@ -25,6 +25,8 @@ class Request(NamedTuple):
     method: str
     path: str
     status: int
+    nbytes: int = 0
+    """Of the body that was sent."""
 
 
 class Refusal(Exception):  # noqa: N818
@@ -94,6 +96,7 @@ class Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         self._chunks: Iterator[bytes] = iter(())
         self._has_answered = False
+        self._num_sent = 0
         try:
             try:
                 self._chunks = self._read_chunks(
@@ -119,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Keep the request, before its answer leaves."""
         path = str(getattr(self, "path", "")).partition("?")[0]
-        self.server.requests.append(Request(self.command or "", path, int(code)))
+        self.server.requests.append(Request(self.command or "", path, int(code), self._num_sent))
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Print nothing."""
@@ -207,6 +210,7 @@ class Handler(BaseHTTPRequestHandler):
             for _ in self._chunks:  # what is not read now would be taken for the next request
                 pass
         self._has_answered = True
+        self._num_sent = nbytes if self.command != "HEAD" else 0
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value.encode("ascii", "replace").decode().translate(NO_LINES))

@@ -24,6 +24,8 @@ class LoggedRequest:
     path: str
     """As sent, without the query."""
     status: int
+    nbytes: int = 0
+    """Of the body that was sent."""
 
 
 class NginxServer:
@@ -67,7 +69,10 @@ class NginxServer:
         """Return what was answered so far; an answer is noted right after its last byte is sent."""
         lines = (self._directory / "access.log").read_text().splitlines()
         words = (line.split(" ") for line in lines)
-        return [LoggedRequest(method, uri.partition("?")[0], int(status)) for method, status, uri in words]
+        return [
+            LoggedRequest(method, uri.partition("?")[0], int(status), int(nbytes))
+            for method, status, nbytes, uri in words
+        ]
 
     def cpu_seconds(self) -> float:
         """Return the CPU seconds that the server has used."""
@@ -93,7 +98,7 @@ pid nginx.pid;
 error_log stderr;
 events {{ worker_connections 1024; }}
 http {{
-    log_format short '$request_method $status $request_uri';
+    log_format short '$request_method $status $body_bytes_sent $request_uri';
     access_log access.log short;
     default_type application/octet-stream;
     sendfile on;

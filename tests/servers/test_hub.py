@@ -80,7 +80,10 @@ def test_the_rate_limit_says_when_to_come_back(hub: HubServer) -> None:
     time.sleep(1.05)
     assert ask(url).status == 200
     assert [request.status for request in hub.requests] == [200, 200, 429, 429, 200]
-    assert set(hub.requests) == {("GET", "/api/models/me/model", 200), ("GET", "/api/models/me/model", 429)}
+    assert {request[:3] for request in hub.requests} == {
+        ("GET", "/api/models/me/model", 200),
+        ("GET", "/api/models/me/model", 429),
+    }
     hub.reset_requests()
     assert hub.requests == []
 

@@ -90,7 +90,7 @@ def test_nginx_notes_what_it_was_asked(files: NginxServer) -> None:
     with pytest.raises(FileNotFoundError):
         store.head("missing")
     expected = [
-        LoggedRequest("GET", "/bucket/dir/file%20%26%201", 206),
+        LoggedRequest("GET", "/bucket/dir/file%20%26%201", 206, 5),
         LoggedRequest("HEAD", "/bucket/missing", 404),
     ]
     give_up = time.monotonic() + 5

@@ -20,7 +20,7 @@ from raymerge.pipeline.stores.fsspec.errors import (
 )
 from raymerge.pipeline.stores.fsspec.info import is_directory, stored_file
 from raymerge.pipeline.stores.fsspec.loop import WRITE_SECONDS, run_bounded
-from raymerge.pipeline.stores.remote import PIECE_NBYTES, ChunkBody, RemoteStorage
+from raymerge.pipeline.stores.remote import ChunkBody, RemoteStorage
 from raymerge.pipeline.stores.retry import Fault, FaultLog
 from raymerge.pipeline.urls import split_url
 
@@ -39,7 +39,7 @@ _PACKAGES = {"smbclient": "smbprotocol"}
 class FsspecFiles(RemoteStorage):
     """Files of one scheme, by the fsspec file system that is registered for it; a subclass reads, writes and locks."""
 
-    write_nbytes = 3 * PIECE_NBYTES  # a part that fills up, its copy as bytes, and what is being sent
+    write_nbytes = 24 * 2**20  # a part that fills up, its copy as bytes, and what is being sent
     library_nbytes = 16 * 2**20  # measured with s3fs: 6 to 10 MiB for its event loop, connections and bodies
     credentials = "with what fsspec finds"
     """Which ones requests are made with, for messages."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from secrets import token_hex
+from threading import BoundedSemaphore
 from threading import Lock as ThreadLock
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from raymerge.pipeline.stores.objects.writer import (
     stored_file,
     unquoted,
 )
-from raymerge.pipeline.stores.remote import CHUNK_NBYTES, NUM_REQUESTS, Body, ChunkBody, RemoteStorage
+from raymerge.pipeline.stores.remote import CHUNK_NBYTES, Body, ChunkBody, RemoteStorage
 from raymerge.pipeline.stores.retry import Fault, FaultLog, Patience, one_line
 from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES, Lock, Writer
 from raymerge.pipeline.urls import scheme_of, split_url
@@ -38,16 +39,20 @@ if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta, PutMode
 
 _LIST_CHUNK = 1000
+_NUM_BODIES = 16
+"""Of obstore at once."""
 _BODY_NBYTES = 3 * 2**19
-"""Held by each request: buffers of its body, and the allocator's arena of its thread. Measured: 1 to 1.5 MiB."""
+"""Held by each: buffers of its body, and the allocator's arena of its thread. Measured: 1 to 1.5 MiB."""
 _LEAVING_SECONDS = 5.0
 _UNUSABLE = re.compile(r"//|^/|[\x00-\x1f\x7f]")
 
 
 class ObjectStorage(RemoteStorage):
-    """The buckets of one kind of store; each is reached when it is needed first."""
+    """The buckets of one kind of store; each is reached when it is needed first.
 
-    read_nbytes = NUM_REQUESTS * _BODY_NBYTES
+    obstore reads where signed URLs do not.
+    """
+
     write_nbytes = NUM_BUFFERS * PART_NBYTES - 2 * OUTPUT_BUFFER_NBYTES
     library_nbytes = 16 * 2**20  # measured besides: 8 to 12 MiB for its threads, TLS and connections
 
@@ -56,6 +61,7 @@ class ObjectStorage(RemoteStorage):
         self._scheme = scheme
         self._pool = pool
         self._lock = ThreadLock()
+        self._bodies = BoundedSemaphore(_NUM_BODIES)
         self._buckets: dict[str, Bucket] = {}
         self._aws: AwsAccount | None = None
         self._direct: DirectReader | None = None
@@ -116,11 +122,12 @@ class ObjectStorage(RemoteStorage):
 
     @contextmanager
     def _ask_obstore(self, bucket: Bucket, key: str, file: StoredFile, start: int, stop: int) -> Iterator[Body]:
+        self.read_nbytes = _NUM_BODIES * _BODY_NBYTES  # headers are read so, too: a plan knows it
         options: GetOptions = {"range": (start, stop)}
         if file.etag:
             options["if_match"] = quoted(file.etag)
         try:
-            with translated("GET"):
+            with self._bodies, translated("GET"):
                 result = obstore.get(bucket.reads, key, options=options)
                 found = stored_file(file.url, result.meta)
                 check_same(file, found.nbytes, found.etag)

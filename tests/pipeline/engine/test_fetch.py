@@ -239,3 +239,20 @@ def test_with_two_buffers_the_next_is_read_meanwhile(
     with closing(fetch_windows(stores, fetches, buffers, ignore)) as windows:
         next(windows)
         assert is_read.wait(10)
+
+
+def test_requests_of_the_next_fetch_do_not_wait_for_the_last_of_this_one(
+    stores: Stores, urls: list[str], merge: TensorMerge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, both = stores.at(urls[0]), threading.Barrier(2, timeout=10)
+    read_into = storage.read_into
+
+    def read(ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:
+        if ranges[0].start in (OFFSET, OFFSET + 400):
+            both.wait()
+        read_into(ranges, buffers)
+
+    monkeypatch.setattr(storage, "read_into", read)
+    fetches = cut(merge, 1, 1, 1)
+    buffers = [memoryview(bytearray(room_for(fetches))) for _ in range(2)]
+    assert len(list(fetch_windows(stores, fetches, buffers, ignore))) == 3

@@ -1,0 +1,105 @@
+"""What servers send of the weights: every byte once, and headers; counted by the servers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raymerge import merge
+from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES
+from tests.checkpoints import read_files, write_family
+from tests.servers.hub import HubServer
+from tests.servers.static import NginxServer
+
+Served = Callable[[], Counter[str]]
+"""Returns the bytes of weights that were sent of each model."""
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """Models of 2 MB in two files."""
+    return write_family(
+        tmp_path_factory.mktemp("family"), 2, num_layers=6, dtype=torch.bfloat16, num_shards=2, hidden=128
+    )
+
+
+@pytest.fixture
+def s3(family: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[str], Served]]:
+    with NginxServer(family[0].parent) as server:
+        for name, value in {
+            "AWS_ENDPOINT_URL": server.endpoint,
+            "AWS_ACCESS_KEY_ID": "any",
+            "AWS_SECRET_ACCESS_KEY": "any",
+            "AWS_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            monkeypatch.setenv(name, value)
+
+        def count() -> Counter[str]:
+            found: Counter[str] = Counter()
+            for request in server.requests():
+                if request.method == "GET" and request.path.endswith(".safetensors"):
+                    found[request.path.split("/")[1]] += request.nbytes
+            return found
+
+        yield [f"s3://{path.name}" for path in family], count
+
+
+@pytest.fixture
+def hub(
+    family: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[list[str], Served]]:
+    """A Hub, whose storage is asked for the weights."""
+    with HubServer(tmp_path / "hub") as server:
+        server.add_token("hf_writer", user="me", can_write=["org"])
+        for path in family:
+            server.create_repo(f"org/{path.name}")
+            server.upload(f"org/{path.name}", dict(read_files(path)))
+        for name, value in server.environment(tmp_path).items():
+            monkeypatch.setenv(name, value)
+        server.reset_requests()
+
+        def count() -> Counter[str]:
+            total = sum(request.nbytes for request in server.storage_requests if request.method == "GET")
+            return Counter({"all": total})
+
+        yield [f"hf://org/{path.name}" for path in family], count
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties"])
+@pytest.mark.parametrize("store", ["s3", "hub"])
+def test_every_byte_is_served_once(
+    family: tuple[Path, ...], tmp_path: Path, request: pytest.FixtureRequest, store: str, method: str
+) -> None:
+    models, count = request.getfixturevalue(store)
+    used = family[:2] if method == "slerp" else family
+    config: dict[str, Any] = {"merge_method": method, "base_model": models[0], "parameters": {"t": 0.4}}
+    if method != "slerp":
+        config["parameters"] = {"weight": 0.4} if method == "linear" else {"weight": 0.4, "density": 0.5}
+    config["models"] = [{"model": model} for model in models[: len(used)]]
+    merge(config, tmp_path / "merged", workers=1)
+    wanted = {path.name: sum(map(_served_of, path.glob("*.safetensors"))) for path in used}
+    if store == "hub":
+        wanted = {"all": sum(wanted.values())}
+    give_up = time.monotonic() + 5
+    while sum(count().values()) < sum(wanted.values()) and time.monotonic() < give_up:
+        time.sleep(0.01)  # nginx notes an answer after its last byte
+    assert count() == wanted
+    stored = sum(file.stat().st_size for path in used for file in path.glob("*.safetensors"))
+    assert sum(wanted.values()) < 1.01 * stored
+
+
+def _served_of(file: Path) -> int:
+    """Return the bytes of a file that are read: its values once, and before that the header with what follows it."""
+    with file.open("rb") as opened:
+        data_start = 8 + int.from_bytes(opened.read(8), "little")
+    return file.stat().st_size - data_start + max(data_start, FIRST_READ_NBYTES)
