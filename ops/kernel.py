@@ -9,9 +9,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raymerge.ops.lazy import torch
+from raymerge.ops.stored import Slot, Stored
 
 BLOCK_ELEMENTS = 2**17
 """Elements of a block: about what a core's L2 cache holds as float32."""
+
+
+def count_blocks(num_elements: int) -> int:
+    """Return how many blocks so many elements from a block's first one on are."""
+    return -(-num_elements // BLOCK_ELEMENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,18 @@ class KernelRun(ABC):
     def combine(self, block: Block, out: torch.Tensor) -> None:
         """Write the merged values of one block to `out` (flat, compute dtype)."""
 
+    def measure_stored(self, index: int, stored: Stored) -> None:
+        """Do as `measure` does, by loops, with one or several neighbouring blocks; see `Kernel.loop_dtypes`."""
+        raise AssertionError("this kernel has no loops")
+
+    def combine_stored(self, stored: Stored, out: Slot) -> float:
+        """Do as `combine` does, by compiled loops and rounded, with any neighbouring elements, in order.
+
+        Returns:
+            The sum of the squares of all that ends with the blocks that end in `stored`; `out.squares` has the rest.
+        """
+        raise AssertionError("this kernel has no loops")
+
     def figures(self) -> Mapping[str, float]:
         """Return figures measured on the way, after the last block; per model as `name[0]`, `name[1]`, ..."""
         return {}
@@ -105,6 +123,11 @@ class Kernel(ABC):
     What a kernel answers about a site may depend on its shape and its sources, not on its name and seed.
     """
 
+    loop_dtypes: tuple[str, ...] = ()
+    """Dtypes of which its runs also take values as they are stored, and round to as well, with the same bits.
+
+    A run gets either blocks or stored values, from the first pass to the last.
+    """
     compute_dtype: str = "float32"
     """The dtype of converted sources, blocks and scratch, by torch's name."""
 

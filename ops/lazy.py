@@ -1,6 +1,6 @@
-"""torch and numpy, imported when one of their names is first used: ops are declared and planned without them.
+"""Heavy modules, imported when one of their names is first used: ops are declared and planned without them.
 
-Import them from here, at the top of a module: `from raymerge.ops.lazy import np, torch`.
+Import them from here, at the top of a module: `from raymerge.ops.lazy import loops, np, torch`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     import torch as torch
+
+    loops: Any
 else:
 
     class _LazyModule:
@@ -22,6 +24,6 @@ else:
             setattr(self, name, value)  # found without this method from now on
             return value
 
-    np, torch = _LazyModule("numpy"), _LazyModule("torch")
+    np, torch, loops = (_LazyModule(name) for name in ("numpy", "torch", "raymerge.ops.kernels.loops"))
 
-__all__ = ["np", "torch"]
+__all__ = ["loops", "np", "torch"]

@@ -6,10 +6,11 @@ import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
-from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
-from raymerge.ops.kernels.linear import combine_linearly
-from raymerge.ops.lazy import torch
+from raymerge.ops.kernel import Block, Kernel, KernelRun, Site, count_blocks
+from raymerge.ops.kernels.linear import combine_linearly, combine_stored
+from raymerge.ops.lazy import loops, np, torch
 from raymerge.ops.registry import Base, merge_op
+from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
 from raymerge.ops.sums import add_blocks
 
 SMALLEST_NORM = 1e-8
@@ -35,6 +36,7 @@ class Slerp(Kernel):
     """y = c_0 * base + c_1 * x, with coefficients that follow from the angle between the two."""
 
     t: float
+    loop_dtypes = LOOP_DTYPES
 
     def num_passes(self, site: Site) -> int:
         """One, for the angle."""
@@ -78,6 +80,17 @@ class _SlerpRun(KernelRun):
 
     def combine(self, block: Block, out: torch.Tensor) -> None:
         combine_linearly(block, self._coefficients, out)
+
+    def measure_stored(self, index: int, stored: Stored) -> None:
+        sums = np.empty((count_blocks(stored.num_elements), 3))
+        loops.sum_products(*stored.sources(), stored.num_elements, sums, loops.make_scratch(26))
+        for aa, bb, ab in sums.tolist():
+            self._aa += aa
+            self._bb += bb
+            self._ab += ab
+
+    def combine_stored(self, stored: Stored, out: Slot) -> float:
+        return combine_stored(stored, self._coefficients, out)
 
     def figures(self) -> Mapping[str, float]:
         """Return the cosine of the angle, and the norms of both tensors."""

@@ -86,7 +86,8 @@ def carry_out(
         narrator.retried(stores.faults.note("workers" if session is None else "ray", "shard", reason), 1)
 
     urls = [*outs, *(item.url for item in plan.inputs)]
-    runner = make_runner(stores, plan.num_workers, urls, session, plan.gpus, retried, hired)
+    merges = (merge for task in plan.tasks for merge in task.merges)
+    runner = make_runner(stores, plan.num_workers, urls, session, plan.gpus, retried, hired, merges)
     finished = _find_finished(stores, plan, journals, runner, recheck=recheck)
     narrator.resumed([task for task in plan.tasks if task.file in finished])
     todo = [task for task in plan.tasks if task.file not in finished]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raymerge.cluster.fork_server import start_fork_server
@@ -11,10 +11,11 @@ from raymerge.cluster.process_runner import ProcessRunner, StartMethod, make_loc
 from raymerge.cluster.runner import Report, Runner
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
 from raymerge.pipeline.engine.gpus import VARIABLE, require_gpus, start_cuda
+from raymerge.pipeline.engine.readiness import LOOPS, prepare
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.output.journal import Journal
 from raymerge.pipeline.plan.results import ShardResult
-from raymerge.pipeline.plan.types import Gpus, ShardTask
+from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Sharing
@@ -61,6 +62,7 @@ def make_runner(
     gpus: Gpus | None = None,
     on_retry: Callable[[str], None] = lambda reason: None,
     hired: ProcessRunner | None = None,
+    merges: Iterable[TensorMerge] = (),
 ) -> Runner:
     """Return the runner for tasks that read from and write to these URLs.
 
@@ -72,6 +74,7 @@ def make_runner(
         gpus: what each machine merges on; None for the CPU.
         on_retry: told why a task is done again.
         hired: the processes of `prepare_workers`.
+        merges: the tensors to be merged, for which processes that are forked from this one find everything prepared.
     """
     if hired is not None:
         hired.num_slots, hired.on_retry = num_workers, on_retry
@@ -100,7 +103,9 @@ def make_runner(
             runner = _make_gpu_runner(num_workers)
             runner.num_slots, runner.on_retry = num_workers, on_retry
             return runner
-    preload = _list_modules(stores, urls)
+    preload = _list_modules(stores, urls, start_method)
+    if start_method is StartMethod.FORK and num_workers > 1:
+        prepare(merges)
     return make_local_runner(num_workers, start_method, preload=preload, on_retry=on_retry)
 
 
@@ -160,10 +165,11 @@ def prepare_workers(
         The processes, where they have been started already; to be closed.
     """
     urls = [*outs, *(f"hf://{name}" if is_repository(name) else name for name in models)]
-    if _choose_start_method(stores, urls, on_gpus=on_gpus) is not StartMethod.FRESH:
+    start_method = _choose_start_method(stores, urls, on_gpus=on_gpus)
+    if start_method is not StartMethod.FRESH:
         return None
     if not on_gpus:
-        start_fork_server(_list_modules(stores, urls))
+        start_fork_server(_list_modules(stores, urls, start_method))
         return None
     runner = _make_gpu_runner(num_workers)
     runner.hire()
@@ -187,7 +193,7 @@ def _make_gpu_runner(num_workers: int) -> ProcessRunner:
 
 
 def run_shard(stores: Stores, task: ShardTask, report: Report, *, journals: Sequence[Journal]) -> ShardResult:
-    """Run a task; a driver that has it run elsewhere need not import torch."""
+    """Run a task; a driver that has it run elsewhere need not import what it takes."""
     from raymerge.pipeline.engine import shard as execute
 
     return execute.run_shard(stores, task, report, journals=journals)
@@ -206,6 +212,7 @@ def _choose_start_method(stores: Stores, urls: Sequence[str], *, on_gpus: bool) 
     return StartMethod.FRESH if is_fresh else StartMethod.FORK
 
 
-def _list_modules(stores: Stores, urls: Sequence[str]) -> list[str]:
-    """Return the modules that workers need for these URLs."""
-    return [_EXECUTE, *sorted({type(stores.at(url)).__module__ for url in urls})]
+def _list_modules(stores: Stores, urls: Sequence[str], start_method: StartMethod) -> list[str]:
+    """Return the modules that workers need for these URLs, besides what `prepare` imports for forked ones."""
+    arithmetic = [LOOPS] if start_method is StartMethod.FRESH else []
+    return [_EXECUTE, *arithmetic, *sorted({type(stores.at(url)).__module__ for url in urls})]

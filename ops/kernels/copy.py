@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from raymerge.ops.errors import SourceMismatchError
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
-from raymerge.ops.lazy import torch
+from raymerge.ops.lazy import np, torch
+from raymerge.ops.stored import Slot, Stored
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Identical(Kernel):
     """y = x_0, where every other source has the same bytes; an element is a byte."""
 
     compute_dtype = "uint8"
+    loop_dtypes = ("uint8",)
 
     def num_scratch(self, site: Site) -> int:
         """One, for the source that is compared."""
@@ -38,3 +40,16 @@ class _IdenticalRun(KernelRun):
         for source in range(1, self.num_sources):
             if not torch.equal(block.load(source, block.scratch[0]), out):
                 raise SourceMismatchError(source)
+
+    def combine_stored(self, stored: Stored, out: Slot) -> float:
+        """Copy bytes.
+
+        Raises:
+            SourceMismatchError: a source has other bytes than source 0.
+        """
+        first = np.frombuffer(stored.view(0), np.uint8)
+        for source in range(1, self.num_sources):
+            if not np.array_equal(np.frombuffer(stored.view(source), np.uint8), first):
+                raise SourceMismatchError(source)
+        out.buffer[:] = stored.view(0)
+        return 0.0

@@ -6,7 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
-from raymerge.ops.lazy import torch
+from raymerge.ops.lazy import loops, np, torch
+from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class LinearCombination(Kernel):
 
     coefficients: tuple[float, ...]
     divisor: float = 1.0
+    loop_dtypes = LOOP_DTYPES
 
     def num_scratch(self, site: Site) -> int:
         """One, to convert a source in."""
@@ -42,6 +44,9 @@ class _LinearRun(KernelRun):
         if self.kernel.divisor != 1:  # as a tensor: by a number, GPUs multiply with the rounded reciprocal
             out.div_(torch.full((), self.kernel.divisor, dtype=out.dtype, device=out.device))
 
+    def combine_stored(self, stored: Stored, out: Slot) -> float:
+        return combine_stored(stored, self.kernel.coefficients, out, self.kernel.divisor)
+
 
 def combine_linearly(block: Block, coefficients: tuple[float, ...], out: torch.Tensor) -> None:
     """Write sum(coefficients_i * x_i) to `out`.
@@ -56,3 +61,15 @@ def combine_linearly(block: Block, coefficients: tuple[float, ...], out: torch.T
         if coefficient != 1:
             x.mul_(coefficient)
         out.add_(x)
+
+
+def combine_stored(stored: Stored, coefficients: tuple[float, ...], out: Slot, divisor: float = 1.0) -> float:
+    """Round sum(coefficients_i * x_i) / divisor to `out`, of the first sources; see `KernelRun`."""
+    words, longs, places, forms = stored.sources()
+    factors = np.array(coefficients, np.float32)
+    used = len(factors)
+    where = np.float32(divisor), stored.start, stored.num_elements
+    finished: float = loops.combine(
+        words, longs, places[:used], forms[:used], factors, *where, *out.arguments(), loops.make_scratch(2)
+    )
+    return finished

@@ -6,8 +6,9 @@ from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from raymerge.ops.kernels.sparsifier import Sparsifier
-from raymerge.ops.lazy import np, torch
+from raymerge.ops.kernels.sparsifier import Sparsifier, Trim
+from raymerge.ops.lazy import loops, np, torch
+from raymerge.ops.stored import Stored
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,6 +46,10 @@ class RandomSparsifier(Sparsifier):
         self._stream.write(start, spares)
         delta.mul_(_are_below(self._limit, spares))
 
+    def make_trim(self, stored: Stored) -> Trim:
+        """Return the keys of the pages."""
+        return Trim(loops.RANDOM, word_limit=self._limit, keys=self._stream.list_keys(stored.start, stored.stop))
+
 
 class RandomBits:
     """32 random bits for each element of a tensor, drawn for one model.
@@ -74,7 +79,7 @@ class RandomBits:
             bits, shifted = (_numpy_words(spare) for spare in spares)
             for page in pages:
                 there, here = _cut_page(page, start, stop)
-                _hash_on_cpu(_numpy_table()[there], *self._keys(page), bits[here], shifted[here])
+                _hash_on_cpu(numpy_table()[there], *self._keys(page), bits[here], shifted[here])
             return
         words, spare = (_words(spare) for spare in spares)
         table = _table(words.device)
@@ -90,6 +95,11 @@ class RandomBits:
                 there, here = _cut_page(page, start, stop)
                 key, factor = map(_as_int32, self._keys(page))
                 _hash(table[there], key, factor, words[here], spare[here])
+
+    def list_keys(self, start: int, stop: int) -> Words:
+        """Return a row of two keys for each page that the elements [start, stop) touch."""
+        pages = range(start // PAGE_ELEMENTS, -(-stop // PAGE_ELEMENTS))
+        return np.array([self._keys(page) for page in pages], np.uint32)
 
     def _keys(self, page: int) -> tuple[int, int]:
         """Return two 32-bit keys, the second one odd."""
@@ -140,7 +150,7 @@ def _are_below(limit: int, spares: tuple[torch.Tensor, torch.Tensor]) -> torch.T
 
 
 @cache
-def _numpy_table() -> Words:
+def numpy_table() -> Words:
     """Return a random word for each place in a page; shared, never written to."""
     words = np.arange(PAGE_ELEMENTS, dtype=np.uint32)
     for shift, factor in _ROUNDS:
@@ -151,7 +161,7 @@ def _numpy_table() -> Words:
 @cache
 def _table(device: torch.device) -> torch.Tensor:
     """Return the table as int32, on a device."""
-    return torch.from_numpy(_numpy_table().view(np.int32)).to(device)
+    return torch.from_numpy(numpy_table().view(np.int32)).to(device)
 
 
 def _words(scratch: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from raymerge.ops.kernels.sparsifier import Sparsifier
-from raymerge.ops.lazy import np, torch
+from raymerge.ops.kernels.sparsifier import Sparsifier, Trim
+from raymerge.ops.lazy import loops, np, torch
+from raymerge.ops.stored import Stored
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _HALF = 16
 _NUM_LOW = 2**16
@@ -34,7 +39,7 @@ class MagnitudeSparsifier(Sparsifier):
     def __init__(self, num_kept: int) -> None:
         """Select the largest `num_kept` elements of a tensor; at least 1, at most all."""
         self._num_kept = num_kept
-        self._counts: torch.Tensor | None = None
+        self._counts: torch.Tensor | NDArray[Any] | None = None
         self._pending: list[torch.Tensor] = []
         self._num_pending = 0
         self._bin = 0
@@ -67,13 +72,24 @@ class MagnitudeSparsifier(Sparsifier):
         if self._num_pending >= _NUM_LOW:
             self._count_pending()
 
+    def measure_stored(self, index: int, stored: Stored, source: int) -> None:
+        """Count what is there at once, by high bits or by low ones."""
+        if self._counts is None:
+            self._counts = np.zeros((2, _NUM_HIGH) if index == 0 else (1, _NUM_LOW), np.int64)
+        if index == 0:
+            loops.count_high(*stored.sources(), source, stored.num_elements, self._counts, loops.make_scratch(2))
+        else:
+            scratch = loops.make_scratch(3)
+            loops.count_low(*stored.sources(), source, stored.num_elements, self._bin, self._counts[0], scratch)
+
     def end_pass(self, index: int) -> None:
         """Find the bin that holds the threshold."""
         if index == 1:
             self._count_pending()
         if self._counts is None:  # an empty tensor
             return
-        chosen, num_above, num_equal = _find_bin(self._counts, self._num_kept - self._num_above)
+        counts = self._counts.sum(0) if isinstance(self._counts, np.ndarray) else self._counts.cpu().numpy()
+        chosen, num_above, num_equal = _find_bin(counts, self._num_kept - self._num_above)
         self._counts = None
         self._num_above += num_above
         if index == 0:
@@ -99,11 +115,24 @@ class MagnitudeSparsifier(Sparsifier):
                 self._drop_ties(delta, spares[0])
         torch.ops.aten.hardshrink.out(delta, largest_dropped, out=delta)
 
+    def make_trim(self, stored: Stored) -> Trim:
+        """Return the threshold, and how many elements on it may still be kept."""
+        if self._threshold == 0:
+            return Trim()
+        if stored.start == 0:
+            self._left = self._quota
+        left = self._left if self._has_ties else -1
+        return Trim(loops.MAGNITUDE, (self._below_threshold, self._threshold), left=left)
+
+    def end_trim(self, left: int) -> None:
+        """Remember how many elements on the threshold may be kept of those that come next."""
+        self._left = left
+
     def _count(self, values: torch.Tensor, num_values: int) -> None:
         counts = (
             values.bincount(minlength=num_values) if values.device.type == "cpu" else _count_apart(values, num_values)
         )
-        self._counts = counts if self._counts is None else self._counts.add_(counts)
+        self._counts = counts if self._counts is None else self._counts + counts
 
     def _count_pending(self) -> None:
         """Count what several blocks had in the bin: rarely, for the table is as large as a block."""
@@ -146,12 +175,12 @@ def _count_apart(values: torch.Tensor, num_values: int) -> torch.Tensor:
     return counts.index_add_(0, values, ones).view(num_tables, num_values).sum(0)
 
 
-def _find_bin(counts: torch.Tensor, rank: int) -> tuple[int, int, int]:
+def _find_bin(counts: NDArray[Any], rank: int) -> tuple[int, int, int]:
     """Return the bin that holds the element of this rank (1 is the largest), the number above it, and in it."""
-    from_top = counts.flip(0).cumsum(0)
-    place = int((from_top < rank).sum().item())
-    num_equal = int(counts[-1 - place].item())
-    return counts.numel() - 1 - place, int(from_top[place].item()) - num_equal, num_equal
+    from_top = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(from_top, rank))
+    num_equal = int(counts[-1 - place])
+    return len(counts) - 1 - place, int(from_top[place]) - num_equal, num_equal
 
 
 def _float_of_bits(bits: int) -> float:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
-from raymerge.ops.kernels.random import RandomSparsifier
+from raymerge.ops.kernel import Block, Kernel, KernelRun, Site, count_blocks
+from raymerge.ops.kernels.linear import combine_stored
+from raymerge.ops.kernels.random import RandomSparsifier, numpy_table
 from raymerge.ops.kernels.select import SELECTION_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
-from raymerge.ops.kernels.sparsifier import Sparsifier
-from raymerge.ops.lazy import torch
+from raymerge.ops.kernels.sparsifier import Sparsifier, Trim
+from raymerge.ops.lazy import loops, np, torch
+from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
 from raymerge.ops.sums import add_blocks
 
 SMALLEST_SUM = 1e-7
@@ -40,6 +42,7 @@ class SparseDeltas(Kernel):
     """Give each thinned delta the sum of absolute values that it had before."""
     scale: float
     """The YAML's `lambda`."""
+    loop_dtypes = LOOP_DTYPES
 
     def num_passes(self, site: Site) -> int:
         """Return the sparsifier's passes, and one more to rescale."""
@@ -175,34 +178,27 @@ class _SparseDeltasRun(KernelRun):
     def _combine_all(self, block: Block, out: torch.Tensor) -> None:
         """Source: Ilharco et al. 2023, "Editing Models with Task Arithmetic", section 2."""
         base = block.load(0, block.scratch[0])
-        scale = self._kernel.scale
-        if self._kernel.normalize:
-            total = sum(self._kernel.weights)
-            scale /= total if abs(total) >= SMALLEST_DIVISOR else 1.0
-        coefficients = [model.weight * model.rescaling * scale for model in self._models]
-        common = coefficients[0] if len(set(coefficients)) == 1 else 1.0
-        for model, coefficient in zip(self._models, coefficients, strict=True):
+        factors, _, scale = self._weigh()
+        for model, factor in zip(self._models, factors, strict=True):
             is_first = model is self._models[0]
             delta = self._load_delta(model, block, out if is_first else block.scratch[3])
-            if coefficient != common:
-                delta.mul_(coefficient)
+            if factor != 1:
+                delta.mul_(factor)
             if not is_first:
                 out.add_(delta)
-        if common != 1:
-            out.mul_(common)
+        if scale != 1:
+            out.mul_(scale)
         out.add_(base)
 
     def _combine_agreeing(self, block: Block, out: torch.Tensor) -> None:
         """Source: Yadav et al. 2023, "TIES-Merging", algorithm 1, steps 2 and 3."""
         base = block.load(0, block.scratch[0])
-        weights = [model.weight for model in self._models]
-        common = weights[0] if weights[0] > 0 and len(set(weights)) == 1 else 1.0
+        factors, common, scale = self._weigh()
         deltas = []
-        for model, delta in zip(self._models, block.scratch[3:], strict=False):
-            coefficient = model.weight / common * model.rescaling
+        for model, factor, delta in zip(self._models, factors, block.scratch[3:], strict=False):
             self._load_delta(model, block, delta)
-            if coefficient != 1:
-                delta.mul_(coefficient)
+            if factor != 1:
+                delta.mul_(factor)
             deltas.append(delta)
         normalize = self._kernel.normalize
         signs, spare = block.scratch[1:3]
@@ -217,15 +213,79 @@ class _SparseDeltasRun(KernelRun):
             out.add_(torch.threshold_(delta.mul_(signs), 0, 0))
             if normalize:
                 delta.sign_()
-        scale = self._kernel.scale
         if normalize:
-            out.div_(_sum_weights(deltas, [weight / common for weight in weights], spare))
-        else:
-            scale *= common
+            out.div_(_sum_weights(deltas, [model.weight / common for model in self._models], spare))
         out.mul_(signs)
         if scale != 1:
             out.mul_(scale)
         out.add_(base)
+
+    def _weigh(self) -> tuple[list[float], float, float]:
+        """Return what each delta is multiplied with, the weight they have in common, and what their sum is scaled by.
+
+        Factors that all deltas have in common are taken out of the sum: that spares products.
+        """
+        scale, models = self._kernel.scale, self._models
+        if self._kernel.consensus == "sum":
+            weights = {model.weight for model in models}
+            common = models[0].weight if models[0].weight > 0 and len(weights) == 1 else 1.0
+            factors = [model.weight / common * model.rescaling for model in models]
+            return factors, common, scale if self._kernel.normalize else scale * common
+        if self._kernel.normalize:
+            total = sum(self._kernel.weights)
+            scale /= total if abs(total) >= SMALLEST_DIVISOR else 1.0
+        coefficients = [model.weight * model.rescaling * scale for model in models]
+        if len(set(coefficients)) == 1:
+            return [1.0] * len(models), 1.0, coefficients[0]
+        return coefficients, 1.0, 1.0
+
+    def measure_stored(self, index: int, stored: Stored) -> None:
+        for model in self._models:
+            sparsifier = model.sparsifier
+            if sparsifier is None:
+                continue
+            if index < sparsifier.num_passes:
+                sparsifier.measure_stored(index, stored, model.source)
+                continue
+            trims = _Trims([sparsifier], stored)
+            sums = np.empty((count_blocks(stored.num_elements), 2))
+            count = stored.num_elements
+            scratch = loops.make_scratch(18)
+            where = model.source, stored.start, count
+            loops.sum_delta(*stored.sources(), *where, *trims.arguments(), sums, scratch)
+            trims.end()
+            for full, kept in sums.tolist():
+                model.full_sum += full
+                model.kept_sum += kept
+
+    def combine_stored(self, stored: Stored, out: Slot) -> float:
+        if not self._models:
+            return combine_stored(stored, (1.0,), out)
+        sources = np.array([model.source for model in self._models], np.int64)
+        trims = _Trims([model.sparsifier for model in self._models], stored)
+        rule = self._make_rule()
+        count = stored.num_elements
+        scratch = loops.make_scratch(4 + len(sources))
+        finished: float = loops.combine_deltas(
+            *stored.sources(), sources, *rule, stored.start, count, *trims.arguments(), *out.arguments(), scratch
+        )
+        trims.end()
+        return finished
+
+    def _make_rule(self) -> tuple[Any, ...]:
+        """Return what `loops.combine_deltas` does with trimmed deltas; see `_combine_all` and `_combine_agreeing`."""
+        is_agreeing = self._kernel.consensus == "sum"
+        factors, common, scale = self._weigh()
+        weights = [model.weight / common for model in self._models] if is_agreeing else [1.0]
+        is_normal = is_agreeing and self._kernel.normalize
+        return (
+            np.array(factors, np.float32),
+            np.array(weights, np.float32),
+            is_agreeing,
+            is_normal,
+            np.float32(scale),
+            np.float32(min(weights)),
+        )
 
     def _load_delta(self, model: _Model, block: Block, delta: torch.Tensor) -> torch.Tensor:
         """Write one model's thinned delta to `delta`, with the base in the first scratch block."""
@@ -234,6 +294,37 @@ class _SparseDeltasRun(KernelRun):
         if model.sparsifier is not None:
             model.sparsifier.trim(block.start, delta, (first, second))
         return delta
+
+
+class _Trims:
+    """What is kept of the deltas of some models, as loops take it."""
+
+    def __init__(self, sparsifiers: Sequence[Sparsifier | None], stored: Stored) -> None:
+        self._sparsifiers = sparsifiers
+        self._trims = trims = [Trim() if item is None else item.make_trim(stored) for item in sparsifiers]
+        self._left = np.array([trim.left for trim in trims], np.int64)
+        pages = next((trim.keys for trim in trims if trim.keys is not None), np.zeros((0, 2), np.uint32))
+        self._keys = np.zeros((len(trims), *pages.shape), np.uint32)
+        for keys, trim in zip(self._keys, trims, strict=True):
+            if trim.keys is not None:
+                keys[:] = trim.keys
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments by which loops find it."""
+        return (
+            np.array([trim.kind for trim in self._trims], np.int64),
+            np.array([trim.limits for trim in self._trims], np.float32),
+            np.array([trim.word_limit for trim in self._trims], np.uint32),
+            self._left,
+            numpy_table(),
+            self._keys,
+        )
+
+    def end(self) -> None:
+        """Give back what is left to be kept at a threshold."""
+        for sparsifier, left in zip(self._sparsifiers, self._left.tolist(), strict=True):
+            if sparsifier is not None:
+                sparsifier.end_trim(left)
 
 
 def _sum_weights(took_part: list[torch.Tensor], weights: list[float], spare: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.lazy import torch
+from raymerge.ops.stored import Stored
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """What loops are to keep of a delta; see `loops.combine_deltas`."""
+
+    kind: int = 0
+    """`loops.ALL`, `loops.MAGNITUDE` or `loops.RANDOM`."""
+    limits: tuple[float, float] = (0.0, 0.0)
+    """The largest size that is dropped while some at the threshold may be kept, and the threshold."""
+    word_limit: int = 0
+    """Elements are kept whose random word is smaller."""
+    left: int = -1
+    """How many at the threshold may be kept, counted from here; -1 where all may."""
+    keys: NDArray[Any] | None = None
+    """The two keys of each page of random words that the stored values touch."""
 
 
 class Sparsifier(ABC):
@@ -30,6 +52,17 @@ class Sparsifier(ABC):
     def end_pass(self, index: int) -> None:
         """Evaluate pass `index`, after its last block."""
         raise AssertionError("this sparsifier measures nothing")
+
+    def measure_stored(self, index: int, stored: Stored, source: int) -> None:
+        """Take the figures of pass `index` from the delta of a source, by loops."""
+        raise AssertionError("this sparsifier measures nothing")
+
+    @abstractmethod
+    def make_trim(self, stored: Stored) -> Trim:
+        """Return what loops are to do for these elements in place of `trim`; called in the same order."""
+
+    def end_trim(self, left: int) -> None:  # noqa: B027  # most have nothing left over
+        """Take back what loops have left of `Trim.left`."""
 
     @abstractmethod
     def trim(self, start: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:

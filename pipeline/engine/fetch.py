@@ -27,6 +27,10 @@ class Filled:
     window: Window
     views: tuple[tuple[memoryview, ...], ...]
     """For each source the bytes of its ranges, in order; valid until the next window is asked for."""
+    buffer: Buffer
+    """Holds all of them."""
+    offsets: tuple[int, ...]
+    """Where the first range of each source begins in it."""
 
 
 def fetch_windows(
@@ -167,12 +171,13 @@ def _lay_out(fetch: Fetch, buffer: memoryview) -> list[Filled]:
     windows = []
     offset = 0
     for window in fetch:
-        views = []
+        views, offsets = [], []
         for pieces in window.ranges():
             places = []
+            offsets.append(offset)
             for piece in pieces:
                 places.append(buffer[offset : offset + piece.nbytes])
                 offset += aligned(piece.nbytes)
             views.append(tuple(places))
-        windows.append(Filled(window, tuple(views)))
+        windows.append(Filled(window, tuple(views), buffer, tuple(offsets)))
     return windows

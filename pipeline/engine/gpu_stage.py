@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ import torch
 
 from raymerge.pipeline.engine.fetch import Filled, fill_ahead, read_ranges
 from raymerge.pipeline.engine.gpu_rooms import Input, Output, Rooms, Sizes, drop_rooms, take_rooms
-from raymerge.pipeline.engine.stage import Stage
+from raymerge.pipeline.engine.stage import Stage, unify_nans
 from raymerge.pipeline.engine.streams import Mark, open_queue
+from raymerge.pipeline.engine.tally import Tally
 from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.plan.windows import Fetch, Window
 from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange, aligned
@@ -34,8 +36,10 @@ class GpuStage(Stage):
     once, in the same order. Open it with `open_gpu_stage`.
     """
 
-    def __init__(self, shards: Sequence[ShardWriter], rooms: Rooms, piece_nbytes: int) -> None:
-        super().__init__(shards)
+    def __init__(
+        self, shards: Sequence[ShardWriter], tallies: Sequence[Tally], rooms: Rooms, piece_nbytes: int
+    ) -> None:
+        super().__init__(shards, tallies)
         self.device = rooms.device
         self.piece_nbytes = piece_nbytes
         self._rooms = rooms
@@ -95,7 +99,7 @@ class GpuStage(Stage):
                 room.there[start:stop].copy_(staging.here[: stop - start], non_blocking=True)
                 staging.sent = self._upload.mark()
         arrived = self._upload.mark()
-        return [_Sent(window, (), sources, room, arrived) for window, sources in windows]
+        return [_Sent(window, (), memoryview(b""), (), sources, room, arrived) for window, sources in windows]
 
     @contextmanager
     def bring(self, filled: Filled) -> Iterator[list[list[torch.Tensor]]]:
@@ -143,19 +147,22 @@ class GpuStage(Stage):
         values = room.here[ALIGNMENT : ALIGNMENT + room.nbytes].view(room.dtype)
         if room.dtype.is_floating_point:
             norm = float(room.here[: torch.float32.itemsize].view(torch.float32))
-            self.tallies[output].add(room.name, norm * norm, values, room.dtype)
+            if not math.isfinite(norm):
+                unify_nans(values)
+            self._note(output, room.name, norm * norm, values, room.dtype)
         self._shards[output].append(values, room.dtype)
         room.nbytes = 0
 
 
 @contextmanager
 def open_gpu_stage(
-    shards: Sequence[ShardWriter], device: torch.device, sizes: Sizes, piece_nbytes: int
+    shards: Sequence[ShardWriter], tallies: Sequence[Tally], device: torch.device, sizes: Sizes, piece_nbytes: int
 ) -> Iterator[GpuStage]:
     """Have a stage on a device for a while.
 
     Args:
         shards: where results go, one for each output.
+        tallies: of the shards.
         device: a GPU; any other one behaves the same, for tests.
         sizes: of what the task needs.
         piece_nbytes: bytes of the sources that are merged at once.
@@ -163,7 +170,7 @@ def open_gpu_stage(
     Raises:
         OutOfMemoryError: there is less on the GPU.
     """
-    stage = GpuStage(shards, take_rooms(device, sizes, open_queue), piece_nbytes)
+    stage = GpuStage(shards, tallies, take_rooms(device, sizes, open_queue), piece_nbytes)
     try:
         yield stage
     except BaseException:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from raymerge.pipeline.engine.fetch import Filled
-from raymerge.pipeline.engine.stage import Stage
+from raymerge.pipeline.engine.stage import Stage, unify_nans
 
 
 class HostStage(Stage):
@@ -28,9 +29,14 @@ class HostStage(Stage):
 
     def write(self, output: int, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         """Append at once."""
+        if not dtype.is_floating_point:
+            self._shards[output].append(values, dtype)
+            return
+        squares = float(torch.dot(values, values))
+        if not math.isfinite(squares):
+            values = unify_nans(values.to(dtype, copy=True))
         self._shards[output].append(values, dtype)
-        if dtype.is_floating_point:
-            self.tallies[output].add(name, float(torch.dot(values, values)), values, dtype)
+        self._note(output, name, squares, values, dtype)
 
     def flush(self) -> None:
         """Nothing waits."""

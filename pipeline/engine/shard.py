@@ -7,32 +7,32 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-
-import torch
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from typing import TYPE_CHECKING
 
 from raymerge.cluster.host import find_host
 from raymerge.cluster.runner import Progress, Report
-from raymerge.pipeline.engine.fetch import fetch_windows
-from raymerge.pipeline.engine.gpu_rooms import Sizes
-from raymerge.pipeline.engine.gpu_stage import GpuStage, open_gpu_stage
+from raymerge.pipeline.engine.fetch import Filled, fetch_windows
 from raymerge.pipeline.engine.gpus import take_gpu
-from raymerge.pipeline.engine.host_stage import HostStage
-from raymerge.pipeline.engine.merger import ShardMerger, explain_full_gpu, measure_scratch
+from raymerge.pipeline.engine.merger import HostMerger
 from raymerge.pipeline.engine.process_memory import measure_first_mem, measure_peak, peak_rss
-from raymerge.pipeline.engine.stage import Stage
+from raymerge.pipeline.engine.readiness import prepare
+from raymerge.pipeline.engine.runs import Figures
+from raymerge.pipeline.engine.tally import Tally
 from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.errors import CorruptedError
 from raymerge.pipeline.output.journal import Journal
-from raymerge.pipeline.plan.gpu_memory import out_slot_nbytes
-from raymerge.pipeline.plan.memory import measure_demand
 from raymerge.pipeline.plan.results import ShardFile, ShardResult
 from raymerge.pipeline.plan.types import ShardTask
 from raymerge.pipeline.plan.windows import make_fetches
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.retry import one_line
+
+if TYPE_CHECKING:
+    from raymerge.pipeline.engine.torch_merger import TorchMerger
 
 
 def run_shard(
@@ -54,9 +54,11 @@ def run_shard(
         OutputError: an output could not be written.
         TensorMismatchError: tensors that are not floating-point differ between the inputs.
     """
-    torch.set_num_threads(1)
-    if task.piece_nbytes and device == "cuda":
-        take_gpu()  # before the first measure: what CUDA takes of the host is not the shard's
+    remark = ""
+    if not task.piece_nbytes:
+        remark = prepare(task.merges)  # before the first measure: what is imported is not the shard's
+    elif device == "cuda":
+        take_gpu()  # nor is what CUDA takes of the host
     _connect(stores, task, journals)  # nor are clients of stores and their modules
     first_mem, first_peak = measure_first_mem(os.getpid())
     start = time.perf_counter()
@@ -91,6 +93,7 @@ def run_shard(
         peak_measured_mem=measure_peak(first_mem, first_peak),
         host=find_host(),
         faults=stores.faults.drain(),
+        remark=remark,
     )
 
 
@@ -99,6 +102,8 @@ def _make_shard(
 ) -> tuple[ShardFile, ...]:
     """Return the files as they are stored."""
     shards: list[ShardWriter] = []
+    tallies = [Tally() for _ in task.outputs]
+    measured: list[Figures] = [{} for _ in task.outputs]
     try:
         for journal, output in zip(journals, task.outputs, strict=True):
             shards.append(ShardWriter(journal.open_shard(output), stores.pool))
@@ -109,21 +114,26 @@ def _make_shard(
             def count(nbytes: int) -> None:
                 report(Progress(nbytes))
 
-            stage: Stage
+            merger: HostMerger | TorchMerger
+            windows: Generator[Filled, None, None]
             if task.piece_nbytes:
-                stage = stack.enter_context(_open_gpu_stage(task, shards, stores, device))
+                from raymerge.pipeline.engine.gpu_merger import open_gpu_merger
+
+                opened = open_gpu_merger(task, shards, tallies, measured, device)
+                stage, merger = stack.enter_context(opened)
                 windows = stage.fetch(stores, make_fetches(task), count)
             else:
-                stage = HostStage(shards)
+                merger = HostMerger(
+                    shards, tallies, measured, partial(_make_torch_merger, task, shards, tallies, measured)
+                )
                 buffers = stores.pool.lend(task.buffer_nbytes, task.num_buffers, keep=task.keeps_buffers)
                 windows = fetch_windows(stores, make_fetches(task), stack.enter_context(buffers), count)
-            merger = ShardMerger(task, stage)
             for filled in stack.enter_context(closing(windows)):
                 before = sum(shard.nbytes for shard in shards)
                 merger.add(filled)
                 report(Progress(written_nbytes=sum(shard.nbytes for shard in shards) - before))
             before = sum(shard.nbytes for shard in shards)
-            stage.flush()
+            merger.flush()
             report(Progress(0, sum(shard.nbytes for shard in shards) - before))
         digests = [shard.finish() for shard in shards]
         for file in _list_inputs(task):
@@ -142,7 +152,7 @@ def _make_shard(
             for other in shards[position + 1 :]:
                 other.abort()
             raise
-        tally, kernels = stage.tallies[position], merger.figures[position]
+        tally, kernels = tallies[position], measured[position]
         figures = {name: _keep_finite({**norm, **kernels[name]}) for name, norm in tally.figures().items()}
         files.append(ShardFile(output.file, output.nbytes, digests[position], stored.etag, tally.nonfinite, figures))
     return tuple(files)
@@ -163,16 +173,10 @@ def _keep_finite(figures: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-@contextmanager
-def _open_gpu_stage(task: ShardTask, shards: Sequence[ShardWriter], stores: Stores, device: str) -> Iterator[GpuStage]:
-    there = take_gpu() if device == "cuda" else torch.device(device)
-    sizes = Sizes(
-        room_nbytes=task.buffer_nbytes,
-        num_rooms=task.num_buffers,
-        staging_nbytes=task.staging_nbytes,
-        scratch_nbytes=measure_scratch(task.merges, task.piece_nbytes),
-        out_nbytes=max(out_slot_nbytes(measure_demand(merge), task.piece_nbytes) for merge in task.merges),
-        num_outputs=len(shards),
-    )
-    with explain_full_gpu(task.file, task), open_gpu_stage(shards, there, sizes, task.piece_nbytes) as stage:
-        yield stage
+def _make_torch_merger(
+    task: ShardTask, shards: Sequence[ShardWriter], tallies: Sequence[Tally], figures: Sequence[Figures]
+) -> TorchMerger:
+    from raymerge.pipeline.engine.host_stage import HostStage
+    from raymerge.pipeline.engine.torch_merger import TorchMerger
+
+    return TorchMerger(task, HostStage(shards, tallies), figures)

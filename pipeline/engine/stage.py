@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cache
 
 import torch
 
 from raymerge.pipeline.engine.fetch import Filled
+from raymerge.pipeline.engine.tally import Tally
 from raymerge.pipeline.engine.writer import ShardWriter
 
-
-class Tally:
-    """Figures of the tensors that have been written to one shard."""
-
-    def __init__(self) -> None:
-        self._squares: dict[str, float] = {}
-        self._nonfinite: dict[str, None] = {}
-
-    @property
-    def nonfinite(self) -> tuple[str, ...]:
-        """Tensors with NaN or infinity among what was written."""
-        return tuple(self._nonfinite)
-
-    def add(self, name: str, squares: float, values: torch.Tensor, dtype: torch.dtype) -> None:
-        """Note some values of a tensor.
-
-        Args:
-            name: of the tensor.
-            squares: the sum of their squares, in float32: overflow is told from infinity by looking at the values.
-            values: flat, on the CPU, rounded or not.
-            dtype: what they are rounded to in the file.
-        """
-        if not squares < _find_harmless(dtype):
-            values = values.to(dtype)
-            squares = float(values.double().square().sum())
-            if not values.isfinite().all():
-                self._nonfinite[name] = None
-        self._squares[name] = self._squares.get(name, 0.0) + squares
-
-    def figures(self) -> Mapping[str, Mapping[str, float]]:
-        """Return the norm of each tensor, right to about five digits."""
-        return {name: {"norm": math.sqrt(total)} for name, total in self._squares.items()}
+_NAN_BITS = {
+    torch.bfloat16: (torch.int16, 0x7FC0),
+    torch.float16: (torch.int16, 0x7E00),
+    torch.float32: (torch.int32, 0x7FC00000),
+    torch.float64: (torch.int64, 0x7FF8000000000000),
+}
 
 
-@cache
-def _find_harmless(dtype: torch.dtype) -> float:
-    """Return a sum of squares below which no value overflows in a dtype, nor its square in float32."""
-    largest = torch.finfo(dtype).max
-    return min(largest * largest, torch.finfo(torch.float32).max)  # `**` raises where the square overflows
+def unify_nans(values: torch.Tensor) -> torch.Tensor:
+    """Give every NaN among floating-point values the same bits, which differ among processors; return the values."""
+    integers, bits = _NAN_BITS[values.dtype]
+    values.view(integers)[values.isnan()] = bits
+    return values
 
 
 class Stage(ABC):
@@ -65,10 +38,10 @@ class Stage(ABC):
     piece_nbytes: int
     """How many bytes of the sources are one piece for kernels: as many whole blocks, or 0 for a block at a time."""
 
-    def __init__(self, shards: Sequence[ShardWriter]) -> None:
+    def __init__(self, shards: Sequence[ShardWriter], tallies: Sequence[Tally]) -> None:
         """Write to one shard for each output."""
         self._shards = shards
-        self.tallies = [Tally() for _ in shards]
+        self._tallies = tallies
 
     @abstractmethod
     def bring(self, filled: Filled) -> AbstractContextManager[list[list[torch.Tensor]]]:
@@ -92,3 +65,12 @@ class Stage(ABC):
     @abstractmethod
     def flush(self) -> None:
         """Append what has not been so far."""
+
+    def _note(self, output: int, name: str, squares: float, values: torch.Tensor, dtype: torch.dtype) -> None:
+        """Note values, rounded or not, that were written to a shard; see `Tally.add`."""
+
+        def look() -> tuple[float, bool]:
+            rounded = values.to(dtype)
+            return float(rounded.double().square().sum()), bool(rounded.isfinite().all())
+
+        self._tallies[output].add(name, squares, str(dtype).removeprefix("torch."), look)

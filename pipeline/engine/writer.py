@@ -48,8 +48,12 @@ class ShardWriter:
         while data:
             num_bytes = min(len(data), self._writer.buffer_nbytes - self._num_used)
             self._current[self._num_used : self._num_used + num_bytes] = data[:num_bytes]
-            self._advance(num_bytes)
+            self.advance(num_bytes)
             data = data[num_bytes:]
+
+    def reserve(self) -> memoryview:
+        """Return the room that is left in the current buffer; there is some, and more where it is full."""
+        return memoryview(self._current)[self._num_used : self._writer.buffer_nbytes]
 
     def append(self, values: torch.Tensor, dtype: torch.dtype) -> None:
         """Append a tensor's values, rounded to a dtype.
@@ -68,7 +72,7 @@ class ShardWriter:
             torch.frombuffer(self._current, dtype=dtype, count=num_values, offset=self._num_used).copy_(
                 values[:num_values]
             )
-            self._advance(num_values * dtype.itemsize)
+            self.advance(num_values * dtype.itemsize)
             values = values[num_values:]
 
     def finish(self) -> str:
@@ -99,7 +103,12 @@ class ShardWriter:
         self._end()
         self._writer.abort()
 
-    def _advance(self, num_bytes: int) -> None:
+    def advance(self, num_bytes: int) -> None:
+        """Take what has been written to the first bytes of the reserved room as appended.
+
+        Raises:
+            OutputError: an earlier write failed.
+        """
         with memoryview(self._current)[self._num_used : self._num_used + num_bytes] as data:
             self._digest.update(data)  # while it is still in the core's cache
         self.nbytes += num_bytes

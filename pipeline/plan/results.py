@@ -46,6 +46,8 @@ class ShardResult:
     """The machine that made it: its address on a cluster, else its name."""
     faults: tuple[tuple[str, int], ...]
     """Faults that were recovered from, with their counts."""
+    remark: str = ""
+    """Why it took longer than it need have, if so."""
 
     def __repr__(self) -> str:
         return f"ShardResult({self.file}: {format_nbytes(self.nbytes)} in {format_seconds(self.seconds)})"

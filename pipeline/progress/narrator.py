@@ -31,6 +31,7 @@ class Narrator:
         self._read: dict[str, int] = {}
         self._num_finished = self._num_shards = self._num_retries = 0
         self._done = Progress()
+        self._remarks: set[str] = set()
         self._to_read = self._to_write = self._to_move = 0
         self._last = time.monotonic()
 
@@ -104,6 +105,9 @@ class Narrator:
         """Tell of a shard; after the last one also that everything is read and written."""
         self._num_finished += 1
         self._tell(result)
+        if result.remark and result.remark not in self._remarks:
+            self._remarks.add(result.remark)
+            self._tell(Warned(f"{result.host}: {result.remark}"))
         if self._num_finished == self._num_shards:
             self._tell_progress(Progress(self._to_read, self._to_write), time.monotonic())
 

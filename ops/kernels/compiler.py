@@ -1,0 +1,207 @@
+"""Compiles loops with numba once on a machine, and keeps their machine code for every later process.
+
+A process that finds the code loads it with llvmlite alone: that takes a tenth of what importing numba does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import platform
+import re
+import secrets
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+Result = TypeVar("Result")
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Element = TypeVar("Element", bound=np.generic)
+    Array1: TypeAlias = NDArray[Element]
+    Array2: TypeAlias = NDArray[Element]
+    Array3: TypeAlias = NDArray[Element]
+
+_SCALARS = {"int": "int64", "np.float32": "float32", "np.uint32": "uint32"}
+_CTYPES = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "uint32": ctypes.c_uint32}
+_RUNTIME = (
+    "NRT_Free",
+    "NRT_MemInfo_call_dtor",
+    "numba_do_raise",
+    "numba_gil_ensure",
+    "numba_gil_release",
+    "numba_runtime_build_excinfo_struct",
+    "numba_unpickle",
+)
+"""Functions of numba that machine code refers to for memory and errors of its own, which loops have none of."""
+
+
+class Loop:
+    """A function that is compiled when it is first called.
+
+    Its parameters are annotated with `int`, `np.float32`, `np.uint32`, or a contiguous array of so many dimensions,
+    such as `Array2[np.int64]`; it returns a number or nothing, allocates no memory and raises nothing. It may call
+    functions of its own module, and of those that this imports from.
+    """
+
+    def __init__(self, function: FunctionType) -> None:
+        self._function = function
+        self._kinds = [_parse(kind) for name, kind in function.__annotations__.items() if name != "return"]
+        self._entry: Callable[..., float] | None = None
+        self._engine: Any = None
+        self._lock = threading.Lock()
+
+    def __call__(self, *arguments: Any) -> float:
+        """Run it, without the interpreter lock.
+
+        Raises:
+            Exception: whatever numba and llvmlite raise where it cannot be compiled or loaded, at the first call.
+        """
+        with self._lock:
+            entry = self._entry = self._entry or self._load()
+        flat: list[Any] = []
+        for (dtype, num_dimensions), argument in zip(self._kinds, arguments, strict=True):
+            if num_dimensions:
+                assert (argument.dtype, argument.ndim) == (dtype, num_dimensions)
+                assert argument.flags.c_contiguous
+                flat += [argument.ctypes.data, *argument.shape]
+            else:
+                flat.append(argument)
+        return entry(*flat)
+
+    def _load(self) -> Callable[..., float]:
+        from llvmlite import binding
+
+        file = _find_file(self._function)
+        code = _read(file)
+        if not code:
+            code = self._compile()
+            _write(file, code)
+        nothing = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
+        for name in _RUNTIME:
+            binding.add_symbol(name, nothing)
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+        machine = binding.Target.from_default_triple().create_target_machine()
+        engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+        entry_name, _, content = code.partition(b"\0")
+        engine.add_object_file(binding.ObjectFileRef.from_data(content))
+        engine.finalize_object()
+        parameters: list[Any] = []
+        for dtype, num_dimensions in self._kinds:
+            parameters += [ctypes.c_void_p, *[ctypes.c_int64] * num_dimensions] if num_dimensions else [_CTYPES[dtype]]
+        self._engine = engine  # frees the code when it goes
+        return ctypes.CFUNCTYPE(ctypes.c_double, *parameters)(engine.get_function_address(entry_name.decode()))
+
+    def _compile(self) -> bytes:
+        """Return the name of the entry point and, after a zero byte, the machine code.
+
+        The entry point takes each array as its address and its lengths.
+        """
+        numba: Any = importlib.import_module("numba")
+        options = {"error_model": "numpy", "nogil": True}
+        function = self._function
+        space: dict[str, Any] = {}
+        for module in _list_modules(function):
+            for name, item in vars(module).items():
+                if not isinstance(item, FunctionType):
+                    space[name] = item
+                elif item.__module__ == module.__name__:
+                    space[name] = numba.njit(FunctionType(item.__code__, space, name), **options)
+        space[function.__name__] = numba.njit(FunctionType(function.__code__, space, function.__name__), **options)
+        space["carray"] = numba.carray
+        types, names, arguments = [], [], []
+        for number, (dtype, num_dimensions) in enumerate(self._kinds):
+            name, kind = f"a{number}", getattr(numba.types, dtype)
+            lengths = [f"{name}_{k}" for k in range(num_dimensions)]
+            types += [numba.types.CPointer(kind), *[numba.types.int64] * num_dimensions] if lengths else [kind]
+            names += [name, *lengths]
+            arguments.append(f"carray({name}, ({', '.join(lengths)},))" if lengths else name)
+        call = f"{function.__name__}({', '.join(arguments)})"
+        body = f"{call}\n    return 0.0" if function.__annotations__["return"] == "None" else f"return float({call})"
+        exec(f"def entry({', '.join(names)}):\n    {body}\n", space)
+        compiled = numba.cfunc(numba.types.float64(*types), error_model="numpy")(space["entry"])
+        entry_name: bytes = compiled.native_name.encode()
+        code: bytes = compiled._library._get_compiled_object()
+        return entry_name + b"\0" + code
+
+
+def loop(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Declare the decorated function as a loop."""
+    assert isinstance(function, FunctionType)
+    return Loop(function)  # type: ignore[return-value]  # any number comes as a float
+
+
+def _parse(annotation: str) -> tuple[str, int]:
+    """Return dtype and number of dimensions of a parameter.
+
+    >>> _parse("Array2[np.float32]"), _parse("int")
+    (('float32', 2), ('int64', 0))
+    """
+    if match := re.fullmatch(r"Array(\d)\[np\.(\w+)\]", annotation):
+        return match[2], int(match[1])
+    return _SCALARS[annotation], 0
+
+
+def _list_modules(function: FunctionType) -> list[ModuleType]:
+    """Return the modules that a loop's own one has imported functions from, then that one."""
+    names = {item.__module__ for item in function.__globals__.values() if isinstance(item, FunctionType)}
+    helpers = sorted(names - {function.__module__, __name__})
+    return [sys.modules[name] for name in [*helpers, function.__module__]]
+
+
+def _find_file(function: FunctionType) -> Path | None:
+    """Return the file for a loop's code on this processor; None where there is no directory to keep it in."""
+    import llvmlite
+    from llvmlite import binding
+
+    files = [__file__, *(str(module.__file__) for module in _list_modules(function))]
+    sources = b"".join(Path(name).read_bytes() for name in files)
+    overrides = [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
+    cpu = [platform.machine(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), *overrides]
+    key = sha256("\0".join([llvmlite.__version__, *cpu]).encode() + sources).hexdigest()[:24]
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        directory = Path(given) if given else Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return None
+    return directory / "raymerge" / "loops" / f"{function.__name__}-{key}"
+
+
+def _read(file: Path | None) -> bytes:
+    """Return the code in a file; nothing where there is none, it is not whole, or others may have written it."""
+    if file is None:
+        return b""
+    try:
+        with file.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            content = stream.read()
+    except OSError:
+        return b""
+    is_ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    checksum, code = content[:32], content[32:]
+    return code if is_ours and sha256(code).digest() == checksum else b""
+
+
+def _write(file: Path | None, code: bytes) -> None:
+    """Keep code where that is possible; where it is not, the next process compiles again."""
+    if file is None:
+        return
+    draft = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
+    with suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            draft.touch(mode=0o600)
+            draft.write_bytes(sha256(code).digest() + code)
+            draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)

@@ -1,0 +1,334 @@
+"""Loops that are compiled: from stored values to rounded results, one strip after another, in a core's first cache.
+
+They give the bits of the torch operations of `ops.kernels`, on every processor: nothing is contracted or reordered.
+
+Stored values lie in one buffer, seen as 16-bit words and as 32-bit words; the `places` of sources count in words of
+their own size, and `forms` are the indexes of their dtypes in `stored.LOOP_DTYPES`. Results go to a buffer of their
+own, seen likewise. `scratch` has as many strips as are used, at least.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raymerge.ops.kernel import BLOCK_ELEMENTS
+from raymerge.ops.kernels.compiler import loop
+from raymerge.ops.kernels.strips import load, store, sum_up
+from raymerge.ops.stored import STRIP
+
+if TYPE_CHECKING:
+    from raymerge.ops.kernels.compiler import Array1, Array2, Array3
+
+PAGE = 2**16
+"""Elements that share the keys of their random bits."""
+ALL, MAGNITUDE, RANDOM = 0, 1, 2
+"""What is kept of a delta: all, what is larger than a limit, or what random bits say."""
+
+_NUM_ROWS, _NUM_COLUMNS, _SMALLEST_FOLDED = 32, 64, 2**14
+"""As in `ops.sums`."""
+_NUM_STRIPS = BLOCK_ELEMENTS // _NUM_ROWS // STRIP
+"""Of the longest row."""
+
+
+def make_scratch(num_strips: int) -> Array2[np.uint32]:
+    """Return scratch for a loop."""
+    return np.empty((num_strips, STRIP), np.uint32)
+
+
+@loop
+def combine(
+    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
+    coefficients: Array1[np.float32], divisor: np.float32, position: int, count: int, out_words: Array1[np.uint16],
+    out_longs: Array1[np.uint32], out_form: int, squares: Array1[np.float32], scratch: Array2[np.uint32],
+) -> float:  # fmt: skip
+    """Write sum(coefficients_i * x_i) / divisor; see `_add_squares` for what is returned."""
+    bits, other_bits = scratch[0], scratch[1]
+    total, other = bits.view(np.float32), other_bits.view(np.float32)
+    finished = 0.0
+    start = 0
+    while start < count:
+        size = min(count - start, STRIP - (position + start) % STRIP)
+        load(words, longs, places[0] + start, forms[0], size, bits, total)
+        factor = coefficients[0]
+        if factor != 1:
+            for k in range(size):
+                total[k] *= factor
+        for source in range(1, len(places)):
+            load(words, longs, places[source] + start, forms[source], size, other_bits, other)
+            factor = coefficients[source]
+            for k in range(size):
+                total[k] += other[k] * factor
+        if divisor != 1:
+            for k in range(size):
+                total[k] /= divisor
+        finished += _add_squares(total, position + start, size, squares)
+        store(bits, total, size, out_words, out_longs, start, out_form)
+        start += size
+    return finished
+
+
+def _add_squares(values, position, count, squares):
+    """Add the squares of a strip's values to `squares`, by their place in a strip; return the sum of a finished block.
+
+    Whole blocks are added up in the same order wherever results are cut.
+    """
+    lanes = squares[position % STRIP : position % STRIP + count]
+    for k in range(count):
+        lanes[k] += values[k] * values[k]
+    if (position + count) % BLOCK_ELEMENTS:
+        return 0.0
+    finished = sum_up(squares)
+    squares[:] = 0
+    return finished
+
+
+@loop
+def sum_products(
+    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
+    count: int, sums: Array2[np.float64], scratch: Array2[np.uint32],
+) -> None:  # fmt: skip
+    """Write the sums of a * a, b * b and a * b over each block to a row of `sums`, added up as in `ops.sums`."""
+    a_bits, b_bits, strips = scratch[0], scratch[1], scratch.view(np.float32)
+    a, b = strips[0], strips[1]
+    for number in range(len(sums)):
+        first = number * BLOCK_ELEMENTS
+        length = min(BLOCK_ELEMENTS, count - first)
+        columns = _count_columns(length)
+        strips[2:] = 0
+        for row in range(_NUM_ROWS if columns else 0):
+            for column in range(0, columns, STRIP):
+                size = min(STRIP, columns - column)
+                offset = first + row * columns + column
+                load(words, longs, places[0] + offset, forms[0], size, a_bits, a)
+                load(words, longs, places[1] + offset, forms[1], size, b_bits, b)
+                strip = _find_strip(row, column, 3)
+                aa, bb, ab = strips[strip], strips[strip + _NUM_STRIPS], strips[strip + 2 * _NUM_STRIPS]
+                for k in range(size):
+                    aa[k] += a[k] * a[k]
+                    bb[k] += b[k] * b[k]
+                    ab[k] += a[k] * b[k]
+        for figure in range(3):
+            sums[number, figure] = _add_columns(strips, figure, 3, columns)
+        for offset in range(first + _NUM_ROWS * columns, first + length, STRIP):
+            size = min(STRIP, first + length - offset)
+            load(words, longs, places[0] + offset, forms[0], size, a_bits, a)
+            load(words, longs, places[1] + offset, forms[1], size, b_bits, b)
+            for k in range(size):
+                sums[number, 0] += np.float64(a[k] * a[k])
+                sums[number, 1] += np.float64(b[k] * b[k])
+                sums[number, 2] += np.float64(a[k] * b[k])
+
+
+def _count_columns(length):
+    """Return the length of the rows that a block is folded into, as in `ops.sums`."""
+    return length // (_NUM_ROWS * _NUM_COLUMNS) * _NUM_COLUMNS if length >= _SMALLEST_FOLDED else 0
+
+
+def _find_strip(row, column, num_figures):
+    """Return the strip in which a figure of a row is added to its half of the rows, from the given column on."""
+    return 2 + (row // (_NUM_ROWS // 2)) * num_figures * _NUM_STRIPS + column // STRIP
+
+
+def _add_columns(strips, figure, num_figures, columns):
+    """Return the sum over both halves, in float64."""
+    total = 0.0
+    for column in range(0, columns, STRIP):
+        strip = _find_strip(0, column, num_figures) + figure * _NUM_STRIPS
+        first_half, second_half = strips[strip], strips[strip + num_figures * _NUM_STRIPS]
+        for k in range(min(STRIP, columns - column)):
+            total += np.float64(first_half[k] + second_half[k])
+    return total
+
+
+@loop
+def count_high(
+    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
+    source: int, count: int, counts: Array2[np.int64], scratch: Array2[np.uint32],
+) -> None:  # fmt: skip
+    """Count the sizes of a delta by the 15 high bits of their floats, in one of two rows of `counts` for each."""
+    base_bits, bits = scratch[0], scratch[1]
+    base, delta = base_bits.view(np.float32), bits.view(np.float32)
+    even, odd = counts[0], counts[1]  # two in a row are often the same, and the second would wait for the first
+    for start in range(0, count, STRIP):
+        size = min(STRIP, count - start)
+        load(words, longs, places[0] + start, forms[0], size, base_bits, base)
+        load(words, longs, places[source] + start, forms[source], size, bits, delta)
+        for k in range(size):
+            delta[k] -= base[k]
+        for k in range(size):
+            bits[k] = (bits[k] >> np.uint32(16)) & np.uint32(0x7FFF)
+        for k in range(0, size - 1, 2):
+            even[bits[k]] += 1
+            odd[bits[k + 1]] += 1
+        if size % 2:
+            even[bits[size - 1]] += 1
+
+
+@loop
+def count_low(
+    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
+    source: int, count: int, high: int, counts: Array1[np.int64], scratch: Array2[np.uint32],
+) -> None:  # fmt: skip
+    """Count the sizes of a delta with these high bits by their 16 low bits."""
+    base_bits, bits = scratch[0], scratch[1]
+    base, delta = base_bits.view(np.float32), bits.view(np.float32)
+    found = scratch[2].view(np.uint16)  # room for one more than there may be
+    for start in range(0, count, STRIP):
+        size = min(STRIP, count - start)
+        load(words, longs, places[0] + start, forms[0], size, base_bits, base)
+        load(words, longs, places[source] + start, forms[source], size, bits, delta)
+        for k in range(size):
+            delta[k] -= base[k]
+        num_found = 0
+        for k in range(size):
+            found[num_found] = np.uint16(bits[k] & np.uint32(0xFFFF))
+            num_found += np.int64((bits[k] & np.uint32(0x7FFFFFFF)) >> np.uint32(16) == high)
+        for k in range(num_found):
+            counts[found[k]] += 1
+
+
+def _trim(kind, limits, word_limit, left, table, keys, position, count, delta):
+    """Set what is not kept of a strip of a delta to zero, and return how many more at the threshold may be kept.
+
+    A strip is inside of one page. `limits` are the largest size that is dropped while some at the threshold may be
+    kept, and the threshold; a negative first one drops nothing.
+    """
+    if kind == MAGNITUDE:
+        if left > 0:
+            for k in range(count):
+                if abs(delta[k]) == limits[1]:
+                    if left > 0:
+                        left -= 1
+                    else:
+                        delta[k] = 0
+            limit = limits[0]
+        else:
+            limit = limits[1] if left == 0 else limits[0]
+        for k in range(count):
+            delta[k] = np.float32(0) if abs(delta[k]) <= limit else delta[k]
+    elif kind == RANDOM:
+        place = position % PAGE
+        page = table[place : place + count]
+        key, factor = keys[0], keys[1]
+        for k in range(count):
+            word = np.uint32((page[k] ^ key) * factor)
+            word = np.uint32((word ^ (word >> np.uint32(15))) * np.uint32(0xAC4C1B51))
+            delta[k] *= np.float32(1) if word < word_limit else np.float32(0)
+    return left
+
+
+@loop
+def sum_delta(
+    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
+    source: int, position: int, count: int, kinds: Array1[np.int64], limits: Array2[np.float32],
+    word_limits: Array1[np.uint32], left: Array1[np.int64], table: Array1[np.uint32], keys: Array3[np.uint32],
+    sums: Array2[np.float64], scratch: Array2[np.uint32],
+) -> None:  # fmt: skip
+    """Write the sums of a delta's sizes over each block, all of them and the kept ones, to a row of `sums`."""
+    base_bits, bits, strips = scratch[0], scratch[1], scratch.view(np.float32)
+    base, delta = strips[0], strips[1]
+    for number in range(len(sums)):
+        first = number * BLOCK_ELEMENTS
+        length = min(BLOCK_ELEMENTS, count - first)
+        columns = _count_columns(length)
+        folded = _NUM_ROWS * columns
+        strips[2:] = 0
+        sums[number, :] = 0
+        offset = 0
+        while offset < length:
+            is_folded = offset < folded
+            row, column = (offset // columns, offset % columns) if is_folded else (0, 0)
+            start = first + offset
+            room = min(STRIP - column % STRIP, columns - column) if is_folded else min(STRIP, length - offset)
+            size = min(room, PAGE - (position + start) % PAGE)
+            load(words, longs, places[0] + start, forms[0], size, base_bits, base)
+            load(words, longs, places[source] + start, forms[source], size, bits, delta)
+            for k in range(size):
+                delta[k] = abs(delta[k] - base[k])
+                base[k] = delta[k]
+            page = (position + start) // PAGE - position // PAGE
+            left[0] = _trim(
+                kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], position + start, size, delta
+            )
+            if is_folded:
+                strip = _find_strip(row, column, 2)
+                whole, kept = strips[strip, column % STRIP :], strips[strip + _NUM_STRIPS, column % STRIP :]
+                for k in range(size):
+                    whole[k] += base[k]
+                    kept[k] += delta[k]
+            else:
+                for k in range(size):
+                    sums[number, 0] += np.float64(base[k])
+                    sums[number, 1] += np.float64(delta[k])
+            offset += size
+        for figure in range(2):
+            sums[number, figure] += _add_columns(strips, figure, 2, columns)
+
+
+@loop
+def combine_deltas(
+    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
+    models: Array1[np.int64], factors: Array1[np.float32], weights: Array1[np.float32], agree: int, normalize: int,
+    scale: np.float32, smallest_weight: np.float32, position: int, count: int, kinds: Array1[np.int64],
+    limits: Array2[np.float32], word_limits: Array1[np.uint32], left: Array1[np.int64], table: Array1[np.uint32],
+    keys: Array3[np.uint32], out_words: Array1[np.uint16], out_longs: Array1[np.uint32], out_form: int,
+    squares: Array1[np.float32], scratch: Array2[np.uint32],
+) -> float:  # fmt: skip
+    """Write base + scale * consensus(factors_i * trimmed delta_i); see `_add_squares`."""
+    base_bits, total_bits = scratch[0], scratch[1]
+    base, total, signs = base_bits.view(np.float32), total_bits.view(np.float32), scratch[2].view(np.float32)
+    divisor, all_bits = scratch[3].view(np.float32), scratch[4:]
+    finished = 0.0
+    start = 0
+    while start < count:
+        size = min(count - start, STRIP - (position + start) % STRIP)
+        page = (position + start) // PAGE - position // PAGE
+        load(words, longs, places[0] + start, forms[0], size, base_bits, base)
+        for m in range(len(models)):
+            bits = all_bits[m]
+            delta = bits.view(np.float32)
+            load(words, longs, places[models[m]] + start, forms[models[m]], size, bits, delta)
+            for k in range(size):
+                delta[k] -= base[k]
+            left[m] = _trim(
+                kinds[m], limits[m], word_limits[m], left[m], table, keys[m, page], position + start, size, delta
+            )
+            factor = factors[m]
+            if m == 0:
+                for k in range(size):
+                    delta[k] *= factor
+                    total[k] = delta[k]
+            else:
+                for k in range(size):
+                    delta[k] *= factor
+                    total[k] += delta[k]
+        if agree:
+            for k in range(size):
+                signs[k] = np.float32(1) if total[k] >= 0 else np.float32(-1)
+                total[k] = 0
+                divisor[k] = 0
+            for m in range(len(models)):
+                delta = all_bits[m].view(np.float32)
+                weight = weights[m]
+                for k in range(size):
+                    agreeing = delta[k] * signs[k]
+                    agreeing = np.float32(0) if agreeing <= 0 else agreeing
+                    total[k] += agreeing
+                    divisor[k] += weight if agreeing > 0 else np.float32(0)
+            if normalize:
+                if smallest_weight > 0:
+                    for k in range(size):
+                        total[k] /= divisor[k] if divisor[k] > smallest_weight else smallest_weight
+                else:
+                    for k in range(size):
+                        total[k] /= divisor[k] + (np.float32(1) if divisor[k] == 0 else np.float32(0))
+            for k in range(size):
+                total[k] *= signs[k]
+        for k in range(size):
+            total[k] = total[k] * scale + base[k]
+        finished += _add_squares(total, position + start, size, squares)
+        store(total_bits, total, size, out_words, out_longs, start, out_form)
+        start += size
+    return finished

@@ -1,0 +1,71 @@
+"""Decoding and rounding of stored values for loops, one strip at a time; compiled into each of them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_FLOAT16_SCALE = np.float32(2.0**112)
+
+
+def load(words, longs, place, form, count, bits, values) -> None:
+    """Decode stored values into a strip, of which `bits` and `values` are two views."""
+    if form == 2:
+        stored = longs[place : place + count]
+        for k in range(count):
+            bits[k] = stored[k]
+        return
+    halves = words[place : place + count]
+    if form == 0:
+        for k in range(count):
+            bits[k] = np.uint32(halves[k]) << np.uint32(16)
+        return
+    for k in range(count):
+        bits[k] = np.uint32(halves[k] & np.uint16(0x7FFF)) << np.uint32(13)
+    for k in range(count):  # shifts the exponent's bias, and makes subnormal numbers normal
+        values[k] *= _FLOAT16_SCALE
+    for k in range(count):
+        word = np.uint32(halves[k])
+        infinite = np.uint32(0x7F800000) if word & np.uint32(0x7C00) == np.uint32(0x7C00) else np.uint32(0)
+        bits[k] = bits[k] | infinite | (word & np.uint32(0x8000)) << np.uint32(16)
+
+
+def store(bits, values, count, words, longs, place, form) -> None:
+    """Round a strip to the nearest stored values, of two equally near ones to the even one; overwrites the strip.
+
+    There is one NaN only.
+    """
+    if form == 2:
+        stored = longs[place : place + count]
+        for k in range(count):
+            is_nan = (bits[k] & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            stored[k] = np.uint32(0x7FC00000) if is_nan else bits[k]
+        return
+    halves = words[place : place + count]
+    if form == 0:
+        for k in range(count):
+            word = bits[k]
+            rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            is_nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            halves[k] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
+        return
+    for k in range(count):
+        size = bits[k] & np.uint32(0x7FFFFFFF)
+        sign = (bits[k] >> np.uint32(16)) & np.uint32(0x8000)
+        rounded = (size + np.uint32(0xC8000FFF) + ((size >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
+        large = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else np.uint32(0x7C00)
+        halves[k] = np.uint16(sign | (rounded & np.uint32(0x7FFF) if size < np.uint32(0x47800000) else large))
+        bits[k] = size
+    for k in range(count):  # its last bit is that of subnormal numbers
+        values[k] += np.float32(0.5)
+    for k in range(count):
+        subnormal = bits[k] - np.uint32(0x3F000000)
+        if subnormal <= np.uint32(0x400):
+            halves[k] = np.uint16((halves[k] & np.uint16(0x8000)) | np.uint16(subnormal))
+
+
+def sum_up(values) -> float:
+    """Return the sum of values, in float64."""
+    total = 0.0
+    for k in range(len(values)):
+        total += np.float64(values[k])
+    return total

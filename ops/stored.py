@@ -1,0 +1,93 @@
+"""Stored values where they lie, for loops that decode, merge and round in one go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raymerge.ops.lazy import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+LOOP_DTYPES = ("bfloat16", "float16", "float32")
+"""Stored values that compiled loops work on, by torch's word for the dtype; loops know them by their index."""
+
+STRIP = 1024
+"""Elements that a loop works off together."""
+
+_ITEM_NBYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Elements [start, stop) of every source of a tensor, as they are stored, in one buffer."""
+
+    start: int
+    stop: int
+    buffer: memoryview
+    """Of a multiple of four bytes."""
+    offsets: tuple[int, ...]
+    """Where each source begins in it, in bytes; multiples of the size of its values."""
+    dtypes: tuple[str, ...]
+    """Of each source, by torch's word for it."""
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of each source."""
+        return self.stop - self.start
+
+    def cut(self, start: int, stop: int) -> Stored:
+        """Return elements [start, stop) alone."""
+        skipped = start - self.start
+        offsets = tuple(
+            offset + skipped * _ITEM_NBYTES[dtype] for offset, dtype in zip(self.offsets, self.dtypes, strict=True)
+        )
+        return Stored(start, stop, self.buffer, offsets, self.dtypes)
+
+    def view(self, source: int) -> memoryview:
+        """Return the bytes of one source."""
+        offset, nbytes = self.offsets[source], self.num_elements * _ITEM_NBYTES[self.dtypes[source]]
+        return self.buffer[offset : offset + nbytes]
+
+    def sources(self) -> tuple[NDArray[Any], ...]:
+        """Return the arguments by which loops find the sources: words, longs, places, forms."""
+        places = [offset // _ITEM_NBYTES[dtype] for offset, dtype in zip(self.offsets, self.dtypes, strict=True)]
+        forms = [LOOP_DTYPES.index(dtype) for dtype in self.dtypes]
+        return (
+            np.frombuffer(self.buffer, np.uint16),
+            np.frombuffer(self.buffer, np.uint32),
+            np.array(places, np.int64),
+            np.array(forms, np.int64),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Room for rounded results."""
+
+    buffer: memoryview
+    """As large as they are; begins at a multiple of the size of a value."""
+    dtype: str
+    """What they are rounded to, by torch's word for it."""
+    squares: NDArray[Any]
+    """`STRIP` sums of squares, in float32, to which those of the results are added; see `KernelRun.combine_stored`."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments by which loops find it: words, longs, form, squares."""
+        is_wide = self.dtype == "float32"
+        unused = bytearray()
+        words = np.frombuffer(unused if is_wide else self.buffer, np.uint16)
+        longs = np.frombuffer(self.buffer if is_wide else unused, np.uint32)
+        return words, longs, LOOP_DTYPES.index(self.dtype), self.squares
+
+    def read(self) -> NDArray[Any]:
+        """Return the results, as float32."""
+        if self.dtype == "bfloat16":
+            return (np.frombuffer(self.buffer, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return np.frombuffer(self.buffer, self.dtype).astype(np.float32)
+
+
+def item_nbytes(dtype: str) -> int:
+    """Return the size of a value of one of `LOOP_DTYPES`, or of a byte, uint8."""
+    return _ITEM_NBYTES[dtype]

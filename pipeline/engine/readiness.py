@@ -1,0 +1,80 @@
+"""Which tensors compiled loops merge here, and what is imported and compiled before they do."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import replace
+
+from raymerge.ops.decoder import Plain
+from raymerge.ops.kernel import Kernel, Site
+from raymerge.ops.lazy import np
+from raymerge.ops.stored import LOOP_DTYPES, STRIP, Slot, Stored
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.plan.types import TensorMerge
+from raymerge.pipeline.stores.retry import one_line
+
+LOOPS = "raymerge.ops.kernels.loops"
+_TORCH_MERGER = "raymerge.pipeline.engine.torch_merger"
+
+_TRIED: dict[tuple[type[Kernel], int], str] = {}
+"""Why loops do not work in this process, or nothing; kernels of one kind that measure as often share theirs."""
+
+
+def takes_loops(merge: TensorMerge) -> bool:
+    """Return whether compiled loops merge a tensor: there are some for its kernels and dtypes, and they work here."""
+    return _has_loops(merge) and not any(_try_loops(merge))
+
+
+def prepare(merges: Iterable[TensorMerge]) -> str:
+    """Import and compile what merging these on a CPU takes, and return why torch does what loops could do; or nothing.
+
+    Processes that are forked from this one afterwards have it, too.
+    """
+    reason = ""
+    needs_torch = False
+    for merge in merges:
+        if not _has_loops(merge):
+            needs_torch = True
+        elif why := next(filter(None, _try_loops(merge)), ""):
+            reason, needs_torch = why, True
+    if needs_torch:
+        importlib.import_module(_TORCH_MERGER)
+    return reason and f"torch merges, several times slower than compiled loops would: {reason}"
+
+
+def _has_loops(merge: TensorMerge) -> bool:
+    dtypes = {DTYPES[merge.written_dtype].torch_name}
+    for source in merge.sources:
+        if not isinstance(source.decoder, Plain):
+            return False
+        dtypes.add(DTYPES[source.dtype].torch_name)
+    return all(dtypes <= {*variant.kernel.loop_dtypes} for variant in merge.variants)
+
+
+def _try_loops(merge: TensorMerge) -> Iterable[str]:
+    """Yield for each variant why its loops do not work here; nothing where they do."""
+    for variant in merge.variants:
+        kernel = variant.kernel
+        if kernel.loop_dtypes == LOOP_DTYPES:
+            site = merge.site(variant)
+            key = type(kernel), kernel.num_passes(site)
+            if key not in _TRIED:
+                _TRIED[key] = _try_kernel(kernel, replace(site, shape=(1,)))
+            yield _TRIED[key]
+
+
+def _try_kernel(kernel: Kernel, site: Site) -> str:
+    """Merge a tensor of one element; return the error, or nothing."""
+    dtypes = ("float32",) * site.num_sources
+    offsets = tuple(range(0, 4 * site.num_sources, 4))
+    stored = Stored(0, 1, memoryview(bytearray(4 * site.num_sources)), offsets, dtypes)
+    try:
+        run = kernel.start(site)
+        for index in range(kernel.num_passes(site)):
+            run.measure_stored(index, stored)
+            run.end_pass(index)
+        run.combine_stored(stored, Slot(memoryview(bytearray(4)), "float32", np.zeros(STRIP, np.float32)))
+    except Exception as error:  # whatever a compiler, its cache and its libraries may raise
+        return f"{type(error).__name__}: {one_line(error)}"
+    return ""
