@@ -52,8 +52,8 @@ def store(bits, values, count, words, longs, place, form) -> None:
         size = bits[k] & np.uint32(0x7FFFFFFF)
         sign = (bits[k] >> np.uint32(16)) & np.uint32(0x8000)
         rounded = (size + np.uint32(0xC8000FFF) + ((size >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
-        large = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else np.uint32(0x7C00)
-        halves[k] = np.uint16(sign | (rounded & np.uint32(0x7FFF) if size < np.uint32(0x47800000) else large))
+        rounded = rounded & np.uint32(0x7FFF) if size < np.uint32(0x47800000) else np.uint32(0x7C00)
+        halves[k] = np.uint16(0x7E00) if size > np.uint32(0x7F800000) else np.uint16(sign | rounded)
         bits[k] = size
     for k in range(count):  # its last bit is that of subnormal numbers
         values[k] += np.float32(0.5)

@@ -7,11 +7,14 @@ import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Kernel, Site
+from raymerge.ops.stored import LOOP_DTYPES
 from tests.fake_gpu import DEVICE, FakeGpu, send
 from tests.ops.engine import NAME, AllocationMeter, Engine, MemoryBlock, run_kernel
+from tests.ops.loop_engine import LoopEngine
 from tests.references import Exact
 
 SLACK_NBYTES = 128 * 2**10
@@ -166,6 +169,30 @@ def check_leaves_its_inputs_alone(case: Case) -> None:
         run_kernel(case.kernel, sources)
 
 
+def check_loops_give_the_same_bits(case: Case) -> None:
+    """Compiled loops round to what torch's blocks give, however windows and results are cut, and tell the same figures.
+
+    Two kernels at once, so that they share what is measured.
+    """
+    if case.kernel.loop_dtypes != LOOP_DTYPES:
+        return
+    for num_elements in (1, 2**14 + 33, BLOCK_ELEMENTS + 106_501):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            sources = [tensor.to(dtype) for tensor in case.sources((num_elements,))]
+            if dtype == torch.bfloat16 and len(sources) > 1:
+                sources[1] = sources[1].float()
+            kernels = [case.kernel, *case.siblings]
+            blocks, loops = Engine(sources), LoopEngine(sources, NAME)
+            merged = blocks.run(*kernels)
+            for blocks_in_window, cuts in ((1, ()), (2, (7777, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 77_777))):
+                rounded = loops.run(kernels, dtype, window_blocks=blocks_in_window, cuts=cuts)
+                for one, other in zip(rounded, merged, strict=True):
+                    assert torch.equal(one, other.to(dtype)), (num_elements, dtype, cuts)
+                assert loops.figures == blocks.figures
+                for norm, values in zip(loops.norms, merged, strict=True):
+                    assert norm == pytest.approx(values.double().norm().item(), rel=1e-5)
+
+
 CHECKS: Sequence[Callable[[Case], None]] = (
     check_streams_blocks_as_it_merges_whole_tensors,
     check_fills_tensors_of_any_size,
@@ -177,6 +204,7 @@ CHECKS: Sequence[Callable[[Case], None]] = (
     check_gives_the_same_bits_again,
     check_runs_on_other_devices,
     check_leaves_its_inputs_alone,
+    check_loops_give_the_same_bits,
 )
 
 

@@ -1,0 +1,107 @@
+"""Merges by compiled loops: without torch, with the bytes that torch gives, and by torch where loops cannot be used."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raymerge import merge
+from raymerge.pipeline.engine import readiness
+from raymerge.pipeline.progress.events import Warned
+from tests.checkpoints import add_noise, read_model, write_checkpoint
+from tests.method_configs import METHODS, make_config
+from tests.watchers import Keep
+
+RUN = """
+import sys
+from raymerge import merge
+merge(sys.argv[1], sys.argv[2], workers=1, seed=3, on_event=lambda event: "Warned" in repr(event) and print(event))
+print("torch" in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """Three models with tensors of several blocks and of one, of all dtypes, some of them with infinity."""
+    directory = tmp_path_factory.mktemp("family")
+    generator = torch.Generator().manual_seed(0)
+    base = {
+        "a": torch.randn(400_001, generator=generator).bfloat16(),
+        "b": torch.randn(300_000, generator=generator).half(),
+        "c": torch.randn(140_000, generator=generator),
+        "d": torch.arange(1000),
+    }
+    base["a"][5:9] = torch.inf
+    models = [base, *(add_noise(base, seed=k) | {"d": base["d"]} for k in (1, 2))]
+    return tuple(write_checkpoint(directory / f"m{k}", tensors, {}) for k, tensors in enumerate(models))
+
+
+def run(config: Path, out: Path, **variables: str) -> str:
+    """Merge in a process of its own; return its warnings, and whether torch was imported."""
+    command = [sys.executable, "-c", RUN, str(config), str(out)]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def write_config(path: Path, config: dict[str, Any]) -> Path:
+    import yaml
+
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_gives_the_same_bytes(
+    family: tuple[Path, ...], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(method, family)
+    merge(config, tmp_path / "loops", workers=1, seed=3)
+    monkeypatch.setattr(readiness, "_try_kernel", lambda kernel, site: "CompilerError: no compiler")
+    monkeypatch.setattr(readiness, "_TRIED", {})
+    told = Keep()
+    merge(config, tmp_path / "torch", workers=1, seed=3, on_event=told)
+    assert read_model(tmp_path / "torch") == read_model(tmp_path / "loops")
+    (warning,) = [event.text for event in told.list(Warned) if "torch" in event.text]
+    assert "torch merges" in warning
+    assert "CompilerError: no compiler" in warning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_needs_no_torch(family: tuple[Path, ...], tmp_path: Path, method: str) -> None:
+    config = write_config(tmp_path / "config.yml", make_config(method, family))
+    assert run(config, tmp_path / "out") == "False"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_other_processors_give_the_same_bytes(family: tuple[Path, ...], tmp_path: Path, method: str) -> None:
+    config = write_config(tmp_path / "config.yml", make_config(method, family))
+    run(config, tmp_path / "native")
+    for name, variables in {
+        "baseline": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+        "seeded": {"PYTHONHASHSEED": "77"},
+    }.items():
+        assert run(config, tmp_path / name, **variables) == "False"
+        assert read_model(tmp_path / name) == read_model(tmp_path / "native")
+
+
+@pytest.mark.slow
+def test_says_why_it_is_slower_without_a_compiler(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yml", make_config("ties", family))
+    run(config, tmp_path / "loops")
+    hidden = tmp_path / "hidden"
+    (hidden / "llvmlite").mkdir(parents=True)
+    (hidden / "llvmlite" / "__init__.py").write_text("raise ImportError('no llvmlite here')")
+    path = os.pathsep.join([str(hidden), *filter(None, [os.environ.get("PYTHONPATH")])])
+    said = run(config, tmp_path / "torch", PYTHONPATH=path)
+    assert "no llvmlite here" in said
+    assert said.endswith("True")
+    assert read_model(tmp_path / "torch") == read_model(tmp_path / "loops")
