@@ -18,6 +18,9 @@ from raymerge.pipeline.sizes import format_memory, parse_nbytes
 _SMALL = 0.1
 """Share of the inputs that is not worth giving up workers for."""
 
+_FEW = 0.5
+"""Share of the inputs that is read by tasks with several shares of a GPU, at most: with more of them, few would run."""
+
 _READ_SPEED = 2e9
 _MERGE_SPEED = 0.5e9
 """Bytes a second that a machine reads from stores or disks, and that one worker merges: rough, to weigh one against the
@@ -117,7 +120,7 @@ def share_out_memory(tasks: Sequence[Collection[Demand]], limits: Limits) -> tup
     if limits.gpus is not None:  # with one room, the next sources are not read before these are merged
         single = replace(limits.transfer, num_buffers=1)
         again, again_single = (_count_again(kinds, limits, t, shares.num_workers) for t in (limits.transfer, single))
-        if again - again_single > _SMALL * _count_kept(kinds):
+        if again > _FEW * _count_kept(kinds) and again_single < again:
             shares = _make_shares(kinds, limits, single, shares.num_workers)
         return shares, most
     if limits.is_cached:
@@ -164,15 +167,15 @@ def explain_shares(tasks: Sequence[ShardTask], limits: Limits, num_allowed: int)
 def _make_shares(kinds: Mapping[Demand, int], limits: Limits, transfer: Transfer, num_workers: int) -> Shares:
     again = _count_again(kinds, limits, transfer, num_workers)
     gpus = limits.gpus
-    may_join = not limits.is_cached or again <= _SMALL * _count_kept(kinds)
     if gpus is None:
+        may_join = not limits.is_cached or again <= _SMALL * _count_kept(kinds)
         share, task_mem = (
             limits.allowed_mem // num_workers,
             min(limits.allowed_mem, limits.task_mem or limits.allowed_mem),
         )
     else:  # of several GPUs, one might be asked for the shares of another
         share, task_mem = gpus.share(num_workers, CONTEXT_NBYTES), gpus.allowed_mem - CONTEXT_NBYTES
-        may_join = may_join and gpus.num_gpus == 1 and gpus.is_in_one_process
+        may_join = gpus.num_gpus == 1 and gpus.is_in_one_process and again <= _FEW * _count_kept(kinds)
     buffer_nbytes, piece_nbytes = _choose(kinds, limits, transfer, num_workers)
     return Shares(num_workers, share, buffer_nbytes, piece_nbytes, transfer, task_mem if may_join else 0)
 

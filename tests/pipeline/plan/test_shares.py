@@ -110,6 +110,12 @@ def test_a_gpu_gets_everything_once_whatever_the_host_has(gpu_mem: int) -> None:
     assert (again(tasks) == 0) is (gpu_mem > 16 * GIB)
 
 
+def test_rooms_for_two_tensors_go_before_those_for_the_largest() -> None:
+    tasks, num_workers, _ = plan("ties", 4 * GIB, 16, is_cached=True, gpus=Gpus(1, 100 * GIB))
+    assert (again(tasks), num_workers, {task.num_buffers for task in tasks}) == (0, 16, {2})
+    assert 1 <= sum(task.num_shares > 1 for task in tasks) <= 2, "the embedding and the head"
+
+
 def test_shares_of_several_gpus_or_processes_are_not_joined() -> None:
     for gpus in (Gpus(2, 20 * GIB), Gpus(1, 20 * GIB, is_in_one_process=False)):
         tasks, num_workers, _ = plan("ties", 128 * GIB, 8, gpus=gpus)
