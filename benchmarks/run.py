@@ -25,7 +25,7 @@ from report import Row, describe_machine, to_markdown, write_json
 from sameness import measure_sameness
 from speed import measure_speed
 from startup import measure_help, measure_plan
-from store_limits import measure_disk, measure_hub, measure_requests, measure_store_memory
+from store_limits import measure_bytes_served, measure_disk, measure_hub, measure_requests, measure_store_memory
 from stores import measure_seam, measure_transfer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +47,7 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "headers": measure_headers,
     "stores-speed": measure_transfer,
     "stores-seam": measure_seam,
+    "stores-bytes": measure_bytes_served,
     "stores-requests": measure_requests,
     "stores-memory": measure_store_memory,
     "stores-disk": measure_disk,

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoints import make_header, qwen2_layout
-from merges import LINEAR, TIES, Bench, Merge
+from merges import DARE_TIES, LINEAR, SLERP, TIES, Bench, Merge, weights
 from processes import Usage, median
 from report import Row, gib
 from store_servers import merge_s3, run, serve, write_config  # makes `tests` known
@@ -52,6 +52,34 @@ def _measure_requests(bench: Bench, *, is_sorted: bool) -> Row:
         f"{most:,} requests of every kind, as nginx logged them, for one model of {nbytes / 1e6:.0f} MB"
         f" ({requests[OUTPUT]:,} for the output); {usage.wall:.1f} s wall, {usage.cpu:.1f} s CPU",
         {"requests": dict(requests)},
+    )
+
+
+def measure_bytes_served(bench: Bench) -> list[Row]:
+    """Return the bytes of weights that the server sends in merges from S3, against the size of the inputs."""
+    return [_measure_bytes_served(bench, merge) for merge in (SLERP, TIES, DARE_TIES)]
+
+
+def _measure_bytes_served(bench: Bench, merge: Merge) -> Row:
+    bench.make_family(FAMILY, merge.num_tunes)
+    paths = merge.inputs(bench.checkpoints, FAMILY)
+    config = write_config(bench, merge, FAMILY, [path.name for path in paths])
+    with serve(bench, bench.checkpoints / FAMILY) as s3:
+        usage = merge_s3(bench, s3, config)
+        sent = [
+            request.nbytes
+            for request in s3.nginx.requests()
+            if request.method == "GET" and request.path.endswith(".safetensors") and OUTPUT not in request.path
+        ]
+    stored = sum(file.stat().st_size for file in weights(paths))
+    ratio = sum(sent) / stored
+    return Row(
+        f"{merge.method} from S3: bytes served : bytes of the inputs",
+        "1.00",
+        f"{ratio:.4f}",
+        ratio < 1.005,
+        f"{sum(sent):,} bytes in {len(sent):,} answers, headers included, of {stored:,}; {usage.wall:.1f} s wall",
+        {"sent": sum(sent), "stored": stored},
     )
 
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import TYPE_CHECKING
@@ -33,6 +34,9 @@ from raymerge.pipeline.stores.retry import one_line
 
 if TYPE_CHECKING:
     from raymerge.pipeline.engine.torch_merger import TorchMerger
+
+_NUM_CHECKS = 16
+"""Input files that are looked at at once before a shard is committed: a merge of many models has hundreds."""
 
 
 def run_shard(
@@ -136,8 +140,8 @@ def _make_shard(
             merger.flush()
             report(Progress(0, sum(shard.nbytes for shard in shards) - before))
         digests = [shard.finish() for shard in shards]
-        for file in _list_inputs(task):
-            stores.at(file.url).check_unchanged(file)
+        with ThreadPoolExecutor(_NUM_CHECKS, thread_name_prefix="check") as pool:
+            list(pool.map(lambda file: stores.at(file.url).check_unchanged(file), _list_inputs(task)))
         for journal in journals:
             journal.check_held()
     except BaseException:
