@@ -189,25 +189,25 @@ def count_low(
             counts[found[k]] += 1
 
 
-def _trim(kind, limits, word_limit, left, table, keys, position, count, delta):
+def _trim(kind, limits, word_limit, left, table, keys, position, count, bits, delta):
     """Set what is not kept of a strip of a delta to zero, and return how many more at the threshold may be kept.
 
-    A strip is inside of one page. `limits` are the largest size that is dropped while some at the threshold may be
-    kept, and the threshold; a negative first one drops nothing.
+    A strip is inside of one page. `limits` are the bits of the largest size that is dropped while some at the threshold
+    may be kept, and of the threshold: the bits of floats order as their sizes do.
     """
     if kind == MAGNITUDE:
         if left > 0:
             for k in range(count):
-                if abs(delta[k]) == limits[1]:
+                if bits[k] & np.uint32(0x7FFFFFFF) == limits[1]:
                     if left > 0:
                         left -= 1
                     else:
-                        delta[k] = 0
+                        bits[k] = 0
             limit = limits[0]
         else:
             limit = limits[1] if left == 0 else limits[0]
         for k in range(count):
-            delta[k] = np.float32(0) if abs(delta[k]) <= limit else delta[k]
+            bits[k] = np.uint32(0) if bits[k] & np.uint32(0x7FFFFFFF) <= limit else bits[k]
     elif kind == RANDOM:
         place = position % PAGE
         page = table[place : place + count]
@@ -222,7 +222,7 @@ def _trim(kind, limits, word_limit, left, table, keys, position, count, delta):
 @loop
 def sum_delta(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
-    source: int, position: int, count: int, kinds: Array1[np.int64], limits: Array2[np.float32],
+    source: int, position: int, count: int, kinds: Array1[np.int64], limits: Array2[np.uint32],
     word_limits: Array1[np.uint32], left: Array1[np.int64], table: Array1[np.uint32], keys: Array3[np.uint32],
     sums: Array2[np.float64], scratch: Array2[np.uint32],
 ) -> None:  # fmt: skip
@@ -250,7 +250,7 @@ def sum_delta(
                 base[k] = delta[k]
             page = (position + start) // PAGE - position // PAGE
             left[0] = _trim(
-                kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], position + start, size, delta
+                kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], position + start, size, bits, delta
             )
             if is_folded:
                 strip = _find_strip(row, column, 2)
@@ -272,7 +272,7 @@ def combine_deltas(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
     models: Array1[np.int64], factors: Array1[np.float32], weights: Array1[np.float32], agree: int, normalize: int,
     scale: np.float32, smallest_weight: np.float32, position: int, count: int, kinds: Array1[np.int64],
-    limits: Array2[np.float32], word_limits: Array1[np.uint32], left: Array1[np.int64], table: Array1[np.uint32],
+    limits: Array2[np.uint32], word_limits: Array1[np.uint32], left: Array1[np.int64], table: Array1[np.uint32],
     keys: Array3[np.uint32], out_words: Array1[np.uint16], out_longs: Array1[np.uint32], out_form: int,
     squares: Array1[np.float32], scratch: Array2[np.uint32],
 ) -> float:  # fmt: skip
@@ -293,7 +293,7 @@ def combine_deltas(
             for k in range(size):
                 delta[k] -= base[k]
             left[m] = _trim(
-                kinds[m], limits[m], word_limits[m], left[m], table, keys[m, page], position + start, size, delta
+                kinds[m], limits[m], word_limits[m], left[m], table, keys[m, page], position + start, size, bits, delta
             )
             factor = factors[m]
             if m == 0:

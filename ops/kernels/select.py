@@ -122,7 +122,8 @@ class MagnitudeSparsifier(Sparsifier):
         if stored.start == 0:
             self._left = self._quota
         left = self._left if self._has_ties else -1
-        return Trim(loops.MAGNITUDE, (self._below_threshold, self._threshold), left=left)
+        threshold = _bits_of_float(self._threshold)
+        return Trim(loops.MAGNITUDE, (threshold - 1, threshold), left=left)
 
     def end_trim(self, left: int) -> None:
         """Remember how many elements on the threshold may be kept of those that come next."""
@@ -187,3 +188,9 @@ def _float_of_bits(bits: int) -> float:
     """Return the float32 that has these bits."""
     value: float = struct.unpack("<f", struct.pack("<I", bits))[0]
     return value
+
+
+def _bits_of_float(value: float) -> int:
+    """Return the bits of a float32."""
+    bits: int = struct.unpack("<I", struct.pack("<f", value))[0]
+    return bits

@@ -313,7 +313,7 @@ class _Trims:
         """Return the arguments by which loops find it."""
         return (
             np.array([trim.kind for trim in self._trims], np.int64),
-            np.array([trim.limits for trim in self._trims], np.float32),
+            np.array([trim.limits for trim in self._trims], np.uint32),
             np.array([trim.word_limit for trim in self._trims], np.uint32),
             self._left,
             numpy_table(),

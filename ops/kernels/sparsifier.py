@@ -20,8 +20,8 @@ class Trim:
 
     kind: int = 0
     """`loops.ALL`, `loops.MAGNITUDE` or `loops.RANDOM`."""
-    limits: tuple[float, float] = (0.0, 0.0)
-    """The largest size that is dropped while some at the threshold may be kept, and the threshold."""
+    limits: tuple[int, int] = (0, 0)
+    """The bits of the largest size that is dropped while some at the threshold may be kept, and of the threshold."""
     word_limit: int = 0
     """Elements are kept whose random word is smaller."""
     left: int = -1

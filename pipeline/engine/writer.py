@@ -1,4 +1,4 @@
-"""Streams one output file: header, then tensors in order; the store is waited for on a thread of its own."""
+"""Streams one output file: header, then tensors in order; a thread of its own hashes them and waits for the store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ShardWriter:
-    """Collects and hashes bytes in buffers, and hands each full one to a thread that writes it.
+    """Collects bytes in buffers, and hands each full one to a thread that hashes and writes it.
 
     `append` any number of times, then `finish`, then `commit`; on an error, `abort`.
     """
@@ -109,8 +109,6 @@ class ShardWriter:
         Raises:
             OutputError: an earlier write failed.
         """
-        with memoryview(self._current)[self._num_used : self._num_used + num_bytes] as data:
-            self._digest.update(data)  # while it is still in the core's cache
         self.nbytes += num_bytes
         self._num_used += num_bytes
         if self._num_used == self._writer.buffer_nbytes:
@@ -141,6 +139,8 @@ class ShardWriter:
                 self._release(buffer)
                 continue
             try:
+                with memoryview(buffer)[:num_bytes] as data:
+                    self._digest.update(data)
                 self._writer.take(buffer, num_bytes, self._release)
             except BaseException as error:  # raised at the next append, or by finish
                 self._error = error
