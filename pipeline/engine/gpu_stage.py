@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 
@@ -61,9 +62,11 @@ class GpuStage(Stage):
         Raises:
             FetchError: a range could not be read, or its file has changed.
         """
+        turns = Lock()  # there is one pair of buffers to go through
 
         def send(fetch: Fetch, number: int, on_read: Callable[[int], None]) -> list[Filled]:
-            return self._send(stores, fetch, self._rooms.inputs[number], on_read)
+            with turns:
+                return self._send(stores, fetch, self._rooms.inputs[number], on_read)
 
         if len(self._rooms.inputs) > 1:
             yield from fill_ahead(send, fetches, on_read)

@@ -109,7 +109,8 @@ def test_the_same_files(
 ) -> None:
     config, expected = on_the_cpu
     keep = Keep()
-    monkeypatch.setattr(planner, "_measure_transfer", lambda *_: Transfer(num_buffers))
+    staging = {"large": 8 * 2**20, "small": 2**16}[limits]
+    monkeypatch.setattr(planner, "_measure_transfer", lambda *_: Transfer(num_buffers, staging_nbytes=staging))
     memory, gpu_memory = find_limits(limits, config)
     settings = MergeOptions(workers=1, seed=3, shard_size="2MB", memory=memory, gpu_memory=gpu_memory)
     merge(config, tmp_path / "gpu", settings, on_event=keep)
