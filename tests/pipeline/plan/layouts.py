@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hypothesis import strategies as st
+
 from raymerge.ops.kernels.copy import Identical
 from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
@@ -14,12 +16,30 @@ from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.config.merge_config import load_config
+from raymerge.pipeline.plan.memory import Demand, Transfer
 from raymerge.pipeline.plan.recipe import Recipe, expand, open_model
 from raymerge.pipeline.plan.resolve import COPY
 from raymerge.pipeline.plan.types import TensorMerge, Variant
-from raymerge.pipeline.stores.files import StoredFile
+from raymerge.pipeline.stores.files import ALIGNMENT, StoredFile
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+TRANSFERS = st.builds(Transfer, st.integers(1, 2), st.integers(0, 2**24))
+DEMANDS = st.lists(
+    st.builds(
+        Demand,
+        block_elements=st.just(2**16),
+        num_blocks=st.integers(1, 100),
+        num_passes=st.integers(0, 3),
+        block_nbytes=st.integers(1, 2**26),
+        scratch_nbytes=st.integers(0, 2**25),
+        state_nbytes=st.integers(0, 2**22),
+        out_nbytes=st.integers(0, 2**19),
+        kept_nbytes=st.integers(0, 2**24).map(lambda n: n * ALIGNMENT),
+    ),
+    min_size=1,
+    max_size=5,
+)
 
 
 @dataclass(frozen=True)
@@ -155,3 +175,8 @@ def make_variant(op: str, parameters: Mapping[str, Any], seed: int = 0) -> Varia
 def model_refs(*names: str) -> list[ModelRef]:
     """Return references to models of these names."""
     return [ModelRef(name) for name in names]
+
+
+def named(demands: Sequence[Demand]) -> dict[str, Demand]:
+    """Return demands by names of tensors."""
+    return {f"tensor{k}": demand for k, demand in enumerate(demands)}

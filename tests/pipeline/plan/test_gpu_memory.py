@@ -21,8 +21,7 @@ from raymerge.pipeline.plan.gpu_memory import (
 from raymerge.pipeline.plan.memory import WORKER_NBYTES, Demand, Transfer, measure_demand
 from raymerge.pipeline.sizes import parse_nbytes
 from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES
-from tests.pipeline.plan.layouts import make_merge
-from tests.pipeline.plan.test_memory import DEMANDS, TRANSFERS, named
+from tests.pipeline.plan.layouts import DEMANDS, TRANSFERS, make_merge, named
 
 MIB = 2**20
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,30 +21,9 @@ from raymerge.pipeline.plan.memory import (
     project_mem,
 )
 from raymerge.pipeline.sizes import parse_nbytes
-from raymerge.pipeline.stores.files import ALIGNMENT, aligned
+from raymerge.pipeline.stores.files import aligned
 from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES
-from tests.pipeline.plan.layouts import make_merge, make_variant
-
-TRANSFERS = st.builds(Transfer, st.integers(1, 2), st.integers(0, 2**24))
-DEMANDS = st.lists(
-    st.builds(
-        Demand,
-        block_elements=st.just(2**16),
-        num_blocks=st.integers(1, 100),
-        num_passes=st.integers(0, 3),
-        block_nbytes=st.integers(1, 2**26),
-        scratch_nbytes=st.integers(0, 2**25),
-        state_nbytes=st.integers(0, 2**22),
-        out_nbytes=st.integers(0, 2**19),
-        kept_nbytes=st.integers(0, 2**24).map(lambda n: n * ALIGNMENT),
-    ),
-    min_size=1,
-    max_size=5,
-)
-
-
-def named(demands: Sequence[Demand]) -> dict[str, Demand]:
-    return {f"tensor{k}": demand for k, demand in enumerate(demands)}
+from tests.pipeline.plan.layouts import DEMANDS, TRANSFERS, make_merge, make_variant, named
 
 
 def test_a_demand_is_one_block_of_every_source_and_the_scratch_that_the_kernel_declares() -> None:
