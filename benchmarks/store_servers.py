@@ -48,6 +48,7 @@ class S3:
             "NO_PROXY": "127.0.0.1,localhost",
             "HOME": str(self.home),
             "TMPDIR": str(self.home),
+            "XDG_CACHE_HOME": str(self.home.parent / "cache"),  # compiled once, as on any machine
         }
 
     def cpu_seconds(self) -> float:
