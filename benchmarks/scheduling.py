@@ -38,7 +38,9 @@ class SimulatedRay:
         """Return what makes remote functions."""
         return lambda function: SimpleNamespace(options=lambda **options: SimpleNamespace(remote=Stream))
 
-    def wait(self, streams: Sequence[Stream], timeout: float) -> tuple[list[Stream], list[Stream]]:
+    def wait(
+        self, streams: Sequence[Stream], timeout: float, num_returns: int = 1
+    ) -> tuple[list[Stream], list[Stream]]:
         """Return the first that is ready, once it is: the oldest, as all take as long."""
         first = streams[0]
         time.sleep(max(0.0, first.ready_at - time.perf_counter()))
@@ -52,7 +54,7 @@ class SimulatedRay:
 class Stream:
     """What comes of one item."""
 
-    def __init__(self, work: object, item: int, stop_key: bytes) -> None:
+    def __init__(self, work: object, item: int, run_key: bytes, stop_key: bytes) -> None:
         self.item = item
         self.ready_at = time.perf_counter() + _SECONDS
 

@@ -155,7 +155,8 @@ class ProcessRunner(Runner):
                         if error is None and num_lost[worker.item] < NUM_ATTEMPTS:
                             on_progress(-worker.reported)
                             self.on_retry(message.how)
-                            waiting.release(worker.item, is_again=True)
+                            waiting.release(worker.item)
+                            waiting.repeat(worker.item)
                             idle = [each for each in idle if each.process is not worker.process]
                             if all(each.process is not worker.process for each in busy.values()):
                                 idle += self._replace(work, worker, workers)

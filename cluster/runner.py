@@ -51,7 +51,8 @@ Report = Callable[[Progress], None]
 Work = Callable[[Item, Report], Result]
 """A picklable function of one picklable item; its result is picklable and small.
 
-A worker process gets one copy for all the items of a run, so that it may keep what it has opened.
+A worker process gets one copy for all the items of a run, so that it may keep what it has opened. An item may be in
+work twice at a time, in two processes: the first result counts, and the other one's report raises.
 """
 
 

@@ -38,11 +38,25 @@ class Waiting:
                 return item
         return None
 
-    def release(self, item: int, *, is_again: bool = False) -> None:
-        """Free the slots of an item that has ended, or that is to be done again before all others."""
+    @property
+    def has_spare(self) -> bool:
+        """Whether there is a free slot that no item waits for."""
+        return not self._items and self._num_free > 0
+
+    def take_twice(self, item: int) -> bool:
+        """Take the slots of an item in work once more, for a twin; return False where others need them."""
+        if self._items or self._slots[item] > self._num_free:
+            return False
+        self._num_free -= self._slots[item]
+        return True
+
+    def release(self, item: int) -> None:
+        """Free the slots of an item that has ended, or of one of its twins."""
         self._num_free += self._slots[item]
-        if is_again:
-            self._items.insert(0, item)
+
+    def repeat(self, item: int) -> None:
+        """Have a released item wait again, before all others."""
+        self._items.insert(0, item)
 
     def clear(self) -> None:
         """Have no item wait any more."""

@@ -84,9 +84,9 @@ class ActorRunner(RayRunner):
             node.num_cpus // self._num_cpus, node.num_gpus * int(1 / self._num_gpus), node.mem_nbytes // mem_nbytes
         )
 
-    def _start(self, attempt: Attempt, packed: bytes, item: object, stop_key: bytes) -> Any:
+    def _start(self, attempt: Attempt, packed: bytes, item: object, run_key: bytes) -> Any:
         hired = self._hire(attempt)
-        stream = hired.handle.serve.options(num_returns="streaming").remote(packed, item, stop_key)
+        stream = hired.handle.serve.options(num_returns="streaming").remote(packed, item, run_key, attempt.key)
         self._busy[stream] = hired
         return stream
 
@@ -115,6 +115,6 @@ class ActorRunner(RayRunner):
 class _Server:
     """Lives in a worker process."""
 
-    def serve(self, packed: bytes, item: object, stop_key: bytes) -> Iterator[Message]:
-        """Run one item; see `ray_task.serve`."""
-        yield from serve(packed, item, stop_key)
+    def serve(self, packed: bytes, item: object, run_key: bytes, stop_key: bytes) -> Iterator[Message]:
+        """Run one item; see `task.serve`."""
+        yield from serve(packed, item, run_key, stop_key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,12 +31,26 @@ class Attempt:
     """Nodes on which earlier attempts failed."""
     elsewhere: bool = False
     """Whether it waits for another node than those."""
+    key: bytes = b""
+    """Under which it is told to stop."""
     begun: Begun | None = None
     """Node and process that run it; None before it has begun."""
+    began_at: float = math.inf
+    """When that was heard."""
     heard_at: float = field(default_factory=time.monotonic)
     """When there was something from it last."""
     told: Progress = field(default_factory=Progress)
-    """Progress that it has reported, which is taken back if it is done again."""
+    """Progress that it has reported."""
+    is_counted: bool = True
+    """Whether this progress is part of the run's: not where it has a twin that began later."""
+    is_beaten: bool = False
+    """Whether its twin was done first, so that it is to end."""
+
+    def make_next(self) -> Attempt:
+        """Return another attempt at the item, on another node than the last if there is one."""
+        avoided = (*self.avoided, self.begun.node_id) if self.begun else self.avoided
+        item, mem_nbytes, num_slots, num_cpus = self.item, self.mem_nbytes, self.num_slots, self.num_cpus
+        return Attempt(item, mem_nbytes, num_slots, num_cpus, number=self.number, avoided=avoided)
 
 
 def has_room(node: Node, attempt: Attempt) -> bool:

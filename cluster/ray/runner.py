@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    OwnerDiedError,
-    RayError,
-    RuntimeEnvSetupError,
-    TaskCancelledError,
-    WorkerCrashedError,
-)
+from ray.exceptions import OutOfMemoryError, RayError
 
 from raymerge.cluster.errors import HeadLostError, ResourceError, TaskFailedError, WorkerLostError
 from raymerge.cluster.outcome import Done
 from raymerge.cluster.ray.attempt import Attempt, choose_node, has_room
+from raymerge.cluster.ray.ledger import Ledger
+from raymerge.cluster.ray.losses import LOST, explain, explain_loss, explain_missing
 from raymerge.cluster.ray.session import RESERVED_MEM, HeadWatch, Node, list_nodes
-from raymerge.cluster.ray.task import Begun, Message, pack, serve, stop_all
+from raymerge.cluster.ray.task import Begun, Message, pack, serve, stop
 from raymerge.cluster.runner import NUM_ATTEMPTS, Item, Progress, Report, Resources, Result, Runner, Work
-from raymerge.cluster.waiting import order_items
 
 LONELY_SECONDS = 120.0
 """How long no node may have room for an item: one that is powered off may be replaced."""
@@ -46,22 +33,14 @@ ELSEWHERE_SECONDS = 30.0
 _LOOK_SECONDS = 5.0
 """Between looks at the nodes, while no item has anything to tell."""
 
-_PATIENCE_SECONDS = 4.0
-"""For workers to end what they are doing when the run is broken off."""
+_BRISK_SECONDS = 1.0
+"""The same while the run is ending, or a twin could begin."""
 
-_LOST: Mapping[type[RayError], str] = {
-    OutOfMemoryError: "its node ran out of memory",
-    NodeDiedError: "its node died",
-    LocalRayletDiedError: "its node died",
-    WorkerCrashedError: "its worker died",
-    ActorDiedError: "its worker died",
-    ActorUnavailableError: "its worker could not be reached",
-    OwnerDiedError: "its worker died",
-    ObjectLostError: "its answer was lost with a node",
-    TaskCancelledError: "its task was cancelled",
-    RuntimeEnvSetupError: "its node could not make its environment",
-}
-"""Losses of workers, and how they are reported."""
+_PATIENCE_SECONDS = 4.0
+"""For workers to end what they are doing when the run is broken off, or a twin was faster."""
+
+_END_SECONDS = 30.0
+"""How long an item may report nothing when another has failed: it aborts what it has begun to write."""
 
 
 class RayRunner(Runner):
@@ -119,83 +98,83 @@ class RayRunner(Runner):
             HeadLostError: the cluster's head does not answer any more.
         """
         nodes = list_nodes() if items else ()
-        waiting = deque(self._ask(i, resources[i], nodes) for i in order_items(resources))
-        running: dict[Any, Attempt] = {}
+        first = [self._ask(item, each, nodes) for item, each in enumerate(resources)]
+        ledger = Ledger(first, resources, self.num_slots, on_progress)
+        running = ledger.running
         error: BaseException | None = None
-        give_up_at = math.inf
-        packed = pack(work)
-        stop_key = f"stop-{uuid4().hex}".encode()
-        if waiting:
-            self._check(max(attempt.mem_nbytes for attempt in waiting), nodes)
+        packed, run_key = pack(work), uuid4().hex.encode()
+        if first:
+            self._check(max(attempt.mem_nbytes for attempt in first), nodes)
 
-        def do_again(stream: Any, reason: str, mem_nbytes: int | None = None, *, elsewhere: bool = False) -> None:
-            attempt = running.pop(stream)
-            self._release(stream, is_needed=False)
-            on_progress(-attempt.told)
-            if error is None:
-                waiting.appendleft(self._again(attempt, reason, mem_nbytes, elsewhere=elsewhere))
+        def start(attempt: Attempt) -> None:
+            attempt.key, attempt.heard_at = f"stop-{uuid4().hex}".encode(), time.monotonic()
+            running[self._start(attempt, packed, items[attempt.item], run_key)] = attempt
 
         head = HeadWatch()
         try:
-            while running or waiting:
-                while attempt := _take(waiting, self.num_slots - sum(each.num_slots for each in running.values())):
-                    attempt.heard_at = time.monotonic()
-                    running[self._start(attempt, packed, items[attempt.item], stop_key)] = attempt
-                for stream in self._wait(running, head, is_ending=error is not None):
-                    attempt = running[stream]
+            while ledger:
+                while attempt := ledger.take():
+                    start(attempt)
+                heard = self._wait(ledger, head)
+                for stream in heard:
+                    if (attempt := running.get(stream)) is None:
+                        continue
                     attempt.heard_at = time.monotonic()
                     try:
                         message = _receive(stream)
-                    except tuple(_LOST) as lost:
+                    except LOST as lost:
                         more = 2 * attempt.mem_nbytes if isinstance(lost, OutOfMemoryError) else None
-                        do_again(stream, next(text for kind, text in _LOST.items() if isinstance(lost, kind)), more)
+                        self._lose(ledger, stream, explain_loss(lost), more)
                         continue
                     if isinstance(message, Begun):
-                        attempt.begun = message
+                        attempt.begun, attempt.began_at = message, attempt.heard_at
                     elif isinstance(message, Progress):
-                        attempt.told += message
-                        on_progress(message)
+                        ledger.count(attempt, message)
+                    elif attempt.is_beaten:
+                        self._lose(ledger, stream, "its twin was faster")
                     elif isinstance(message, Done):
-                        del running[stream]
-                        self._release(stream, is_needed=bool(waiting))
+                        if (twin := ledger.finish(stream)) is not None:
+                            stop(twin.key)
+                        self._release(stream, is_needed=ledger.has_waiting)
                         yield message.result
-                    elif self._may_pass(message.error, attempt):
-                        do_again(stream, f"{type(message.error).__name__}: {message.error}", elsewhere=True)
+                    elif ledger.find_twin(stream) is not None or self._may_pass(message.error, attempt):
+                        reason = f"{type(message.error).__name__}: {message.error}"
+                        self._lose(ledger, stream, reason, elsewhere=True)
                     else:
-                        del running[stream]
+                        ledger.drop(stream)
                         self._release(stream, is_needed=False)
                         if error is None:
-                            waiting.clear()
-                            error = _explain_missing(message.error)
-                            stop_all(stop_key)
-                            give_up_at = time.monotonic() + _PATIENCE_SECONDS
-                for stream in _find_overdue(running):
+                            error = explain_missing(message.error)
+                            ledger.end()
+                            _stop_all(running)
+                for stream in _find_overdue(ledger):
                     self._kill(stream)
-                    if running[stream].begun:
-                        do_again(stream, f"it had reported nothing for {HANG_SECONDS:.0f} s")
-                    elif (attempt := running.pop(stream)) and error is None:
-                        waiting.appendleft(replace(attempt, elsewhere=False))
-                if time.monotonic() > give_up_at and not any(attempt.begun for attempt in running.values()):
-                    for stream in running:  # they wait for room, perhaps for ever
-                        self._kill(stream)
-                    running.clear()
+                    attempt = running[stream]
+                    if attempt.begun or attempt.is_beaten or ledger.is_ending:
+                        self._lose(ledger, stream, f"it had reported nothing for {HANG_SECONDS:.0f} s")
+                    else:
+                        attempt.elsewhere = False
+                        start(running.pop(stream))
+                for stream in ledger.find_stragglers(heard):
+                    if head.check() and ledger.take_twin(stream):
+                        start(self._make_twin(running[stream]))
         except HeadLostError:  # nobody to tell, and the workers end without it
             raise
         except BaseException as broken:  # raised again: whatever broke the run off, its items end
-            stop_all(stop_key)
+            _stop_all(running)
             self._end(running)
             if isinstance(broken, RayError):
-                raise TaskFailedError(_explain(broken)) from broken
+                raise TaskFailedError(explain(broken)) from broken
             raise
         if error is not None:
             raise error
 
-    def _start(self, attempt: Attempt, packed: bytes, item: object, stop_key: bytes) -> Any:
+    def _start(self, attempt: Attempt, packed: bytes, item: object, run_key: bytes) -> Any:
         """Have an item run; return the stream of what it tells."""
         task = self._task.options(
             num_cpus=attempt.num_cpus, memory=attempt.mem_nbytes, scheduling_strategy=choose_node(attempt)
         )
-        return task.remote(packed, item, stop_key)
+        return task.remote(packed, item, run_key, attempt.key)
 
     def _ask(self, item: int, resources: Resources, nodes: Sequence[Node]) -> Attempt:
         """Return the first attempt at an item."""
@@ -245,21 +224,23 @@ class RayRunner(Runner):
         has_room = node.num_cpus >= self._num_cpus and node.num_gpus >= self._num_gpus
         return has_room and self._host in (None, node.host)
 
-    def _wait(self, running: Mapping[Any, Attempt], head: HeadWatch, *, is_ending: bool) -> list[Any]:
-        """Return the streams that have something to say; none only where one may hang, or the run is ending.
+    def _wait(self, ledger: Ledger, head: HeadWatch) -> Collection[Any]:
+        """Return the streams that have something to say; none where there is something else to do.
 
         Raises:
             WorkerLostError: there has been no node for a while on which all of them could run.
             HeadLostError: the cluster's head does not answer any more.
         """
+        running = ledger.running
         deadline = time.monotonic() + LONELY_SECONDS
         while True:
-            ready, _ = ray.wait(list(running), timeout=1.0 if is_ending else _LOOK_SECONDS)
+            is_brisk = ledger.is_ending or ledger.has_spare
+            ready, _ = ray.wait(list(running), timeout=_BRISK_SECONDS if is_brisk else _LOOK_SECONDS)
             head.check_sometimes()
             if ready:
                 ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
-            if ready or is_ending or _find_overdue(running):
-                return list(ready)
+            if ready or ledger.is_ending or _find_overdue(ledger) or ledger.find_stragglers():
+                return frozenset(ready)
             if not head.check():
                 continue
             nodes = [node for node in list_nodes() if self._is_fit(node)]
@@ -272,6 +253,17 @@ class RayRunner(Runner):
                     f" processors for a shard in the last {LONELY_SECONDS:.0f} s; what is finished is kept: run the"
                     " same command again when one has"
                 )
+
+    def _lose(
+        self, ledger: Ledger, stream: Any, reason: str, mem_nbytes: int | None = None, *, elsewhere: bool = False
+    ) -> None:
+        """Take an attempt out that has failed, and have its item done again unless its twin goes on; see `_again`."""
+        attempt, twin = ledger.running[stream], ledger.drop(stream)
+        self._release(stream, is_needed=False)
+        if twin is not None:
+            twin.number += 1
+        elif not attempt.is_beaten and not ledger.is_ending:
+            ledger.repeat(self._again(attempt, reason, mem_nbytes, elsewhere=elsewhere))
 
     def _again(self, attempt: Attempt, reason: str, mem_nbytes: int | None, *, elsewhere: bool) -> Attempt:
         """Return the next attempt at an item, with more memory where it is given, up to what a node has.
@@ -286,32 +278,34 @@ class RayRunner(Runner):
         Raises:
             WorkerLostError: there were enough of them.
         """
-        if attempt.number == NUM_ATTEMPTS:
+        if attempt.number >= NUM_ATTEMPTS:
             raise WorkerLostError(
                 f"gave up an item after {NUM_ATTEMPTS} attempts, at last because {reason}; what is finished is kept:"
                 " run the same command again"
             )
         self._on_retry(f"{reason} (on {attempt.begun.host})" if attempt.begun else reason)
-        avoided = (*attempt.avoided, attempt.begun.node_id) if attempt.begun else attempt.avoided
-        again = replace(
-            attempt, number=attempt.number + 1, avoided=avoided, elsewhere=False, begun=None, told=Progress()
-        )
+        again = attempt.make_next()
+        again.number += 1
         if mem_nbytes is not None:
             nodes = list_nodes()
             again.mem_nbytes = max(attempt.mem_nbytes, min(mem_nbytes, self._find_largest(nodes)))
             again.num_cpus = self._count_cpus(again.num_slots, again.mem_nbytes, nodes)
-        elif elsewhere and avoided:
-            others = [node for node in list_nodes() if self._is_fit(node) and node.node_id not in avoided]
-            again.elsewhere = any(has_room(node, again) for node in others)
+        elif elsewhere:
+            again.elsewhere = self._has_other(again)
         return again
 
+    def _make_twin(self, attempt: Attempt) -> Attempt:
+        """Return a second attempt at an item, on another node if one has room; the first goes on."""
+        assert attempt.begun
+        self._on_retry(f"it was slow (on {attempt.begun.host}), and was begun once more elsewhere")
+        twin = attempt.make_next()
+        twin.elsewhere = self._has_other(twin)
+        return twin
 
-def _take(waiting: deque[Attempt], num_free: int) -> Attempt | None:
-    """Return the first attempt that so many free slots are enough for, which waits no more."""
-    attempt = next((attempt for attempt in waiting if attempt.num_slots <= num_free), None)
-    if attempt is not None:
-        waiting.remove(attempt)
-    return attempt
+    def _has_other(self, attempt: Attempt) -> bool:
+        """Tell whether a node has room on which the item was not tried."""
+        others = [node for node in list_nodes() if self._is_fit(node) and node.node_id not in attempt.avoided]
+        return bool(attempt.avoided) and any(has_room(node, attempt) for node in others)
 
 
 def _receive(stream: Any) -> Message:
@@ -319,29 +313,25 @@ def _receive(stream: Any) -> Message:
     return message
 
 
-def _find_overdue(running: Mapping[Any, Attempt]) -> list[Any]:
+def _stop_all(running: Mapping[Any, Attempt]) -> None:
+    for attempt in running.values():
+        stop(attempt.key)
+
+
+def _find_overdue(ledger: Ledger) -> list[Any]:
     """Return the streams of items that have been silent for too long, or have waited so for another node."""
     now = time.monotonic()
     return [
         stream
-        for stream, attempt in running.items()
-        if (attempt.begun and attempt.heard_at < now - HANG_SECONDS)
-        or (attempt.elsewhere and not attempt.begun and attempt.heard_at < now - ELSEWHERE_SECONDS)
+        for stream, attempt in ledger.running.items()
+        if now - attempt.heard_at > _limit_silence(attempt, is_ending=ledger.is_ending)
     ]
 
 
-def _explain(error: RayError) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"Ray cannot run the work: {lines[-1].strip()}; {_NEEDED}"
-
-
-def _explain_missing(error: BaseException) -> BaseException:
-    """Return the error to raise for an error of the work: a machine may lack what it imports."""
-    if isinstance(error, ModuleNotFoundError):
-        return TaskFailedError(f"{error.name} is not installed on a machine of the cluster; {_NEEDED}")
-    return error
-
-
-_NEEDED = (
-    "every machine of the cluster needs the same versions of Python and Ray, and what `pip install raymerge` installs"
-)
+def _limit_silence(attempt: Attempt, *, is_ending: bool) -> float:
+    """Return for how many seconds nothing may be heard of an attempt."""
+    if attempt.begun:
+        return _PATIENCE_SECONDS if attempt.is_beaten else _END_SECONDS if is_ending else HANG_SECONDS
+    if attempt.is_beaten or is_ending:  # it waits for room, perhaps for ever
+        return _PATIENCE_SECONDS
+    return ELSEWHERE_SECONDS if attempt.elsewhere else math.inf

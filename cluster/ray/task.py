@@ -41,32 +41,33 @@ Message = Begun | Progress | Done | Failed
 """Reports of an item: it begins, some progress, and how it ended."""
 
 
-def serve(packed: bytes, item: object, stop_key: bytes) -> Iterator[Message]:
+def serve(packed: bytes, item: object, run_key: bytes, stop_key: bytes) -> Iterator[Message]:
     """Run one item in a worker: its progress now and then, and at the end what came of it.
 
-    The driver says under a key that the run has stopped, and every worker looks there. An interrupt from Ray may get
+    The driver says under a key that it is to stop, and the worker looks there. An interrupt from Ray may get
     lost, or strike while Ray itself takes a report, with nobody left to end the work.
 
     Args:
         packed: the work, by `pack`.
         item: what it is called with.
-        stop_key: of the run.
+        run_key: of the run.
+        stop_key: of this attempt.
     """
     lock = threading.Lock()
     untold: Progress | None = None
-    stop = threading.Event()
+    stopped = threading.Event()
     outcome: list[Done | Failed] = []
 
     def report(progress: Progress) -> None:
         nonlocal untold
-        if stop.is_set():
+        if stopped.is_set():
             raise StoppedError("stopped")
         with lock:
             untold = (untold or Progress()) + progress
 
     def work_off() -> None:
         try:
-            outcome.append(Done(_unpack(packed, stop_key)(item, report)))
+            outcome.append(Done(_unpack(packed, run_key)(item, report)))
         except BaseException as error:  # raised in the driver
             outcome.append(Failed(make_picklable(error)))
 
@@ -92,7 +93,7 @@ def serve(packed: bytes, item: object, stop_key: bytes) -> Iterator[Message]:
         if time.monotonic() > look_at:
             look_at = time.monotonic() + _STOP_SECONDS
             if _has_stopped(stop_key):
-                stop.set()
+                stopped.set()
     yield from take()
     yield outcome[0]
 
@@ -104,14 +105,14 @@ def pack(work: Work[Any, Any]) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def _unpack(packed: bytes, stop_key: bytes) -> Work[Any, Any]:
+def _unpack(packed: bytes, run_key: bytes) -> Work[Any, Any]:
     """Return a run's work: the same for all its items that this worker is given, so that it keeps its connections."""
     work: Work[Any, Any] = cloudpickle.loads(packed)
     return work
 
 
-def stop_all(stop_key: bytes) -> None:
-    """Have the items that are served under a key end at their next report, and those yet to begin at once."""
+def stop(stop_key: bytes) -> None:
+    """Have an attempt end at its next report, or as soon as it begins."""
     _internal_kv_put(stop_key, b"", namespace=_NAMESPACE)
 
 

@@ -109,7 +109,7 @@ def check_shard(
         file = stores.at(outs[output]).stat(f"{outs[output]}/{recorded.file}")
     except FileNotFoundError:  # deleted just now
         return None
-    if (recheck or file.etag != recorded.etag) and _hash_file(stores, file, report) != recorded.sha256:
+    if (recheck or file.etag != recorded.etag) and hash_file(stores, file, report) != recorded.sha256:
         return None
     return output, replace(recorded, etag=file.etag)
 
@@ -123,11 +123,12 @@ def _check_file(stores: Stores, item: tuple[str, OutputFile], report: Report, *,
         return f"{name}: missing"
     if file.nbytes != expected.nbytes:
         return f"{name}: {file.nbytes:,} bytes, {expected.nbytes:,} were written"
-    found = _hash_file(stores, file, report)
+    found = hash_file(stores, file, report)
     return "" if found == expected.sha256 else f"{name}: sha256 is {found}, {expected.sha256} was written"
 
 
-def _hash_file(stores: Stores, file: StoredFile, report: Report) -> str:
+def hash_file(stores: Stores, file: StoredFile, report: Report) -> str:
+    """Return the sha256 of a file, in hex."""
     digest = hashlib.sha256()
     for piece in stores.read_pieces(file):
         digest.update(piece)

@@ -28,8 +28,24 @@ def test_an_item_that_is_done_again_comes_first() -> None:
     waiting = make_waiting([1, 1, 1], 1)
     first = waiting.take()
     assert first is not None
-    waiting.release(first, is_again=True)
+    waiting.release(first)
+    waiting.repeat(first)
     assert waiting.take() == first
+
+
+def test_twins_take_only_slots_that_nothing_waits_for() -> None:
+    waiting = make_waiting([2, 1, 1], 4)
+    assert [waiting.take() for _ in range(2)] == [0, 1]
+    assert not waiting.has_spare
+    assert not waiting.take_twice(1), "an item waits for the slot"
+    assert waiting.take() == 2
+    waiting.release(1)
+    assert not waiting.take_twice(0), "it takes two slots"
+    assert waiting.take_twice(2)
+    assert not waiting.take_twice(2)
+    waiting.release(2)
+    waiting.release(2)
+    assert waiting.take_twice(0)
 
 
 def test_nothing_waits_any_more() -> None:

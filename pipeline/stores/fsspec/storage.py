@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime
+from secrets import token_hex
 from typing import Any
 
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
@@ -123,7 +124,9 @@ class FsspecStorage(FsspecFiles):
         if exclusive:
             return WholeWriter(self, url, nbytes, lambda data: self._write_exclusive(url, data))
         directory, _, name = url.rpartition("/")
-        return MovedWriter(self, url, partial_url or f"{directory}/.{name}.partial", nbytes)
+        # Two workers may write a shard at a time, and the slower one must not touch the other's unfinished file.
+        partial = f"{partial_url.removesuffix('.partial')}.{token_hex(4)}.partial" if partial_url else None
+        return MovedWriter(self, url, partial or f"{directory}/.{name}.partial", nbytes)
 
     def _pipe(self, url: str, data: bytes, *, exclusive: bool) -> None:
         def put() -> None:

@@ -45,7 +45,11 @@ class LocalWriter(Writer):
         self._path = path
         self._exclusive = exclusive
         # Of two that want to be the first, neither may take the other's unfinished file for its own.
-        self._partial = partial.with_name(f"{partial.name}.{os.getpid()}-{get_ident()}") if exclusive else partial
+        if exclusive:
+            partial = partial.with_name(f"{partial.name}.{os.getpid()}-{get_ident()}")
+        elif _is_being_written(partial):  # by a slower worker: it may be first in the end
+            partial = partial.with_suffix(".twin.partial")
+        self._partial = partial
         self._nbytes = nbytes
         self._num_written = 0
         try:
@@ -56,6 +60,8 @@ class LocalWriter(Writer):
             self._descriptor = os.open(self._partial, flags, 0o666)
         except OSError as error:
             raise output_error(error, path, "cannot be created", nbytes) from error
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             _reserve(self._descriptor, nbytes)
         except OSError as error:
@@ -146,6 +152,23 @@ def is_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def _is_being_written(partial: Path) -> bool:
+    """Tell whether a process that lives, be it stopped, writes to an unfinished file."""
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def output_error(error: OSError, path: Path, what: str, nbytes: int = 0) -> OutputError:

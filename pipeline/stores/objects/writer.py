@@ -125,17 +125,12 @@ class ObjectWriter(Writer):
         return file
 
     def abort(self) -> None:  # noqa: D102
-        self._abort()
-
-    def _abort(self, *, is_stalled: bool = False) -> None:
         self._content = None
         parts, self._parts = self._parts, None
         if parts is None or not self._bucket.answers(self._key):  # it would be tried for long; the next run sweeps
             return
         with suppress(ObjectError):  # it has ended, or cannot be ended now
             parts.abort()
-        if not is_stalled:  # the answer may be as slow as the upload
-            self._sweep()
 
     def _put(self, content: bytes) -> StoredFile:
         mode: PutMode = "create" if self._exclusive else "overwrite"
@@ -190,7 +185,7 @@ class ObjectWriter(Writer):
         kind = (StalledError if is_stalled else CorruptedError) if is_worth_another else OutputError
         stuck = f"; it was stuck for {error.seconds:.0f} s" if is_stalled else ""
         failure = kind(f"{self._bucket.explain(error, self._url)}{stuck}")
-        self._abort(is_stalled=is_stalled)
+        self.abort()
         return failure
 
     def _delete(self) -> None:
@@ -198,7 +193,7 @@ class ObjectWriter(Writer):
             obstore.delete(self._bucket.reads, self._key)
 
     def _sweep(self) -> None:
-        """Abort uploads that earlier tries at this object have left: whoever writes it holds the output's lock."""
+        """Abort uploads of this object that earlier tries have left, or a slower worker goes on with."""
         if self._bucket.aws is not None:
             self._bucket.aws.abort_uploads(self._bucket.name, self._key, self._bucket.region)
 

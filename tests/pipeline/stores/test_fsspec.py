@@ -446,10 +446,15 @@ def test_an_answer_that_was_lost_does_not_hide_another_writer(
 def test_the_unfinished_file_is_where_it_is_told_to_be(tmp_path: Path) -> None:
     storage = FsspecStorage("plain", FaultLog())
     root = f"plain://{tmp_path}"
-    writer = storage.open_writer(f"{root}/a", 4, f"{root}/.journal/a.partial")
-    assert list(storage.list(root)) == [".journal/a.partial"]
-    writer.write(b"1234")
-    writer.commit()
+    writers = [storage.open_writer(f"{root}/a", 4, f"{root}/.journal/a.partial") for _ in range(2)]
+    names = list(storage.list(root))
+    assert len(names) == 2
+    assert all(name.startswith(".journal/a.") and name.endswith(".partial") for name in names)
+    writers[1].write(b"12")
+    writers[0].write(b"1234")
+    writers[0].commit()
+    assert storage.read(f"{root}/a", 4) == b"1234", "a slower worker has its own unfinished file"
+    writers[1].abort()
     assert list(storage.list(root)) == ["a"]
     writer = storage.open_writer(f"{root}/a", 4)
     assert list(storage.list(root)) == [".a.partial", "a"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import re
@@ -450,7 +451,36 @@ def test_a_lock_where_nothing_can_be_made(storage: LocalStorage) -> None:
         storage.lock("/proc/nowhere/out/lock").__enter__()
 
 
-def test_a_worker_that_was_given_up_does_not_publish_what_another_writes(tmp_path: Path) -> None:
+def test_two_workers_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    storage = LocalStorage()
+    url, partial = str(tmp_path / "a"), str(tmp_path / "a.partial")
+    first = storage.open_writer(url, 4, partial)
+    first.write(b"1234")
+    second = storage.open_writer(url, 4, partial)
+    second.write(b"12")
+    first.commit()
+    assert (tmp_path / "a").read_bytes() == b"1234"
+    second.write(b"34")
+    second.commit()
+    assert (tmp_path / "a").read_bytes() == b"1234"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_unfinished_file_of_a_dead_worker_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.partial").write_bytes(b"half")
+    writer = LocalStorage().open_writer(str(tmp_path / "a"), 4, str(tmp_path / "a.partial"))
+    writer.write(b"1234")
+    writer.commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_worker_that_was_given_up_does_not_publish_what_another_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)  # as some file systems do
     storage = LocalStorage()
     url, partial = str(tmp_path / "a"), str(tmp_path / "a.partial")
     first = storage.open_writer(url, 4, partial)
