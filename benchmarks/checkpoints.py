@@ -211,6 +211,7 @@ LAYOUTS = {
     "small": qwen2_layout(vocab=8_192, hidden=256, num_layers=4, mlp=1_024, num_heads=4, num_kv_heads=2),
     "tiny": qwen2_layout(vocab=1_024, hidden=64, num_layers=2, mlp=128, num_heads=1, num_kv_heads=1),
     "even": qwen2_layout(vocab=8_192, hidden=1_024, num_layers=24, mlp=4_096, num_heads=16, num_kv_heads=2),
+    "narrow": qwen2_layout(vocab=1_024, hidden=512, num_layers=24, mlp=2_048, num_heads=8, num_kv_heads=2),
     "deep": qwen2_layout(vocab=1_024, hidden=64, num_layers=90, mlp=128, num_heads=1, num_kv_heads=1),
     "llama-8b": llama_layout(hidden=4_096, num_layers=32, mlp=14_336, num_heads=32, num_shards=4),
     "llama-70b": llama_layout(hidden=8_192, num_layers=80, mlp=28_672, num_heads=64, num_shards=30),

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from accuracy import measure_accuracy
-from cluster_faults import measure_faults
+from cluster_faults import measure_faults, measure_straggler
 from cluster_overhead import measure_overhead, measure_per_shard, measure_scheduling
 from cluster_scaling import measure_scaling
 from gpu import measure_gpu
@@ -53,6 +53,7 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "stores-disk": measure_disk,
     "stores-hub": measure_hub,
     "cluster-faults": measure_faults,
+    "cluster-straggler": measure_straggler,
     "cluster-scaling": measure_scaling,
     "cluster-overhead": measure_overhead,
     "cluster-shards": measure_per_shard,
