@@ -19,6 +19,7 @@ from cluster_scaling import measure_scaling
 from gpu import measure_gpu
 from memory import measure_big_tensor, measure_many_models
 from merges import DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Bench
+from phases import measure_phases
 from planning import measure_headers, measure_large_plans
 from processes import CommandFailedError
 from report import Row, describe_machine, to_markdown, write_json
@@ -31,11 +32,12 @@ from stores import measure_seam, measure_transfer
 ROOT = Path(__file__).resolve().parent.parent
 
 BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
-    "linear": partial(measure_speed, merge=LINEAR, at_least=2.5, floor_at_most=1.5),
-    "task_arithmetic": partial(measure_speed, merge=TASK_ARITHMETIC, at_least=2.5, floor_at_most=1.5),
-    "slerp": partial(measure_speed, merge=SLERP, at_least=4, floor_at_most=1.5),
-    "ties": partial(measure_speed, merge=TIES, at_least=15, floor_at_most=None),
-    "dare_ties": partial(measure_speed, merge=DARE_TIES, at_least=6, floor_at_most=None),
+    "linear": partial(measure_speed, merge=LINEAR, at_least=6, floor_at_most=1.3),
+    "task_arithmetic": partial(measure_speed, merge=TASK_ARITHMETIC, at_least=6, floor_at_most=1.3),
+    "slerp": partial(measure_speed, merge=SLERP, at_least=8, floor_at_most=1.5),
+    "ties": partial(measure_speed, merge=TIES, at_least=30, floor_at_most=2.5),
+    "dare_ties": partial(measure_speed, merge=DARE_TIES, at_least=15, floor_at_most=2.5),
+    "phases": measure_phases,
     "many-models": measure_many_models,
     "big-tensor": measure_big_tensor,
     "gpu": measure_gpu,
