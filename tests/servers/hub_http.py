@@ -88,6 +88,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Listener
+    _num_sent = 0
 
     def answer(self) -> None:
         """Answer the request with one of the `send_` methods, or raise a `Refusal`."""
