@@ -28,6 +28,7 @@ from raymerge.pipeline.output.state import (
 )
 from raymerge.pipeline.output.stitch import list_outputs
 from raymerge.pipeline.output.verify import check_model
+from raymerge.pipeline.plan.gpu_memory import WORKERS_PER_GPU
 from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.plan.shares import Limits
 from raymerge.pipeline.plan.types import Gpus, MergePlan
@@ -73,7 +74,7 @@ def plan(
     options = make_options(options, keywords)
     limits = _make_limits(options)
     if (gpu_mem := options.allowed_gpu_mem) is not None:  # on a machine without GPUs: a plan for one with one
-        limits = replace(limits, gpus=Gpus(len(list_gpus()) or 1, gpu_mem, not _is_on_ray(options)))
+        limits = _use_gpus(limits, len(list_gpus()) or 1, gpu_mem, options)
     with open_stores(StoreSettings(options.storage)) as stores:
         loaded = load_config(config, strict=options.strict)
         where = ["." if out is None else str(out)]
@@ -235,8 +236,14 @@ def _find_workers(
             stack.callback(hired.close)
     if gpu_mem is not None:
         num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
-        limits = replace(limits, gpus=Gpus(num_gpus, gpu_mem, not _is_on_ray(options)))
+        limits = _use_gpus(limits, num_gpus, gpu_mem, options)
     return session, limits, hired
+
+
+def _use_gpus(limits: Limits, num_gpus: int, gpu_mem: int, options: MergeOptions) -> Limits:
+    """Return limits for merging on GPUs, with no more workers than a GPU is fast with unless the user wants them."""
+    num_workers = limits.num_workers if options.workers else min(limits.num_workers, num_gpus * WORKERS_PER_GPU)
+    return replace(limits, num_workers=num_workers, gpus=Gpus(num_gpus, gpu_mem, not _is_on_ray(options)))
 
 
 def _check_doubts(plan: MergePlan, *, strict: bool) -> None:

@@ -12,7 +12,11 @@ from raymerge.pipeline.plan.memory import Demand, Transfer, largest_block, proje
 from raymerge.pipeline.stores.files import ALIGNMENT
 
 CONTEXT_NBYTES = 640 * 2**20
-"""What CUDA takes of a GPU for each process that uses it."""
+"""What CUDA takes of a GPU for each process that uses it. Measured on an H200: 622 MiB."""
+
+WORKERS_PER_GPU = 8
+"""Workers that one GPU is fast with: more of them wait for each other. Measured on an H200 with 1, 8 and 16: linear
+takes 9.8, 2.8 and 2.9 s, TIES 13.3, 7.3 and 8.4 s."""
 
 _MAX_PIECE_NBYTES = 64 * 2**20
 _SMALL_PIECE_NBYTES = 32 * 2**20
