@@ -66,8 +66,7 @@ class Loop:
         Raises:
             Exception: whatever numba and llvmlite raise where it cannot be compiled or loaded, at the first call.
         """
-        with self._lock:
-            entry = self._entry = self._entry or self._load()
+        entry = self._entry or self._load_once()
         flat: list[Any] = []
         for (dtype, num_dimensions), argument in zip(self._kinds, arguments, strict=True):
             if num_dimensions:
@@ -77,6 +76,11 @@ class Loop:
             else:
                 flat.append(argument)
         return entry(*flat)
+
+    def _load_once(self) -> Callable[..., float]:
+        with self._lock:
+            self._entry = self._entry or self._load()
+            return self._entry
 
     def _load(self) -> Callable[..., float]:
         from llvmlite import binding
@@ -169,9 +173,9 @@ def _find_file(function: FunctionType) -> Path | None:
     overrides = [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
     cpu = [platform.machine(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), *overrides]
     key = sha256("\0".join([llvmlite.__version__, *cpu]).encode() + sources).hexdigest()[:24]
-    given = os.environ.get("XDG_CACHE_HOME")
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        directory = Path(given) if given else Path.home() / ".cache"
+        directory = given if given.is_absolute() else Path.home() / ".cache"
     except RuntimeError:  # a user without a home
         return None
     return directory / "raymerge" / "loops" / f"{function.__name__}-{key}"
