@@ -16,7 +16,7 @@ BLOCK_ELEMENTS = 2**17
 
 
 def count_blocks(num_elements: int) -> int:
-    """Return how many blocks so many elements from a block's first one on are."""
+    """Return the number of blocks that hold so many elements, counted from the start of a block."""
     return -(-num_elements // BLOCK_ELEMENTS)
 
 
@@ -124,7 +124,7 @@ class Kernel(ABC):
     """
 
     loop_dtypes: tuple[str, ...] = ()
-    """Dtypes of which its runs also take values as they are stored, and round to as well, with the same bits.
+    """Stored dtypes that its runs read and round to by compiled loops, with the same bits as `combine`.
 
     A run gets either blocks or stored values, from the first pass to the last.
     """

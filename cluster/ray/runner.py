@@ -133,7 +133,7 @@ class RayRunner(Runner):
                     elif attempt.is_beaten:
                         self._lose(ledger, stream, "its twin was faster")
                     elif isinstance(message, Done):
-                        if (twin := ledger.finish(stream)) is not None:
+                        if (twin := ledger.finish(stream)) is not None and head.check():
                             stop(twin.key)
                         self._release(stream, is_needed=ledger.has_waiting)
                         yield message.result

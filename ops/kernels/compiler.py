@@ -42,7 +42,7 @@ _RUNTIME = (
     "numba_runtime_build_excinfo_struct",
     "numba_unpickle",
 )
-"""Functions of numba that machine code refers to for memory and errors of its own, which loops have none of."""
+"""Functions of numba that machine code refers to, for memory and errors. Loops never call them."""
 
 
 class Loop:
@@ -92,7 +92,8 @@ class Loop:
             _write(file, code)
         nothing = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
         for name in _RUNTIME:
-            binding.add_symbol(name, nothing)
+            if binding.address_of_symbol(name) is None:  # numba's own, where that is imported
+                binding.add_symbol(name, nothing)
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
         machine = binding.Target.from_default_triple().create_target_machine()
@@ -172,7 +173,9 @@ def _find_file(function: FunctionType) -> Path | None:
     sources = b"".join(Path(name).read_bytes() for name in files)
     overrides = [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
     cpu = [platform.machine(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), *overrides]
-    key = sha256("\0".join([llvmlite.__version__, *cpu]).encode() + sources).hexdigest()[:24]
+    known = {name: value for module in _list_modules(function) for name, value in vars(module).items()}
+    numbers = sorted(f"{name}={value!r}" for name, value in known.items() if isinstance(value, int | float))
+    key = sha256("\0".join([llvmlite.__version__, *cpu, *numbers]).encode() + sources).hexdigest()[:24]
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         directory = given if given.is_absolute() else Path.home() / ".cache"

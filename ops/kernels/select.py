@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -117,7 +118,7 @@ class MagnitudeSparsifier(Sparsifier):
 
     def make_trim(self, stored: Stored) -> Trim:
         """Return the threshold, and how many elements on it may still be kept."""
-        if self._threshold == 0:
+        if self._threshold == 0 or math.isnan(self._threshold):
             return Trim()
         if stored.start == 0:
             self._left = self._quota

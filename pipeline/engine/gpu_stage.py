@@ -41,7 +41,6 @@ class GpuStage(Stage):
         self, shards: Sequence[ShardWriter], tallies: Sequence[Tally], rooms: Rooms, piece_nbytes: int
     ) -> None:
         super().__init__(shards, tallies)
-        self.device = rooms.device
         self.piece_nbytes = piece_nbytes
         self._rooms = rooms
         self._upload, self._merge, self._download = rooms.queues

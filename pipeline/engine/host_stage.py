@@ -15,7 +15,6 @@ from raymerge.pipeline.engine.stage import Stage, unify_nans
 class HostStage(Stage):
     """Nothing is moved, and results are appended at once."""
 
-    device = torch.device("cpu")
     piece_nbytes = 0
 
     @contextmanager

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.errors import SourceMismatchError
+from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.ops.lazy import np
 from raymerge.ops.stored import STRIP, Slot, Stored, item_nbytes
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
@@ -92,6 +93,11 @@ def _sum_up(squares: NDArray[Any]) -> float:
 
 def _look(slot: Slot, before: float) -> tuple[float, bool]:
     """Return the sum of squares of what is in a slot and of what was before, and whether all in the slot is finite."""
-    values = slot.read().astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return before + float(np.square(values).sum()), bool(np.isfinite(values).all())
+    squares, is_finite = before, True
+    step = BLOCK_ELEMENTS * item_nbytes(slot.dtype)
+    for start in range(0, len(slot.buffer), step):
+        values = Slot(slot.buffer[start : start + step], slot.dtype, slot.squares).read().astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares += float(np.square(values).sum())
+        is_finite = is_finite and bool(np.isfinite(values).all())
+    return squares, is_finite

@@ -33,8 +33,6 @@ class Stage(ABC):
     `flush` at the end.
     """
 
-    device: torch.device
-    """Where tensors to work with are made."""
     piece_nbytes: int
     """How many bytes of the sources are one piece for kernels: as many whole blocks, or 0 for a block at a time."""
 

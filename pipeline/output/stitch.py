@@ -65,9 +65,10 @@ def stitch(plan: MergePlan, output: PlannedOutput, shards: Sequence[ShardFile], 
             found = storage.stat(f"{out}/{task.file}")
         except FileNotFoundError:
             raise OutputError(f"{out}/{task.file} is gone; run again when nobody else writes there") from None
-        # of two workers that made it, the slower one may have been here last
-        is_same = found.etag == made.etag or hash_file(stores, found, lambda progress: None) == made.sha256
-        if found.nbytes != made.nbytes or not is_same:
+        is_same = found.nbytes == made.nbytes
+        if is_same and found.etag != made.etag:  # of two workers that made it, the slower one may have been here last
+            is_same = hash_file(stores, found, lambda progress: None) == made.sha256
+        if not is_same:
             raise OutputError(
                 f"{out}/{task.file} is no longer what was written: {found.nbytes:,} bytes, etag {found.etag};"
                 f" {made.nbytes:,} bytes, etag {made.etag} are expected; run again when nobody else writes there"

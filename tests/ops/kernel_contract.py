@@ -193,6 +193,20 @@ def check_loops_give_the_same_bits(case: Case) -> None:
                     assert norm == pytest.approx(values.double().norm().item(), rel=1e-5)
 
 
+def check_loops_keep_what_is_not_finite(case: Case) -> None:
+    """Where torch's blocks give NaN or infinity, loops do, few as they are or many, and elsewhere the same values."""
+    if case.kernel.loop_dtypes != LOOP_DTYPES:
+        return
+    for num_odd in (3, 3000):
+        sources = [tensor.clone() for tensor in case.sources((4096,))]
+        sources[-1][:num_odd] = torch.nan
+        sources[0][3500:3510] = torch.inf
+        merged = Engine(sources).run(case.kernel)[0]
+        (looped,) = LoopEngine(sources, NAME).run([case.kernel], torch.float32)
+        assert torch.equal(looped.isnan(), merged.isnan())
+        assert torch.equal(looped[~looped.isnan()], merged[~merged.isnan()])
+
+
 CHECKS: Sequence[Callable[[Case], None]] = (
     check_streams_blocks_as_it_merges_whole_tensors,
     check_fills_tensors_of_any_size,
@@ -205,6 +219,7 @@ CHECKS: Sequence[Callable[[Case], None]] = (
     check_runs_on_other_devices,
     check_leaves_its_inputs_alone,
     check_loops_give_the_same_bits,
+    check_loops_keep_what_is_not_finite,
 )
 
 
