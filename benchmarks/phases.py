@@ -1,4 +1,4 @@
-"""Where the time of a merge on one core goes, in ns for each element of the output; compiled loops against torch."""
+"""Time of each phase of a merge on one core, in ns for each element of the output; compiled loops against torch."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 
 _TIMES = 3
-"""What is projected to take so many times the median is a straggler."""
+"""Times the median that a straggler is projected to take, at least."""
 
 _LEAST_SECONDS = 5.0
 """An item that has run for less is none: starting a worker takes as long."""

@@ -1,4 +1,4 @@
-"""What a worker process does from its start to its end."""
+"""Life of a worker process, from its start to its end."""
 
 from __future__ import annotations
 

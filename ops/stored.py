@@ -26,9 +26,9 @@ class Stored:
     start: int
     stop: int
     buffer: memoryview
-    """Of a multiple of four bytes."""
+    """Its size is a multiple of four bytes."""
     offsets: tuple[int, ...]
-    """Where each source begins in it, in bytes; multiples of the size of its values."""
+    """First byte of each source in it; multiples of the size of its values."""
     dtypes: tuple[str, ...]
     """Of each source, by torch's word for it."""
 

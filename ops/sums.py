@@ -5,12 +5,12 @@ from __future__ import annotations
 from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.ops.lazy import torch
 
-_NUM_HALVES, _NUM_ROWS = 2, 16
+NUM_HALVES, NUM_ROWS = 2, 16
 """A block is folded to a 32nd of its length: the rows of each half are added up one by one, then the halves."""
-_NUM_COLUMNS = 64
+NUM_COLUMNS = 64
 """Rows have a multiple of this: torch adds up what is left of a row, on a processor with short vectors or long ones, in
 another order. What is left of a block is added up in float64."""
-_SMALLEST_FOLDED = 2**14
+SMALLEST_FOLDED = 2**14
 """A block with fewer elements is added up in float64 from the start."""
 
 
@@ -36,22 +36,22 @@ def add_blocks(total: float, x: torch.Tensor) -> float:
 
 def _sum_on_cpu(x: torch.Tensor) -> float:
     num_elements = x.numel()
-    if num_elements < _SMALLEST_FOLDED:
+    if num_elements < SMALLEST_FOLDED:
         return x.sum(dtype=torch.float64).item()
-    cut = num_elements - num_elements % (_NUM_HALVES * _NUM_ROWS * _NUM_COLUMNS)
-    total = x[:cut].view(_NUM_HALVES * _NUM_ROWS, -1).sum(0).sum(dtype=torch.float64).item()
+    cut = num_elements - num_elements % (NUM_HALVES * NUM_ROWS * NUM_COLUMNS)
+    total = x[:cut].view(NUM_HALVES * NUM_ROWS, -1).sum(0).sum(dtype=torch.float64).item()
     return total + x[cut:].sum(dtype=torch.float64).item() if cut < num_elements else total
 
 
 def _sum_together(blocks: torch.Tensor) -> torch.Tensor:
     """Return the sum of each row of `blocks`, with the additions in the order in which torch does them on the CPU."""
     num_elements = blocks.shape[1]
-    if num_elements < _SMALLEST_FOLDED:
+    if num_elements < SMALLEST_FOLDED:
         return blocks.sum(1, dtype=torch.float64)
-    cut = num_elements - num_elements % (_NUM_HALVES * _NUM_ROWS * _NUM_COLUMNS)
-    rows = blocks[:, :cut].view(len(blocks), _NUM_HALVES, _NUM_ROWS, -1)
+    cut = num_elements - num_elements % (NUM_HALVES * NUM_ROWS * NUM_COLUMNS)
+    rows = blocks[:, :cut].view(len(blocks), NUM_HALVES, NUM_ROWS, -1)
     folded = rows[:, :, 0].clone()
-    for k in range(1, _NUM_ROWS):
+    for k in range(1, NUM_ROWS):
         folded.add_(rows[:, :, k])
     sums = (folded[:, 0] + folded[:, 1]).sum(1, dtype=torch.float64)
     return sums.add_(blocks[:, cut:].sum(1, dtype=torch.float64)) if cut < num_elements else sums

@@ -15,21 +15,20 @@ import numpy as np
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.ops.kernels.compiler import loop
+from raymerge.ops.kernels.random import HASH_FACTOR, HASH_SHIFT, PAGE_ELEMENTS
 from raymerge.ops.kernels.strips import load, store, sum_up
 from raymerge.ops.stored import STRIP
+from raymerge.ops.sums import NUM_COLUMNS, NUM_HALVES, NUM_ROWS, SMALLEST_FOLDED
 
 if TYPE_CHECKING:
     from raymerge.ops.kernels.compiler import Array1, Array2, Array3
 
-PAGE = 2**16
-"""Elements that share the keys of their random bits."""
 ALL, MAGNITUDE, RANDOM = 0, 1, 2
-"""What is kept of a delta: all, what is larger than a limit, or what random bits say."""
+"""Kinds of trimming: keep all of a delta, elements larger than a limit, or those that random bits choose."""
 
-_NUM_ROWS, _NUM_COLUMNS, _SMALLEST_FOLDED = 32, 64, 2**14
-"""As in `ops.sums`."""
+_NUM_ROWS = NUM_HALVES * NUM_ROWS
 _NUM_STRIPS = BLOCK_ELEMENTS // _NUM_ROWS // STRIP
-"""Of the longest row."""
+"""Strips that the longest row takes."""
 
 
 def make_scratch(num_strips: int) -> Array2[np.uint32]:
@@ -123,7 +122,7 @@ def sum_products(
 
 def _count_columns(length):
     """Return the length of the rows that a block is folded into, as in `ops.sums`."""
-    return length // (_NUM_ROWS * _NUM_COLUMNS) * _NUM_COLUMNS if length >= _SMALLEST_FOLDED else 0
+    return length // (_NUM_ROWS * NUM_COLUMNS) * NUM_COLUMNS if length >= SMALLEST_FOLDED else 0
 
 
 def _find_strip(row, column, num_figures):
@@ -209,12 +208,12 @@ def _trim(kind, limits, word_limit, left, table, keys, position, count, bits, de
         for k in range(count):
             bits[k] = np.uint32(0) if bits[k] & np.uint32(0x7FFFFFFF) <= limit else bits[k]
     elif kind == RANDOM:
-        place = position % PAGE
+        place = position % PAGE_ELEMENTS
         page = table[place : place + count]
         key, factor = keys[0], keys[1]
         for k in range(count):
             word = np.uint32((page[k] ^ key) * factor)
-            word = np.uint32((word ^ (word >> np.uint32(15))) * np.uint32(0xAC4C1B51))
+            word = np.uint32((word ^ (word >> np.uint32(HASH_SHIFT))) * np.uint32(HASH_FACTOR))
             delta[k] *= np.float32(1) if word < word_limit else np.float32(0)
     return left
 
@@ -242,13 +241,13 @@ def sum_delta(
             row, column = (offset // columns, offset % columns) if is_folded else (0, 0)
             start = first + offset
             room = min(STRIP - column % STRIP, columns - column) if is_folded else min(STRIP, length - offset)
-            size = min(room, PAGE - (position + start) % PAGE)
+            size = min(room, PAGE_ELEMENTS - (position + start) % PAGE_ELEMENTS)
             load(words, longs, places[0] + start, forms[0], size, base_bits, base)
             load(words, longs, places[source] + start, forms[source], size, bits, delta)
             for k in range(size):
                 delta[k] = abs(delta[k] - base[k])
                 base[k] = delta[k]
-            page = (position + start) // PAGE - position // PAGE
+            page = (position + start) // PAGE_ELEMENTS - position // PAGE_ELEMENTS
             left[0] = _trim(
                 kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], position + start, size, bits, delta
             )
@@ -284,7 +283,7 @@ def combine_deltas(
     start = 0
     while start < count:
         size = min(count - start, STRIP - (position + start) % STRIP)
-        page = (position + start) // PAGE - position // PAGE
+        page = (position + start) // PAGE_ELEMENTS - position // PAGE_ELEMENTS
         load(words, longs, places[0] + start, forms[0], size, base_bits, base)
         for m in range(len(models)):
             bits = all_bits[m]

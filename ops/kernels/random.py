@@ -20,7 +20,7 @@ PAGE_ELEMENTS = 2**16
 
 _ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
 _LAST_SHIFT = 14
-_SHIFT, _FACTOR = 15, 0xAC4C1B51
+HASH_SHIFT, HASH_FACTOR = 15, 0xAC4C1B51
 
 
 class RandomSparsifier(Sparsifier):
@@ -125,17 +125,17 @@ def _hash(
 ) -> None:
     """Hash with torch, which has no logical shift: the bits that an arithmetic one brings in are masked out."""
     torch.bitwise_xor(words, key, out=bits).mul_(factor)
-    torch.bitwise_right_shift(bits, _SHIFT, out=shifted).bitwise_and_(2 ** (32 - _SHIFT) - 1)
-    bits.bitwise_xor_(shifted).mul_(_as_int32(_FACTOR))
+    torch.bitwise_right_shift(bits, HASH_SHIFT, out=shifted).bitwise_and_(2 ** (32 - HASH_SHIFT) - 1)
+    bits.bitwise_xor_(shifted).mul_(_as_int32(HASH_FACTOR))
 
 
 def _hash_on_cpu(words: Words, key: int, factor: int, bits: Words, shifted: Words) -> None:
     """Hash with numpy, which is faster for having unsigned integers."""
     np.bitwise_xor(words, np.uint32(key), out=bits)
     np.multiply(bits, np.uint32(factor), out=bits)
-    np.right_shift(bits, np.uint32(_SHIFT), out=shifted)
+    np.right_shift(bits, np.uint32(HASH_SHIFT), out=shifted)
     np.bitwise_xor(bits, shifted, out=bits)
-    np.multiply(bits, np.uint32(_FACTOR), out=bits)
+    np.multiply(bits, np.uint32(HASH_FACTOR), out=bits)
 
 
 def _are_below(limit: int, spares: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -221,7 +221,7 @@ class _SparseDeltasRun(KernelRun):
         out.add_(base)
 
     def _weigh(self) -> tuple[list[float], float, float]:
-        """Return what each delta is multiplied with, the weight they have in common, and what their sum is scaled by.
+        """Return the factor of each delta, the weight they have in common, and the scale of their sum.
 
         Factors that all deltas have in common are taken out of the sum: that spares products.
         """
@@ -273,7 +273,7 @@ class _SparseDeltasRun(KernelRun):
         return finished
 
     def _make_rule(self) -> tuple[Any, ...]:
-        """Return what `loops.combine_deltas` does with trimmed deltas; see `_combine_all` and `_combine_agreeing`."""
+        """Return arguments by which `loops.combine_deltas` does as `_combine_all` or `_combine_agreeing`."""
         is_agreeing = self._kernel.consensus == "sum"
         factors, common, scale = self._weigh()
         weights = [model.weight / common for model in self._models] if is_agreeing else [1.0]
@@ -297,7 +297,7 @@ class _SparseDeltasRun(KernelRun):
 
 
 class _Trims:
-    """What is kept of the deltas of some models, as loops take it."""
+    """Rules by which the deltas of some models are trimmed, as arguments of loops."""
 
     def __init__(self, sparsifiers: Sequence[Sparsifier | None], stored: Stored) -> None:
         self._sparsifiers = sparsifiers

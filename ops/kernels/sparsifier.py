@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """What loops are to keep of a delta; see `loops.combine_deltas`."""
+    """Rule by which a loop trims a delta; see `loops.combine_deltas`."""
 
     kind: int = 0
     """`loops.ALL`, `loops.MAGNITUDE` or `loops.RANDOM`."""
@@ -59,7 +59,7 @@ class Sparsifier(ABC):
 
     @abstractmethod
     def make_trim(self, stored: Stored) -> Trim:
-        """Return what loops are to do for these elements in place of `trim`; called in the same order."""
+        """Return the rule by which loops trim these elements, in place of `trim`; called in the same order."""
 
     def end_trim(self, left: int) -> None:  # noqa: B027  # most have nothing left over
         """Take back what loops have left of `Trim.left`."""

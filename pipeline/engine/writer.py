@@ -98,7 +98,8 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Stop, and forget what was written."""
-        if self._thread.is_alive():
+        is_handed_over = self._num_used == self._writer.buffer_nbytes  # and there was no memory for another one
+        if self._thread.is_alive() and not is_handed_over:
             self._release(self._current)
         self._end()
         self._writer.abort()
