@@ -173,40 +173,43 @@ def count_low(
     """Count the sizes of a delta with these high bits by their 16 low bits."""
     base_bits, bits = scratch[0], scratch[1]
     base, delta = base_bits.view(np.float32), bits.view(np.float32)
-    found = scratch[2].view(np.uint16)  # room for one more than there may be
+    is_found = scratch[2].view(np.uint8)
+    is_any_found = scratch[2].view(np.uint64)
     for start in range(0, count, STRIP):
         size = min(STRIP, count - start)
         load(words, longs, places[0] + start, forms[0], size, base_bits, base)
         load(words, longs, places[source] + start, forms[source], size, bits, delta)
         for k in range(size):
             delta[k] -= base[k]
-        num_found = 0
         for k in range(size):
-            found[num_found] = np.uint16(bits[k] & np.uint32(0xFFFF))
-            num_found += np.int64((bits[k] & np.uint32(0x7FFFFFFF)) >> np.uint32(16) == high)
-        for k in range(num_found):
-            counts[found[k]] += 1
+            is_found[k] = (bits[k] >> np.uint32(16)) & np.uint32(0x7FFF) == high
+        for k in range(size, -(-size // 8) * 8):
+            is_found[k] = False
+        for eight in range(-(-size // 8)):
+            if is_any_found[eight]:
+                for k in range(8 * eight, 8 * eight + 8):
+                    if is_found[k]:
+                        counts[bits[k] & np.uint32(0xFFFF)] += 1
 
 
-def _trim(kind, limits, word_limit, left, table, keys, position, count, bits, delta):
-    """Set what is not kept of a strip of a delta to zero, and return how many more at the threshold may be kept.
+def _take_delta(base, kind, limits, word_limit, left, table, keys, position, count, bits, delta):
+    """Subtract the base from a strip, set what is not kept to zero; return how many more at the threshold may be kept.
 
     A strip is inside of one page. `limits` are the bits of the largest size that is dropped while some at the threshold
     may be kept, and of the threshold: the bits of floats order as their sizes do.
     """
     if kind == MAGNITUDE:
+        limit = limits.view(np.float32)[1 if left == 0 else 0]
         if left > 0:
             for k in range(count):
-                if bits[k] & np.uint32(0x7FFFFFFF) == limits[1]:
-                    if left > 0:
-                        left -= 1
-                    else:
-                        bits[k] = 0
-            limit = limits[0]
+                delta[k] -= base[k]
+            left = _drop_ties(limits[1], left, count, bits)
+            for k in range(count):  # not `0 if ... else ...`, which compiles to slow stores under a mask
+                delta[k] = delta[k] * np.float32(abs(delta[k]) > limit) + np.float32(0)
         else:
-            limit = limits[1] if left == 0 else limits[0]
-        for k in range(count):
-            bits[k] = np.uint32(0) if bits[k] & np.uint32(0x7FFFFFFF) <= limit else bits[k]
+            for k in range(count):
+                value = delta[k] - base[k]
+                delta[k] = np.float32(0) if abs(value) <= limit else value
     elif kind == RANDOM:
         place = position % PAGE_ELEMENTS
         page = table[place : place + count]
@@ -214,7 +217,26 @@ def _trim(kind, limits, word_limit, left, table, keys, position, count, bits, de
         for k in range(count):
             word = np.uint32((page[k] ^ key) * factor)
             word = np.uint32((word ^ (word >> np.uint32(HASH_SHIFT))) * np.uint32(HASH_FACTOR))
-            delta[k] *= np.float32(1) if word < word_limit else np.float32(0)
+            delta[k] = (delta[k] - base[k]) * (np.float32(1) if word < word_limit else np.float32(0))
+    else:
+        for k in range(count):
+            delta[k] -= base[k]
+    return left
+
+
+def _drop_ties(threshold, left, count, bits):
+    """Set all but the first `left` elements at the threshold to zero, and return how many more may be kept."""
+    num_equal = 0
+    for k in range(count):
+        num_equal += np.int64(bits[k] & np.uint32(0x7FFFFFFF) == threshold)
+    if num_equal <= left:
+        return left - num_equal
+    for k in range(count):
+        if bits[k] & np.uint32(0x7FFFFFFF) == threshold:
+            if left == 0:
+                bits[k] = 0
+            else:
+                left -= 1
     return left
 
 
@@ -227,7 +249,7 @@ def sum_delta(
 ) -> None:  # fmt: skip
     """Write the sums of a delta's sizes over each block, all of them and the kept ones, to a row of `sums`."""
     base_bits, bits, strips = scratch[0], scratch[1], scratch.view(np.float32)
-    base, delta = strips[0], strips[1]
+    base, delta, full = strips[0], strips[1], strips[2 + 4 * _NUM_STRIPS]
     for number in range(len(sums)):
         first = number * BLOCK_ELEMENTS
         length = min(BLOCK_ELEMENTS, count - first)
@@ -245,22 +267,22 @@ def sum_delta(
             load(words, longs, places[0] + start, forms[0], size, base_bits, base)
             load(words, longs, places[source] + start, forms[source], size, bits, delta)
             for k in range(size):
-                delta[k] = abs(delta[k] - base[k])
-                base[k] = delta[k]
+                full[k] = abs(delta[k] - base[k])
             page = (position + start) // PAGE_ELEMENTS - position // PAGE_ELEMENTS
-            left[0] = _trim(
-                kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], position + start, size, bits, delta
+            where = position + start, size
+            left[0] = _take_delta(
+                base, kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], *where, bits, delta
             )
             if is_folded:
                 strip = _find_strip(row, column, 2)
                 whole, kept = strips[strip, column % STRIP :], strips[strip + _NUM_STRIPS, column % STRIP :]
                 for k in range(size):
-                    whole[k] += base[k]
-                    kept[k] += delta[k]
+                    whole[k] += full[k]
+                    kept[k] += abs(delta[k])
             else:
                 for k in range(size):
-                    sums[number, 0] += np.float64(base[k])
-                    sums[number, 1] += np.float64(delta[k])
+                    sums[number, 0] += np.float64(full[k])
+                    sums[number, 1] += np.float64(abs(delta[k]))
             offset += size
         for figure in range(2):
             sums[number, figure] += _add_columns(strips, figure, 2, columns)
@@ -289,10 +311,9 @@ def combine_deltas(
             bits = all_bits[m]
             delta = bits.view(np.float32)
             load(words, longs, places[models[m]] + start, forms[models[m]], size, bits, delta)
-            for k in range(size):
-                delta[k] -= base[k]
-            left[m] = _trim(
-                kinds[m], limits[m], word_limits[m], left[m], table, keys[m, page], position + start, size, bits, delta
+            where = position + start, size
+            left[m] = _take_delta(
+                base, kinds[m], limits[m], word_limits[m], left[m], table, keys[m, page], *where, bits, delta
             )
             factor = factors[m]
             if m == 0:
@@ -313,8 +334,7 @@ def combine_deltas(
                 weight = weights[m]
                 for k in range(size):
                     agreeing = delta[k] * signs[k]
-                    agreeing = np.float32(0) if agreeing <= 0 else agreeing
-                    total[k] += agreeing
+                    total[k] += np.float32(0) if agreeing <= 0 else agreeing
                     divisor[k] += weight if agreeing > 0 else np.float32(0)
             if normalize:
                 if smallest_weight > 0:

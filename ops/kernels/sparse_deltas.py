@@ -250,7 +250,7 @@ class _SparseDeltasRun(KernelRun):
             trims = _Trims([sparsifier], stored)
             sums = np.empty((count_blocks(stored.num_elements), 2))
             count = stored.num_elements
-            scratch = loops.make_scratch(18)
+            scratch = loops.make_scratch(19)
             where = model.source, stored.start, count
             loops.sum_delta(*stored.sources(), *where, *trims.arguments(), sums, scratch)
             trims.end()
