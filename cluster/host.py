@@ -1,4 +1,4 @@
-"""The machine that this process runs on: its name and its memory."""
+"""The machine that this process runs on: its name, its cores and its memory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def name_host(name: str) -> None:
 def find_host() -> str:
     """Return this machine's name: the one that it was given, or its own."""
     return _names[0] if _names else socket.gethostname()
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_memory() -> int:

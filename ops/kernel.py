@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raymerge.ops.lazy import torch
-from raymerge.ops.stored import Slot, Stored
+from raymerge.ops.stored import RunAll, Slot, Stored
 
 BLOCK_ELEMENTS = 2**17
 """Elements of a block: about what a core's L2 cache holds as float32."""
@@ -72,9 +72,16 @@ class KernelRun(ABC):
     def combine(self, block: Block, out: torch.Tensor) -> None:
         """Write the merged values of one block to `out` (flat, compute dtype)."""
 
-    def measure_stored(self, index: int, stored: Stored) -> None:
+    def measure_stored(self, index: int, stored: Stored, run_all: RunAll) -> None:
         """Do as `measure` does, by loops, with one or several neighbouring blocks; see `Kernel.loop_dtypes`."""
         raise AssertionError("this kernel has no loops")
+
+    def fork(self, pieces: Sequence[Stored], run_all: RunAll) -> Sequence[KernelRun]:
+        """Return a run for each of some neighbouring pieces, in order, to combine them all at once by loops.
+
+        This run goes on after them. The default is right for a run that combining does not change.
+        """
+        return [self] * len(pieces)
 
     def combine_stored(self, stored: Stored, out: Slot) -> float:
         """Do as `combine` does, by compiled loops and rounded, with any neighbouring elements, in order.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch as torch
 
     loops: Any
+    delta_loops: Any
 else:
 
     class _LazyModule:
@@ -24,6 +25,7 @@ else:
             setattr(self, name, value)  # found without this method from now on
             return value
 
-    np, torch, loops = (_LazyModule(name) for name in ("numpy", "torch", "raymerge.ops.kernels.loops"))
+    np, torch = _LazyModule("numpy"), _LazyModule("torch")
+    loops, delta_loops = (_LazyModule(f"raymerge.ops.kernels.{name}") for name in ("loops", "delta_loops"))
 
-__all__ = ["loops", "np", "torch"]
+__all__ = ["delta_loops", "loops", "np", "torch"]

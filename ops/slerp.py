@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site, count_blocks
 from raymerge.ops.kernels.linear import combine_linearly, combine_stored
 from raymerge.ops.lazy import loops, np, torch
 from raymerge.ops.registry import Base, merge_op
-from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
+from raymerge.ops.stored import LOOP_DTYPES, PIECE_ELEMENTS, RunAll, Slot, Stored
 from raymerge.ops.sums import add_blocks
 
 SMALLEST_NORM = 1e-8
@@ -81,10 +83,9 @@ class _SlerpRun(KernelRun):
     def combine(self, block: Block, out: torch.Tensor) -> None:
         combine_linearly(block, self._coefficients, out)
 
-    def measure_stored(self, index: int, stored: Stored) -> None:
-        sums = np.empty((count_blocks(stored.num_elements), 3))
-        loops.sum_products(*stored.sources(), stored.num_elements, sums, loops.make_scratch(26))
-        for aa, bb, ab in sums.tolist():
+    def measure_stored(self, index: int, stored: Stored, run_all: RunAll) -> None:
+        pieces = stored.split(PIECE_ELEMENTS)
+        for aa, bb, ab in chain.from_iterable(run_all([partial(_sum_products, piece) for piece in pieces])):
             self._aa += aa
             self._bb += bb
             self._ab += ab
@@ -96,6 +97,14 @@ class _SlerpRun(KernelRun):
         """Return the cosine of the angle, and the norms of both tensors."""
         cosine = _find_cosine(self._aa, self._bb, self._ab)
         return {"cosine": cosine, "norm[0]": math.sqrt(self._aa), "norm[1]": math.sqrt(self._bb)}
+
+
+def _sum_products(stored: Stored) -> list[list[float]]:
+    """Return the sums of a * a, b * b and a * b over each block."""
+    sums = np.empty((count_blocks(stored.num_elements), 3))
+    loops.sum_products(*stored.sources(), stored.num_elements, sums, loops.make_scratch(26))
+    found: list[list[float]] = sums.tolist()
+    return found
 
 
 def slerp_coefficients(t: float, aa: float, bb: float, ab: float) -> tuple[float, float]:

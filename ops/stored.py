@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.lazy import np
@@ -15,6 +17,16 @@ LOOP_DTYPES = ("bfloat16", "float16", "float32")
 
 STRIP = 1024
 """Elements that a loop works off together."""
+
+PIECE_ELEMENTS = 2**19
+"""Elements that a thread works off by itself: some blocks, which take about a millisecond. Pieces are the same however
+many threads there are, for what is added up over each of them is then added up in one order."""
+
+RunAll = Callable[[Sequence[Callable[[], Any]]], list[Any]]
+"""Calls functions that do not disturb each other, on several threads where there are some, and returns their results.
+
+It returns, or raises what the first of them raised, when all have ended.
+"""
 
 _ITEM_NBYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
 
@@ -36,6 +48,15 @@ class Stored:
     def num_elements(self) -> int:
         """Elements of each source."""
         return self.stop - self.start
+
+    def split(self, num_elements: int) -> list[Stored]:
+        """Return the pieces between multiples of so many elements of the tensor.
+
+        >>> [(piece.start, piece.stop) for piece in Stored(3, 9, memoryview(b""), (), ()).split(4)]
+        [(3, 4), (4, 8), (8, 9)]
+        """
+        inner = range(self.start // num_elements * num_elements + num_elements, self.stop, num_elements)
+        return [self.cut(start, stop) for start, stop in pairwise([self.start, *inner, self.stop])]
 
     def cut(self, start: int, stop: int) -> Stored:
         """Return elements [start, stop) alone."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, TypedDict
 
+from raymerge.cluster.host import count_cores
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.sizes import parse_nbytes
 from raymerge.pipeline.stores.settings import Library
@@ -115,9 +115,7 @@ class MergeOptions:
     @property
     def num_workers(self) -> int:
         """`workers`, or the cores that this process may use."""
-        return self.workers or (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        return self.workers or count_cores()
 
 
 class MergeKeywords(TypedDict, total=False):

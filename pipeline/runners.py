@@ -214,5 +214,5 @@ def _choose_start_method(stores: Stores, urls: Sequence[str], *, on_gpus: bool) 
 
 def _list_modules(stores: Stores, urls: Sequence[str], start_method: StartMethod) -> list[str]:
     """Return the modules that workers need for these URLs, besides what `prepare` imports for forked ones."""
-    arithmetic = [LOOPS] if start_method is StartMethod.FRESH else []
+    arithmetic = [*LOOPS] if start_method is StartMethod.FRESH else []
     return [_EXECUTE, *arithmetic, *sorted({type(stores.at(url)).__module__ for url in urls})]

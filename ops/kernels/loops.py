@@ -15,20 +15,20 @@ import numpy as np
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.ops.kernels.compiler import loop
-from raymerge.ops.kernels.random import HASH_FACTOR, HASH_SHIFT, PAGE_ELEMENTS
-from raymerge.ops.kernels.strips import load, store, sum_up
+from raymerge.ops.kernels.strips import (
+    NUM_FOLDED_ROWS,
+    NUM_ROW_STRIPS,
+    add_columns,
+    add_squares,
+    count_columns,
+    find_strip,
+    load,
+    store,
+)
 from raymerge.ops.stored import STRIP
-from raymerge.ops.sums import NUM_COLUMNS, NUM_HALVES, NUM_ROWS, SMALLEST_FOLDED
 
 if TYPE_CHECKING:
-    from raymerge.ops.kernels.compiler import Array1, Array2, Array3
-
-ALL, MAGNITUDE, RANDOM = 0, 1, 2
-"""Kinds of trimming: keep all of a delta, elements larger than a limit, or those that random bits choose."""
-
-_NUM_ROWS = NUM_HALVES * NUM_ROWS
-_NUM_STRIPS = BLOCK_ELEMENTS // _NUM_ROWS // STRIP
-"""Strips that the longest row takes."""
+    from raymerge.ops.kernels.compiler import Array1, Array2
 
 
 def make_scratch(num_strips: int) -> Array2[np.uint32]:
@@ -42,7 +42,7 @@ def combine(
     coefficients: Array1[np.float32], divisor: np.float32, position: int, count: int, out_words: Array1[np.uint16],
     out_longs: Array1[np.uint32], out_form: int, squares: Array1[np.float32], scratch: Array2[np.uint32],
 ) -> float:  # fmt: skip
-    """Write sum(coefficients_i * x_i) / divisor; see `_add_squares` for what is returned."""
+    """Write sum(coefficients_i * x_i) / divisor; see `add_squares` for what is returned."""
     bits, other_bits = scratch[0], scratch[1]
     total, other = bits.view(np.float32), other_bits.view(np.float32)
     finished = 0.0
@@ -62,24 +62,9 @@ def combine(
         if divisor != 1:
             for k in range(size):
                 total[k] /= divisor
-        finished += _add_squares(total, position + start, size, squares)
+        finished += add_squares(total, position + start, size, squares)
         store(bits, total, size, out_words, out_longs, start, out_form)
         start += size
-    return finished
-
-
-def _add_squares(values, position, count, squares):
-    """Add the squares of a strip's values to `squares`, by their place in a strip; return the sum of a finished block.
-
-    Whole blocks are added up in the same order wherever results are cut.
-    """
-    lanes = squares[position % STRIP : position % STRIP + count]
-    for k in range(count):
-        lanes[k] += values[k] * values[k]
-    if (position + count) % BLOCK_ELEMENTS:
-        return 0.0
-    finished = sum_up(squares)
-    squares[:] = 0
     return finished
 
 
@@ -94,23 +79,23 @@ def sum_products(
     for number in range(len(sums)):
         first = number * BLOCK_ELEMENTS
         length = min(BLOCK_ELEMENTS, count - first)
-        columns = _count_columns(length)
+        columns = count_columns(length)
         strips[2:] = 0
-        for row in range(_NUM_ROWS if columns else 0):
+        for row in range(NUM_FOLDED_ROWS if columns else 0):
             for column in range(0, columns, STRIP):
                 size = min(STRIP, columns - column)
                 offset = first + row * columns + column
                 load(words, longs, places[0] + offset, forms[0], size, a_bits, a)
                 load(words, longs, places[1] + offset, forms[1], size, b_bits, b)
-                strip = _find_strip(row, column, 3)
-                aa, bb, ab = strips[strip], strips[strip + _NUM_STRIPS], strips[strip + 2 * _NUM_STRIPS]
+                strip = find_strip(row, column, 3)
+                aa, bb, ab = strips[strip], strips[strip + NUM_ROW_STRIPS], strips[strip + 2 * NUM_ROW_STRIPS]
                 for k in range(size):
                     aa[k] += a[k] * a[k]
                     bb[k] += b[k] * b[k]
                     ab[k] += a[k] * b[k]
         for figure in range(3):
-            sums[number, figure] = _add_columns(strips, figure, 3, columns)
-        for offset in range(first + _NUM_ROWS * columns, first + length, STRIP):
+            sums[number, figure] = add_columns(strips, figure, 3, columns)
+        for offset in range(first + NUM_FOLDED_ROWS * columns, first + length, STRIP):
             size = min(STRIP, first + length - offset)
             load(words, longs, places[0] + offset, forms[0], size, a_bits, a)
             load(words, longs, places[1] + offset, forms[1], size, b_bits, b)
@@ -118,236 +103,3 @@ def sum_products(
                 sums[number, 0] += np.float64(a[k] * a[k])
                 sums[number, 1] += np.float64(b[k] * b[k])
                 sums[number, 2] += np.float64(a[k] * b[k])
-
-
-def _count_columns(length):
-    """Return the length of the rows that a block is folded into, as in `ops.sums`."""
-    return length // (_NUM_ROWS * NUM_COLUMNS) * NUM_COLUMNS if length >= SMALLEST_FOLDED else 0
-
-
-def _find_strip(row, column, num_figures):
-    """Return the strip in which a figure of a row is added to its half of the rows, from the given column on."""
-    return 2 + (row // (_NUM_ROWS // 2)) * num_figures * _NUM_STRIPS + column // STRIP
-
-
-def _add_columns(strips, figure, num_figures, columns):
-    """Return the sum over both halves, in float64."""
-    total = 0.0
-    for column in range(0, columns, STRIP):
-        strip = _find_strip(0, column, num_figures) + figure * _NUM_STRIPS
-        first_half, second_half = strips[strip], strips[strip + num_figures * _NUM_STRIPS]
-        for k in range(min(STRIP, columns - column)):
-            total += np.float64(first_half[k] + second_half[k])
-    return total
-
-
-@loop
-def count_high(
-    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
-    source: int, count: int, counts: Array2[np.int64], scratch: Array2[np.uint32],
-) -> None:  # fmt: skip
-    """Count the sizes of a delta by the 15 high bits of their floats, in one of two rows of `counts` for each."""
-    base_bits, bits = scratch[0], scratch[1]
-    base, delta = base_bits.view(np.float32), bits.view(np.float32)
-    even, odd = counts[0], counts[1]  # two in a row are often the same, and the second would wait for the first
-    for start in range(0, count, STRIP):
-        size = min(STRIP, count - start)
-        load(words, longs, places[0] + start, forms[0], size, base_bits, base)
-        load(words, longs, places[source] + start, forms[source], size, bits, delta)
-        for k in range(size):
-            delta[k] -= base[k]
-        for k in range(size):
-            bits[k] = (bits[k] >> np.uint32(16)) & np.uint32(0x7FFF)
-        for k in range(0, size - 1, 2):
-            even[bits[k]] += 1
-            odd[bits[k + 1]] += 1
-        if size % 2:
-            even[bits[size - 1]] += 1
-
-
-@loop
-def count_low(
-    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
-    source: int, count: int, high: int, counts: Array1[np.int64], scratch: Array2[np.uint32],
-) -> None:  # fmt: skip
-    """Count the sizes of a delta with these high bits by their 16 low bits."""
-    base_bits, bits = scratch[0], scratch[1]
-    base, delta = base_bits.view(np.float32), bits.view(np.float32)
-    is_found = scratch[2].view(np.uint8)
-    is_any_found = scratch[2].view(np.uint64)
-    for start in range(0, count, STRIP):
-        size = min(STRIP, count - start)
-        load(words, longs, places[0] + start, forms[0], size, base_bits, base)
-        load(words, longs, places[source] + start, forms[source], size, bits, delta)
-        for k in range(size):
-            delta[k] -= base[k]
-        for k in range(size):
-            is_found[k] = (bits[k] >> np.uint32(16)) & np.uint32(0x7FFF) == high
-        for k in range(size, -(-size // 8) * 8):
-            is_found[k] = False
-        for eight in range(-(-size // 8)):
-            if is_any_found[eight]:
-                for k in range(8 * eight, 8 * eight + 8):
-                    if is_found[k]:
-                        counts[bits[k] & np.uint32(0xFFFF)] += 1
-
-
-def _take_delta(base, kind, limits, word_limit, left, table, keys, position, count, bits, delta):
-    """Subtract the base from a strip, set what is not kept to zero; return how many more at the threshold may be kept.
-
-    A strip is inside of one page. `limits` are the bits of the largest size that is dropped while some at the threshold
-    may be kept, and of the threshold: the bits of floats order as their sizes do.
-    """
-    if kind == MAGNITUDE:
-        limit = limits.view(np.float32)[1 if left == 0 else 0]
-        if left > 0:
-            for k in range(count):
-                delta[k] -= base[k]
-            left = _drop_ties(limits[1], left, count, bits)
-            for k in range(count):  # not `0 if ... else ...`, which compiles to slow stores under a mask
-                delta[k] = delta[k] * np.float32(abs(delta[k]) > limit) + np.float32(0)
-        else:
-            for k in range(count):
-                value = delta[k] - base[k]
-                delta[k] = np.float32(0) if abs(value) <= limit else value
-    elif kind == RANDOM:
-        place = position % PAGE_ELEMENTS
-        page = table[place : place + count]
-        key, factor = keys[0], keys[1]
-        for k in range(count):
-            word = np.uint32((page[k] ^ key) * factor)
-            word = np.uint32((word ^ (word >> np.uint32(HASH_SHIFT))) * np.uint32(HASH_FACTOR))
-            delta[k] = (delta[k] - base[k]) * (np.float32(1) if word < word_limit else np.float32(0))
-    else:
-        for k in range(count):
-            delta[k] -= base[k]
-    return left
-
-
-def _drop_ties(threshold, left, count, bits):
-    """Set all but the first `left` elements at the threshold to zero, and return how many more may be kept."""
-    num_equal = 0
-    for k in range(count):
-        num_equal += np.int64(bits[k] & np.uint32(0x7FFFFFFF) == threshold)
-    if num_equal <= left:
-        return left - num_equal
-    for k in range(count):
-        if bits[k] & np.uint32(0x7FFFFFFF) == threshold:
-            if left == 0:
-                bits[k] = 0
-            else:
-                left -= 1
-    return left
-
-
-@loop
-def sum_delta(
-    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
-    source: int, position: int, count: int, kinds: Array1[np.int64], limits: Array2[np.uint32],
-    word_limits: Array1[np.uint32], left: Array1[np.int64], table: Array1[np.uint32], keys: Array3[np.uint32],
-    sums: Array2[np.float64], scratch: Array2[np.uint32],
-) -> None:  # fmt: skip
-    """Write the sums of a delta's sizes over each block, all of them and the kept ones, to a row of `sums`."""
-    base_bits, bits, strips = scratch[0], scratch[1], scratch.view(np.float32)
-    base, delta, full = strips[0], strips[1], strips[2 + 4 * _NUM_STRIPS]
-    for number in range(len(sums)):
-        first = number * BLOCK_ELEMENTS
-        length = min(BLOCK_ELEMENTS, count - first)
-        columns = _count_columns(length)
-        folded = _NUM_ROWS * columns
-        strips[2:] = 0
-        sums[number, :] = 0
-        offset = 0
-        while offset < length:
-            is_folded = offset < folded
-            row, column = (offset // columns, offset % columns) if is_folded else (0, 0)
-            start = first + offset
-            room = min(STRIP - column % STRIP, columns - column) if is_folded else min(STRIP, length - offset)
-            size = min(room, PAGE_ELEMENTS - (position + start) % PAGE_ELEMENTS)
-            load(words, longs, places[0] + start, forms[0], size, base_bits, base)
-            load(words, longs, places[source] + start, forms[source], size, bits, delta)
-            for k in range(size):
-                full[k] = abs(delta[k] - base[k])
-            page = (position + start) // PAGE_ELEMENTS - position // PAGE_ELEMENTS
-            where = position + start, size
-            left[0] = _take_delta(
-                base, kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], *where, bits, delta
-            )
-            if is_folded:
-                strip = _find_strip(row, column, 2)
-                whole, kept = strips[strip, column % STRIP :], strips[strip + _NUM_STRIPS, column % STRIP :]
-                for k in range(size):
-                    whole[k] += full[k]
-                    kept[k] += abs(delta[k])
-            else:
-                for k in range(size):
-                    sums[number, 0] += np.float64(full[k])
-                    sums[number, 1] += np.float64(abs(delta[k]))
-            offset += size
-        for figure in range(2):
-            sums[number, figure] += _add_columns(strips, figure, 2, columns)
-
-
-@loop
-def combine_deltas(
-    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
-    models: Array1[np.int64], factors: Array1[np.float32], weights: Array1[np.float32], agree: int, normalize: int,
-    scale: np.float32, smallest_weight: np.float32, position: int, count: int, kinds: Array1[np.int64],
-    limits: Array2[np.uint32], word_limits: Array1[np.uint32], left: Array1[np.int64], table: Array1[np.uint32],
-    keys: Array3[np.uint32], out_words: Array1[np.uint16], out_longs: Array1[np.uint32], out_form: int,
-    squares: Array1[np.float32], scratch: Array2[np.uint32],
-) -> float:  # fmt: skip
-    """Write base + scale * consensus(factors_i * trimmed delta_i); see `_add_squares`."""
-    base_bits, total_bits = scratch[0], scratch[1]
-    base, total, signs = base_bits.view(np.float32), total_bits.view(np.float32), scratch[2].view(np.float32)
-    divisor, all_bits = scratch[3].view(np.float32), scratch[4:]
-    finished = 0.0
-    start = 0
-    while start < count:
-        size = min(count - start, STRIP - (position + start) % STRIP)
-        page = (position + start) // PAGE_ELEMENTS - position // PAGE_ELEMENTS
-        load(words, longs, places[0] + start, forms[0], size, base_bits, base)
-        for m in range(len(models)):
-            bits = all_bits[m]
-            delta = bits.view(np.float32)
-            load(words, longs, places[models[m]] + start, forms[models[m]], size, bits, delta)
-            where = position + start, size
-            left[m] = _take_delta(
-                base, kinds[m], limits[m], word_limits[m], left[m], table, keys[m, page], *where, bits, delta
-            )
-            factor = factors[m]
-            if m == 0:
-                for k in range(size):
-                    delta[k] *= factor
-                    total[k] = delta[k]
-            else:
-                for k in range(size):
-                    delta[k] *= factor
-                    total[k] += delta[k]
-        if agree:
-            for k in range(size):
-                signs[k] = np.float32(1) if total[k] >= 0 else np.float32(-1)
-                total[k] = 0
-                divisor[k] = 0
-            for m in range(len(models)):
-                delta = all_bits[m].view(np.float32)
-                weight = weights[m]
-                for k in range(size):
-                    agreeing = delta[k] * signs[k]
-                    total[k] += np.float32(0) if agreeing <= 0 else agreeing
-                    divisor[k] += weight if agreeing > 0 else np.float32(0)
-            if normalize:
-                if smallest_weight > 0:
-                    for k in range(size):
-                        total[k] /= divisor[k] if divisor[k] > smallest_weight else smallest_weight
-                else:
-                    for k in range(size):
-                        total[k] /= divisor[k] + (np.float32(1) if divisor[k] == 0 else np.float32(0))
-            for k in range(size):
-                total[k] *= signs[k]
-        for k in range(size):
-            total[k] = total[k] * scale + base[k]
-        finished += _add_squares(total, position + start, size, squares)
-        store(total_bits, total, size, out_words, out_longs, start, out_form)
-        start += size
-    return finished

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from raymerge.ops.kernels.sparsifier import Sparsifier, Trim
-from raymerge.ops.lazy import loops, np, torch
+from raymerge.ops.lazy import delta_loops, np, torch
 from raymerge.ops.stored import Stored
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class RandomSparsifier(Sparsifier):
 
     def make_trim(self, stored: Stored) -> Trim:
         """Return the keys of the pages."""
-        return Trim(loops.RANDOM, word_limit=self._limit, keys=self._stream.list_keys(stored.start, stored.stop))
+        return Trim(delta_loops.RANDOM, word_limit=self._limit, keys=self._stream.list_keys(stored.start, stored.stop))
 
 
 class RandomBits:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.kernels.sparsifier import Sparsifier, Trim
-from raymerge.ops.lazy import loops, np, torch
-from raymerge.ops.stored import Stored
+from raymerge.ops.lazy import delta_loops, loops, np, torch
+from raymerge.ops.stored import RunAll, Stored
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,6 +23,12 @@ _NUM_HIGH = 2**15
 
 _MAX_TABLES = 32
 """Tables of counts on a GPU."""
+
+_PART = 256
+"""Bins that are added up together before one is looked for among them."""
+
+_TABLES: list[NDArray[Any]] = []
+"""Tables to count the next tensors in: fresh pages cost as much as counting a small one does."""
 
 SELECTION_NBYTES = _NUM_LOW * 8 + 3 * _NUM_LOW * 4
 """Memory of a selection: a table of counts, and low bits waiting to be counted."""
@@ -76,12 +84,12 @@ class MagnitudeSparsifier(Sparsifier):
     def measure_stored(self, index: int, stored: Stored, source: int) -> None:
         """Count what is there at once, by high bits or by low ones."""
         if self._counts is None:
-            self._counts = np.zeros((2, _NUM_HIGH) if index == 0 else (1, _NUM_LOW), np.int64)
+            self._counts = _take_table().reshape((2, _NUM_HIGH) if index == 0 else (1, _NUM_LOW))
         if index == 0:
-            loops.count_high(*stored.sources(), source, stored.num_elements, self._counts, loops.make_scratch(2))
+            delta_loops.count_high(*stored.sources(), source, stored.num_elements, self._counts, loops.make_scratch(2))
         else:
             scratch = loops.make_scratch(3)
-            loops.count_low(*stored.sources(), source, stored.num_elements, self._bin, self._counts[0], scratch)
+            delta_loops.count_low(*stored.sources(), source, stored.num_elements, self._bin, self._counts[0], scratch)
 
     def end_pass(self, index: int) -> None:
         """Find the bin that holds the threshold."""
@@ -89,7 +97,11 @@ class MagnitudeSparsifier(Sparsifier):
             self._count_pending()
         if self._counts is None:  # an empty tensor
             return
-        counts = self._counts.sum(0) if isinstance(self._counts, np.ndarray) else self._counts.cpu().numpy()
+        if isinstance(self._counts, np.ndarray):
+            counts = self._counts.sum(0)
+            _TABLES.append(self._counts)
+        else:
+            counts = self._counts.cpu().numpy()
         chosen, num_above, num_equal = _find_bin(counts, self._num_kept - self._num_above)
         self._counts = None
         self._num_above += num_above
@@ -124,7 +136,20 @@ class MagnitudeSparsifier(Sparsifier):
             self._left = self._quota
         left = self._left if self._has_ties else -1
         threshold = _bits_of_float(self._threshold)
-        return Trim(loops.MAGNITUDE, (threshold - 1, threshold), left=left)
+        return Trim(delta_loops.MAGNITUDE, (threshold - 1, threshold), left=left)
+
+    def fork(self, pieces: Sequence[Stored], source: int, run_all: RunAll) -> Sequence[Sparsifier]:
+        """Return one for each piece, which knows how many elements on the threshold may be kept there."""
+        if pieces[0].start == 0:
+            self._left = self._quota
+        if not self._has_ties or self._left == 0 or self._threshold == 0 or math.isnan(self._threshold):
+            return [self] * len(pieces)
+        threshold = _bits_of_float(self._threshold)
+        forks = []
+        for num_equal in run_all([partial(_count_equal, piece, source, threshold) for piece in pieces]):
+            forks.append(copy.copy(self))
+            self._left -= min(self._left, num_equal)
+        return forks
 
     def end_trim(self, left: int) -> None:
         """Remember how many elements on the threshold may be kept of those that come next."""
@@ -163,6 +188,12 @@ def _low_bits_in_bin(bits: torch.Tensor, high_bits: int, spare: torch.Tensor) ->
     return torch.from_numpy(bits.numpy()[np.flatnonzero(is_inside)])
 
 
+def _count_equal(stored: Stored, source: int, threshold: int) -> int:
+    """Return how many elements of a delta have a size with these bits."""
+    counted = delta_loops.count_equal(*stored.sources(), source, stored.num_elements, threshold, loops.make_scratch(2))
+    return int(counted)
+
+
 def _count_apart(values: torch.Tensor, num_values: int) -> torch.Tensor:
     """Return how often each number occurs in `values`, on a GPU; overwrites them.
 
@@ -179,10 +210,29 @@ def _count_apart(values: torch.Tensor, num_values: int) -> torch.Tensor:
 
 def _find_bin(counts: NDArray[Any], rank: int) -> tuple[int, int, int]:
     """Return the bin that holds the element of this rank (1 is the largest), the number above it, and in it."""
+    parts = counts.reshape(-1, _PART)
+    part, num_above = _find_place(parts.sum(1), rank)
+    place, num_also_above = _find_place(parts[part], rank - num_above)
+    chosen = part * _PART + place
+    return chosen, num_above + num_also_above, int(counts[chosen])
+
+
+def _find_place(counts: NDArray[Any], rank: int) -> tuple[int, int]:
+    """Return where the element of this rank is counted, and the number above it."""
     from_top = np.cumsum(counts[::-1])
     place = int(np.searchsorted(from_top, rank))
-    num_equal = int(counts[-1 - place])
-    return len(counts) - 1 - place, int(from_top[place]) - num_equal, num_equal
+    index = len(counts) - 1 - place
+    return index, int(from_top[place] - counts[index])
+
+
+def _take_table() -> NDArray[Any]:
+    """Return zeros to count in."""
+    try:
+        table = _TABLES.pop()
+    except IndexError:
+        return np.zeros(_NUM_LOW, np.int64)
+    table.fill(0)
+    return table
 
 
 def _float_of_bits(bits: int) -> float:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from raymerge.ops.kernel import Block, Kernel, KernelRun, Site, count_blocks
+from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
+from raymerge.ops.kernels.delta import Delta, Trims
 from raymerge.ops.kernels.linear import combine_stored
-from raymerge.ops.kernels.random import RandomSparsifier, numpy_table
+from raymerge.ops.kernels.random import RandomSparsifier
 from raymerge.ops.kernels.select import SELECTION_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
-from raymerge.ops.kernels.sparsifier import Sparsifier, Trim
-from raymerge.ops.lazy import loops, np, torch
-from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
+from raymerge.ops.kernels.sparsifier import Sparsifier
+from raymerge.ops.lazy import delta_loops, loops, np, torch
+from raymerge.ops.stored import LOOP_DTYPES, RunAll, Slot, Stored
 from raymerge.ops.sums import add_blocks
 
-SMALLEST_SUM = 1e-7
-"""A delta with a smaller sum of absolute values is not rescaled."""
 SMALLEST_DIVISOR = 1e-8
 """A smaller sum of all weights does not divide."""
 
@@ -66,7 +66,7 @@ class SparseDeltas(Kernel):
     def start(self, site: Site) -> KernelRun:
         """Begin with one tensor."""
         models = [
-            _Model(source, weight, self._make_sparsifier(site, source - 1, density))
+            Delta(source, weight, self._make_sparsifier(site, source - 1, density))
             for source, (weight, density) in enumerate(zip(self.weights, self._densities(), strict=True), start=1)
             if weight != 0 and density > 0
         ]
@@ -90,31 +90,8 @@ class SparseDeltas(Kernel):
         return RandomSparsifier(density, seed=site.seed, name=site.name, position=position)
 
 
-class _Model:
-    """One model's delta: how much of it there is, and which elements."""
-
-    def __init__(self, source: int, weight: float, sparsifier: Sparsifier | None) -> None:
-        self.source = source
-        self.weight = weight
-        self.sparsifier = sparsifier
-        self.full_sum = self.kept_sum = 0.0
-
-    def take(self, measured: _Model) -> None:
-        """Use what another run has measured on the same delta."""
-        self.full_sum, self.kept_sum = measured.full_sum, measured.kept_sum
-        if measured.sparsifier is not None:
-            self.sparsifier = copy.copy(measured.sparsifier)
-
-    @property
-    def rescaling(self) -> float:
-        """Source: L1 rescaling as mergekit has it, sum |d| / sum |mask * d|."""
-        if self.full_sum < SMALLEST_SUM or self.kept_sum < SMALLEST_SUM:
-            return 1.0
-        return self.full_sum / self.kept_sum
-
-
 class _SparseDeltasRun(KernelRun):
-    def __init__(self, kernel: SparseDeltas, site: Site, models: list[_Model]) -> None:
+    def __init__(self, kernel: SparseDeltas, site: Site, models: list[Delta]) -> None:
         self._kernel = kernel
         self._site = site
         self._models = models
@@ -239,41 +216,32 @@ class _SparseDeltasRun(KernelRun):
             return [1.0] * len(models), 1.0, coefficients[0]
         return coefficients, 1.0, 1.0
 
-    def measure_stored(self, index: int, stored: Stored) -> None:
-        for model in self._models:
-            sparsifier = model.sparsifier
-            if sparsifier is None:
-                continue
-            if index < sparsifier.num_passes:
-                sparsifier.measure_stored(index, stored, model.source)
-                continue
-            trims = _Trims([sparsifier], stored)
-            sums = np.empty((count_blocks(stored.num_elements), 2))
-            count = stored.num_elements
-            scratch = loops.make_scratch(19)
-            where = model.source, stored.start, count
-            loops.sum_delta(*stored.sources(), *where, *trims.arguments(), sums, scratch)
-            trims.end()
-            for full, kept in sums.tolist():
-                model.full_sum += full
-                model.kept_sum += kept
+    def measure_stored(self, index: int, stored: Stored, run_all: RunAll) -> None:
+        run_all([partial(model.measure_stored, index, stored) for model in self._models])
+
+    def fork(self, pieces: Sequence[Stored], run_all: RunAll) -> Sequence[KernelRun]:
+        forks = [model.fork(pieces, run_all) for model in self._models]
+        runs = [copy.copy(self) for _ in pieces]
+        for position, run in enumerate(runs):
+            run._models = [models[position] for models in forks]
+        return runs
 
     def combine_stored(self, stored: Stored, out: Slot) -> float:
         if not self._models:
             return combine_stored(stored, (1.0,), out)
         sources = np.array([model.source for model in self._models], np.int64)
-        trims = _Trims([model.sparsifier for model in self._models], stored)
+        trims = Trims([model.sparsifier for model in self._models], stored)
         rule = self._make_rule()
         count = stored.num_elements
         scratch = loops.make_scratch(4 + len(sources))
-        finished: float = loops.combine_deltas(
+        finished: float = delta_loops.combine_deltas(
             *stored.sources(), sources, *rule, stored.start, count, *trims.arguments(), *out.arguments(), scratch
         )
         trims.end()
         return finished
 
     def _make_rule(self) -> tuple[Any, ...]:
-        """Return arguments by which `loops.combine_deltas` does as `_combine_all` or `_combine_agreeing`."""
+        """Return arguments by which `delta_loops.combine_deltas` does as `_combine_all` or `_combine_agreeing`."""
         is_agreeing = self._kernel.consensus == "sum"
         factors, common, scale = self._weigh()
         weights = [model.weight / common for model in self._models] if is_agreeing else [1.0]
@@ -287,44 +255,13 @@ class _SparseDeltasRun(KernelRun):
             np.float32(min(weights)),
         )
 
-    def _load_delta(self, model: _Model, block: Block, delta: torch.Tensor) -> torch.Tensor:
+    def _load_delta(self, model: Delta, block: Block, delta: torch.Tensor) -> torch.Tensor:
         """Write one model's thinned delta to `delta`, with the base in the first scratch block."""
         base, first, second = block.scratch[:3]
         block.load(model.source, delta).sub_(base)
         if model.sparsifier is not None:
             model.sparsifier.trim(block.start, delta, (first, second))
         return delta
-
-
-class _Trims:
-    """Rules by which the deltas of some models are trimmed, as arguments of loops."""
-
-    def __init__(self, sparsifiers: Sequence[Sparsifier | None], stored: Stored) -> None:
-        self._sparsifiers = sparsifiers
-        self._trims = trims = [Trim() if item is None else item.make_trim(stored) for item in sparsifiers]
-        self._left = np.array([trim.left for trim in trims], np.int64)
-        pages = next((trim.keys for trim in trims if trim.keys is not None), np.zeros((0, 2), np.uint32))
-        self._keys = np.zeros((len(trims), *pages.shape), np.uint32)
-        for keys, trim in zip(self._keys, trims, strict=True):
-            if trim.keys is not None:
-                keys[:] = trim.keys
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Return the arguments by which loops find it."""
-        return (
-            np.array([trim.kind for trim in self._trims], np.int64),
-            np.array([trim.limits for trim in self._trims], np.uint32),
-            np.array([trim.word_limit for trim in self._trims], np.uint32),
-            self._left,
-            numpy_table(),
-            self._keys,
-        )
-
-    def end(self) -> None:
-        """Give back what is left to be kept at a threshold."""
-        for sparsifier, left in zip(self._sparsifiers, self._left.tolist(), strict=True):
-            if sparsifier is not None:
-                sparsifier.end_trim(left)
 
 
 def _sum_weights(took_part: list[torch.Tensor], weights: list[float], spare: torch.Tensor) -> torch.Tensor:

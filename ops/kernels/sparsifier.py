@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.lazy import torch
-from raymerge.ops.stored import Stored
+from raymerge.ops.stored import RunAll, Stored
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """Rule by which a loop trims a delta; see `loops.combine_deltas`."""
+    """Rule by which a loop trims a delta; see `delta_loops.combine_deltas`."""
 
     kind: int = 0
-    """`loops.ALL`, `loops.MAGNITUDE` or `loops.RANDOM`."""
+    """`delta_loops.ALL`, `delta_loops.MAGNITUDE` or `delta_loops.RANDOM`."""
     limits: tuple[int, int] = (0, 0)
     """The bits of the largest size that is dropped while some at the threshold may be kept, and of the threshold."""
     word_limit: int = 0
@@ -52,6 +52,10 @@ class Sparsifier(ABC):
     def end_pass(self, index: int) -> None:
         """Evaluate pass `index`, after its last block."""
         raise AssertionError("this sparsifier measures nothing")
+
+    def fork(self, pieces: Sequence[Stored], source: int, run_all: RunAll) -> Sequence[Sparsifier]:
+        """Return one for each of some neighbouring pieces, to trim them all at once by loops; see `KernelRun.fork`."""
+        return [self] * len(pieces)
 
     def measure_stored(self, index: int, stored: Stored, source: int) -> None:
         """Take the figures of pass `index` from the delta of a source, by loops."""

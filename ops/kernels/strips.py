@@ -1,10 +1,18 @@
-"""Decoding and rounding of stored values for loops, one strip at a time; compiled into each of them."""
+"""What loops do with one strip at a time, compiled into each of them: decoding, rounding, and adding up."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from raymerge.ops.kernel import BLOCK_ELEMENTS
+from raymerge.ops.stored import STRIP
+from raymerge.ops.sums import NUM_COLUMNS, NUM_HALVES, NUM_ROWS, SMALLEST_FOLDED
+
 _FLOAT16_SCALE = np.float32(2.0**112)
+
+NUM_FOLDED_ROWS = NUM_HALVES * NUM_ROWS
+NUM_ROW_STRIPS = BLOCK_ELEMENTS // NUM_FOLDED_ROWS // STRIP
+"""Strips that the longest row takes."""
 
 
 def load(words, longs, place, form, count, bits, values) -> None:
@@ -68,4 +76,40 @@ def sum_up(values) -> float:
     total = 0.0
     for k in range(len(values)):
         total += np.float64(values[k])
+    return total
+
+
+def add_squares(values, position, count, squares):
+    """Add the squares of a strip's values to `squares`, by their place in a strip; return the sum of a finished block.
+
+    Whole blocks are added up in the same order wherever results are cut.
+    """
+    lanes = squares[position % STRIP : position % STRIP + count]
+    for k in range(count):
+        lanes[k] += values[k] * values[k]
+    if (position + count) % BLOCK_ELEMENTS:
+        return 0.0
+    finished = sum_up(squares)
+    squares[:] = 0
+    return finished
+
+
+def count_columns(length):
+    """Return the length of the rows that a block is folded into, as in `ops.sums`."""
+    return length // (NUM_FOLDED_ROWS * NUM_COLUMNS) * NUM_COLUMNS if length >= SMALLEST_FOLDED else 0
+
+
+def find_strip(row, column, num_figures):
+    """Return the strip in which a figure of a row is added to its half of the rows, from the given column on."""
+    return 2 + (row // (NUM_FOLDED_ROWS // 2)) * num_figures * NUM_ROW_STRIPS + column // STRIP
+
+
+def add_columns(strips, figure, num_figures, columns):
+    """Return the sum over both halves, in float64."""
+    total = 0.0
+    for column in range(0, columns, STRIP):
+        strip = find_strip(0, column, num_figures) + figure * NUM_ROW_STRIPS
+        first_half, second_half = strips[strip], strips[strip + num_figures * NUM_ROW_STRIPS]
+        for k in range(min(STRIP, columns - column)):
+            total += np.float64(first_half[k] + second_half[k])
     return total

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from queue import SimpleQueue
 
+from raymerge.ops.stored import RunAll
+from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.plan.windows import Fetch, Window
 from raymerge.pipeline.stores.files import Buffer, ByteRange, aligned
 from raymerge.pipeline.stores.open import Stores
@@ -15,6 +18,9 @@ from raymerge.pipeline.stores.seam import Storage
 
 PIECE_NBYTES = 64 * 2**20
 """Read between two reports, at most: a worker that is silent for long is taken for one that hangs."""
+
+_PART_NBYTES = 4 * 2**20
+"""Read by one of several threads in one go."""
 
 _REPORT_SECONDS = 1.0
 """Between reports of what a thread reads ahead, while nothing can be merged."""
@@ -34,7 +40,11 @@ class Filled:
 
 
 def fetch_windows(
-    stores: Stores, fetches: Iterable[Fetch], buffers: Sequence[Buffer], on_read: Callable[[int], None]
+    stores: Stores,
+    fetches: Iterable[Fetch],
+    buffers: Sequence[Buffer],
+    on_read: Callable[[int], None],
+    run_all: RunAll = run_in_turn,
 ) -> Generator[Filled, None, None]:
     """Yield a task's windows, filled.
 
@@ -47,6 +57,7 @@ def fetch_windows(
         fetches: in order.
         buffers: one or two; no fetch is larger.
         on_read: told of so many bytes that have arrived, often, in the caller's thread.
+        run_all: reads several pieces into one buffer at once.
 
     Raises:
         FetchError: a range could not be read, or its file has changed.
@@ -54,11 +65,11 @@ def fetch_windows(
     if len(buffers) > 1:
 
         def fill(fetch: Fetch, number: int, on_read: Callable[[int], None]) -> list[Filled]:
-            return _fill(stores, fetch, buffers[number], on_read)
+            return _fill(stores, fetch, buffers[number], on_read, run_in_turn)
 
         yield from fill_ahead(fill, fetches, on_read)
     else:
-        yield from _fill_in_turn(stores, fetches, buffers[0], on_read)
+        yield from _fill_in_turn(stores, fetches, buffers[0], on_read, run_all)
 
 
 def fill_ahead(
@@ -95,25 +106,31 @@ def fill_ahead(
 
 
 def _fill_in_turn(
-    stores: Stores, fetches: Iterable[Fetch], buffer: Buffer, on_read: Callable[[int], None]
+    stores: Stores, fetches: Iterable[Fetch], buffer: Buffer, on_read: Callable[[int], None], run_all: RunAll
 ) -> Iterator[Filled]:
     for fetch, following in pairwise(chain(fetches, [()])):
-        windows = _fill(stores, fetch, buffer, on_read)
+        windows = _fill(stores, fetch, buffer, on_read, run_all)
         coming = _ranges(following)
         for storage, positions in _by_storage(stores, coming).items():
             storage.will_read([coming[k] for k in positions])
         yield from windows
 
 
-def _fill(stores: Stores, fetch: Fetch, buffer: Buffer, on_read: Callable[[int], None]) -> list[Filled]:
+def _fill(
+    stores: Stores, fetch: Fetch, buffer: Buffer, on_read: Callable[[int], None], run_all: RunAll
+) -> list[Filled]:
     windows = _lay_out(fetch, buffer)
     views = [view for filled in windows for views in filled.views for view in views]
-    read_ranges(stores, _ranges(fetch), views, on_read)
+    read_ranges(stores, _ranges(fetch), views, on_read, run_all)
     return windows
 
 
 def read_ranges(
-    stores: Stores, ranges: Sequence[ByteRange], views: Sequence[memoryview], on_read: Callable[[int], None]
+    stores: Stores,
+    ranges: Sequence[ByteRange],
+    views: Sequence[memoryview],
+    on_read: Callable[[int], None],
+    run_all: RunAll = run_in_turn,
 ) -> None:
     """Fill each view with its range.
 
@@ -122,23 +139,25 @@ def read_ranges(
         ranges: in any order.
         views: as large as the ranges.
         on_read: told of so many bytes that have arrived, often.
+        run_all: reads several pieces at once.
 
     Raises:
         FetchError: a range could not be read, or its file has changed.
     """
     for storage, positions in _by_storage(stores, ranges).items():
-        for pieces, places in _cut([ranges[k] for k in positions], [views[k] for k in positions]):
-            storage.read_into(pieces, places)
+        for pieces, places in _cut([ranges[k] for k in positions], [views[k] for k in positions], PIECE_NBYTES):
+            parts = [(pieces, places)] if run_all is run_in_turn else _cut(pieces, places, _PART_NBYTES)
+            run_all([partial(storage.read_into, *part) for part in parts])
             on_read(sum(piece.nbytes for piece in pieces))
 
 
 def _cut(
-    ranges: Sequence[ByteRange], views: Sequence[memoryview]
+    ranges: Sequence[ByteRange], views: Sequence[memoryview], most: int
 ) -> Iterator[tuple[list[ByteRange], list[memoryview]]]:
-    """Yield ranges and their places in groups of as many bytes as are read between two reports."""
+    """Yield ranges and their places in groups of so many bytes at most."""
     pieces: list[ByteRange] = []
     places: list[memoryview] = []
-    room = PIECE_NBYTES
+    room = most
     for item, view in zip(ranges, views, strict=True):
         start = 0
         while start < item.nbytes:
@@ -149,7 +168,7 @@ def _cut(
             start = stop
             if not room:
                 yield pieces, places
-                pieces, places, room = [], [], PIECE_NBYTES
+                pieces, places, room = [], [], most
     if pieces:
         yield pieces, places
 

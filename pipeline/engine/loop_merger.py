@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from raymerge.ops.errors import SourceMismatchError
 from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.ops.lazy import np
-from raymerge.ops.stored import STRIP, Slot, Stored, item_nbytes
+from raymerge.ops.stored import PIECE_ELEMENTS, STRIP, RunAll, Slot, Stored, item_nbytes
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.engine.fetch import Filled
 from raymerge.pipeline.engine.runs import Figures, TensorRuns
 from raymerge.pipeline.engine.tally import Tally, is_harmless
+from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.plan.types import TensorMerge
 
@@ -24,11 +25,25 @@ if TYPE_CHECKING:
 class LoopMerger:
     """Merges tensors that `takes_loops`, window by window: `add` for each, in order."""
 
-    def __init__(self, shards: Sequence[ShardWriter], tallies: Sequence[Tally], figures: Sequence[Figures]) -> None:
-        """Write to one shard for each output."""
+    def __init__(
+        self,
+        shards: Sequence[ShardWriter],
+        tallies: Sequence[Tally],
+        figures: Sequence[Figures],
+        run_all: RunAll,
+    ) -> None:
+        """Write to one shard for each output.
+
+        Args:
+            shards: in the order of the task's outputs.
+            tallies: of the shards.
+            figures: of the shards.
+            run_all: runs the pieces of a window.
+        """
         self._shards = shards
         self._tallies = tallies
         self._figures = figures
+        self._run_all = run_all
         self._squares = [np.zeros(STRIP, np.float32) for _ in shards]
         self._tensor: TensorRuns | None = None
 
@@ -48,7 +63,7 @@ class LoopMerger:
         for index in window.passes:
             if index < self._tensor.num_passes:
                 for run in self._tensor.measuring_runs(index):
-                    run.measure_stored(index, stored)
+                    run.measure_stored(index, stored, self._run_all)
                 if is_last:
                     self._tensor.end_pass(index)
                 continue
@@ -59,28 +74,44 @@ class LoopMerger:
 
     def _combine(self, tensor: TensorRuns, output: int, stored: Stored) -> None:
         """Append the results of a window to one output, as many at once as its buffer has room for."""
-        run, shard, tally = tensor.combining_runs()[output], self._shards[output], self._tallies[output]
+        shard = self._shards[output]
         dtype = DTYPES[tensor.merge.written_dtype]
         item = item_nbytes(dtype.torch_name)
         start = stored.start
         while start < stored.stop:
             room = shard.reserve()
             stop = min(stored.stop, start + len(room) // item)
-            slot = Slot(room[: (stop - start) * item], dtype.torch_name, self._squares[output])
-            before = _sum_up(slot.squares)
+            pieces = stored.cut(start, stop).split(PIECE_ELEMENTS)
+            slots: list[Slot] = []
+            for piece in pieces:
+                squares = np.zeros(STRIP, np.float32) if slots else self._squares[output]
+                place = room[(piece.start - start) * item : (piece.stop - start) * item]
+                slots.append(Slot(place, dtype.torch_name, squares))
+            before = _sum_up(slots[0].squares)
+            run = tensor.combining_runs()[output]
+            is_alone = self._run_all is run_in_turn or len(pieces) == 1
+            runs = [run] * len(pieces) if is_alone else run.fork(pieces, self._run_all)
+            calls = [
+                partial(each.combine_stored, piece, slot) for each, piece, slot in zip(runs, pieces, slots, strict=True)
+            ]
             try:
-                finished = run.combine_stored(stored.cut(start, stop), slot)
+                finished = self._run_all(calls)
             except SourceMismatchError as error:
                 raise tensor.explain_difference(error.source) from error
             if dtype.is_mergeable:
-                squares = finished
-                pending = _sum_up(slot.squares)
-                if stop == tensor.merge.num_elements or not is_harmless(finished + pending, slot.dtype):
-                    squares += pending
-                    slot.squares[:] = 0
-                tally.add(tensor.merge.name, squares, slot.dtype, partial(_look, slot, before))
+                for piece, slot, squares in zip(pieces, slots, finished, strict=True):
+                    self._note(tensor.merge, output, piece, slot, squares, before if slot is slots[0] else 0.0)
+            self._squares[output] = slots[-1].squares
             shard.advance((stop - start) * item)
             start = stop
+
+    def _note(self, merge: TensorMerge, output: int, piece: Stored, slot: Slot, finished: float, before: float) -> None:
+        """Enter the squares of a piece: those of finished blocks, and what else can be told already."""
+        pending = _sum_up(slot.squares)
+        if piece.stop == merge.num_elements or not is_harmless(finished + pending, slot.dtype):
+            finished += pending
+            slot.squares[:] = 0
+        self._tallies[output].add(merge.name, finished, slot.dtype, partial(_look, slot, before))
 
 
 def _list_dtypes(merge: TensorMerge) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from raymerge.ops.stored import RunAll
 from raymerge.pipeline.engine.fetch import Filled
 from raymerge.pipeline.engine.loop_merger import LoopMerger
 from raymerge.pipeline.engine.readiness import takes_loops
@@ -24,6 +25,7 @@ class HostMerger:
         shards: Sequence[ShardWriter],
         tallies: Sequence[Tally],
         figures: Sequence[Figures],
+        run_all: RunAll,
         make_torch_merger: Callable[[], TorchMerger],
     ) -> None:
         """Write to one shard for each output.
@@ -32,9 +34,10 @@ class HostMerger:
             shards: in the order of the task's outputs.
             tallies: of the shards.
             figures: of the shards.
+            run_all: runs the pieces that loops merge.
             make_torch_merger: called for the first tensor that needs torch.
         """
-        self._loops = LoopMerger(shards, tallies, figures)
+        self._loops = LoopMerger(shards, tallies, figures, run_all)
         self._make_torch_merger = make_torch_merger
         self._torch: TorchMerger | None = None
 

@@ -11,10 +11,11 @@ from raymerge.ops.kernel import Kernel, Site
 from raymerge.ops.lazy import np
 from raymerge.ops.stored import LOOP_DTYPES, STRIP, Slot, Stored
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.retry import one_line
 
-LOOPS = "raymerge.ops.kernels.loops"
+LOOPS = ("raymerge.ops.kernels.loops", "raymerge.ops.kernels.delta_loops")
 _TORCH_MERGER = "raymerge.pipeline.engine.torch_merger"
 
 _TRIED: dict[tuple[type[Kernel], int], str] = {}
@@ -72,7 +73,7 @@ def _try_kernel(kernel: Kernel, site: Site) -> str:
     try:
         run = kernel.start(site)
         for index in range(kernel.num_passes(site)):
-            run.measure_stored(index, stored)
+            run.measure_stored(index, stored, run_in_turn)
             run.end_pass(index)
         run.combine_stored(stored, Slot(memoryview(bytearray(4)), "float32", np.zeros(STRIP, np.float32)))
     except Exception as error:  # whatever a compiler, its cache and its libraries may raise

@@ -22,6 +22,7 @@ from raymerge.pipeline.engine.process_memory import measure_first_mem, measure_p
 from raymerge.pipeline.engine.readiness import prepare
 from raymerge.pipeline.engine.runs import Figures
 from raymerge.pipeline.engine.tally import Tally
+from raymerge.pipeline.engine.threads import open_threads
 from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.errors import CorruptedError
 from raymerge.pipeline.output.journal import Journal
@@ -127,11 +128,11 @@ def _make_shard(
                 stage, merger = stack.enter_context(opened)
                 windows = stage.fetch(stores, make_fetches(task), count)
             else:
-                merger = HostMerger(
-                    shards, tallies, measured, partial(_make_torch_merger, task, shards, tallies, measured)
-                )
+                run_all = stack.enter_context(open_threads(task.num_threads))
+                make_torch_merger = partial(_make_torch_merger, task, shards, tallies, measured)
+                merger = HostMerger(shards, tallies, measured, run_all, make_torch_merger)
                 buffers = stores.pool.lend(task.buffer_nbytes, task.num_buffers, keep=task.keeps_buffers)
-                windows = fetch_windows(stores, make_fetches(task), stack.enter_context(buffers), count)
+                windows = fetch_windows(stores, make_fetches(task), stack.enter_context(buffers), count, run_all)
             for filled in stack.enter_context(closing(windows)):
                 before = sum(shard.nbytes for shard in shards)
                 merger.add(filled)

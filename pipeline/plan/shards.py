@@ -16,6 +16,9 @@ from raymerge.pipeline.plan.shares import Limits, Shares, share_out_memory
 from raymerge.pipeline.plan.types import ShardOutput, ShardTask, SideFile, TensorMerge
 from raymerge.pipeline.plan.windows import is_resident
 
+MAX_THREADS = 4
+"""Threads that merge one shard: more of them wait for the one that hashes."""
+
 
 def default_shard_nbytes(total_nbytes: int) -> int:
     """Return the default size of output files; it follows from the output's size alone, to be the same everywhere.
@@ -50,8 +53,10 @@ def make_tasks(merges: Sequence[TensorMerge], limits: Limits) -> tuple[tuple[Sha
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
     shards = list(split_shards(merges, shard_nbytes))
     shares, num_allowed = share_out_memory([[demands[merge.name] for merge in shard] for shard in shards], limits)
+    total = sum(merge.nbytes for merge in merges)
     tasks = tuple(
-        _make_task(shard, file, demands, shares) for shard, file in zip(shards, shard_names(len(shards)), strict=True)
+        _make_task(shard, file, demands, shares, _count_threads(shard, total, limits, shares))
+        for shard, file in zip(shards, shard_names(len(shards)), strict=True)
     )
     return tasks, shares.num_workers, num_allowed
 
@@ -102,11 +107,19 @@ def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[SideFile],
     return digest.hexdigest()
 
 
+def _count_threads(merges: Sequence[TensorMerge], total_nbytes: int, limits: Limits, shares: Shares) -> int:
+    """Return how many threads merge a shard: it is not to take longer than all others do together."""
+    idle = limits.num_workers // shares.num_workers
+    needed = -(-limits.num_workers * sum(merge.nbytes for merge in merges) // max(1, total_nbytes))
+    return min(MAX_THREADS, max(1, idle, needed))
+
+
 def _make_task(
     merges: Sequence[TensorMerge],
     file: str,
     demands: Mapping[str, Demand],
     shares: Shares,
+    num_threads: int,
 ) -> ShardTask:
     own = [demands[merge.name] for merge in merges]
     buffer_nbytes, num_buffers = shares.choose_buffers(own)
@@ -117,6 +130,7 @@ def _make_task(
         projected_gpu_mem = project_gpu_mem(own, buffer_nbytes, piece, transfer)
     else:
         projected_mem = project_mem(own, buffer_nbytes, transfer)
+    num_shares = shares.count(projected_gpu_mem or projected_mem)
     # Wide dtypes first, so that every tensor is aligned to its own dtype in the file.
     ordered = tuple(sorted(merges, key=lambda merge: -DTYPES[merge.out_dtype].num_bits))
     header = make_header([(merge.name, merge.out_dtype, merge.shape, merge.nbytes) for merge in ordered])
@@ -136,7 +150,8 @@ def _make_task(
         staging_nbytes=transfer.staging_nbytes,
         num_buffers=num_buffers,
         keeps_buffers=buffer_nbytes == shares.buffer_nbytes,
-        num_shares=shares.count(projected_gpu_mem or projected_mem),
+        num_threads=max(num_threads, min(MAX_THREADS, num_shares)),
+        num_shares=num_shares,
         projected_mem=projected_mem,
         projected_gpu_mem=projected_gpu_mem,
     )

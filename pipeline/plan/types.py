@@ -136,6 +136,9 @@ class ShardTask:
     """Input buffers: with 2, the next is filled while one is merged."""
     keeps_buffers: bool
     """Whether they have the size of most tasks' buffers, so that the worker keeps them for its next task."""
+    num_threads: int
+    """Threads that a CPU merges it with: more than one where it is large beside what each worker has to do, or where
+    the memory is for fewer workers than there might be."""
     num_shares: int
     """Workers' shares of the memory that it takes: several where it reads a large tensor once."""
     projected_mem: int

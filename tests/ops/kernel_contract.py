@@ -191,6 +191,8 @@ def check_loops_give_the_same_bits(case: Case) -> None:
                 assert loops.figures == blocks.figures
                 for norm, values in zip(loops.norms, merged, strict=True):
                     assert norm == pytest.approx(values.double().norm().item(), rel=1e-5)
+                forked = loops.run(kernels, dtype, window_blocks=blocks_in_window, cuts=cuts, is_forked=True)
+                assert all(torch.equal(one, other) for one, other in zip(forked, rounded, strict=True))
 
 
 def check_loops_keep_what_is_not_finite(case: Case) -> None:

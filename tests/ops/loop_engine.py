@@ -10,6 +10,7 @@ import torch
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Kernel, KernelRun, Site
 from raymerge.ops.stored import STRIP, Slot, Stored
+from raymerge.pipeline.engine.threads import run_in_turn
 
 _ALIGNMENT = 64
 
@@ -38,6 +39,7 @@ class LoopEngine:
         *,
         window_blocks: int = 1,
         cuts: Sequence[int] = (),
+        is_forked: bool = False,
     ) -> list[torch.Tensor]:
         """Return what each kernel makes of the sources, rounded, in the shape of the first source.
 
@@ -46,6 +48,7 @@ class LoopEngine:
             out_dtype: that results are rounded to.
             window_blocks: how many blocks are measured at once.
             cuts: elements at which the results are cut, for buffers of the output that are full.
+            is_forked: whether the pieces between them are combined as if at once, in another order; there are no norms.
         """
         count = self._site.num_elements
         groups: dict[Hashable, list[int]] = {}
@@ -57,19 +60,28 @@ class LoopEngine:
             run = runs[first] = kernels[first].start(self._site)
             for index in range(kernels[first].num_passes(self._site)):
                 for start, stop in _cut(count, range(0, count, window_blocks * BLOCK_ELEMENTS)):
-                    run.measure_stored(index, self._stored().cut(start, stop))
+                    run.measure_stored(index, self._stored().cut(start, stop), run_in_turn)
                 run.end_pass(index)
             runs |= {position: run.share(kernels[position]) for position in others}
         name = str(out_dtype).removeprefix("torch.")
         outs = [bytearray(count * out_dtype.itemsize) for _ in kernels]
         squares = [0.0] * len(kernels)
         lanes = [np.zeros(STRIP, np.float32) for _ in kernels]
-        for start, stop in _cut(count, cuts):
+        pieces = [self._stored().cut(start, stop) for start, stop in _cut(count, cuts)]
+        if is_forked and pieces:
+            for position, out in enumerate(outs):
+                forks = runs[position].fork(pieces, run_in_turn)
+                for run, piece in reversed(list(zip(forks, pieces, strict=True))):
+                    place = memoryview(out)[piece.start * out_dtype.itemsize : piece.stop * out_dtype.itemsize]
+                    run.combine_stored(piece, Slot(place, name, np.zeros(STRIP, np.float32)))
+            pieces = []
+        for piece in pieces:
+            start, stop = piece.start, piece.stop
             for position, out in enumerate(outs):
                 slot = Slot(
                     memoryview(out)[start * out_dtype.itemsize : stop * out_dtype.itemsize], name, lanes[position]
                 )
-                squares[position] += runs[position].combine_stored(self._stored().cut(start, stop), slot)
+                squares[position] += runs[position].combine_stored(piece, slot)
         self.figures = [dict(runs[position].figures()) for position in range(len(kernels))]
         self.norms = [(total + float(rest.sum())) ** 0.5 for total, rest in zip(squares, lanes, strict=True)]
         return [_tensor(out, out_dtype).reshape(self._site.shape) for out in outs]

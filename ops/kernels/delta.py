@@ -1,0 +1,97 @@
+"""One model's delta while a tensor is merged: its figures, and how it is trimmed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from raymerge.ops.kernel import count_blocks
+from raymerge.ops.kernels.random import numpy_table
+from raymerge.ops.kernels.sparsifier import Sparsifier, Trim
+from raymerge.ops.lazy import delta_loops, loops, np
+from raymerge.ops.stored import RunAll, Stored
+
+SMALLEST_SUM = 1e-7
+"""A delta with a smaller sum of absolute values is not rescaled."""
+
+
+class Delta:
+    """One model's delta: how much of it there is, and which elements."""
+
+    def __init__(self, source: int, weight: float, sparsifier: Sparsifier | None) -> None:
+        self.source = source
+        self.weight = weight
+        self.sparsifier = sparsifier
+        self.full_sum = self.kept_sum = 0.0
+
+    def take(self, measured: Delta) -> None:
+        """Use what another run has measured on the same delta."""
+        self.full_sum, self.kept_sum = measured.full_sum, measured.kept_sum
+        if measured.sparsifier is not None:
+            self.sparsifier = copy.copy(measured.sparsifier)
+
+    def measure_stored(self, index: int, stored: Stored) -> None:
+        """Take the figures of pass `index`, by loops."""
+        sparsifier = self.sparsifier
+        if sparsifier is None:
+            return
+        if index < sparsifier.num_passes:
+            sparsifier.measure_stored(index, stored, self.source)
+            return
+        trims = Trims([sparsifier], stored)
+        sums = np.empty((count_blocks(stored.num_elements), 2))
+        where = self.source, stored.start, stored.num_elements
+        delta_loops.sum_delta(*stored.sources(), *where, *trims.arguments(), sums, loops.make_scratch(19))
+        trims.end()
+        for full, kept in sums.tolist():
+            self.full_sum += full
+            self.kept_sum += kept
+
+    def fork(self, pieces: Sequence[Stored], run_all: RunAll) -> Sequence[Delta]:
+        """Return one for each piece; see `KernelRun.fork`."""
+        if self.sparsifier is None:
+            return [self] * len(pieces)
+        forks = []
+        for sparsifier in self.sparsifier.fork(pieces, self.source, run_all):
+            forks.append(copy.copy(self))
+            forks[-1].sparsifier = sparsifier
+        return forks
+
+    @property
+    def rescaling(self) -> float:
+        """Source: L1 rescaling as mergekit has it, sum |d| / sum |mask * d|."""
+        if self.full_sum < SMALLEST_SUM or self.kept_sum < SMALLEST_SUM:
+            return 1.0
+        return self.full_sum / self.kept_sum
+
+
+class Trims:
+    """Rules by which the deltas of some models are trimmed, as arguments of loops."""
+
+    def __init__(self, sparsifiers: Sequence[Sparsifier | None], stored: Stored) -> None:
+        self._sparsifiers = sparsifiers
+        self._trims = trims = [Trim() if item is None else item.make_trim(stored) for item in sparsifiers]
+        self._left = np.array([trim.left for trim in trims], np.int64)
+        pages = next((trim.keys for trim in trims if trim.keys is not None), np.zeros((0, 2), np.uint32))
+        self._keys = np.zeros((len(trims), *pages.shape), np.uint32)
+        for keys, trim in zip(self._keys, trims, strict=True):
+            if trim.keys is not None:
+                keys[:] = trim.keys
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments by which loops find it."""
+        return (
+            np.array([trim.kind for trim in self._trims], np.int64),
+            np.array([trim.limits for trim in self._trims], np.uint32),
+            np.array([trim.word_limit for trim in self._trims], np.uint32),
+            self._left,
+            numpy_table(),
+            self._keys,
+        )
+
+    def end(self) -> None:
+        """Give back what is left to be kept at a threshold."""
+        for sparsifier, left in zip(self._sparsifiers, self._left.tolist(), strict=True):
+            if sparsifier is not None:
+                sparsifier.end_trim(left)
