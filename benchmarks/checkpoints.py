@@ -213,6 +213,8 @@ LAYOUTS = {
     "even": qwen2_layout(vocab=8_192, hidden=1_024, num_layers=24, mlp=4_096, num_heads=16, num_kv_heads=2),
     "narrow": qwen2_layout(vocab=1_024, hidden=512, num_layers=24, mlp=2_048, num_heads=8, num_kv_heads=2),
     "deep": qwen2_layout(vocab=1_024, hidden=64, num_layers=90, mlp=128, num_heads=1, num_kv_heads=1),
+    "many-small": qwen2_layout(vocab=1_024, hidden=128, num_layers=1_667, mlp=256, num_heads=2, num_kv_heads=1),
+    "few-large": qwen2_layout(vocab=7_483, hidden=1_024, num_layers=16, mlp=4_096, num_heads=16, num_kv_heads=2),
     "llama-8b": llama_layout(hidden=4_096, num_layers=32, mlp=14_336, num_heads=32, num_shards=4),
     "llama-70b": llama_layout(hidden=8_192, num_layers=80, mlp=28_672, num_heads=64, num_shards=30),
     "llama-405b": llama_layout(hidden=16_384, num_layers=126, mlp=53_248, num_heads=128, num_shards=191),
@@ -240,6 +242,18 @@ def make_family(directory: Path, name: str, count: int) -> None:
         _write_shards(layout, partial)
     for index, path in missing.items():
         partial[index].rename(path)
+
+
+def link_family(directory: Path, name: str, count: int, num_files: int = 3) -> list[Path]:
+    """Return directories of a base and `count` fine-tunes, links to the first `num_files` of a family in turn."""
+    links = family_paths(directory, f"{name}-links", count)
+    originals = family_paths(directory, name, num_files)
+    links[0].parent.mkdir(exist_ok=True)
+    for number, link in enumerate(links):
+        original = originals[(number - 1) % num_files + 1 if number else 0]
+        link.unlink(missing_ok=True)
+        link.symlink_to(original)
+    return links
 
 
 def make_header(layout: Layout, names: list[str]) -> bytes:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from checkpoints import family_paths
 from processes import Usage, measure
@@ -95,6 +96,15 @@ class Bench:
         path.write_text(text)
         return path
 
+    def plan(self, config: Path, *options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
+        """Return what `raymerge plan` says, in a process of its own, as this one has to stay small."""
+        command: list[str | Path] = [self.raymerge, "plan", config, "--json", *options]
+        environment = os.environ | OFFLINE | (env or {})
+        plan: dict[str, Any] = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
+        )
+        return plan
+
     def run_raymerge(
         self, config: Path, *options: str, env: dict[str, str] | None = None, is_sampled: bool = False
     ) -> Usage:
@@ -131,6 +141,14 @@ class Bench:
         """Read the inputs into the page cache, and wait for what earlier runs still had to write."""
         os.sync()
         subprocess.run(["sh", "-c", 'cat "$@" > /dev/null', "sh", *weights(inputs)], check=True)
+
+    def cool(self, inputs: Sequence[Path]) -> None:
+        """Drop the inputs from the page cache, and wait for what earlier runs still had to write."""
+        os.sync()
+        for path in weights(inputs):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # pages that wait to be written are not dropped
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def clear(self, out: Path) -> None:
         """Delete an output directory."""

@@ -1,8 +1,9 @@
 """Run a command and wait for all that it leaves behind, so that what the whole tree has cost is counted.
 
 `python -I -S benchmarks/process_tree.py RESULT DIRECTORY MAX_NBYTES COMMAND...` runs it in DIRECTORY, forbids it files
-of more than MAX_NBYTES, and writes to RESULT how many bytes its processes have caused to be written to disks. A fork
-server outlives the process that has started it: nobody but init would be told what it has used.
+of more than MAX_NBYTES, and writes to RESULT what the kernel has counted of its processes: bytes written to disks and
+read from them, and bytes that were read through system calls, of the page cache among them (`rchar`). A fork server
+outlives the process that has started it: nobody but init would be told what it has used.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main(result: str, directory: str, max_nbytes: str, *command: str) -> int:
                 status = ended_status
     lines = Path("/proc/self/io").read_text().splitlines()  # of children, too, once they are waited for
     counts = dict(line.split(": ") for line in lines)
-    Path(result).write_text(json.dumps({"write_bytes": int(counts["write_bytes"])}))
+    Path(result).write_text(json.dumps({name: int(counts[name]) for name in ("write_bytes", "read_bytes", "rchar")}))
     return os.waitstatus_to_exitcode(status)
 
 

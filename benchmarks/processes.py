@@ -40,6 +40,8 @@ class Usage:
     """Bytes, of the process and its descendants together, the largest of many samples; 0 if not sampled."""
     tree_pss: int = 0
     """Likewise, with shared pages divided among those who share them."""
+    disk_nbytes: int = 0
+    """Bytes that the process and its children read from disks, and not from the page cache (`ru_inblock`)."""
 
     def __add__(self, other: Usage) -> Usage:
         """Return the cost of both, one after the other."""
@@ -49,6 +51,7 @@ class Usage:
             max(self.peak_rss, other.peak_rss),
             max(self.tree_rss, other.tree_rss),
             max(self.tree_pss, other.tree_pss),
+            self.disk_nbytes + other.disk_nbytes,
         )
 
     def to_json(self) -> dict[str, float]:
@@ -92,6 +95,7 @@ def measure(
         peak_rss=usage.ru_maxrss * 1024,
         tree_rss=sampler.rss if sampler else 0,
         tree_pss=sampler.pss if sampler else 0,
+        disk_nbytes=usage.ru_inblock * 512,
     )
 
 

@@ -22,9 +22,11 @@ from merges import DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Bench
 from phases import measure_phases
 from planning import measure_headers, measure_large_plans
 from processes import CommandFailedError
+from proportions import measure_small_tensors, measure_twenty_models
+from reads import measure_bytes_read
 from report import Row, describe_machine, to_markdown, write_json
 from sameness import measure_sameness
-from speed import measure_speed
+from speed import measure_cold, measure_speed
 from startup import measure_help, measure_plan
 from store_limits import measure_bytes_served, measure_disk, measure_hub, measure_requests, measure_store_memory
 from stores import measure_seam, measure_transfer
@@ -38,6 +40,10 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "ties": partial(measure_speed, merge=TIES, at_least=30, floor_at_most=2.5),
     "dare_ties": partial(measure_speed, merge=DARE_TIES, at_least=15, floor_at_most=2.5),
     "phases": measure_phases,
+    "cold": measure_cold,
+    "bytes-read": measure_bytes_read,
+    "twenty-models": measure_twenty_models,
+    "small-tensors": measure_small_tensors,
     "many-models": measure_many_models,
     "big-tensor": measure_big_tensor,
     "gpu": measure_gpu,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from merges import Bench, Merge
+from merges import LINEAR, Bench, Merge, weights
 from processes import Usage, median
 from report import Row, gib
 
 FAMILY = "qwen2-0.5b"
+MIN_COLD = 0.9
+"""Speed on a cold page cache, of that of the floor."""
 
 
 @dataclass
@@ -58,6 +60,38 @@ def take_turns(bench: Bench, merge: Merge) -> Runs:
         bench.warm([])
         runs.raymerge_tiny.append(bench.run_raymerge(tiny))
     return runs
+
+
+def measure_cold(bench: Bench) -> list[Row]:
+    """Return the speed of a merge whose inputs are on the disk alone, against reading and writing the same bytes."""
+    config, tiny = bench.write_config(LINEAR, FAMILY), bench.write_config(LINEAR, "tiny")
+    inputs = LINEAR.inputs(bench.checkpoints, FAMILY)
+    runs = Runs()
+    for _ in range(bench.repeats):
+        bench.cool(inputs)
+        runs.raymerge.append(bench.run_raymerge(config))
+        bench.clear(bench.raymerge_out)
+        bench.cool(inputs)
+        for kept, usage in zip((runs.floor, runs.synced_floor), bench.run_floor(inputs), strict=True):
+            kept.append(usage)
+        bench.warm([])
+        runs.raymerge_tiny.append(bench.run_raymerge(tiny))
+    nbytes = sum(file.stat().st_size for file in weights(inputs))
+    disk_nbytes = min(usage.disk_nbytes for usage in runs.floor)
+    whole, start_up, floor, synced = (
+        _medians(usages)[0] for usages in (runs.raymerge, runs.raymerge_tiny, runs.floor, runs.synced_floor)
+    )
+    return [
+        Row(
+            "cold page cache, speed of raymerge : cat + cp, linear (3)",
+            f"at least {MIN_COLD:.0%}",
+            f"{floor / whole:.0%}",
+            floor / whole >= MIN_COLD and disk_nbytes >= MIN_COLD * nbytes,
+            f"{whole:.2f} s whole process, {start_up:.2f} s of it start-up; cat + cp {floor:.2f} s, with fsync"
+            f" {synced:.2f} s; {disk_nbytes:,} of {nbytes:,} bytes came from the disk; medians of {bench.repeats}",
+            runs.to_json(),
+        )
+    ]
 
 
 def _rows_against_mergekit(name: str, runs: Runs, at_least: float) -> list[Row]:
