@@ -40,6 +40,8 @@ class Usage:
     """Bytes, of the process and its descendants together, the largest of many samples; 0 if not sampled."""
     tree_pss: int = 0
     """Likewise, with shared pages divided among those who share them."""
+    tree_anon: int = 0
+    """Likewise, without what is mapped from files, as code is, which programs beside may share or not."""
     disk_nbytes: int = 0
     """Bytes that the process and its children read from disks, and not from the page cache (`ru_inblock`)."""
 
@@ -51,6 +53,7 @@ class Usage:
             max(self.peak_rss, other.peak_rss),
             max(self.tree_rss, other.tree_rss),
             max(self.tree_pss, other.tree_pss),
+            max(self.tree_anon, other.tree_anon),
             self.disk_nbytes + other.disk_nbytes,
         )
 
@@ -95,6 +98,7 @@ def measure(
         peak_rss=usage.ru_maxrss * 1024,
         tree_rss=sampler.rss if sampler else 0,
         tree_pss=sampler.pss if sampler else 0,
+        tree_anon=sampler.anon if sampler else 0,
         disk_nbytes=usage.ru_inblock * 512,
     )
 
@@ -114,6 +118,7 @@ class _Sampler:
     def __init__(self, pid: int) -> None:
         self.rss = 0
         self.pss = 0
+        self.anon = 0
         self._pid = pid
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample)
@@ -128,6 +133,7 @@ class _Sampler:
             pids = _descendants(self._pid)
             self.rss = max(self.rss, sum(_read_kilobytes(pid, "Rss:") for pid in pids) * 1024)
             self.pss = max(self.pss, sum(_read_kilobytes(pid, "Pss:") for pid in pids) * 1024)
+            self.anon = max(self.anon, sum(_read_kilobytes(pid, "Pss_Anon:") for pid in pids) * 1024)
 
 
 def _descendants(pid: int) -> list[int]:
