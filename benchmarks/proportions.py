@@ -13,18 +13,11 @@ from report import Row, gib
 from speed import FAMILY
 
 NUM_MANY, NUM_FEW = 20, 3
-NUM_TINY = 5
-"""Samples are few in a short merge, and miss the peak in most."""
-MAX_RATIO = 1.15
-SLACK_NBYTES = 4 * 2**20
-"""Of a process: the room between the chunks of its allocator, which no plan counts."""
 MAX_RATIO = 1.15
 TINY_SHARD = "5KB"
 """Cuts the tiny model into so many shards that its workers live long enough to be sampled."""
 SLACK_NBYTES = 4 * 2**20
 """Of a process: the room between the chunks of its allocator, which no plan counts."""
-TINY_SHARD = "200KB"
-"""Cuts the tiny model in two, so that as many workers start."""
 
 
 def measure_twenty_models(bench: Bench) -> list[Row]:
