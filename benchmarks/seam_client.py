@@ -15,7 +15,7 @@ from functools import partial
 
 from bare_client import Job, main, measured
 
-from raymerge.pipeline.plan.memory import MAX_BUFFER_NBYTES
+from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.objects.writer import NUM_PARTS, PART_NBYTES
 from raymerge.pipeline.stores.open import Stores, open_stores
@@ -33,9 +33,9 @@ def find_tensors(stores: Stores, file: StoredFile) -> list[ByteRange]:
     entries = json.loads(bytes(header))
     places = sorted(entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__")
     return [
-        ByteRange(file, begin + at, begin + min(at + MAX_BUFFER_NBYTES, stop))
+        ByteRange(file, begin + at, begin + min(at + MAX_FETCH_NBYTES, stop))
         for start, stop in places
-        for at in range(start, stop, MAX_BUFFER_NBYTES)
+        for at in range(start, stop, MAX_FETCH_NBYTES)
     ]
 
 
@@ -43,7 +43,7 @@ def make_windows(ranges: list[ByteRange]) -> Iterator[list[ByteRange]]:
     """Yield what is read at once: as much as goes into a buffer."""
     window: list[ByteRange] = []
     for item in ranges:
-        if sum(each.nbytes for each in window) + item.nbytes > MAX_BUFFER_NBYTES:
+        if sum(each.nbytes for each in window) + item.nbytes > MAX_FETCH_NBYTES:
             yield window
             window = []
         window.append(item)
@@ -58,7 +58,7 @@ def read(stores: Stores, job: Job) -> None:
         ranges += find_tensors(stores, stores.at(url).stat(url))
     storage = stores.at(ranges[0].file.url)
     windows = list(make_windows(ranges))
-    buffer = memoryview(bytearray(MAX_BUFFER_NBYTES))
+    buffer = memoryview(bytearray(MAX_FETCH_NBYTES))
 
     def read_window(window: list[ByteRange]) -> None:
         views, at = [], 0

@@ -23,7 +23,7 @@ from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.integers import check_integers
-from raymerge.pipeline.plan.memory import MAX_BUFFER_NBYTES, Transfer, check_plan_fits
+from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer, check_plan_fits
 from raymerge.pipeline.plan.recipe import expand, open_model
 from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle
@@ -167,7 +167,9 @@ def _measure_transfer(
         + limits.runner_nbytes,
         num_outputs=len(outs),
     )
-    return replace(transfer, staging_nbytes=MAX_BUFFER_NBYTES) if is_remote else transfer
+    if is_remote:
+        return replace(transfer, staging_nbytes=MAX_FETCH_NBYTES)
+    return transfer if limits.gpus is not None else replace(transfer, fetch_nbytes=LOCAL_FETCH_NBYTES)
 
 
 def _gather_side_files(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import islice
 from queue import SimpleQueue
 
 from raymerge.ops.stored import RunAll
@@ -18,6 +19,9 @@ from raymerge.pipeline.stores.seam import Storage
 
 PIECE_NBYTES = 64 * 2**20
 """Read between two reports, at most: a worker that is silent for long is taken for one that hangs."""
+
+_AHEAD_NBYTES = 64 * 2**20
+"""Of which storages are told before they are read: a cold disk is kept busy."""
 
 _PART_NBYTES = 4 * 2**20
 """Read by one of several threads in one go."""
@@ -108,11 +112,15 @@ def fill_ahead(
 def _fill_in_turn(
     stores: Stores, fetches: Iterable[Fetch], buffer: Buffer, on_read: Callable[[int], None], run_all: RunAll
 ) -> Iterator[Filled]:
-    for fetch, following in pairwise(chain(fetches, [()])):
-        windows = _fill(stores, fetch, buffer, on_read, run_all)
-        coming = _ranges(following)
-        for storage, positions in _by_storage(stores, coming).items():
-            storage.will_read([coming[k] for k in positions])
+    rest = iter(fetches)
+    coming = deque((fetch, 0) for fetch in islice(rest, 1))
+    while coming:
+        windows = _fill(stores, coming.popleft()[0], buffer, on_read, run_all)
+        while sum(nbytes for _, nbytes in coming) < _AHEAD_NBYTES and (fetch := next(rest, None)) is not None:
+            ranges = _ranges(fetch)
+            for storage, positions in _by_storage(stores, ranges).items():
+                storage.will_read([ranges[k] for k in positions])
+            coming.append((fetch, sum(item.nbytes for item in ranges)))
         yield from windows
 
 

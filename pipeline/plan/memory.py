@@ -26,8 +26,11 @@ from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES
 _ITEM_NBYTES = {dtype.torch_name: dtype.num_bits // 8 for dtype in DTYPES.values()}
 """Bytes of an element, by torch's word for the dtype."""
 
-MAX_BUFFER_NBYTES = 64 * 2**20
-"""Size of an input buffer, unless a block, or a tensor that is kept between its passes, takes more."""
+MAX_FETCH_NBYTES = 64 * 2**20
+"""Fetched at once, unless a block, or a tensor that is kept between its passes, takes more."""
+
+LOCAL_FETCH_NBYTES = 8 * 2**20
+"""The same for local files: it is still in a core's cache when it is merged."""
 
 WORKER_NBYTES = 4 * 2**20
 """Taken in every worker for stacks and allocator arenas of its threads. Measured on 2 cores: 1 to 4 MiB."""
@@ -145,6 +148,8 @@ class Transfer:
     """Memory that storages and runner take besides, for all outputs together."""
     num_outputs: int = 1
     """Files that are written at once."""
+    fetch_nbytes: int = MAX_FETCH_NBYTES
+    """Fetched at once."""
     staging_nbytes: int = 8 * 2**20
     """Size of a buffer that inputs go through on their way to a GPU: for a local disk, which needs no more."""
 
@@ -161,7 +166,7 @@ def choose_buffer_nbytes(demands: Collection[Demand], worker_mem: int, transfer:
         As much as is useful and fits: as many tensors as possible are kept between their passes. Less than
         `max(block_nbytes)` where the memory does not suffice.
     """
-    useful = max(MAX_BUFFER_NBYTES, largest_block(demands))
+    useful = max(transfer.fetch_nbytes, largest_block(demands))
     room = (worker_mem - project_mem(demands, 0, transfer)) // transfer.num_buffers // ALIGNMENT * ALIGNMENT
     kept = max((demand.kept_nbytes for demand in demands if demand.kept_nbytes <= room), default=0)
     return min(max(useful, kept), room)

@@ -146,6 +146,7 @@ def _make_task(
             if not is_resident(merge, buffer_nbytes)
         ),
         buffer_nbytes=buffer_nbytes,
+        fetch_nbytes=transfer.fetch_nbytes,
         piece_nbytes=piece,
         staging_nbytes=transfer.staging_nbytes,
         num_buffers=num_buffers,

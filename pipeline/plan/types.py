@@ -128,6 +128,8 @@ class ShardTask:
     """Bytes read again because a tensor does not fit in memory between its passes."""
     buffer_nbytes: int
     """Size of one input buffer; on a GPU, where there is one."""
+    fetch_nbytes: int
+    """Fetched at once, where a tensor need not be kept in the buffer."""
     piece_nbytes: int
     """Bytes of a tensor's sources that a GPU merges at once; 0 where the CPU merges."""
     staging_nbytes: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from raymerge.pipeline.plan.memory import MAX_BUFFER_NBYTES, Demand, measure_demand, measure_kept
+from raymerge.pipeline.plan.memory import Demand, measure_demand, measure_kept
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.files import ByteRange, aligned
 
@@ -39,10 +39,10 @@ def make_fetches(task: ShardTask) -> Iterator[Fetch]:
     Small windows are fetched together, but not more than are merged soon: the next are fetched meanwhile.
     """
     waiting: list[Window] = []
-    most = min(task.buffer_nbytes, MAX_BUFFER_NBYTES)
+    most = min(task.buffer_nbytes, task.fetch_nbytes)
     room = most
     for merge in task.merges:
-        for window in make_windows(merge, measure_demand(merge), task.buffer_nbytes):
+        for window in make_windows(merge, measure_demand(merge), task.buffer_nbytes, task.fetch_nbytes):
             nbytes = window.nbytes()
             if waiting and nbytes > room:
                 yield tuple(waiting)
@@ -53,11 +53,19 @@ def make_fetches(task: ShardTask) -> Iterator[Fetch]:
         yield tuple(waiting)
 
 
-def make_windows(merge: TensorMerge, demand: Demand, buffer_nbytes: int) -> Iterator[Window]:
+def make_windows(merge: TensorMerge, demand: Demand, buffer_nbytes: int, fetch_nbytes: int) -> Iterator[Window]:
     """Yield the pieces of one tensor: the whole for all passes if it fits, else whole blocks, one pass after another.
 
     Blocks are never cut differently: windows hold whole blocks.
+
+    Args:
+        merge: the tensor.
+        demand: of the tensor.
+        buffer_nbytes: of a buffer, which holds one block at least.
+        fetch_nbytes: of a tensor that is not kept, fetched at once where a block is not larger.
     """
+    if not demand.num_passes:
+        buffer_nbytes = min(buffer_nbytes, max(fetch_nbytes, demand.block_nbytes))
     if is_resident(merge, buffer_nbytes):
         yield Window(merge, 0, merge.num_elements, range(demand.num_passes + 1))
         return

@@ -13,6 +13,7 @@ import pytest
 
 from raymerge.ops.kernels.linear import LinearCombination
 from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.engine import fetch
 from raymerge.pipeline.engine.fetch import Filled, fetch_windows
 from raymerge.pipeline.errors import FetchError
 from raymerge.pipeline.plan.types import TensorMerge, Variant
@@ -153,16 +154,19 @@ def test_nothing_to_fetch(stores: Stores, make_buffers: MakeBuffers) -> None:
     assert list(fetch_windows(stores, [], make_buffers([()]), ignore)) == []
 
 
-def test_fetches_are_planned_as_they_are_needed(stores: Stores, merge: TensorMerge, make_buffers: MakeBuffers) -> None:
+def test_fetches_are_planned_as_they_are_needed(
+    stores: Stores, merge: TensorMerge, make_buffers: MakeBuffers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A plan of a large tensor has very many windows."""
+    monkeypatch.setattr(fetch, "_AHEAD_NBYTES", 1)
     fetches = cut(merge, *[1] * 30)
     num_planned = 0
 
     def planned() -> Iterator[Fetch]:
         nonlocal num_planned
-        for fetch in fetches:
+        for each in fetches:
             num_planned += 1
-            yield fetch
+            yield each
 
     for number, _ in enumerate(fetch_windows(stores, planned(), make_buffers(fetches), ignore), start=1):
         assert num_planned <= number + 2

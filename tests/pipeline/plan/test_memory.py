@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Site
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.memory import (
-    MAX_BUFFER_NBYTES,
+    MAX_FETCH_NBYTES,
     WORKER_NBYTES,
     Demand,
     Transfer,
@@ -98,7 +98,7 @@ def test_a_chosen_buffer_keeps_within_the_memory_and_holds_a_block(
     largest_block = max(demand.block_nbytes for demand in demands)
     assert project_mem(demands, buffer_nbytes, transfer) <= mem
     kept = {demand.kept_nbytes for demand in demands}
-    assert buffer_nbytes <= max(MAX_BUFFER_NBYTES, largest_block) or buffer_nbytes in kept
+    assert buffer_nbytes <= max(MAX_FETCH_NBYTES, largest_block) or buffer_nbytes in kept
     room = (mem - project_mem(demands, 0, transfer)) // transfer.num_buffers
     assert all(nbytes <= buffer_nbytes or nbytes > room for nbytes in kept if nbytes)
     fits = project_mem(demands, largest_block, transfer) <= mem
@@ -108,7 +108,7 @@ def test_a_chosen_buffer_keeps_within_the_memory_and_holds_a_block(
 def test_a_block_of_many_models_gets_its_room() -> None:
     merge = make_merge(num_elements=10**9, dtypes=("BF16",) * 300)
     demand = measure_demand(merge)
-    assert demand.block_nbytes > MAX_BUFFER_NBYTES
+    assert demand.block_nbytes > MAX_FETCH_NBYTES
     assert choose_buffer_nbytes([demand], 2**40, Transfer()) == demand.block_nbytes
 
 

@@ -18,7 +18,7 @@ from raymerge.pipeline.checkpoint.header import parse_header
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
-from raymerge.pipeline.plan.memory import MAX_BUFFER_NBYTES, Transfer, measure_demand, project_mem
+from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES, Transfer, measure_demand, project_mem
 from raymerge.pipeline.plan.shards import (
     default_shard_nbytes,
     make_fingerprint,
@@ -164,7 +164,7 @@ def test_workers_are_given_up_before_the_merge_is() -> None:
 
 def test_more_memory_than_is_useful_is_not_taken() -> None:
     (task,), _ = plan([make_merge(num_elements=2**28)], mem=2**40)
-    assert task.projected_mem <= MAX_BUFFER_NBYTES + 2**24
+    assert task.projected_mem <= MAX_FETCH_NBYTES + 2**24
 
 
 def test_a_tensor_too_large_for_the_memory_is_planned_to_be_read_again() -> None:

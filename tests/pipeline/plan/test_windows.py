@@ -53,7 +53,9 @@ def test_windows_cover_every_element_once_in_each_pass(merge: TensorMerge, data:
     demand = measure_demand(merge)
     largest = max(demand.block_nbytes, sum(aligned(source.nbytes) for source in merge.sources) + 1)
     buffer_nbytes = data.draw(st.integers(max(1, demand.block_nbytes), largest))
-    windows = list(make_windows(merge, demand, buffer_nbytes))
+    fetch_nbytes = data.draw(st.integers(1, largest))
+    most = buffer_nbytes if demand.num_passes else min(buffer_nbytes, max(fetch_nbytes, demand.block_nbytes))
+    windows = list(make_windows(merge, demand, buffer_nbytes, fetch_nbytes))
     steps = [(index, window) for window in windows for index in window.passes]
     assert [index for index, _ in steps] == sorted(index for index, _ in steps), "passes come one after the other"
     for index in range(demand.num_passes + 1):
@@ -62,12 +64,10 @@ def test_windows_cover_every_element_once_in_each_pass(merge: TensorMerge, data:
         assert [window.start for window in own] == edges[:-1]
         assert edges[-1] == merge.num_elements
     for window in windows:
-        assert window.nbytes() <= buffer_nbytes
+        assert window.nbytes() <= most
         assert window.start % demand.block_elements == 0
         assert window.stop % demand.block_elements == 0 or window.stop == merge.num_elements
-    assert (len(windows) == 1 and windows[0].passes == range(demand.num_passes + 1)) or not is_resident(
-        merge, buffer_nbytes
-    )
+    assert (len(windows) == 1 and windows[0].passes == range(demand.num_passes + 1)) or not is_resident(merge, most)
 
 
 @settings(deadline=None, max_examples=50)
@@ -100,7 +100,7 @@ def test_fetches_read_every_byte_as_often_as_planned(all_merges: list[TensorMerg
 def test_a_tensor_that_just_fits_is_read_once(room: int) -> None:
     merge = make_merge(num_elements=10**6, op="slerp", parameters={"t": 0.5})
     nbytes = 2 * aligned(2 * 10**6)
-    windows = list(make_windows(merge, measure_demand(merge), nbytes - room))
+    windows = list(make_windows(merge, measure_demand(merge), nbytes - room, nbytes))
     if room:
         blocks = (nbytes - 1) // measure_demand(merge).block_nbytes
         assert len(windows) == 2 * math.ceil(10**6 / (blocks * measure_demand(merge).block_elements))
@@ -139,4 +139,4 @@ def test_small_tensors_are_fetched_together() -> None:
 
 def test_an_empty_tensor_has_one_empty_window() -> None:
     merge = make_merge(num_elements=0)
-    assert [(w.start, w.stop) for w in make_windows(merge, measure_demand(merge), 1)] == [(0, 0)]
+    assert [(w.start, w.stop) for w in make_windows(merge, measure_demand(merge), 1, 1)] == [(0, 0)]
