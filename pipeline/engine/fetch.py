@@ -30,6 +30,10 @@ _REPORT_SECONDS = 1.0
 """Between reports of what a thread reads ahead, while nothing can be merged."""
 
 
+Ranges = Sequence[tuple[ByteRange, ...]]
+"""Of a window, for each source."""
+
+
 @dataclass(frozen=True, slots=True)
 class Filled:
     """A window whose bytes have arrived."""
@@ -117,7 +121,7 @@ def _fill_in_turn(
     while coming:
         windows = _fill(stores, coming.popleft()[0], buffer, on_read, run_all)
         while sum(nbytes for _, nbytes in coming) < _AHEAD_NBYTES and (fetch := next(rest, None)) is not None:
-            ranges = _ranges(fetch)
+            ranges = _flatten(window.ranges() for window in fetch)
             for storage, positions in _by_storage(stores, ranges).items():
                 storage.will_read([ranges[k] for k in positions])
             coming.append((fetch, sum(item.nbytes for item in ranges)))
@@ -127,9 +131,10 @@ def _fill_in_turn(
 def _fill(
     stores: Stores, fetch: Fetch, buffer: Buffer, on_read: Callable[[int], None], run_all: RunAll
 ) -> list[Filled]:
-    windows = _lay_out(fetch, buffer)
+    ranges = [window.ranges() for window in fetch]
+    windows = _lay_out(fetch, ranges, buffer)
     views = [view for filled in windows for views in filled.views for view in views]
-    read_ranges(stores, _ranges(fetch), views, on_read, run_all)
+    read_ranges(stores, _flatten(ranges), views, on_read, run_all)
     return windows
 
 
@@ -189,17 +194,17 @@ def _by_storage(stores: Stores, ranges: Iterable[ByteRange]) -> dict[Storage, li
     return found
 
 
-def _ranges(fetch: Fetch) -> list[ByteRange]:
-    return [piece for window in fetch for pieces in window.ranges() for piece in pieces]
+def _flatten(ranges: Iterable[Ranges]) -> list[ByteRange]:
+    return [piece for window in ranges for pieces in window for piece in pieces]
 
 
-def _lay_out(fetch: Fetch, buffer: memoryview) -> list[Filled]:
+def _lay_out(fetch: Fetch, ranges: Iterable[Ranges], buffer: memoryview) -> list[Filled]:
     """Give each source of each window its place in a buffer."""
     windows = []
     offset = 0
-    for window in fetch:
+    for window, own in zip(fetch, ranges, strict=True):
         views, offsets = [], []
-        for pieces in window.ranges():
+        for pieces in own:
             places = []
             offsets.append(offset)
             for piece in pieces:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raymerge.ops.errors import SourceMismatchError
 from raymerge.ops.kernel import BLOCK_ELEMENTS
@@ -19,7 +19,7 @@ from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.plan.types import TensorMerge
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 
 class LoopMerger:
@@ -45,6 +45,8 @@ class LoopMerger:
         self._figures = figures
         self._run_all = run_all
         self._squares = [np.zeros(STRIP, np.float32) for _ in shards]
+        self._pending = [0.0] * len(shards)
+        """Sums of the squares that are not entered yet."""
         self._tensor: TensorRuns | None = None
 
     def add(self, filled: Filled) -> None:
@@ -87,7 +89,7 @@ class LoopMerger:
                 squares = np.zeros(STRIP, np.float32) if slots else self._squares[output]
                 place = room[(piece.start - start) * item : (piece.stop - start) * item]
                 slots.append(Slot(place, dtype.torch_name, squares))
-            before = _sum_up(slots[0].squares)
+            before = self._pending[output]
             run = tensor.combining_runs()[output]
             is_alone = self._run_all is run_in_turn or len(pieces) == 1
             runs = [run] * len(pieces) if is_alone else run.fork(pieces, self._run_all)
@@ -107,19 +109,17 @@ class LoopMerger:
 
     def _note(self, merge: TensorMerge, output: int, piece: Stored, slot: Slot, finished: float, before: float) -> None:
         """Enter the squares of a piece: those of finished blocks, and what else can be told already."""
-        pending = _sum_up(slot.squares)
+        pending = float(slot.squares.sum(dtype=np.float64))
         if piece.stop == merge.num_elements or not is_harmless(finished + pending, slot.dtype):
             finished += pending
+            pending = 0.0
             slot.squares[:] = 0
+        self._pending[output] = pending
         self._tallies[output].add(merge.name, finished, slot.dtype, partial(_look, slot, before))
 
 
 def _list_dtypes(merge: TensorMerge) -> tuple[str, ...]:
     return tuple(DTYPES[source.dtype].torch_name for source in merge.sources)
-
-
-def _sum_up(squares: NDArray[Any]) -> float:
-    return float(squares.sum(dtype=np.float64))
 
 
 def _look(slot: Slot, before: float) -> tuple[float, bool]:

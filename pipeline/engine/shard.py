@@ -36,6 +36,9 @@ from raymerge.pipeline.stores.retry import one_line
 if TYPE_CHECKING:
     from raymerge.pipeline.engine.torch_merger import TorchMerger
 
+_REPORT_SECONDS = 0.05
+"""Between reports of what was merged."""
+
 _NUM_CHECKS = 16
 """Input files that are looked at at once before a shard is committed: a merge of many models has hundreds."""
 
@@ -133,13 +136,15 @@ def _make_shard(
                 merger = HostMerger(shards, tallies, measured, run_all, make_torch_merger)
                 buffers = stores.pool.lend(task.buffer_nbytes, task.num_buffers, keep=task.keeps_buffers)
                 windows = fetch_windows(stores, make_fetches(task), stack.enter_context(buffers), count, run_all)
+            told, time_told = sum(shard.nbytes for shard in shards), time.monotonic()
             for filled in stack.enter_context(closing(windows)):
-                before = sum(shard.nbytes for shard in shards)
                 merger.add(filled)
-                report(Progress(written_nbytes=sum(shard.nbytes for shard in shards) - before))
-            before = sum(shard.nbytes for shard in shards)
+                if time.monotonic() - time_told > _REPORT_SECONDS:  # small tensors take less than a report does
+                    appended = sum(shard.nbytes for shard in shards)
+                    report(Progress(written_nbytes=appended - told))
+                    told, time_told = appended, time.monotonic()
             merger.flush()
-            report(Progress(0, sum(shard.nbytes for shard in shards) - before))
+            report(Progress(0, sum(shard.nbytes for shard in shards) - told))
         digests = [shard.finish() for shard in shards]
         with ThreadPoolExecutor(_NUM_CHECKS, thread_name_prefix="check") as pool:
             list(pool.map(lambda file: stores.at(file.url).check_unchanged(file), _list_inputs(task)))

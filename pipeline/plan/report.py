@@ -10,7 +10,7 @@ from raymerge.pipeline.checkpoint.files import CONFIG, is_tokenizer
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
-from raymerge.pipeline.plan.memory import NOTABLE_NBYTES, measure_demand, project_plan_mem
+from raymerge.pipeline.plan.memory import NOTABLE_NBYTES, project_plan_mem
 from raymerge.pipeline.plan.types import MergePlan
 from raymerge.pipeline.redact import redact, redact_texts
 from raymerge.pipeline.sizes import format_memory, format_nbytes
@@ -78,7 +78,8 @@ def _format_shares(plan: MergePlan) -> str:
 
 
 def _num_passes(plan: MergePlan) -> int:
-    return max(measure_demand(merge).num_passes for task in plan.tasks for merge in task.merges)
+    merges = (merge for task in plan.tasks for merge in task.merges)
+    return max(variant.kernel.num_passes(merge.site(variant)) for merge in merges for variant in merge.variants)
 
 
 def plan_json(plan: MergePlan) -> str:

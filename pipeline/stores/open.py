@@ -32,6 +32,7 @@ class Stores:
         """It holds at most what the plan gives to the workers that run at once in this process."""
         self._lock = ThreadLock()
         self._storages: dict[str, Storage] = {}
+        self._known: dict[str, Storage] = {}
 
     def __reduce__(self) -> tuple[type[Stores], tuple[StoreSettings, tuple[str, ...]]]:
         return Stores, (self.settings, self.faults.reached)
@@ -42,6 +43,8 @@ class Stores:
         Raises:
             ConfigError: the URL is malformed, or its scheme is not known.
         """
+        if known := self._known.get(url):
+            return known
         check_url(url)
         scheme = scheme_of(url)
         if scheme == "hf" and split_url(url)[0] == "buckets":
@@ -49,7 +52,8 @@ class Stores:
         with self._lock:
             if scheme not in self._storages:
                 self._storages[scheme] = self._build(scheme)
-            return self._storages[scheme]
+            storage = self._known[url] = self._storages[scheme]
+            return storage
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> tuple[bytes, ...]:
         """Return the content of some small ranges, in their order; those of one storage are read together.

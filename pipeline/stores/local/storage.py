@@ -27,6 +27,8 @@ _MAX_FILES = 50_000
 _MAX_CALL_NBYTES = 2**30
 _MAX_CALL_BUFFERS = 1024
 _MAX_LOCK_TRIES = 1000
+_ADVISED_NBYTES = 2**19
+"""Which the kernel is told of at once: of a larger range it may read no more than the device's `read_ahead_kb`."""
 
 
 def local_path(url: str) -> Path:
@@ -127,7 +129,9 @@ class LocalStorage(Storage):
             return
         for group in coalesce(ranges, max_nbytes=_MAX_CALL_NBYTES):
             with suppress(OSError), self._files.opened(group.file) as descriptor:
-                os.posix_fadvise(descriptor, group.start, group.stop - group.start, os.POSIX_FADV_WILLNEED)
+                for start in range(group.start, group.stop, _ADVISED_NBYTES):
+                    nbytes = min(_ADVISED_NBYTES, group.stop - start)
+                    os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self, file: StoredFile) -> None:  # noqa: D102
         try:
