@@ -58,7 +58,10 @@ class Block(ABC):
 
 
 class KernelRun(ABC):
-    """The state of one kernel on one tensor; called for all blocks, in order, and never from two threads."""
+    """The state of one kernel on one tensor; called for all blocks, in order, and never from two threads.
+
+    But `combine_stored` of the runs that `fork` returns is called from several threads at once, in any order.
+    """
 
     def measure(self, index: int, block: Block) -> None:
         """Take the figures of measuring pass `index` (0, 1, ...) from one block."""
@@ -119,6 +122,9 @@ class Kernel(ABC):
             run.end_pass(index)
         for block in blocks: run.combine(block, out)
         run.figures()
+
+    By loops it calls `measure_stored` in place of `measure`. In place of `combine` it calls either `combine_stored`, or
+    `fork` and `combine_stored` of each run that this returns.
 
     Kernels whose `measuring` is equal measure once: after the last pass, every other one gets its run by
     `run.share(other)`, and then each combines the block that is at hand in turn.

@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from raymerge import merge
+from raymerge.ops.kernels import delta_loops
+from raymerge.ops.kernels.compiler import Loop
 from raymerge.pipeline.engine import readiness
 from raymerge.pipeline.progress.events import Warned
 from tests.checkpoints import add_noise, read_model, write_checkpoint
 from tests.method_configs import METHODS, make_config
+from tests.pipeline.plan.layouts import make_merge
 from tests.watchers import Keep
 
 RUN = """
@@ -105,3 +108,16 @@ def test_says_why_it_is_slower_without_a_compiler(family: tuple[Path, ...], tmp_
     assert "no llvmlite here" in said
     assert said.endswith("True")
     assert read_model(tmp_path / "torch") == read_model(tmp_path / "loops")
+
+
+def test_all_loops_of_ties_are_loaded_before_a_shard_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = {name: item for name, item in vars(delta_loops).items() if isinstance(item, Loop)}
+    for loop in loops.values():
+        monkeypatch.setattr(loop, "_entry", None)
+        monkeypatch.setattr(loop, "_engine", None)
+    monkeypatch.setattr(readiness, "_TRIED", {})
+    parameters = {"weight": (1.0,), "density": (0.5,), "rescale": True}
+    assert not readiness.prepare(
+        [make_merge(num_elements=9, op="ties", parameters=parameters, dtypes=("BF16", "BF16"))]
+    )
+    assert not [name for name, loop in loops.items() if loop._entry is None]

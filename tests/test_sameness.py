@@ -50,6 +50,7 @@ def test_workers_and_memory(
     config, files = expected
     the_plan = plan(config, memory=memory, workers=workers, shard_size=SHARD_NBYTES)
     assert the_plan.num_workers == workers
+    assert max(task.num_threads for task in the_plan.tasks) == max(1, workers // 2), "for the embedding"
     has_passes = config["merge_method"] != "linear"
     assert any(task.reread_nbytes for task in the_plan.tasks) is (is_streamed and has_passes)
     merge(config, tmp_path / "merged", memory=memory, workers=workers, shard_size=SHARD_NBYTES, seed=5)

@@ -33,7 +33,7 @@ def count_high(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
     source: int, count: int, counts: Array2[np.int64], scratch: Array2[np.uint32],
 ) -> None:  # fmt: skip
-    """Count the sizes of a delta by the 15 high bits of their floats, in one of two rows of `counts` for each."""
+    """Count the magnitudes of a delta by the 15 high bits of their floats, in one of two rows of `counts` for each."""
     base_bits, bits = scratch[0], scratch[1]
     base, delta = base_bits.view(np.float32), bits.view(np.float32)
     even, odd = counts[0], counts[1]  # two in a row are often the same, and the second would wait for the first
@@ -57,7 +57,7 @@ def count_low(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
     source: int, count: int, high: int, counts: Array1[np.int64], scratch: Array2[np.uint32],
 ) -> None:  # fmt: skip
-    """Count the sizes of a delta with these high bits by their 16 low bits."""
+    """Count the magnitudes of a delta with these high bits by their 16 low bits."""
     base_bits, bits = scratch[0], scratch[1]
     base, delta = base_bits.view(np.float32), bits.view(np.float32)
     is_found = scratch[2].view(np.uint8)
@@ -82,9 +82,9 @@ def count_low(
 @loop
 def count_equal(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
-    source: int, count: int, size_bits: int, scratch: Array2[np.uint32],
+    source: int, count: int, magnitude: int, scratch: Array2[np.uint32],
 ) -> float:  # fmt: skip
-    """Return how many elements of a delta have a size with these bits."""
+    """Return how many elements of a delta have the magnitude with these bits."""
     base_bits, bits = scratch[0], scratch[1]
     base, delta = base_bits.view(np.float32), bits.view(np.float32)
     num_equal = 0
@@ -94,15 +94,15 @@ def count_equal(
         load(words, longs, places[source] + start, forms[source], size, bits, delta)
         for k in range(size):
             delta[k] -= base[k]
-        num_equal += _count_at(np.uint32(size_bits), size, bits)
+        num_equal += _count_at(np.uint32(magnitude), size, bits)
     return num_equal
 
 
-def _count_at(size_bits, count, bits):
-    """Return how many elements of a strip have a size with these bits."""
+def _count_at(magnitude, count, bits):
+    """Return how many elements of a strip have the magnitude with these bits."""
     num_equal = 0
     for k in range(count):
-        num_equal += np.int64(bits[k] & np.uint32(0x7FFFFFFF) == size_bits)
+        num_equal += np.int64(bits[k] & np.uint32(0x7FFFFFFF) == magnitude)
     return num_equal
 
 
@@ -159,7 +159,7 @@ def sum_delta(
     word_limits: Array1[np.uint32], left: Array1[np.int64], table: Array1[np.uint32], keys: Array3[np.uint32],
     sums: Array2[np.float64], scratch: Array2[np.uint32],
 ) -> None:  # fmt: skip
-    """Write the sums of a delta's sizes over each block, all of them and the kept ones, to a row of `sums`."""
+    """Write the sums of a delta's magnitudes over each block, all of them and the kept ones, to a row of `sums`."""
     base_bits, bits, strips = scratch[0], scratch[1], scratch.view(np.float32)
     base, delta, full = strips[0], strips[1], strips[2 + 4 * NUM_ROW_STRIPS]
     for number in range(len(sums)):

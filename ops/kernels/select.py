@@ -27,6 +27,7 @@ _MAX_TABLES = 32
 _PART = 256
 """Bins that are added up together before one is looked for among them."""
 
+_NUM_KEPT_TABLES = 4
 _TABLES: list[NDArray[Any]] = []
 """Tables to count the next tensors in: fresh pages cost as much as counting a small one does."""
 
@@ -99,7 +100,8 @@ class MagnitudeSparsifier(Sparsifier):
             return
         if isinstance(self._counts, np.ndarray):
             counts = self._counts.sum(0)
-            _TABLES.append(self._counts)
+            if len(_TABLES) < _NUM_KEPT_TABLES:
+                _TABLES.append(self._counts)
         else:
             counts = self._counts.cpu().numpy()
         chosen, num_above, num_equal = _find_bin(counts, self._num_kept - self._num_above)
@@ -189,7 +191,7 @@ def _low_bits_in_bin(bits: torch.Tensor, high_bits: int, spare: torch.Tensor) ->
 
 
 def _count_equal(stored: Stored, source: int, threshold: int) -> int:
-    """Return how many elements of a delta have a size with these bits."""
+    """Return how many elements of a delta have the magnitude with these bits."""
     counted = delta_loops.count_equal(*stored.sources(), source, stored.num_elements, threshold, loops.make_scratch(2))
     return int(counted)
 

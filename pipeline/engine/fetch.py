@@ -17,11 +17,11 @@ from raymerge.pipeline.stores.files import Buffer, ByteRange, aligned
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Storage
 
-PIECE_NBYTES = 64 * 2**20
+REPORT_NBYTES = 64 * 2**20
 """Read between two reports, at most: a worker that is silent for long is taken for one that hangs."""
 
 _AHEAD_NBYTES = 64 * 2**20
-"""Of which storages are told before they are read: a cold disk is kept busy."""
+"""Bytes announced to storages before they are read, so that a cold disk stays busy."""
 
 _PART_NBYTES = 4 * 2**20
 """Read by one of several threads in one go."""
@@ -158,9 +158,11 @@ def read_ranges(
         FetchError: a range could not be read, or its file has changed.
     """
     for storage, positions in _by_storage(stores, ranges).items():
-        for pieces, places in _cut([ranges[k] for k in positions], [views[k] for k in positions], PIECE_NBYTES):
-            parts = [(pieces, places)] if run_all is run_in_turn else _cut(pieces, places, _PART_NBYTES)
-            run_all([partial(storage.read_into, *part) for part in parts])
+        for pieces, places in _cut([ranges[k] for k in positions], [views[k] for k in positions], REPORT_NBYTES):
+            if storage.is_remote or run_all is run_in_turn:
+                storage.read_into(pieces, places)
+            else:
+                run_all([partial(storage.read_into, *part) for part in _cut(pieces, places, _PART_NBYTES)])
             on_read(sum(piece.nbytes for piece in pieces))
 
 

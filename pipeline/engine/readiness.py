@@ -61,21 +61,23 @@ def _try_loops(merge: TensorMerge) -> Iterable[str]:
             site = merge.site(variant)
             key = type(kernel), kernel.num_passes(site)
             if key not in _TRIED:
-                _TRIED[key] = _try_kernel(kernel, replace(site, shape=(1,)))
+                _TRIED[key] = _try_kernel(kernel, replace(site, shape=(2,)))
             yield _TRIED[key]
 
 
 def _try_kernel(kernel: Kernel, site: Site) -> str:
-    """Merge a tensor of one element; return the error, or nothing."""
+    """Merge two elements with the same delta, as several threads would; return the error, or nothing."""
+    values = np.ones(2 * site.num_sources, np.float32)
+    values[:2] = 0
     dtypes = ("float32",) * site.num_sources
-    offsets = tuple(range(0, 4 * site.num_sources, 4))
-    stored = Stored(0, 1, memoryview(bytearray(4 * site.num_sources)), offsets, dtypes)
+    stored = Stored(0, 2, values.data.cast("B"), tuple(range(0, values.nbytes, 8)), dtypes)
     try:
         run = kernel.start(site)
         for index in range(kernel.num_passes(site)):
             run.measure_stored(index, stored, run_in_turn)
             run.end_pass(index)
-        run.combine_stored(stored, Slot(memoryview(bytearray(4)), "float32", np.zeros(STRIP, np.float32)))
+        [run] = run.fork([stored], run_in_turn)
+        run.combine_stored(stored, Slot(memoryview(bytearray(8)), "float32", np.zeros(STRIP, np.float32)))
     except Exception as error:  # whatever a compiler, its cache and its libraries may raise
         return f"{type(error).__name__}: {one_line(error)}"
     return ""

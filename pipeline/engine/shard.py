@@ -131,11 +131,12 @@ def _make_shard(
                 stage, merger = stack.enter_context(opened)
                 windows = stage.fetch(stores, make_fetches(task), count)
             else:
-                run_all = stack.enter_context(open_threads(task.num_threads))
+                lent = stores.pool.lend(task.buffer_nbytes, task.num_buffers, keep=task.keeps_buffers)
+                buffers = stack.enter_context(lent)
+                run_all = stack.enter_context(open_threads(task.num_threads))  # ends before they are given back
                 make_torch_merger = partial(_make_torch_merger, task, shards, tallies, measured)
                 merger = HostMerger(shards, tallies, measured, run_all, make_torch_merger)
-                buffers = stores.pool.lend(task.buffer_nbytes, task.num_buffers, keep=task.keeps_buffers)
-                windows = fetch_windows(stores, make_fetches(task), stack.enter_context(buffers), count, run_all)
+                windows = fetch_windows(stores, make_fetches(task), buffers, count, run_all)
             told, time_told = sum(shard.nbytes for shard in shards), time.monotonic()
             for filled in stack.enter_context(closing(windows)):
                 merger.add(filled)

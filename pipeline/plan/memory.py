@@ -30,7 +30,7 @@ MAX_FETCH_NBYTES = 64 * 2**20
 """Fetched at once, unless a block, or a tensor that is kept between its passes, takes more."""
 
 LOCAL_FETCH_NBYTES = 8 * 2**20
-"""The same for local files: it is still in a core's cache when it is merged."""
+"""Fetched at once from local files: little enough to be in a core's cache still when it is merged."""
 
 WORKER_NBYTES = 4 * 2**20
 """Taken in every worker for stacks and allocator arenas of its threads. Measured on 2 cores: 1 to 4 MiB."""
@@ -149,7 +149,7 @@ class Transfer:
     num_outputs: int = 1
     """Files that are written at once."""
     fetch_nbytes: int = MAX_FETCH_NBYTES
-    """Fetched at once."""
+    """Bytes fetched at once."""
     staging_nbytes: int = 8 * 2**20
     """Size of a buffer that inputs go through on their way to a GPU: for a local disk, which needs no more."""
 

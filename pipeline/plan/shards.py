@@ -11,7 +11,7 @@ from raymerge import __version__
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.header import make_header
 from raymerge.pipeline.plan.gpu_memory import check_fits_gpu, project_gpu_mem, project_staged_mem
-from raymerge.pipeline.plan.memory import Demand, check_fits, measure_demand, project_mem
+from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES, Demand, check_fits, measure_demand, project_mem
 from raymerge.pipeline.plan.shares import Limits, Shares, share_out_memory
 from raymerge.pipeline.plan.types import ShardOutput, ShardTask, SideFile, TensorMerge
 from raymerge.pipeline.plan.windows import is_resident
@@ -108,9 +108,12 @@ def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[SideFile],
 
 
 def _count_threads(merges: Sequence[TensorMerge], total_nbytes: int, limits: Limits, shares: Shares) -> int:
-    """Return how many threads merge a shard: it is not to take longer than all others do together."""
+    """Return how many threads merge a shard, so that it takes about as long as an equal share of all does on one core.
+
+    Cores that have no worker of their own help as well.
+    """
     idle = limits.num_workers // shares.num_workers
-    needed = -(-limits.num_workers * sum(merge.nbytes for merge in merges) // max(1, total_nbytes))
+    needed = round(limits.num_workers * sum(merge.nbytes for merge in merges) / max(1, total_nbytes))
     return min(MAX_THREADS, max(1, idle, needed))
 
 
@@ -124,11 +127,15 @@ def _make_task(
     own = [demands[merge.name] for merge in merges]
     buffer_nbytes, num_buffers = shares.choose_buffers(own)
     transfer = replace(shares.transfer, num_buffers=num_buffers)
+    fetch_nbytes = transfer.fetch_nbytes
     projected_gpu_mem = 0
     if piece := shares.piece_nbytes:
         projected_mem = project_staged_mem(own, piece, transfer)
         projected_gpu_mem = project_gpu_mem(own, buffer_nbytes, piece, transfer)
     else:
+        wide = min(MAX_FETCH_NBYTES, fetch_nbytes * num_threads)  # something for each thread
+        if wide <= buffer_nbytes or project_mem(own, wide, transfer) <= shares.share_nbytes:
+            buffer_nbytes, fetch_nbytes = max(wide, buffer_nbytes), wide
         projected_mem = project_mem(own, buffer_nbytes, transfer)
     num_shares = shares.count(projected_gpu_mem or projected_mem)
     # Wide dtypes first, so that every tensor is aligned to its own dtype in the file.
@@ -146,7 +153,7 @@ def _make_task(
             if not is_resident(merge, buffer_nbytes)
         ),
         buffer_nbytes=buffer_nbytes,
-        fetch_nbytes=transfer.fetch_nbytes,
+        fetch_nbytes=fetch_nbytes,
         piece_nbytes=piece,
         staging_nbytes=transfer.staging_nbytes,
         num_buffers=num_buffers,

@@ -129,7 +129,7 @@ class ShardTask:
     buffer_nbytes: int
     """Size of one input buffer; on a GPU, where there is one."""
     fetch_nbytes: int
-    """Fetched at once, where a tensor need not be kept in the buffer."""
+    """Bytes fetched at once, where a tensor need not be kept in the buffer."""
     piece_nbytes: int
     """Bytes of a tensor's sources that a GPU merges at once; 0 where the CPU merges."""
     staging_nbytes: int

@@ -48,7 +48,7 @@ class LoopEngine:
             out_dtype: that results are rounded to.
             window_blocks: how many blocks are measured at once.
             cuts: elements at which the results are cut, for buffers of the output that are full.
-            is_forked: whether the pieces between them are combined as if at once, in another order; there are no norms.
+            is_forked: whether the pieces between them are forked, and combined in reverse order; without norms.
         """
         count = self._site.num_elements
         groups: dict[Hashable, list[int]] = {}

@@ -113,7 +113,7 @@ def test_bytes_are_told_as_they_arrive_in_the_callers_thread(
     stores: Stores, merge: TensorMerge, contents: list[bytes], make_buffers: MakeBuffers,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("raymerge.pipeline.engine.fetch.PIECE_NBYTES", 1000)
+    monkeypatch.setattr("raymerge.pipeline.engine.fetch.REPORT_NBYTES", 1000)
     fetches = cut(merge, 20, 10)
     told: list[int] = []
     threads = set()

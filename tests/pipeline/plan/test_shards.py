@@ -279,12 +279,21 @@ def test_workers_that_share_a_gpu_divide_its_memory() -> None:
     [
         ([1] * 8, 8, 8192, [1] * 8),
         ([1] * 8, 1, 8192, [1] * 8),
+        ([10] * 7 + [8], 8, 8192, [1] * 8),
         ([9, 1, 1, 1], 4, 8192, [3, 1, 1, 1]),
         ([9, 1, 1, 1], 1, 8192, [1] * 4),
         ([1], 16, 8192, [4]),
         ([1] * 8, 8, 60, [2] * 8),
     ],
-    ids=["alike", "alike, one worker", "a large one", "a large one, one worker", "alone", "memory for half of them"],
+    ids=[
+        "alike",
+        "alike, one worker",
+        "nearly alike",
+        "a large one",
+        "a large one, one worker",
+        "alone",
+        "memory for half of them",
+    ],
 )
 def test_idle_cores_help_with_large_shards(sizes: list[int], workers: int, mem: int, num_threads: list[int]) -> None:
     merges = [make_merge(f"w{k}", size * 2**20, dtypes=("BF16",) * 3) for k, size in enumerate(sizes)]
