@@ -97,7 +97,7 @@ class Bench:
         return path
 
     def plan(self, config: Path, *options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
-        """Return what `raymerge plan` says, in a process of its own, as this one has to stay small."""
+        """Return the output of `raymerge plan --json`, run in a process of its own, as this one has to stay small."""
         command: list[str | Path] = [self.raymerge, "plan", config, "--json", *options]
         environment = os.environ | OFFLINE | (env or {})
         plan: dict[str, Any] = json.loads(

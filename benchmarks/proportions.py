@@ -1,4 +1,4 @@
-"""What more models, and smaller tensors, cost in proportion to their bytes."""
+"""Cost of more models, and of smaller tensors, in proportion to their bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_RATIO = 1.15
 TINY_SHARD = "5KB"
 """Cuts the tiny model into so many shards that its workers live long enough to be sampled."""
 SLACK_NBYTES = 4 * 2**20
-"""Of a process: the room between the chunks of its allocator, which no plan counts."""
+"""Room between the chunks of a process's allocator, which no plan counts."""
 
 
 def measure_twenty_models(bench: Bench) -> list[Row]:
@@ -80,7 +80,7 @@ def _measure_twenty(bench: Bench, method: Merge) -> list[Row]:
 
 
 def _project_memory(bench: Bench, config: Path) -> int:
-    """Return what the plan expects of itself and of the shards that are in work at once, in bytes, and some slack."""
+    """Return the planned memory of the plan itself and of the shards in work at once, in bytes, and some slack."""
     plan = bench.plan(config)
     projected: list[int] = sorted((shard["projected_mem"] for shard in plan["shards"]), reverse=True)
     num_workers = int(plan["num_workers"])

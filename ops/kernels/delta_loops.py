@@ -28,21 +28,27 @@ ALL, MAGNITUDE, RANDOM = 0, 1, 2
 """Kinds of trimming: keep all of a delta, elements larger than a limit, or those that random bits choose."""
 
 
+def _load_delta(words, longs, places, forms, source, start, size, scratch):
+    """Write a strip of a delta to the second strip of scratch, and that of the base to the first."""
+    base_bits, bits = scratch[0], scratch[1]
+    base, delta = base_bits.view(np.float32), bits.view(np.float32)
+    load(words, longs, places[0] + start, forms[0], size, base_bits, base)
+    load(words, longs, places[source] + start, forms[source], size, bits, delta)
+    for k in range(size):
+        delta[k] -= base[k]
+
+
 @loop
 def count_high(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
     source: int, count: int, counts: Array2[np.int64], scratch: Array2[np.uint32],
 ) -> None:  # fmt: skip
     """Count the magnitudes of a delta by the 15 high bits of their floats, in one of two rows of `counts` for each."""
-    base_bits, bits = scratch[0], scratch[1]
-    base, delta = base_bits.view(np.float32), bits.view(np.float32)
+    bits = scratch[1]
     even, odd = counts[0], counts[1]  # two in a row are often the same, and the second would wait for the first
     for start in range(0, count, STRIP):
         size = min(STRIP, count - start)
-        load(words, longs, places[0] + start, forms[0], size, base_bits, base)
-        load(words, longs, places[source] + start, forms[source], size, bits, delta)
-        for k in range(size):
-            delta[k] -= base[k]
+        _load_delta(words, longs, places, forms, source, start, size, scratch)
         for k in range(size):
             bits[k] = (bits[k] >> np.uint32(16)) & np.uint32(0x7FFF)
         for k in range(0, size - 1, 2):
@@ -58,16 +64,12 @@ def count_low(
     source: int, count: int, high: int, counts: Array1[np.int64], scratch: Array2[np.uint32],
 ) -> None:  # fmt: skip
     """Count the magnitudes of a delta with these high bits by their 16 low bits."""
-    base_bits, bits = scratch[0], scratch[1]
-    base, delta = base_bits.view(np.float32), bits.view(np.float32)
+    bits = scratch[1]
     is_found = scratch[2].view(np.uint8)
     is_any_found = scratch[2].view(np.uint64)
     for start in range(0, count, STRIP):
         size = min(STRIP, count - start)
-        load(words, longs, places[0] + start, forms[0], size, base_bits, base)
-        load(words, longs, places[source] + start, forms[source], size, bits, delta)
-        for k in range(size):
-            delta[k] -= base[k]
+        _load_delta(words, longs, places, forms, source, start, size, scratch)
         for k in range(size):
             is_found[k] = (bits[k] >> np.uint32(16)) & np.uint32(0x7FFF) == high
         for k in range(size, -(-size // 8) * 8):
@@ -85,15 +87,11 @@ def count_equal(
     source: int, count: int, magnitude: int, scratch: Array2[np.uint32],
 ) -> float:  # fmt: skip
     """Return how many elements of a delta have the magnitude with these bits."""
-    base_bits, bits = scratch[0], scratch[1]
-    base, delta = base_bits.view(np.float32), bits.view(np.float32)
+    bits = scratch[1]
     num_equal = 0
     for start in range(0, count, STRIP):
         size = min(STRIP, count - start)
-        load(words, longs, places[0] + start, forms[0], size, base_bits, base)
-        load(words, longs, places[source] + start, forms[source], size, bits, delta)
-        for k in range(size):
-            delta[k] -= base[k]
+        _load_delta(words, longs, places, forms, source, start, size, scratch)
         num_equal += _count_at(np.uint32(magnitude), size, bits)
     return num_equal
 
@@ -109,8 +107,8 @@ def _count_at(magnitude, count, bits):
 def _take_delta(base, kind, limits, word_limit, left, table, keys, position, count, bits, delta):
     """Subtract the base from a strip, set what is not kept to zero; return how many more at the threshold may be kept.
 
-    A strip is inside of one page. `limits` are the bits of the largest size that is dropped while some at the threshold
-    may be kept, and of the threshold: the bits of floats order as their sizes do.
+    A strip is inside of one page. `limits` are the bits of the largest magnitude that is dropped while some at the
+    threshold may be kept, and of the threshold: the bits of floats order as their magnitudes do.
     """
     if kind == MAGNITUDE:
         limit = limits.view(np.float32)[1 if left == 0 else 0]

@@ -1,4 +1,4 @@
-"""What loops do with one strip at a time, compiled into each of them: decoding, rounding, and adding up."""
+"""Decoding, rounding and adding up of one strip at a time, compiled into each loop."""
 
 from __future__ import annotations
 

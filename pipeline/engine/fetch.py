@@ -31,7 +31,7 @@ _REPORT_SECONDS = 1.0
 
 
 Ranges = Sequence[tuple[ByteRange, ...]]
-"""Of a window, for each source."""
+"""The byte ranges of a window, for each source."""
 
 
 @dataclass(frozen=True, slots=True)
