@@ -81,7 +81,12 @@ def make_plan(
     Raises:
         RaymergeError: whatever would go wrong later, as far as it can be known now.
     """
-    from raymerge.pipeline.checkpoint.table import index_tensors, list_tensors, read_table  # pyarrow: slow to import
+    from raymerge.pipeline.checkpoint.table import (  # pyarrow: slow to import
+        index_tensors,
+        list_tensors,
+        read_table,
+        release_tables,
+    )
 
     first = configs[0]
     if any(config.referenced_models != first.referenced_models for config in configs):
@@ -94,6 +99,8 @@ def make_plan(
     table = read_table(stores, {str(c.model): c.weight_files for c in checkpoints}, check)
     check_plan_fits("the inputs together", len(table), len(table) // len(checkpoints), limits.allowed_mem)
     tensors = list_tensors(table)
+    del table
+    release_tables()
     models = []
     doubts: list[str] = []
     for checkpoint in checkpoints:

@@ -2,7 +2,7 @@
 
 What is counted besides tensors was measured, as anonymous memory that a worker has more than before its first shard:
 
-- `WORKER_NBYTES` in every worker: stacks and arenas of its threads;
+- `WORKER_NBYTES` in every worker: stacks and arenas of its threads; `TENSOR_NBYTES` for each tensor of its task;
 - `Storage.read_nbytes`, `write_nbytes` and `library_nbytes` for each storage in use: bodies in flight, parts of
   uploads, threads and connections of its library;
 - `cluster.ray.session.TASK_NBYTES` on Ray: its threads, and what it keeps of a task that runs.
@@ -35,9 +35,12 @@ LOCAL_FETCH_NBYTES = 8 * 2**20
 WORKER_NBYTES = 4 * 2**20
 """Taken in every worker for stacks and allocator arenas of its threads. Measured on 2 cores: 1 to 4 MiB."""
 
-_STORED_NBYTES, _OUTPUT_NBYTES = 500, 1900
-"""Taken by the process that plans for each tensor of an input, and for each of the output. Measured with 100,000 and
-300,000 tensors: 2,400 for a tensor of one input, 2,900 of two."""
+_STORED_NBYTES, _OUTPUT_NBYTES = 650, 1900
+"""Taken by the process that plans for each tensor of an input, and for each of the output. Measured with 300,000
+tensors of one and two inputs, and with 300 tensors of 20 and 40."""
+
+TENSOR_NBYTES = 550
+"""Taken in a worker for what it tells of each tensor of its task, for each output. Measured with 20,000 in one task."""
 
 NOTABLE_NBYTES = 32 * 2**20
 """Memory of a plan by itself that is worth a word."""
@@ -47,7 +50,7 @@ def project_plan_mem(num_stored: int, num_outputs: int) -> int:
     """Return the memory that planning takes, in bytes, for tensors of all inputs and of the output.
 
     >>> project_plan_mem(1_000_000, 500_000)
-    1450000000
+    1600000000
     """
     return _STORED_NBYTES * num_stored + _OUTPUT_NBYTES * num_outputs
 

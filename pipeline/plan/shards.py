@@ -46,12 +46,13 @@ def make_tasks(merges: Sequence[TensorMerge], limits: Limits) -> tuple[tuple[Sha
         MemoryLimitError: a tensor does not fit even for one worker.
     """
     demands = {merge.name: measure_demand(merge) for merge in merges}
+    shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
+    shards = list(split_shards(merges, shard_nbytes))
+    limits = limits.reserve(max(map(len, shards)))
     if limits.gpus is None:
         check_fits(demands, limits.allowed_mem, limits.transfer)
     else:
         check_fits_gpu(demands, limits.allowed_mem, limits.gpus.allowed_mem, limits.transfer)
-    shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
-    shards = list(split_shards(merges, shard_nbytes))
     shares, num_allowed = share_out_memory([[demands[merge.name] for merge in shard] for shard in shards], limits)
     total = sum(merge.nbytes for merge in merges)
     tasks = tuple(

@@ -11,7 +11,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES, choose_room_nbytes, project_gpu_mem
-from raymerge.pipeline.plan.memory import Demand, Transfer, choose_buffer_nbytes, measure_demand, project_mem
+from raymerge.pipeline.plan.memory import (
+    TENSOR_NBYTES,
+    Demand,
+    Transfer,
+    choose_buffer_nbytes,
+    measure_demand,
+    project_mem,
+)
 from raymerge.pipeline.plan.types import Gpus, ShardTask
 from raymerge.pipeline.sizes import format_memory, parse_nbytes
 
@@ -46,6 +53,11 @@ class Limits:
     """The most that a single task may use where that is less, as a machine of a cluster has less, in bytes."""
     is_cached: bool = False
     """Whether the page cache holds what was read once, so that reading it again costs next to nothing."""
+
+    def reserve(self, num_tensors: int) -> Limits:
+        """Return limits that leave room for what a worker tells of so many tensors in one task."""
+        told_nbytes = TENSOR_NBYTES * num_tensors * self.transfer.num_outputs
+        return replace(self, transfer=replace(self.transfer, nbytes=self.transfer.nbytes + told_nbytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +160,7 @@ def explain_shares(tasks: Sequence[ShardTask], limits: Limits, num_allowed: int)
         return []
     advice = []
     demands = [[measure_demand(merge) for merge in task.merges] for task in tasks]
+    limits = limits.reserve(max(map(len, demands)))
     single = replace(limits.transfer, num_buffers=1)
     needed = max(project_mem(each, max(one.kept_nbytes for one in each), single) for each in demands)
     if needed > limits.allowed_mem and is_read_again:

@@ -18,7 +18,7 @@ from raymerge.pipeline.checkpoint.header import parse_header
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
-from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES, Transfer, measure_demand, project_mem
+from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES, TENSOR_NBYTES, Transfer, measure_demand, project_mem
 from raymerge.pipeline.plan.shards import (
     default_shard_nbytes,
     make_fingerprint,
@@ -145,9 +145,10 @@ def test_memory_stays_within_what_is_allowed(merges: list[TensorMerge], mem: int
         return
     assert 1 <= num_workers <= min(workers, len(tasks))
     share = mem * 2**20 // num_workers
+    names_nbytes = TENSOR_NBYTES * max(len(task.merges) for task in tasks)
     for task in tasks:
         demands = [measure_demand(merge) for merge in task.merges]
-        assert task.projected_mem == project_mem(demands, task.buffer_nbytes, Transfer())
+        assert task.projected_mem == project_mem(demands, task.buffer_nbytes, Transfer(nbytes=names_nbytes))
         assert task.num_shares == 1 or not task.keeps_buffers
         assert task.num_shares <= num_workers
         assert task.projected_mem <= task.num_shares * share or task.num_shares == num_workers
