@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from raymerge.ops.kernel import Kernel
 from raymerge.ops.kernels.sparse_deltas import SparseDeltas
 from raymerge.ops.registry import Base, PerModel, merge_op
@@ -15,11 +17,13 @@ def dare_linear(
     rescale: bool = True,
     int8_mask: bool = False,
     lambda_: float = 1.0,
+    rescale_mode: Literal["l1", "inverse_density"] = "l1",
 ) -> Kernel:
     """Keeps randomly chosen differences, rescales them to the sum of absolute values they had, and adds them.
 
+    With `rescale_mode: inverse_density` they are divided by the density, as in the paper, and nothing is measured.
     `int8_mask` is accepted and changes nothing: it saved memory for masks, which there are none of here.
 
     Source: Yu et al. 2024, "Language Models are Super Mario", section 3.2; the rescaling is mergekit's.
     """
-    return SparseDeltas(weight, density, "random", "none", normalize, rescale, lambda_)
+    return SparseDeltas(weight, density, "random", "none", normalize, rescale_mode if rescale else "none", lambda_)

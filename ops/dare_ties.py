@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from raymerge.ops.kernel import Kernel
 from raymerge.ops.kernels.sparse_deltas import SparseDeltas
 from raymerge.ops.registry import Base, PerModel, merge_op
@@ -15,11 +17,14 @@ def dare_ties(
     rescale: bool = True,
     int8_mask: bool = False,
     lambda_: float = 1.0,
+    rescale_mode: Literal["l1", "inverse_density"] = "l1",
 ) -> Kernel:
     """Keeps randomly chosen differences, rescaled, and adds those that agree with the elected sign.
 
+    They are rescaled to the sum of absolute values they had, or divided by the density with `rescale_mode:
+    inverse_density`.
     `int8_mask` is accepted and changes nothing: it saved memory for masks, which there are none of here.
 
     Source: Yu et al. 2024, "Language Models are Super Mario", section 3.2, with the election of Yadav et al. 2023.
     """
-    return SparseDeltas(weight, density, "random", "sum", normalize, rescale, lambda_)
+    return SparseDeltas(weight, density, "random", "sum", normalize, rescale_mode if rescale else "none", lambda_)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import raymerge.ops
 from raymerge.ops.errors import OpParameterError, UnknownOpError
@@ -45,6 +45,8 @@ class Parameter:
     """One value for each model (the base not counted where the op requires one), or one for the tensor."""
     default: Value | None
     """None where the config must give it."""
+    choices: tuple[str, ...] = ()
+    """The values that a string may have, written as `Literal["one", "other"]`; empty where any will do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +139,12 @@ def _python_name(name: str) -> str:
 def _make_parameter(parameter: inspect.Parameter, hint: Any) -> Parameter:
     per_model = get_origin(hint) is Annotated
     kind: type[Value] = get_args(get_args(hint)[0])[0] if per_model else hint
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
     default = None if parameter.default is inspect.Parameter.empty else parameter.default
     return Parameter(
         name=parameter.name.rstrip("_"),
-        type=kind,
+        type=str if choices else kind,
         per_model=per_model,
         default=default[0] if per_model and default is not None else default,
+        choices=choices,
     )

@@ -22,4 +22,4 @@ def task_arithmetic(
 
     Source: Ilharco et al. 2023, "Editing Models with Task Arithmetic", section 2.
     """
-    return SparseDeltas(weight, density, "none", "none", normalize, rescale, lambda_)
+    return SparseDeltas(weight, density, "none", "none", normalize, "l1" if rescale else "none", lambda_)

@@ -22,4 +22,4 @@ def ties(
 
     Source: Yadav et al. 2023, "TIES-Merging", algorithm 1.
     """
-    return SparseDeltas(weight, density, "magnitude", "sum", normalize, rescale, lambda_)
+    return SparseDeltas(weight, density, "magnitude", "sum", normalize, "l1" if rescale else "none", lambda_)

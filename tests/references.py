@@ -48,6 +48,9 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
     def keep_largest(delta: torch.Tensor, position: int) -> torch.Tensor:
         return _keep_largest(delta, values["density"][position])
 
+    def keep_inner(delta: torch.Tensor, position: int) -> torch.Tensor:
+        return _keep_inner(delta, values["density"][position], values["gamma"][position])
+
     def keep_random(delta: torch.Tensor, position: int) -> torch.Tensor:
         return delta * _random_mask(delta, values["density"][position], seed, name, position)
 
@@ -64,6 +67,8 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _task_arithmetic(tensors, values, keep_random)
         case "ties":
             return _task_arithmetic(tensors, values, keep_largest, elects=True)
+        case "breadcrumbs" | "breadcrumbs_ties":
+            return _task_arithmetic(tensors, values, keep_inner, elects=op == "breadcrumbs_ties")
         case "dare_ties":
             return _task_arithmetic(tensors, values, keep_random, elects=True)
     raise NotImplementedError(f"write {op} as plain float64 code in tests/references.py")
@@ -97,7 +102,7 @@ def _task_arithmetic(tensors: Tensors, values: Parameters, keep: Keep, *, elects
         return _add_up(base[None])
     # Differences are taken in float32, for their order decides what is kept.
     deltas = [(x.float() - tensors[0].float()).double() for x in tensors[1:]]
-    kept = [_thin(delta, keep(delta, position), values) for position, delta in enumerate(deltas)]
+    kept = [_thin(delta, keep(delta, position), values, position) for position, delta in enumerate(deltas)]
     votes = torch.stack([weight * delta for weight, delta in zip(weights, kept, strict=True)])
     sizes = votes.abs().sum(0)
     total = votes.sum(0)
@@ -111,7 +116,9 @@ def _task_arithmetic(tensors: Tensors, values: Parameters, keep: Keep, *, elects
     return Exact(base + values["lambda"] * mixed, base.abs() + abs(values["lambda"]) * sizes, is_draw)
 
 
-def _thin(delta: torch.Tensor, kept: torch.Tensor, values: Parameters) -> torch.Tensor:
+def _thin(delta: torch.Tensor, kept: torch.Tensor, values: Parameters, position: int) -> torch.Tensor:
+    if values["rescale"] and values.get("rescale_mode") == "inverse_density":
+        return kept / min(1.0, values["density"][position]) if values["density"][position] > 0 else kept
     if values["rescale"] and kept.abs().sum() > 1e-7:
         return kept * (delta.abs().sum() / kept.abs().sum())
     return kept
@@ -126,6 +133,29 @@ def _keep_largest(delta: torch.Tensor, density: float) -> torch.Tensor:
     kept = torch.zeros_like(flat)
     kept[order[:num_kept]] = flat[order[:num_kept]]
     return kept.reshape(delta.shape)
+
+
+def _keep_inner(delta: torch.Tensor, density: float, gamma: float) -> torch.Tensor:
+    """Keep ranks [bot, n - top) of ascending size; of equals at either end, the first."""
+    if not 0 < density < 1:
+        return delta * (density >= 1)
+    flat = delta.reshape(-1)
+    n = flat.numel()
+    num_kept, top = max(1, int(density * n)), int(gamma * n)
+    bot = n - num_kept - top
+    if bot < 0:
+        top, bot = top + bot, 0
+    sizes = flat.abs()
+    ascending = sizes.sort().values
+    low, high = ascending[bot], ascending[n - top - 1]
+    kept = (sizes > low) & (sizes < high)
+    for end, num_there in (
+        (low, int((ascending[bot : n - top] == low).sum())),
+        (high, int((ascending[bot : n - top] == high).sum())),
+    ):
+        kept[(sizes == end).nonzero()[:num_there, 0]] = True
+    assert int(kept.sum()) == num_kept
+    return (flat * kept).reshape(delta.shape)
 
 
 def _random_mask(delta: torch.Tensor, density: float, seed: int, name: str, position: int) -> torch.Tensor:

@@ -19,10 +19,11 @@ SMALLEST_SUM = 1e-7
 class Delta:
     """One model's delta: how much of it there is, and which elements."""
 
-    def __init__(self, source: int, weight: float, sparsifier: Sparsifier | None) -> None:
+    def __init__(self, source: int, weight: float, sparsifier: Sparsifier | None, rescaling: float = 1.0) -> None:
         self.source = source
         self.weight = weight
         self.sparsifier = sparsifier
+        self._rescaling = rescaling
         self.full_sum = self.kept_sum = 0.0
 
     def take(self, measured: Delta) -> None:
@@ -60,9 +61,9 @@ class Delta:
 
     @property
     def rescaling(self) -> float:
-        """Source: L1 rescaling as mergekit has it, sum |d| / sum |mask * d|."""
+        """The factor that was given, or where sums were measured sum |d| / sum |mask * d|, as mergekit has it."""
         if self.full_sum < SMALLEST_SUM or self.kept_sum < SMALLEST_SUM:
-            return 1.0
+            return self._rescaling
         return self.full_sum / self.kept_sum
 
 
@@ -92,6 +93,6 @@ class Trims:
 
     def end(self) -> None:
         """Give back what is left to be kept at a threshold."""
-        for sparsifier, left in zip(self._sparsifiers, self._left.tolist(), strict=True):
+        for sparsifier, (lower, upper) in zip(self._sparsifiers, self._left.tolist(), strict=True):
             if sparsifier is not None:
-                sparsifier.end_trim(left)
+                sparsifier.end_trim((lower, upper))

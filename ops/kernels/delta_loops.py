@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from raymerge.ops.kernels.compiler import Array1, Array2, Array3
 
 ALL, MAGNITUDE, RANDOM = 0, 1, 2
-"""Kinds of trimming: keep all of a delta, elements larger than a limit, or those that random bits choose."""
+"""Kinds of trimming: keep all of a delta, elements between two limits, or those that random bits choose."""
 
 
 def _load_delta(words, longs, places, forms, source, start, size, scratch):
@@ -61,9 +61,10 @@ def count_high(
 @loop
 def count_low(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
-    source: int, count: int, high: int, counts: Array1[np.int64], scratch: Array2[np.uint32],
+    source: int, count: int, high: int, other_high: int, counts: Array1[np.int64], other_counts: Array1[np.int64],
+    scratch: Array2[np.uint32],
 ) -> None:  # fmt: skip
-    """Count the magnitudes of a delta with these high bits by their 16 low bits."""
+    """Count the magnitudes of a delta with the one or the other high bits by their 16 low bits, in two tables."""
     bits = scratch[1]
     is_found = scratch[2].view(np.uint8)
     is_any_found = scratch[2].view(np.uint64)
@@ -71,14 +72,19 @@ def count_low(
         size = min(STRIP, count - start)
         _load_delta(words, longs, places, forms, source, start, size, scratch)
         for k in range(size):
-            is_found[k] = (bits[k] >> np.uint32(16)) & np.uint32(0x7FFF) == high
+            word = (bits[k] >> np.uint32(16)) & np.uint32(0x7FFF)
+            is_found[k] = (word == high) | (word == other_high)
         for k in range(size, -(-size // 8) * 8):
             is_found[k] = False
         for eight in range(-(-size // 8)):
             if is_any_found[eight]:
                 for k in range(8 * eight, 8 * eight + 8):
                     if is_found[k]:
-                        counts[bits[k] & np.uint32(0xFFFF)] += 1
+                        low = bits[k] & np.uint32(0xFFFF)
+                        if (bits[k] >> np.uint32(16)) & np.uint32(0x7FFF) == high:
+                            counts[low] += 1
+                        else:
+                            other_counts[low] += 1
 
 
 @loop
@@ -105,23 +111,27 @@ def _count_at(magnitude, count, bits):
 
 
 def _take_delta(base, kind, limits, word_limit, left, table, keys, position, count, bits, delta):
-    """Subtract the base from a strip, set what is not kept to zero; return how many more at the threshold may be kept.
+    """Subtract the base from a strip, and set what is not kept to zero.
 
-    A strip is inside of one page. `limits` are the bits of the largest magnitude that is dropped while some at the
-    threshold may be kept, and of the threshold: the bits of floats order as their magnitudes do.
+    A strip is inside of one page. `limits` and `left`, which counts down, are those of `sparsifier.Trim`: the bits of
+    floats order as their magnitudes do.
     """
     if kind == MAGNITUDE:
-        limit = limits.view(np.float32)[1 if left == 0 else 0]
-        if left > 0:
+        sizes = limits.view(np.float32)
+        lower, upper = sizes[1 if left[0] == 0 else 0], sizes[3 if left[1] == 0 else 2]
+        if left[0] > 0 or left[1] > 0:
             for k in range(count):
                 delta[k] -= base[k]
-            left = _drop_ties(limits[1], left, count, bits)
+            for side in range(2):
+                if left[side] > 0:
+                    left[side] = _drop_ties(limits[1 + side], left[side], count, bits)
             for k in range(count):  # not `0 if ... else ...`, which compiles to slow stores under a mask
-                delta[k] = delta[k] * np.float32(abs(delta[k]) > limit) + np.float32(0)
+                is_dropped = (abs(delta[k]) <= lower) | (abs(delta[k]) > upper)
+                bits[k] &= np.uint32(np.uint32(is_dropped) - np.uint32(1))
         else:
             for k in range(count):
                 value = delta[k] - base[k]
-                delta[k] = np.float32(0) if abs(value) <= limit else value
+                delta[k] = np.float32(0) if (abs(value) <= lower) | (abs(value) > upper) else value
     elif kind == RANDOM:
         place = position % PAGE_ELEMENTS
         page = table[place : place + count]
@@ -133,7 +143,6 @@ def _take_delta(base, kind, limits, word_limit, left, table, keys, position, cou
     else:
         for k in range(count):
             delta[k] -= base[k]
-    return left
 
 
 def _drop_ties(threshold, left, count, bits):
@@ -154,7 +163,7 @@ def _drop_ties(threshold, left, count, bits):
 def sum_delta(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
     source: int, position: int, count: int, kinds: Array1[np.int64], limits: Array2[np.uint32],
-    word_limits: Array1[np.uint32], left: Array1[np.int64], table: Array1[np.uint32], keys: Array3[np.uint32],
+    word_limits: Array1[np.uint32], left: Array2[np.int64], table: Array1[np.uint32], keys: Array3[np.uint32],
     sums: Array2[np.float64], scratch: Array2[np.uint32],
 ) -> None:  # fmt: skip
     """Write the sums of a delta's magnitudes over each block, all of them and the kept ones, to a row of `sums`."""
@@ -180,9 +189,7 @@ def sum_delta(
                 full[k] = abs(delta[k] - base[k])
             page = (position + start) // PAGE_ELEMENTS - position // PAGE_ELEMENTS
             where = position + start, size
-            left[0] = _take_delta(
-                base, kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], *where, bits, delta
-            )
+            _take_delta(base, kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], *where, bits, delta)
             if is_folded:
                 strip = find_strip(row, column, 2)
                 whole, kept = strips[strip, column % STRIP :], strips[strip + NUM_ROW_STRIPS, column % STRIP :]
@@ -203,7 +210,7 @@ def combine_deltas(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
     models: Array1[np.int64], factors: Array1[np.float32], weights: Array1[np.float32], agree: int, normalize: int,
     scale: np.float32, smallest_weight: np.float32, position: int, count: int, kinds: Array1[np.int64],
-    limits: Array2[np.uint32], word_limits: Array1[np.uint32], left: Array1[np.int64], table: Array1[np.uint32],
+    limits: Array2[np.uint32], word_limits: Array1[np.uint32], left: Array2[np.int64], table: Array1[np.uint32],
     keys: Array3[np.uint32], out_words: Array1[np.uint16], out_longs: Array1[np.uint32], out_form: int,
     squares: Array1[np.float32], scratch: Array2[np.uint32],
 ) -> float:  # fmt: skip
@@ -222,9 +229,7 @@ def combine_deltas(
             delta = bits.view(np.float32)
             load(words, longs, places[models[m]] + start, forms[models[m]], size, bits, delta)
             where = position + start, size
-            left[m] = _take_delta(
-                base, kinds[m], limits[m], word_limits[m], left[m], table, keys[m, page], *where, bits, delta
-            )
+            _take_delta(base, kinds[m], limits[m], word_limits[m], left[m], table, keys[m, page], *where, bits, delta)
             factor = factors[m]
             if m == 0:
                 for k in range(size):

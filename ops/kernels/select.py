@@ -31,14 +31,19 @@ _NUM_KEPT_TABLES = 4
 _TABLES: list[NDArray[Any]] = []
 """Tables to count the next tensors in: fresh pages cost as much as counting a small one does."""
 
-SELECTION_NBYTES = _NUM_LOW * 8 + 3 * _NUM_LOW * 4
-"""Memory of a selection: a table of counts, and low bits waiting to be counted."""
+_INFINITY = 0x7F800000
+"""Bits of the largest float."""
+
+CUT_NBYTES = _NUM_LOW * 8 + 3 * _NUM_LOW * 4
+"""Memory of a threshold that is looked for: a table of counts, and low bits waiting to be counted."""
 SELECTION_TEMPORARY_NBYTES = 6 * _NUM_LOW * 8
 """Besides, while a block is counted: a second table, indices, and copies."""
 
 
 class MagnitudeSparsifier(Sparsifier):
-    """Keeps the k elements with the largest absolute values; of equal ones at the threshold those of lowest index.
+    """Keeps the k elements with the largest absolute values, the very largest left out or not.
+
+    Of equal ones at a threshold those of lowest index are kept.
 
     The bits of non-negative floats order as their values do. The first pass counts by the 15 high bits, which gives the
     threshold's bin; the second counts that bin by the 16 low bits, which gives the threshold itself.
@@ -46,28 +51,26 @@ class MagnitudeSparsifier(Sparsifier):
 
     num_passes = 2
 
-    def __init__(self, num_kept: int) -> None:
-        """Select the largest `num_kept` elements of a tensor; at least 1, at most all."""
-        self._num_kept = num_kept
-        self._counts: torch.Tensor | NDArray[Any] | None = None
-        self._pending: list[torch.Tensor] = []
-        self._num_pending = 0
-        self._bin = 0
-        self._num_above = 0
-        self._threshold = 0.0
-        self._below_threshold = 0.0
-        self._quota = 0
-        self._has_ties = False
-        self._left = 0
+    def __init__(self, num_kept: int, num_outliers: int = 0) -> None:
+        """Select elements of a tensor by their size.
 
-    @property
-    def threshold(self) -> float:
-        """The smallest absolute value that is kept; known after both passes."""
-        return self._threshold
+        Args:
+            num_kept: how many are kept; at least 1, with `num_outliers` at most all.
+            num_outliers: how many that are larger than these are dropped.
+        """
+        self._num_kept = num_kept
+        self._num_outliers = num_outliers
+        self._lower = _Cut(num_kept + num_outliers)
+        self._upper = _Cut(num_outliers + 1) if num_outliers else None
+        self._counts: torch.Tensor | NDArray[Any] | None = None
+        self._quotas = self._left = (-1, -1)
+        """How many elements on the lower and the upper threshold may be kept; -1 where all may."""
 
     def figures(self) -> Mapping[str, float]:
         """Return the threshold, and how many elements are kept that are not zero."""
-        return {"threshold": self._threshold, "kept": self._num_kept if self._threshold else self._num_above}
+        kept = self._num_kept if self._lower.value else max(0, self._lower.num_above - self._num_outliers)
+        upper = {"upper_threshold": self._upper.value} if self._upper else {}
+        return {"threshold": self._lower.value, "kept": kept, **upper}
 
     def measure(self, index: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Count one block, by high bits or by low ones."""
@@ -75,113 +78,186 @@ class MagnitudeSparsifier(Sparsifier):
             raise TypeError(f"selection by magnitude works on float32, not on {delta.dtype}")
         bits = delta.abs_().view(torch.int32)
         if index == 0:
-            self._count(bits.bitwise_right_shift_(_HALF), _NUM_HIGH)
+            counts = _count(bits.bitwise_right_shift_(_HALF), _NUM_HIGH)
+            self._counts = counts if self._counts is None else self._counts + counts
             return
-        self._pending.append(_low_bits_in_bin(bits, self._bin, spares[0]))
+        offset = 0
+        for cut in self._list_bins():
+            cut.collect(bits.sub_((cut.bin << _HALF) - offset), spares[0])
+            offset = cut.bin << _HALF
+
+    def measure_stored(self, index: int, stored: Stored, source: int) -> None:
+        """Count what is there at once, by high bits or by low ones."""
+        if index == 0:
+            if self._counts is None:
+                self._counts = _take_table().reshape(2, _NUM_HIGH)
+            delta_loops.count_high(*stored.sources(), source, stored.num_elements, self._counts, loops.make_scratch(2))
+            return
+        cuts = self._list_bins()
+        for cut in cuts:
+            if cut.counts is None:
+                cut.counts = _take_table()
+        bins = cuts[0].bin, cuts[-1].bin, cuts[0].counts, cuts[-1].counts
+        delta_loops.count_low(*stored.sources(), source, stored.num_elements, *bins, loops.make_scratch(3))
+
+    def end_pass(self, index: int) -> None:
+        """Find the bins that hold the thresholds, or the thresholds."""
+        if index == 0:
+            if self._counts is not None:
+                counts = _read(self._counts)
+                for cut in self._list_cuts():
+                    cut.find_bin(counts)
+            self._counts = None
+            return
+        found = {cut.bin: cut.read_counts() for cut in self._list_bins()}
+        for cut in self._list_cuts():
+            cut.find_value(found[cut.bin])
+        lower, upper = self._lower, self._upper
+        if math.isnan(lower.value):  # NaN are the largest, and always kept: so is all
+            return
+        quotas = [lower.rank - lower.num_above, -1]
+        if upper and not math.isnan(upper.value):
+            if upper.value == lower.value:
+                quotas[0] = self._num_kept
+            elif upper.num_above < self._num_outliers:
+                quotas[1] = upper.num_equal - (self._num_outliers - upper.num_above)
+        if not lower.value or quotas[0] == lower.num_equal:
+            quotas[0] = -1
+        self._quotas = quotas[0], quotas[1]
+
+    def trim(self, start: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Set what lies outside of the thresholds to zero, and what lies on one once as many are kept as may be."""
+        if start == 0:
+            self._left = self._quotas
+        limits, left = self._list_limits(), self._left
+        if limits is None:
+            return
+        values = [_float_of_bits(bits) for bits in limits]
+        self._left = tuple(  # type: ignore[assignment]  # two
+            _drop_ties(delta, values[which], num_left, spares[0]) if num_left > 0 else num_left
+            for which, num_left in zip((1, 2), left, strict=True)
+        )
+        torch.ops.aten.hardshrink.out(delta, values[1 if left[0] == 0 else 0], out=delta)
+        if self._num_outliers:
+            is_above = spares[1].view(torch.bool)[: delta.numel()]
+            largest_kept = values[3 if left[1] == 0 else 2]
+            delta.masked_fill_(torch.gt(torch.abs(delta, out=spares[0]), largest_kept, out=is_above), 0)
+
+    def make_trim(self, stored: Stored) -> Trim:
+        """Return the thresholds, and how many elements on them may still be kept."""
+        if stored.start == 0:
+            self._left = self._quotas
+        limits = self._list_limits()
+        return Trim() if limits is None else Trim(delta_loops.MAGNITUDE, limits, left=self._left)
+
+    def fork(self, pieces: Sequence[Stored], source: int, run_all: RunAll) -> Sequence[Sparsifier]:
+        """Return one for each piece, which knows how many elements on the thresholds may be kept there."""
+        if pieces[0].start == 0:
+            self._left = self._quotas
+        limits = self._list_limits()
+        if limits is None or max(self._left) <= 0:
+            return [self] * len(pieces)
+        forks = []
+        found = run_all([partial(_count_equal, piece, source, limits[1], limits[2]) for piece in pieces])
+        for counts in found:
+            forks.append(copy.copy(self))
+            left = [num_left - min(max(num_left, 0), count) for num_left, count in zip(self._left, counts, strict=True)]
+            self._left = left[0], left[1]
+        return forks
+
+    def end_trim(self, left: tuple[int, int]) -> None:
+        """Remember how many elements on the thresholds may be kept of those that come next."""
+        self._left = left
+
+    def _list_cuts(self) -> list[_Cut]:
+        return [self._lower, self._upper] if self._upper else [self._lower]
+
+    def _list_bins(self) -> list[_Cut]:
+        """Return a cut for each bin that holds thresholds."""
+        return list({cut.bin: cut for cut in self._list_cuts()}.values())
+
+    def _list_limits(self) -> tuple[int, int, int, int] | None:
+        """Return the limits of `Trim`; None where all is kept."""
+        lower = self._lower.value
+        upper = self._upper.value if self._upper else math.nan
+        if math.isnan(lower) or (lower == 0 and not self._upper):
+            return None
+        low = _bits_of_float(lower)
+        high = _INFINITY if math.isnan(upper) else _bits_of_float(upper)
+        return max(0, low - 1), low, high, max(0, high - 1)
+
+
+class _Cut:
+    """One threshold while it is looked for."""
+
+    def __init__(self, rank: int) -> None:
+        """Look for the element of this rank; 1 is the largest."""
+        self.rank = rank
+        self.bin = self.num_above = self.num_equal = 0
+        self.value = 0.0
+        self.counts: torch.Tensor | NDArray[Any] | None = None
+        self._pending: list[torch.Tensor] = []
+        self._num_pending = 0
+
+    def collect(self, offsets: torch.Tensor, spare: torch.Tensor) -> None:
+        """Take the low bits of a block, which come with the bin's bits subtracted."""
+        self._pending.append(_low_bits(offsets, spare))
         self._num_pending += self._pending[-1].numel()
         if self._num_pending >= _NUM_LOW:
             self._count_pending()
 
-    def measure_stored(self, index: int, stored: Stored, source: int) -> None:
-        """Count what is there at once, by high bits or by low ones."""
-        if self._counts is None:
-            self._counts = _take_table().reshape((2, _NUM_HIGH) if index == 0 else (1, _NUM_LOW))
-        if index == 0:
-            delta_loops.count_high(*stored.sources(), source, stored.num_elements, self._counts, loops.make_scratch(2))
-        else:
-            scratch = loops.make_scratch(3)
-            delta_loops.count_low(*stored.sources(), source, stored.num_elements, self._bin, self._counts[0], scratch)
+    def read_counts(self) -> NDArray[Any]:
+        """Return how often each of the low bits occurs in the bin."""
+        self._count_pending()
+        counts, self.counts = self.counts, None
+        return np.zeros(_NUM_LOW, np.int64) if counts is None else _read(counts)
 
-    def end_pass(self, index: int) -> None:
-        """Find the bin that holds the threshold."""
-        if index == 1:
-            self._count_pending()
-        if self._counts is None:  # an empty tensor
+    def find_bin(self, counts: NDArray[Any]) -> None:
+        """Find the bin among high bits."""
+        self.bin, self.num_above, _ = _find_bin(counts, self.rank)
+
+    def find_value(self, counts: NDArray[Any]) -> None:
+        """Find the threshold among the low bits in the bin."""
+        if not counts.any():  # an empty tensor
             return
-        if isinstance(self._counts, np.ndarray):
-            counts = self._counts.sum(0)
-            if len(_TABLES) < _NUM_KEPT_TABLES:
-                _TABLES.append(self._counts)
-        else:
-            counts = self._counts.cpu().numpy()
-        chosen, num_above, num_equal = _find_bin(counts, self._num_kept - self._num_above)
-        self._counts = None
-        self._num_above += num_above
-        if index == 0:
-            self._bin = chosen
-            return
-        bits = self._bin << _HALF | chosen
-        self._threshold = _float_of_bits(bits)
-        self._below_threshold = _float_of_bits(max(0, bits - 1))
-        self._quota = self._num_kept - self._num_above
-        self._has_ties = num_equal > self._quota
-
-    def trim(self, start: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Set what lies below the threshold to zero, and what lies on it once as many are kept as may be."""
-        if self._threshold == 0:
-            return
-        if start == 0:
-            self._left = self._quota
-        largest_dropped = self._below_threshold
-        if self._has_ties:
-            if self._left == 0:
-                largest_dropped = self._threshold
-            else:
-                self._drop_ties(delta, spares[0])
-        torch.ops.aten.hardshrink.out(delta, largest_dropped, out=delta)
-
-    def make_trim(self, stored: Stored) -> Trim:
-        """Return the threshold, and how many elements on it may still be kept."""
-        if self._threshold == 0 or math.isnan(self._threshold):
-            return Trim()
-        if stored.start == 0:
-            self._left = self._quota
-        left = self._left if self._has_ties else -1
-        threshold = _bits_of_float(self._threshold)
-        return Trim(delta_loops.MAGNITUDE, (threshold - 1, threshold), left=left)
-
-    def fork(self, pieces: Sequence[Stored], source: int, run_all: RunAll) -> Sequence[Sparsifier]:
-        """Return one for each piece, which knows how many elements on the threshold may be kept there."""
-        if pieces[0].start == 0:
-            self._left = self._quota
-        if not self._has_ties or self._left == 0 or self._threshold == 0 or math.isnan(self._threshold):
-            return [self] * len(pieces)
-        threshold = _bits_of_float(self._threshold)
-        forks = []
-        for num_equal in run_all([partial(_count_equal, piece, source, threshold) for piece in pieces]):
-            forks.append(copy.copy(self))
-            self._left -= min(self._left, num_equal)
-        return forks
-
-    def end_trim(self, left: int) -> None:
-        """Remember how many elements on the threshold may be kept of those that come next."""
-        self._left = left
-
-    def _count(self, values: torch.Tensor, num_values: int) -> None:
-        counts = (
-            values.bincount(minlength=num_values) if values.device.type == "cpu" else _count_apart(values, num_values)
-        )
-        self._counts = counts if self._counts is None else self._counts + counts
+        low, num_above, self.num_equal = _find_bin(counts, self.rank - self.num_above)
+        self.num_above += num_above
+        self.value = _float_of_bits(self.bin << _HALF | low)
 
     def _count_pending(self) -> None:
         """Count what several blocks had in the bin: rarely, for the table is as large as a block."""
         if self._pending:
-            self._count(torch.cat(self._pending), _NUM_LOW)
+            counts = _count(torch.cat(self._pending), _NUM_LOW)
+            self.counts = counts if self.counts is None else self.counts + counts
         self._pending = []
         self._num_pending = 0
 
-    def _drop_ties(self, delta: torch.Tensor, spare: torch.Tensor) -> None:
-        """Set elements at the threshold to zero once as many were kept as may be."""
-        is_equal = torch.eq(torch.abs(delta, out=spare), self._threshold, out=spare)
-        num_equal = int(is_equal.count_nonzero().item())
-        if num_equal > self._left:
-            delta[is_equal.nonzero()[self._left :, 0]] = 0
-        self._left -= min(self._left, num_equal)
+
+def _count(values: torch.Tensor, num_values: int) -> torch.Tensor:
+    """Return how often each number occurs in `values`; overwrites them."""
+    return values.bincount(minlength=num_values) if values.device.type == "cpu" else _count_apart(values, num_values)
 
 
-def _low_bits_in_bin(bits: torch.Tensor, high_bits: int, spare: torch.Tensor) -> torch.Tensor:
-    """Return the low bits of the numbers with these high bits, in a tensor of their own; overwrites its arguments."""
-    bits.sub_(high_bits << _HALF)
+def _read(counts: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
+    """Return counts where they can be looked at, and keep their table for others."""
+    if not isinstance(counts, np.ndarray):
+        return counts.cpu().numpy()
+    if len(_TABLES) < _NUM_KEPT_TABLES:
+        _TABLES.append(counts.reshape(-1))
+    return counts.copy() if counts.ndim == 1 else counts.sum(0)
+
+
+def _drop_ties(delta: torch.Tensor, threshold: float, left: int, spare: torch.Tensor) -> int:
+    """Set elements at the threshold to zero once as many were kept as may be, and return how many more may be."""
+    is_equal = torch.eq(torch.abs(delta, out=spare), threshold, out=spare)
+    num_equal = int(is_equal.count_nonzero().item())
+    if num_equal > left:
+        delta[is_equal.nonzero()[left:, 0]] = 0
+    return left - min(left, num_equal)
+
+
+def _low_bits(bits: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+    """Return the numbers that have no high bits, in a tensor of their own; overwrites `spare`."""
     if bits.device.type != "cpu":
         return bits[(bits >= 0) & (bits < _NUM_LOW)]
     unsigned = bits.numpy().view(np.uint32)
@@ -190,10 +266,10 @@ def _low_bits_in_bin(bits: torch.Tensor, high_bits: int, spare: torch.Tensor) ->
     return torch.from_numpy(bits.numpy()[np.flatnonzero(is_inside)])
 
 
-def _count_equal(stored: Stored, source: int, threshold: int) -> int:
-    """Return how many elements of a delta have the magnitude with these bits."""
-    counted = delta_loops.count_equal(*stored.sources(), source, stored.num_elements, threshold, loops.make_scratch(2))
-    return int(counted)
+def _count_equal(stored: Stored, source: int, *thresholds: int) -> list[int]:
+    """Return how many elements of a delta have the magnitudes with these bits."""
+    where = *stored.sources(), source, stored.num_elements
+    return [int(delta_loops.count_equal(*where, threshold, loops.make_scratch(2))) for threshold in thresholds]
 
 
 def _count_apart(values: torch.Tensor, num_values: int) -> torch.Tensor:

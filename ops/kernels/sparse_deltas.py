@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.kernels.delta import Delta, Trims
 from raymerge.ops.kernels.linear import combine_stored
 from raymerge.ops.kernels.random import RandomSparsifier
-from raymerge.ops.kernels.select import SELECTION_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
+from raymerge.ops.kernels.select import CUT_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
 from raymerge.ops.kernels.sparsifier import Sparsifier
 from raymerge.ops.lazy import delta_loops, loops, np, torch
 from raymerge.ops.stored import LOOP_DTYPES, RunAll, Slot, Stored
 from raymerge.ops.sums import add_blocks
+
+Rescale = Literal["none", "l1", "inverse_density"]
 
 SMALLEST_DIVISOR = 1e-8
 """A smaller sum of all weights does not divide."""
@@ -33,22 +36,36 @@ class SparseDeltas(Kernel):
     densities: tuple[float, ...]
     """Share of each delta that is kept; 1 and more keep all, 0 and less nothing. One value holds for all models."""
     sparsifier: Literal["none", "magnitude", "random"]
-    """Which elements are kept: all, the largest, or randomly chosen ones."""
+    """Which elements are kept: all, those of some sizes, or randomly chosen ones."""
     consensus: Literal["none", "sum"]
     """Add all that is kept, or only what has the sign of the sum."""
     normalize: bool
     """Divide by the weights that took part."""
-    rescale: bool
-    """Give each thinned delta the sum of absolute values that it had before."""
+    rescale: Rescale
+    """Give each thinned delta the sum of absolute values that it had before, or divide by the density."""
     scale: float
     """The YAML's `lambda`."""
+    gammas: tuple[float, ...] = (0.0,)
+    """Share of each delta that is dropped as outliers, by magnitude. One value holds for all models."""
     loop_dtypes = LOOP_DTYPES
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            OpParameterError: a share of outliers is none.
+        """
+        for gamma in self.gammas:
+            if not 0 <= gamma <= 1:
+                raise OpParameterError(
+                    f"gamma = {gamma} is outside of 0 to 1, the share of each delta that is dropped as outliers"
+                )
 
     def num_passes(self, site: Site) -> int:
         """Return the sparsifier's passes, and one more to rescale."""
         if not any(self._thinned()):
             return 0
-        return (2 if self.sparsifier == "magnitude" else 0) + self.rescale
+        return (2 if self.sparsifier == "magnitude" else 0) + (self.rescale == "l1")
 
     def num_scratch(self, site: Site) -> int:
         """The base, two spares, and one delta; all deltas if they are to agree on a sign."""
@@ -56,20 +73,22 @@ class SparseDeltas(Kernel):
 
     def state_nbytes(self, site: Site) -> int:
         """Histograms and collected bits of every model that is trimmed by magnitude."""
-        is_selecting = self.sparsifier == "magnitude" and self.num_passes(site) > 0
-        return (site.num_sources - 1) * SELECTION_NBYTES + SELECTION_TEMPORARY_NBYTES if is_selecting else 0
+        if self.sparsifier != "magnitude" or not self.num_passes(site):
+            return 0
+        num_cuts = 1 + any(gamma > 0 for gamma in self.gammas)
+        return (site.num_sources - 1) * num_cuts * CUT_NBYTES + SELECTION_TEMPORARY_NBYTES
 
     def measuring(self, site: Site) -> Hashable:
         """Which deltas are thinned out, how much and how; neither weights nor scale."""
-        return SparseDeltas, self.sparsifier, self.rescale, self._thinned()
+        return SparseDeltas, self.sparsifier, self.rescale == "l1", self._thinned(), self.gammas
 
     def start(self, site: Site) -> KernelRun:
         """Begin with one tensor."""
-        models = [
-            Delta(source, weight, self._make_sparsifier(site, source - 1, density))
-            for source, (weight, density) in enumerate(zip(self.weights, self._densities(), strict=True), start=1)
-            if weight != 0 and density > 0
-        ]
+        models = []
+        for source, (weight, density) in enumerate(zip(self.weights, self._densities(), strict=True), start=1):
+            if weight != 0 and density > 0:
+                rescaling = 1 / min(density, 1.0) if self.rescale == "inverse_density" else 1.0
+                models.append(Delta(source, weight, self._make_sparsifier(site, source - 1, density), rescaling))
         return _SparseDeltasRun(self, site, models)
 
     def _thinned(self) -> tuple[float, ...]:
@@ -80,14 +99,22 @@ class SparseDeltas(Kernel):
     def _densities(self) -> tuple[float, ...]:
         if self.sparsifier == "none":
             return (1.0,) * len(self.weights)
-        return self.densities * len(self.weights) if len(self.densities) == 1 else self.densities
+        return spread(self.densities, len(self.weights))
 
     def _make_sparsifier(self, site: Site, position: int, density: float) -> Sparsifier | None:
         if density >= 1:
             return None
         if self.sparsifier == "magnitude":
-            return MagnitudeSparsifier(max(1, int(density * site.num_elements)))
+            num_kept = max(1, int(density * site.num_elements))
+            gamma = spread(self.gammas, len(self.weights))[position]
+            num_outliers = min(int(gamma * site.num_elements), site.num_elements - num_kept)
+            return MagnitudeSparsifier(num_kept, max(0, num_outliers))
         return RandomSparsifier(density, seed=site.seed, name=site.name, position=position)
+
+
+def spread(values: tuple[float, ...], num_models: int) -> tuple[float, ...]:
+    """Return a value for each model, where one may hold for all."""
+    return values * num_models if len(values) == 1 else values
 
 
 class _SparseDeltasRun(KernelRun):

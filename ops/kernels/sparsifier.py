@@ -20,12 +20,13 @@ class Trim:
 
     kind: int = 0
     """`delta_loops.ALL`, `delta_loops.MAGNITUDE` or `delta_loops.RANDOM`."""
-    limits: tuple[int, int] = (0, 0)
-    """The bits of the largest size that is dropped while some at the threshold may be kept, and of the threshold."""
+    limits: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """The bits of sizes: the largest one that is too small while some at the lower threshold may be kept; the lower
+    threshold; the upper one; the largest one that is not too large once no more at the upper threshold may be kept."""
     word_limit: int = 0
     """Elements are kept whose random word is smaller."""
-    left: int = -1
-    """How many at the threshold may be kept, counted from here; -1 where all may."""
+    left: tuple[int, int] = (-1, -1)
+    """How many at the lower and the upper threshold may be kept, counted from here; -1 where all may."""
     keys: NDArray[Any] | None = None
     """The two keys of each page of random words that the stored values touch."""
 
@@ -65,7 +66,7 @@ class Sparsifier(ABC):
     def make_trim(self, stored: Stored) -> Trim:
         """Return the rule by which loops trim these elements, in place of `trim`; called in the same order."""
 
-    def end_trim(self, left: int) -> None:  # noqa: B027  # most have nothing left over
+    def end_trim(self, left: tuple[int, int]) -> None:  # noqa: B027  # most have nothing left over
         """Take back what loops have left of `Trim.left`."""
 
     @abstractmethod

@@ -248,4 +248,5 @@ def _count_models(op: Op) -> str:
 def _describe(parameter: Parameter) -> str:
     given = "required" if parameter.default is None else f"default {str(parameter.default).lower()}"
     scope = "for each model" if parameter.per_model else "for the tensor"
-    return f"{parameter.name}: {parameter.type.__name__}, {scope}, {given}"
+    kind = " | ".join(parameter.choices) or parameter.type.__name__
+    return f"{parameter.name}: {kind}, {scope}, {given}"

@@ -12,7 +12,7 @@ import re2
 
 from raymerge.ops.registry import Parameter, Value
 from raymerge.pipeline.config.node import Place
-from raymerge.pipeline.messages import shown
+from raymerge.pipeline.messages import shown, suggest
 
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _PATTERN_SIGNS = set("*?[]()|^$\\")
@@ -186,6 +186,11 @@ def _parse_value(place: Place, parameter: Parameter) -> Value:
         converted = _to_bool(value)
     elif parameter.type is str:
         converted = value if isinstance(value, str) else None
+        if parameter.choices and converted not in parameter.choices:
+            hint = (
+                suggest(converted, parameter.choices) if converted else f"it is one of {', '.join(parameter.choices)}"
+            )
+            raise place.error(f"{shown(value)} is given; {hint}")
     elif not isinstance(value, bool):
         number = _to_float(value)
         if number is not None and not math.isfinite(number):

@@ -17,11 +17,17 @@ Change = Mapping[str, Any]
 """Values of parameters, by name; for a per-model parameter one for each of three models."""
 NO_CHANGE: Change = MappingProxyType({})
 
-SAMPLE_VALUES: dict[str, Value | tuple[Value, ...]] = {"t": 0.3, "density": 0.5, "weight": (0.5, 0.3, 0.4)}
+SAMPLE_VALUES: dict[str, Value | tuple[Value, ...]] = {
+    "t": 0.3,
+    "density": 0.5,
+    "weight": (0.5, 0.3, 0.4),
+    "gamma": 0.1,
+}
 VARIANTS: dict[str, list[Any]] = {
     "weight": [(1.0, -0.25, 0.5), (0.5, 0.0, 0.5), (0.3, 0.3, 0.3)],
     "t": [0.0, 0.9],
     "density": [(0.5, 0.2, 1.0), (0.0, 0.7, -1.0)],
+    "gamma": [(0.01, 0.0, 0.9)],
     "lambda": [0.4],
     "scale": [-1.5],
 }
@@ -81,7 +87,8 @@ def make_kernel(op: Op, change: Change = NO_CHANGE) -> Kernel:
 
 def list_changes(op: Op) -> list[dict[str, Any]]:
     """Return changes to the sample values: none, each switch the other way, and what a sweep may vary."""
-    switches = [{p.name: not p.default} for p in op.parameters if p.type is bool]
+    switches: list[dict[str, Any]] = [{p.name: not p.default} for p in op.parameters if p.type is bool]
+    switches += [{p.name: choice} for p in op.parameters for choice in p.choices if choice != p.default]
     variants = [{p.name: value} for p in op.parameters for value in VARIANTS.get(p.name, [])]
     return [{}, *switches, *variants]
 

@@ -19,6 +19,7 @@ Z = torch.tensor([[-1, 2, 0.5, 3], [2, 0.1, 1, -0.5]])
 MODELS = [M1, M2, M3]
 WITH_BASE = [B, *MODELS]
 WEIGHTS = {"weight": (1.0, 0.5, 0.5)}
+INNER = {"density": (0.5, 0.5, 0.75), "gamma": (0.13, 0.13, 0.13)}
 HALF = {"density": (0.5, 0.5, 0.5)}
 
 
@@ -68,6 +69,18 @@ HALF = {"density": (0.5, 0.5, 0.5)}
             WEIGHTS | HALF | {"rescale": True},
             WITH_BASE,
             [1.44533, -2.39, 3.65, 0.717143, 0.352667, 1.12857, -1, 2.23892],
+        ),
+        (
+            "breadcrumbs",
+            WEIGHTS | INNER,
+            WITH_BASE,
+            [1.45, -2.25, 3.05, 0.6, 0.425, 0.25, -1, 2.225],
+        ),
+        (
+            "breadcrumbs_ties",
+            WEIGHTS | INNER,
+            WITH_BASE,
+            [1.45, -2.25, 3.25, 0.6, 0.45, 0.25, -1, 2.325],
         ),
         ("dare_ties", WEIGHTS, WITH_BASE, [1.45, -2.25, 3.27, 0.65, 0.45, 1, -0.945, 2.325]),
         ("dare_linear", WEIGHTS, WITH_BASE, [1.35, -2.25, 3.07, 0.65, 0.425, 0.4, -0.945, 2.225]),

@@ -12,6 +12,11 @@ from raymerge.ops.registry import Base, Parameter, find_op, load_ops
 
 WEIGHT = Parameter("weight", float, per_model=True, default=None)
 DENSITY = Parameter("density", float, per_model=True, default=1.0)
+GAMMA = Parameter("gamma", float, per_model=True, default=0.01)
+
+
+OWN = {"rescale_mode"}
+"""Parameters that mergekit does not have."""
 
 
 def shared(name: str, kind: type, default: Any) -> Parameter:
@@ -51,6 +56,20 @@ def task_arithmetic_parameters(*, normalize: bool, rescale: bool) -> set[Paramet
             task_arithmetic_parameters(normalize=False, rescale=True),
         ),
         ("dare_ties", "DARE TIES", Base.REQUIRED, (0, None), task_arithmetic_parameters(normalize=False, rescale=True)),
+        (
+            "breadcrumbs",
+            "Model Breadcrumbs",
+            Base.REQUIRED,
+            (0, None),
+            task_arithmetic_parameters(normalize=False, rescale=False) | {GAMMA},
+        ),
+        (
+            "breadcrumbs_ties",
+            "Model Breadcrumbs with TIES",
+            Base.REQUIRED,
+            (0, None),
+            task_arithmetic_parameters(normalize=False, rescale=False) | {GAMMA},
+        ),
     ],
 )
 def test_declares_what_mergekit_takes(
@@ -58,7 +77,12 @@ def test_declares_what_mergekit_takes(
 ) -> None:
     op = find_op(name)
     assert (op.title, op.base, (op.min_models, op.max_models)) == (title, base, models)
-    assert set(op.parameters) == parameters
+    assert {parameter for parameter in op.parameters if parameter.name not in OWN} == parameters
+
+
+def test_a_string_has_the_values_that_its_type_lists() -> None:
+    mode = next(p for p in find_op("dare_ties").parameters if p.name == "rescale_mode")
+    assert mode == Parameter("rescale_mode", str, False, "l1", ("l1", "inverse_density"))
 
 
 def test_lists_ops_in_alphabetical_order() -> None:
@@ -79,5 +103,5 @@ def test_refuses_what_is_not_finite(value: float) -> None:
 
 
 def test_an_unknown_op_without_a_near_name() -> None:
-    with pytest.raises(UnknownOpError, match=r"'zzzz' is unknown\. There are: dare_linear, "):
+    with pytest.raises(UnknownOpError, match=r"'zzzz' is unknown\. There are: \w+, \w+"):
         find_op("zzzz")

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernels.select import MagnitudeSparsifier
 from raymerge.ops.registry import find_op
 from tests.ops.engine import run_kernel
@@ -23,8 +24,19 @@ def keep_largest(values: torch.Tensor, num_kept: int) -> torch.Tensor:
     return kept
 
 
-def select_in_blocks(values: torch.Tensor, num_kept: int, cuts: Sequence[int]) -> torch.Tensor:
-    sparsifier = MagnitudeSparsifier(num_kept)
+def keep_inner(values: torch.Tensor, num_kept: int, num_outliers: int) -> torch.Tensor:
+    """Return the values of the ranks below the largest; of equal ones at either end, those of lowest index are kept."""
+    sizes = values.abs()
+    ranked = sizes.sort(descending=True).values[num_outliers : num_outliers + num_kept]
+    high, low = ranked[0], ranked[-1]
+    is_kept = (low < sizes) & (sizes < high)
+    for end in (low, high):
+        is_kept[(sizes == end).nonzero()[: int((ranked == end).sum()), 0]] = True
+    return torch.where(is_kept, values, 0)
+
+
+def select_in_blocks(values: torch.Tensor, num_kept: int, cuts: Sequence[int], num_outliers: int = 0) -> torch.Tensor:
+    sparsifier = MagnitudeSparsifier(num_kept, num_outliers)
     bounds = [0, *sorted(set(cuts) - {0, values.numel()}), values.numel()]
     blocks = list(pairwise(bounds))
 
@@ -55,6 +67,39 @@ def test_keeps_the_largest_and_of_equals_the_first(data: st.DataObject) -> None:
     assert torch.equal(select_in_blocks(values, num_kept, cuts), keep_largest(values, num_kept))
 
 
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_keeps_what_lies_below_the_outliers(data: st.DataObject) -> None:
+    values = torch.tensor(data.draw(st.lists(FEW_VALUES | ANY_FLOAT, min_size=2, max_size=60)), dtype=torch.float32)
+    num_kept = data.draw(st.integers(1, values.numel() - 1))
+    num_outliers = data.draw(st.integers(1, values.numel() - num_kept))
+    cuts = data.draw(st.lists(st.integers(0, values.numel()), max_size=4))
+    kept = select_in_blocks(values, num_kept, cuts, num_outliers)
+    assert torch.equal(kept, keep_inner(values, num_kept, num_outliers))
+
+
+@pytest.mark.parametrize(("density", "gamma", "num_elements"), [(0.5, 0.01, 99), (0.9, 0.0, 1000), (1e-9, 0.3, 50)])
+def test_breadcrumbs_without_outliers_and_of_one_element(density: float, gamma: float, num_elements: int) -> None:
+    """With too few elements for an outlier all but the smallest are kept, and one at least."""
+    model = torch.randn(num_elements, generator=torch.Generator().manual_seed(3))
+    kernel = find_op("breadcrumbs").kernel({"weight": (1.0,), "density": (density,), "gamma": (gamma,)})
+    merged = run_kernel(kernel, [torch.zeros(num_elements), model])
+    expected = keep_inner(model, max(1, int(density * num_elements)), int(gamma * num_elements))
+    assert torch.equal(merged, expected)
+    assert merged.any()
+
+
+def test_more_kept_than_outliers_leave_takes_from_the_outliers() -> None:
+    model = torch.randn(1000, generator=torch.Generator().manual_seed(4))
+    kernel = find_op("breadcrumbs").kernel({"weight": (1.0,), "density": (0.95,), "gamma": (0.2,)})
+    assert torch.equal(run_kernel(kernel, [torch.zeros(1000), model]), keep_inner(model, 950, 50))
+
+
+def test_refuses_a_share_of_outliers_that_is_none() -> None:
+    with pytest.raises(OpParameterError, match=r"gamma = -0\.1 is outside of 0 to 1"):
+        find_op("breadcrumbs").kernel({"weight": (1.0,), "gamma": (-0.1,)})
+
+
 @pytest.mark.parametrize("density", [1e-9, 0.01, 0.2, 0.5, 0.75, 0.999])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_ties_keeps_what_a_stable_sort_keeps(density: float, dtype: torch.dtype) -> None:
@@ -81,6 +126,7 @@ def test_selects_in_any_number_of_values_in_the_bin() -> None:
     cuts = range(65_536, 300_000, 65_536)
     for num_kept in (1, 123_456, 299_999):
         assert torch.equal(select_in_blocks(values, num_kept, cuts), keep_largest(values, num_kept))
+    assert torch.equal(select_in_blocks(values, 123_456, cuts, 1000), keep_inner(values, 123_456, 1000))
 
 
 def test_refuses_float64() -> None:

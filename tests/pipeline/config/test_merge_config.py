@@ -462,7 +462,11 @@ def test_a_misspelt_key_is_told_instead_of_what_it_leaves_missing(
             "parameters: slerp needs 't', and nothing gives it; add it to the top-level",
         ),
         ("linear", ("experts", []), "experts: belongs to mergekit-moe; raymerge cannot build mixtures of experts"),
-        ("linear", ("merge_method", "della"), "merge_method: mergekit has della, and raymerge not yet. It has: dare_l"),
+        (
+            "linear",
+            ("merge_method", "core_space"),
+            "merge_method: mergekit has core_space, and raymerge not yet. It has: ",
+        ),
         (
             "linear",
             ("dtype", "auto"),

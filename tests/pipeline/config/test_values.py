@@ -14,6 +14,7 @@ from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.values import Rule, Setting, interpolate, parse_setting, resolve
 from raymerge.pipeline.errors import ConfigError
 
+MODE = Parameter("p", str, per_model=False, default="l1", choices=("l1", "inverse_density"))
 T = Parameter("t", float, per_model=False, default=None)
 MLP = "model.layers.3.mlp.up_proj.weight"
 ATTENTION = "model.layers.12.self_attn.q_proj.weight"
@@ -27,6 +28,14 @@ def parameter(kind: type[Value], default: Value | None = None) -> Parameter:
 def parse(value: object, kind: type[Value] = float) -> tuple[Setting, list[str]]:
     place = Place(value, "parameters.p")
     return parse_setting(place, parameter(kind)), [finding.message for finding in place.findings.warnings]
+
+
+def test_a_choice_is_one_of_those_there_are() -> None:
+    assert parse_setting(Place("inverse_density", "p"), MODE).value(MLP, 0.0) == "inverse_density"
+    with pytest.raises(ConfigError, match=r"\"inverse\" is given; did you mean 'inverse_density'"):
+        parse_setting(Place("inverse", "p"), MODE)
+    with pytest.raises(ConfigError, match="3 is given; it is one of l1, inverse_density"):
+        parse_setting(Place([3, 4], "p"), MODE)
 
 
 def evaluate(value: object, tensor: str = MLP, position: float = 0.0, kind: type[Value] = float) -> Value | None:
