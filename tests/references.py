@@ -71,6 +71,12 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _task_arithmetic(tensors, values, keep_inner, elects=op == "breadcrumbs_ties")
         case "dare_ties":
             return _task_arithmetic(tensors, values, keep_random, elects=True)
+        case "nearswap":
+            return _nearswap(tensors, values["t"])
+        case "ram":
+            return _reinforce(tensors, values | {"r": 0.0, "alpha": 0.0})
+        case "ramplus_tl":
+            return _reinforce(tensors, values)
     raise NotImplementedError(f"write {op} as plain float64 code in tests/references.py")
 
 
@@ -88,6 +94,26 @@ def _slerp(tensors: Tensors, t: float) -> Exact:
         return _add_up(torch.stack([(1 - t) * a, t * b]))
     angle = math.acos(cosine)
     return _add_up(torch.stack([math.sin((1 - t) * angle) * a, math.sin(t * angle) * b]) / math.sin(angle))
+
+
+def _nearswap(tensors: Tensors, t: float) -> Exact:
+    base, model = (x.double() for x in tensors)
+    weights = (t / (base - model).abs().clamp(min=1e-6)).clamp(0, 1)
+    return _add_up(torch.stack([weights * model, base, -weights * base]))
+
+
+def _reinforce(tensors: Tensors, values: Parameters) -> Exact:
+    base = tensors[0].double()
+    deltas = [(x.float() - tensors[0].float()).double() for x in tensors[1:]]
+    changed = [delta.abs().float() > values["epsilon"] for delta in deltas]
+    count = sum(mask.double() for mask in changed)
+    terms = [base]
+    for delta, mask in zip(deltas, changed, strict=True):
+        num_unique, num_changed = (mask & (count == 1)).sum().item(), mask.sum().item()
+        share = (num_changed - num_unique) / max(num_unique, values["epsilon"])
+        growth = 1 + values["r"] * min(share, values["alpha"])
+        terms.append(torch.where(mask, torch.where(count == 1, delta * growth, delta / count), 0.0))
+    return _add_up(torch.stack(terms))
 
 
 def _add_up(products: torch.Tensor) -> Exact:

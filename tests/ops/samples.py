@@ -25,7 +25,10 @@ SAMPLE_VALUES: dict[str, Value | tuple[Value, ...]] = {
 }
 VARIANTS: dict[str, list[Any]] = {
     "weight": [(1.0, -0.25, 0.5), (0.5, 0.0, 0.5), (0.3, 0.3, 0.3)],
-    "t": [0.0, 0.9],
+    "t": [0.0, 0.9, 0.001],
+    "epsilon": [0.001],
+    "r": [0.5],
+    "alpha": [2.0],
     "density": [(0.5, 0.2, 1.0), (0.0, 0.7, -1.0)],
     "gamma": [(0.01, 0.0, 0.9)],
     "lambda": [0.4],

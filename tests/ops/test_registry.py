@@ -55,6 +55,15 @@ def task_arithmetic_parameters(*, normalize: bool, rescale: bool) -> set[Paramet
             (0, None),
             task_arithmetic_parameters(normalize=False, rescale=True),
         ),
+        ("nearswap", "NearSwap", Base.REQUIRED, (1, 1), {shared("t", float, None)}),
+        ("ram", "Reinforced Agent Merging", Base.REQUIRED, (0, None), {shared("epsilon", float, 1e-5)}),
+        (
+            "ramplus_tl",
+            "Reinforced Agent Merging Plus (Tensor-Local)",
+            Base.REQUIRED,
+            (0, None),
+            {shared("r", float, 0.1), shared("alpha", float, 0.2), shared("epsilon", float, 1e-5)},
+        ),
         ("dare_ties", "DARE TIES", Base.REQUIRED, (0, None), task_arithmetic_parameters(normalize=False, rescale=True)),
         (
             "breadcrumbs",

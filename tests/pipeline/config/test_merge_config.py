@@ -170,7 +170,7 @@ def test_an_unlisted_base_is_the_last_entry_of_ties_without_a_warning() -> None:
         (
             "linear",
             ("parameters.t", 0.5),
-            "parameters.t: ignored, because linear does not use 't' (it belongs to slerp); "
+            "parameters.t: ignored, because linear does not use 't' (it belongs to nearswap, slerp); "
             "its parameters are: weight, normalize",
         ),
         ("ties", ("models.0.parameters.density", 1.5), "models[0].parameters.density: 1.5 is more than 1"),
