@@ -13,7 +13,7 @@ import re
 import secrets
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -113,17 +113,9 @@ class Loop:
         The entry point takes each array as its address and its lengths.
         """
         numba: Any = importlib.import_module("numba")
-        options = {"error_model": "numpy", "nogil": True}
         function = self._function
-        space: dict[str, Any] = {}
-        for module in _list_modules(function):
-            for name, item in vars(module).items():
-                if not isinstance(item, FunctionType):
-                    space[name] = item
-                elif item.__module__ == module.__name__:
-                    space[name] = numba.njit(FunctionType(item.__code__, space, name), **options)
-        space[function.__name__] = numba.njit(FunctionType(function.__code__, space, function.__name__), **options)
-        space["carray"] = numba.carray
+        helpers = _share_helpers(function)
+        space = {"carray": numba.carray, function.__name__: _declare(function, helpers)}
         types, names, arguments = [], [], []
         for number, (dtype, num_dimensions) in enumerate(self._kinds):
             name, kind = f"a{number}", getattr(numba.types, dtype)
@@ -164,6 +156,39 @@ def _list_modules(function: FunctionType) -> list[ModuleType]:
     return [sys.modules[name] for name in [*helpers, function.__module__]]
 
 
+_HELPERS: dict[tuple[Any, ...], dict[str, Any]] = {}
+"""What loops of the same modules call: each function is compiled once in a process, not for every loop."""
+
+
+def _share_helpers(function: FunctionType) -> dict[str, Any]:
+    """Return the names of a loop's modules, with functions that numba compiles when they are first used."""
+    modules = _list_modules(function)
+    own = [(name, item) for module in modules for name, item in vars(module).items() if _is_own(item, module)]
+    key = (*own, *_list_numbers(modules))
+    if key not in _HELPERS:
+        space = _HELPERS[key] = {name: item for module in modules for name, item in vars(module).items()}
+        space.update({name: _declare(item, space) for name, item in own})
+    return _HELPERS[key]
+
+
+def _is_own(item: object, module: ModuleType) -> bool:
+    return isinstance(item, FunctionType) and item.__module__ == module.__name__
+
+
+def _declare(function: FunctionType, space: dict[str, Any]) -> Any:
+    """Return a function that numba compiles, without the wrappers by which Python would call it."""
+    numba: Any = importlib.import_module("numba")
+    body = FunctionType(function.__code__, space, function.__name__)
+    options = {"error_model": "numpy", "nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return numba.njit(body, **options)
+
+
+def _list_numbers(modules: Sequence[ModuleType]) -> list[str]:
+    """Return the numbers that modules define, with their names."""
+    known = {name: value for module in modules for name, value in vars(module).items()}
+    return sorted(f"{name}={value!r}" for name, value in known.items() if isinstance(value, int | float))
+
+
 def _find_file(function: FunctionType) -> Path | None:
     """Return the file for a loop's code on this processor; None where there is no directory to keep it in."""
     import llvmlite
@@ -173,8 +198,7 @@ def _find_file(function: FunctionType) -> Path | None:
     sources = b"".join(Path(name).read_bytes() for name in files)
     overrides = [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
     cpu = [platform.machine(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), *overrides]
-    known = {name: value for module in _list_modules(function) for name, value in vars(module).items()}
-    numbers = sorted(f"{name}={value!r}" for name, value in known.items() if isinstance(value, int | float))
+    numbers = _list_numbers(_list_modules(function))
     key = sha256("\0".join([llvmlite.__version__, *cpu, *numbers]).encode() + sources).hexdigest()[:24]
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
