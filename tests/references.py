@@ -71,6 +71,8 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _task_arithmetic(tensors, values, keep_inner, elects=op == "breadcrumbs_ties")
         case "dare_ties":
             return _task_arithmetic(tensors, values, keep_random, elects=True)
+        case "sce":
+            return _sce(tensors, values["select_topk"])
         case "nearswap":
             return _nearswap(tensors, values["t"])
         case "ram":
@@ -114,6 +116,25 @@ def _reinforce(tensors: Tensors, values: Parameters) -> Exact:
         growth = 1 + values["r"] * min(share, values["alpha"])
         terms.append(torch.where(mask, torch.where(count == 1, delta * growth, delta / count), 0.0))
     return _add_up(torch.stack(terms))
+
+
+def _sce(tensors: Tensors, share: float) -> Exact:
+    base, *models = (x.float() for x in tensors)
+    if not models:
+        return _add_up(base.double()[None])
+    deltas = torch.stack([x - base for x in models]).double()
+    if share < 1:
+        variance = deltas.var(0, unbiased=False).float()
+        kept = _keep_largest(variance, max(0.0, share) * int(variance.count_nonzero()) / max(1, variance.numel()))
+        deltas *= kept != 0
+    squares = deltas.square().flatten(1).mean(1)
+    shares = squares / squares.sum() if squares.sum() >= 1e-6 else torch.full_like(squares, 1 / len(models))
+    weights = shares.reshape(-1, *(1 for _ in base.shape))
+    takes_part = deltas.sign() == torch.where(deltas.sum(0) >= 0, 1.0, -1.0)
+    divisor = (weights * takes_part).sum(0).clamp(min=1e-6)
+    products = deltas * weights * takes_part / divisor
+    is_draw = deltas.sum(0).abs() < 1e-6 * deltas.abs().sum(0)
+    return Exact(base.double() + products.sum(0), base.double().abs() + products.abs().sum(0), is_draw)
 
 
 def _add_up(products: torch.Tensor) -> Exact:

@@ -106,7 +106,7 @@ class _ChangedDeltasRun(KernelRun):
         return growths
 
     def figures(self) -> Mapping[str, float]:
-        """Return the shares of elements that each model changed, and that it changed alone: `changed[0]`, ...."""
+        """Return the shares of elements that each model changed, and that it changed alone, from `changed[0]` on."""
         if not self.kernel.num_passes(self.site):
             return {}
         figures = {}

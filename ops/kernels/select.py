@@ -66,6 +66,11 @@ class MagnitudeSparsifier(Sparsifier):
         self._quotas = self._left = (-1, -1)
         """How many elements on the lower and the upper threshold may be kept; -1 where all may."""
 
+    def choose(self, num_kept: int) -> None:
+        """Keep another number of elements, which may become known in the first pass."""
+        self._num_kept = num_kept
+        self._lower.rank = num_kept + self._num_outliers
+
     def figures(self) -> Mapping[str, float]:
         """Return the threshold, and how many elements are kept that are not zero."""
         kept = self._num_kept if self._lower.value else max(0, self._lower.num_above - self._num_outliers)

@@ -64,6 +64,13 @@ def task_arithmetic_parameters(*, normalize: bool, rescale: bool) -> set[Paramet
             (0, None),
             {shared("r", float, 0.1), shared("alpha", float, 0.2), shared("epsilon", float, 1e-5)},
         ),
+        (
+            "sce",
+            "SCE",
+            Base.REQUIRED,
+            (0, None),
+            {shared("int8_mask", bool, False), shared("select_topk", float, 1.0)},
+        ),
         ("dare_ties", "DARE TIES", Base.REQUIRED, (0, None), task_arithmetic_parameters(normalize=False, rescale=True)),
         (
             "breadcrumbs",

@@ -1,0 +1,148 @@
+"""Deltas where the models vary most, weighted by their size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
+from raymerge.ops.kernels.select import CUT_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
+from raymerge.ops.lazy import torch
+from raymerge.ops.sums import add_blocks
+
+SMALLEST_SQUARES = 1e-6
+"""Mean squares that sum to less give all models the same weight, as in mergekit."""
+SMALLEST_DIVISOR = 1e-6
+
+
+@dataclass(frozen=True)
+class VaryingDeltas(Kernel):
+    """y = base + sum(w_i * d_i) / sum(w_i) over the models that agree with the sign of sum(d_i).
+
+    Deltas count where the models vary most, and a model's weight is its share of the mean squares of what counts.
+    """
+
+    share: float
+    """Of the elements with any variance how many count, by variance; with 1 and more, all elements do."""
+
+    def num_passes(self, site: Site) -> int:
+        """Return two to select, and one for the weights."""
+        return (1 + 2 * (self.share < 1)) * (site.num_sources > 1)
+
+    def num_scratch(self, site: Site) -> int:
+        """The base, the variance, two spares, and all deltas."""
+        return 3 + site.num_sources
+
+    def state_nbytes(self, site: Site) -> int:
+        """Histograms and collected bits of the selection."""
+        return CUT_NBYTES + SELECTION_TEMPORARY_NBYTES if self.num_passes(site) > 1 else 0
+
+    def start(self, site: Site) -> KernelRun:
+        """Begin; squares are summed over the blocks."""
+        return _VaryingDeltasRun(self, site)
+
+
+class _VaryingDeltasRun(KernelRun):
+    def __init__(self, kernel: VaryingDeltas, site: Site) -> None:
+        self._kernel = kernel
+        self._site = site
+        self._selection = MagnitudeSparsifier(1) if kernel.share < 1 else None
+        self._num_varying = self._num_selected = 0
+        self._squares = self._weights = [0.0] * (site.num_sources - 1)
+
+    def share(self, kernel: Kernel) -> KernelRun:
+        run = copy.copy(self)
+        run._selection = copy.copy(self._selection)
+        return run
+
+    def measure(self, index: int, block: Block) -> None:
+        variance, first, second = block.scratch[1:4]
+        deltas = self._load_deltas(block)
+        if self._selection is not None and index < self._selection.num_passes:
+            _write_variance(deltas, variance, (first, second))
+            if index == 0:
+                self._num_varying += int(variance.count_nonzero().item())
+            self._selection.measure(index, variance, (first, second))
+            return
+        self._select(block, deltas)
+        self._squares = [
+            add_blocks(total, delta.mul_(delta)) for total, delta in zip(self._squares, deltas, strict=True)
+        ]
+
+    def end_pass(self, index: int) -> None:
+        if self._selection is not None and index < self._selection.num_passes:
+            if index == 0:
+                self._num_selected = int(self._num_varying * max(0.0, self._kernel.share))
+                self._selection.choose(max(1, self._num_selected))
+            self._selection.end_pass(index)
+            return
+        means = [total / max(1, self._site.num_elements) for total in self._squares]
+        total = sum(means)
+        is_even = total < SMALLEST_SQUARES
+        self._weights = [1 / len(means) if is_even else mean / total for mean in means]
+
+    def combine(self, block: Block, out: torch.Tensor) -> None:
+        """Source: Wan et al. 2024, "FuseChat: Knowledge Fusion of Chat Models", section 3.3, with signs by the sum."""
+        if not self._weights:
+            block.load(0, out)
+            return
+        base, divisor, signs, spare = block.scratch[:4]
+        deltas = self._load_deltas(block)
+        self._select(block, deltas)
+        torch.add(deltas[0], deltas[1], out=signs) if len(deltas) > 1 else signs.copy_(deltas[0])
+        for delta in deltas[2:]:
+            signs.add_(delta)
+        torch.ge(signs, 0, out=signs).mul_(2).sub_(1)
+        out.zero_()
+        divisor.zero_()
+        for delta, weight in zip(deltas, self._weights, strict=True):
+            agreeing = torch.threshold_(delta.mul_(signs), 0, 0)
+            divisor.add_(torch.sign(agreeing, out=spare).mul_(weight))
+            out.add_(agreeing.mul_(weight))
+        out.div_(divisor.clamp_(min=SMALLEST_DIVISOR)).mul_(signs).add_(base)
+
+    def figures(self) -> Mapping[str, float]:
+        """Return each model's weight, the first as `weight[0]`, and the share of elements that is selected."""
+        figures = {f"weight[{position}]": weight for position, weight in enumerate(self._weights)}
+        if self._selection is not None and self._weights and self._site.num_elements:
+            figures["kept"] = self._num_selected / self._site.num_elements
+        return figures
+
+    def _load_deltas(self, block: Block) -> Sequence[torch.Tensor]:
+        base, deltas = block.scratch[0], block.scratch[4:]
+        block.load(0, base)
+        for source, delta in enumerate(deltas, start=1):
+            block.load(source, delta).sub_(base)
+        return deltas
+
+    def _select(self, block: Block, deltas: Sequence[torch.Tensor]) -> None:
+        """Set deltas to zero where the models vary less than elsewhere."""
+        if self._selection is None:
+            return
+        if self._num_selected == 0:
+            for delta in deltas:
+                delta.zero_()
+            return
+        variance, first, second = block.scratch[1:4]
+        _write_variance(deltas, variance, (first, second))
+        self._selection.trim(block.start, variance, (first, second))
+        is_selected = torch.ne(variance, 0, out=variance)
+        for delta in deltas:
+            delta.mul_(is_selected)
+
+
+def _write_variance(
+    deltas: Sequence[torch.Tensor], variance: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Write the models' variance times n^2 for n models: n * sum(e_i^2) - sum(e_i)^2, with e_i = d_i - d_0.
+
+    That is exact where models have few bits, so that equal variances are equal, and 0 where the models agree.
+    """
+    total, spare = spares
+    total.zero_()
+    variance.zero_()
+    for delta in deltas[1:]:
+        total.add_(torch.sub(delta, deltas[0], out=spare))
+        variance.add_(spare.mul_(spare))
+    variance.mul_(len(deltas)).sub_(total.mul_(total))
