@@ -14,13 +14,14 @@ PIP := bin/python -m pip --disable-pip-version-check install -qq --progress-bar 
 TYPED := .pkg/raymerge tests $(wildcard docs/demo/*.py) $(wildcard benchmarks/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench wheel clean
+.PHONY: help install demo test test-slow test-mergekit check format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train three small models, merge them in four ways, check and print the losses"
 	@echo "make test    run the tests"
 	@echo "make test-slow  run the slow ones: kills, whole merges under faults, other servers and clients"
+	@echo "make test-mergekit  compare every method with mergekit's numbers, in an environment of its own"
 	@echo "make check   lint, format, types, and which package may import which"
 	@echo "make format  rewrite the sources as 'make check' wants them"
 	@echo "make bench   compare with mergekit, and with copying the same bytes"
@@ -38,6 +39,9 @@ test: $(VENV)/stamp
 
 test-slow: $(VENV)/stamp
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-mergekit: $(VENV)/stamp $(PEER_VENV)/stamp
+	$(VENV)/bin/python -m pytest -m slow tests/test_mergekit.py $(PYTEST_ARGS)
 
 check: $(VENV)/stamp
 	$(VENV)/bin/ruff check .
