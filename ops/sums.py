@@ -14,8 +14,8 @@ SMALLEST_FOLDED = 2**14
 """A block with fewer elements is added up in float64 from the start."""
 
 
-def add_blocks(total: float, x: torch.Tensor) -> float:
-    """Return `total` plus the sum of each block in `x`, one after the other.
+def add_blocks(total: float, x: torch.Tensor, block_elements: int = BLOCK_ELEMENTS) -> float:
+    """Return `total` plus the sum of each block in `x`, one after the other; blocks are those of the kernel's grid.
 
     A block is cut into rows, these are added to each other in the compute dtype, and what they give in float64. Rows
     are added element by element, so that no processor's vector width shows, and float64 has 29 bits to spare over
@@ -23,11 +23,11 @@ def add_blocks(total: float, x: torch.Tensor) -> float:
     columns average out: the sum is right to about nine digits.
     """
     if x.device.type == "cpu":
-        for start in range(0, x.numel(), BLOCK_ELEMENTS):
-            total += _sum_on_cpu(x[start : start + BLOCK_ELEMENTS])
+        for start in range(0, x.numel(), block_elements):
+            total += _sum_on_cpu(x[start : start + block_elements])
         return total
-    cut = x.numel() - x.numel() % BLOCK_ELEMENTS
-    for blocks in (x[:cut].view(-1, BLOCK_ELEMENTS), x[cut:].view(1, -1)):
+    cut = x.numel() - x.numel() % block_elements
+    for blocks in (x[:cut].view(-1, block_elements), x[cut:].view(1, -1)):
         if blocks.numel():
             for value in _sum_together(blocks).cpu().tolist():  # not sum(): some Pythons compensate in it
                 total += value

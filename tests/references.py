@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from raymerge.ops.kernels.random import RandomSparsifier
+from raymerge.ops.kernels.random import RandomBits, RandomSparsifier
 from raymerge.ops.registry import Base, find_op
 
 Tensors = Sequence[torch.Tensor]
@@ -54,6 +55,12 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
     def keep_random(delta: torch.Tensor, position: int) -> torch.Tensor:
         return delta * _random_mask(delta, values["density"][position], seed, name, position)
 
+    def keep_by_rank(delta: torch.Tensor, position: int) -> torch.Tensor:
+        density, epsilon = values["density"][position], values["epsilon"][position]
+        is_exact = values["rescale_mode"] == "inverse_density" and parameters.get("rescale", True)
+        chances = _find_chances(delta, density, epsilon)
+        return delta * (_draw(delta, seed, name, position) < chances) / (chances.clamp(1e-9, 1) if is_exact else 1)
+
     match op:
         case "linear":
             return _linear(tensors, values["weight"], normalize=values["normalize"])
@@ -69,6 +76,10 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _task_arithmetic(tensors, values, keep_largest, elects=True)
         case "breadcrumbs" | "breadcrumbs_ties":
             return _task_arithmetic(tensors, values, keep_inner, elects=op == "breadcrumbs_ties")
+        case "della" | "della_linear":
+            # what is kept is divided by its probability in `keep_by_rank`
+            values["rescale"] = values["rescale"] and values["rescale_mode"] == "l1"
+            return _task_arithmetic(tensors, values, keep_by_rank, elects=op == "della")
         case "dare_ties":
             return _task_arithmetic(tensors, values, keep_random, elects=True)
         case "sce":
@@ -180,6 +191,25 @@ def _keep_largest(delta: torch.Tensor, density: float) -> torch.Tensor:
     kept = torch.zeros_like(flat)
     kept[order[:num_kept]] = flat[order[:num_kept]]
     return kept.reshape(delta.shape)
+
+
+def _find_chances(delta: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
+    """Return the probabilities of DELLA, by the ranks of sizes in each row; of equal ones the first is the smaller."""
+    if not 0 < density < 1:
+        return torch.full_like(delta, density >= 1)
+    rows = delta.abs().reshape(-1, delta.shape[-1])
+    if rows.shape[1] == 1:
+        return torch.full_like(delta, density)
+    ranks = rows.argsort(dim=1, stable=True).argsort(dim=1).double() / (rows.shape[1] - 1)
+    return (density - epsilon + 2 * epsilon * ranks).reshape(delta.shape)
+
+
+def _draw(delta: torch.Tensor, seed: int, name: str, position: int) -> torch.Tensor:
+    """Return a random number from 0 to 1 for each element; tests/ops/kernels/test_random.py holds which ones."""
+    spares = torch.empty(delta.numel()), torch.empty(delta.numel())
+    RandomBits(seed, name, position).write(0, spares)
+    words = torch.from_numpy(spares[0].numpy().view(np.uint32).astype(np.float64))
+    return (words / 2**32).reshape(delta.shape)
 
 
 def _keep_inner(delta: torch.Tensor, density: float, gamma: float) -> torch.Tensor:

@@ -138,11 +138,16 @@ def _hash_on_cpu(words: Words, key: int, factor: int, bits: Words, shifted: Word
     np.multiply(bits, np.uint32(HASH_FACTOR), out=bits)
 
 
+def biased_words(bits: torch.Tensor) -> torch.Tensor:
+    """Return words less 2^31, in place: signed integers that order as the unsigned words do."""
+    return _words(bits).bitwise_xor_(-(2**31))
+
+
 def _are_below(limit: int, spares: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Return 1 where the unsigned words in `spares[0]` are below the limit and 0 elsewhere, in one of the spares."""
     bits, spare = spares
     if bits.device.type != "cpu":
-        return torch.lt(_words(bits).bitwise_xor_(-(2**31)), limit - 2**31, out=spare)
+        return torch.lt(biased_words(bits), limit - 2**31, out=spare)
 
     flags = spare.view(torch.uint8)[: bits.numel()]
     np.less(_numpy_words(bits), np.uint32(limit), out=flags.numpy().view(np.bool_))

@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any, Literal
 
 from raymerge.ops.errors import OpParameterError
-from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
+from raymerge.ops.kernel import BLOCK_ELEMENTS, Block, Kernel, KernelRun, Site
 from raymerge.ops.kernels.delta import Delta, Trims
 from raymerge.ops.kernels.linear import combine_stored
 from raymerge.ops.kernels.random import RandomSparsifier
+from raymerge.ops.kernels.ranks import RankSparsifier, count_row_block, measure_ranking
 from raymerge.ops.kernels.select import CUT_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
 from raymerge.ops.kernels.sparsifier import Sparsifier
 from raymerge.ops.lazy import delta_loops, loops, np, torch
@@ -35,8 +36,8 @@ class SparseDeltas(Kernel):
     weights: tuple[float, ...]
     densities: tuple[float, ...]
     """Share of each delta that is kept; 1 and more keep all, 0 and less nothing. One value holds for all models."""
-    sparsifier: Literal["none", "magnitude", "random"]
-    """Which elements are kept: all, those of some sizes, or randomly chosen ones."""
+    sparsifier: Literal["none", "magnitude", "random", "ranks"]
+    """Which elements are kept: all, those of some sizes, randomly chosen ones, or such by their ranks in rows."""
     consensus: Literal["none", "sum"]
     """Add all that is kept, or only what has the sign of the sum."""
     normalize: bool
@@ -47,19 +48,38 @@ class SparseDeltas(Kernel):
     """The YAML's `lambda`."""
     gammas: tuple[float, ...] = (0.0,)
     """Share of each delta that is dropped as outliers, by magnitude. One value holds for all models."""
-    loop_dtypes = LOOP_DTYPES
+    epsilons: tuple[float, ...] = (0.0,)
+    """By how much the probabilities of keeping the smallest and largest of a row differ. One value holds for all."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense.
 
         Raises:
-            OpParameterError: a share of outliers is none.
+            OpParameterError: a share of outliers is none, or probabilities are.
         """
+        for density, epsilon in zip(self._densities(), spread(self.epsilons, len(self.weights)), strict=True):
+            least, most = density - abs(epsilon), density + abs(epsilon)
+            if self.sparsifier == "ranks" and 0 < density < 1 and not 0 < least <= most < 1:
+                raise OpParameterError(
+                    f"density {density} and epsilon {epsilon} give probabilities from {least:g} to {most:g}, which must"
+                    f" be more than 0 and less than 1; with this epsilon density lies between {abs(epsilon):g} and"
+                    f" {1 - abs(epsilon):g} (or is 1), with this density epsilon is less than"
+                    f" {min(density, 1 - density):g}"
+                )
         for gamma in self.gammas:
             if not 0 <= gamma <= 1:
                 raise OpParameterError(
                     f"gamma = {gamma} is outside of 0 to 1, the share of each delta that is dropped as outliers"
                 )
+
+    @property
+    def loop_dtypes(self) -> tuple[str, ...]:  # type: ignore[override]  # of a kernel, not of a class
+        """There are none yet to rank."""
+        return () if self.sparsifier == "ranks" else LOOP_DTYPES
+
+    def grid(self, site: Site) -> int:
+        """Return the usual block, or whole rows where elements are ranked in them."""
+        return count_row_block(site) if self.sparsifier == "ranks" else BLOCK_ELEMENTS
 
     def num_passes(self, site: Site) -> int:
         """Return the sparsifier's passes, and one more to rescale."""
@@ -72,7 +92,9 @@ class SparseDeltas(Kernel):
         return 3 + max(1, site.num_sources - 1 if self.consensus == "sum" else 1)
 
     def state_nbytes(self, site: Site) -> int:
-        """Histograms and collected bits of every model that is trimmed by magnitude."""
+        """Histograms and collected bits of every model that is trimmed by magnitude; or what ranking takes."""
+        if self.sparsifier == "ranks" and any(self._thinned()):
+            return measure_ranking(site)
         if self.sparsifier != "magnitude" or not self.num_passes(site):
             return 0
         num_cuts = 1 + any(gamma > 0 for gamma in self.gammas)
@@ -80,14 +102,15 @@ class SparseDeltas(Kernel):
 
     def measuring(self, site: Site) -> Hashable:
         """Which deltas are thinned out, how much and how; neither weights nor scale."""
-        return SparseDeltas, self.sparsifier, self.rescale == "l1", self._thinned(), self.gammas
+        return SparseDeltas, self.sparsifier, self.rescale, self._thinned(), self.gammas, self.epsilons
 
     def start(self, site: Site) -> KernelRun:
         """Begin with one tensor."""
         models = []
         for source, (weight, density) in enumerate(zip(self.weights, self._densities(), strict=True), start=1):
             if weight != 0 and density > 0:
-                rescaling = 1 / min(density, 1.0) if self.rescale == "inverse_density" else 1.0
+                is_uniform = self.rescale == "inverse_density" and self.sparsifier == "random"
+                rescaling = 1 / min(density, 1.0) if is_uniform else 1.0
                 models.append(Delta(source, weight, self._make_sparsifier(site, source - 1, density), rescaling))
         return _SparseDeltasRun(self, site, models)
 
@@ -109,6 +132,10 @@ class SparseDeltas(Kernel):
             gamma = spread(self.gammas, len(self.weights))[position]
             num_outliers = min(int(gamma * site.num_elements), site.num_elements - num_kept)
             return MagnitudeSparsifier(num_kept, max(0, num_outliers))
+        if self.sparsifier == "ranks":
+            epsilon = spread(self.epsilons, len(self.weights))[position]
+            is_rescaling = self.rescale == "inverse_density"
+            return RankSparsifier(density, epsilon, is_rescaling=is_rescaling, site=site, position=position)
         return RandomSparsifier(density, seed=site.seed, name=site.name, position=position)
 
 
@@ -146,9 +173,10 @@ class _SparseDeltasRun(KernelRun):
             if index < sparsifier.num_passes:
                 sparsifier.measure(index, delta, (first, second))
             else:
-                model.full_sum = add_blocks(model.full_sum, delta.abs_())
+                block_elements = self._kernel.grid(self._site)
+                model.full_sum = add_blocks(model.full_sum, delta.abs_(), block_elements)
                 sparsifier.trim(block.start, delta, (first, second))
-                model.kept_sum = add_blocks(model.kept_sum, delta)
+                model.kept_sum = add_blocks(model.kept_sum, delta, block_elements)
 
     def end_pass(self, index: int) -> None:
         for model in self._models:

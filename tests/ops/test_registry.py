@@ -12,6 +12,7 @@ from raymerge.ops.registry import Base, Parameter, find_op, load_ops
 
 WEIGHT = Parameter("weight", float, per_model=True, default=None)
 DENSITY = Parameter("density", float, per_model=True, default=1.0)
+EPSILON = Parameter("epsilon", float, per_model=True, default=0.15)
 GAMMA = Parameter("gamma", float, per_model=True, default=0.01)
 
 
@@ -72,6 +73,20 @@ def task_arithmetic_parameters(*, normalize: bool, rescale: bool) -> set[Paramet
             {shared("int8_mask", bool, False), shared("select_topk", float, 1.0)},
         ),
         ("dare_ties", "DARE TIES", Base.REQUIRED, (0, None), task_arithmetic_parameters(normalize=False, rescale=True)),
+        (
+            "della",
+            "DELLA",
+            Base.REQUIRED,
+            (0, None),
+            task_arithmetic_parameters(normalize=True, rescale=True) | {EPSILON},
+        ),
+        (
+            "della_linear",
+            "Linear DELLA",
+            Base.REQUIRED,
+            (0, None),
+            task_arithmetic_parameters(normalize=False, rescale=True) | {EPSILON},
+        ),
         (
             "breadcrumbs",
             "Model Breadcrumbs",

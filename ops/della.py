@@ -1,0 +1,33 @@
+"""DELLA: randomly chosen differences, large ones rather, where they agree in sign."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from raymerge.ops.kernel import Kernel
+from raymerge.ops.kernels.sparse_deltas import SparseDeltas
+from raymerge.ops.registry import Base, PerModel, merge_op
+
+
+@merge_op(title="DELLA", base=Base.REQUIRED, reference="https://arxiv.org/abs/2406.11617", min_models=0)
+def della(
+    weight: PerModel[float],
+    density: PerModel[float] = (1.0,),
+    epsilon: PerModel[float] = (0.15,),
+    normalize: bool = True,
+    rescale: bool = True,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+    rescale_mode: Literal["l1", "inverse_density"] = "l1",
+) -> Kernel:
+    """Keeps randomly chosen differences, large ones rather, and adds those that agree with the elected sign.
+
+    The elements of each row are ranked by size: the smallest is kept with the probability `density - epsilon`, the
+    largest with `density + epsilon`, those between in equal steps. What is kept is rescaled to the sum of absolute
+    values that the delta had, or with `rescale_mode: inverse_density` each element by one over its probability, as in
+    the paper. `int8_mask` is accepted and changes nothing.
+
+    Source: Deep et al. 2024, "DELLA-Merging", section 3.
+    """
+    rescaling = rescale_mode if rescale else "none"
+    return SparseDeltas(weight, density, "ranks", "sum", normalize, rescaling, lambda_, epsilons=epsilon)
