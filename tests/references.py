@@ -80,6 +80,12 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             # what is kept is divided by its probability in `keep_by_rank`
             values["rescale"] = values["rescale"] and values["rescale_mode"] == "l1"
             return _task_arithmetic(tensors, values, keep_by_rank, elects=op == "della")
+        case "magmax":
+            return _magmax(tensors, values["lambda"])
+        case "consensus":
+            return _agree(tensors, values)
+        case "emr":
+            return _elect(tensors, values["lambda"])
         case "dare_ties":
             return _task_arithmetic(tensors, values, keep_random, elects=True)
         case "sce":
@@ -107,6 +113,38 @@ def _slerp(tensors: Tensors, t: float) -> Exact:
         return _add_up(torch.stack([(1 - t) * a, t * b]))
     angle = math.acos(cosine)
     return _add_up(torch.stack([math.sin((1 - t) * angle) * a, math.sin(t * angle) * b]) / math.sin(angle))
+
+
+def _magmax(tensors: Tensors, scale: float) -> Exact:
+    deltas = _list_deltas(tensors)
+    sizes = deltas.abs().flip(0)
+    chosen = len(deltas) - 1 - sizes.argmax(0)  # of equal ones the first of the flipped
+    return _add_up(torch.stack([tensors[0].double(), scale * deltas.gather(0, chosen[None])[0]]))
+
+
+def _agree(tensors: Tensors, values: Parameters) -> Exact:
+    deltas = _list_deltas(tensors)
+    total = deltas.sum(0)
+    limits = torch.stack(
+        [rate * (total - delta).abs() for rate, delta in zip(values["mask_lambda"], deltas, strict=True)]
+    )
+    is_kept = (deltas.abs() >= limits).sum(0) >= values["k"]
+    is_draw = ((deltas.abs() - limits).abs() < 1e-5 * limits).any(0)
+    exact = _add_up(torch.cat([tensors[0].double()[None], values["lambda"] * deltas]))
+    return Exact(tensors[0].double() + values["lambda"] * total * is_kept, exact.terms, is_draw)
+
+
+def _elect(tensors: Tensors, scale: float) -> Exact:
+    deltas = _list_deltas(tensors)
+    total = deltas.sum(0)
+    elected = total.sign() * (deltas * total.sign()).clamp(min=0).amax(0)
+    exact = _add_up(torch.stack([tensors[0].double(), scale * elected]))
+    return Exact(exact.values, exact.terms, (total.abs() < 1e-6 * deltas.abs().sum(0)) & (total != 0))
+
+
+def _list_deltas(tensors: Tensors) -> torch.Tensor:
+    """Return differences to the base, taken in float32, for their order decides what is kept."""
+    return torch.stack([(x.float() - tensors[0].float()).double() for x in tensors[1:]])
 
 
 def _nearswap(tensors: Tensors, t: float) -> Exact:

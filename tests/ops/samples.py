@@ -33,6 +33,8 @@ VARIANTS: dict[str, list[Any]] = {
     "density": [(0.5, 0.2, 1.0), (0.0, 0.7, -1.0)],
     "gamma": [(0.01, 0.0, 0.9)],
     "lambda": [0.4],
+    "mask_lambda": [(0.2, 0.9, 0.6)],
+    "k": [0, 1, 3],
     "scale": [-1.5],
 }
 """For each parameter that a sweep may vary, values to try besides the sample."""

@@ -102,3 +102,31 @@ def test_agrees_with_mergekit(
 ) -> None:
     merged = run_kernel(find_op(op).kernel(parameters), tensors)
     torch.testing.assert_close(merged, torch.tensor(expected).reshape(2, 4), rtol=5e-6, atol=1e-7)
+
+
+ONES = torch.ones(4)
+DELTAS = [[3.0, -1.0, 2.0, 0.5], [-2.0, -1.0, -2.0, 0.25], [-2.0, 0.5, 0.5, 0.0]]
+"""Their sum is -1, -1.5, 0.5, 0.75."""
+
+
+@pytest.mark.parametrize(
+    ("op", "parameters", "expected"),
+    [
+        ("magmax", {"lambda": 1.0}, [4, 0, -1, 1.5]),  # 2 and -2 are equally large: the later one
+        ("magmax", {}, [2.5, 0.5, 0, 1.25]),
+        ("emr", {}, [-1, 0, 3, 1.5]),  # 3 is larger than -2, but has not the sign of the sum
+        ("emr", {"lambda": 0.5}, [0, 0.5, 2, 1.25]),
+        # the first element: 3 >= 0.4 * 4, 2 >= 0.4 * 1 and once more, so that all three need it; in all 3, 2, 3 and 2
+        ("consensus", {"k": 2}, [0, -0.5, 1.5, 1.75]),
+        ("consensus", {"k": 3}, [0, 1, 1.5, 1]),
+        ("consensus", {"k": 3, "lambda": 0.5}, [0.5, 1, 1.25, 1]),
+        ("consensus", {"k": 2, "mask_lambda": (0.9, 0.9, 0.9)}, [0, -0.5, 1.5, 1]),  # needed by 2, 2, 2 and 1
+        ("consensus", {"k": 0, "mask_lambda": (9.0, 9.0, 9.0)}, [0, -0.5, 1.5, 1.75]),
+    ],
+)
+def test_agrees_with_the_definition(op: str, parameters: dict[str, Any], expected: list[float]) -> None:
+    """Worked out by hand from the papers' formulas."""
+    defaults: dict[str, Any] = {"mask_lambda": (0.4, 0.4, 0.4)} if op == "consensus" else {}
+    tensors = [ONES, *(ONES + torch.tensor(delta) for delta in DELTAS)]
+    merged = run_kernel(find_op(op).kernel(defaults | parameters), tensors)
+    torch.testing.assert_close(merged, torch.tensor(expected).float(), rtol=1e-6, atol=0)

@@ -1,0 +1,33 @@
+"""MagMax: for each element the largest difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raymerge.ops.kernel import Kernel
+from raymerge.ops.kernels.elementwise import Elementwise
+from raymerge.ops.lazy import torch
+from raymerge.ops.registry import Base, merge_op
+
+
+@merge_op(title="MagMax", base=Base.REQUIRED, reference="https://arxiv.org/abs/2407.06322")
+def magmax(lambda_: float = 0.5) -> Kernel:
+    """The base plus, for each element, `lambda` times the models' largest difference to it; of equal ones the last.
+
+    Source: Marczak et al. 2024, "MagMax", section 4: tau_k with k = argmax_i |tau_i|, and lambda = 0.5.
+    """
+    return Elementwise(add_largest, (lambda_,), num_spares=3)
+
+
+def add_largest(tensors: list[torch.Tensor], out: torch.Tensor, scratch: Sequence[torch.Tensor], scale: float) -> None:
+    """Write y = b + scale * d_k to `out`, with the largest |d_k|."""
+    base, *deltas = tensors
+    torch.sub(deltas[0], base, out=out)
+    largest, size = torch.abs(out, out=scratch[0]), scratch[1]
+    is_larger = scratch[2].view(torch.bool)[: out.numel()]
+    for delta in deltas[1:]:
+        torch.abs(delta.sub_(base), out=size)
+        torch.ge(size, largest, out=is_larger)
+        torch.where(is_larger, delta, out, out=out)
+        torch.maximum(largest, size, out=largest)
+    out.mul_(scale).add_(base)
