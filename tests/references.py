@@ -90,6 +90,8 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _task_arithmetic(tensors, values, keep_random, elects=True)
         case "sce":
             return _sce(tensors, values["select_topk"])
+        case "arcee_fusion":
+            return _arcee_fusion(tensors)
         case "nearswap":
             return _nearswap(tensors, values["t"])
         case "ram":
@@ -184,6 +186,18 @@ def _sce(tensors: Tensors, share: float) -> Exact:
     products = deltas * weights * takes_part / divisor
     is_draw = deltas.sum(0).abs() < 1e-6 * deltas.abs().sum(0)
     return Exact(base.double() + products.sum(0), base.double().abs() + products.abs().sum(0), is_draw)
+
+
+def _arcee_fusion(tensors: Tensors) -> Exact:
+    base, model = (x.double() for x in tensors)
+    p, q = (x.softmax(-1) + 1e-8 for x in (model, base))
+    divergence = (p * (p / q).log()).sum(-1, keepdim=True).clamp(min=0)
+    importance = ((model.float() - base.float()).abs() * divergence.float()).double()
+    ranked = importance.flatten().sort().values
+    low, median, high = (ranked[int(share * (len(ranked) - 1))] for share in (0.25, 0.5, 0.75))
+    threshold = median + 1.5 * (high - low)
+    is_draw = (importance - threshold).abs() < 1e-6 * threshold
+    return Exact(torch.where(importance >= threshold, model, base), base.abs(), is_draw)
 
 
 def _add_up(products: torch.Tensor) -> Exact:

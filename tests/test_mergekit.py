@@ -150,6 +150,10 @@ def test_same_numbers(number: int, family: Path, tmp_path: Path) -> None:
     ours, theirs = read_tensors(tmp_path / "out"), read_tensors(family / f"merged{number}")
     assert ours.keys() == theirs.keys()
     sources = [read_tensors(family / name) for name in ("base", "tune0", "tune1", "tune2")]
+    if config["merge_method"] == "arcee_fusion":  # takes the one or the other, by a threshold among rounded numbers
+        num_other = {name: (ours[name] != expected).sum().item() for name, expected in theirs.items()}
+        assert sum(num_other.values()) <= 0.005 * sum(x.numel() for x in theirs.values()), num_other
+        return
     worst = {}
     for name, expected in theirs.items():
         largest = torch.stack([source[name] for source in sources]).abs().amax(0).maximum(expected.abs())

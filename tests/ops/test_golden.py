@@ -94,13 +94,14 @@ HALF = {"density": (0.5, 0.5, 0.5)}
             [1.21378, -2.21408, 3.29378, 0.655213, 0.3, 1.01564, -0.972815, 2.23104],
         ),
         ("sce", {"select_topk": 0.5}, WITH_BASE, [1.20488, -2, 3.28488, 0.5, 0, 1.03052, -1, 2.23252]),
+        ("arcee_fusion", {}, [B, M1], [1, -2, 3, 0.5, 0, -0.35, -1, 2]),
         ("passthrough", {"scale": (2.0,)}, [M1], [2.8, -4.2, 6.04, 1, 0.6, -0.7, -1.9, 4.4]),
     ],
 )
 def test_agrees_with_mergekit(
     op: str, parameters: dict[str, Any], tensors: list[torch.Tensor], expected: list[float]
 ) -> None:
-    merged = run_kernel(find_op(op).kernel(parameters), tensors)
+    merged = run_kernel(find_op(op).kernel(parameters), tensors).float()
     torch.testing.assert_close(merged, torch.tensor(expected).reshape(2, 4), rtol=5e-6, atol=1e-7)
 
 

@@ -56,6 +56,7 @@ def task_arithmetic_parameters(*, normalize: bool, rescale: bool) -> set[Paramet
             (0, None),
             task_arithmetic_parameters(normalize=False, rescale=True),
         ),
+        ("arcee_fusion", "Arcee Fusion", Base.REQUIRED, (1, 1), set()),
         ("nearswap", "NearSwap", Base.REQUIRED, (1, 1), {shared("t", float, None)}),
         ("ram", "Reinforced Agent Merging", Base.REQUIRED, (0, None), {shared("epsilon", float, 1e-5)}),
         (
