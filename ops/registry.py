@@ -32,6 +32,11 @@ class Base(Enum):
     """Source 0 is the base; per-model parameters belong to the other sources."""
     INPUT = "an ordinary input"
     """Merged like every other model, in config order, last if it is not listed."""
+    OPTIONAL = "optional"
+    """Where the config names one, as if it were required; where it does not, there is none.
+
+    The op has a per-model parameter, whose values tell by their number whether one of the sources is a base.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class Parameter:
     """As in the YAML."""
     type: type[Value]
     per_model: bool
-    """One value for each model (the base not counted where the op requires one), or one for the tensor."""
+    """One value for each model (the base not counted unless it is an ordinary input), or one for the tensor."""
     default: Value | None
     """None where the config must give it."""
     choices: tuple[str, ...] = ()
@@ -60,7 +65,7 @@ class Op:
     """A paper or page; empty where there is none."""
     base: Base
     min_models: int
-    """Fewest models, the base not counted where one is required."""
+    """Fewest models, the base not counted unless it is an ordinary input."""
     max_models: int | None
     """Most models, likewise; None where there is no limit."""
     parameters: tuple[Parameter, ...]

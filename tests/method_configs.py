@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-METHODS = ("linear", "slerp", "ties", "dare_ties")
+METHODS = ("linear", "slerp", "model_stock", "ties", "dare_ties")
 
 
 def make_config(method: str, family: Sequence[Path]) -> dict[str, Any]:
@@ -20,5 +20,7 @@ def make_config(method: str, family: Sequence[Path]) -> dict[str, Any]:
             for model, weight in zip(family[1:], (0.7, 0.4), strict=True)
         ]
         parameters = {} if method == "linear" else {"density": 0.4}
+    if method == "model_stock":
+        models, parameters = [{"model": str(model)} for model in family[1:3]], {}
     base = {} if method == "linear" else {"base_model": str(family[0])}
     return {"merge_method": method, **base, "models": models, "parameters": parameters}

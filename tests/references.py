@@ -12,6 +12,7 @@ import torch
 
 from raymerge.ops.kernels.random import RandomBits, RandomSparsifier
 from raymerge.ops.registry import Base, find_op
+from tests.angles import merge_angles
 
 Tensors = Sequence[torch.Tensor]
 Parameters = Mapping[str, Any]
@@ -42,7 +43,8 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
         name: of the output tensor.
         seed: the merge's.
     """
-    num_models = len(tensors) - (find_op(op).base is Base.REQUIRED)
+    has_base = find_op(op).base is Base.REQUIRED or len(parameters.get("weight", tensors)) < len(tensors)
+    num_models = len(tensors) - has_base
     defaults = {p.name: (p.default,) * num_models if p.per_model else p.default for p in find_op(op).parameters}
     values: dict[str, Any] = defaults | dict(parameters)
 
@@ -68,6 +70,10 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _linear(tensors, values["scale"], normalize=False)
         case "slerp":
             return _slerp(tensors, values["t"])
+        case "nuslerp" | "multislerp" | "karcher" | "model_stock":
+            terms = torch.stack([x.double().abs() for x in tensors]).sum(0)
+            merged = merge_angles(op, tensors, values)
+            return Exact(merged, terms, torch.zeros_like(merged, dtype=torch.bool))
         case "task_arithmetic":
             return _task_arithmetic(tensors, values | {"rescale": False}, lambda delta, _: delta)
         case "dare_linear":

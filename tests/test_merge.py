@@ -70,6 +70,33 @@ def cases(family: Sequence[Path]) -> dict[str, tuple[dict[str, Any], Reference]]
             },
             lambda x: find_exact("slerp", x[:2], {"t": 0.3}).values,
         ),
+        "nuslerp": (
+            {"merge_method": "nuslerp", "models": weighted(tuned[:2], (1, 3))},
+            lambda x: find_exact("nuslerp", x[1:3], {"weight": (1, 3)}).values,
+        ),
+        "nuslerp by columns, from a base that is listed last": (
+            {
+                "merge_method": "nuslerp",
+                "base_model": base,
+                "models": [*weighted(tuned[1::-1], (1, 3)), {"model": base}],
+                "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+            },
+            lambda x: (
+                find_exact(
+                    "nuslerp",
+                    [x[0], x[2], x[1]],
+                    {"weight": (1, 3), "nuslerp_flatten": False, "nuslerp_row_wise": True},
+                ).values
+            ),
+        ),
+        "multislerp": (
+            {"merge_method": "multislerp", "base_model": base, "models": weighted(tuned, (1, 0.5, 0.25))},
+            lambda x: find_exact("multislerp", x, {"weight": (1, 0.5, 0.25)}).values,
+        ),
+        "karcher": (
+            {"merge_method": "karcher", "models": [{"model": str(model)} for model in family]},
+            lambda x: find_exact("karcher", x, {}).values,
+        ),
         "task_arithmetic": (
             {
                 "merge_method": "task_arithmetic",

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.lazy import loops, np, torch
 from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
+
+SMALLEST_SHARE = 1e-9
+"""Weights that cancel to less than this share of their absolute sum would leave rounding errors to divide by."""
+
+
+def check_sum(weights: Sequence[float], switch: str) -> float:
+    """Return the sum of weights, to divide by it.
+
+    Raises:
+        OpParameterError: they cancel.
+    """
+    total = sum(weights)
+    if abs(total) <= SMALLEST_SHARE * sum(map(abs, weights)):
+        raise OpParameterError(
+            f"the weights {', '.join(map(str, weights))} sum to {total:g}, so they cannot be normalized; "
+            f"change a weight or set {switch}: false"
+        )
+    return total
 
 
 @dataclass(frozen=True)

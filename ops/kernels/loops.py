@@ -17,11 +17,8 @@ from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.ops.kernels.compiler import loop
 from raymerge.ops.kernels.strips import (
     NUM_FOLDED_ROWS,
-    NUM_ROW_STRIPS,
-    add_columns,
     add_squares,
     count_columns,
-    find_strip,
     load,
     store,
 )
@@ -29,6 +26,13 @@ from raymerge.ops.stored import STRIP
 
 if TYPE_CHECKING:
     from raymerge.ops.kernels.compiler import Array1, Array2
+
+_GROUP = 4
+"""Vectors on each side of a group of pairs."""
+_GROUP_COLUMNS = STRIP // 2
+"""Columns that are worked off together: half a strip for each half of a block's rows."""
+NUM_PRODUCT_STRIPS = 1 + 2 * _GROUP + _GROUP * _GROUP
+"""Strips of scratch that `sum_products` uses."""
 
 
 def make_scratch(num_strips: int) -> Array2[np.uint32]:
@@ -71,35 +75,85 @@ def combine(
 @loop
 def sum_products(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
-    count: int, sums: Array2[np.float64], scratch: Array2[np.uint32],
+    num_origins: int, count: int, sums: Array2[np.float64], scratch: Array2[np.uint32],
 ) -> None:  # fmt: skip
-    """Write the sums of a * a, b * b and a * b over each block to a row of `sums`, added up as in `ops.sums`."""
-    a_bits, b_bits, strips = scratch[0], scratch[1], scratch.view(np.float32)
-    a, b = strips[0], strips[1]
+    """Write the inner product of each pair of vectors over each block to a row of `sums`, added up as in `ops.sums`.
+
+    The vectors are the sources, or the differences of all others from the first one. The pairs are (0, 0), (0, 1), ...
+    (1, 1), ... They are worked off in groups of a few vectors by a few, whose sums stay in a core's first cache.
+    """
+    num_vectors = len(places) - num_origins
+    products = scratch[1 + 2 * _GROUP :].view(np.float32)
     for number in range(len(sums)):
         first = number * BLOCK_ELEMENTS
         length = min(BLOCK_ELEMENTS, count - first)
         columns = count_columns(length)
-        strips[2:] = 0
-        for row in range(NUM_FOLDED_ROWS if columns else 0):
-            for column in range(0, columns, STRIP):
-                size = min(STRIP, columns - column)
-                offset = first + row * columns + column
-                load(words, longs, places[0] + offset, forms[0], size, a_bits, a)
-                load(words, longs, places[1] + offset, forms[1], size, b_bits, b)
-                strip = find_strip(row, column, 3)
-                aa, bb, ab = strips[strip], strips[strip + NUM_ROW_STRIPS], strips[strip + 2 * NUM_ROW_STRIPS]
+        sums[number, :] = 0
+        for left in range(0, num_vectors, _GROUP):
+            for right in range(left, num_vectors, _GROUP):
+                group = left, right, num_vectors
+                for column in range(0, columns, _GROUP_COLUMNS):
+                    size = min(_GROUP_COLUMNS, columns - column)
+                    _clear(products, group)
+                    for row in range(NUM_FOLDED_ROWS):
+                        offset = first + row * columns + column
+                        _load_group(words, longs, places, forms, num_origins, group, offset, size, scratch)
+                        half = row // (NUM_FOLDED_ROWS // 2) * _GROUP_COLUMNS
+                        _add_products(scratch, group, size, products, half)
+                    _add_group(products, group, size, sums[number])
+                for offset in range(first + NUM_FOLDED_ROWS * columns, first + length, _GROUP_COLUMNS):
+                    size = min(_GROUP_COLUMNS, first + length - offset)
+                    _clear(products, group)
+                    _load_group(words, longs, places, forms, num_origins, group, offset, size, scratch)
+                    _add_products(scratch, group, size, products, 0)
+                    _add_group(products, group, size, sums[number])
+
+
+def _clear(products, group):
+    """Set the strips of the pairs in a group to zero."""
+    left, right, num_vectors = group
+    for i in range(min(_GROUP, num_vectors - left)):
+        for j in range(i if left == right else 0, min(_GROUP, num_vectors - right)):
+            products[i * _GROUP + j, :] = 0
+
+
+def _load_group(words, longs, places, forms, num_origins, group, offset, size, scratch):
+    """Write strips of the vectors of both sides of a group to scratch, after that of the first source."""
+    left, right, num_vectors = group
+    origin = scratch[0].view(np.float32)
+    if num_origins:
+        load(words, longs, places[0] + offset, forms[0], size, scratch[0], origin)
+    for side in range(1 if left == right else 2):
+        start = right if side else left
+        for vector in range(start, min(start + _GROUP, num_vectors)):
+            source = vector + num_origins
+            bits = scratch[1 + side * _GROUP + vector - start]
+            values = bits.view(np.float32)
+            load(words, longs, places[source] + offset, forms[source], size, bits, values)
+            if num_origins:
                 for k in range(size):
-                    aa[k] += a[k] * a[k]
-                    bb[k] += b[k] * b[k]
-                    ab[k] += a[k] * b[k]
-        for figure in range(3):
-            sums[number, figure] = add_columns(strips, figure, 3, columns)
-        for offset in range(first + NUM_FOLDED_ROWS * columns, first + length, STRIP):
-            size = min(STRIP, first + length - offset)
-            load(words, longs, places[0] + offset, forms[0], size, a_bits, a)
-            load(words, longs, places[1] + offset, forms[1], size, b_bits, b)
+                    values[k] -= origin[k]
+
+
+def _add_products(scratch, group, size, products, place):
+    """Add the products of each pair in a group to its strip of `products`, from the given place on."""
+    left, right, num_vectors = group
+    for i in range(min(_GROUP, num_vectors - left)):
+        a = scratch[1 + i].view(np.float32)
+        for j in range(i if left == right else 0, min(_GROUP, num_vectors - right)):
+            b = scratch[1 + j if left == right else 1 + _GROUP + j].view(np.float32)
+            total = products[i * _GROUP + j, place : place + size]
             for k in range(size):
-                sums[number, 0] += np.float64(a[k] * a[k])
-                sums[number, 1] += np.float64(b[k] * b[k])
-                sums[number, 2] += np.float64(a[k] * b[k])
+                total[k] += a[k] * b[k]
+
+
+def _add_group(products, group, size, sums):
+    """Add the sum of both halves of the strip of each pair in a group to the pair's sum, in float64."""
+    left, right, num_vectors = group
+    for i in range(min(_GROUP, num_vectors - left)):
+        for j in range(i if left == right else 0, min(_GROUP, num_vectors - right)):
+            low, high = left + i, right + j
+            pair = low * num_vectors - low * (low - 1) // 2 + high - low
+            total = products[i * _GROUP + j]
+            for k in range(size):
+                sums[pair] += np.float64(total[k] + total[_GROUP_COLUMNS + k])

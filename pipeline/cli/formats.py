@@ -237,7 +237,7 @@ def format_method(op: Op) -> str:
 
 
 def _count_models(op: Op) -> str:
-    base = "a base and " if op.base is Base.REQUIRED else ""
+    base = {Base.REQUIRED: "a base and ", Base.OPTIONAL: "perhaps a base, and ", Base.INPUT: ""}[op.base]
     if op.max_models is None:
         return f"{base}{op.min_models} or more"
     if op.min_models == op.max_models:

@@ -252,7 +252,7 @@ class _Reader:
         op = self._op
         if op is None:
             return
-        if model != base or op.base is not Base.REQUIRED:
+        if model != base or op.base is Base.INPUT:
             self._uses.append(Use((place, *around, self._root), levels, model))
         elif levels[0]:
             place.get("parameters").warn(

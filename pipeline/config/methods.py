@@ -139,11 +139,13 @@ def check_models(root: Place, op: Op, models: Sequence[ModelRef], base: ModelRef
         ConfigError: the op needs a base and there is none, or it takes another number of models.
     """
     base_place, place = root.get("base_model"), root.get("models")
-    if op.base is Base.REQUIRED:
-        if base is None:
-            example = str(models[0]) if op.max_models == 1 else "<the model that the others were fine-tuned from>"
-            raise root.missing("base_model", f"{op.name} needs a base model; add `base_model: {example}`")
-        _check_count(place, op, [model for model in models if model != base])
+    if op.base is not Base.INPUT and base is not None:
+        is_listed = op.base is Base.OPTIONAL and base in models
+        advice = "; remove base_model to merge it as one of the models" if is_listed else ""
+        _check_count(place, op, [model for model in models if model != base], advice, besides=" besides the base")
+    elif op.base is Base.REQUIRED:
+        example = str(models[0]) if op.max_models == 1 else "<the model that the others were fine-tuned from>"
+        raise root.missing("base_model", f"{op.name} needs a base model; add `base_model: {example}`")
     elif base is None or base in models:
         _check_count(place, op, models)
     else:
@@ -168,28 +170,28 @@ def check_sources(root: Place, place: Place, op: Op, sources: Sequence[ModelRef]
     Raises:
         ConfigError: the op needs a base among the sources, or takes another number of models.
     """
-    if op.base is Base.INPUT:
+    if op.base is Base.INPUT or (op.base is Base.OPTIONAL and base is None):
         _check_count(place, op, sources)
         return
     if base is None:
         problem = f"{op.name} needs a base model; add it, for instance `base_model: {sources[0]}`"
         raise root.missing("base_model", problem)
     if base not in sources:
+        or_not = ", or remove base_model" if op.base is Base.OPTIONAL else ""
         raise place.error(
             f"the base model {base} is not among the sources ({listing(sources)}), and {op.name} needs it in every "
-            f"slice; add a source with `model: {base}` and its layer_range"
+            f"slice; add a source with `model: {base}` and its layer_range{or_not}"
         )
     if sources.count(base) > 1:
         raise place.error(f"the base model {base} is listed {sources.count(base)} times; list it once")
-    _check_count(place, op, [model for model in sources if model != base])
+    _check_count(place, op, [model for model in sources if model != base], besides=" besides the base")
 
 
-def _check_count(place: Place, op: Op, models: Sequence[ModelRef], advice: str = "") -> None:
+def _check_count(place: Place, op: Op, models: Sequence[ModelRef], advice: str = "", besides: str = "") -> None:
     low, high = op.min_models, op.max_models
     if low <= len(models) and (high is None or len(models) <= high):
         return
     wanted = f"at least {low}" if high is None else f"exactly {low}" if low == high else f"{low} to {high}"
-    besides = " besides the base" if op.base is Base.REQUIRED else ""
     given = f"{len(models) or 'none'} {'are' if len(models) > 1 else 'is'} given"
     names = f" ({listing(models)})" if models else ""
     raise place.error(f"{op.name} takes {wanted} model{'' if high == 1 else 's'}{besides}, {given}{names}{advice}")

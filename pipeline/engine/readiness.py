@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 
 from raymerge.ops.decoder import Plain
@@ -18,8 +18,8 @@ from raymerge.pipeline.stores.retry import one_line
 LOOPS = ("raymerge.ops.kernels.loops", "raymerge.ops.kernels.delta_loops")
 _TORCH_MERGER = "raymerge.pipeline.engine.torch_merger"
 
-_TRIED: dict[tuple[type[Kernel], int], str] = {}
-"""Why loops do not work in this process, or nothing; kernels of one kind that measure as often share theirs."""
+_TRIED: dict[Hashable, str] = {}
+"""Why loops do not work in this process, or nothing; kernels that measure the same share theirs."""
 
 
 def takes_loops(merge: TensorMerge) -> bool:
@@ -59,7 +59,7 @@ def _try_loops(merge: TensorMerge) -> Iterable[str]:
         kernel = variant.kernel
         if kernel.loop_dtypes == LOOP_DTYPES:
             site = merge.site(variant)
-            key = type(kernel), kernel.num_passes(site)
+            key = kernel.measuring(site)
             if key not in _TRIED:
                 _TRIED[key] = _try_kernel(kernel, replace(site, shape=(2,)))
             yield _TRIED[key]

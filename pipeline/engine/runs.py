@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
+from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import KernelRun
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.plan.types import TensorMerge
@@ -35,9 +36,16 @@ class TensorRuns:
                 yield leader
 
     def end_pass(self, index: int) -> None:
-        """Evaluate measuring pass `index`."""
+        """Evaluate measuring pass `index`.
+
+        Raises:
+            OpParameterError: what was measured leaves the op no answer.
+        """
         for run in self.measuring_runs(index):
-            run.end_pass(index)
+            try:
+                run.end_pass(index)
+            except OpParameterError as error:
+                raise OpParameterError(f"{self.merge.op}, tensor {self.merge.name}: {error}") from error
 
     def combining_runs(self) -> Sequence[KernelRun]:
         """Return the run of each variant, after the last measuring pass."""

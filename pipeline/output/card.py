@@ -9,9 +9,9 @@ from urllib.parse import quote
 import yaml
 
 from raymerge import __version__
-from raymerge.ops.registry import Base, find_op
+from raymerge.ops.registry import Base, Op, find_op
 from raymerge.pipeline.messages import listing
-from raymerge.pipeline.plan.types import InputModel, MergePlan, PlannedOutput
+from raymerge.pipeline.plan.types import InputModel, MergePlan, PlannedOutput, TensorMerge
 from raymerge.pipeline.urls import repository_of
 
 _MAX_TITLE_MODELS = 4
@@ -28,7 +28,7 @@ def make_card(plan: MergePlan, output: PlannedOutput) -> str:
         "tags": ["merge", "mergekit", "raymerge"],
     }
     method = f"[{op.title}]({op.reference})" if op.reference else op.title
-    bases = _find_bases(plan) if op.base is Base.REQUIRED else []
+    bases = [] if op.base is Base.INPUT else _find_bases(plan)
     others = [model for model in names if model not in bases] or list(names)
     lines = [
         "---",
@@ -60,7 +60,16 @@ def _make_title(plan: MergePlan) -> str:
 def _find_bases(plan: MergePlan) -> list[str]:
     """The models that are somewhere the base, in order of appearance; slices may differ in theirs."""
     merges = (merge for task in plan.tasks for merge in task.merges)
-    return list(dict.fromkeys(merge.sources[0].model for merge in merges if merge.op == plan.method))
+    op = find_op(plan.method)
+    return list(
+        dict.fromkeys(merge.sources[0].model for merge in merges if merge.op == op.name and _has_base(op, merge))
+    )
+
+
+def _has_base(op: Op, merge: TensorMerge) -> bool:
+    """Return whether the first source is a base; where that is optional, no parameter of models has a value for it."""
+    values = (value for _, value in merge.variants[0].parameters if isinstance(value, tuple))
+    return op.base is Base.REQUIRED or any(len(value) < len(merge.sources) for value in values)
 
 
 def _describe(item: InputModel) -> str:

@@ -66,7 +66,7 @@ def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: 
         ConfigError: a required parameter is missing.
         OpParameterError: the op refuses the parameters.
     """
-    if scope.op.base is Base.REQUIRED:
+    if scope.op.base is not Base.INPUT:
         parts = sorted(parts, key=lambda part: part.model != scope.base)
     _check_shapes(name, parts)
     dtypes = [part.source.dtype for part in parts]
@@ -115,7 +115,7 @@ def _resolve_parameters(
     name: str, parts: Sequence[Part], scope: Scope, position: float
 ) -> Mapping[str, ParameterValue]:
     """Resolve every parameter of the op; filters on per-model parameters see the input's name, others the output's."""
-    with_parameters = [part for part in parts if not (scope.op.base is Base.REQUIRED and part.model == scope.base)]
+    with_parameters = [part for part in parts if scope.op.base is Base.INPUT or part.model != scope.base]
     values: dict[str, ParameterValue] = {}
     for parameter in scope.op.parameters:
         if parameter.per_model:

@@ -34,6 +34,8 @@ class Case:
     """To try, all of them with the same elements; the first one is the usual one."""
     again: Callable[[], Kernel] | None = field(default=None)
     """Makes the kernel once more."""
+    has_columns: bool = False
+    """Whether values depend on the shape where blocks do not."""
 
     def sources(self, shape: tuple[int, ...] = ()) -> list[torch.Tensor]:
         shape = shape or self.shapes[0]
@@ -50,8 +52,9 @@ class Case:
         return (num_elements // row, row)
 
     def looks_at_rows(self) -> bool:
-        """Return whether a block is as many rows as there is room for."""
-        return not self.takes_whole() and len({self.kernel.grid(self.site(shape)) for shape in self.shapes}) > 1
+        """Return whether a block is as many rows as there is room for, or the kernel works on columns."""
+        grids = {self.kernel.grid(self.site(shape)) for shape in self.shapes}
+        return self.has_columns or (len(grids) > 1 and not self.takes_whole())
 
     def takes_whole(self) -> bool:
         """Return whether a block is the whole tensor."""
@@ -195,7 +198,7 @@ def check_loops_give_the_same_bits(case: Case) -> None:
             for source in sources:  # zeros of both signs
                 source[::5] *= -1
                 source[::7] *= 0
-            kernels = [case.kernel, *case.siblings]
+            kernels = [kernel for kernel in (case.kernel, *case.siblings) if kernel.loop_dtypes == LOOP_DTYPES]
             blocks, loops = Engine(sources), LoopEngine(sources, NAME)
             merged = blocks.run(*kernels)
             for blocks_in_window, cuts in ((1, ()), (2, (7777, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 77_777))):

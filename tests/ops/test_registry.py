@@ -40,6 +40,28 @@ def task_arithmetic_parameters(*, normalize: bool, rescale: bool) -> set[Paramet
     [
         ("linear", "Linear", Base.INPUT, (1, None), {WEIGHT, shared("normalize", bool, True)}),
         ("slerp", "SLERP", Base.REQUIRED, (1, 1), {shared("t", float, None)}),
+        (
+            "nuslerp",
+            "NuSLERP",
+            Base.OPTIONAL,
+            (2, 2),
+            {WEIGHT, shared("nuslerp_row_wise", bool, False), shared("nuslerp_flatten", bool, True)},
+        ),
+        (
+            "multislerp",
+            "Multi-SLERP",
+            Base.OPTIONAL,
+            (1, None),
+            {WEIGHT, shared("normalize_weights", bool, True), shared("eps", float, 1e-8)},
+        ),
+        (
+            "karcher",
+            "Karcher Mean",
+            Base.INPUT,
+            (1, None),
+            {shared("max_iter", int, 10), shared("tol", float, 1e-5)},
+        ),
+        ("model_stock", "Model Stock", Base.REQUIRED, (2, None), {shared("filter_wise", bool, False)}),
         ("passthrough", "Passthrough", Base.INPUT, (1, 1), {Parameter("scale", float, per_model=True, default=1.0)}),
         (
             "task_arithmetic",

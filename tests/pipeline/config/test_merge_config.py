@@ -322,6 +322,17 @@ def test_modules_are_not_supported_yet() -> None:
         ("slerp", "a", "a", "models: slerp takes exactly 1 model besides the base, none is given"),
         ("slerp", "a", "a b c", r"models: slerp takes exactly 1 .* 2 are given \(org/b, org/c\)"),
         ("slerp", "a", "b c", "models: slerp takes exactly 1 .* 2 are given"),
+        ("model_stock", "a", "a b", "models: model_stock takes at least 2 models besides the base, 1 is given"),
+        ("nuslerp", None, "a", "models: nuslerp takes exactly 2 models, 1 is given"),
+        ("nuslerp", None, "a b c", "models: nuslerp takes exactly 2 models, 3 are given"),
+        ("nuslerp", "d", "a b c", "models: nuslerp takes exactly 2 models besides the base, 3 are given"),
+        (
+            "nuslerp",
+            "a",
+            "a b",
+            r"models: nuslerp takes exactly 2 .* 1 is given \(org/b\); remove base_model to merge it",
+        ),
+        ("multislerp", "a", "a", "models: multislerp takes at least 1 model.* besides the base, none is given"),
         ("passthrough", None, "a b", "models: passthrough takes exactly 1 model, 2 are given"),
         ("passthrough", "b", "a", r"models: passthrough takes exactly 1 model, 2 .* base_model org/b .* remove it"),
     ],
@@ -334,12 +345,31 @@ def test_the_wrong_number_of_models_is_refused(method: str, base: str | None, mo
 
 @pytest.mark.parametrize(
     ("method", "base", "models"),
-    [("slerp", "a", "a b"), ("slerp", "a", "b"), ("ties", "a", "a"), ("passthrough", None, "a"), ("linear", "a", "a")],
+    [
+        ("slerp", "a", "a b"),
+        ("slerp", "a", "b"),
+        ("nuslerp", None, "a b"),
+        ("nuslerp", "c", "a b"),
+        ("nuslerp", "c", "a c b"),
+        ("ties", "a", "a"),
+        ("passthrough", None, "a"),
+        ("linear", "a", "a"),
+    ],
 )
 def test_the_right_number_of_models_is_accepted(method: str, base: str | None, models: str) -> None:
     config: dict[str, Any] = {"merge_method": method, "models": [{"model": f"org/{name}"} for name in models.split()]}
     config["parameters"] = {p.name: 0.5 for p in find_op(method).parameters if p.default is None}
     load_config({**config, "base_model": f"org/{base}"} if base else config, strict=True)
+
+
+def test_an_optional_base_is_among_the_sources_of_a_slice_and_has_no_parameters() -> None:
+    sources = [{"model": f"org/{name}", "layer_range": [0, 2], "parameters": {"weight": 1}} for name in "abc"]
+    config = {"merge_method": "nuslerp", "slices": [{"sources": sources[:2]}]}
+    assert load_config(config, strict=True).base_model is None
+    with pytest.raises(ConfigError, match=r"org/c is not among the sources .* its layer_range, or remove base_model"):
+        load_config({**config, "base_model": "org/c"})
+    (warning,) = load_config({**config, "slices": [{"sources": sources}], "base_model": "org/c"}).warnings
+    assert "org/c is the base, and nuslerp takes none for the base" in warning
 
 
 def test_a_base_is_only_the_donor_where_slices_are_stacked() -> None:

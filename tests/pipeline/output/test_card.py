@@ -106,6 +106,14 @@ def test_the_base_is_the_one_of_the_slice(models: tuple[str, ...]) -> None:
     assert f"with {models[1]} as base." in text
 
 
+def test_an_optional_base_is_named_where_there_is_one(tmp_path: Path) -> None:
+    base, *tuned = write_family(tmp_path, 2)
+    config = {"merge_method": "nuslerp", "models": [{"model": str(m)} for m in tuned], "parameters": {"weight": 1}}
+    for more, expected in (({}, "Method: NuSLERP."), ({"base_model": str(base)}, f"with {base} as base.")):
+        the_plan = plan({**config, **more})
+        assert expected in make_card(the_plan, the_plan.outputs[0])
+
+
 def test_a_config_with_fences_stays_in_its_own(models: tuple[str, ...]) -> None:
     config = f"# ```\n# ````\nmerge_method: passthrough\nmodels: [{{model: {models[0]}}}]\n"
     _, text = read_card(plan(config))
