@@ -22,5 +22,9 @@ class IntegerOverflowError(RaymergeError, OverflowError):
     """Integers are added up, and the dtype cannot hold the sum."""
 
 
+class OpFileError(RaymergeError, ImportError):
+    """A file or package that declares ops cannot be loaded."""
+
+
 class OpParameterError(RaymergeError, ValueError):
     """A parameter's value makes no sense for the op."""

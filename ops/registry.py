@@ -7,14 +7,16 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
+from importlib import metadata
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import raymerge.ops
-from raymerge.ops.errors import OpParameterError, UnknownOpError
+from raymerge.ops.errors import OpFileError, OpParameterError, UnknownOpError
 from raymerge.ops.kernel import Kernel
 
 T = TypeVar("T", bool, int, float, str)
@@ -72,6 +74,8 @@ class Op:
     summary: str
     """First line of the function's docstring."""
     function: Callable[..., Kernel]
+    origin: str = ""
+    """The installed package and its version, or the hash of the file, that declares it; empty for those of raymerge."""
 
     def kernel(self, parameters: Mapping[str, Value | tuple[Value, ...]]) -> Kernel:
         """Return the arithmetic for one tensor.
@@ -86,7 +90,11 @@ class Op:
         return self.function(**{_python_name(name): value for name, value in parameters.items()})
 
 
-_OPS: dict[str, Op] = {}
+_DECLARED: dict[str, dict[str, Op]] = {}
+"""Ops by the module that declares them."""
+
+ENTRY_POINTS = "raymerge.ops"
+"""Group in which installed packages name modules that declare ops."""
 
 
 def merge_op(
@@ -97,7 +105,7 @@ def merge_op(
     def declare(function: Callable[..., Kernel]) -> Callable[..., Kernel]:
         hints = get_type_hints(function, include_extras=True)
         parameters = tuple(_make_parameter(p, hints[p.name]) for p in inspect.signature(function).parameters.values())
-        _OPS[function.__name__] = Op(
+        _DECLARED.setdefault(function.__module__, {})[function.__name__] = Op(
             name=function.__name__,
             title=title,
             reference=reference,
@@ -115,25 +123,57 @@ def merge_op(
 
 @cache
 def load_ops() -> Mapping[str, Op]:
-    """Return every op by name, in alphabetical order; the packages beside them declare none."""
-    for module in pkgutil.iter_modules(raymerge.ops.__path__):
-        if not module.ispkg:
-            importlib.import_module(f"raymerge.ops.{module.name}")
-    return dict(sorted(_OPS.items()))
+    """Return every op by name, in alphabetical order: of this package, without those beside it, and of installed ones.
+
+    Raises:
+        OpFileError: an installed package that declares ops cannot be loaded, or redefines a name.
+    """
+    names = (f"{raymerge.ops.__name__}.{module.name}" for module in _list_modules())
+    ops = {name: op for module in names for name, op in list_declared(module).items()}
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        package = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+        try:
+            point.load()
+        except Exception as error:
+            raise OpFileError(
+                f"{package}: its ops ({point.value}) cannot be loaded: {type(error).__name__}: {error}; mend or"
+                " uninstall it"
+            ) from error
+        declared = list_declared(point.module)
+        if taken := sorted(declared.keys() & ops.keys()):
+            raise OpFileError(f"{package} declares {', '.join(taken)}, and there is one of that name; uninstall it")
+        ops |= {name: replace(op, origin=package) for name, op in declared.items()}
+    return dict(sorted(ops.items()))
 
 
-def find_op(name: str) -> Op:
+def list_declared(module: str) -> Mapping[str, Op]:
+    """Return the ops that a module declares, by name."""
+    return dict(_DECLARED.get(module, {}))
+
+
+def find_op(name: str, own: Mapping[str, Op] = MappingProxyType({})) -> Op:
     """Return the op of this name.
+
+    Args:
+        name: as in `merge_method`.
+        own: ops besides those that are installed.
 
     Raises:
         UnknownOpError: there is none; the message names the nearest.
     """
-    ops = load_ops()
+    ops = {**load_ops(), **own}
     if name not in ops:
         near = difflib.get_close_matches(name, ops, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise UnknownOpError(f"merge_method {name!r} is unknown{hint} There are: {', '.join(ops)}")
     return ops[name]
+
+
+def _list_modules() -> Iterator[pkgutil.ModuleInfo]:
+    for module in pkgutil.iter_modules(raymerge.ops.__path__):
+        if not module.ispkg:
+            importlib.import_module(f"{raymerge.ops.__name__}.{module.name}")
+            yield module
 
 
 def _python_name(name: str) -> str:

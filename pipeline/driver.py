@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from raymerge.cluster.host import measure_memory
 from raymerge.cluster.ray.session import RESERVED_MEM, TASK_NBYTES
+from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
 from raymerge.pipeline.errors import ConfigError, OutputError
@@ -75,8 +76,9 @@ def plan(
     limits = _make_limits(options)
     if (gpu_mem := options.allowed_gpu_mem) is not None:  # on a machine without GPUs: a plan for one with one
         limits = _use_gpus(limits, len(list_gpus()) or 1, gpu_mem, options)
+    own = None if options.ops is None else read_own_ops(options.ops)
     with open_stores(StoreSettings(options.storage)) as stores:
-        loaded = load_config(config, strict=options.strict)
+        loaded = load_config(config, strict=options.strict, own=own)
         where = ["." if out is None else str(out)]
         made = make_plan(stores, [loaded], where, limits, options.seed, trust_headers=options.trust_headers)
         _check_doubts(made, strict=options.strict)
@@ -133,9 +135,10 @@ def merge_variants(
     start = time.perf_counter()
     options = make_options(options, keywords)
     narrator = Narrator(on_event or (lambda event: None))
+    own = None if options.ops is None else read_own_ops(options.ops)
     with open_stores(StoreSettings(options.storage, options.private)) as stores, ExitStack() as stack:
         _check_outs(stores, configs, outs)
-        loaded = [load_config(config, strict=options.strict) for config in configs]
+        loaded = [load_config(config, strict=options.strict, own=own) for config in configs]
         session, limits, hired = _find_workers(stores, loaded[0], outs, options, stack)
         places, trust_headers = [str(out) for out in outs], options.trust_headers
         the_plan = make_plan(stores, loaded, places, limits, options.seed, session, trust_headers=trust_headers)

@@ -60,6 +60,9 @@ class MergeOptions:
         Size | None, Help("Largest output file, such as 5GB.", OUTPUT, "SIZE", default="by the output's size")
     ] = None
     seed: Annotated[int, Help("Seed of methods that draw random numbers.", OUTPUT, "N")] = 0
+    ops: Annotated[
+        str | None, Help("Python file that declares merge methods of your own.", OUTPUT, "FILE", default="none")
+    ] = None
     strict: Annotated[bool, Help("Refuse whatever gives a warning otherwise, and NaN and infinity.", OUTPUT)] = False
     trust_headers: Annotated[
         bool, Help("Go by the weight files where an input's index is missing or disagrees with them.", OUTPUT)
@@ -127,6 +130,7 @@ class MergeKeywords(TypedDict, total=False):
     storage: Library
     shard_size: Size | None
     seed: int
+    ops: str | None
     strict: bool
     trust_headers: bool
     private: bool

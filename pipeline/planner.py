@@ -114,13 +114,13 @@ def make_plan(
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
     transfer = _measure_transfer(stores, checkpoints, outs, limits)
     limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, checkpoints, session))
-    tasks, num_workers, num_allowed = make_tasks(merges, limits)
+    tasks, num_workers, num_allowed = make_tasks(merges, limits, first.own)
     beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)
     doubts += more_doubts
     outputs = []
     for position, (config, recipe) in enumerate(zip(configs, recipes, strict=True)):
         side_files: tuple[SideFile, ...] = (*beside, Written(CONFIG, dump_config(recipe.config)))
-        fingerprint = make_fingerprint(tasks, side_files, position)
+        fingerprint = make_fingerprint(tasks, side_files, position, first.op.origin)
         warnings = (*config.warnings, *doubts, *recipe.warnings)
         outputs.append(PlannedOutput(config.text, seed, side_files, warnings, fingerprint))
     advice = explain_shares(tasks, limits, num_allowed)
@@ -129,11 +129,12 @@ def make_plan(
     if limits.gpus is not None and session is None and (faster := explain_gpus(tasks, limits.num_workers)):
         advice.append(faster)
     return MergePlan(
+        own=first.own,
         tasks=tasks,
         outputs=tuple(outputs),
         donor=checkpoints[0].model,
         inputs=tuple(InputModel(c.model, c.url, tuple(c.files)) for c in checkpoints),
-        method=first.method,
+        op=first.op,
         advice=tuple(advice),
         dropped=(*recipes[0].dropped, *left_out),
         num_workers=num_workers,

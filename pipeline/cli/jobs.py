@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 _CONFIG = "merge.yml"
 """The config's name on the cluster."""
+
+_OPS = "own_ops.py"
+"""The name there of a file of ops."""
 
 _NO_PYTHON = 127
 """The shell's exit code for a command that does not exist."""
@@ -79,9 +83,12 @@ def submit(
         _CONFIG,
         out,
         "--log-json",
-        *list_arguments(options),
+        *list_arguments(options if loaded.own is None else replace(options, ops=_OPS)),
     ]
-    packages = {"working_dir": pack_files({_CONFIG: loaded.text.encode()}), "py_modules": pack_raymerge()}
+    files = {_CONFIG: loaded.text.encode()}
+    if loaded.own is not None:
+        files[_OPS] = loaded.own.source.encode()
+    packages = {"working_dir": pack_files(files), "py_modules": pack_raymerge()}
     about = {"raymerge": __version__, "config": config.name, "out": out}
     try:
         client.submit(job_id, shlex.join(command), packages, environment, about)

@@ -219,6 +219,11 @@ def _make_job(
     if job.gpus and not options.gpu_memory:
         say("warning: --gpus without --gpu-memory: the job is given GPUs, and merges without them")
     wheel = find_wheel(software, job) if software else None
+    if options.ops is not None:
+        raise ConfigError(
+            "--ops names a file of this machine, and a manifest holds the config alone; install its ops in the image,"
+            " as a package with the entry point raymerge.ops, or use submit"
+        )
     loaded = load_portable(config, out, options, with_plan=job.plan)
     # The run that this one goes on from may be dead, and its lock not yet free.
     arguments = list_arguments(replace(options, wait=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePath
 
+from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
 from raymerge.pipeline.cli.console import say
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
@@ -25,7 +26,8 @@ def load_portable(config: Path, out: str, options: MergeOptions, *, with_plan: b
     Raises:
         RaymergeError: whatever would go wrong there, as far as it can be known here.
     """
-    loaded = load_config(config, strict=options.strict)
+    own = None if options.ops is None else read_own_ops(options.ops)
+    loaded = load_config(config, strict=options.strict, own=own)
     check_portable(loaded, out, shared_filesystem=options.shared_filesystem)
     warnings = loaded.warnings
     if with_plan:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from raymerge.ops.registry import Base, Op
+from raymerge.ops.own import OwnOps
+from raymerge.ops.registry import Base, Op, load_ops
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.document import Document, read_document
 from raymerge.pipeline.config.fields import check_empty, parse_dtype, parse_integers, parse_layer_range, parse_patterns
@@ -18,7 +19,6 @@ from raymerge.pipeline.config.methods import (
     check_given,
     check_models,
     check_sources,
-    list_parameters,
     parse_method,
     parse_settings,
 )
@@ -85,8 +85,8 @@ class OutputSlice:
 class MergeConfig:
     """A merge as the YAML asks for it; exactly one of `models` and `slices` is not empty."""
 
-    method: str
-    """Name of a registered op."""
+    op: Op
+    """The merge method."""
     models: tuple[ModelEntry, ...]
     """As listed; see `entries`."""
     slices: tuple[OutputSlice, ...]
@@ -105,6 +105,13 @@ class MergeConfig:
     """The YAML as given."""
     warnings: tuple[str, ...]
     """Probable mistakes; each begins with its YAML path."""
+    own: OwnOps | None = None
+    """The file that declares the method, where it is of the user's own."""
+
+    @property
+    def method(self) -> str:
+        """The merge method's name."""
+        return self.op.name
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
@@ -122,12 +129,15 @@ class MergeConfig:
         return tuple(dict.fromkeys((*base, *(entry.model for entry in self.models), *sources)))
 
 
-def load_config(source: Path | str | Mapping[str, object], *, strict: bool = False) -> MergeConfig:
+def load_config(
+    source: Path | str | Mapping[str, object], *, strict: bool = False, own: OwnOps | None = None
+) -> MergeConfig:
     """Return the merge that a mergekit config describes.
 
     Args:
         source: a YAML file, or its name; YAML text; or an already parsed config.
         strict: refuse what otherwise gives a warning, such as an unknown key.
+        own: ops besides those that are installed.
 
     Raises:
         ConfigError: the config cannot be read or cannot be meant; the message names every mistake that was found, with
@@ -137,9 +147,11 @@ def load_config(source: Path | str | Mapping[str, object], *, strict: bool = Fal
     root = Place(document.content, node=document.node)
     config = None
     with suppress(TooManyError):
-        config = _Reader(root).read(document)
+        config = _Reader(root, {**load_ops(), **(own.ops if own else {})}).read(document)
     if config is None:
         raise ConfigError(root.findings.explain(document))
+    if own is not None and config.method in own.ops:
+        config = replace(config, own=own)
     if strict and config.warnings:
         raise ConfigError(f"refused because of strict:\n{root.findings.explain(document)}")
     return config
@@ -148,8 +160,11 @@ def load_config(source: Path | str | Mapping[str, object], *, strict: bool = Fal
 class _Reader:
     """Reads a config, and goes on after a mistake, which is noted, as far as the rest makes sense without it."""
 
-    def __init__(self, root: Place) -> None:
+    def __init__(self, root: Place, ops: Mapping[str, Op]) -> None:
         self._root = root
+        self._ops = ops
+        self._names = frozenset(parameter.name for op in ops.values() for parameter in op.parameters)
+        """Of all parameters of all ops."""
         self._op: Op | None = None
         self._base: ModelRef | None = None
         self._parameters: Settings = {}
@@ -163,8 +178,8 @@ class _Reader:
             error = root.get(keys[0]).error("belongs to mergekit-moe; raymerge cannot build mixtures of experts")
             root.note(error)
             return None
-        root.check_keys(_KEYS, list_parameters())
-        self._op = root.attempt(parse_method)
+        root.check_keys(_KEYS, self._names)
+        self._op = root.attempt(partial(parse_method, ops=self._ops))
         root.attempt(_check_form)
         for key, advice in _NOT_SUPPORTED.items():
             if (place := root.get(key)).value is not None:
@@ -187,7 +202,7 @@ class _Reader:
         if self._op is None or root.findings.errors:
             return None
         return MergeConfig(
-            method=self._op.name,
+            op=self._op,
             models=tuple(models),
             slices=tuple(part for part in slices if part is not None),
             base_model=self._base,
@@ -208,7 +223,7 @@ class _Reader:
         written = place.get("parameters")
         if self._op is None:
             return {}
-        return written.attempt(partial(parse_settings, op=self._op, of_model=of_model)) or {}
+        return written.attempt(partial(parse_settings, op=self._op, ops=self._ops, of_model=of_model)) or {}
 
     def _read_models(self) -> list[ModelEntry]:
         place = self._root.get("models")
@@ -223,7 +238,7 @@ class _Reader:
         return list(entries.values())
 
     def _read_entry(self, place: Place, before: Mapping[ModelRef, ModelEntry]) -> ModelEntry | None:
-        _check_entry(place, ("model", "parameters"))
+        self._check_entry(place, ("model", "parameters"))
         model, parameters = self._read_model(place), self._read_parameters(place, of_model=True)
         if model is None:
             return None
@@ -260,7 +275,7 @@ class _Reader:
             )
 
     def _read_slice(self, place: Place) -> OutputSlice | None:
-        _check_entry(place, ("sources", "base_model", "residual_weight", "parameters"))
+        self._check_entry(place, ("sources", "base_model", "residual_weight", "parameters"))
         if place.get("residual_weight").value is not None:
             place.get("residual_weight").warn("has no effect, in mergekit neither; remove it")
         written = place.get("sources")
@@ -286,12 +301,20 @@ class _Reader:
     def _read_source(
         self, place: Place, around: Place, parameters: Settings, base: ModelRef | None
     ) -> SliceSource | None:
-        _check_entry(place, ("model", "layer_range", "parameters"))
+        self._check_entry(place, ("model", "layer_range", "parameters"))
         model, own = self._read_model(place), self._read_parameters(place, of_model=True)
         if model is not None:
             self._check_parameters(place, model, (own, parameters, self._parameters), base, around)
         layer_range = parse_layer_range(place.get("layer_range"), place.misspelt("layer_range"))
         return None if model is None else SliceSource(model, layer_range, own)
+
+    def _check_entry(self, place: Place, keys: tuple[str, ...]) -> None:
+        """Check that an entry of a list is a mapping with these keys."""
+        if isinstance(place.value, str):
+            raise place.error(f"{shown(place.value)} is given, a mapping is needed; write `- {keys[0]}: {place.value}`")
+        if place.value is None:
+            raise place.error(f"the entry is empty; write `- {keys[0]}: ...`")
+        place.check_keys(keys, self._names)
 
 
 def _check_form(root: Place) -> None:
@@ -316,15 +339,6 @@ def _check_lengths(place: Place, sources: Sequence[SliceSource]) -> None:
                 f"[{start}, {stop}] is {counted(stop - start, 'layer')}, but the first source of this slice, "
                 f"[{first[0]}, {first[1]}], is {first[1] - first[0]}; give all sources of a slice the same length"
             )
-
-
-def _check_entry(place: Place, keys: tuple[str, ...]) -> None:
-    """Check that an entry of a list is a mapping with these keys."""
-    if isinstance(place.value, str):
-        raise place.error(f"{shown(place.value)} is given, a mapping is needed; write `- {keys[0]}: {place.value}`")
-    if place.value is None:
-        raise place.error(f"the entry is empty; write `- {keys[0]}: ...`")
-    place.check_keys(keys, list_parameters())
 
 
 def _list(place: Place) -> list[Place]:

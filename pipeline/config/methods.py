@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
-from raymerge.ops.registry import Base, Op, load_ops
+from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.node import Place, PlaceError
 from raymerge.pipeline.config.values import Setting, Settings, is_setting, parse_setting
@@ -20,13 +20,12 @@ _MERGEKIT_METHODS = {
 """Methods of mergekit 0.1.5."""
 
 
-def parse_method(place: Place) -> Op:
+def parse_method(place: Place, ops: Mapping[str, Op]) -> Op:
     """Return the op that a config's `merge_method` names.
 
     Raises:
         ConfigError: there is none.
     """
-    ops = load_ops()
     method = place.get("merge_method")
     if method.value is None:
         problem = f"is missing; add it, for instance `merge_method: linear`. There are: {', '.join(ops)}"
@@ -39,18 +38,13 @@ def parse_method(place: Place) -> Op:
     return ops[name]
 
 
-@cache
-def list_parameters() -> Set[str]:
-    """Return the names of all parameters of all ops."""
-    return {parameter.name for op in load_ops().values() for parameter in op.parameters}
-
-
-def parse_settings(place: Place, op: Op, *, of_model: bool) -> Settings:
+def parse_settings(place: Place, op: Op, ops: Mapping[str, Op], *, of_model: bool) -> Settings:
     """Return the parameters written at a place; those that have no effect there are warned about and left out.
 
     Args:
         place: a mapping of names to settings, or nothing.
         op: what they are for.
+        ops: all that there are, by name.
         of_model: whether they stand under one model, where only per-model parameters have an effect.
 
     Raises:
@@ -61,7 +55,7 @@ def parse_settings(place: Place, op: Op, *, of_model: bool) -> Settings:
     for name in place.names():
         written = place.get(name)
         if name not in declared:
-            written.warn_unknown(_explain_unknown(name, op))
+            written.warn_unknown(_explain_unknown(name, op, ops))
             if not is_setting(written.value):
                 written.note(
                     written.error(f"{shown(written.value)} is no value of a parameter; is it one level too low?")
@@ -197,9 +191,9 @@ def _check_count(place: Place, op: Op, models: Sequence[ModelRef], advice: str =
     raise place.error(f"{op.name} takes {wanted} model{'' if high == 1 else 's'}{besides}, {given}{names}{advice}")
 
 
-def _explain_unknown(name: str, op: Op) -> str:
+def _explain_unknown(name: str, op: Op, ops: Mapping[str, Op]) -> str:
     allowed = [parameter.name for parameter in op.parameters]
-    users = [other.name for other in load_ops().values() if any(name == p.name for p in other.parameters)]
+    users = [other.name for other in ops.values() if any(name == p.name for p in other.parameters)]
     if not users:
         return f"unknown parameter, ignored; {suggest(name, allowed)}"
     has = f"its parameters are: {', '.join(allowed)}" if allowed else "it has no parameters"

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import yaml
 
 from raymerge import __version__
-from raymerge.ops.registry import Base, Op, find_op
+from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.types import InputModel, MergePlan, PlannedOutput, TensorMerge
 from raymerge.pipeline.urls import repository_of
@@ -19,7 +19,7 @@ _MAX_TITLE_MODELS = 4
 
 def make_card(plan: MergePlan, output: PlannedOutput) -> str:
     """Return the text of the card; it follows from the plan alone, as two outputs of one plan are the same."""
-    op = find_op(plan.method)
+    op = plan.op
     names = {str(item.model): _describe(item) for item in plan.inputs}
     repositories = list(dict.fromkeys(repository for item in plan.inputs if (repository := repository_of(item.url))))
     front = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raymerge.ops.registry import Base, find_op
+from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
 from raymerge.pipeline.checkpoint.names import (
@@ -100,7 +100,7 @@ def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:
         *form.warnings,
         *more,
         *_warn_of_float64(merges),
-        *_warn_of_cancelling_weights(merges),
+        *_warn_of_cancelling_weights(form.config.op, merges),
     ]
     for model in form.models.values():
         for name, rule in model.view.hidden().items():
@@ -178,13 +178,13 @@ def _warn_of_float64(merges: Sequence[TensorMerge]) -> list[str]:
     return [f"{count_tensors(wide)} stored as float64, merged in float32"] if wide else []
 
 
-def _warn_of_cancelling_weights(merges: Sequence[TensorMerge]) -> list[str]:
+def _warn_of_cancelling_weights(op: Op, merges: Sequence[TensorMerge]) -> list[str]:
     """Warn once of weights of both signs that are divided by their sum, or by the sum of those that agree."""
     found = {
         merge.name: variant.parameters
         for merge in merges
         for variant in merge.variants
-        if _may_cancel(dict(variant.parameters)) and find_op(merge.op).base is Base.REQUIRED
+        if _may_cancel(dict(variant.parameters)) and op.base is Base.REQUIRED
     }
     if not found:
         return []

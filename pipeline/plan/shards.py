@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from raymerge import __version__
+from raymerge.ops.own import OwnOps
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.header import make_header
 from raymerge.pipeline.plan.gpu_memory import check_fits_gpu, project_gpu_mem, project_staged_mem
@@ -32,12 +33,15 @@ def default_shard_nbytes(total_nbytes: int) -> int:
     return max(1, int(128 * (total_nbytes / 10**9) ** (1 / 3))) * 10**6
 
 
-def make_tasks(merges: Sequence[TensorMerge], limits: Limits) -> tuple[tuple[ShardTask, ...], int, int]:
+def make_tasks(
+    merges: Sequence[TensorMerge], limits: Limits, own: OwnOps | None = None
+) -> tuple[tuple[ShardTask, ...], int, int]:
     """Cut the output into files and decide how each is made.
 
     Args:
         merges: in natural order of names.
         limits: what the user allows.
+        own: the file that declares the method, where it is of the user's own.
 
     Returns:
         The tasks, how many workers make them at once, and how many the memory would allow if there were more tasks.
@@ -56,7 +60,7 @@ def make_tasks(merges: Sequence[TensorMerge], limits: Limits) -> tuple[tuple[Sha
     shares, num_allowed = share_out_memory([[demands[merge.name] for merge in shard] for shard in shards], limits)
     total = sum(merge.nbytes for merge in merges)
     tasks = tuple(
-        _make_task(shard, file, demands, shares, _count_threads(shard, total, limits, shares))
+        _make_task(own, shard, file, demands, shares, _count_threads(shard, total, limits, shares))
         for shard, file in zip(shards, shard_names(len(shards)), strict=True)
     )
     return tasks, shares.num_workers, num_allowed
@@ -87,7 +91,9 @@ def shard_names(num_shards: int) -> list[str]:
     return [f"model-{k:05d}-of-{num_shards:05d}.safetensors" for k in range(1, num_shards + 1)]
 
 
-def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[SideFile], output: int = 0) -> str:
+def make_fingerprint(
+    tasks: Sequence[ShardTask], side_files: Iterable[SideFile], output: int = 0, origin: str = ""
+) -> str:
     """Return a hash of everything that decides what a model is: recipes, inputs as they are, seed, layout, version.
 
     Where the inputs lie does not matter if their etags tell, nor do memory and workers.
@@ -96,8 +102,10 @@ def make_fingerprint(tasks: Sequence[ShardTask], side_files: Iterable[SideFile],
         tasks: the shards.
         side_files: the output's other files.
         output: which of the plan's outputs.
+        origin: of an op that is not raymerge's own.
     """
     digest = hashlib.sha256(json.dumps([__version__, [file.identity for file in side_files]]).encode())
+    digest.update(origin.encode())
     for task in tasks:
         digest.update(task.outputs[output].header)
         for merge in task.merges:
@@ -119,6 +127,7 @@ def _count_threads(merges: Sequence[TensorMerge], total_nbytes: int, limits: Lim
 
 
 def _make_task(
+    own_ops: OwnOps | None,
     merges: Sequence[TensorMerge],
     file: str,
     demands: Mapping[str, Demand],
@@ -145,6 +154,7 @@ def _make_task(
     read = {merge.name: sum(source.nbytes for source in merge.sources) for merge in merges}
     output = ShardOutput(file, header, len(header) + sum(merge.nbytes for merge in merges))
     return ShardTask(
+        own=own_ops,
         outputs=(output,) * transfer.num_outputs,
         merges=ordered,
         read_nbytes=sum(read.values()),

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from raymerge.ops.kernel import Kernel, Site
-from raymerge.ops.registry import Value
+from raymerge.ops.own import OwnOps
+from raymerge.ops.registry import Op, Value
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.reference import ModelRef
@@ -118,6 +119,9 @@ class ShardOutput:
 class ShardTask:
     """The same shard of every output; all that a worker needs to know."""
 
+    own: OwnOps | None = field(repr=False)
+    """The file that declares the method, where it is of the user's own; first, for unpickling it makes the module that
+    kernels refer to."""
     outputs: tuple[ShardOutput, ...]
     """One for each output of the plan; all of one name and layout."""
     merges: tuple[TensorMerge, ...]
@@ -241,6 +245,8 @@ class PlannedOutput:
 class MergePlan:
     """Everything that will happen, decided."""
 
+    own: OwnOps | None = field(repr=False)
+    """See `ShardTask`."""
     tasks: tuple[ShardTask, ...]
     outputs: tuple[PlannedOutput, ...]
     """The models that are made of one reading of the inputs: one, unless variants are planned together."""
@@ -248,7 +254,8 @@ class MergePlan:
     """Whose config.json, tokenizer and other files the outputs get."""
     inputs: tuple[InputModel, ...]
     """Base first, then in order of appearance."""
-    method: str
+    op: Op
+    """The merge method."""
     advice: tuple[str, ...]
     """Faster options on the machines at hand; nothing of it gets into the output."""
     dropped: tuple[str, ...]
@@ -266,6 +273,11 @@ class MergePlan:
         models, tensors = counted(len(self.inputs), "model"), counted(len(self.weight_map), "tensor")
         written = f"{format_nbytes(self.total_nbytes)} in {counted(len(self.tasks), 'shard')}"
         return f"MergePlan({self.method} of {models}, {tensors}, {written})"
+
+    @property
+    def method(self) -> str:
+        """The merge method's name."""
+        return self.op.name
 
     @property
     def models(self) -> tuple[ModelRef, ...]:

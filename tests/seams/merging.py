@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from raymerge import merge, plan
-from raymerge.ops import registry
 from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.forms.form import Model
@@ -41,29 +39,15 @@ def look_through(monkeypatch: pytest.MonkeyPatch, look: Callable[[View], View]) 
     monkeypatch.setattr("raymerge.pipeline.planner.open_model", open_through)
 
 
-@contextmanager
-def declared_ops() -> Iterator[None]:
-    """Let ops be declared that are gone afterwards."""
-    registry.load_ops()
-    before = dict(registry._OPS)
-    try:
-        registry.load_ops.cache_clear()
-        yield
-    finally:
-        registry._OPS.clear()
-        registry._OPS.update(before)
-        registry.load_ops.cache_clear()
-
-
-def merge_in_every_way(config: dict[str, Any], directory: Path) -> Tensors:
+def merge_in_every_way(config: dict[str, Any], directory: Path, ops: str | None = None) -> Tensors:
     """Merge with plenty of memory, with the least that the plan allows, and by two workers; all must write the same."""
     with pytest.raises(MemoryLimitError) as caught:
-        plan(config, memory=1)
+        plan(config, memory=1, ops=ops)
     found = re.search(r"--memory (\S+)", str(caught.value))
     assert found
-    merge(config, directory / "plenty", memory="4GiB", workers=1)
-    merge(config, directory / "least", memory=found[1], workers=1)
-    merge(config, directory / "workers", workers=2, shard_size=1)
+    merge(config, directory / "plenty", memory="4GiB", workers=1, ops=ops)
+    merge(config, directory / "least", memory=found[1], workers=1, ops=ops)
+    merge(config, directory / "workers", workers=2, shard_size=1, ops=ops)
     files = [read_files(directory / name)["model.safetensors"] for name in ("plenty", "least")]
     assert files[0] == files[1]
     merged, by_workers = read_tensors(directory / "plenty"), read_tensors(directory / "workers")

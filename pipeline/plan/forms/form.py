@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.model_config import Json, text_part
 from raymerge.pipeline.checkpoint.names import Layers
 from raymerge.pipeline.checkpoint.quantised import Quantisation
@@ -128,7 +127,7 @@ class Form(ABC):
         """
         out_dtype = self.config.out_dtype or self.config.dtype
         return Scope(
-            find_op(self.config.method),
+            self.config.op,
             base,
             (*settings, self.config.parameters),
             out_dtype,

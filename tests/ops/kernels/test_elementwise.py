@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import pickle
 import re
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-from raymerge.ops import registry
 from raymerge.ops.kernel import Site
 from raymerge.ops.kernels.elementwise import Elementwise
+from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Base, Op
 from tests.ops.engine import run_kernel
 from tests.ops.kernel_contract import CHECKS, Case
@@ -30,16 +27,12 @@ def write_weighted(
 
 
 @pytest.fixture
-def between(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Op:
-    """The op of CONTRIBUTING.md, as if it were a file in ops/."""
+def between(pytestconfig: pytest.Config) -> Op:
+    """The op of CONTRIBUTING.md."""
     text = (pytestconfig.rootpath / "CONTRIBUTING.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Elementwise" in block)
     assert len(code.splitlines()) < 35
-    module = ModuleType("raymerge.ops.between")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(registry, "_OPS", {})
-    exec(compile(code, str(Path("ops/between.py")), "exec"), module.__dict__)
-    return registry._OPS["between"]
+    return OwnOps("CONTRIBUTING.md", code).ops["between"]
 
 
 def test_gets_the_sources_in_order_and_the_parameters() -> None:
