@@ -13,6 +13,7 @@ import yaml
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from raymerge.ops.own import OwnOps
 from raymerge.pipeline.cli.app import commands
 from raymerge.pipeline.config.merge_config import load_config
 from tests.checkpoints import read_files, write_family
@@ -85,8 +86,18 @@ def test_make_has_every_target(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_config_is_one(page: str) -> None:
+    own = OwnOps(page, read_blocks(page, "python")[0]) if page == "docs/own_methods.md" else None
     for text in read_blocks(page, "yaml"):
-        load_config(text, strict=True)
+        load_config(text, strict=True, own=own)
+
+
+def test_the_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, test = read_blocks("docs/own_methods.md", "python")
+    monkeypatch.chdir(tmp_path)
+    Path("clipped.py").write_text(method)
+    space: dict[str, Any] = {}
+    exec(compile(test, "docs/own_methods.md", "exec"), space)
+    space["test_clipped"](tmp_path)
 
 
 def test_the_parameters_of_the_methods_page_are_read() -> None:

@@ -19,7 +19,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from raymerge import OnEvent, Retried, merge, verify
+from raymerge import OnEvent, Planned, Retried, merge, verify
 from raymerge.cluster.errors import ClusterConnectError, ResourceError, WorkerLostError
 from raymerge.cluster.ray.actors import ActorRunner
 from raymerge.cluster.ray.runner import RayRunner
@@ -221,6 +221,21 @@ def test_a_node_that_is_powered_off(
     merge(config, out, shard_size=1, address=cluster.address, on_event=power_off(cluster, nodes[0]))
     assert read_files(out) == undisturbed
     verify(out)
+
+
+@pytest.mark.slow
+def test_a_method_of_ones_own_on_two_nodes(cluster: Cluster, family: tuple[Path, ...], tmp_path: Path) -> None:
+    """It goes with the tasks: the file is gone when they are unpickled."""
+    config = {"merge_method": "clipped", "base_model": str(family[0]), "models": [{"model": str(family[1])}]}
+    ops = Path(shutil.copy(Path(__file__).with_name("seams") / "clipped.py", tmp_path / "mine.py"))
+    merge(config, tmp_path / "here", shard_size=1, workers=1, ops=str(ops))
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    on_plan = on(Planned, lambda _: ops.unlink())
+    report = merge(config, tmp_path / "out", shard_size=1, address=cluster.address, ops=str(ops), on_event=on_plan)
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "here")
+    assert report.num_shards > 2
 
 
 def fail_at_first(item: int, report: Report, *, directory: Path) -> tuple[int, str]:

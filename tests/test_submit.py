@@ -90,6 +90,19 @@ def test_the_same_bytes_as_without_a_cluster(
 
 
 @pytest.mark.slow
+def test_a_method_of_ones_own_is_sent(client: JobClient, config: dict[str, Any], tmp_path: Path) -> None:
+    base, tuned = (item["model"] for item in config["models"])
+    config = {"merge_method": "clipped", "base_model": base, "models": [{"model": tuned}]}
+    ops = Path(__file__).with_name("seams") / "clipped.py"
+    merge(config, tmp_path / "here", shard_size=100_000, ops=str(ops))
+    file = write_config(tmp_path / "merge.yml", config)
+    options = "--shared-filesystem", "--follow", "--shard-size", "100000", "--ops", ops
+    done = run_command("submit", file, tmp_path / "out", *options)
+    assert done.code == 0, done.err
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "here")
+
+
+@pytest.mark.slow
 def test_a_job_runs_the_code_that_was_sent(client: JobClient) -> None:
     with zipfile.ZipFile(io.BytesIO(pack_raymerge().content)) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}

@@ -60,9 +60,8 @@ def _make_title(plan: MergePlan) -> str:
 def _find_bases(plan: MergePlan) -> list[str]:
     """The models that are somewhere the base, in order of appearance; slices may differ in theirs."""
     merges = (merge for task in plan.tasks for merge in task.merges)
-    op = find_op(plan.method)
     return list(
-        dict.fromkeys(merge.sources[0].model for merge in merges if merge.op == op.name and _has_base(op, merge))
+        dict.fromkeys(merge.sources[0].model for merge in merges if merge.op == plan.method and _has_base(plan.op, merge))
     )
 
 

@@ -18,7 +18,8 @@ from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.plan import forms
 from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor
 from raymerge.pipeline.stores.files import ByteRange
-from tests.seams.merging import draw, merge_in_every_way, write_model
+from raymerge.testing import merge_in_every_way, write_model
+from tests.seams.merging import draw
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from raymerge.ops.decoder import Decoder, Raw
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
 from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.stores.files import ByteRange
-from tests.seams.merging import draw, look_through, merge_in_every_way, passthrough, write_model
+from raymerge.testing import merge_in_every_way, write_model
+from tests.seams.merging import draw, look_through, passthrough
 
 Rows = tuple[int | None, ...]
 

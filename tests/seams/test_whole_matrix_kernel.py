@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from tests.seams.merging import draw, merge_in_every_way, write_model
+from raymerge.testing import merge_in_every_way, write_model
+from tests.seams.merging import draw
 
 OPS = Path(__file__).with_name("truncated_delta.py")
 

@@ -158,7 +158,7 @@ def test_a_method_for_people_says_all_that_it_takes(name: str) -> None:
     assert op.reference in text
     for parameter in op.parameters:
         (line,) = [line for line in text.splitlines() if line.strip().startswith(f"{parameter.name}: ")]
-        assert (" or ".join(parameter.choices) or parameter.type.__name__) in line
+        assert (" | ".join(parameter.choices) or parameter.type.__name__) in line
         assert ("for each model" in line) is parameter.per_model
         assert ("required" in line) is (parameter.default is None)
 
