@@ -61,7 +61,9 @@ def _find_bases(plan: MergePlan) -> list[str]:
     """The models that are somewhere the base, in order of appearance; slices may differ in theirs."""
     merges = (merge for task in plan.tasks for merge in task.merges)
     return list(
-        dict.fromkeys(merge.sources[0].model for merge in merges if merge.op == plan.method and _has_base(plan.op, merge))
+        dict.fromkeys(
+            merge.sources[0].model for merge in merges if merge.op == plan.method and _has_base(plan.op, merge)
+        )
     )
 
 
