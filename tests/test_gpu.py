@@ -26,13 +26,14 @@ def test_every_op_gives_the_bits_of_the_cpu(op: Op, change: Change, dtype: torch
     num_elements = 20 * BLOCK_ELEMENTS + 20_001
     sources = make_sources(op, num_elements, dtype=dtype)
     site = Site("model.layers.0.weight", (num_elements,), len(sources), 0)
-    scratch = [torch.full((num_elements,), torch.nan, device="cuda") for _ in range(kernel.num_scratch(site))]
+    options = {"dtype": getattr(torch, kernel.compute_dtype), "device": "cuda"}
+    scratch = [torch.full((num_elements,), torch.nan, **options) for _ in range(kernel.num_scratch(site))]
     block = MemoryBlock(0, num_elements, scratch, [source.cuda() for source in sources])
     run = kernel.start(site)
     for index in range(kernel.num_passes(site)):
         run.measure(index, block)
         run.end_pass(index)
-    out = torch.full((num_elements,), torch.nan, device="cuda")
+    out = torch.full((num_elements,), torch.nan, **options)
     run.combine(block, out)
     torch.testing.assert_close(out.cpu(), run_kernel(kernel, sources), rtol=0, atol=0)
 

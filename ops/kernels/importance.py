@@ -105,10 +105,6 @@ class _ImportantElementsRun(KernelRun):
         return importance
 
 
-def _row_length(site: Site) -> int:
-    return max(1, site.shape[-1]) if site.shape else 1
-
-
 def _as_float32(scratch: torch.Tensor) -> torch.Tensor:
     """Return as many elements of float32, in the memory of scratch."""
     return scratch.view(torch.float32)[: len(scratch)]
