@@ -22,6 +22,12 @@ def merge_angles(op: str, tensors: Sequence[torch.Tensor], values: Parameters) -
             return _from_base(sources, 2, lambda vectors: _nuslerp(vectors, values))
         case "multislerp":
             return _from_base(sources, len(values["weight"]), lambda vectors: _multislerp(vectors, values))
+        case "geometric_median":
+            return _geometric_median(sources, values["weight"])
+        case "metagpt":
+            deltas = [x - sources[0] for x in sources[1:]]
+            total = sum(float(delta.square().sum()) for delta in deltas)
+            return sources[0] + sum(delta * (float(delta.square().sum()) / total) for delta in deltas)
         case "model_stock":
             return _from_base(sources, len(sources) - 1, lambda deltas: _model_stock(deltas, values["filter_wise"]))
     raise NotImplementedError(op)
@@ -88,6 +94,15 @@ def _karcher(vectors: Vectors, max_iter: int, tol: float) -> torch.Tensor:
         mean /= mean.norm()
     mean *= norms.mean()
     return mean.reshape(vectors[0].shape)
+
+
+def _geometric_median(vectors: Vectors, weights: Sequence[float]) -> torch.Tensor:
+    """Return the point with the least sum of distances, by a hundred of Weiszfeld's steps."""
+    shares = list(weights)
+    for _ in range(100):
+        median = torch.stack([share * x for share, x in zip(shares, vectors, strict=True)]).sum(0) / sum(shares)
+        shares = [w / float((x - median).norm() + 1e-300) for w, x in zip(weights, vectors, strict=True)]
+    return median
 
 
 def _model_stock(deltas: Vectors, filter_wise: bool) -> torch.Tensor:

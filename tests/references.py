@@ -70,10 +70,19 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _linear(tensors, values["scale"], normalize=False)
         case "slerp":
             return _slerp(tensors, values["t"])
-        case "nuslerp" | "multislerp" | "karcher" | "model_stock":
+        case "nuslerp" | "multislerp" | "karcher" | "model_stock" | "geometric_median" | "metagpt":
             terms = torch.stack([x.double().abs() for x in tensors]).sum(0)
             merged = merge_angles(op, tensors, values)
             return Exact(merged, terms, torch.zeros_like(merged, dtype=torch.bool))
+        case "expo":
+            return _linear(tensors, (-values["alpha"], 1 + values["alpha"]), normalize=False)
+        case "assembly_of_experts":
+            root = math.sqrt(tensors[0].numel())
+            differences = [float((x.double() - tensors[0].double()).norm()) / root for x in tensors[1:]]
+            is_taken = [d > values["delta"] for d, w in zip(differences, values["weight"], strict=True) if w]
+            weights = values["weight"] if any(is_taken) else (0.0,) * num_models
+            deltas = [w * (x.double() - tensors[0].double()) for w, x in zip(weights, tensors[1:], strict=True)]
+            return _add_up(torch.stack([tensors[0].double(), *deltas]))
         case "task_arithmetic":
             return _task_arithmetic(tensors, values | {"rescale": False}, lambda delta, _: delta)
         case "dare_linear":

@@ -22,6 +22,7 @@ SAMPLE_VALUES: dict[str, Value | tuple[Value, ...]] = {
     "density": 0.5,
     "weight": (0.5, 0.3, 0.4),
     "gamma": 0.1,
+    "alpha": 0.3,
 }
 VARIANTS: dict[str, list[Any]] = {
     "weight": [(1.0, -0.25, 0.5), (0.5, 0.0, 0.5), (0.3, 0.3, 0.3)],
@@ -36,6 +37,7 @@ VARIANTS: dict[str, list[Any]] = {
     "mask_lambda": [(0.2, 0.9, 0.6)],
     "k": [0, 1, 3],
     "scale": [-1.5],
+    "delta": [0.0005, 0.002],
 }
 """For each parameter that a sweep may vary, values to try besides the sample."""
 
@@ -96,6 +98,8 @@ def list_changes(op: Op) -> list[dict[str, Any]]:
     switches: list[dict[str, Any]] = [{p.name: not p.default} for p in op.parameters if p.type is bool]
     switches += [{p.name: choice} for p in op.parameters for choice in p.choices if choice != p.default]
     variants = [{p.name: value} for p in op.parameters for value in VARIANTS.get(p.name, [])]
+    if op.name == "geometric_median":  # has no negative weights
+        variants = [change for change in variants if min(change["weight"]) >= 0]
     return [{}, *switches, *variants]
 
 

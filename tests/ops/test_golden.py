@@ -177,6 +177,10 @@ DELTAS = [[3.0, -1.0, 2.0, 0.5], [-2.0, -1.0, -2.0, 0.25], [-2.0, 0.5, 0.5, 0.0]
         ("consensus", {"k": 3, "lambda": 0.5}, [0.5, 1, 1.25, 1]),
         ("consensus", {"k": 2, "mask_lambda": (0.9, 0.9, 0.9)}, [0, -0.5, 1.5, 1]),  # needed by 2, 2, 2 and 1
         ("consensus", {"k": 0, "mask_lambda": (9.0, 9.0, 9.0)}, [0, -0.5, 1.5, 1.75]),
+        ("metagpt", {}, [1.5617977528, 0.2426966292, 1.4539325843, 1.3376404494]),  # squares 14.25, 9.0625 and 4.5
+        ("assembly_of_experts", {"weight": (0.5, 0.25, 0.0), "delta": 1.8}, [2, 0.25, 1.5, 1.3125]),
+        ("assembly_of_experts", {"weight": (0.5, 0.25, 0.0), "delta": 1.9}, [1, 1, 1, 1]),  # sqrt(14.25 / 4) = 1.887
+        ("assembly_of_experts", {"weight": (0.0, 0.5, 0.25), "delta": 1.51}, [1, 1, 1, 1]),  # sqrt(9.0625 / 4) = 1.505
     ],
 )
 def test_agrees_with_the_definition(op: str, parameters: dict[str, Any], expected: list[float]) -> None:
@@ -185,3 +189,30 @@ def test_agrees_with_the_definition(op: str, parameters: dict[str, Any], expecte
     tensors = [ONES, *(ONES + torch.tensor(delta) for delta in DELTAS)]
     merged = run_kernel(find_op(op).kernel(defaults | parameters), tensors)
     torch.testing.assert_close(merged, torch.tensor(expected).float(), rtol=1e-6, atol=0)
+
+
+def test_expo_goes_on_from_the_model() -> None:
+    merged = run_kernel(find_op("expo").kernel({"alpha": 0.5}), [ONES, ONES + torch.tensor(DELTAS[0])])
+    torch.testing.assert_close(merged, torch.tensor([5.5, -0.5, 4, 1.75]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("points", "weights", "expected"),
+    [
+        ([[0, 0], [1, 0], [0, 1]], (1, 1, 1), [(3 - 3**0.5) / 6] * 2),  # Fermat's point: sees each side at 120 degrees
+        ([[0, 0], [1, 0], [-0.9, 0.1]], (1, 1, 1), [0, 0]),  # a corner of more than 120 degrees is the median itself
+        ([[0, 0], [1, 0], [0, 1]], (3, 1, 1), [0, 0]),  # as is one that outweighs the others
+        ([[5, 0], [1, 0], [2, 0]], (1, 1, 1), [2, 0]),  # on a line, the one in the middle
+        ([[5, 0], [1, 2]], (1, 1), [3, 1]),
+        ([[5, 0], [1, 2]], (0, 1), [1, 2]),
+        ([[1, 2]] * 3, (1, 2, 3), [1, 2]),
+        ([[0, 0], [0, 0], [1, 0], [0, 1]], (0.5, 0.5, 1, 1), [(3 - 3**0.5) / 6] * 2),
+        ([[1000, 1000], [1001, 1000], [1000, 1001]], (1, 1, 1), [1000 + (3 - 3**0.5) / 6] * 2),
+    ],
+)
+def test_geometric_median_has_the_least_sum_of_distances(
+    points: list[list[float]], weights: tuple[float, ...], expected: list[float]
+) -> None:
+    parameters: dict[str, Any] = {"weight": weights, "max_iter": 200, "tol": 1e-9}
+    merged = run_kernel(find_op("geometric_median").kernel(parameters), [torch.tensor(x).float() for x in points])
+    torch.testing.assert_close(merged, torch.tensor(expected).float(), rtol=1e-6, atol=1e-6)

@@ -169,3 +169,11 @@ def test_model_stock_keeps_the_base_where_differences_are_tiny_or_angles_leave_n
     assert float((moved - base).abs().max()) <= 2.0**-23
     opposite = [base, base + 0.5, base - 0.5]
     assert torch.equal(run_kernel(make_kernel("model_stock", {}), opposite), base)
+
+
+def test_refuses_what_makes_no_sense() -> None:
+    for weight in ((1.0, -0.5), (0.0, 0.0)):
+        with pytest.raises(OpParameterError, match="must not be negative, and not all be 0"):
+            make_kernel("geometric_median", {"weight": weight})
+    with pytest.raises(OpParameterError, match="delta = -1 must not be negative"):
+        make_kernel("assembly_of_experts", {"weight": (0.5,), "delta": -1.0})

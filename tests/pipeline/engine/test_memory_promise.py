@@ -24,7 +24,7 @@ from tests.servers.s3 import S3Server
 from tests.servers.s3_clients import open_store
 
 MEMORY = "32MiB"
-VALUES = {"weight": 1.0, "density": 0.5, "t": 0.5}
+VALUES = {"weight": 1.0, "density": 0.5, "t": 0.5, "alpha": 0.5}
 
 
 def make_config(op: Op, models: list[str]) -> dict[str, Any]:
