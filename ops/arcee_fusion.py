@@ -17,6 +17,13 @@ from raymerge.ops.registry import Base, merge_op
 def arcee_fusion() -> Kernel:
     """The model's elements where they are far more important than most, and the base's elsewhere.
 
+    Formula: y = x where |x - b| * KL(softmax(row of x), softmax(row of b)) is at least the median of the tensor
+    plus 1.5 times its interquartile range, else y = b.
+
+    When: a base is to take over only the most telling changes of one model, some tenth of its elements.
+
+    Not when: the two models are to have equal parts in the result (slerp).
+
     Source: Arcee AI 2025, "Meet MergeKit v0.1": importance is |x - b| times the divergence of the softmaxed row, and
     counts from the median plus 1.5 times the interquartile range on.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raymerge.ops.kernel import Kernel
 from raymerge.ops.kernels.sparse_deltas import SparseDeltas
-from raymerge.ops.registry import Base, PerModel, merge_op
+from raymerge.ops.registry import Base, PerModel, Share, merge_op
 
 
 @merge_op(
@@ -12,8 +12,8 @@ from raymerge.ops.registry import Base, PerModel, merge_op
 )
 def breadcrumbs_ties(
     weight: PerModel[float],
-    density: PerModel[float] = (1.0,),
-    gamma: PerModel[float] = (0.01,),
+    density: PerModel[Share] = (1.0,),
+    gamma: PerModel[Share] = (0.01,),
     normalize: bool = False,
     rescale: bool = False,
     int8_mask: bool = False,
@@ -24,6 +24,12 @@ def breadcrumbs_ties(
     Of each delta the share `gamma` that is largest is dropped, and of the rest the share `density` of all that is
     largest is kept; where the two are more than 1, less is dropped as outliers. A density of 1 keeps outliers, too.
     `int8_mask` is accepted and changes nothing.
+
+    Formula: as breadcrumbs, but the sum is over the models whose t_i has the sign of sum(w_j * t_j).
+
+    When: as for breadcrumbs, where the models' differences contradict each other.
+
+    Not when: the largest changes are what a fine-tune is about (ties).
 
     Source: Davari and Belilovsky 2024, "Model Breadcrumbs", section 3, as mergekit has it, which counts `density` from
     the top, where the paper has a share to drop from below, with the election of Yadav

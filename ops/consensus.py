@@ -7,15 +7,22 @@ from collections.abc import Sequence
 from raymerge.ops.kernel import Kernel
 from raymerge.ops.kernels.elementwise import Elementwise
 from raymerge.ops.lazy import torch
-from raymerge.ops.registry import Base, PerModel, merge_op
+from raymerge.ops.registry import Base, Count, NonNegative, PerModel, merge_op
 
 
 @merge_op(title="Consensus Task Arithmetic", base=Base.REQUIRED, reference="https://arxiv.org/abs/2405.07813")
-def consensus(mask_lambda: PerModel[float] = (0.4,), k: int = 2, lambda_: float = 1.0) -> Kernel:
+def consensus(mask_lambda: PerModel[NonNegative] = (0.4,), k: Count = 2, lambda_: float = 1.0) -> Kernel:
     """The base plus `lambda` times the sum of all differences, for elements that at least `k` models need.
 
     A model needs an element where its difference is at least `mask_lambda` times as large as the sum of the others, so
     that k = 1 leaves out what no model needs, and k = 2 also what a single one does; k = 0 is task arithmetic.
+
+    Formula: y = b + lambda * sum(d_i) where at least k models have |d_i| >= mask_lambda * |sum(d_j) - d_i|, else y
+    = b.
+
+    When: many tasks are merged, and what serves only one of them, or none, harms the rest.
+
+    Not when: there are two models: nearly nothing has a consensus.
 
     Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression", sections 4 and
     5: tau = sum(tau_t), TALL masks m_t = [|tau_t| >= lambda_t |tau - tau_t|], kept where sum(m_t) >= k.

@@ -6,13 +6,13 @@ from typing import Literal
 
 from raymerge.ops.kernel import Kernel
 from raymerge.ops.kernels.sparse_deltas import SparseDeltas
-from raymerge.ops.registry import Base, PerModel, merge_op
+from raymerge.ops.registry import Base, PerModel, Share, merge_op
 
 
 @merge_op(title="DARE TIES", base=Base.REQUIRED, reference="https://arxiv.org/abs/2311.03099", min_models=0)
 def dare_ties(
     weight: PerModel[float],
-    density: PerModel[float] = (1.0,),
+    density: PerModel[Share] = (1.0,),
     normalize: bool = False,
     rescale: bool = True,
     int8_mask: bool = False,
@@ -24,6 +24,12 @@ def dare_ties(
     They are rescaled to the sum of absolute values they had, or divided by the density with `rescale_mode:
     inverse_density`.
     `int8_mask` is accepted and changes nothing: it saved memory for masks, which there are none of here.
+
+    Formula: as dare_linear, but the sum is over the models whose r_i has the sign of sum(w_j * r_j).
+
+    When: as for dare_linear, where the models' differences contradict each other.
+
+    Not when: differences are large, as after continued pretraining: dropping some at random adds noise.
 
     Source: Yu et al. 2024, "Language Models are Super Mario", section 3.2, with the election of Yadav et al. 2023.
     """

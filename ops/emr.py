@@ -17,6 +17,12 @@ def emr(lambda_: float = 1.0) -> Kernel:
     This is the unified model of EMR-Merging alone: its masks and rescalers, which turn it into that of one task, are
     no weights of a model.
 
+    Formula: y = b + lambda * s * max(|d_i| over the models whose d_i has the sign s of sum(d_j)), for each element.
+
+    When: fine-tunes for different tasks are to keep their full strength without any weights to choose.
+
+    Not when: the masks and rescalers of the tasks are needed, which turn it into the model of one task.
+
     Source: Huang et al. 2024, "EMR-Merging", section 3.2 (Elect): sgn(sum(tau_t)) times the largest |tau_t| of
     that sign.
     """

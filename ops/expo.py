@@ -11,6 +11,13 @@ from raymerge.ops.registry import Base, merge_op
 def expo(alpha: float) -> Kernel:
     """Extrapolates the change from the base, before alignment, to the model, after it, by `alpha` times as much.
 
+    Formula: y = x + alpha * d.
+
+    When: a model was aligned by preferences from the base, and more of the same change helps; try alpha from 0.1 to
+    0.5.
+
+    Not when: base and model are more than a short alignment apart: what is extrapolated is noise.
+
     Source: Zheng et al. 2024, "Model Extrapolation Expedites Alignment", section 2: theta_1 + a * (theta_1 - theta_0).
     """
     return combine_deltas((1 + alpha,))

@@ -8,17 +8,23 @@ from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import Kernel
 from raymerge.ops.kernels.gram import RESOLUTION, GramCombination, find_length
 from raymerge.ops.lazy import np
-from raymerge.ops.registry import Base, PerModel, merge_op
+from raymerge.ops.registry import Base, Count, NonNegative, PerModel, merge_op
 
 if TYPE_CHECKING:
     from raymerge.ops.kernels.gram import Coefficients, Gram
 
 
 @merge_op(title="Geometric Median", base=Base.INPUT, reference="https://doi.org/10.1073/pnas.97.4.1423")
-def geometric_median(weight: PerModel[float] = (1.0,), max_iter: int = 100, tol: float = 1e-7) -> Kernel:
+def geometric_median(weight: PerModel[NonNegative] = (1.0,), max_iter: Count = 100, tol: NonNegative = 1e-7) -> Kernel:
     """The tensor with the least sum of weighted distances to those of the models.
 
     `max_iter` limits the steps, of which one shorter than `tol` ends them, as a share of the largest distance.
+
+    Formula: y = argmin sum(w_i * |x_i - y|).
+
+    When: one of several models may be far off, and is not to count by its distance.
+
+    Not when: there are two models: every point between them is a median (linear).
 
     Raises:
         OpParameterError: a weight is negative or none is positive, or `max_iter` or `tol` is negative.

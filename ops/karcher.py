@@ -8,18 +8,25 @@ from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import Kernel
 from raymerge.ops.kernels.gram import RESOLUTION, GramCombination, find_length
 from raymerge.ops.lazy import np
-from raymerge.ops.registry import Base, merge_op
+from raymerge.ops.registry import Base, Count, NonNegative, merge_op
 
 if TYPE_CHECKING:
     from raymerge.ops.kernels.gram import Coefficients, Gram
 
 
 @merge_op(title="Karcher Mean", base=Base.INPUT, reference="https://arxiv.org/abs/2603.04972")
-def karcher(max_iter: int = 10, tol: float = 1e-5) -> Kernel:
+def karcher(max_iter: Count = 10, tol: NonNegative = 1e-5) -> Kernel:
     """Mean direction along the sphere, all models alike, at the mean of their norms.
 
     `max_iter` limits the steps, of which one shorter than `tol` ends them. A tensor that is no longer than `tol` has no
     direction; its norm counts.
+
+    Formula: y = m * mean(|x_i|), where m is the point of the unit sphere with the least sum of squared angles to
+    all x_i.
+
+    When: three or more models of equal standing are averaged by direction.
+
+    Not when: models are to have weights (multislerp).
 
     Raises:
         OpParameterError: `max_iter` or `tol` is negative.

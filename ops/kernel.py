@@ -136,6 +136,8 @@ class Kernel(ABC):
     What a kernel answers about a site may depend on its shape and its sources, not on its name and seed.
     """
 
+    family: str = ""
+    """Kind of methods that it is for, as `raymerge methods` tells it."""
     loop_dtypes: tuple[str, ...] = ()
     """Stored dtypes that its runs read and round to by compiled loops, with the same bits as `combine`.
 

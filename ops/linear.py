@@ -11,6 +11,12 @@ from raymerge.ops.registry import Base, PerModel, merge_op
 def linear(weight: PerModel[float], normalize: bool = True) -> Kernel:
     """Weighted average of the models (a model soup).
 
+    Formula: y = sum(w_i * x_i) / sum(w_i), and without `normalize` y = sum(w_i * x_i).
+
+    When: fine-tunes of one base, or checkpoints of one run, are close to each other; the safe first try.
+
+    Not when: the models were trained from different starts, or each has a skill that averaging halves.
+
     Raises:
         OpParameterError: the weights cancel, and are to be normalized.
 

@@ -14,6 +14,13 @@ from raymerge.ops.registry import Base, merge_op
 def magmax(lambda_: float = 0.5) -> Kernel:
     """The base plus, for each element, `lambda` times the models' largest difference to it; of equal ones the last.
 
+    Formula: y = b + lambda * d_k with k = argmax_i |d_i|, for each element.
+
+    When: one model was fine-tuned on several tasks one after the other, or many tasks are merged without any
+    weights to choose.
+
+    Not when: few elements matter: the largest difference may be noise.
+
     Source: Marczak et al. 2024, "MagMax", section 4: tau_k with k = argmax_i |tau_i|, and lambda = 0.5.
     """
     return Elementwise(add_largest, (lambda_,), num_spares=3)

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 def metagpt() -> Kernel:
     """The base plus the models' differences to it, each by its share of the sum of their squared norms.
 
+    Formula: y = b + sum(|d_i|^2 * d_i) / sum(|d_i|^2), tensor by tensor.
+
+    When: fine-tunes for different tasks are added without any weights to choose.
+
+    Not when: one fine-tune changed far more than the others: it is nearly all of the result.
+
     Source: Zhou et al. 2024, "MetaGPT", section 3: lambda_t = |tau_t|^2 / sum(|tau_k|^2), here tensor by tensor.
     """
     return GramCombination(_weigh, (), "first")

@@ -25,6 +25,14 @@ def model_stock(filter_wise: bool = False) -> Kernel:
 
     With `filter_wise`, each row of the last dimension has angles of its own.
 
+    Formula: y = t * mean(x_i) + (1 - t) * b with t = N * c / (1 + (N - 1) * c) for the mean cosine c between two
+    d_i.
+
+    When: a few fine-tunes of one base by the same data and other seeds are averaged.
+
+    Not when: the fine-tunes learned different tasks: their differences are at right angles, and the result is the
+    base.
+
     Source: Jang et al. 2024, "Model Stock", equations 4 and 5 for N models: t * mean(x_i) + (1 - t) * base with
     t = N * c / (1 + (N - 1) * c), where c is the mean cosine of the angles between two differences.
     """

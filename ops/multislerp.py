@@ -10,7 +10,7 @@ from raymerge.ops.kernel import Kernel
 from raymerge.ops.kernels.gram import RESOLUTION, GramCombination, find_length
 from raymerge.ops.kernels.linear import check_sum
 from raymerge.ops.lazy import np
-from raymerge.ops.registry import Base, PerModel, merge_op
+from raymerge.ops.registry import Base, NonNegative, PerModel, merge_op
 
 if TYPE_CHECKING:
     from raymerge.ops.kernels.gram import Coefficients, Gram
@@ -19,8 +19,15 @@ if TYPE_CHECKING:
 @merge_op(
     title="Multi-SLERP", base=Base.OPTIONAL, reference="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea"
 )
-def multislerp(weight: PerModel[float], normalize_weights: bool = True, eps: float = 1e-8) -> Kernel:
+def multislerp(weight: PerModel[float], normalize_weights: bool = True, eps: NonNegative = 1e-8) -> Kernel:
     """Mean direction of the models, or with a base of their differences from it, at the mean of their norms.
+
+    Formula: y = m * sum(w_i * |x_i|) with m = sum(w_i * u_i) scaled to length 1 and u_i = x_i / |x_i|; with a base,
+    the same of the d_i, plus b.
+
+    When: several models are averaged by direction, and the average is not to be shorter than they are.
+
+    Not when: their directions cancel, or weights are negative.
 
     Raises:
         OpParameterError: the weights cancel, and are to be normalized; or `eps` is negative.

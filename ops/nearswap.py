@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from raymerge.ops.kernel import Kernel
 from raymerge.ops.kernels.elementwise import Elementwise
 from raymerge.ops.lazy import torch
-from raymerge.ops.registry import Base, merge_op
+from raymerge.ops.registry import Base, NonNegative, merge_op
 
 SMALLEST_DISTANCE = 1e-6
 """Elements that are closer count as this far apart."""
@@ -20,8 +20,14 @@ SMALLEST_DISTANCE = 1e-6
     min_models=1,
     max_models=1,
 )
-def nearswap(t: float) -> Kernel:
+def nearswap(t: NonNegative) -> Kernel:
     """Moves each element of the base towards the model by `t`; all the way where they are closer than that.
+
+    Formula: y = b + w * (x - b) with w = min(1, t / |x - b|).
+
+    When: a base is to take over small changes of a model, and none of its large ones in full.
+
+    Not when: the model's large changes are its skill (slerp, task_arithmetic).
 
     Source: alchemonaut 2024, QuartetAnemoi-70B's model card: y = b + w * (x - b) with w = min(1, t / |x - b|).
     """

@@ -28,6 +28,12 @@ def nuslerp(weight: PerModel[float], nuslerp_row_wise: bool = False, nuslerp_fla
     The second has the share w_1 / (w_0 + w_1). With `nuslerp_flatten: false`, each vector along the last dimension has
     an angle of its own; with `nuslerp_row_wise` besides, each vector along the first.
 
+    Formula: y = slerp(x_0, x_1, t) with t = w_1 / (w_0 + w_1); with a base, y = b + slerp(d_0, d_1, t).
+
+    When: two models are blended along the sphere, or their differences to a common base are.
+
+    Not when: there are more than two models (multislerp).
+
     Source: Shoemake 1985, "Animating rotation with quaternion curves", section 3.3, applied to the vectors themselves.
     """
     if nuslerp_flatten:

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
@@ -22,6 +22,23 @@ from raymerge.ops.kernel import Kernel
 T = TypeVar("T", bool, int, float, str)
 PerModel = Annotated[tuple[T, ...], "per model"]
 """Annotates a parameter with one value for each model; a default is written once, `(1.0,)`, and holds for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Annotates a number with the values that make sense; others bring a warning, unless the op refuses them."""
+
+    low: float
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        return f"{self.low:g} or more" if self.high == math.inf else f"from {self.low:g} to {self.high:g}"
+
+
+Share = Annotated[float, Range(0, 1)]
+NonNegative = Annotated[float, Range(0)]
+Count = Annotated[int, Range(0)]
 
 Value = bool | int | float | str
 """One parameter's value; `tuple[Value, ...]` where there is one for each model."""
@@ -54,6 +71,8 @@ class Parameter:
     """None where the config must give it."""
     choices: tuple[str, ...] = ()
     """The values that a string may have, written as `Literal["one", "other"]`; empty where any will do."""
+    range: Range | None = None
+    """Of numbers that make sense; None where any does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +92,16 @@ class Op:
     parameters: tuple[Parameter, ...]
     summary: str
     """First line of the function's docstring."""
+    details: str
+    """What its docstring says besides, but for the paragraphs `Raises:` and those that follow."""
+    formula: str
+    """In text, of models x_i with weights w_i, the base b and d_i = x_i - b: the docstring's paragraph `Formula:`."""
+    when: str
+    """When it serves: `When:`."""
+    not_when: str
+    """When others serve better: `Not when:`."""
+    source: str
+    """Who describes it where: `Source:`."""
     function: Callable[..., Kernel]
     origin: str = ""
     """The installed package and its version, or the hash of the file, that declares it; empty for those of raymerge."""
@@ -105,6 +134,7 @@ def merge_op(
     def declare(function: Callable[..., Kernel]) -> Callable[..., Kernel]:
         hints = get_type_hints(function, include_extras=True)
         parameters = tuple(_make_parameter(p, hints[p.name]) for p in inspect.signature(function).parameters.values())
+        text = _read_docstring(function)
         _DECLARED.setdefault(function.__module__, {})[function.__name__] = Op(
             name=function.__name__,
             title=title,
@@ -113,7 +143,12 @@ def merge_op(
             min_models=min_models,
             max_models=max_models,
             parameters=parameters,
-            summary=(function.__doc__ or "").strip().partition("\n")[0],
+            summary=next(iter(text[""]), ""),
+            details="\n\n".join(text[""][1:]),
+            formula=" ".join(text["Formula"]),
+            when=" ".join(text["When"]),
+            not_when=" ".join(text["Not when"]),
+            source=" ".join(text["Source"]),
             function=function,
         )
         return function
@@ -181,10 +216,23 @@ def _python_name(name: str) -> str:
     return "lambda_" if name == "lambda" else name
 
 
+def _read_docstring(function: Callable[..., Kernel]) -> Mapping[str, Sequence[str]]:
+    """Return the paragraphs of a function's docstring, each as one line, by the label that they begin with, or none."""
+    found: dict[str, list[str]] = {"": [], "Formula": [], "When": [], "Not when": [], "Source": [], "Raises": []}
+    for paragraph in (inspect.getdoc(function) or "").split("\n\n"):
+        line = " ".join(paragraph.split())
+        label, _, text = line.partition(": ")
+        found[label if label in found else ""].append(text if label in found else line)
+    return found
+
+
 def _make_parameter(parameter: inspect.Parameter, hint: Any) -> Parameter:
-    per_model = get_origin(hint) is Annotated
-    kind: type[Value] = get_args(get_args(hint)[0])[0] if per_model else hint
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    per_model = _notes(hint) == ("per model",)
+    if per_model:
+        hint = get_args(get_args(hint)[0])[0]
+    notes = _notes(hint)
+    kind: Any = get_args(hint)[0] if notes else hint
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
     default = None if parameter.default is inspect.Parameter.empty else parameter.default
     return Parameter(
         name=parameter.name.rstrip("_"),
@@ -192,4 +240,10 @@ def _make_parameter(parameter: inspect.Parameter, hint: Any) -> Parameter:
         per_model=per_model,
         default=default[0] if per_model and default is not None else default,
         choices=choices,
+        range=next((note for note in notes if isinstance(note, Range)), None),
     )
+
+
+def _notes(hint: Any) -> tuple[Any, ...]:
+    """Return what `Annotated` adds to a type."""
+    return hint.__metadata__ if get_origin(hint) is Annotated else ()

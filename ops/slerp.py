@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from raymerge.ops.kernel import Kernel
 from raymerge.ops.kernels.gram import GramCombination, find_cosine
-from raymerge.ops.registry import Base, merge_op
+from raymerge.ops.registry import Base, Share, merge_op
 
 if TYPE_CHECKING:
     from raymerge.ops.kernels.gram import Gram
@@ -19,8 +19,16 @@ PARALLEL = 0.9995
 @merge_op(
     title="SLERP", base=Base.REQUIRED, reference="https://en.wikipedia.org/wiki/Slerp", min_models=1, max_models=1
 )
-def slerp(t: float) -> Kernel:
+def slerp(t: Share) -> Kernel:
     """Spherical interpolation: t = 0 gives the base, t = 1 the other model.
+
+    Formula: y = (sin((1 - t) * a) * b + sin(t * a) * x) / sin(a) for the angle a between b and x; y = (1 - t) * b +
+    t * x where its cosine is above 0.9995.
+
+    When: two models are blended, by other shares in different layers, and their norms are to be kept.
+
+    Not when: there are more than two models (multislerp, karcher), or what was learned is to be added up
+    (task_arithmetic).
 
     Source: Shoemake 1985, "Animating rotation with quaternion curves", section 3.3, with the angle taken between the
     whole tensors and the formula applied to the tensors themselves, not to their unit vectors.

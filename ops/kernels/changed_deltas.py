@@ -17,6 +17,7 @@ class ChangedDeltas(Kernel):
     with other models, and how many by itself.
     """
 
+    family = "deltas"
     epsilon: float
     rate: float = 0.0
     limit: float = 0.0

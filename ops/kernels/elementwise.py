@@ -13,6 +13,7 @@ from raymerge.ops.lazy import torch
 class Elementwise(Kernel):
     """y = function(x_0, x_1, ...) for each element by itself."""
 
+    family = "elements"
     function: Callable[..., None]
     """Called for each block as `function(tensors, out, scratch, *parameters)`; defined at the top level of its module.
 

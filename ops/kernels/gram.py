@@ -37,6 +37,7 @@ SMALLEST_NORM = 1e-8
 class GramCombination(Kernel):
     """y = origin + sum(c_i * v_i), with coefficients that follow from the inner products of the vectors v_i."""
 
+    family = "angles and norms"
     rule: Callable[..., Sequence[float] | Coefficients]
     """Called as `rule(gram, *parameters)`, with the matrix of inner products of the vectors, for the coefficients;
     defined at the top level of its module."""

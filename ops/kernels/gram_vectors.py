@@ -24,6 +24,7 @@ _NUM_TEMPORARIES = 16
 class RowCombination(Kernel):
     """As `GramCombination`, for each vector along the last dimension by itself."""
 
+    family = "angles and norms"
     rule: Callable[..., Coefficients]
     """As for a whole tensor; `gram` has the shape (n, n, rows), what it returns (n, rows)."""
     parameters: tuple[Hashable, ...] = ()

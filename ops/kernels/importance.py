@@ -22,6 +22,7 @@ class ImportantElements(Kernel):
     Rows lie along the last dimension. The threshold is the median plus 1.5 times the distance of the quartiles.
     """
 
+    family = "elements"
     compute_dtype = "float64"
 
     def grid(self, site: Site) -> int:

@@ -33,6 +33,7 @@ def check_sum(weights: Sequence[float], switch: str) -> float:
 class LinearCombination(Kernel):
     """y = sum(coefficients_i * x_i) / divisor, in config order."""
 
+    family = "weighted sum"
     coefficients: tuple[float, ...]
     divisor: float = 1.0
     loop_dtypes = LOOP_DTYPES

@@ -33,6 +33,7 @@ class SparseDeltas(Kernel):
     Deltas are formed in the compute dtype, in which the difference of two bfloat16 numbers of similar size is exact.
     """
 
+    family = "deltas"
     weights: tuple[float, ...]
     densities: tuple[float, ...]
     """Share of each delta that is kept; 1 and more keep all, 0 and less nothing. One value holds for all models."""

@@ -23,6 +23,7 @@ class VaryingDeltas(Kernel):
     Deltas count where the models vary most, and a model's weight is its share of the mean squares of what counts.
     """
 
+    family = "deltas"
     share: float
     """Of the elements with any variance how many count, by variance; with 1 and more, all elements do."""
 

@@ -187,16 +187,24 @@ def verify(out: Out, options: VerifyOptions) -> None:
     )
 
 
+OwnOpsFile = Annotated[str | None, Help("Python file that declares methods of your own.", MESSAGES, "FILE")]
+
+
 @commands.command(epilog="Example: raymerge methods ties")
+@takes_options
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A merge method.", show_default="all")] = None,
+    json: Annotated[bool, Help("Print JSON.", MESSAGES)] = False,
+    ops: OwnOpsFile = None,
 ) -> None:
-    """List the merge methods, or show one with its parameters."""
+    """List the merge methods, or tell of one what it computes, takes and costs, when to use it, and show a YAML."""
+    from raymerge.ops.own import read_own_ops
     from raymerge.ops.registry import find_op, load_ops
-    from raymerge.pipeline.cli.formats import format_method
+    from raymerge.pipeline.cli.methods import format_page, format_table, methods_json
 
-    for op in [find_op(name)] if name else load_ops().values():
-        put(format_method(op))
+    own = read_own_ops(ops).ops if ops else {}
+    chosen = [find_op(name, own)] if name else list({**load_ops(), **own}.values())
+    put(methods_json(chosen) if json else format_page(chosen[0]) if name else format_table(chosen))
 
 
 @commands.command(epilog="Example: raymerge inspect Qwen/Qwen2.5-7B-Instruct")

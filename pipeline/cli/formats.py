@@ -1,4 +1,4 @@
-"""Inspections and merge methods as text, and inspections as JSON."""
+"""Inspections as text and as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from raymerge.ops.registry import Base, Op, Parameter
 from raymerge.pipeline.checkpoint.inspect import FoundFile, Inspection
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.stacks import Stack, Totals
@@ -225,28 +224,3 @@ def _wrap(label: str, text: str, *, indent: int = 2) -> Iterator[str]:
         break_on_hyphens=False,
     ):
         yield line.replace(_HARD_SPACE, " ")
-
-
-def format_method(op: Op) -> str:
-    """Return an op's name, what it does, what it takes, and where it comes from."""
-    lines = [f"{op.name}  ({op.title})", f"    {op.summary}", f"    models: {_count_models(op)}"]
-    lines += [f"    {_describe(parameter)}" for parameter in op.parameters]
-    if op.reference:
-        lines.append(f"    {op.reference}")
-    return "\n".join(lines) + "\n"
-
-
-def _count_models(op: Op) -> str:
-    base = {Base.REQUIRED: "a base and ", Base.OPTIONAL: "perhaps a base, and ", Base.INPUT: ""}[op.base]
-    if op.max_models is None:
-        return f"{base}{op.min_models} or more"
-    if op.min_models == op.max_models:
-        return f"{base}exactly {op.min_models}"
-    return f"{base}{op.min_models} to {op.max_models}"
-
-
-def _describe(parameter: Parameter) -> str:
-    given = "required" if parameter.default is None else f"default {str(parameter.default).lower()}"
-    scope = "for each model" if parameter.per_model else "for the tensor"
-    kind = " | ".join(parameter.choices) or parameter.type.__name__
-    return f"{parameter.name}: {kind}, {scope}, {given}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from raymerge.ops.registry import Base, Op
+from raymerge.ops.registry import Base, Op, Parameter
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.node import Place, PlaceError
 from raymerge.pipeline.config.values import Setting, Settings, is_setting, parse_setting
@@ -67,7 +67,7 @@ def parse_settings(place: Place, op: Op, ops: Mapping[str, Op], *, of_model: boo
         else:
             setting = written.attempt(partial(parse_setting, parameter=declared[name]))
             settings[name] = setting or Setting(())
-            _check_range(written, settings[name])
+            _check_range(written, settings[name], declared[name])
     return settings
 
 
@@ -200,13 +200,11 @@ def _explain_unknown(name: str, op: Op, ops: Mapping[str, Op]) -> str:
     return f"ignored, because {op.name} does not use {name!r} (it belongs to {listing(users)}); {has}"
 
 
-def _check_range(place: Place, setting: Setting) -> None:
-    """Warn about densities and interpolations that are no fractions."""
-    values = [value for rule in setting.rules for value in rule.values if isinstance(value, float)]
-    outside = [value for value in values if not 0 <= value <= 1]
-    if outside and place.path.endswith(".t"):
-        percent = f"; did you mean {outside[0] / 100:g}?" if 1 < outside[0] <= 100 else ""
-        place.warn(f"{outside[0]:g} is outside of 0 to 1, from the base to the other model{percent}")
-    over = [value for value in values if value > 1]
-    if over and place.path.endswith(".density"):
-        place.warn(f"{max(over)} is more than 1 and keeps everything, as 1 does; densities lie between 0 and 1")
+def _check_range(place: Place, setting: Setting, parameter: Parameter) -> None:
+    """Warn about a number that makes no sense."""
+    limits = parameter.range
+    values = [value for rule in setting.rules for value in rule.values if isinstance(value, int | float)]
+    outside = [value for value in values if limits and not limits.low <= value <= limits.high]
+    if limits and outside:
+        percent = f"; did you mean {outside[0] / 100:g}?" if limits.high == 1 and 2 <= outside[0] <= 100 else ""
+        place.warn(f"{outside[0]:g} is not {limits}{percent}")

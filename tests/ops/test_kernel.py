@@ -90,6 +90,9 @@ class TestEveryOp:
         assert op.title
         assert op.summary.endswith(".")
         assert op.reference == "" or op.reference.startswith("https://")
+        for text in (op.formula, op.when, op.not_when, op.source):
+            assert text.endswith("."), f"{op.name}'s docstring lacks `Formula:`, `When:`, `Not when:` or `Source:`"
+        assert make_kernel(op).family
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op.min_models == 0], ids=lambda op: op.name)

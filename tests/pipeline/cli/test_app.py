@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from raymerge import __version__, plan
-from raymerge.ops.registry import load_ops
 from raymerge.pipeline.cli import display
 from raymerge.pipeline.progress import narrator
 from tests.checkpoints import read_files, read_tensors, write_config, write_family
@@ -59,30 +58,6 @@ def test_the_shell_completes(words: str, expected: set[str]) -> None:
         "COMP_CWORD": str(len(words.split(" ")) - 1),
     }
     assert set(run_command(env=environment).out.split()) == expected
-
-
-def test_methods(cli: Cli) -> None:
-    outcome = cli("methods")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert {
-        "linear",
-        "slerp",
-        "task_arithmetic",
-        "ties",
-        "dare_linear",
-        "dare_ties",
-        "passthrough",
-    } <= load_ops().keys()
-    for op in load_ops().values():
-        listed = cli("methods", op.name).out.strip()
-        assert listed in outcome.out
-        assert listed.startswith(f"{op.name}  ({op.title})")
-        assert op.reference in listed
-        for parameter in op.parameters:
-            assert f"\n    {parameter.name}: " in listed
-    outcome = cli("methods", "tise")
-    assert outcome.code == 2
-    assert "did you mean 'ties'" in outcome.err
 
 
 def test_plan(config: Path, tmp_path: Path, cli: Cli) -> None:

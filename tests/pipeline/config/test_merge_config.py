@@ -173,8 +173,8 @@ def test_an_unlisted_base_is_the_last_entry_of_ties_without_a_warning() -> None:
             "parameters.t: ignored, because linear does not use 't' (it belongs to nearswap, slerp); "
             "its parameters are: weight, normalize",
         ),
-        ("ties", ("models.0.parameters.density", 1.5), "models[0].parameters.density: 1.5 is more than 1"),
-        ("ties", ("parameters.density", [0.5, 3]), "parameters.density: 3.0 is more than 1"),
+        ("ties", ("models.0.parameters.density", 1.5), "models[0].parameters.density: 1.5 is not from 0 to 1"),
+        ("ties", ("parameters.density", [0.5, 3]), "parameters.density: 3 is not from 0 to 1"),
         (
             "ties",
             ("models.2", {"model": "org/a", "parameters": {"weight": 1}}),
@@ -514,7 +514,7 @@ def test_what_is_missing_or_not_there_yet_is_told_once(form: str, change: tuple[
 
 def test_an_interpolation_outside_of_0_to_1_is_doubtful() -> None:
     (warning,) = load_config(changed("slerp", ("parameters.t", 50))).warnings
-    assert warning == ("parameters.t: 50 is outside of 0 to 1, from the base to the other model; did you mean 0.5?")
+    assert warning == ("parameters.t: 50 is not from 0 to 1; did you mean 0.5?")
 
 
 def test_warnings_name_the_file_and_the_line(tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from raymerge import plan
-from raymerge.ops.registry import load_ops
-from raymerge.pipeline.cli.formats import format_method
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.plan import report
 from raymerge.pipeline.plan.report import format_plan, plan_json, plan_table, save_table
@@ -147,28 +145,6 @@ def test_advice_is_printed_and_decides_nothing(tmp_path: Path) -> None:
     assert (one.fingerprint, one.warnings) == (many.fingerprint, many.warnings)
     assert plan(config, shard_size="200MB", workers=8, memory="8GiB").advice == ()
     assert plan(config, shard_size="2GB", workers=8, memory="42MiB").advice == (), "the memory allows no more workers"
-
-
-@pytest.mark.parametrize("name", load_ops())
-def test_a_method_for_people_says_all_that_it_takes(name: str) -> None:
-    op = load_ops()[name]
-    text = format_method(op)
-    assert text.startswith(f"{name}  ({op.title})\n")
-    assert op.summary in text
-    assert op.reference in text
-    for parameter in op.parameters:
-        (line,) = [line for line in text.splitlines() if line.strip().startswith(f"{parameter.name}: ")]
-        assert (" | ".join(parameter.choices) or parameter.type.__name__) in line
-        assert ("for each model" in line) is parameter.per_model
-        assert ("required" in line) is (parameter.default is None)
-
-
-@pytest.mark.parametrize(
-    ("name", "models"),
-    [("linear", "models: 1 or more"), ("slerp", "models: a base and exactly 1"), ("passthrough", "models: exactly 1")],
-)
-def test_a_method_says_how_many_models_it_takes(name: str, models: str) -> None:
-    assert models in format_method(load_ops()[name])
 
 
 def test_json_has_no_infinity_where_config_json_has_one(tmp_path: Path) -> None:
