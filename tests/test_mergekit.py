@@ -156,7 +156,7 @@ def test_same_numbers(number: int, family: Path, tmp_path: Path) -> None:
         return
     worst = {}
     for name, expected in theirs.items():
-        if "nuslerp_row_wise" in config["parameters"] and "experts" in name:
+        if "nuslerp_row_wise" in config["parameters"] and len(expected) == 2:
             continue  # vectors of two numbers, one for each expert: many are all but opposite
         largest = torch.stack([source[name] for source in sources]).abs().amax(0).maximum(expected.abs())
         worst[name] = ((ours[name] - expected).abs() / largest).max().item()
