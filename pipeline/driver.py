@@ -6,12 +6,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from raymerge.cluster.host import measure_memory
 from raymerge.cluster.ray.session import RESERVED_MEM, TASK_NBYTES
 from raymerge.ops.own import read_own_ops
+from raymerge.pipeline.checkpoint.find import find_models
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
 from raymerge.pipeline.errors import ConfigError, OutputError
@@ -78,7 +80,7 @@ def plan(
         limits = _use_gpus(limits, len(list_gpus()) or 1, gpu_mem, options)
     own = None if options.ops is None else read_own_ops(options.ops)
     with open_stores(StoreSettings(options.storage)) as stores:
-        loaded = load_config(config, strict=options.strict, own=own)
+        loaded = load_config(config, strict=options.strict, own=own, find=partial(find_models, stores))
         where = ["." if out is None else str(out)]
         made = make_plan(stores, [loaded], where, limits, options.seed, trust_headers=options.trust_headers)
         _check_doubts(made, strict=options.strict)
@@ -138,7 +140,8 @@ def merge_variants(
     own = None if options.ops is None else read_own_ops(options.ops)
     with open_stores(StoreSettings(options.storage, options.private)) as stores, ExitStack() as stack:
         _check_outs(stores, configs, outs)
-        loaded = [load_config(config, strict=options.strict, own=own) for config in configs]
+        find = partial(find_models, stores)
+        loaded = [load_config(config, strict=options.strict, own=own, find=find) for config in configs]
         session, limits, hired = _find_workers(stores, loaded[0], outs, options, stack)
         places, trust_headers = [str(out) for out in outs], options.trust_headers
         the_plan = make_plan(stores, loaded, places, limits, options.seed, session, trust_headers=trust_headers)

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from raymerge.ops.own import OwnOps
+from raymerge.pipeline.checkpoint.find import FoundModel
 from raymerge.pipeline.cli.app import commands
 from raymerge.pipeline.config.merge_config import load_config
 from tests.checkpoints import read_files, write_family
@@ -88,7 +89,7 @@ def test_make_has_every_target(page: str) -> None:
 def test_every_config_is_one(page: str) -> None:
     own = OwnOps(page, read_blocks(page, "python")[0]) if page == "docs/own_methods.md" else None
     for text in read_blocks(page, "yaml"):
-        load_config(text, strict=True, own=own)
+        load_config(text, strict=True, own=own, find=lambda pattern: [FoundModel(pattern, 1)])
 
 
 def test_the_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path, PurePath
 
 from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
+from raymerge.pipeline.checkpoint.find import find_models
 from raymerge.pipeline.cli.console import say
 from raymerge.pipeline.config.merge_config import MergeConfig, load_config
 from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError
 from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.redact import redact
+from raymerge.pipeline.stores.open import open_stores
+from raymerge.pipeline.stores.settings import StoreSettings
 from raymerge.pipeline.urls import scheme_of
 
 
@@ -27,7 +31,8 @@ def load_portable(config: Path, out: str, options: MergeOptions, *, with_plan: b
         RaymergeError: whatever would go wrong there, as far as it can be known here.
     """
     own = None if options.ops is None else read_own_ops(options.ops)
-    loaded = load_config(config, strict=options.strict, own=own)
+    with open_stores(StoreSettings(options.storage)) as stores:
+        loaded = load_config(config, strict=options.strict, own=own, find=partial(find_models, stores))
     check_portable(loaded, out, shared_filesystem=options.shared_filesystem)
     warnings = loaded.warnings
     if with_plan:

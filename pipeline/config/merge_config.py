@@ -24,6 +24,7 @@ from raymerge.pipeline.config.methods import (
 )
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref
+from raymerge.pipeline.config.training_run import RUN_KEYS, FindModels, parse_run
 from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import counted, shown
@@ -130,7 +131,11 @@ class MergeConfig:
 
 
 def load_config(
-    source: Path | str | Mapping[str, object], *, strict: bool = False, own: OwnOps | None = None
+    source: Path | str | Mapping[str, object],
+    *,
+    strict: bool = False,
+    own: OwnOps | None = None,
+    find: FindModels | None = None,
 ) -> MergeConfig:
     """Return the merge that a mergekit config describes.
 
@@ -138,6 +143,7 @@ def load_config(
         source: a YAML file, or its name; YAML text; or an already parsed config.
         strict: refuse what otherwise gives a warning, such as an unknown key.
         own: ops besides those that are installed.
+        find: finds models by a pattern; None where there are no stores to look them up in.
 
     Raises:
         ConfigError: the config cannot be read or cannot be meant; the message names every mistake that was found, with
@@ -147,7 +153,7 @@ def load_config(
     root = Place(document.content, node=document.node)
     config = None
     with suppress(TooManyError):
-        config = _Reader(root, {**load_ops(), **(own.ops if own else {})}).read(document)
+        config = _Reader(root, {**load_ops(), **(own.ops if own else {})}, find).read(document)
     if config is None:
         raise ConfigError(root.findings.explain(document))
     if own is not None and config.method in own.ops:
@@ -160,9 +166,10 @@ def load_config(
 class _Reader:
     """Reads a config, and goes on after a mistake, which is noted, as far as the rest makes sense without it."""
 
-    def __init__(self, root: Place, ops: Mapping[str, Op]) -> None:
+    def __init__(self, root: Place, ops: Mapping[str, Op], find: FindModels | None) -> None:
         self._root = root
         self._ops = ops
+        self._find = find
         self._names = frozenset(parameter.name for op in ops.values() for parameter in op.parameters)
         """Of all parameters of all ops."""
         self._op: Op | None = None
@@ -229,13 +236,23 @@ class _Reader:
         place = self._root.get("models")
         entries: dict[ModelRef, ModelEntry] = {}
         num_errors = len(place.findings.errors)
-        for written in place.attempt(_list) or ():
-            entry = written.attempt(partial(self._read_entry, before=entries))
-            if entry is not None:
-                entries[entry.model] = entry
+        if isinstance(place.value, dict) and not RUN_KEYS.isdisjoint(place.value):
+            entries |= place.attempt(self._read_run) or {}
+        else:
+            for written in place.attempt(_list) or ():
+                entry = written.attempt(partial(self._read_entry, before=entries))
+                if entry is not None:
+                    entries[entry.model] = entry
         if entries and self._op is not None and len(place.findings.errors) == num_errors and self._is_base_sound():
             self._root.attempt(partial(check_models, op=self._op, models=tuple(entries), base=self._base))
         return list(entries.values())
+
+    def _read_run(self, place: Place) -> dict[ModelRef, ModelEntry]:
+        entries = {}
+        for model, parameters in parse_run(place, self._op, self._parameters, self._find):
+            self._check_parameters(place, model, (parameters, self._parameters), self._base)
+            entries[model] = ModelEntry(model, parameters)
+        return entries
 
     def _read_entry(self, place: Place, before: Mapping[ModelRef, ModelEntry]) -> ModelEntry | None:
         self._check_entry(place, ("model", "parameters"))

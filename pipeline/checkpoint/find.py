@@ -1,0 +1,70 @@
+"""Models that a pattern matches, such as the checkpoints of a training run."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from raymerge.pipeline.checkpoint.files import CONFIG
+from raymerge.pipeline.checkpoint.names import natural_key
+from raymerge.pipeline.errors import CheckpointError
+from raymerge.pipeline.stores.open import Stores
+
+_WILDCARDS = re.compile(r"\*|\?|\[[^\]/]+\]")
+
+
+class FoundModel(NamedTuple):
+    """A model that a pattern matches."""
+
+    path: str
+    """As a config names it."""
+    step: int | None
+    """The number in what the wildcards stand for; None where there is none."""
+
+
+def find_models(stores: Stores, pattern: str) -> list[FoundModel]:
+    """Return the directories with a config.json that match a pattern, in the order of their steps or names.
+
+    Args:
+        stores: that have them.
+        pattern: path or URL with `*`, `?` or `[...]`, none of which matches a slash.
+
+    Raises:
+        CheckpointError: the pattern is for all that a store has.
+        FetchError: the store refuses or is down.
+    """
+    pattern = pattern.rstrip("/")
+    first = _WILDCARDS.search(pattern)
+    if first is None:
+        parent, _, rest = pattern.rpartition("/")
+    else:
+        parent, _, rest = pattern[: first.start()].rpartition("/")
+        rest += pattern[first.start() :]
+    if pattern.startswith("/") and not parent:
+        raise CheckpointError(f"{pattern}: this would look through all files of the machine; begin with a directory")
+    matches = re.compile(_translate(f"{rest}/{CONFIG}"))
+    found = []
+    for name in stores.at(parent or ".").list(parent or "."):
+        if match := matches.fullmatch(name):
+            numbers = re.findall(r"\d+", " ".join(match.groups()))
+            directory = name.removesuffix(f"/{CONFIG}")
+            path = f"{parent}/{directory}" if parent else f"./{directory}"
+            found.append(FoundModel(path, int(numbers[0]) if numbers else None))
+    has_steps = all(model.step is not None for model in found)
+    return sorted(found, key=lambda model: ([model.step] if has_steps else [], natural_key(model.path)))
+
+
+def _translate(pattern: str) -> str:
+    """Return a regular expression with a group for each wildcard.
+
+    >>> _translate("step_*/hf?")
+    'step_([^/]*)/hf([^/])'
+    """
+    parts = []
+    start = 0
+    for wildcard in _WILDCARDS.finditer(pattern):
+        text = wildcard[0]
+        parts.append(re.escape(pattern[start : wildcard.start()]))
+        parts.append({"*": "([^/]*)", "?": "([^/])"}.get(text, f"({text.replace('[!', '[^')})"))
+        start = wildcard.end()
+    return "".join([*parts, re.escape(pattern[start:])])
