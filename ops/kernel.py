@@ -145,6 +145,10 @@ class Kernel(ABC):
     """
     compute_dtype: str = "float32"
     """The dtype of converted sources, blocks and scratch, by torch's name."""
+    tolerance: float = 0.0
+    """How much results differ between processors, devices and numbers of threads: the norm of the difference, as a
+    share of what the merge changed in source 0, besides rounding to the compute dtype. 0 if bits are the same, as they
+    are for all but decompositions of matrices."""
 
     def grid(self, site: Site) -> int:
         """Return how many elements a block has; `site.num_elements` where a kernel needs the whole tensor at once.

@@ -13,6 +13,7 @@ import torch
 from raymerge.ops.kernels.random import RandomBits, RandomSparsifier
 from raymerge.ops.registry import Base, find_op
 from tests.angles import merge_angles
+from tests.matrices import merge_matrices
 
 Tensors = Sequence[torch.Tensor]
 Parameters = Mapping[str, Any]
@@ -113,6 +114,10 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _reinforce(tensors, values | {"r": 0.0, "alpha": 0.0})
         case "ramplus_tl":
             return _reinforce(tensors, values)
+        case "tsv" | "iso_c" | "iso_cts" | "star":
+            terms = torch.stack([x.double().abs() for x in tensors]).sum(0)
+            merged = merge_matrices(op, tensors, values)
+            return Exact(merged, terms, torch.zeros_like(merged, dtype=torch.bool))
     raise NotImplementedError(f"write {op} as plain float64 code in tests/references.py")
 
 

@@ -18,7 +18,7 @@ from raymerge.pipeline.messages import counted
 _WIDTH = 100
 _TABLE_WIDTH = 200
 """Where stdout is no terminal."""
-_SHAPE = (8192, 4099)
+_SHAPE = (4096, 8209)
 """Of the matrix for which cost and memory are told."""
 _BASES = {Base.REQUIRED: "required", Base.OPTIONAL: "optional", Base.INPUT: "none"}
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

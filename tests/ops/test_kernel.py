@@ -104,9 +104,9 @@ def test_takes_a_base_alone_if_it_says_so(op: Op) -> None:
 
 
 def digest_all() -> str:
-    """Return a digest of what every op makes of the same inputs."""
+    """Return a digest of what every op makes of the same inputs, where it promises the same bits."""
     digest = hashlib.sha256()
-    for op in OPS:
+    for op in [op for op in OPS if not make_kernel(op).tolerance]:
         merged = run_kernel(make_kernel(op), make_sources(op, 70_001)).bfloat16()
         digest.update(merged.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""Methods that go by singular values, as their papers write them: by decompositions of the deltas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+Matrices = list[torch.Tensor]
+Parameters = Mapping[str, Any]
+
+
+def merge_matrices(op: str, tensors: Sequence[torch.Tensor], values: Parameters) -> torch.Tensor:
+    """Return what an op makes of sources, the base first."""
+    base, *models = [tensor.double() for tensor in tensors]
+    deltas = [model - base for model in models]
+    if base.dim() == 3:
+        stack = [merge_matrices(op, matrices, values) for matrices in zip(*tensors, strict=True)]
+        return torch.stack(stack)
+    if base.dim() != 2 or min(base.shape) < 2:
+        merged = torch.stack(deltas).mean(0)
+    else:
+        merged = {"tsv": _tsv, "iso_c": _iso_c, "iso_cts": _iso_cts, "star": _star}[op](deltas, values)
+    scale: float = values["lambda"]
+    return base + scale * merged
+
+
+def _svd(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    return u, s, vt
+
+
+def _orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Return the matrix with orthogonal columns that is nearest to x."""
+    u, _, vt = _svd(x)
+    return u @ vt
+
+
+def _tsv(deltas: Matrices, values: Parameters) -> torch.Tensor:
+    kept = max(1, min(deltas[0].shape) // len(deltas))
+    found = [_svd(delta) for delta in deltas]
+    u = torch.cat([u[:, :kept] for u, _, _ in found], 1)
+    s = torch.cat([s[:kept] for _, s, _ in found])
+    vt = torch.cat([vt[:kept] for _, _, vt in found])
+    return _orthogonal(u) @ torch.diag(s) @ _orthogonal(vt)
+
+
+def _iso_c(deltas: Matrices, values: Parameters) -> torch.Tensor:
+    u, s, vt = _svd(torch.stack(deltas).sum(0))
+    return s.mean() * u @ vt
+
+
+def _iso_cts(deltas: Matrices, values: Parameters) -> torch.Tensor:
+    size, num_models = min(deltas[0].shape), len(deltas)
+    kept = round((size - int(size * values["common_space_fraction"])) / num_models)
+    num_common = size - kept * num_models
+    u, s, vt = _svd(torch.stack(deltas).sum(0))
+    u, s, vt = u[:, :num_common], s[:num_common], vt[:num_common]
+    found = [_svd(delta - u @ (u.T @ delta)) for delta in deltas]
+    left = torch.cat([u, *(u[:, :kept] for u, _, _ in found)], 1)
+    strengths = torch.cat([s, *(s[:kept] for _, s, _ in found)])
+    right = torch.cat([vt, *(vt[:kept] for _, _, vt in found)])
+    return strengths.mean() * _orthogonal(left) @ _orthogonal(right)
+
+
+def _star(deltas: Matrices, values: Parameters) -> torch.Tensor:
+    merged = torch.zeros_like(deltas[0])
+    for delta in deltas:
+        u, s, vt = _svd(delta)
+        kept = next(k for k in range(1, len(s) + 1) if s[:k].sum() >= values["eta"] / 100 * s.sum() * (1 - 1e-9))
+        merged += s.sum() / s[:kept].sum() * u[:, :kept] @ torch.diag(s[:kept]) @ vt[:kept]
+    return merged / len(deltas)
