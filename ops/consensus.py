@@ -27,7 +27,7 @@ def consensus(mask_lambda: PerModel[NonNegative] = (0.4,), k: Count = 2, lambda_
     Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression", sections 4 and
     5: tau = sum(tau_t), TALL masks m_t = [|tau_t| >= lambda_t |tau - tau_t|], kept where sum(m_t) >= k.
     """
-    return Elementwise(add_agreed, (mask_lambda, k, lambda_), num_spares=2)
+    return Elementwise(add_agreed, (mask_lambda, k, lambda_), num_spares=2, loop="add_agreed")
 
 
 def add_agreed(

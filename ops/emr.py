@@ -26,7 +26,7 @@ def emr(lambda_: float = 1.0) -> Kernel:
     Source: Huang et al. 2024, "EMR-Merging", section 3.2 (Elect): sgn(sum(tau_t)) times the largest |tau_t| of
     that sign.
     """
-    return Elementwise(add_elected, (lambda_,))
+    return Elementwise(add_elected, (lambda_,), loop="add_elected")
 
 
 def add_elected(tensors: list[torch.Tensor], out: torch.Tensor, scratch: Sequence[torch.Tensor], scale: float) -> None:
@@ -39,4 +39,4 @@ def add_elected(tensors: list[torch.Tensor], out: torch.Tensor, scratch: Sequenc
     largest = deltas[0].mul_(signs).clamp_(min=0)
     for delta in deltas[1:]:
         torch.maximum(largest, delta.mul_(signs), out=largest)
-    out.mul_(largest).mul_(scale).add_(base)
+    out.mul_(largest).mul_(scale).add_(0).add_(base)  # 0.0, whichever sign a zero has

@@ -23,7 +23,7 @@ def magmax(lambda_: float = 0.5) -> Kernel:
 
     Source: Marczak et al. 2024, "MagMax", section 4: tau_k with k = argmax_i |tau_i|, and lambda = 0.5.
     """
-    return Elementwise(add_largest, (lambda_,), num_spares=3)
+    return Elementwise(add_largest, (lambda_,), num_spares=3, loop="add_largest")
 
 
 def add_largest(tensors: list[torch.Tensor], out: torch.Tensor, scratch: Sequence[torch.Tensor], scale: float) -> None:

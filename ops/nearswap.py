@@ -31,7 +31,7 @@ def nearswap(t: NonNegative) -> Kernel:
 
     Source: alchemonaut 2024, QuartetAnemoi-70B's model card: y = b + w * (x - b) with w = min(1, t / |x - b|).
     """
-    return Elementwise(approach, (t,))
+    return Elementwise(approach, (t,), loop="approach", constants=(SMALLEST_DISTANCE,))
 
 
 def approach(tensors: list[torch.Tensor], out: torch.Tensor, scratch: Sequence[torch.Tensor], t: float) -> None:

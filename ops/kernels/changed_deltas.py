@@ -6,7 +6,9 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
+from raymerge.ops.kernels.elementwise import combine_by_rule
 from raymerge.ops.lazy import torch
+from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,11 @@ class ChangedDeltas(Kernel):
     epsilon: float
     rate: float = 0.0
     limit: float = 0.0
+
+    @property
+    def loop_dtypes(self) -> tuple[str, ...]:  # type: ignore[override]  # an attribute of the class elsewhere
+        """Those of the loop, which knows no growth."""
+        return () if self.rate else LOOP_DTYPES
 
     def num_passes(self, site: Site) -> int:
         """Return one, to count, if deltas grow."""
@@ -90,6 +97,9 @@ class _ChangedDeltasRun(KernelRun):
                 torch.where(is_unique, torch.mul(delta, growth, out=spare), delta, out=delta)
             out.add_(delta.div_(count))
         out.add_(base)
+
+    def combine_stored(self, stored: Stored, out: Slot) -> float:
+        return combine_by_rule(stored, "share_changes", (self.kernel.epsilon,), out)
 
     def _find_changed(
         self, block: Block, model: int, base: torch.Tensor, delta: torch.Tensor, is_changed: torch.Tensor

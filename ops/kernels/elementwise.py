@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
-from raymerge.ops.lazy import torch
+from raymerge.ops.lazy import loops, np, rule_loops, torch
+from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,23 @@ class Elementwise(Kernel):
     """Numbers, and tuples of numbers for each model."""
     num_spares: int = 0
     """Blocks of scratch that the function needs besides the tensors."""
+    loop: str = ""
+    """Name of the loop in `rule_loops` that gives the same bits; empty where there is none."""
+    constants: tuple[float, ...] = ()
+    """What the loop is given after the parameters."""
+
+    @property
+    def loop_dtypes(self) -> tuple[str, ...]:  # type: ignore[override]  # an attribute of the class elsewhere
+        """Those of the loop, where there is one."""
+        return LOOP_DTYPES if self.loop else ()
 
     def num_scratch(self, site: Site) -> int:
         """The tensors, and what the function needs besides."""
         return site.num_sources + self.num_spares
 
     def measuring(self, site: Site) -> Hashable:
-        """Nothing is measured."""
-        return Elementwise
+        """Nothing is measured; a loop works, or not, whatever its parameters."""
+        return Elementwise, self.loop
 
     def start(self, site: Site) -> KernelRun:
         """Begin; nothing is kept between blocks."""
@@ -51,3 +62,16 @@ class _ElementwiseRun(KernelRun):
         tensors = [block.load(source, block.scratch[source]) for source in range(self.num_sources)]
         scratch: Sequence[torch.Tensor] = block.scratch[self.num_sources :]
         self.kernel.function(tensors, out, scratch, *self.kernel.parameters)
+
+    def combine_stored(self, stored: Stored, out: Slot) -> float:
+        kernel = self.kernel
+        return combine_by_rule(stored, kernel.loop, (*kernel.parameters, *kernel.constants), out)
+
+
+def combine_by_rule(stored: Stored, name: str, parameters: Iterable[Any], out: Slot) -> float:
+    """Round what a loop of `rule_loops` makes of stored values; see `KernelRun.combine_stored`."""
+    flat = [x for value in parameters for x in (value if isinstance(value, tuple) else (value,))]
+    where = np.array(flat, np.float32), stored.start, stored.num_elements
+    scratch = loops.make_scratch(len(stored.dtypes) + 3)
+    finished: float = getattr(rule_loops, name)(*stored.sources(), *where, *out.arguments(), scratch)
+    return finished

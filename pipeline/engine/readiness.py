@@ -15,7 +15,7 @@ from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.retry import one_line
 
-LOOPS = ("raymerge.ops.kernels.loops", "raymerge.ops.kernels.delta_loops")
+LOOPS = tuple(f"raymerge.ops.kernels.{name}" for name in ("loops", "delta_loops", "rule_loops"))
 _TORCH_MERGER = "raymerge.pipeline.engine.torch_merger"
 
 _TRIED: dict[Hashable, str] = {}
