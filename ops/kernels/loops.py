@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 _GROUP = 4
 """Vectors on each side of a group of pairs."""
-_GROUP_COLUMNS = STRIP // 2
-"""Columns that are worked off together: half a strip for each half of a block's rows."""
-NUM_PRODUCT_STRIPS = 1 + 2 * _GROUP + _GROUP * _GROUP
+NUM_PRODUCT_STRIPS = 1 + 2 * _GROUP + 2 * _GROUP * _GROUP
 """Strips of scratch that `sum_products` uses."""
 
 
@@ -92,17 +90,16 @@ def sum_products(
         for left in range(0, num_vectors, _GROUP):
             for right in range(left, num_vectors, _GROUP):
                 group = left, right, num_vectors
-                for column in range(0, columns, _GROUP_COLUMNS):
-                    size = min(_GROUP_COLUMNS, columns - column)
+                for column in range(0, columns, STRIP):
+                    size = min(STRIP, columns - column)
                     _clear(products, group)
                     for row in range(NUM_FOLDED_ROWS):
                         offset = first + row * columns + column
                         _load_group(words, longs, places, forms, num_origins, group, offset, size, scratch)
-                        half = row // (NUM_FOLDED_ROWS // 2) * _GROUP_COLUMNS
-                        _add_products(scratch, group, size, products, half)
+                        _add_products(scratch, group, size, products, row // (NUM_FOLDED_ROWS // 2))
                     _add_group(products, group, size, sums[number])
-                for offset in range(first + NUM_FOLDED_ROWS * columns, first + length, _GROUP_COLUMNS):
-                    size = min(_GROUP_COLUMNS, first + length - offset)
+                for offset in range(first + NUM_FOLDED_ROWS * columns, first + length, STRIP):
+                    size = min(STRIP, first + length - offset)
                     _clear(products, group)
                     _load_group(words, longs, places, forms, num_origins, group, offset, size, scratch)
                     _add_products(scratch, group, size, products, 0)
@@ -114,7 +111,8 @@ def _clear(products, group):
     left, right, num_vectors = group
     for i in range(min(_GROUP, num_vectors - left)):
         for j in range(i if left == right else 0, min(_GROUP, num_vectors - right)):
-            products[i * _GROUP + j, :] = 0
+            strip = 2 * (i * _GROUP + j)
+            products[strip : strip + 2] = 0
 
 
 def _load_group(words, longs, places, forms, num_origins, group, offset, size, scratch):
@@ -135,25 +133,25 @@ def _load_group(words, longs, places, forms, num_origins, group, offset, size, s
                     values[k] -= origin[k]
 
 
-def _add_products(scratch, group, size, products, place):
-    """Add the products of each pair in a group to its strip of `products`, from the given place on."""
+def _add_products(scratch, group, size, products, half):
+    """Add the products of each pair in a group to one of its two strips of `products`."""
     left, right, num_vectors = group
     for i in range(min(_GROUP, num_vectors - left)):
         a = scratch[1 + i].view(np.float32)
         for j in range(i if left == right else 0, min(_GROUP, num_vectors - right)):
             b = scratch[1 + j if left == right else 1 + _GROUP + j].view(np.float32)
-            total = products[i * _GROUP + j, place : place + size]
+            total = products[2 * (i * _GROUP + j) + half]
             for k in range(size):
                 total[k] += a[k] * b[k]
 
 
 def _add_group(products, group, size, sums):
-    """Add the sum of both halves of the strip of each pair in a group to the pair's sum, in float64."""
+    """Add both strips of each pair in a group to the pair's sum, in float64."""
     left, right, num_vectors = group
     for i in range(min(_GROUP, num_vectors - left)):
         for j in range(i if left == right else 0, min(_GROUP, num_vectors - right)):
             low, high = left + i, right + j
             pair = low * num_vectors - low * (low - 1) // 2 + high - low
-            total = products[i * _GROUP + j]
+            total, other = products[2 * (i * _GROUP + j)], products[2 * (i * _GROUP + j) + 1]
             for k in range(size):
-                sums[pair] += np.float64(total[k] + total[_GROUP_COLUMNS + k])
+                sums[pair] += np.float64(total[k] + other[k])
