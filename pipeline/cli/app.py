@@ -207,6 +207,20 @@ def methods(
     put(methods_json(chosen) if json else format_page(chosen[0]) if name else format_table(chosen))
 
 
+@commands.command(epilog="Example: raymerge schema > raymerge.schema.json")
+@takes_options
+def schema(ops: OwnOpsFile = None) -> None:
+    """Print a JSON Schema of the YAML, with which editors complete and check it."""
+    from json import dumps
+
+    from raymerge.ops.own import read_own_ops
+    from raymerge.ops.registry import load_ops
+    from raymerge.pipeline.config.schema import make_schema
+
+    own = read_own_ops(ops).ops if ops else {}
+    put(dumps(make_schema([*load_ops().values(), *own.values()]), indent=1))
+
+
 @commands.command(epilog="Example: raymerge inspect Qwen/Qwen2.5-7B-Instruct")
 @takes_options
 def inspect(

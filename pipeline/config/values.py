@@ -14,7 +14,8 @@ from raymerge.ops.registry import Parameter, Value
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.messages import shown, suggest
 
-_BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+"""What YAML and people write for true and false, in lower case."""
 _PATTERN_SIGNS = set("*?[]()|^$\\")
 
 
@@ -224,5 +225,5 @@ def _to_float(value: object) -> float | None:
 
 def _to_bool(value: object) -> bool | None:
     if isinstance(value, str):
-        return _BOOLS.get(value.lower())
+        return BOOLS.get(value.lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None

@@ -1,0 +1,202 @@
+"""A JSON Schema of the YAML, for editors: what is valid by it, `--strict` takes, but for what only models can tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from raymerge.ops.registry import Base, Op, Parameter
+from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
+from raymerge.pipeline.config.training_run import SCHEDULES
+from raymerge.pipeline.config.values import BOOLS
+
+Schema = dict[str, Any]
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_NUMBER = r"^[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+"""What YAML 1.1 takes for a string, and a parameter for a number: 1e-5."""
+_CASES = (str.lower, str.title, str.upper)
+_NAME = {"type": "string", "pattern": r"\S"}
+_REVISION = {"type": ["string", "null"], "pattern": r"\S"}
+_FILTER = {
+    "type": ["string", "null"],
+    "description": "A piece of a tensor's name, or a pattern after `glob:` or `regex:`; the first that fits counts.",
+}
+
+
+def make_schema(ops: Iterable[Op]) -> Schema:
+    """Return the schema of configs that merge by one of these ops."""
+    methods = sorted(ops, key=lambda op: op.name)
+    settings = {_name_setting(p): _make_setting(p) for op in methods for p in op.parameters}
+    parameters = {
+        f"{op.name}{suffix}": _make_parameters(op, own=own) for op in methods for suffix, own in _SCOPES.items()
+    }
+    return {
+        "$schema": _DIALECT,
+        "title": "A merge by raymerge",
+        **_object(
+            {
+                "merge_method": {"anyOf": [{"const": op.name, "description": op.summary} for op in methods]},
+                "models": {
+                    "description": "Models to merge, or a pattern that finds the checkpoints of a training run.",
+                    "if": {"type": "object"},
+                    "then": _RUN,
+                    "else": _list(_object({"model": _ref("model"), "parameters": {}}, "model")),
+                },
+                "slices": _list(
+                    _object({"sources": _list(_SOURCE), "base_model": _ref("model"), "parameters": {}}, "sources"),
+                    "Layers of models, stacked in this order.",
+                ),
+                "base_model": {"$ref": "#/$defs/model", "description": "What the models were fine-tuned from."},
+                "parameters": {"description": "Of the method: for all models and tensors."},
+                "dtype": _make_dtype("What is written, where `out_dtype` says nothing else."),
+                "out_dtype": _make_dtype("What is written."),
+                "keep_float32": {
+                    "description": "Keep float32: of tensors that models have in it on purpose, or by shell patterns.",
+                    "anyOf": [{"type": ["boolean", "null"]}, {"type": "array", "items": _NAME}],
+                },
+                "integers": {
+                    "description": "Tensors that are not floating-point: equal in all models, or whose are taken.",
+                    "enum": ["equal", "donor", "max", "sum", None],
+                },
+            },
+            "merge_method",
+        ),
+        "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
+        "allOf": [_make_condition(op) for op in methods],
+        "$defs": {"model": _MODEL, **settings, **parameters},
+    }
+
+
+def _object(properties: Mapping[str, Schema], *required: str) -> Schema:
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def _list(items: Schema, description: str = "") -> Schema:
+    note = {"description": description} if description else {}
+    return {**note, "type": "array", "items": items, "minItems": 1}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+_MODEL: Schema = {
+    "description": "A directory, a URL, or a Hub repository, with `@revision` if need be.",
+    "anyOf": [
+        _NAME,
+        _object({"model": {"anyOf": [_NAME, _object({"path": _NAME, "revision": _REVISION}, "path")]}}, "model"),
+    ],
+}
+_SOURCE = _object(
+    {
+        "model": _ref("model"),
+        "layer_range": {
+            "description": "The first layer, and the one after the last.",
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0},
+            "minItems": 2,
+            "maxItems": 2,
+        },
+        "parameters": {},
+    },
+    "model",
+    "layer_range",
+)
+_COUNT = {"type": ["integer", "null"], "minimum": 1}
+_RUN = _object(
+    {
+        "glob": {**_NAME, "description": "Directories with a config.json, such as `s3://bucket/run/step-*`."},
+        "steps": {
+            "description": "The first number that a model may have, and the last.",
+            "type": ["array", "null"],
+            "items": {"type": "integer", "minimum": 0},
+            "minItems": 2,
+            "maxItems": 2,
+        },
+        "every": {**_COUNT, "description": "Of these the last, and every second, third ... before it."},
+        "last": {**_COUNT, "description": "The last so many of these."},
+        "schedule": {"enum": [*SCHEDULES, None], "description": "Which weights they have."},
+        "decay": {
+            "description": "For `exponential`.",
+            "type": ["number", "null"],
+            "exclusiveMinimum": 0,
+            "maximum": 1,
+        },
+    },
+    "glob",
+)
+_SCOPES = {"": False, ".model": True}
+"""Where parameters stand: for all models, or under one. By what the definitions of a method are called."""
+
+
+def _make_dtype(description: str) -> Schema:
+    names = [prefix + name for prefix in ("", "torch.") for name in OUTPUT_DTYPES]
+    return {"description": description, "enum": [*names, None]}
+
+
+def _make_condition(op: Op) -> Schema:
+    """Return what holds where this op is the method."""
+    everywhere = {"parameters": _ref(op.name)}
+    of_model = {"items": {"properties": {"parameters": _ref(f"{op.name}.model")}}}
+    extra = 0 if op.base is Base.INPUT else 1  # the base may be listed, too
+    limits = {} if op.max_models is None else {"maxItems": op.max_models + extra}
+    then: Schema = {
+        "properties": {
+            **everywhere,
+            "models": {**of_model, **limits},
+            "slices": {"items": {"properties": {**everywhere, "sources": {**of_model, **limits}}}},
+        }
+    }
+    needed = [p.name for p in op.parameters if not p.per_model and p.default is None]
+    of_models: list[Schema] = [{"required": ["base_model"]}] if op.base is Base.REQUIRED else []
+    if needed:
+        of_models.append({"required": ["parameters"], "properties": {"parameters": {"required": needed}}})
+    if of_models:
+        then |= {"if": {"required": ["models"]}, "then": {"allOf": of_models}}
+    return {"if": {"properties": {"merge_method": {"const": op.name}}}, "then": then}
+
+
+def _make_parameters(op: Op, *, own: bool) -> Schema:
+    """Return the schema of the parameters of an op, of one model's own or of all."""
+    properties = {}
+    for parameter in op.parameters:
+        if parameter.per_model or not own:
+            given = "required" if parameter.default is None else f"default {str(parameter.default).lower()}"
+            scope = "one for each model" if parameter.per_model else "one for all models"
+            properties[parameter.name] = {**_ref(_name_setting(parameter)), "description": f"{scope}; {given}"}
+    return {**_object(properties), "type": ["object", "null"]}
+
+
+def _name_setting(parameter: Parameter) -> str:
+    kind = "-or-".join(parameter.choices) or parameter.type.__name__
+    return f"{kind} {parameter.range}".replace(" ", "-") if parameter.range else kind
+
+
+def _make_setting(parameter: Parameter) -> Schema:
+    """Return the schema of a value, a gradient over the layers, or values by filters on tensor names."""
+    value = _make_value(parameter)
+    values: Schema = {"anyOf": [value, {"type": "array", "items": value}]}
+    rule = _object({"filter": _FILTER, "value": values}, "value")
+    return {"anyOf": [*values["anyOf"], rule, {"type": "array", "items": rule}]}
+
+
+def _make_value(parameter: Parameter) -> Schema:
+    if parameter.type is bool:
+        return {
+            "anyOf": [{"type": "boolean"}, {"enum": [0, 1, *sorted({form(word) for word in BOOLS for form in _CASES})]}]
+        }
+    if parameter.type is str:
+        return {"enum": list(parameter.choices)} if parameter.choices else {"type": "string"}
+    number: Schema = {"type": "integer" if parameter.type is int else "number"}
+    if parameter.range:
+        number["minimum"] = parameter.range.low
+        if parameter.range.high < math.inf:
+            number["maximum"] = parameter.range.high
+    return {"anyOf": [number, {"type": "string", "pattern": _NUMBER}]}
