@@ -96,6 +96,8 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             # what is kept is divided by its probability in `keep_by_rank`
             values["rescale"] = values["rescale"] and values["rescale_mode"] == "l1"
             return _task_arithmetic(tensors, values, keep_by_rank, elects=op == "della")
+        case "localize_and_stitch":
+            return _stitch(tensors, keep_largest, values["lambda"])
         case "magmax":
             return _magmax(tensors, values["lambda"])
         case "consensus":
@@ -135,6 +137,12 @@ def _slerp(tensors: Tensors, t: float) -> Exact:
         return _add_up(torch.stack([(1 - t) * a, t * b]))
     angle = math.acos(cosine)
     return _add_up(torch.stack([math.sin((1 - t) * angle) * a, math.sin(t * angle) * b]) / math.sin(angle))
+
+
+def _stitch(tensors: Tensors, keep: Keep, scale: float) -> Exact:
+    kept = torch.stack([keep(delta, position) for position, delta in enumerate(_list_deltas(tensors))])
+    stitched = scale * kept / (kept != 0).sum(0).clamp(min=1)
+    return _add_up(torch.cat([tensors[0].double()[None], stitched]))
 
 
 def _magmax(tensors: Tensors, scale: float) -> Exact:

@@ -214,7 +214,10 @@ def combine_deltas(
     keys: Array3[np.uint32], out_words: Array1[np.uint16], out_longs: Array1[np.uint32], out_form: int,
     squares: Array1[np.float32], scratch: Array2[np.uint32],
 ) -> float:  # fmt: skip
-    """Write base + scale * consensus(factors_i * trimmed delta_i); see `add_squares`."""
+    """Write base + scale * consensus(factors_i * trimmed delta_i); see `add_squares`.
+
+    `agree` is the index of the consensus: none, sum or overlap; see `SparseDeltas`.
+    """
     base_bits, total_bits = scratch[0], scratch[1]
     base, total, signs = base_bits.view(np.float32), total_bits.view(np.float32), scratch[2].view(np.float32)
     divisor, all_bits = scratch[3].view(np.float32), scratch[4:]
@@ -239,7 +242,17 @@ def combine_deltas(
                 for k in range(size):
                     delta[k] *= factor
                     total[k] += delta[k]
-        if agree:
+        if agree == 2:
+            for k in range(size):
+                divisor[k] = 0
+            for m in range(len(models)):
+                delta = all_bits[m].view(np.float32)
+                weight = weights[m]
+                for k in range(size):
+                    divisor[k] += weight if delta[k] != 0 else np.float32(0)
+            for k in range(size):
+                total[k] /= divisor[k] + (np.float32(1) if divisor[k] == 0 else np.float32(0))
+        elif agree:
             for k in range(size):
                 signs[k] = np.float32(1) if total[k] >= 0 else np.float32(-1)
                 total[k] = 0

@@ -39,8 +39,8 @@ class SparseDeltas(Kernel):
     """Share of each delta that is kept; 1 and more keep all, 0 and less nothing. One value holds for all models."""
     sparsifier: Literal["none", "magnitude", "random", "ranks"]
     """Which elements are kept: all, those of some sizes, randomly chosen ones, or such by their ranks in rows."""
-    consensus: Literal["none", "sum"]
-    """Add all that is kept, or only what has the sign of the sum."""
+    consensus: Literal["none", "sum", "overlap"]
+    """Add all that is kept, or only what has the sign of the sum, or average what is not zero."""
     normalize: bool
     """Divide by the weights that took part."""
     rescale: Rescale
@@ -89,8 +89,8 @@ class SparseDeltas(Kernel):
         return (2 if self.sparsifier == "magnitude" else 0) + (self.rescale == "l1")
 
     def num_scratch(self, site: Site) -> int:
-        """The base, two spares, and one delta; all deltas if they are to agree on a sign."""
-        return 3 + max(1, site.num_sources - 1 if self.consensus == "sum" else 1)
+        """The base, two spares, and one delta; all deltas if they are to agree on a sign, or their weights."""
+        return 3 + max(1, site.num_sources - 1) if self.consensus == "sum" else 4 + (self.consensus == "overlap")
 
     def state_nbytes(self, site: Site) -> int:
         """Histograms and collected bits of every model that is trimmed by magnitude; or what ranking takes."""
@@ -219,6 +219,15 @@ class _SparseDeltasRun(KernelRun):
                 delta.mul_(factor)
             if not is_first:
                 out.add_(delta)
+            if self._kernel.consensus == "overlap":
+                took_part = torch.ne(delta, 0, out=block.scratch[4] if is_first else block.scratch[1]).mul_(
+                    model.weight
+                )
+                if not is_first:
+                    block.scratch[4].add_(took_part)
+        if self._kernel.consensus == "overlap":
+            divisor = block.scratch[4]
+            out.div_(divisor.add_(torch.eq(divisor, 0, out=block.scratch[1])))
         if scale != 1:
             out.mul_(scale)
         out.add_(base)
@@ -298,14 +307,15 @@ class _SparseDeltasRun(KernelRun):
 
     def _make_rule(self) -> tuple[Any, ...]:
         """Return arguments by which `delta_loops.combine_deltas` does as `_combine_all` or `_combine_agreeing`."""
-        is_agreeing = self._kernel.consensus == "sum"
+        consensus = self._kernel.consensus
+        is_agreeing = consensus == "sum"
         factors, common, scale = self._weigh()
-        weights = [model.weight / common for model in self._models] if is_agreeing else [1.0]
+        weights = [model.weight / common for model in self._models]
         is_normal = is_agreeing and self._kernel.normalize
         return (
             np.array(factors, np.float32),
             np.array(weights, np.float32),
-            is_agreeing,
+            ("none", "sum", "overlap").index(consensus),
             is_normal,
             np.float32(scale),
             np.float32(min(weights)),

@@ -171,6 +171,8 @@ DELTAS = [[3.0, -1.0, 2.0, 0.5], [-2.0, -1.0, -2.0, 0.25], [-2.0, 0.5, 0.5, 0.0]
         ("magmax", {}, [2.5, 0.5, 0, 1.25]),
         ("emr", {}, [-1, 0, 3, 1.5]),  # 3 is larger than -2, but has not the sign of the sum
         ("emr", {"lambda": 0.5}, [0, 0.5, 2, 1.25]),
+        # the two largest of each: 3 and 2; -2 and -2; -2 and, of two that are equally large, the first 0.5
+        ("localize_and_stitch", {"density": (0.5, 0.5, 0.5)}, [1 - 1 / 3, 1.5, 1, 1]),
         # the first element: 3 >= 0.4 * 4, 2 >= 0.4 * 1 and once more, so that all three need it; in all 3, 2, 3 and 2
         ("consensus", {"k": 2}, [0, -0.5, 1.5, 1.75]),
         ("consensus", {"k": 3}, [0, 1, 1.5, 1]),
