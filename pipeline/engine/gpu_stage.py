@@ -125,7 +125,7 @@ class GpuStage(Stage):
         stop = ALIGNMENT + room.nbytes
         room.there[ALIGNMENT:stop].view(dtype).copy_(values)
         if dtype.is_floating_point:  # `dot` would have cuBLAS take time and memory
-            room.there[: values.itemsize].view(values.dtype).copy_(torch.linalg.vector_norm(values))
+            room.there[: torch.float32.itemsize].view(torch.float32).copy_(torch.linalg.vector_norm(values))
         self._download.wait(self._merge.mark())
         with self._download:
             room.here[:stop].copy_(room.there[:stop], non_blocking=True)

@@ -97,6 +97,16 @@ def on_the_cpu(
     return config, read_model(out)
 
 
+@pytest.mark.slow
+def test_the_same_files_of_a_kernel_in_float64(family: tuple[Path, ...], gpu: FakeGpu, tmp_path: Path) -> None:
+    """Their norms, too, which come back in float32."""
+    models = [{"model": str(model)} for model in family[:2]]
+    config = {"merge_method": "arcee_fusion", "base_model": str(family[0]), "models": models}
+    for name, gpu_memory in (("cpu", None), ("gpu", "1GiB")):
+        merge(config, tmp_path / name, workers=1, seed=3, gpu_memory=gpu_memory)
+    assert read_model(tmp_path / "gpu") == read_model(tmp_path / "cpu")
+
+
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("num_buffers", [1, 2])
 def test_the_same_files(
