@@ -60,6 +60,7 @@ def _flatten(grams: Grams, share: float) -> list[torch.Tensor]:
         found.append((s[:kept], v[:, :kept]))
         own.append(v[:, :kept] * invert(s[:kept]))
         shared.append(projected.neg_() @ own[i])
+    del with_sum, projected, rest, gram  # as large as the matrices that follow
     shared.append(vectors * invert(values))
     left = [torch.cat([own[i] + shared[i] if i == j else shared[i] for i in models] + shared[-1:], 1) for j in models]
     products = torch.zeros_like(left[0])

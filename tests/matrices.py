@@ -21,7 +21,7 @@ def merge_matrices(op: str, tensors: Sequence[torch.Tensor], values: Parameters)
     if base.dim() != 2 or min(base.shape) < 2:
         merged = torch.stack(deltas).mean(0)
     else:
-        merged = {"tsv": _tsv, "iso_c": _iso_c, "iso_cts": _iso_cts, "star": _star}[op](deltas, values)
+        merged = {"tsv": _tsv, "iso_c": _iso_c, "iso_cts": _iso_cts, "star": _star, "wudi": _wudi}[op](deltas, values)
     scale: float = values["lambda"]
     return base + scale * merged
 
@@ -71,3 +71,10 @@ def _star(deltas: Matrices, values: Parameters) -> torch.Tensor:
         kept = next(k for k in range(1, len(s) + 1) if s[:k].sum() >= values["eta"] / 100 * s.sum() * (1 - 1e-9))
         merged += s.sum() / s[:kept].sum() * u[:, :kept] @ torch.diag(s[:kept]) @ vt[:kept]
     return merged / len(deltas)
+
+
+def _wudi(deltas: Matrices, values: Parameters) -> torch.Tensor:
+    inputs = torch.cat([delta.T / delta.norm() for delta in deltas], 1)
+    targets = torch.cat([delta @ delta.T / delta.norm() for delta in deltas], 1)
+    inverse: torch.Tensor = torch.linalg.pinv(inputs, rtol=1e-9)
+    return targets @ inverse

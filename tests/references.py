@@ -116,7 +116,7 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _reinforce(tensors, values | {"r": 0.0, "alpha": 0.0})
         case "ramplus_tl":
             return _reinforce(tensors, values)
-        case "tsv" | "iso_c" | "iso_cts" | "star":
+        case "tsv" | "iso_c" | "iso_cts" | "star" | "wudi":
             terms = torch.stack([x.double().abs() for x in tensors]).sum(0)
             merged = merge_matrices(op, tensors, values)
             return Exact(merged, terms, torch.zeros_like(merged, dtype=torch.bool))
