@@ -19,6 +19,7 @@ from cluster_scaling import measure_scaling
 from gpu import measure_gpu
 from memory import measure_big_tensor, measure_many_models
 from merges import DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Bench
+from methods import measure_methods, measure_methods_memory, measure_training_run
 from phases import measure_phases
 from planning import measure_headers, measure_large_plans
 from processes import CommandFailedError
@@ -45,6 +46,9 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "twenty-models": measure_twenty_models,
     "small-tensors": measure_small_tensors,
     "many-models": measure_many_models,
+    "methods": measure_methods,
+    "methods-memory": measure_methods_memory,
+    "training-run": measure_training_run,
     "big-tensor": measure_big_tensor,
     "gpu": measure_gpu,
     "accuracy": measure_accuracy,

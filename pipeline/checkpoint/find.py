@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.errors import CheckpointError
+from raymerge.pipeline.stores.local.storage import local_path
 from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.urls import scheme_of
 
 _WILDCARDS = re.compile(r"\*|\?|\[[^\]/]+\]")
 
@@ -44,7 +47,7 @@ def find_models(stores: Stores, pattern: str) -> list[FoundModel]:
         raise CheckpointError(f"{pattern}: this would look through all files of the machine; begin with a directory")
     matches = re.compile(_translate(f"{rest}/{CONFIG}"))
     found = []
-    for name in stores.at(parent or ".").list(parent or "."):
+    for name in _list_configs(stores, parent or ".", rest):
         if match := matches.fullmatch(name):
             numbers = re.findall(r"\d+", " ".join(match.groups()))
             directory = name.removesuffix(f"/{CONFIG}")
@@ -52,6 +55,14 @@ def find_models(stores: Stores, pattern: str) -> list[FoundModel]:
             found.append(FoundModel(path, int(numbers[0]) if numbers else None))
     has_steps = all(model.step is not None for model in found)
     return sorted(found, key=lambda model: ([model.step] if has_steps else [], natural_key(model.path)))
+
+
+def _list_configs(stores: Stores, parent: str, rest: str) -> Iterable[str]:
+    """Return files that may match, by their names below a directory."""
+    if scheme_of(parent) == "file":  # without a look at what else a training run leaves there; links are followed
+        root = local_path(parent)
+        return [file.relative_to(root).as_posix() for file in root.glob(f"{rest}/{CONFIG}")]
+    return stores.at(parent).list(parent)
 
 
 def _translate(pattern: str) -> str:

@@ -64,3 +64,8 @@ def test_a_bucket(s3_server: S3Server, bucket: str, stores: Stores) -> None:
 def test_all_files_of_the_machine(stores: Stores) -> None:
     with pytest.raises(CheckpointError, match="begin with a directory"):
         find_models(stores, "/*/step-1")
+
+
+def test_links_to_directories(run: Path, stores: Stores) -> None:
+    (run / "best-1").symlink_to(run / "step-900")
+    assert [model.path for model in find_models(stores, f"{run}/best-*")] == [f"{run}/best-1"]
