@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 
 from raymerge import merge
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Site
-from raymerge.ops.registry import Op
+from raymerge.ops.registry import Op, find_op
 from tests.checkpoints import read_model, write_family
 from tests.method_configs import METHODS, make_config
 from tests.ops.engine import MemoryBlock, run_kernel
+from tests.ops.kernel_contract import Case
 from tests.ops.samples import CASES, Change, make_kernel, make_sources
 from tests.watchers import Keep
 
@@ -36,6 +38,24 @@ def test_every_op_gives_the_bits_of_the_cpu(op: Op, change: Change, dtype: torch
     out = torch.full((num_elements,), torch.nan, **options)
     run.combine(block, out)
     torch.testing.assert_close(out.cpu(), run_kernel(kernel, sources), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2000, 300), (300, 2000), (4, 200, 300)])
+@pytest.mark.parametrize("op", ["tsv", "iso_c", "iso_cts", "star", "wudi"])
+def test_whole_matrices_are_as_near_to_the_cpu_as_they_say(op: str, shape: tuple[int, ...]) -> None:
+    kernel = make_kernel(find_op(op))
+    sources = [x.reshape(shape) for x in make_sources(find_op(op), math.prod(shape))]
+    case = Case(kernel, lambda n: sources, shapes=[shape])
+    site = Site("model.layers.0.weight", shape, len(sources), 0)
+    scratch = [torch.full((site.num_elements,), torch.nan, device="cuda") for _ in range(kernel.num_scratch(site))]
+    block = MemoryBlock(0, site.num_elements, scratch, [source.reshape(-1).cuda() for source in sources])
+    run = kernel.start(site)
+    for index in range(kernel.num_passes(site)):
+        run.measure(index, block)
+        run.end_pass(index)
+    out = torch.full((site.num_elements,), torch.nan, device="cuda")
+    run.combine(block, out)
+    assert case.is_same(out.cpu().reshape(shape), run_kernel(kernel, sources), sources)
 
 
 @pytest.fixture(scope="module")
