@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,6 +14,9 @@ from typing import Any
 
 from raymerge.ops.errors import OpFileError
 from raymerge.ops.registry import Op, list_declared, load_ops
+
+_LOADING = threading.Lock()
+"""Held while a file is run: another thread would find its module half made."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +50,28 @@ class OwnOps:
 
     def _load(self) -> Mapping[str, Op]:
         name = f"raymerge_own_ops_{self.identity[:16]}"
-        if name not in sys.modules:
-            module = ModuleType(name, f"Ops of {self.path}.")
-            module.__file__ = self.path
-            sys.modules[name] = module  # dataclasses look themselves up there
-            try:
-                exec(compile(self.source, self.path, "exec"), vars(module))
-            except BaseException as error:
-                del sys.modules[name]
-                if not isinstance(error, Exception):
-                    raise
-                where = f"{self.path}{_find_line(error, self.path)}"
-                raise OpFileError(f"{where}: {type(error).__name__}: {error}") from error
+        with _LOADING:
+            if name not in sys.modules:
+                self._run(name)
         declared = list_declared(name)
         if not declared:
             raise OpFileError(f"{self.path} declares no op; put @merge_op before the function that is one")
         if taken := sorted(declared.keys() & load_ops().keys()):
             raise OpFileError(f"{self.path} declares {', '.join(taken)}, and there is a method of that name; rename it")
         return {name: replace(op, origin=f"sha256:{self.identity}") for name, op in declared.items()}
+
+    def _run(self, name: str) -> None:
+        module = ModuleType(name, f"Ops of {self.path}.")
+        module.__file__ = self.path
+        sys.modules[name] = module  # dataclasses look themselves up there
+        try:
+            exec(compile(self.source, self.path, "exec"), vars(module))
+        except BaseException as error:
+            del sys.modules[name]
+            if not isinstance(error, Exception):
+                raise
+            where = f"{self.path}{_find_line(error, self.path)}"
+            raise OpFileError(f"{where}: {type(error).__name__}: {error}") from error
 
 
 def read_own_ops(path: str | Path) -> OwnOps:

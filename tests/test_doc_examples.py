@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from raymerge import merge
 from raymerge.ops.own import OwnOps
 from raymerge.pipeline.checkpoint.find import FoundModel
 from raymerge.pipeline.cli.app import commands
 from raymerge.pipeline.config.merge_config import load_config
-from tests.checkpoints import read_files, write_family
+from tests.checkpoints import read_files, read_tensors, write_family
 from tests.commands import Cli
 from tests.documents import PAGES, ROOT, read_blocks, read_commands
 from tests.servers.hub import HubServer
@@ -90,6 +92,22 @@ def test_every_config_is_one(page: str) -> None:
     own = OwnOps(page, read_blocks(page, "python")[0]) if page == "docs/own_methods.md" else None
     for text in read_blocks(page, "yaml"):
         load_config(text, strict=True, own=own, find=lambda pattern: [FoundModel(pattern, 1)])
+
+
+def test_a_gradient_of_lambda_is_lines(tmp_path: Path) -> None:
+    """Source: Wang et al. 2024, "LiNeS", equation 3: layer l of L has the factor alpha + beta * (l - 1) / (L - 1)."""
+    family = write_family(tmp_path, 2, num_layers=5, dtype=torch.float32)
+    (text,) = read_blocks("docs/methods.md", "yaml")
+    config = yaml.safe_load(text)
+    config |= {"base_model": str(family[0]), "models": [{"model": str(model)} for model in family[1:]]}
+    merge(config, tmp_path / "scaled")
+    merge(config | {"parameters": {**config["parameters"], "lambda": 1.0}}, tmp_path / "plain")
+    base, scaled, plain = (read_tensors(model) for model in (family[0], tmp_path / "scaled", tmp_path / "plain"))
+    alpha, beta = 0.3, 0.7
+    for layer in range(1, 6):
+        name = f"model.layers.{layer - 1}.mlp.up_proj.weight"
+        factor = alpha + beta * (layer - 1) / (5 - 1)
+        torch.testing.assert_close(scaled[name] - base[name], factor * (plain[name] - base[name]), rtol=0, atol=1e-6)
 
 
 def test_the_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

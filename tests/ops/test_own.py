@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,3 +111,10 @@ def test_installed_packages_add_ops(source: str, expected: str, tmp_path: Path) 
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {LIST}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert expected in done.stdout + done.stderr
+
+
+def test_threads_that_read_one_file_find_all_of_it() -> None:
+    source = f"import time\ntime.sleep(0.2)\n{HALVED}"
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: list(OwnOps("slow.py", source).ops), range(4)))
+    assert found == [["halved"]] * 4
