@@ -23,7 +23,7 @@ def magmax(lambda_: float = 0.5) -> Kernel:
 
     Source: Marczak et al. 2024, "MagMax", section 4: tau_k with k = argmax_i |tau_i|, and lambda = 0.5.
     """
-    return Elementwise(add_largest, (lambda_,), num_spares=3, loop="add_largest")
+    return Elementwise(add_largest, (lambda_,), num_spares=4, loop="add_largest")
 
 
 def add_largest(tensors: list[torch.Tensor], out: torch.Tensor, scratch: Sequence[torch.Tensor], scale: float) -> None:
@@ -31,10 +31,10 @@ def add_largest(tensors: list[torch.Tensor], out: torch.Tensor, scratch: Sequenc
     base, *deltas = tensors
     torch.sub(deltas[0], base, out=out)
     largest, size = torch.abs(out, out=scratch[0]), scratch[1]
-    is_larger = scratch[2].view(torch.bool)[: out.numel()]
+    is_larger, is_nan = (spare.view(torch.bool)[: out.numel()] for spare in scratch[2:4])
     for delta in deltas[1:]:
         torch.abs(delta.sub_(base), out=size)
-        torch.ge(size, largest, out=is_larger)
+        torch.ge(size, largest, out=is_larger).logical_or_(torch.ne(size, size, out=is_nan))
         torch.where(is_larger, delta, out, out=out)
         torch.maximum(largest, size, out=largest)
     out.mul_(scale).add_(base)

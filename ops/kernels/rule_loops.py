@@ -126,7 +126,7 @@ def add_largest(
             delta = values[source]
             for k in range(size):
                 length = abs(delta[k])
-                rest[k] = delta[k] if length >= largest[k] else chosen[k]
+                rest[k] = delta[k] if length >= largest[k] or length != length else chosen[k]
                 spare[k] = length if length > largest[k] or length != length else largest[k]
             chosen, rest = rest, chosen
             largest, spare = spare, largest
