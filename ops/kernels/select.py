@@ -247,9 +247,10 @@ def _read(counts: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
     """Return counts where they can be looked at, and keep their table for others."""
     if not isinstance(counts, np.ndarray):
         return counts.cpu().numpy()
-    if len(_TABLES) < _NUM_KEPT_TABLES:
+    read = counts.copy() if counts.ndim == 1 else counts.sum(0)
+    if len(_TABLES) < _NUM_KEPT_TABLES:  # last: another thread may take it at once
         _TABLES.append(counts.reshape(-1))
-    return counts.copy() if counts.ndim == 1 else counts.sum(0)
+    return read
 
 
 def _drop_ties(delta: torch.Tensor, threshold: float, left: int, spare: torch.Tensor) -> int:

@@ -29,7 +29,7 @@ from raymerge.pipeline.cli.job_options import (
     parse_pairs,
     text_option,
 )
-from raymerge.pipeline.cli.options import ConfigFile, RemoteOptions, list_arguments, takes_options
+from raymerge.pipeline.cli.options import ConfigFile, ManifestOptions, list_arguments, takes_options
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.options import Help, MergeOptions
 from raymerge.pipeline.redact import redact
@@ -50,7 +50,7 @@ def kuberay(
     out: Out,
     job: JobOptions,
     size: SizeOptions,
-    options: RemoteOptions,
+    options: ManifestOptions,
     software: SoftwareOptions,
     ray_version: Annotated[str, text_option("Ray of the image.", "VERSION", panel=MACHINES)] = RAY_VERSION,
     namespace: Annotated[str | None, text_option("Namespace of the job.", default="kubectl's")] = None,
@@ -84,7 +84,7 @@ def slurm(
     out: Out,
     job: JobOptions,
     size: SizeOptions,
-    options: RemoteOptions,
+    options: ManifestOptions,
     partition: Annotated[str | None, text_option("Partition in which the job runs.", default="the cluster's")] = None,
     account: Annotated[str | None, text_option("Account that is charged.", default="the user's")] = None,
 ) -> None:
@@ -105,7 +105,7 @@ def aws_batch(
     out: Out,
     job: JobOptions,
     size: SizeOptions,
-    options: RemoteOptions,
+    options: ManifestOptions,
     software: SoftwareOptions,
     execution_role: Annotated[str, text_option("Role that reads the secrets.", "ARN")],
     job_role: Annotated[str | None, text_option("Role of the containers.", "ARN", default="the machines'")] = None,
@@ -141,7 +141,7 @@ def ray_up(
     config: ConfigFile,
     out: Out,
     job: JobOptions,
-    options: RemoteOptions,
+    options: ManifestOptions,
     software: SoftwareOptions,
     region: Annotated[str, text_option("Region of AWS.", panel=MACHINES)] = "us-west-2",
     instance_type: Annotated[
@@ -219,11 +219,6 @@ def _make_job(
     if job.gpus and not options.gpu_memory:
         say("warning: --gpus without --gpu-memory: the job is given GPUs, and merges without them")
     wheel = find_wheel(software, job) if software else None
-    if options.ops is not None:
-        raise ConfigError(
-            "--ops names a file of this machine, and a manifest holds the config alone; install its ops in the image,"
-            " as a package with the entry point raymerge.ops, or use submit"
-        )
     loaded = load_portable(config, out, options, with_plan=job.plan)
     # The run that this one goes on from may be dead, and its lock not yet free.
     arguments = list_arguments(replace(options, wait=True))

@@ -36,6 +36,9 @@ PlanOptions = Annotated[
 RemoteOptions = Annotated[MergeOptions, Preset("ray", address="auto")]
 """The options of a merge that runs on the cluster which it is sent to."""
 
+ManifestOptions = Annotated[MergeOptions, Preset("ray", "ops", address="auto")]
+"""The options of a merge that a manifest describes, which holds nothing but the config."""
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A mergekit YAML file.", show_default=False)]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Directory or URL of the output.", show_default=False)]
 Plan = Annotated[

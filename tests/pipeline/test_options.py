@@ -83,7 +83,11 @@ def test_commands_offer_what_they_take(command: str, cli: Cli, monkeypatch: pyte
     offered = {name for name in get_type_hints(MergeOptions) if f"--{name.replace('_', '-')} " in text}
     planned = {"memory", "workers", "gpu_memory", "storage", "shard_size", "seed", "strict", "trust_headers"}
     sent = planned | {"private", "wait", "recheck", "overwrite", "shared_filesystem"}
-    of_command = {"plan": planned, "merge": set(get_type_hints(MergeOptions)), "submit": sent | {"address"}}
+    of_command = {
+        "plan": planned | {"ops"},
+        "merge": set(get_type_hints(MergeOptions)),
+        "submit": sent | {"ops", "address"},
+    }
     assert offered == of_command.get(command, sent)
     assert "--threads" not in text
     assert "Example: raymerge " in text

@@ -12,7 +12,7 @@ from raymerge import merge, plan
 from raymerge.ops.registry import Base, load_ops
 from tests.checkpoints import read_tensors, write_checkpoint, write_llama
 
-VALUES = {"weight": 1.0, "density": 0.5, "t": 0.5}
+VALUES = {"weight": 1.0, "density": 0.5, "t": 0.5, "alpha": 0.5}
 
 
 def odd_tensors(value: float) -> dict[str, torch.Tensor]:
