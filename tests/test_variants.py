@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from raymerge.ops.registry import Base, load_ops
 from raymerge.pipeline.driver import merge, merge_variants
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.plan.results import ShardResult
-from tests.checkpoints import read_files, write_family
+from tests.checkpoints import read_files, read_tensors, write_family
+from tests.ops.samples import list_changes, num_sample_models, sample_parameters
 from tests.watchers import Keep, stop_after
 
 VALUES: dict[str, list[dict[str, Any]]] = {
@@ -97,3 +99,27 @@ def test_variants_differ_in_parameters_only(family: tuple[Path, ...], tmp_path: 
     with pytest.raises(TensorMismatchError, match="may differ in parameters"):
         merge_variants([one, {**one, "out_dtype": "float16"}], outs)
     assert not any(out.exists() for out in outs)
+
+
+@pytest.mark.parametrize("name", load_ops())
+def test_a_sweep_of_every_method_gives_what_single_merges_give(name: str, tmp_path: Path) -> None:
+    """By torch, which is given float64: variants share decoded sources and scratch."""
+    op = load_ops()[name]
+    family = write_family(tmp_path, num_sample_models(op), num_layers=1, dtype=torch.float64, hidden=16, vocab=40)
+    models = [{"model": str(model)} for model in family[1:]]
+    base = {"base_model": str(family[0])} if op.base is Base.REQUIRED else {}
+    configs = []
+    for change in list_changes(op):
+        values = sample_parameters(op, change)
+        listed = [
+            {**model, "parameters": {p.name: values[p.name][k] for p in op.parameters if p.per_model}}
+            for k, model in enumerate(models)
+        ]
+        shared = {p.name: values[p.name] for p in op.parameters if not p.per_model}
+        configs.append({"merge_method": name, **base, "models": listed, "parameters": shared})
+    outs = [tmp_path / f"variant{k}" for k in range(len(configs))]
+    merge_variants(configs, outs, workers=1)
+    for k, (config, out) in enumerate(zip(configs, outs, strict=True)):
+        merge(config, tmp_path / f"alone{k}", workers=1)
+        expected = read_tensors(tmp_path / f"alone{k}")
+        assert all(torch.equal(x, expected[tensor]) for tensor, x in read_tensors(out).items()), config["parameters"]

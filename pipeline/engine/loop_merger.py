@@ -64,7 +64,7 @@ class LoopMerger:
         is_last = window.stop == merge.num_elements
         for index in window.passes:
             if index < self._tensor.num_passes:
-                for run in self._tensor.measuring_runs(index):
+                for _, run in self._tensor.measuring_runs(index):
                     run.measure_stored(index, stored, self._run_all)
                 if is_last:
                     self._tensor.end_pass(index)

@@ -29,11 +29,11 @@ class TensorRuns:
         self._pass_counts = [sites[group[0]][0].num_passes(sites[group[0]][1]) for group in self._groups]
         self._runs: list[KernelRun] = []
 
-    def measuring_runs(self, index: int) -> Iterable[KernelRun]:
-        """Yield the runs that take measuring pass `index`."""
-        for leader, num_passes in zip(self._leaders, self._pass_counts, strict=True):
+    def measuring_runs(self, index: int) -> Iterable[tuple[int, KernelRun]]:
+        """Yield the runs that take measuring pass `index`, each with the position of its variant."""
+        for leader, group, num_passes in zip(self._leaders, self._groups, self._pass_counts, strict=True):
             if index < num_passes:
-                yield leader
+                yield group[0], leader
 
     def end_pass(self, index: int) -> None:
         """Evaluate measuring pass `index`.
@@ -41,7 +41,7 @@ class TensorRuns:
         Raises:
             OpParameterError: what was measured leaves the op no answer.
         """
-        for run in self.measuring_runs(index):
+        for _, run in self.measuring_runs(index):
             try:
                 run.end_pass(index)
             except OpParameterError as error:

@@ -62,7 +62,8 @@ class TorchMerger:
         is_last = filled.window.stop == tensor.merge.num_elements
         if index < tensor.runs.num_passes:
             for block in self._cut(tensor, filled, raws):
-                for run in tensor.runs.measuring_runs(index):
+                for position, run in tensor.runs.measuring_runs(index):
+                    block.lend(tensor.spares[position])
                     run.measure(index, block)
             if is_last:
                 tensor.runs.end_pass(index)
@@ -71,6 +72,7 @@ class TorchMerger:
         runs = tensor.runs.combining_runs()
         for block in self._cut(tensor, filled, raws):
             for output, run in enumerate(runs):
+                block.lend(tensor.spares[output])
                 try:
                     run.combine(block, block.out)
                 except SourceMismatchError as error:
@@ -97,6 +99,8 @@ class _Tensor:
         self.demand = measure_demand(merge)
         self.compute_dtype = merge.variants[0].kernel.compute_dtype
         self.num_scratch = count_scratch(merge)
+        self.spares = [variant.kernel.num_scratch(merge.site(variant)) for variant in merge.variants]
+        """Blocks of scratch of each variant's kernel."""
         self.decoders = [source.decoder for source in merge.sources]
         self.keeps_decoded = len(merge.variants) > 1
 
@@ -116,11 +120,15 @@ class _WindowBlock(Block):
         count = stop - start
         pieces = [scratch[k * count : (k + 1) * count] for k in range(tensor.num_scratch)]
         self.out = pieces[0]
-        self.scratch = pieces[1:]
+        self._decoded = pieces[-len(raws) :] if tensor.keeps_decoded else []
+        self._spares = pieces[1 : len(pieces) - len(self._decoded)]
         self._raws = raws
         self._decoders = tensor.decoders
-        self._decoded = pieces[-len(raws) :] if tensor.keeps_decoded else []
         self._is_decoded = [False] * len(raws)
+
+    def lend(self, num_scratch: int) -> None:
+        """Give the next kernel as much scratch as it has asked for."""
+        self.scratch = self._spares[:num_scratch]
 
     def load(self, source: int, out: torch.Tensor) -> torch.Tensor:
         """Decode one source's values into `out`; once for all variants."""
