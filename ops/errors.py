@@ -28,3 +28,16 @@ class OpFileError(RaymergeError, ImportError):
 
 class OpParameterError(RaymergeError, ValueError):
     """A parameter's value makes no sense for the op."""
+
+
+def find_line(error: BaseException, path: str) -> str:
+    """Return the line of a file that an error comes from, as `:12`; nothing where it is in no line."""
+    if isinstance(error, SyntaxError):
+        return f":{error.lineno}" if error.filename == path else ""
+    lines = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == path:
+            lines.append(traceback.tb_lineno)
+        traceback = traceback.tb_next
+    return f":{lines[-1]}" if lines else ""

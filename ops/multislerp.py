@@ -48,7 +48,7 @@ def _weigh(gram: Gram, weights: tuple[float, ...], eps: float) -> Coefficients:
     norms = np.sqrt(gram.diagonal())
     if not norms.any():
         return np.zeros(len(weights))
-    mean = weights / (norms + eps)
+    mean = np.divide(weights, norms + eps, out=np.zeros(len(weights)), where=norms > 0)
     length = find_length(gram, mean)
     if length < max(eps, RESOLUTION * np.abs(mean * norms).sum()):
         if len(weights) == 2:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from raymerge.ops.errors import OpFileError
+from raymerge.ops.errors import OpFileError, find_line
 from raymerge.ops.registry import Op, list_declared, load_ops
 
 _LOADING = threading.Lock()
@@ -38,17 +38,18 @@ class OwnOps:
 
     @cached_property
     def ops(self) -> Mapping[str, Op]:
-        """The ops that it declares, by name.
-
-        Raises:
-            OpFileError: it cannot be run, declares nothing, or redefines a name.
-        """
-        return self._load()
+        """The ops that it declares, by name; see `load`."""
+        return self.load()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (self.path, self.source)
 
-    def _load(self) -> Mapping[str, Op]:
+    def load(self) -> Mapping[str, Op]:
+        """Run the file, unless this process has, and return the ops that it declares, by name.
+
+        Raises:
+            OpFileError: it cannot be run, declares nothing, or redefines a name.
+        """
         name = f"raymerge_own_ops_{self.identity[:16]}"
         with _LOADING:
             if name not in sys.modules:
@@ -68,10 +69,11 @@ class OwnOps:
             exec(compile(self.source, self.path, "exec"), vars(module))
         except BaseException as error:
             del sys.modules[name]
-            if not isinstance(error, Exception):
+            if not isinstance(error, Exception | SystemExit):
                 raise
-            where = f"{self.path}{_find_line(error, self.path)}"
-            raise OpFileError(f"{where}: {type(error).__name__}: {error}") from error
+            what = error.msg if isinstance(error, SyntaxError) else error
+            where = f"{self.path}{find_line(error, self.path)}"
+            raise OpFileError(f"{where}: {type(error).__name__}: {what}") from error
 
 
 def read_own_ops(path: str | Path) -> OwnOps:
@@ -85,24 +87,11 @@ def read_own_ops(path: str | Path) -> OwnOps:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise OpFileError(f"cannot read the ops in {path}: {why}") from error
-    assert own.ops  # runs it
+    own.load()
     return own
 
 
 def _remake(path: str, source: str) -> OwnOps:
     own = OwnOps(path, source)
-    assert own.ops  # has the module made
+    own.load()
     return own
-
-
-def _find_line(error: Exception, path: str) -> str:
-    """Return the line of a file that an error comes from, as `:12`; nothing where it is in no line."""
-    if isinstance(error, SyntaxError):
-        return f":{error.lineno}" if error.filename == path else ""
-    lines = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == path:
-            lines.append(traceback.tb_lineno)
-        traceback = traceback.tb_next
-    return f":{lines[-1]}" if lines else ""

@@ -16,7 +16,8 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import raymerge.ops
-from raymerge.ops.errors import OpFileError, OpParameterError, UnknownOpError
+from raymerge import RaymergeError
+from raymerge.ops.errors import OpFileError, OpParameterError, UnknownOpError, find_line
 from raymerge.ops.kernel import Kernel
 
 T = TypeVar("T", bool, int, float, str)
@@ -111,12 +112,25 @@ class Op:
 
         Raises:
             OpParameterError: a value is not finite, or makes no sense to the op.
+        OpFileError: the function of an op that is not raymerge's own fails.
         """
         for name, value in parameters.items():
             values = value if isinstance(value, tuple) else (value,)
             if any(isinstance(v, float) and not math.isfinite(v) for v in values):
                 raise OpParameterError(f"{name} = {value} is not finite")
-        return self.function(**{_python_name(name): value for name, value in parameters.items()})
+        names = _list_names(self.function)
+        try:
+            kernel = self.function(**{names[name]: value for name, value in parameters.items()})
+        except Exception as error:
+            if not self.origin or isinstance(error, RaymergeError):
+                raise
+            path = self.function.__code__.co_filename
+            raise OpFileError(
+                f"{path}{find_line(error, path)}: {self.name}: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(kernel, Kernel):
+            raise OpFileError(f"{self.name} returns {kernel!r}; it must return a Kernel, such as Elementwise(...)")
+        return kernel
 
 
 _DECLARED: dict[str, dict[str, Op]] = {}
@@ -132,10 +146,18 @@ def merge_op(
     """Declare the decorated function as a merge op; its name and signature are what the YAML says."""
 
     def declare(function: Callable[..., Kernel]) -> Callable[..., Kernel]:
+        declared = _DECLARED.setdefault(function.__module__, {})
+        before = declared.get(function.__name__)
+        if before and before.function.__code__.co_firstlineno != function.__code__.co_firstlineno:
+            raise TypeError(f"{function.__name__} is declared twice; rename one")
         hints = get_type_hints(function, include_extras=True)
+        for name in inspect.signature(function).parameters.keys() - hints.keys():
+            raise TypeError(
+                f"parameter {name!r} of {function.__name__} has no type; write {name}: float, or another one"
+            )
         parameters = tuple(_make_parameter(p, hints[p.name]) for p in inspect.signature(function).parameters.values())
         text = _read_docstring(function)
-        _DECLARED.setdefault(function.__module__, {})[function.__name__] = Op(
+        declared[function.__name__] = Op(
             name=function.__name__,
             title=title,
             reference=reference,
@@ -174,14 +196,21 @@ def load_ops() -> Mapping[str, Op]:
                 f"{package}: its ops ({point.value}) cannot be loaded: {type(error).__name__}: {error}; mend or"
                 " uninstall it"
             ) from error
-        declared = list_declared(point.module)
+        declared = list_declared(point.module) | {
+            name: op
+            for module in list(_DECLARED)
+            if module.startswith(f"{point.module}.")
+            for name, op in list_declared(module).items()
+        }
+        if not declared:
+            raise OpFileError(f"{package}: {point.value} declares no op, nor does a module in it that it imports")
         if taken := sorted(declared.keys() & ops.keys()):
             raise OpFileError(f"{package} declares {', '.join(taken)}, and there is one of that name; uninstall it")
         ops |= {name: replace(op, origin=package) for name, op in declared.items()}
     return dict(sorted(ops.items()))
 
 
-def list_declared(module: str) -> Mapping[str, Op]:
+def list_declared(module: str) -> dict[str, Op]:
     """Return the ops that a module declares, by name."""
     return dict(_DECLARED.get(module, {}))
 
@@ -211,9 +240,10 @@ def _list_modules() -> Iterator[pkgutil.ModuleInfo]:
             yield module
 
 
-def _python_name(name: str) -> str:
-    """`lambda` is a word of the YAML and a keyword of Python."""
-    return "lambda_" if name == "lambda" else name
+@cache
+def _list_names(function: Callable[..., Kernel]) -> Mapping[str, str]:
+    """Return a function's parameters by their names in the YAML: `lambda` is a keyword of Python, `lambda_` is none."""
+    return {name.rstrip("_"): name for name in inspect.signature(function).parameters}
 
 
 def _read_docstring(function: Callable[..., Kernel]) -> Mapping[str, Sequence[str]]:
@@ -233,6 +263,10 @@ def _make_parameter(parameter: inspect.Parameter, hint: Any) -> Parameter:
     notes = _notes(hint)
     kind: Any = get_args(hint)[0] if notes else hint
     choices = get_args(kind) if get_origin(kind) is Literal else ()
+    if kind not in (bool, int, float, str) and not choices:
+        raise TypeError(
+            f"parameter {parameter.name!r} is {kind}; it must be bool, int, float, str, Literal or PerModel"
+        )
     default = None if parameter.default is inspect.Parameter.empty else parameter.default
     return Parameter(
         name=parameter.name.rstrip("_"),

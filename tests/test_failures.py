@@ -209,7 +209,7 @@ def test_input_that_changes_during_the_merge(models: list[Path], tmp_path: Path)
     assert 0 < len(keep.list(ShardResult)) < len(keep.plan.tasks)
     assert not (out / "config.json").exists()
     assert not (out / INDEX).exists()
-    with pytest.raises(OSError, match="unfinished merge of another config, seed, set of inputs or version"):
+    with pytest.raises(OSError, match="unfinished merge of another config, seed, set of inputs, file of"):
         merge(linear(models), out, shard_size=1)
     merge(linear(models), out, shard_size=1, overwrite=True)
     merge(linear(models), tmp_path / "fresh" / "out", shard_size=1)

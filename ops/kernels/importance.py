@@ -80,7 +80,7 @@ class _ImportantElementsRun(KernelRun):
         block.load(0, base)
         block.load(1, model)
         is_important = spares[1].view(torch.bool)[: len(out)]
-        torch.ge(self._write_importance(block), self._threshold, out=is_important)
+        torch.lt(self._write_importance(block), self._threshold, out=is_important).logical_not_()  # NaN is, too
         block.load(1, model)
         torch.where(is_important, model, base, out=out)
 

@@ -83,7 +83,7 @@ def submit(
         _CONFIG,
         out,
         "--log-json",
-        *list_arguments(options if loaded.own is None else replace(options, ops=_OPS)),
+        *list_arguments(replace(options, ops=_OPS if loaded.own else None)),
     ]
     files = {_CONFIG: loaded.text.encode()}
     if loaded.own is not None:

@@ -189,7 +189,7 @@ def _example_value(parameter: Parameter) -> Value:
     """Return a value that does something: the default, unless there is none or it is a share of all."""
     share = parameter.range if parameter.range and parameter.range.high == 1 else None
     if parameter.default is None or (share and parameter.default == share.high):
-        return 0.5 if share or parameter.type is float else parameter.type(1)
+        return next(iter(parameter.choices), 0.5 if share or parameter.type is float else parameter.type(1))
     return parameter.default
 
 

@@ -7,14 +7,16 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from raymerge import RaymergeError
 from raymerge.cluster.host import find_host
 from raymerge.cluster.runner import Progress, Report
+from raymerge.ops.errors import OpFileError, find_line
 from raymerge.pipeline.engine.fetch import Filled, fetch_windows
 from raymerge.pipeline.engine.gpus import take_gpu
 from raymerge.pipeline.engine.merger import HostMerger
@@ -80,7 +82,8 @@ def run_shard(
             report(progress)
 
         try:
-            files = _make_shard(stores, task, count, journals, device)
+            with _explain_own(task):
+                files = _make_shard(stores, task, count, journals, device)
             break
         except CorruptedError as error:
             failures[type(error)] += 1
@@ -103,6 +106,25 @@ def run_shard(
         faults=stores.faults.drain(),
         remark=remark,
     )
+
+
+@contextmanager
+def _explain_own(task: ShardTask) -> Iterator[None]:
+    """Explain what a method of the user's own raises.
+
+    Raises:
+        OpFileError: with the line of its file.
+    """
+    try:
+        yield
+    except Exception as error:
+        path = task.own.path if task.own else ""
+        line = find_line(error, path)
+        if isinstance(error, RaymergeError) or not line:
+            raise
+        raise OpFileError(
+            f"{path}{line}: {task.merges[0].op}, in {task.file}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _make_shard(

@@ -64,7 +64,11 @@ def test_identity_follows_from_the_content() -> None:
     [
         ("x = 1\n", "mine.py declares no op; put @merge_op before the function that is one"),
         ("x = 1\n\ny = x / 0\n", "mine.py:3: ZeroDivisionError: division by zero"),
-        ("def f(:\n", "mine.py:1: SyntaxError: invalid syntax (mine.py, line 1)"),
+        ("def f(:\n", "mine.py:1: SyntaxError: invalid syntax"),
+        ("import sys; sys.exit(0)\n", "mine.py:1: SystemExit: 0"),
+        (HALVED * 2, "mine.py:16: TypeError: halved is declared twice; rename one"),
+        (HALVED.replace("weight: PerModel[float]", "weight"), "mine.py:5: TypeError: parameter 'weight' of"),
+        (HALVED.replace("PerModel[float] = (1.0,)", "list = ()"), "mine.py:5: TypeError: parameter 'weight' is"),
         ("import nowhere_at_all\n", "mine.py:1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         (
             HALVED.replace("def halved", "def linear"),
@@ -118,3 +122,24 @@ def test_threads_that_read_one_file_find_all_of_it() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: list(OwnOps("slow.py", source).ops), range(4)))
     assert found == [["halved"]] * 4
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("return None", "halved returns None; it must return a Kernel, such as Elementwise"),
+        ("return 1 / 0", "mine.py:8: halved: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_function_that_fails_is_named_with_its_line(line: str, message: str) -> None:
+    op = OwnOps("mine.py", HALVED.replace("return Halved((0.5,))", line)).ops["halved"]
+    with pytest.raises(OpFileError) as caught:
+        op.kernel({"weight": (1.0,)})
+    assert str(caught.value).startswith(message)
+
+
+def test_names_that_python_keeps_for_itself_end_in_an_underscore() -> None:
+    source = HALVED.replace("weight: PerModel[float] = (1.0,)", "max_: float = 1.0")
+    op = OwnOps("mine.py", source).ops["halved"]
+    assert [parameter.name for parameter in op.parameters] == ["max"]
+    op.kernel({"max": 2.0})

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from raymerge.ops.errors import OpFileError
 from raymerge.testing import SHAPES, draw_models, merge_in_every_way, read_model
 
 OP = '''
@@ -50,3 +51,8 @@ def test_finds_a_method_whose_bytes_depend_on_how_it_runs(fault: str, tmp_path: 
     line, where = FAULTS[fault]
     with pytest.raises(AssertionError, match=f"matrix.* of the merge '({where})' differ from those of 'plenty'"):
         merge_with(line, tmp_path)
+
+
+def test_what_a_method_raises_is_told_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(OpFileError, match=r"mine\.py:14: mine, in model\.safetensors: ValueError: my mistake"):
+        merge_with("raise ValueError('my mistake')", tmp_path)
