@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from raymerge.ops.kernel import Kernel
 from raymerge.ops.kernels.sparse_deltas import SparseDeltas
-from raymerge.ops.registry import Base, PerModel, merge_op
+from raymerge.ops.registry import Base, PerModel, Share, merge_op
 
 
 @merge_op(title="Localize-and-Stitch (dataless)", base=Base.REQUIRED, reference="https://arxiv.org/abs/2408.13656")
-def localize_and_stitch(density: PerModel[float] = (0.05,), lambda_: float = 1.0) -> Kernel:
+def localize_and_stitch(density: PerModel[Share] = (0.05,), lambda_: float = 1.0) -> Kernel:
     """Keeps the largest differences of each model and adds them, averaged where several models keep theirs.
 
     Formula: y = b + lambda * sum(m_i d_i) / max(1, sum(m_i)); m_i is 1 for the share density of the largest |d_i| of a

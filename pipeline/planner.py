@@ -135,6 +135,7 @@ def make_plan(
         donor=checkpoints[0].model,
         inputs=tuple(InputModel(c.model, c.url, tuple(c.files)) for c in checkpoints),
         op=first.op,
+        chosen=_describe_run(first),
         advice=tuple(advice),
         dropped=(*recipes[0].dropped, *left_out),
         num_workers=num_workers,
@@ -159,6 +160,17 @@ def _is_cached(stores: Stores, checkpoints: Sequence[Checkpoint], session: RaySe
         return False
     nbytes = sum(file.nbytes for checkpoint in checkpoints for file in checkpoint.weight_files)
     return nbytes <= _CACHED * measure_memory()
+
+
+def _describe_run(config: MergeConfig) -> tuple[str, ...]:
+    """Return the models that a pattern has found, with the weights of a schedule."""
+    if not config.is_run:
+        return ()
+    weights = [entry.parameters["weight"].value("", 0.0) if entry.parameters else None for entry in config.models]
+    return tuple(
+        str(entry.model) if weight is None else f"{entry.model} {weight:.4g}"
+        for entry, weight in zip(config.models, weights, strict=True)
+    )
 
 
 def _measure_transfer(

@@ -10,6 +10,7 @@ import torch
 from raymerge import merge, plan
 from raymerge.pipeline.config.training_run import make_weights
 from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.plan.report import format_plan
 from tests.checkpoints import read_files, read_tensors, write_checkpoint
 from tests.commands import run_command
 from tests.servers.s3 import S3Server
@@ -62,3 +63,12 @@ def test_from_a_bucket(tmp_path: Path, s3_server: S3Server, bucket: str) -> None
         assert done.code == 0, done.err
         texts.append(read_files(tmp_path / out)["model.safetensors"])
     assert texts[0] == texts[1]
+
+
+def test_the_plan_says_what_a_pattern_has_chosen(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 12)
+    run = {"glob": f"{tmp_path}/run/step-*", "last": 2, "schedule": "linear"}
+    text = format_plan(plan({"merge_method": "linear", "models": run}))
+    assert f"  chosen   {tmp_path}/run/step-1000 0.3333, {tmp_path}/run/step-1100 0.6667" in text
+    listed = [{"model": f"{tmp_path}/run/step-0", "parameters": {"weight": 1}}]
+    assert "chosen" not in format_plan(plan({"merge_method": "linear", "models": listed}))

@@ -10,8 +10,8 @@ from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.lazy import loops, np, torch
 from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
 
-SMALLEST_SHARE = 1e-9
-"""Weights that cancel to less than this share of their absolute sum would leave rounding errors to divide by."""
+SMALLEST_SHARE = 1e-4
+"""Weights that cancel to less than this share of their absolute sum would make values ten thousand times as large."""
 
 
 def check_sum(weights: Sequence[float], switch: str) -> float:

@@ -14,6 +14,8 @@ RESOLUTION = 1e-6
 """Singular values that are smaller, as a share of the largest, count as zero: float32 does not tell their vectors."""
 STRIP_ELEMENTS = 2**20
 """Elements of a matrix that are worked on at once in float64."""
+STRIP_LENGTH = 2**13
+"""Rows of a strip at most: a multiplication packs longer ones in more memory than they take."""
 _LAPACK_SQUARES, _BLAS_NBYTES = 6, 16 * 2**20
 """Matrices that an eigendecomposition takes besides its result, with what the allocator keeps between them, and memory
 for blocks that a multiplication packs. Measured as anonymous memory with matrices of 128 to 1600 rows."""
@@ -101,7 +103,7 @@ class MatrixDeltas(Kernel):
         once, per_model, per_pair = (rows < columns and self.num_wide_squares) or self.num_squares
         num_made = once + per_model * num_models + per_pair * num_models**2
         num_squares = num_grams + num_made + _LAPACK_SQUARES
-        strip = min(length, max(1, STRIP_ELEMENTS // size)) * size
+        strip = min(length, count_strip_rows(size)) * size
         return _BLAS_NBYTES + 8 * (num_squares * size**2 + (num_deltas + 3) * strip)
 
     def measuring(self, site: Site) -> Hashable:
@@ -116,6 +118,11 @@ class MatrixDeltas(Kernel):
 def is_matrix(site: Site) -> bool:
     """Return whether a tensor is a matrix, or a stack of them, with more than one row and column."""
     return len(site.shape) in (2, 3) and min(site.shape[-2:]) > 1
+
+
+def count_strip_rows(size: int) -> int:
+    """Return how many rows of a matrix with so many columns are worked on at once."""
+    return min(STRIP_LENGTH, max(1, STRIP_ELEMENTS // size))
 
 
 class _MatrixRun(KernelRun):
@@ -197,7 +204,7 @@ class _MatrixRun(KernelRun):
         """Yield the same rows of all matrices, transposed where there are fewer rows than columns."""
         rows, columns = self.site.shape[-2:]
         matrices = [x.view(-1, columns).T if rows < columns else x.view(-1, columns) for x in tensors]
-        step = max(1, STRIP_ELEMENTS // min(rows, columns))
+        step = count_strip_rows(min(rows, columns))
         for start in range(0, len(matrices[0]), step):
             yield [matrix[start : start + step] for matrix in matrices]
 

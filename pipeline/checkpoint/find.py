@@ -33,19 +33,24 @@ def find_models(stores: Stores, pattern: str) -> list[FoundModel]:
         pattern: path or URL with `*`, `?` or `[...]`, none of which matches a slash.
 
     Raises:
-        CheckpointError: the pattern is for all that a store has.
+        CheckpointError: it is no pattern, or one for all files of a machine.
         FetchError: the store refuses or is down.
     """
-    pattern = pattern.rstrip("/")
+    given, pattern = pattern, pattern.rstrip("/")
     first = _WILDCARDS.search(pattern)
     if first is None:
         parent, _, rest = pattern.rpartition("/")
     else:
         parent, _, rest = pattern[: first.start()].rpartition("/")
         rest += pattern[first.start() :]
-    if pattern.startswith("/") and not parent:
-        raise CheckpointError(f"{pattern}: this would look through all files of the machine; begin with a directory")
-    matches = re.compile(_translate(f"{rest}/{CONFIG}"))
+    if not rest or (given.startswith("/") and not parent):
+        raise CheckpointError(f"{given}: this would look through all files there are; begin with a directory")
+    if "**" in rest:
+        raise CheckpointError(f"{given}: `**` has no meaning here; `*` is for anything but a slash, so write `*/*`")
+    try:
+        matches = re.compile(_translate(f"{rest}/{CONFIG}"))
+    except re.error as error:
+        raise CheckpointError(f"{given}: no pattern: {error}; write a range such as [0-9]") from error
     found = []
     for name in _list_configs(stores, parent or ".", rest):
         if match := matches.fullmatch(name):
@@ -76,6 +81,7 @@ def _translate(pattern: str) -> str:
     for wildcard in _WILDCARDS.finditer(pattern):
         text = wildcard[0]
         parts.append(re.escape(pattern[start : wildcard.start()]))
-        parts.append({"*": "([^/]*)", "?": "([^/])"}.get(text, f"({text.replace('[!', '[^')})"))
+        chars = re.sub(r"^!", "^", re.sub(r"([\\^])", r"\\\1", text[1:-1]))
+        parts.append({"*": "([^/]*)", "?": "([^/])"}.get(text, f"([{chars}])"))
         start = wildcard.end()
     return "".join([*parts, re.escape(pattern[start:])])

@@ -108,7 +108,7 @@ def format_page(op: Op) -> str:
         "not when": op.not_when,
         "models": _count_models(op),
         "family": family,
-        "cost": f"{measured}, {'by compiled loops on CPUs' if demand.is_compiled else 'by torch'}",
+        "cost": f"{measured}, {_describe_speed(family, demand)}",
         "memory": f"{_HELD[demand.held]}; {scratch}",
         "source": op.source,
         "": op.reference,
@@ -123,6 +123,12 @@ def format_page(op: Op) -> str:
         lines += [f"    {parameter.name:{size}}  {_describe(parameter)}" for parameter in op.parameters]
     lines += ["", "  example", textwrap.indent(make_example(op), "    ")]
     return "\n".join(lines)
+
+
+def _describe_speed(family: str, demand: Demand) -> str:
+    if family == "matrices":
+        return "by torch, and decomposes each matrix: minutes for 100 million parameters on a few cores"
+    return "by compiled loops on CPUs" if demand.is_compiled else "by torch, several times as slow as linear"
 
 
 def methods_json(ops: Iterable[Op]) -> str:

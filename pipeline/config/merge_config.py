@@ -108,6 +108,8 @@ class MergeConfig:
     """Probable mistakes; each begins with its YAML path."""
     own: OwnOps | None = None
     """The file that declares the method, where it is of the user's own."""
+    is_run: bool = False
+    """Whether the models were found by a pattern."""
 
     @property
     def method(self) -> str:
@@ -220,6 +222,7 @@ class _Reader:
             parameters=self._parameters,
             text=document.text,
             warnings=root.findings.list_warnings(document),
+            is_run=isinstance(root.get("models").value, dict),
         )
 
     def _read_base(self, place: Place) -> ModelRef | None:
@@ -249,7 +252,7 @@ class _Reader:
 
     def _read_run(self, place: Place) -> dict[ModelRef, ModelEntry]:
         entries = {}
-        for model, parameters in parse_run(place, self._op, self._parameters, self._find):
+        for model, parameters in parse_run(place, self._op, self._parameters, self._find, self._base):
             self._check_parameters(place, model, (parameters, self._parameters), self._base)
             entries[model] = ModelEntry(model, parameters)
         return entries

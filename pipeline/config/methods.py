@@ -20,6 +20,10 @@ _MERGEKIT_METHODS = {
 """Methods of mergekit 0.1.5."""
 
 
+_SHARES_KEPT = ("density", "select_topk")
+"""Parameters that say how much of a difference is kept."""
+
+
 def parse_method(place: Place, ops: Mapping[str, Op]) -> Op:
     """Return the op that a config's `merge_method` names.
 
@@ -201,10 +205,12 @@ def _explain_unknown(name: str, op: Op, ops: Mapping[str, Op]) -> str:
 
 
 def _check_range(place: Place, setting: Setting, parameter: Parameter) -> None:
-    """Warn about a number that makes no sense."""
+    """Warn about a number that makes no sense, or leaves nothing to merge."""
     limits = parameter.range
     values = [value for rule in setting.rules for value in rule.values if isinstance(value, int | float)]
     outside = [value for value in values if limits and not limits.low <= value <= limits.high]
     if limits and outside:
         percent = f"; did you mean {outside[0] / 100:g}?" if limits.high == 1 and 2 <= outside[0] <= 100 else ""
         place.warn(f"{outside[0]:g} is not {limits}{percent}")
+    if parameter.name in _SHARES_KEPT and values and not any(values):
+        place.warn(f"0 keeps nothing, so that what {'the model' if parameter.per_model else 'models'} changed is lost")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
-from raymerge.ops.registry import Op
+from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.find import FoundModel
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.node import Place
@@ -26,7 +26,7 @@ FindModels = Callable[[str], Sequence[FoundModel]]
 
 
 def parse_run(
-    place: Place, op: Op | None, common: Settings, find: FindModels | None
+    place: Place, op: Op | None, common: Settings, find: FindModels | None, base: ModelRef | None
 ) -> Iterator[tuple[ModelRef, Settings]]:
     """Yield the checkpoints that are described, in the order of their steps, with their own parameters.
 
@@ -35,6 +35,7 @@ def parse_run(
         op: the merge method; None where there is an error about it.
         common: parameters for all models.
         find: finds models; None where no stores are at hand.
+        base: the base model, which is left out where the method has one.
 
     Raises:
         ConfigError: nothing matches, or a value makes no sense.
@@ -45,9 +46,12 @@ def parse_run(
     pattern = place.get("glob").text()
     if find is None:
         raise place.get("glob").error("cannot be looked up here; list the models")
-    found = _select(place, find(pattern))
-    if not found:
+    every = find(pattern)
+    if not every:
         raise place.get("glob").error(f"no directory with a config.json matches {pattern!r}")
+    if op is not None and op.base is not Base.INPUT:
+        every = [model for model in every if ModelRef(model.path) != base]
+    found = _select(place, every)
     written = place.get("schedule")
     if written.value is None and (op is None or _WEIGHT in common or not _takes_weights(op)):
         if place.get("decay").value is not None:
@@ -101,7 +105,11 @@ def _select(place: Place, found: Sequence[FoundModel]) -> Sequence[FoundModel]:
         first, last = _parse_steps(steps)
         if without := [model.path for model in found if model.step is None]:
             raise steps.error(f"{without[0]} has no number where the pattern has its wildcards; leave `steps` out")
-        found = [model for model in found if model.step is not None and first <= model.step <= last]
+        chosen = [model for model in found if model.step is not None and first <= model.step <= last]
+        if not chosen:
+            there = ", ".join(str(model.step) for model in found[:8]) + (", ..." if found[8:] else "")
+            raise steps.error(f"none of the steps that there are ({there}) is from {first} to {last}")
+        found = chosen
     every, most = (_parse_count(place.get(name), default) for name, default in (("every", 1), ("last", len(found))))
     return found[::-1][::every][:most][::-1]
 

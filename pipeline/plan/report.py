@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from raymerge.pipeline.checkpoint.files import CONFIG, is_tokenizer
 from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.messages import counted
+from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
 from raymerge.pipeline.plan.memory import NOTABLE_NBYTES, project_plan_mem
 from raymerge.pipeline.plan.types import MergePlan
@@ -17,6 +17,9 @@ from raymerge.pipeline.sizes import format_memory, format_nbytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_MAX_CHOSEN = 8
+"""Models that a pattern has found, and that a plan names unless it is verbose."""
 
 
 def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
@@ -39,6 +42,8 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
         f"  passes   {_num_passes(plan)} to measure, 1 to merge",
         f"  memory   {_format_shares(plan)}; {format_memory(plan.allowed_mem)} are allowed in all{besides}",
     ]
+    if plan.chosen:
+        lines.append(f"  chosen   {listing(plan.chosen, len(plan.chosen) if verbose else _MAX_CHOSEN)}")
     if plan.gpus is not None:
         context = "CUDA" if plan.gpus.is_in_one_process else "CUDA in each of them"
         on_gpu = max(task.projected_gpu_mem for task in plan.tasks)

@@ -256,6 +256,8 @@ class MergePlan:
     """Base first, then in order of appearance."""
     op: Op
     """The merge method."""
+    chosen: tuple[str, ...]
+    """The models that a pattern has found, with their weights; none where they are listed."""
     advice: tuple[str, ...]
     """Faster options on the machines at hand; nothing of it gets into the output."""
     dropped: tuple[str, ...]

@@ -29,6 +29,8 @@ def run(tmp_path: Path) -> Path:
         ("step-*/", [("step-5.tmp", 5), ("step-20", 20), ("step-900", 900), ("step-1000", 1000)]),
         ("step-?0", [("step-20", 2)]),
         ("step-[0-9]00", [("step-900", 9)]),
+        ("step-[!1]0", [("step-20", 2)]),
+        ("step-[^2]0", [("step-20", 2)]),
         ("v2-step-*/hf", [("v2-step-7/hf", 7)]),
         ("*", [("final", None), ("step-5.tmp", 5), ("step-20", 20), ("step-900", 900), ("step-1000", 1000)]),
         ("final", [("final", None)]),
@@ -61,9 +63,18 @@ def test_a_bucket(s3_server: S3Server, bucket: str, stores: Stores) -> None:
     assert found == [(f"s3://{bucket}/a/step-2", 2), (f"s3://{bucket}/a/step-10", 10)]
 
 
-def test_all_files_of_the_machine(stores: Stores) -> None:
-    with pytest.raises(CheckpointError, match="begin with a directory"):
-        find_models(stores, "/*/step-1")
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("/*/step-1", "begin with a directory"),
+        ("/", "begin with a directory"),
+        ("run/**", r"`\*\*` has no meaning here"),
+        ("run/step-[9-0]", "no pattern: bad character range 9-0"),
+    ],
+)
+def test_what_is_no_pattern(pattern: str, message: str, stores: Stores) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        find_models(stores, pattern)
 
 
 def test_links_to_directories(run: Path, stores: Stores) -> None:

@@ -85,7 +85,7 @@ def test_a_schedule_gives_the_weights() -> None:
         ),
         ({"last": 0}, "models.last: 0 is given, a whole number from 1 on is needed"),
         ({"steps": [2, 1]}, "models.steps: [2, 1] is given; write [first, last]"),
-        ({"steps": [1, 2]}, "models.glob: no directory with a config.json matches 's3://b/step-*'"),
+        ({"steps": [1, 2]}, "models.steps: none of the steps that there are (500, 1000, 1500, 2000, 2500)"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_place(run: dict[str, Any], message: str) -> None:
@@ -103,3 +103,16 @@ def test_schedules_do_not_fit_everything() -> None:
         load({}, "slerp", base_model="a", parameters={"t": 0.5})
     with pytest.raises(ConfigError, match="cannot be looked up here; list the models"):
         load_config({"merge_method": "linear", "models": {"glob": "s3://b/step-*"}})
+
+
+def test_a_base_that_matches_has_no_share_of_the_weights() -> None:
+    config = load({"schedule": "minus-sqrt"}, "task_arithmetic", base_model="s3://b/step-500")
+    weights = {entry.model.path: entry.parameters["weight"].value("w", 0.0) for entry in config.models}
+    assert list(weights) == [f"s3://b/step-{step}" for step in STEPS[1:]]
+    assert [*weights.values()] == make_weights("minus-sqrt", 4)
+    assert not config.warnings
+
+
+def test_a_pattern_that_matches_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"models\.glob: no directory with a config\.json matches 'a/\*'"):
+        load_config({"merge_method": "linear", "models": {"glob": "a/*"}}, find=lambda pattern: [])
