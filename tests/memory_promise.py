@@ -45,12 +45,12 @@ print(json.dumps({
 """
 
 
-def write_models(directory: Path, num_elements: int, num_tensors: int = 2) -> list[str]:
-    """Write a base and two fine-tunes of so many tensors each."""
+def write_models(directory: Path, num_elements: int, num_tensors: int = 2, shape: tuple[int, ...] = (-1,)) -> list[str]:
+    """Write a base and two fine-tunes of so many tensors each, in one dimension or in another shape."""
     generator = torch.Generator().manual_seed(0)
     models = []
     for name in ("base", "a", "b"):
         drawn = (torch.rand(num_elements, generator=generator) for _ in range(num_tensors))
-        tensors = {f"w{k}": values.to(torch.bfloat16) for k, values in enumerate(drawn)}
+        tensors = {f"w{k}": values.to(torch.bfloat16).reshape(shape) for k, values in enumerate(drawn)}
         models.append(str(write_checkpoint(directory / name, tensors, {})))
     return models
