@@ -227,7 +227,7 @@ def find_op(name: str, own: Mapping[str, Op] = MappingProxyType({})) -> Op:
     """
     ops = {**load_ops(), **own}
     if name not in ops:
-        near = difflib.get_close_matches(name, ops, n=1)
+        near = difflib.get_close_matches(name.lower(), ops, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise UnknownOpError(f"merge_method {name!r} is unknown{hint} There are: {', '.join(ops)}")
     return ops[name]

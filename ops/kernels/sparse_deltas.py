@@ -61,11 +61,11 @@ class SparseDeltas(Kernel):
         for density, epsilon in zip(self._densities(), spread(self.epsilons, len(self.weights)), strict=True):
             least, most = density - abs(epsilon), density + abs(epsilon)
             if self.sparsifier == "ranks" and 0 < density < 1 and not 0 < least <= most < 1:
+                between = f"density lies between {abs(epsilon):g} and {1 - abs(epsilon):g} (or is 1)"
                 raise OpParameterError(
                     f"density {density} and epsilon {epsilon} give probabilities from {least:g} to {most:g}, which must"
-                    f" be more than 0 and less than 1; with this epsilon density lies between {abs(epsilon):g} and"
-                    f" {1 - abs(epsilon):g} (or is 1), with this density epsilon is less than"
-                    f" {min(density, 1 - density):g}"
+                    f" be more than 0 and less than 1; {f'with this epsilon {between}, ' if abs(epsilon) < 0.5 else ''}"
+                    f"with this density epsilon is less than {min(density, 1 - density):g}"
                 )
         for gamma in self.gammas:
             if not 0 <= gamma <= 1:

@@ -1,4 +1,7 @@
-"""A JSON Schema of the YAML, for editors: what is valid by it, `--strict` takes, but for what only models can tell."""
+"""A JSON Schema of the YAML, for editors: it takes whatever `--strict` takes, and refuses most of what that refuses.
+
+Weights that are missing, numbers of models, and what depends on the models themselves are for `plan` to tell.
+"""
 
 from __future__ import annotations
 
