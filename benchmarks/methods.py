@@ -17,25 +17,29 @@ from speed import FAMILY
 
 NUM_TUNES, NUM_MANY = 3, 8
 RUN_FAMILY = "narrow"
+MATRIX_FAMILY = "small"
+"""Methods of whole matrices take minutes for 100 million parameters."""
 SLACK_NBYTES = 8 * 2**20
 """Room between the chunks of the allocators of two processes, which no plan counts."""
 
 
 def measure_methods(bench: Bench) -> list[Row]:
     """Return each method's time against linear's on as many inputs: three fine-tunes and a base, or what it takes."""
-    members = bench.make_family(FAMILY, NUM_TUNES)
-    linear: dict[int, Usage] = {}
+    families = {False: bench.make_family(FAMILY, NUM_TUNES), True: bench.make_family(MATRIX_FAMILY, NUM_TUNES)}
+    linear: dict[tuple[bool, int], Usage] = {}
     rows = []
     for method in _list_methods(bench):
-        config, inputs = _write_config(bench, method, members)
-        if len(inputs) not in linear:
+        is_matrix = method["family"] == "matrices"
+        config, inputs = _write_config(bench, method, families[is_matrix])
+        key = is_matrix, len(inputs)
+        if key not in linear:
             reference, _ = _write_config(bench, _find(bench, "linear"), inputs)
             bench.warm(inputs)
-            linear[len(inputs)] = _median([bench.run_raymerge(reference) for _ in range(bench.repeats)])
+            linear[key] = _median([bench.run_raymerge(reference) for _ in range(bench.repeats)])
         bench.warm(inputs)
         usage = _median([bench.run_raymerge(config) for _ in range(bench.repeats)])
         bench.clear(bench.raymerge_out)
-        rows.append(_compare(method, usage, linear[len(inputs)], inputs))
+        rows.append(_compare(method, usage, linear[key], inputs))
     return rows
 
 
