@@ -28,7 +28,7 @@ class OwnOps:
     """
 
     path: str
-    """Where it was read, for messages."""
+    """Path of the file, for messages."""
     source: str = field(repr=False)
 
     @cached_property

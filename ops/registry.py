@@ -53,7 +53,7 @@ class Base(Enum):
     INPUT = "an ordinary input"
     """Merged like every other model, in config order, last if it is not listed."""
     OPTIONAL = "optional"
-    """Where the config names one, as if it were required; where it does not, there is none.
+    """A base that the config may name or leave out; one that is named is used as if it were required.
 
     The op has a per-model parameter, whose values tell by their number whether one of the sources is a base.
     """
@@ -73,7 +73,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
     """The values that a string may have, written as `Literal["one", "other"]`; empty where any will do."""
     range: Range | None = None
-    """Of numbers that make sense; None where any does."""
+    """Range of numbers that make sense; None where any does."""
 
 
 @dataclass(frozen=True, slots=True)

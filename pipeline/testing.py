@@ -1,4 +1,4 @@
-"""What a method of one's own is tested with: `from raymerge.testing import draw_models, merge_in_every_way`."""
+"""Helpers to test merge methods of one's own: `from raymerge.testing import draw_models, merge_in_every_way`."""
 
 from __future__ import annotations
 

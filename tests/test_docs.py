@@ -57,3 +57,10 @@ def test_links_and_named_files_exist(page: str) -> None:
     for name in names:
         base = ROOT if "`" + name + "`" in text else (ROOT / page).parent
         assert (base / name).exists(), name
+
+
+def test_the_readme_counts_the_methods() -> None:
+    found = re.search(r"all of its (\d+) methods and \[(\d+) more\]", (ROOT / "README.md").read_text())
+    assert found
+    assert int(found[1]) == 20, "as mergekit 0.1.5 has"
+    assert int(found[1]) + int(found[2]) == len(load_ops())

@@ -1,4 +1,4 @@
-"""What a method of one's own is tested with; see `pipeline/testing.py`."""
+"""Helpers to test merge methods of one's own; see `pipeline/testing.py`."""
 
 from raymerge.pipeline.testing import SHAPES as SHAPES
 from raymerge.pipeline.testing import draw_models as draw_models

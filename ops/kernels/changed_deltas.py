@@ -38,7 +38,7 @@ class ChangedDeltas(Kernel):
         return 3 + site.num_sources
 
     def measuring(self, site: Site) -> Hashable:
-        """Return what counts as changed, if anything is counted."""
+        """Return the threshold of a change, where changes are counted."""
         return (ChangedDeltas, self.epsilon) if self.num_passes(site) else ChangedDeltas
 
     def start(self, site: Site) -> KernelRun:

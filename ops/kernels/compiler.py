@@ -157,7 +157,7 @@ def _list_modules(function: FunctionType) -> list[ModuleType]:
 
 
 _HELPERS: dict[tuple[Any, ...], dict[str, Any]] = {}
-"""What loops of the same modules call: each function is compiled once in a process, not for every loop."""
+"""Helper functions that loops of the same modules share: each is compiled once in a process, not for every loop."""
 
 
 def _share_helpers(function: FunctionType) -> dict[str, Any]:

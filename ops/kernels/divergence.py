@@ -17,9 +17,9 @@ SMALLEST_SHARE = 1e-8
 _NUM_SQUARINGS = 10
 _FRACTION_BITS = 52
 _BITS_OF_ROOT = 0x3FE6A09E667F3BCD
-"""Of sqrt(1 / 2) in float64."""
+"""Bits of sqrt(1 / 2) in float64."""
 _LOWEST_EXPONENT = -48.0
-"""What lies below counts as that: beside `SMALLEST_SHARE`, its exponential does not show."""
+"""Lower bound of exponents: below it, an exponential vanishes beside `SMALLEST_SHARE`."""
 
 
 def measure_divergence(p: torch.Tensor, q: torch.Tensor, spares: Sequence[torch.Tensor]) -> torch.Tensor:

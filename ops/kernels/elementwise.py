@@ -29,7 +29,7 @@ class Elementwise(Kernel):
     loop: str = ""
     """Name of the loop in `rule_loops` that gives the same bits; empty where there is none."""
     constants: tuple[float, ...] = ()
-    """What the loop is given after the parameters."""
+    """Further arguments of the loop, after the parameters."""
 
     @property
     def loop_dtypes(self) -> tuple[str, ...]:  # type: ignore[override]  # an attribute of the class elsewhere

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     """Inner products of vectors, one matrix or one for each of several groups of vectors: of shape (n, n, ...)."""
 
 Origin: TypeAlias = Literal["zero", "first", "optional"]
-"""What vectors are measured from. Zero: they are the sources. The first source: they are the differences of the others
+"""Origin of the vectors. Zero: they are the sources. The first source: they are the differences of the others
 from it. Optional: either, and the latter where there is a source more than the first parameter has values, a base."""
 
 RESOLUTION = 2.0**-12

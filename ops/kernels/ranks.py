@@ -45,7 +45,7 @@ class RankSparsifier(Sparsifier):
             self._trim_rows(start + first, delta[part], (spares[0][part], spares[1][part]))
 
     def make_trim(self, stored: Stored) -> Trim:
-        """Say that there is none."""
+        """Refuse: ranking has no compiled loop."""
         raise AssertionError("this sparsifier has no loops")
 
     def _trim_rows(self, start: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -25,7 +25,7 @@ class VaryingDeltas(Kernel):
 
     family = "deltas"
     share: float
-    """Of the elements with any variance how many count, by variance; with 1 and more, all elements do."""
+    """Share of the elements with any variance that is kept, the most varying first; 1 and more keep all elements."""
 
     def num_passes(self, site: Site) -> int:
         """Return two to select, and one for the weights."""

@@ -12,12 +12,8 @@ from raymerge.pipeline.config.node import Place, PlaceError
 from raymerge.pipeline.config.values import Setting, Settings, is_setting, parse_setting
 from raymerge.pipeline.messages import listing, shown, suggest
 
-_MERGEKIT_METHODS = {
-    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "core_space", "dare_linear", "dare_ties", "della",
-    "della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram",
-    "ramplus_tl", "sce", "slerp", "task_arithmetic", "ties",
-}  # fmt: skip
-"""Methods of mergekit 0.1.5."""
+_ONLY_IN_MERGEKIT = {"core_space"}
+"""Methods of mergekit 0.1.5 that are not here."""
 
 
 _SHARES_KEPT = ("density", "select_topk")
@@ -36,7 +32,7 @@ def parse_method(place: Place, ops: Mapping[str, Op]) -> Op:
         raise place.missing("merge_method", problem)
     name = method.text()
     if name not in ops:
-        if name in _MERGEKIT_METHODS:
+        if name in _ONLY_IN_MERGEKIT:
             raise method.error(f"mergekit has {name}, and raymerge not yet. It has: {', '.join(ops)}")
         raise method.error(f"{name!r} is unknown; {suggest(name, ops)}")
     return ops[name]
