@@ -14,7 +14,8 @@ from raymerge.cluster.host import measure_memory
 from raymerge.cluster.ray.session import RESERVED_MEM, TASK_NBYTES
 from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.checkpoint.find import find_models
-from raymerge.pipeline.config.merge_config import MergeConfig, load_config
+from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.execution import Execution, carry_out, check_finite

@@ -18,7 +18,7 @@ from raymerge import merge
 from raymerge.ops.own import OwnOps
 from raymerge.pipeline.checkpoint.find import FoundModel
 from raymerge.pipeline.cli.app import commands
-from raymerge.pipeline.config.merge_config import load_config
+from raymerge.pipeline.config.reader import load_config
 from tests.checkpoints import read_files, read_tensors, write_family
 from tests.commands import Cli
 from tests.documents import PAGES, ROOT, read_blocks, read_commands

@@ -9,7 +9,8 @@ from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
 from raymerge.pipeline.checkpoint.find import find_models
 from raymerge.pipeline.cli.console import say
-from raymerge.pipeline.config.merge_config import MergeConfig, load_config
+from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError
 from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.redact import redact

@@ -11,7 +11,7 @@ import yaml
 from raymerge.ops.kernel import Site
 from raymerge.ops.registry import Base, Op, load_ops
 from raymerge.pipeline.cli.methods import make_example, measure_demand
-from raymerge.pipeline.config.merge_config import load_config
+from raymerge.pipeline.config.reader import load_config
 from tests.commands import Cli
 from tests.ops.samples import make_kernel, num_sample_models
 

@@ -13,9 +13,9 @@ import yaml
 
 from raymerge.ops.registry import Op, load_ops
 from raymerge.pipeline.cli.methods import make_example
-from raymerge.pipeline.config import merge_config
+from raymerge.pipeline.config import reader
 from raymerge.pipeline.config.document import read_document
-from raymerge.pipeline.config.merge_config import load_config
+from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.schema import make_schema
 from raymerge.pipeline.config.training_run import RUN_KEYS
 from raymerge.pipeline.errors import ConfigError
@@ -87,8 +87,8 @@ def test_has_every_key_of_a_training_run() -> None:
 
 
 def test_has_every_key_that_is_supported() -> None:
-    unsupported = {"modules", *merge_config._NOT_SUPPORTED}
-    assert SCHEMA["properties"].keys() == set(merge_config._KEYS) - unsupported
+    unsupported = {"modules", *reader._NOT_SUPPORTED}
+    assert SCHEMA["properties"].keys() == set(reader._KEYS) - unsupported
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

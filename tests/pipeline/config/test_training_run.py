@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.pipeline.checkpoint.find import FoundModel
-from raymerge.pipeline.config.merge_config import MergeConfig, load_config
+from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.training_run import SCHEDULES, make_weights
 from raymerge.pipeline.errors import ConfigError
 

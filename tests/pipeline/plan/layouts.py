@@ -15,7 +15,7 @@ from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
-from raymerge.pipeline.config.merge_config import load_config
+from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.plan.memory import Demand, Transfer
 from raymerge.pipeline.plan.recipe import Recipe, expand, open_model
 from raymerge.pipeline.plan.resolve import COPY

@@ -14,7 +14,8 @@ from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config import findings
-from raymerge.pipeline.config.merge_config import MergeConfig, load_config
+from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.values import resolve
 from raymerge.pipeline.errors import ConfigError
 
@@ -561,7 +562,7 @@ def test_the_shipped_stack_has_48_layers() -> None:
 
 
 def test_loading_a_config_does_not_import_torch() -> None:
-    load = "from raymerge.pipeline.config.merge_config import load_config; load_config(pathlib.Path(sys.argv[1]))"
+    load = "from raymerge.pipeline.config.reader import load_config; load_config(pathlib.Path(sys.argv[1]))"
     code = f"import pathlib, sys; {load}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code, CONFIGS[0]], capture_output=True, text=True, check=True)
     assert "raymerge.ops.linear" in run.stdout.split()

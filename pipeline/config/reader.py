@@ -1,0 +1,285 @@
+"""Reads a config: from YAML to a checked `MergeConfig`, and every mistake told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from raymerge.ops.own import OwnOps
+from raymerge.ops.registry import Base, Op, load_ops
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.config.document import Document, read_document
+from raymerge.pipeline.config.fields import check_empty, parse_dtype, parse_integers, parse_layer_range, parse_patterns
+from raymerge.pipeline.config.findings import TooManyError
+from raymerge.pipeline.config.merge_config import MergeConfig, ModelEntry, OutputSlice, SliceSource
+from raymerge.pipeline.config.methods import (
+    Use,
+    check_given,
+    check_models,
+    check_sources,
+    parse_method,
+    parse_settings,
+)
+from raymerge.pipeline.config.node import Place
+from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref
+from raymerge.pipeline.config.training_run import RUN_KEYS, FindModels, parse_run
+from raymerge.pipeline.config.values import Settings
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.messages import counted, shown
+
+_FORMS = ("models", "slices", "modules")
+_MOE_KEYS = {"experts", "gate_mode", "shared_experts", "experts_per_token"}
+_NOT_SUPPORTED = {
+    "tokenizer": "without it the output gets the tokenizer of base_model, or else of the first model",
+    "tokenizer_source": "without it the output gets the tokenizer of base_model, or else of the first model",
+    "chat_template": "without it the output gets the chat template of base_model, or else of the first model",
+}
+_KEYS = (
+    "merge_method",
+    "models",
+    "slices",
+    "base_model",
+    "dtype",
+    "out_dtype",
+    "parameters",
+    "modules",
+    "keep_float32",
+    "integers",
+    *_NOT_SUPPORTED,
+)
+
+
+def load_config(
+    source: Path | str | Mapping[str, object],
+    *,
+    strict: bool = False,
+    own: OwnOps | None = None,
+    find: FindModels | None = None,
+) -> MergeConfig:
+    """Return the merge that a mergekit config describes.
+
+    Args:
+        source: a YAML file, or its name; YAML text; or an already parsed config.
+        strict: refuse what otherwise gives a warning, such as an unknown key.
+        own: ops besides those that are installed.
+        find: finds models by a pattern; None where there are no stores to look them up in.
+
+    Raises:
+        ConfigError: the config cannot be read or cannot be meant; the message names every mistake that was found, with
+            its line and YAML path.
+    """
+    document = read_document(source)
+    root = Place(document.content, node=document.node)
+    config = None
+    with suppress(TooManyError):
+        config = _Reader(root, {**load_ops(), **(own.ops if own else {})}, find).read(document)
+    if config is None:
+        raise ConfigError(root.findings.explain(document))
+    if own is not None and config.method in own.ops:
+        config = replace(config, own=own)
+    if strict and config.warnings:
+        raise ConfigError(f"refused because of strict:\n{root.findings.explain(document)}")
+    return config
+
+
+class _Reader:
+    """Reads a config, and goes on after a mistake, which is noted, as far as the rest makes sense without it."""
+
+    def __init__(self, root: Place, ops: Mapping[str, Op], find: FindModels | None) -> None:
+        self._root = root
+        self._ops = ops
+        self._find = find
+        self._names = frozenset(parameter.name for op in ops.values() for parameter in op.parameters)
+        """Of all parameters of all ops."""
+        self._op: Op | None = None
+        self._base: ModelRef | None = None
+        self._parameters: Settings = {}
+        self._uses: list[Use] = []
+        """Places that use per-model parameters."""
+
+    def read(self, document: Document) -> MergeConfig | None:
+        """Return the merge that the config describes; None where something is wrong with it."""
+        root = self._root
+        if keys := [key for key in root.names() if key in _MOE_KEYS]:
+            error = root.get(keys[0]).error("belongs to mergekit-moe; raymerge cannot build mixtures of experts")
+            root.note(error)
+            return None
+        root.check_keys(_KEYS, self._names)
+        self._op = root.attempt(partial(parse_method, ops=self._ops))
+        root.attempt(_check_form)
+        for key, advice in _NOT_SUPPORTED.items():
+            if (place := root.get(key)).value is not None:
+                place.note(place.error(f"not supported yet; {advice}"))
+        self._base = self._read_base(root)
+        if self._base is None and (near := root.misspelt("base_model")):
+            root.note(near)
+        self._parameters = self._read_parameters(root, of_model=False)
+        models = self._read_models()
+        slices = [place.attempt(self._read_slice) for place in root.get("slices").attempt(_list) or ()]
+        if slices:
+            check_empty(root.get("slices"), [part.sources[0].layer_range if part else None for part in slices])
+        dtypes = [root.get(key).attempt(parse_dtype) for key in ("dtype", "out_dtype")]
+        patterns = root.get("keep_float32").attempt(parse_patterns)
+        integers = root.get("integers").attempt(parse_integers)
+        if self._op is not None:
+            check_given(self._op, self._uses, per_model=True)
+            levels = [(self._parameters,)] if not slices else [(s.parameters, self._parameters) for s in slices if s]
+            check_given(self._op, [Use((root,), given) for given in levels], per_model=False)
+        if self._op is None or root.findings.errors:
+            return None
+        return MergeConfig(
+            op=self._op,
+            models=tuple(models),
+            slices=tuple(part for part in slices if part is not None),
+            base_model=self._base,
+            dtype=dtypes[0],
+            out_dtype=dtypes[1],
+            keep_float32=patterns or (),
+            integers=integers or "equal",
+            parameters=self._parameters,
+            text=document.text,
+            warnings=root.findings.list_warnings(document),
+            is_run=isinstance(root.get("models").value, dict),
+        )
+
+    def _read_base(self, place: Place) -> ModelRef | None:
+        base = place.get("base_model")
+        return None if base.value is None else base.attempt(parse_model_ref)
+
+    def _read_parameters(self, place: Place, *, of_model: bool) -> Settings:
+        written = place.get("parameters")
+        if self._op is None:
+            return {}
+        return written.attempt(partial(parse_settings, op=self._op, ops=self._ops, of_model=of_model)) or {}
+
+    def _read_models(self) -> list[ModelEntry]:
+        place = self._root.get("models")
+        entries: dict[ModelRef, ModelEntry] = {}
+        num_errors = len(place.findings.errors)
+        if isinstance(place.value, dict) and not RUN_KEYS.isdisjoint(place.value):
+            entries |= place.attempt(self._read_run) or {}
+        else:
+            for written in place.attempt(_list) or ():
+                entry = written.attempt(partial(self._read_entry, before=entries))
+                if entry is not None:
+                    entries[entry.model] = entry
+        if entries and self._op is not None and len(place.findings.errors) == num_errors and self._is_base_sound():
+            self._root.attempt(partial(check_models, op=self._op, models=tuple(entries), base=self._base))
+        return list(entries.values())
+
+    def _read_run(self, place: Place) -> dict[ModelRef, ModelEntry]:
+        entries = {}
+        for model, parameters in parse_run(place, self._op, self._parameters, self._find, self._base):
+            self._check_parameters(place, model, (parameters, self._parameters), self._base)
+            entries[model] = ModelEntry(model, parameters)
+        return entries
+
+    def _read_entry(self, place: Place, before: Mapping[ModelRef, ModelEntry]) -> ModelEntry | None:
+        self._check_entry(place, ("model", "parameters"))
+        model, parameters = self._read_model(place), self._read_parameters(place, of_model=True)
+        if model is None:
+            return None
+        if model in before:
+            same = list(before).index(model)
+            raise place.get("model").error(
+                f"{model} is listed already, as models[{same}]; list each model once, with all of its weight"
+            )
+        self._check_parameters(place, model, (parameters, self._parameters), self._base)
+        return ModelEntry(model, parameters)
+
+    def _read_model(self, place: Place) -> ModelRef | None:
+        written = place.get("model")
+        if written.value is None:
+            place.note(place.missing("model", NO_MODEL))
+            return None
+        return written.attempt(parse_model_ref)
+
+    def _is_base_sound(self) -> bool:
+        return self._base is not None or self._root.get("base_model").value is None
+
+    def _check_parameters(
+        self, place: Place, model: ModelRef, levels: tuple[Settings, ...], base: ModelRef | None, *around: Place
+    ) -> None:
+        """Warn about parameters of a base that takes none; note what others need."""
+        op = self._op
+        if op is None:
+            return
+        if model != base or op.base is Base.INPUT:
+            self._uses.append(Use((place, *around, self._root), levels, model))
+        elif levels[0]:
+            place.get("parameters").warn(
+                f"ignored ({', '.join(levels[0])}), because {model} is the base, and {op.name} takes none for the base"
+            )
+
+    def _read_slice(self, place: Place) -> OutputSlice | None:
+        self._check_entry(place, ("sources", "base_model", "residual_weight", "parameters"))
+        if place.get("residual_weight").value is not None:
+            place.get("residual_weight").warn("has no effect, in mergekit neither; remove it")
+        written = place.get("sources")
+        if not written:
+            problem = "no sources are given; list at least one `- model: ...` with its layer_range"
+            raise place.missing("sources", problem)
+        own_base = self._read_base(place)
+        if own_base and self._op and self._op.base is Base.INPUT:
+            place.get("base_model").warn(f"has no effect, because {self._op.name} takes no base; remove it")
+        base = own_base or self._base
+        parameters = self._read_parameters(place, of_model=False)
+        num_errors = len(place.findings.errors)
+        read = partial(self._read_source, around=place, parameters=parameters, base=base)
+        sources = [source.attempt(read) for source in written.elements()]
+        found = tuple(source for source in sources if source is not None)
+        if len(place.findings.errors) > num_errors:
+            return None
+        _check_lengths(written, found)
+        if self._op is not None and self._is_base_sound():
+            check_sources(self._root, written, self._op, [source.model for source in found], base)
+        return OutputSlice(found, own_base, parameters)
+
+    def _read_source(
+        self, place: Place, around: Place, parameters: Settings, base: ModelRef | None
+    ) -> SliceSource | None:
+        self._check_entry(place, ("model", "layer_range", "parameters"))
+        model, own = self._read_model(place), self._read_parameters(place, of_model=True)
+        if model is not None:
+            self._check_parameters(place, model, (own, parameters, self._parameters), base, around)
+        layer_range = parse_layer_range(place.get("layer_range"), place.misspelt("layer_range"))
+        return None if model is None else SliceSource(model, layer_range, own)
+
+    def _check_entry(self, place: Place, keys: tuple[str, ...]) -> None:
+        """Check that an entry of a list is a mapping with these keys."""
+        if isinstance(place.value, str):
+            raise place.error(f"{shown(place.value)} is given, a mapping is needed; write `- {keys[0]}: {place.value}`")
+        if place.value is None:
+            raise place.error(f"the entry is empty; write `- {keys[0]}: ...`")
+        place.check_keys(keys, self._names)
+
+
+def _check_form(root: Place) -> None:
+    given = [form for form in _FORMS if root.get(form)]
+    if not given:
+        written = [form for form in _FORMS if form in root.names()]
+        problem = f"{written[0]} is empty" if written else "no models are given"
+        error = root.error(f"{problem}; list what to merge under `models`, or layers of it under `slices`")
+        raise next((near for form in _FORMS if (near := root.misspelt(form))), error)
+    if len(given) > 1:
+        raise root.error(f"{' and '.join(given)} are given, and only one can be; keep one of them")
+    if given == ["modules"]:
+        raise root.get("modules").error("not supported yet; write `models` or `slices`")
+
+
+def _check_lengths(place: Place, sources: Sequence[SliceSource]) -> None:
+    first = sources[0].layer_range
+    for source, where in zip(sources, place.elements(), strict=True):
+        start, stop = source.layer_range
+        if stop - start != first[1] - first[0]:
+            raise where.get("layer_range").error(
+                f"[{start}, {stop}] is {counted(stop - start, 'layer')}, but the first source of this slice, "
+                f"[{first[0]}, {first[1]}], is {first[1] - first[0]}; give all sources of a slice the same length"
+            )
+
+
+def _list(place: Place) -> list[Place]:
+    return list(place.elements()) if place else []
