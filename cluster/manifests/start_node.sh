@@ -19,9 +19,21 @@ say() { echo "raymerge on $(hostname): $*" >&2; }
 
 leave() {
   trap '' TERM INT
-  # All of Ray at once: by itself it would look for the other nodes first. Its workers follow within a second or two.
+  # All of Ray at once: by itself it would look for the other nodes first.
   if [ -n "$ray_pid" ]; then { kill -KILL -- "-$ray_pid" && wait "$ray_pid"; } 2>/dev/null || true; fi
-  for _ in {1..5}; do rm -rf "${RAY_TMPDIR:-}" 2>/dev/null && break || sleep 1; done
+  for _ in {1..5}; do
+    kill_rest
+    rm -rf "${RAY_TMPDIR:-}" 2>/dev/null && break || sleep 1
+  done
+}
+# Ray's workers have process groups of their own, and one that was just being started may not notice the end of Ray.
+kill_rest() {
+  local environ pid
+  [ -n "${RAY_TMPDIR:-}" ] || return 0
+  for environ in $(grep -lsxzF "RAY_TMPDIR=$RAY_TMPDIR" /proc/[0-9]*/environ); do
+    pid=${environ#/proc/}
+    kill -KILL "${pid%/environ}" 2>/dev/null || true
+  done
 }
 trap leave EXIT
 # A merge lets go of its output when it is told to end.

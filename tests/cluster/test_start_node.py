@@ -88,7 +88,7 @@ def check_that_nothing_is_left(*hosts: Host) -> None:
         deadline = time.monotonic() + 10
         while host.pids("ray") and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not host.pids("ray"), host.name
+        assert not [Path(f"/proc/{pid}/cmdline").read_text() for pid in host.pids("ray")], host.name
         assert not [path.name for path in host.tmp.iterdir() if path.name.startswith("raymerge-")], host.name
 
 

@@ -233,6 +233,7 @@ class S3fsStorage(FsspecFiles):
                     operation="PUT",
                     classify=self.classify,
                     give_up=lambda error, summary: FetchError(f"{url}: {summary}: {one_line(error)}"),
+                    least_tries=2,
                 )
 
             def is_unsupported(error: Exception) -> bool:
