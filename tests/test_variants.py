@@ -101,7 +101,13 @@ def test_variants_differ_in_parameters_only(family: tuple[Path, ...], tmp_path: 
     assert not any(out.exists() for out in outs)
 
 
-@pytest.mark.parametrize("name", load_ops())
+QUICK = {"arcee_fusion", "assembly_of_experts", "emr", "linear", "model_stock", "nuslerp", "ram", "sce", "ties", "tsv"}
+"""Of each kind of kernel one; the slow tests sweep the other methods."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in load_ops()]
+)
 def test_a_sweep_of_every_method_gives_what_single_merges_give(name: str, tmp_path: Path) -> None:
     """By torch, which is given float64: variants share decoded sources and scratch."""
     op = load_ops()[name]
