@@ -136,6 +136,7 @@ def make_plan(
         inputs=tuple(InputModel(c.model, c.url, tuple(c.files)) for c in checkpoints),
         op=first.op,
         chosen=_describe_run(first),
+        notes=first.notes,
         advice=tuple(advice),
         dropped=(*recipes[0].dropped, *left_out),
         num_workers=num_workers,

@@ -236,7 +236,7 @@ def test_configs(models: list[Path], tmp_path: Path, cli: Cli) -> None:
     three = [*entries, {"model": str(write_llama(tmp_path / "three", 3))}]
     with_t = {"parameters": {"t": 0.5}}
     cases: list[tuple[dict[str, Any], list[str]]] = [
-        ({"merge_method": "slerp", "models": entries, **with_t}, ["base_model", "slerp needs a base"]),
+        ({"merge_method": "nearswap", "models": entries, **with_t}, ["base_model", "nearswap needs a base"]),
         ({"merge_method": "ties", "models": entries, "parameters": {"weight": 1}}, ["base_model"]),
         ({"merge_method": "slerp", "base_model": one, "models": three, **with_t}, ["slerp takes", "2 are given"]),
         ({"merge_method": "slerp", "base_model": one, "models": entries}, ["slerp needs 't'"]),
@@ -244,8 +244,8 @@ def test_configs(models: list[Path], tmp_path: Path, cli: Cli) -> None:
         ({"merge_method": "linear"}, ["models"]),
         ({"models": entries}, ["merge_method"]),
         ({"merge_method": "sleep", "models": entries}, ["'sleep'", "did you mean 'slerp'"]),
-        ({"merge_method": "linear", "models": entries}, ["linear needs 'weight'", one]),
-        ({"merge_method": "linear", "models": entries, "dtype": "bf16"}, ["dtype", "'bf16'", "bfloat16"]),
+        ({"merge_method": "multislerp", "models": entries}, ["multislerp needs 'weight'", one]),
+        ({"merge_method": "linear", "models": entries, "dtype": "bfloat"}, ["dtype", "'bfloat'", "bfloat16"]),
         ({"merge_method": "linear", "models": [entries[0], entries[0]]}, ["models[1].model", one]),
         ({"merge_method": "linear", "models": entries, "tokenizer_source": "union"}, ["tokenizer_source"]),
     ]

@@ -100,6 +100,11 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
     stored = read_json(storage, f"{url}/{CONFIG}", _MAX_CONFIG_NBYTES)
     config = redact_values(stored)
     warnings = [] if config == stored else [f"{CONFIG} holds a credential, which no output gets"]
+    if model.revision is not None and not is_url(url):
+        warnings.append(
+            f"{url} is a directory, and a directory has no revisions; it is taken as it is, as in mergekit: leave"
+            f" `@{model.revision}` out"
+        )
     weights = find_weights(storage, url, files, config, trust_headers=trust_headers)
     config.pop(EXPLICIT, None)  # the output's files have names of their own
     return Checkpoint(
@@ -122,11 +127,6 @@ def locate_model(stores: Stores, model: ModelRef) -> str:
         return storage.pin(model.path, model.revision)
     path = Path(storage.absolute(model.path))
     if path.is_dir():
-        if model.revision is not None:
-            raise CheckpointError(
-                f"{model}: {path} is a directory, and a directory has no revisions;"
-                f" check out {model.revision!r} there and leave `@{model.revision}` out"
-            )
         return str(path)
     if path.exists():
         raise CheckpointError(

@@ -52,4 +52,18 @@ DTYPES = {dtype.name: dtype for dtype in _ALL}
 """By the name in a safetensors header."""
 
 OUTPUT_DTYPES = {dtype.torch_name: dtype.name for dtype in _ALL if dtype.is_mergeable}
-"""Allowed values of `dtype` and `out_dtype`, with the name of each in a header."""
+"""The dtypes that a merge can be written in, with the name of each in a header."""
+
+_SHORT = {
+    "float64": ("double", "fp64", "f64"),
+    "float32": ("float", "single", "fp32", "f32"),
+    "float16": ("half", "fp16", "f16"),
+    "bfloat16": ("bf16",),
+}
+DTYPE_NAMES = {
+    name: header
+    for torch_name, header in OUTPUT_DTYPES.items()
+    for short in (torch_name, *_SHORT[torch_name])
+    for name in (short, short.upper())
+}
+"""What people write for them in a config, with the name of each in a header."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -167,7 +168,7 @@ def _dump(config: Mapping[str, object]) -> str:
 
 
 def _construct(document: Document) -> Document:
-    loader = _Loader(document.text)
+    loader = _Loader(_without_tabs(document.text))
     try:
         root = loader.get_single_node()
         if root is None:
@@ -184,6 +185,17 @@ def _construct(document: Document) -> Document:
         return replace(document, content=loader.construct_document(root), node=root)
     finally:
         loader.dispose()
+
+
+def _without_tabs(text: str) -> str:
+    """Return JSON without the tabs that it may be indented by, and YAML may not; in its strings there are none."""
+    if "\t" not in text or not text.lstrip().startswith("{"):
+        return text
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text.replace("\t", " ")
 
 
 def _check(

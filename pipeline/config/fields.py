@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
+from raymerge.pipeline.checkpoint.dtypes import DTYPE_NAMES, OUTPUT_DTYPES
 from raymerge.pipeline.config.node import Place, PlaceError
 from raymerge.pipeline.messages import shown, suggest
 
@@ -26,20 +26,30 @@ SENSITIVE_TO_ROUNDING = (
 _RANGE = "write [start, stop], the first layer and the one after the last, such as [0, 32]"
 
 
-def parse_layer_range(place: Place, misspelt: PlaceError | None) -> tuple[int, int]:
-    """Return a range of layers, half-open: [start, stop); it may be empty.
+def parse_layer_range(place: Place, misspelt: PlaceError | None) -> tuple[int, int] | None:
+    """Return a range of layers, half-open: [start, stop); it may be empty. None, for all layers, where none is given.
 
     Raises:
         PlaceError: `misspelt`, if nothing is here and that says why; or it is no such range.
     """
+    if misspelt and place.value is None:
+        raise misspelt
+    if place.value is None:
+        return None
     match place.value:
-        case [int() as start, int() as stop] if not isinstance(start, bool) and not isinstance(stop, bool):
-            if 0 <= start <= stop:
-                return start, stop
-            raise place.error(f"[{start}, {stop}] holds no layers; {_RANGE}")
-        case None if misspelt:
-            raise misspelt
+        case [start, stop] if (first := _to_whole(start)) is not None and (last := _to_whole(stop)) is not None:
+            if 0 <= first <= last:
+                return first, last
+            raise place.error(f"[{first}, {last}] holds no layers; {_RANGE}")
     raise place.error(f"{shown(place.value)} is given; {_RANGE}")
+
+
+def _to_whole(value: object) -> int | None:
+    """Return a whole number, also where it is written as `"8"` or `8.0`; None for anything else."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        return int(value)
+    is_whole = isinstance(value, float) and value.is_integer()
+    return int(value) if isinstance(value, int | float) and (is_whole or type(value) is int) else None
 
 
 def check_empty(slices: Place, ranges: Sequence[tuple[int, int] | None]) -> None:
@@ -47,9 +57,9 @@ def check_empty(slices: Place, ranges: Sequence[tuple[int, int] | None]) -> None
 
     Args:
         slices: as written.
-        ranges: the layers of each; None where they could not be read.
+        ranges: the layers of each; None where they could not be read, or are all of a model.
     """
-    are_layers = any(found and found[0] < found[1] for found in ranges)
+    are_layers = any(found is None or found[0] < found[1] for found in ranges)
     for number, (part, found) in enumerate(zip(slices.elements(), ranges, strict=True)):
         if found is None or found[0] < found[1]:
             continue
@@ -62,16 +72,14 @@ def check_empty(slices: Place, ranges: Sequence[tuple[int, int] | None]) -> None
 
 
 def parse_dtype(place: Place) -> str | None:
-    """Return a dtype as a safetensors header has it; None where none is given."""
-    if place.value is None:
+    """Return a dtype as a safetensors header has it; None where none is given, or `auto`: the models' own."""
+    if place.value is None or place.value == "auto":
         return None
     name = place.text().removeprefix("torch.")
-    if name not in OUTPUT_DTYPES:
+    if name not in DTYPE_NAMES:
         advice = suggest(name if "8" not in name else "", OUTPUT_DTYPES, 0.5)
-        if name == "auto":
-            advice = f"leave {place.path} out to keep the models' own"
         raise place.error(f"{name!r} is no dtype that a merge can be written in; {advice}")
-    return OUTPUT_DTYPES[name]
+    return DTYPE_NAMES[name]
 
 
 def parse_patterns(place: Place) -> tuple[str, ...]:

@@ -32,6 +32,8 @@ class Findings:
     errors: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
     """Mistakes that do no harm by themselves."""
+    notes: list[str] = field(default_factory=list)
+    """How something was understood that the config leaves open, and rightly so."""
     unknown: set[str] = field(default_factory=set)
     """Paths of keys that have no meaning: one may have been meant for a key that is missed."""
 

@@ -24,8 +24,8 @@ class SliceSource:
     """One entry of a slice's `sources`: some layers of a model."""
 
     model: ModelRef
-    layer_range: tuple[int, int]
-    """Half-open: [start, stop)."""
+    layer_range: tuple[int, int] | None
+    """Half-open: [start, stop); None for all layers of the model."""
     parameters: Settings
     """Written under this source: per-model parameters only."""
 
@@ -65,6 +65,8 @@ class MergeConfig:
     """The YAML as given."""
     warnings: tuple[str, ...]
     """Probable mistakes; each begins with its YAML path."""
+    notes: tuple[str, ...] = ()
+    """How the config was understood where it leaves something open."""
     own: OwnOps | None = None
     """The file that declares the method, where it is of the user's own."""
     is_run: bool = False

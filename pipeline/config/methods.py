@@ -20,13 +20,22 @@ _SHARES_KEPT = ("density", "select_topk")
 """Parameters that say how much of a difference is kept."""
 
 
+_FIRST_IS_BASE = ("slerp",)
+"""Methods of a base and one model that stand for the same line, whichever of the two is called the base."""
+_EQUAL_WEIGHTS = ("linear",)
+"""Averages, for which no weights at all can only mean equal ones."""
+
+
 def parse_method(place: Place, ops: Mapping[str, Op]) -> Op:
-    """Return the op that a config's `merge_method` names.
+    """Return the op that a config's `merge_method` names, or that of all its slices.
 
     Raises:
         ConfigError: there is none.
     """
     method = place.get("merge_method")
+    if method.value is None and (written := _find_method_of_slices(place)):
+        method = written
+        method.warn("stands for the whole merge, which has no merge_method; move it to the top level")
     if method.value is None:
         problem = f"is missing; add it, for instance `merge_method: linear`. There are: {', '.join(ops)}"
         raise place.missing("merge_method", problem)
@@ -36,6 +45,35 @@ def parse_method(place: Place, ops: Mapping[str, Op]) -> Op:
             raise method.error(f"mergekit has {name}, and raymerge not yet. It has: {', '.join(ops)}")
         raise method.error(f"{name!r} is unknown; {suggest(name, ops)}")
     return ops[name]
+
+
+def _find_method_of_slices(place: Place) -> Place | None:
+    """Return where the first slice names its method, if all name the same one."""
+    slices = place.get("slices")
+    found = [part.get("merge_method") for part in (slices.elements() if isinstance(slices.value, list) else ())]
+    return found[0] if found and all(other.value == found[0].value for other in found) and found[0] else None
+
+
+def check_method_of_slice(place: Place, op: Op) -> None:
+    """Warn of a method of a slice's own, which has no effect."""
+    method = place.get("merge_method")
+    if method.value is not None and method.value != op.name:
+        method.warn(
+            f"has no effect, in mergekit neither: {op.name} merges all slices; merge by itself what needs another"
+            " method"
+        )
+
+
+def takes_first_as_base(op: Op) -> bool:
+    """Tell whether the first model is the base where none is given."""
+    return op.name in _FIRST_IS_BASE
+
+
+def lacks_all_weights(op: Op, uses: Sequence[Use]) -> bool:
+    """Tell whether a config of an average has no weights, and no word that may have been meant for them."""
+    has_none = not any("weight" in settings for use in uses for settings in use.levels)
+    is_misspelt = any(_find_misplaced(place, "weight") for use in uses for place in use.places)
+    return op.name in _EQUAL_WEIGHTS and bool(uses) and has_none and not is_misspelt
 
 
 def parse_settings(place: Place, op: Op, ops: Mapping[str, Op], *, of_model: bool) -> Settings:
@@ -120,11 +158,12 @@ def _find_misplaced(place: Place, parameter: str) -> PlaceError | None:
     return place.get("parameters").misspelt(parameter)
 
 
-def check_models(root: Place, op: Op, models: Sequence[ModelRef], base: ModelRef | None) -> None:
+def check_models(root: Place, place: Place, op: Op, models: Sequence[ModelRef], base: ModelRef | None) -> None:
     """Check the models of a config in `models` form against what the op takes.
 
     Args:
         root: the config.
+        place: its `models`.
         op: the method.
         models: as listed.
         base: the base model, if the config names one.
@@ -132,7 +171,7 @@ def check_models(root: Place, op: Op, models: Sequence[ModelRef], base: ModelRef
     Raises:
         ConfigError: the op needs a base and there is none, or it takes another number of models.
     """
-    base_place, place = root.get("base_model"), root.get("models")
+    base_place = root.get("base_model")
     if op.base is not Base.INPUT and base is not None:
         is_listed = op.base is Base.OPTIONAL and base in models
         advice = "; remove base_model to merge it as one of the models" if is_listed else ""

@@ -18,17 +18,20 @@ from raymerge.pipeline.config.merge_config import MergeConfig, ModelEntry, Outpu
 from raymerge.pipeline.config.methods import (
     Use,
     check_given,
+    check_method_of_slice,
     check_models,
     check_sources,
+    lacks_all_weights,
     parse_method,
     parse_settings,
+    takes_first_as_base,
 )
 from raymerge.pipeline.config.node import Place
-from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref
+from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref, parse_revision, spelling_key
 from raymerge.pipeline.config.training_run import RUN_KEYS, FindModels, parse_run
-from raymerge.pipeline.config.values import Settings
+from raymerge.pipeline.config.values import Rule, Setting, Settings, overlay
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.messages import counted, shown
+from raymerge.pipeline.messages import counted, listing, shown
 
 _FORMS = ("models", "slices", "modules")
 _MOE_KEYS = {"experts", "gate_mode", "shared_experts", "experts_per_token"}
@@ -48,6 +51,7 @@ _KEYS = (
     "modules",
     "keep_float32",
     "integers",
+    "name",
     *_NOT_SUPPORTED,
 )
 
@@ -90,12 +94,16 @@ class _Reader:
 
     def __init__(self, root: Place, ops: Mapping[str, Op], find: FindModels | None) -> None:
         self._root = root
+        self._body = root
+        """Where `models` or `slices` stand."""
         self._ops = ops
         self._find = find
         self._names = frozenset(parameter.name for op in ops.values() for parameter in op.parameters)
         """Of all parameters of all ops."""
         self._op: Op | None = None
         self._base: ModelRef | None = None
+        self._spellings: dict[tuple[str, str | None], ModelRef] = {}
+        """Models by what all spellings of their names have in common."""
         self._parameters: Settings = {}
         self._uses: list[Use] = []
         """Places that use per-model parameters."""
@@ -109,7 +117,7 @@ class _Reader:
             return None
         root.check_keys(_KEYS, self._names)
         self._op = root.attempt(partial(parse_method, ops=self._ops))
-        root.attempt(_check_form)
+        self._body = root.attempt(_find_body) or root
         for key, advice in _NOT_SUPPORTED.items():
             if (place := root.get(key)).value is not None:
                 place.note(place.error(f"not supported yet; {advice}"))
@@ -117,15 +125,24 @@ class _Reader:
         if self._base is None and (near := root.misspelt("base_model")):
             root.note(near)
         self._parameters = self._read_parameters(root, of_model=False)
+        if self._body is not root:
+            self._parameters = overlay(self._read_parameters(self._body, of_model=False), self._parameters)
         models = self._read_models()
-        slices = [place.attempt(self._read_slice) for place in root.get("slices").attempt(_list) or ()]
+        slices = [place.attempt(self._read_slice) for place in self._body.get("slices").attempt(_list) or ()]
         if slices:
-            check_empty(root.get("slices"), [part.sources[0].layer_range if part else None for part in slices])
+            check_empty(self._body.get("slices"), [part.sources[0].layer_range if part else None for part in slices])
         dtypes = [root.get(key).attempt(parse_dtype) for key in ("dtype", "out_dtype")]
         patterns = root.get("keep_float32").attempt(parse_patterns)
         integers = root.get("integers").attempt(parse_integers)
         if self._op is not None:
-            check_given(self._op, self._uses, per_model=True)
+            if lacks_all_weights(self._op, self._uses):
+                self._body.get("models" if models else "slices").warn(
+                    "no weights are given, so all models get the same; to say so, add `weight: 1` to the top-level"
+                    " `parameters`"
+                )
+                self._parameters = {**self._parameters, "weight": Setting((Rule(None, (1.0,)),))}
+            else:
+                check_given(self._op, self._uses, per_model=True)
             levels = [(self._parameters,)] if not slices else [(s.parameters, self._parameters) for s in slices if s]
             check_given(self._op, [Use((root,), given) for given in levels], per_model=False)
         if self._op is None or root.findings.errors:
@@ -142,12 +159,28 @@ class _Reader:
             parameters=self._parameters,
             text=document.text,
             warnings=root.findings.list_warnings(document),
-            is_run=isinstance(root.get("models").value, dict),
+            notes=tuple(dict.fromkeys(root.findings.notes)),
+            is_run=isinstance(self._body.get("models").value, dict),
         )
 
     def _read_base(self, place: Place) -> ModelRef | None:
         base = place.get("base_model")
-        return None if base.value is None else base.attempt(parse_model_ref)
+        return None if base.value is None else base.attempt(self._parse_model)
+
+    def _parse_model(self, place: Place, beside: Place | None = None) -> ModelRef:
+        """Return the model named at a place, by the name that the config has for it elsewhere.
+
+        Args:
+            place: where it is named.
+            beside: where its revision may be, if there is such a place.
+        """
+        model = parse_model_ref(place)
+        if beside is not None:
+            model = parse_revision(beside, model)
+        known = self._spellings.setdefault(spelling_key(model), model)
+        if known != model:
+            place.warn(f"{model} is {known}, spelt in another way; both count as one model, and as two in mergekit")
+        return known
 
     def _read_parameters(self, place: Place, *, of_model: bool) -> Settings:
         written = place.get("parameters")
@@ -156,7 +189,7 @@ class _Reader:
         return written.attempt(partial(parse_settings, op=self._op, ops=self._ops, of_model=of_model)) or {}
 
     def _read_models(self) -> list[ModelEntry]:
-        place = self._root.get("models")
+        place = self._body.get("models")
         entries: dict[ModelRef, ModelEntry] = {}
         num_errors = len(place.findings.errors)
         if isinstance(place.value, dict) and not RUN_KEYS.isdisjoint(place.value):
@@ -167,7 +200,10 @@ class _Reader:
                 if entry is not None:
                     entries[entry.model] = entry
         if entries and self._op is not None and len(place.findings.errors) == num_errors and self._is_base_sound():
-            self._root.attempt(partial(check_models, op=self._op, models=tuple(entries), base=self._base))
+            if self._base is None and takes_first_as_base(self._op):
+                self._base = self._take_first(next(iter(entries)))
+            check = partial(check_models, place=place, op=self._op, models=tuple(entries), base=self._base)
+            self._root.attempt(check)
         return list(entries.values())
 
     def _read_run(self, place: Place) -> dict[ModelRef, ModelEntry]:
@@ -178,7 +214,7 @@ class _Reader:
         return entries
 
     def _read_entry(self, place: Place, before: Mapping[ModelRef, ModelEntry]) -> ModelEntry | None:
-        self._check_entry(place, ("model", "parameters"))
+        self._check_entry(place, ("model", "revision", "parameters"))
         model, parameters = self._read_model(place), self._read_parameters(place, of_model=True)
         if model is None:
             return None
@@ -195,7 +231,12 @@ class _Reader:
         if written.value is None:
             place.note(place.missing("model", NO_MODEL))
             return None
-        return written.attempt(parse_model_ref)
+        return written.attempt(partial(self._parse_model, beside=place.get("revision")))
+
+    def _take_first(self, model: ModelRef) -> ModelRef:
+        """Note that the first model is the base, for want of another, and return it."""
+        self._root.findings.notes.append(f"base_model is not given, so the first model, {model}, is the base (t = 0)")
+        return model
 
     def _is_base_sound(self) -> bool:
         return self._base is not None or self._root.get("base_model").value is None
@@ -215,7 +256,9 @@ class _Reader:
             )
 
     def _read_slice(self, place: Place) -> OutputSlice | None:
-        self._check_entry(place, ("sources", "base_model", "residual_weight", "parameters"))
+        self._check_entry(place, ("sources", "base_model", "merge_method", "residual_weight", "parameters"))
+        if self._op is not None:
+            check_method_of_slice(place, self._op)
         if place.get("residual_weight").value is not None:
             place.get("residual_weight").warn("has no effect, in mergekit neither; remove it")
         written = place.get("sources")
@@ -234,6 +277,8 @@ class _Reader:
         if len(place.findings.errors) > num_errors:
             return None
         _check_lengths(written, found)
+        if base is None and self._op is not None and takes_first_as_base(self._op) and self._is_base_sound():
+            base = own_base = self._take_first(found[0].model)
         if self._op is not None and self._is_base_sound():
             check_sources(self._root, written, self._op, [source.model for source in found], base)
         return OutputSlice(found, own_base, parameters)
@@ -241,7 +286,7 @@ class _Reader:
     def _read_source(
         self, place: Place, around: Place, parameters: Settings, base: ModelRef | None
     ) -> SliceSource | None:
-        self._check_entry(place, ("model", "layer_range", "parameters"))
+        self._check_entry(place, ("model", "revision", "layer_range", "parameters"))
         model, own = self._read_model(place), self._read_parameters(place, of_model=True)
         if model is not None:
             self._check_parameters(place, model, (own, parameters, self._parameters), base, around)
@@ -257,23 +302,41 @@ class _Reader:
         place.check_keys(keys, self._names)
 
 
-def _check_form(root: Place) -> None:
-    given = [form for form in _FORMS if root.get(form)]
+def _find_body(root: Place) -> Place:
+    """Return where `models` or `slices` stand: at the top level, or in the only one of `modules`."""
+    _check_form(root, _FORMS)
+    modules = root.get("modules")
+    if not modules:
+        return root
+    first, *others = modules.names()
+    if others:
+        raise modules.error(
+            f"{counted(1 + len(others), 'module')} are given ({listing(modules.names())}), and several are not"
+            " supported yet; write `models` or `slices`, which merge all tensors of a model"
+        )
+    body = modules.get(first)
+    body.check_keys(("models", "slices", "parameters"))
+    _check_form(body, _FORMS[:2])
+    if first != "default":
+        root.findings.notes.append(f"{body.path} is the only module, so it stands for the whole model")
+    return body
+
+
+def _check_form(place: Place, forms: Sequence[str]) -> None:
+    given = [form for form in forms if place.get(form)]
     if not given:
-        written = [form for form in _FORMS if form in root.names()]
+        written = [form for form in forms if form in place.names()]
         problem = f"{written[0]} is empty" if written else "no models are given"
-        error = root.error(f"{problem}; list what to merge under `models`, or layers of it under `slices`")
-        raise next((near for form in _FORMS if (near := root.misspelt(form))), error)
+        error = place.error(f"{problem}; list what to merge under `models`, or layers of it under `slices`")
+        raise next((near for form in forms if (near := place.misspelt(form))), error)
     if len(given) > 1:
-        raise root.error(f"{' and '.join(given)} are given, and only one can be; keep one of them")
-    if given == ["modules"]:
-        raise root.get("modules").error("not supported yet; write `models` or `slices`")
+        raise place.error(f"{' and '.join(given)} are given, and only one can be; keep one of them")
 
 
 def _check_lengths(place: Place, sources: Sequence[SliceSource]) -> None:
-    first = sources[0].layer_range
+    first = next((source.layer_range for source in sources if source.layer_range), (0, 0))
     for source, where in zip(sources, place.elements(), strict=True):
-        start, stop = source.layer_range
+        start, stop = source.layer_range or first
         if stop - start != first[1] - first[0]:
             raise where.get("layer_range").error(
                 f"[{start}, {stop}] is {counted(stop - start, 'layer')}, but the first source of this slice, "

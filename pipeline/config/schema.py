@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raymerge.ops.registry import Base, Op, Parameter
-from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
+from raymerge.pipeline.checkpoint.dtypes import DTYPE_NAMES
+from raymerge.pipeline.config.methods import takes_first_as_base
 from raymerge.pipeline.config.training_run import SCHEDULES
 from raymerge.pipeline.config.values import BOOLS
 
@@ -40,17 +41,25 @@ def make_schema(ops: Iterable[Op]) -> Schema:
         "title": "A merge by raymerge",
         **_object(
             {
+                "name": {**_NAME, "description": "Of the merge."},
                 "merge_method": {"anyOf": [{"const": op.name, "description": op.summary} for op in methods]},
                 "models": {
                     "description": "Models to merge, or a pattern that finds the checkpoints of a training run.",
                     "if": {"type": "object"},
                     "then": _RUN,
-                    "else": _list(_object({"model": _ref("model"), "parameters": {}}, "model")),
+                    "else": _MODELS,
                 },
-                "slices": _list(
-                    _object({"sources": _list(_SOURCE), "base_model": _ref("model"), "parameters": {}}, "sources"),
-                    "Layers of models, stacked in this order.",
-                ),
+                "slices": _SLICES,
+                "modules": {
+                    "description": "The one module of the models, with its `models` or `slices`.",
+                    "type": "object",
+                    "minProperties": 1,
+                    "maxProperties": 1,
+                    "additionalProperties": {
+                        **_object({"models": _MODELS, "slices": _SLICES, "parameters": {"type": ["object", "null"]}}),
+                        "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
+                    },
+                },
                 "base_model": {"$ref": "#/$defs/model", "description": "What the models were fine-tuned from."},
                 "parameters": {"description": "Of the method: for all models and tensors."},
                 "dtype": _make_dtype("What is written, where `out_dtype` says nothing else."),
@@ -66,7 +75,7 @@ def make_schema(ops: Iterable[Op]) -> Schema:
             },
             "merge_method",
         ),
-        "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
+        "oneOf": [{"required": [form]} for form in ("models", "slices", "modules")],
         "allOf": [_make_condition(op) for op in methods],
         "$defs": {"model": _MODEL, **settings, **parameters},
     }
@@ -90,27 +99,36 @@ def _ref(name: str) -> Schema:
     return {"$ref": f"#/$defs/{name}"}
 
 
+_PATH = _object({"path": _NAME, "revision": _REVISION}, "path")
 _MODEL: Schema = {
     "description": "A directory, a URL, or a Hub repository, with `@revision` if need be.",
     "anyOf": [
         _NAME,
-        _object({"model": {"anyOf": [_NAME, _object({"path": _NAME, "revision": _REVISION}, "path")]}}, "model"),
+        _PATH,
+        _object({"model": {"anyOf": [_NAME, _PATH]}}, "model"),
     ],
 }
 _SOURCE = _object(
     {
         "model": _ref("model"),
+        "revision": _REVISION,
         "layer_range": {
-            "description": "The first layer, and the one after the last.",
-            "type": "array",
-            "items": {"type": "integer", "minimum": 0},
+            "description": "The first layer, and the one after the last; all layers where it is left out.",
+            "type": ["array", "null"],
+            "items": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+$"}]},
             "minItems": 2,
             "maxItems": 2,
         },
         "parameters": {},
     },
     "model",
-    "layer_range",
+)
+_MODELS = _list(_object({"model": _ref("model"), "revision": _REVISION, "parameters": {}}, "model"))
+_SLICES = _list(
+    _object(
+        {"sources": _list(_SOURCE), "base_model": _ref("model"), "merge_method": _NAME, "parameters": {}}, "sources"
+    ),
+    "Layers of models, stacked in this order.",
 )
 _COUNT = {"type": ["integer", "null"], "minimum": 1}
 _RUN = _object(
@@ -140,8 +158,8 @@ _SCOPES = {"": False, ".model": True}
 
 
 def _make_dtype(description: str) -> Schema:
-    names = [prefix + name for prefix in ("", "torch.") for name in OUTPUT_DTYPES]
-    return {"description": description, "enum": [*names, None]}
+    names = [prefix + name for prefix in ("", "torch.") for name in DTYPE_NAMES]
+    return {"description": description, "enum": ["auto", *names, None]}
 
 
 def _make_condition(op: Op) -> Schema:
@@ -158,7 +176,8 @@ def _make_condition(op: Op) -> Schema:
         }
     }
     needed = [p.name for p in op.parameters if not p.per_model and p.default is None]
-    of_models: list[Schema] = [{"required": ["base_model"]}] if op.base is Base.REQUIRED else []
+    needs_base = op.base is Base.REQUIRED and not takes_first_as_base(op)
+    of_models: list[Schema] = [{"required": ["base_model"]}] if needs_base else []
     if needed:
         of_models.append({"required": ["parameters"], "properties": {"parameters": {"required": needed}}})
     if of_models:

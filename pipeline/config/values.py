@@ -84,6 +84,12 @@ def resolve(parameter: Parameter, levels: Sequence[Settings], tensor: str, posit
     return parameter.default
 
 
+def overlay(upper: Settings, lower: Settings) -> Settings:
+    """Return the parameters of two levels as one: the lower one counts where all filters of the upper one miss."""
+    both = {name: Setting((*upper[name].rules, *lower[name].rules)) for name in upper.keys() & lower.keys()}
+    return {**lower, **upper, **both}
+
+
 def interpolate(values: Sequence[Value], position: float) -> Value:
     """Return a gradient's value: numbers are interpolated linearly (whole ones rounded), others change in steps.
 

@@ -58,6 +58,7 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
             f"{format_nbytes(task.read_nbytes + task.reread_nbytes)}, {format_memory(task.projected_mem)}"
             for task in plan.tasks
         ]
+    lines += [f"  note: {line}" for line in plan.notes]
     lines += [f"  not in the output: {line}" for line in plan.dropped]
     lines += [f"  advice: {line}" for line in plan.advice]
     return redact("\n".join(lines))
@@ -123,6 +124,7 @@ def plan_json(plan: MergePlan) -> str:
             "config": json.loads(plan.outputs[0].config_json, parse_constant=lambda name: {"__float__": name}),
             "dropped": list(plan.dropped),
             "warnings": list(plan.warnings),
+            "notes": list(plan.notes),
             "advice": list(plan.advice),
         }
     )

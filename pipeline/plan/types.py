@@ -258,6 +258,8 @@ class MergePlan:
     """The merge method."""
     chosen: tuple[str, ...]
     """The models that a pattern has found, with their weights; none where they are listed."""
+    notes: tuple[str, ...]
+    """How configs were understood where they leave something open."""
     advice: tuple[str, ...]
     """Faster options on the machines at hand; nothing of it gets into the output."""
     dropped: tuple[str, ...]

@@ -9,7 +9,7 @@ from raymerge.pipeline.checkpoint.names import Layers, layer_position, split_nam
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.tying import is_head
 from raymerge.pipeline.checkpoint.views import View
-from raymerge.pipeline.config.merge_config import MergeConfig, OutputSlice
+from raymerge.pipeline.config.merge_config import MergeConfig, OutputSlice, SliceSource
 from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.messages import counted
@@ -47,7 +47,7 @@ class Slices(Form):
         out_layer = 0
         for part in slices:
             scope = self._scope(part)
-            num_layers = _count(part)
+            num_layers = self._count(part)
             for k in range(num_layers):
                 yield from self._list_layer(part, k, scope, layer_position(k, num_layers), out_layer, layers)
                 out_layer += 1
@@ -61,7 +61,7 @@ class Slices(Form):
         origins = [
             (self.models[part.sources[0].model], layer)
             for part in self.config.slices
-            for layer in range(*part.sources[0].layer_range)
+            for layer in range(*self._span(part.sources[0]))
         ]
         config, warnings = stack_layers(config, [(model.config, layer) for model, layer in origins])
         self.warnings += [*warnings, *check_layers(config, self.donor, origins)]
@@ -92,7 +92,7 @@ class Slices(Form):
         rests: dict[str, None] = {}
         prefixes: list[tuple[View, str, tuple[Settings, ...]]] = []
         for source in part.sources:
-            model, layer = self.models[source.model], source.layer_range[0] + k
+            model, layer = self.models[source.model], self._span(source)[0] + k
             prefixes.append((model.view, f"{model.layers.main}{layer}.", _settings_of(part, source.model)))
             rests.update(dict.fromkeys(layers[source.model].get(layer, ())))
         for rest in rests:
@@ -150,16 +150,26 @@ class Slices(Form):
     def _check_ranges(self, part: OutputSlice, number: int) -> None:
         for position, source in enumerate(part.sources):
             num_layers = self.models[source.model].layers.num_layers
-            if source.layer_range[1] > num_layers:
+            start, stop = self._span(source)
+            where = f"slices[{number}].sources[{position}].layer_range"
+            if stop > num_layers:
                 raise ConfigError(
-                    f"slices[{number}].sources[{position}].layer_range: {list(source.layer_range)} reaches past "
-                    f"{source.model}, which has {counted(num_layers, 'layer')}"
+                    f"{where}: {[start, stop]} reaches past {source.model}, which has {counted(num_layers, 'layer')}"
+                )
+            if stop - start != self._count(part):
+                raise ConfigError(
+                    f"{where}: {[start, stop]} of {source.model} is {counted(stop - start, 'layer')}, but the first"
+                    f" source of this slice, {part.sources[0].model}, gives {self._count(part)}; give all sources of a"
+                    " slice the same length"
                 )
 
+    def _span(self, source: SliceSource) -> tuple[int, int]:
+        """Return the layers of a source, half-open."""
+        return source.layer_range or (0, self.models[source.model].layers.num_layers)
 
-def _count(part: OutputSlice) -> int:
-    start, stop = part.sources[0].layer_range
-    return stop - start
+    def _count(self, part: OutputSlice) -> int:
+        start, stop = self._span(part.sources[0])
+        return stop - start
 
 
 def _settings_of(part: OutputSlice, model: ModelRef) -> tuple[Settings, ...]:

@@ -353,7 +353,6 @@ def test_nothing_there(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
         ("s3:/bucket/m", "did you mean s3://bucket/m?"),
         ("s3:bucket/m.safetensors", "did you mean s3://bucket/m.safetensors?"),
         ("a@b@c", "no `org/name@revision` either"),
-        ("empty@main", "a directory has no revisions"),
         ("@main", "no `org/name@revision` either"),
     ):
         outcome = cli("inspect", url)

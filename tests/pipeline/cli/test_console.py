@@ -87,15 +87,15 @@ def test_commands_say_errors_and_warnings_in_colour(tmp_path: Path, cli: Cli, mo
     family = write_family(tmp_path / "in", 2, dtype=torch.bfloat16)
     content = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in family]}
     doubtful = write_config(tmp_path / "doubtful.yml", {**content, "bogus": 1})
-    wrong = write_config(tmp_path / "wrong.yml", {**content, "dtype": "bf16"})
+    wrong = write_config(tmp_path / "wrong.yml", {**content, "dtype": "b16"})
     wishes = {"NO_COLOR": None, "FORCE_COLOR": None}
     sent = run_in_terminal("merge", doubtful, tmp_path / "out", columns=200, env=wishes)
     assert f"{YELLOW}warning:{PLAIN} doubtful.yml:" in sent
     assert "unknown key" in strip_controls(sent)
     sent = run_in_terminal("plan", wrong, columns=200, env=wishes)
-    line = wrong.read_text().splitlines().index("dtype: bf16") + 1
-    assert f"{RED}Error:{PLAIN} {wrong}:{line}: dtype: 'bf16'" in sent
-    assert f"{DIM}{line:5} | dtype: bf16{PLAIN}" in sent
+    line = wrong.read_text().splitlines().index("dtype: b16") + 1
+    assert f"{RED}Error:{PLAIN} {wrong}:{line}: dtype: 'b16'" in sent
+    assert f"{DIM}{line:5} | dtype: b16{PLAIN}" in sent
     assert "\x1b" not in cli("plan", wrong).err
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert cli("plan", wrong).err.startswith(RED)

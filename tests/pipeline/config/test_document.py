@@ -34,6 +34,7 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(
         ("---\na: 1\n...\n", {"a": 1}),
         ("\ufeffa: 1", {"a": 1}),
         ("# comment\na: 模型", {"a": "模型"}),
+        ('{\n\t"a": [1e-5,\t2],\n\t"b": "c\\td"\n}', {"a": ["1e-5", 2], "b": "c\td"}),
     ],
 )
 def test_plain_yaml_is_read(text: str, expected: object) -> None:

@@ -267,15 +267,21 @@ def test_parameters_that_have_no_effect_are_not_kept() -> None:
         ("linear", ("models.0.model", "a@b@c"), r"models\[0\]\.model: .* more than one `@`"),
         ("linear", ("models.0.model", "a@"), "lacks a revision"),
         ("linear", ("models.0.model", "@b"), "lacks a path"),
-        ("linear", ("models.0.model", {"path": "x"}), r"models\[0\]\.model: `model` is missing"),
+        ("linear", ("models.0.model", {"lora": None}), r"models\[0\]\.model: `model` is missing"),
+        ("linear", ("models.0.revision", 1), r"models\[0\]\.revision: 1 is given, a string"),
+        (
+            "linear",
+            ("models.0", {"model": "a/b@v1", "revision": "v2"}),
+            r"\[0\]\.revision: 'v2' is given, and 'v1' with the",
+        ),
         ("linear", ("models.0.model", {"model": {"revision": "x"}}), r"models\[0\]\.model\.model\.path: nothing"),
         ("linear", ("models.0.model", {"model": {"path": "x", "revision": 12}}), r"revision: 12 is given, .* quotes"),
         ("linear", ("models.0.model", {"model": "x", "lora": {"path": "y"}}), r"models\[0\]\.model\.lora: LoRA"),
-        ("linear", ("dtype", "bf16"), "dtype: 'bf16' is no dtype .* did you mean 'bfloat16'"),
+        ("linear", ("dtype", "bfloat"), "dtype: 'bfloat' is no dtype .* did you mean 'bfloat16'"),
         ("linear", ("integers", "min"), "integers: .min. is given; write `equal` to refuse"),
         ("linear", ("keep_float32", "*.A_log"), "keep_float32: .* is given, a list is needed"),
         ("linear", ("keep_float32", [1]), r"keep_float32\[0\]: 1 is given, a string is needed"),
-        ("linear", ("out_dtype", "fp16"), "out_dtype: 'fp16' .* did you mean 'float16'"),
+        ("linear", ("out_dtype", "flaot16"), "out_dtype: 'flaot16' .* did you mean 'float16'"),
         ("linear", ("dtype", "int64"), "dtype: 'int64' is no dtype .* Allowed: float64, float32, float16, bfloat16"),
         ("linear", ("dtype", 16), "dtype: 16 is given, a string"),
         ("linear", ("tokenizer", {}), "tokenizer: not supported yet"),
@@ -283,7 +289,6 @@ def test_parameters_that_have_no_effect_are_not_kept() -> None:
         ("linear", ("chat_template", "auto"), "chat_template: not supported yet"),
         ("ties", ("base_model", MISSING), "base_model: ties needs a base model; add `base_model: <the model"),
         ("ties", ("base_model", ""), "base_model: the string is empty"),
-        ("slerp", ("base_model", MISSING), "base_model: slerp needs a base model; .*`base_model: org/a`"),
         ("slerp", ("base_model", "org/d"), r"slices\[0\]\.sources: the base model org/d is not among the sources"),
         ("slerp", ("slices.0.base_model", "org/c"), r"slices\[0\]\.sources: the base model org/c is not among"),
         ("slerp", ("slices.1.sources.0.model", "org/a"), r"slices\[1\]\.sources: .* listed 2 times"),
@@ -296,13 +301,12 @@ def test_parameters_that_have_no_effect_are_not_kept() -> None:
             ("slices.1.sources.1.layer_range", [8, 13]),
             r"slices\[1\]\.sources\[1\]\.layer_range: \[8, 13\] is 5",
         ),
-        ("slerp", ("slices.0.sources.0.layer_range", MISSING), r"sources\[0\]\.layer_range: nothing is given; write"),
         ("slerp", ("slices.0.sources.0.layer_range", [4, 4]), r"\[0, 8\] is 8 layers, but the first source"),
         ("slerp", ("slices.0.sources.0.layer_range", [4, 3]), r"\[4, 3\] holds no layers"),
         ("slerp", ("slices.0.sources.0.layer_range", [-1, 4]), r"\[-1, 4\] holds no layers"),
         ("slerp", ("slices.0.sources.0.layer_range", [0, 4, 8]), r"\[0, 4, 8\] is given"),
         ("slerp", ("slices.0.sources.0.layer_range", [False, True]), r"\[false, true\] is given"),
-        ("slerp", ("slices.0.sources.0.layer_range", [0, 8.0]), r"\[0, 8.0\] is given"),
+        ("slerp", ("slices.0.sources.0.layer_range", [0, 8.5]), r"\[0, 8.5\] is given"),
         ("slerp", ("slices.0.sources.0.layer_range", "0-8"), '"0-8" is given'),
     ],
 )
@@ -311,15 +315,109 @@ def test_what_cannot_be_is_refused_with_its_path(form: str, change: tuple[str, o
         load_config(changed(form, change))
 
 
-def test_modules_are_not_supported_yet() -> None:
-    with pytest.raises(ConfigError, match="modules: not supported yet"):
-        load_config({"merge_method": "linear", "modules": {"text": {"models": []}}})
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({"text": {"models": []}}, r"modules\.text: models is empty"),
+        ({"text": {}}, r"modules\.text: no models are given"),
+        ({"text": {"models": LINEAR["models"], "slices": [{}]}}, r"modules\.text: models and slices are given"),
+        ({"text": {"models": [{"model": "a"}]}, "vision": {}}, r"modules: 2 modules are given \(text, vision\)"),
+        (["text"], "modules: .* a mapping"),
+        ({"text": {"modles": LINEAR["models"]}}, r"modules\.text\.modles: unknown key; did you mean 'models'"),
+    ],
+)
+def test_modules_that_cannot_be(modules: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config({"merge_method": "linear", "parameters": {"weight": 1}, "modules": modules})
+
+
+def test_the_only_module_is_the_whole_model() -> None:
+    inner = {"parameters": {"t": {"filter": "mlp", "value": 0.1}}, "slices": SLERP["slices"]}
+    outer = {"merge_method": "slerp", "base_model": "org/a", "parameters": {"t": 0.9}}
+    config = load_config({**outer, "modules": {"default": inner}}, strict=True)
+    (t,) = find_op("slerp").parameters
+    assert config.slices == load_config(SLERP).slices
+    assert [resolve(t, (config.parameters,), name, 0.0) for name in ("mlp.up", "norm")] == [0.1, 0.9]
+    assert config.notes == ()
+    assert "modules.text is the only module" in load_config({**outer, "modules": {"text": inner}}).notes[0]
+    run = {"merge_method": "linear", "modules": {"default": {"models": LINEAR["models"]}}}
+    assert load_config(run, strict=True).models == load_config(LINEAR).models
+
+
+def test_one_model_spelt_in_two_ways_is_one() -> None:
+    spellings = [("org/a", "hf://org/a@main"), ("./x", "x/"), ("s3://b/a", "s3://b/a/"), ("org/a@main", "org/a")]
+    for base, other in spellings:
+        config = load_config(changed("ties", ("base_model", base), ("models.0.model", other)))
+        assert [str(model) for model in config.referenced_models] == [base, "org/c"]
+        assert any(warning.startswith(f"models[0].model: {other} is {base}, spelt") for warning in config.warnings)
+    different = changed("ties", ("base_model", "org/a"), ("models.0.model", "org/a@v1"))
+    assert len(load_config(different, strict=True).referenced_models) == 3
+
+
+def test_a_revision_may_stand_beside_the_model() -> None:
+    config = load_config(changed("linear", ("models.0.revision", "v1"), ("models.1.revision", None)), strict=True)
+    assert config.referenced_models == (ModelRef("org/a", "v1"), B)
+    source = {"model": "org/c", "revision": "v2", "layer_range": [2, 6]}
+    assert load_config(changed("slerp", ("slices.1.sources.0", source)), strict=True).referenced_models[-1] == ModelRef(
+        "org/c", "v2"
+    )
+
+
+def test_without_a_base_the_first_model_is_that_of_slerp() -> None:
+    whole = {"merge_method": "slerp", "models": [{"model": "org/b"}, {"model": "org/a"}], "parameters": {"t": 0.3}}
+    config = load_config(whole, strict=True)
+    assert config.base_model == B
+    assert config.notes == ("base_model is not given, so the first model, org/b, is the base (t = 0)",)
+    sliced = load_config(changed("slerp", ("base_model", MISSING)), strict=True)
+    assert [part.base_model for part in sliced.slices] == [A, C]
+    assert len(sliced.notes) == 2
+
+
+def test_without_weights_models_are_averaged() -> None:
+    config = load_config({"merge_method": "linear", "models": [{"model": "org/a"}, {"model": "org/b"}]})
+    assert (weight_of(config, 0), weight_of(config, 1)) == (1.0, 1.0)
+    (warning,) = config.warnings
+    assert warning.startswith("models: no weights are given, so all models get the same")
+    with pytest.raises(ConfigError, match="linear needs 'weight' for org/b, and nothing gives it"):
+        load_config(changed("linear", ("models.1.parameters", MISSING)))
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("bf16", "BF16"), ("BF16", "BF16"), ("torch.half", "F16"), ("fp32", "F32"), ("double", "F64"), ("auto", None)],
+)
+def test_dtypes_as_people_write_them(written: str, expected: str | None) -> None:
+    assert load_config(changed("linear", ("dtype", written)), strict=True).dtype == expected
+
+
+def test_a_method_of_the_slices() -> None:
+    own = [{**part, "merge_method": "slerp"} for part in SLERP["slices"]]
+    assert load_config({**SLERP, "slices": own}, strict=True).slices == load_config(SLERP).slices
+    without = {key: value for key, value in SLERP.items() if key != "merge_method"}
+    config = load_config({**without, "slices": own})
+    assert config.method == "slerp"
+    assert config.warnings[0].startswith("slices[0].merge_method: stands for the whole merge")
+    (warning,) = load_config(changed("slerp", ("slices.1.merge_method", "linear"))).warnings
+    assert warning.startswith("slices[1].merge_method: has no effect, in mergekit neither: slerp merges all slices")
+    with pytest.raises(ConfigError, match="merge_method: is missing"):
+        load_config({**without, "slices": [own[0], SLERP["slices"][1]]})
+
+
+def test_ranges_of_layers_as_people_write_them() -> None:
+    config = load_config(changed("slerp", ("slices.0.sources.0.layer_range", ["0", 8.0])), strict=True)
+    assert config.slices == load_config(SLERP).slices
+    config = load_config(changed("slerp", ("slices.0.sources.0.layer_range", MISSING)), strict=True)
+    assert config.slices[0].sources[0].layer_range is None
+
+
+def test_a_name_changes_nothing() -> None:
+    assert load_config({**LINEAR, "name": "step1"}, strict=True).entries == load_config(LINEAR).entries
 
 
 @pytest.mark.parametrize(
     ("method", "base", "models", "message"),
     [
-        ("slerp", None, "a b", "base_model: slerp needs a base model; add `base_model: org/a`"),
+        ("nearswap", None, "a b", "base_model: nearswap needs a base model; add `base_model: org/a`"),
         ("slerp", "a", "a", "models: slerp takes exactly 1 model besides the base, none is given"),
         ("slerp", "a", "a b c", r"models: slerp takes exactly 1 .* 2 are given \(org/b, org/c\)"),
         ("slerp", "a", "b c", "models: slerp takes exactly 1 .* 2 are given"),
@@ -394,7 +492,7 @@ models:
   - &d
     model: org/d
     parameters: {weight: heavy, density: 1.5}
-dtype: bf16
+dtype: b16
 bogus: 1
 """
 
@@ -497,11 +595,6 @@ def test_a_misspelt_key_is_told_instead_of_what_it_leaves_missing(
             "linear",
             ("merge_method", "core_space"),
             "merge_method: mergekit has core_space, and raymerge not yet. It has: ",
-        ),
-        (
-            "linear",
-            ("dtype", "auto"),
-            "dtype: 'auto' is no dtype that a merge can be written in; leave dtype out to keep",
         ),
         ("linear", ("dtype", "float8"), "dtype: 'float8' is no dtype that a merge can be written in; Allowed: float64"),
     ],

@@ -38,16 +38,18 @@ TIES: dict[str, Any] = {
     "merge_method": "ties",
     "base_model": "org/a@main",
     "models": [
-        {"model": "org/a@main"},
+        {"model": "org/a", "revision": "main"},
         {"model": {"model": {"path": "./b+c", "revision": "v1"}}, "parameters": {"weight": "1e-1"}},
-        {"model": "org/c", "parameters": {"weight": [0, 0.5, 1]}},
+        {"model": {"path": "org/c"}, "parameters": {"weight": [0, 0.5, 1]}},
     ],
     "parameters": {
         "density": [{"filter": "mlp", "value": [0.5, 0.7]}, {"value": 0.3}],
         "lambda": {"filter": "regex:layers\\.[0-3]\\.", "value": 0.9},
         "normalize": True,
     },
-    "out_dtype": "torch.float16",
+    "dtype": "auto",
+    "out_dtype": "torch.half",
+    "name": "step1",
     "keep_float32": ["*.A_log"],
     "integers": "max",
 }
@@ -86,8 +88,18 @@ def test_has_every_key_of_a_training_run() -> None:
     assert find_problems(config | {"models": run | {"frist": 1}})
 
 
+def test_takes_one_module_and_no_more() -> None:
+    body = {key: value for key, value in SLERP.items() if key in ("slices", "parameters")}
+    config = {"merge_method": "slerp", "modules": {"default": body}}
+    assert find_problems(config) == []
+    load_config(config, strict=True)
+    wrong: tuple[dict[str, Any], ...] = ({}, {"a": body, "b": body}, {"a": {}}, {"a": body | {"layers": 1}})
+    for modules in wrong:
+        assert find_problems(config | {"modules": modules}), modules
+
+
 def test_has_every_key_that_is_supported() -> None:
-    unsupported = {"modules", *reader._NOT_SUPPORTED}
+    unsupported = set(reader._NOT_SUPPORTED)
     assert SCHEMA["properties"].keys() == set(reader._KEYS) - unsupported
 
 
@@ -135,7 +147,7 @@ def test_knows_where_parameters_go(op: Op) -> None:
     [
         ({"merge_method": "tise"}, "$.merge_method: "),
         ({"base_model": ["org/a"]}, "$.base_model: "),
-        ({"dtype": "bf16"}, "$.dtype: 'bf16' is not one of"),
+        ({"dtype": "b16"}, "$.dtype: 'b16' is not one of"),
         ({"slices": SLERP["slices"]}, "$: "),
         ({"models": []}, "$.models: [] should be non-empty"),
         ({"models": ["org/a"]}, "$.models[0]: 'org/a' is not of type 'object'"),
@@ -167,9 +179,9 @@ def test_finds_what_is_wrong(change: dict[str, Any], problem: str) -> None:
         {"merge_method": "slerp", "base_model": "org/a", "models": [{"model": "org/b"}]},
         {"merge_method": "slerp", "base_model": "a", "models": [{"model": x} for x in "abc"], "parameters": {"t": 0.5}},
         {"merge_method": "linear"},
-        {**SLERP, "slices": [{"sources": [{"model": "org/a"}]}]},
+        {**SLERP, "slices": [{"sources": []}]},
     ],
-    ids=["no base", "no t", "too many", "no models", "no layers"],
+    ids=["no base", "no t", "too many", "no models", "no sources"],
 )
 def test_finds_what_is_missing(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
