@@ -17,6 +17,7 @@ from raymerge.pipeline.checkpoint.find import find_models
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
+from raymerge.pipeline.engine.readiness import start_compiling
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.execution import Execution, carry_out, check_finite
 from raymerge.pipeline.messages import counted
@@ -32,6 +33,7 @@ from raymerge.pipeline.output.state import (
 )
 from raymerge.pipeline.output.stitch import list_outputs
 from raymerge.pipeline.output.verify import check_model
+from raymerge.pipeline.plan.foresight import guess_kernels
 from raymerge.pipeline.plan.gpu_memory import WORKERS_PER_GPU
 from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.plan.shares import Limits
@@ -144,6 +146,10 @@ def merge_variants(
         find = partial(find_models, stores)
         loaded = [load_config(config, strict=options.strict, own=own, find=find) for config in configs]
         session, limits, hired = _find_workers(stores, loaded[0], outs, options, stack)
+        if limits.gpus is None and options.address is None:  # loops will run here
+            compiling = start_compiling(kernel for config in loaded for kernel in guess_kernels(config))
+            if compiling is not None:
+                stack.callback(compiling.close)
         places, trust_headers = [str(out) for out in outs], options.trust_headers
         the_plan = make_plan(stores, loaded, places, limits, options.seed, session, trust_headers=trust_headers)
         _check_doubts(the_plan, strict=options.strict)

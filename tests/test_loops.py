@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from raymerge import merge
-from raymerge.ops.kernels import delta_loops
+from raymerge import merge, plan
+from raymerge.ops.kernels import delta_loops, loops, rule_loops
 from raymerge.ops.kernels.compiler import Loop
 from raymerge.pipeline.engine import readiness
 from raymerge.pipeline.progress.events import Warned
@@ -61,6 +61,22 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_loops_are_known_without_being_loaded(
+    family: tuple[Path, ...], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(make_config(method, family)).tasks[0].merges
+    kernels = [(merge.variants[0].kernel, len(merge.sources)) for merge in planned]
+    known = [loop for module in (loops, delta_loops, rule_loops) for loop in vars(module).values()]
+    for loop in (each for each in known if isinstance(each, Loop)):
+        monkeypatch.setattr(loop, "_entry", None)
+        monkeypatch.setattr(loop, "_engine", None)
+    monkeypatch.setattr(readiness, "_TRIED", {})
+    traced = set(readiness.list_loops(kernels))
+    readiness.prepare(planned)
+    assert traced == {loop for loop in known if isinstance(loop, Loop) and loop._entry}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_torch_gives_the_same_bytes(
     family: tuple[Path, ...], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +110,22 @@ def test_other_processors_give_the_same_bytes(family: tuple[Path, ...], tmp_path
     }.items():
         assert run(config, tmp_path / name, **variables) == "False"
         assert read_model(tmp_path / name) == read_model(tmp_path / "native")
+
+
+@pytest.mark.slow
+def test_workers_wait_for_loops_that_are_compiled_ahead(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yml", make_config("ties", family))
+    run(config, tmp_path / "later")
+    count = (
+        "import sys; from raymerge import merge; merge(sys.argv[1], sys.argv[2], seed=3); print('numba' in sys.modules)"
+    )
+    command = [sys.executable, "-c", count, str(config), str(tmp_path / "first")]
+    variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    assert subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout == "False\n"
+    assert read_model(tmp_path / "first") == read_model(tmp_path / "later")
+    assert {path.name.partition("-")[0] for path in (tmp_path / "cache" / "raymerge" / "loops").iterdir()} == {
+        "combine_deltas", "count_equal", "count_high", "count_low",
+    }  # fmt: skip
 
 
 @pytest.mark.slow

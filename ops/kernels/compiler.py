@@ -10,15 +10,17 @@ import importlib
 import os
 import platform
 import re
-import secrets
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from hashlib import sha256
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from raymerge.ops.kernels.code_files import CodeFile, find_directory
 
 Result = TypeVar("Result")
 
@@ -66,6 +68,10 @@ class Loop:
         Raises:
             Exception: whatever numba and llvmlite raise where it cannot be compiled or loaded, at the first call.
         """
+        if self._entry is None and (called := _TRACED.get()) is not None:
+            called.append(self)
+            result: float = self._function(*arguments)
+            return result
         entry = self._entry or self._load_once()
         flat: list[Any] = []
         for (dtype, num_dimensions), argument in zip(self._kinds, arguments, strict=True):
@@ -77,6 +83,26 @@ class Loop:
                 flat.append(argument)
         return entry(*flat)
 
+    @property
+    def name(self) -> str:
+        """Module and name, as in `module:function`."""
+        return f"{self._function.__module__}:{self._function.__name__}"
+
+    @property
+    def num_instructions(self) -> int:
+        """Length of its own code, without that of the functions it calls."""
+        return len(self._function.__code__.co_code)
+
+    def find_file(self) -> CodeFile | None:
+        """Return the file for its machine code on this processor; None where there is no directory to keep it in."""
+        return _find_file(self._function)
+
+    def compile_to(self, file: CodeFile) -> bytes:
+        """Compile it, keep the machine code in a file, and return it."""
+        code = self._compile()
+        file.write(code)
+        return code
+
     def _load_once(self) -> Callable[..., float]:
         with self._lock:
             self._entry = self._entry or self._load()
@@ -85,11 +111,12 @@ class Loop:
     def _load(self) -> Callable[..., float]:
         from llvmlite import binding
 
-        file = _find_file(self._function)
-        code = _read(file)
-        if not code:
+        file = self.find_file()
+        if file is None:
             code = self._compile()
-            _write(file, code)
+        elif not (code := file.read()):
+            with file.hold():
+                code = file.read() or self.compile_to(file)
         nothing = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
         for name in _RUNTIME:
             if binding.address_of_symbol(name) is None:  # numba's own, where that is imported
@@ -136,6 +163,20 @@ def loop(function: Callable[..., Result]) -> Callable[..., Result]:
     """Declare the decorated function as a loop."""
     assert isinstance(function, FunctionType)
     return Loop(function)  # type: ignore[return-value]  # any number comes as a float
+
+
+_TRACED: ContextVar[list[Loop] | None] = ContextVar("traced", default=None)
+
+
+@contextmanager
+def trace_loops() -> Iterator[list[Loop]]:
+    """Have Python run the loops that this thread calls and that are not loaded yet; provide them, in order."""
+    called: list[Loop] = []
+    token = _TRACED.set(called)
+    try:
+        yield called
+    finally:
+        _TRACED.reset(token)
 
 
 def _parse(annotation: str) -> tuple[str, int]:
@@ -189,7 +230,7 @@ def _list_numbers(modules: Sequence[ModuleType]) -> list[str]:
     return sorted(f"{name}={value!r}" for name, value in known.items() if isinstance(value, int | float))
 
 
-def _find_file(function: FunctionType) -> Path | None:
+def _find_file(function: FunctionType) -> CodeFile | None:
     """Return the file for a loop's code on this processor; None where there is no directory to keep it in."""
     import llvmlite
     from llvmlite import binding
@@ -200,39 +241,5 @@ def _find_file(function: FunctionType) -> Path | None:
     cpu = [platform.machine(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), *overrides]
     numbers = _list_numbers(_list_modules(function))
     key = sha256("\0".join([llvmlite.__version__, *cpu, *numbers]).encode() + sources).hexdigest()[:24]
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        directory = given if given.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:  # a user without a home
-        return None
-    return directory / "raymerge" / "loops" / f"{function.__name__}-{key}"
-
-
-def _read(file: Path | None) -> bytes:
-    """Return the code in a file; nothing where there is none, it is not whole, or others may have written it."""
-    if file is None:
-        return b""
-    try:
-        with file.open("rb") as stream:
-            status = os.fstat(stream.fileno())
-            content = stream.read()
-    except OSError:
-        return b""
-    is_ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
-    checksum, code = content[:32], content[32:]
-    return code if is_ours and sha256(code).digest() == checksum else b""
-
-
-def _write(file: Path | None, code: bytes) -> None:
-    """Keep code where that is possible; where it is not, the next process compiles again."""
-    if file is None:
-        return
-    draft = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
-    with suppress(OSError):
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            draft.touch(mode=0o600)
-            draft.write_bytes(sha256(code).digest() + code)
-            draft.replace(file)
-        finally:
-            draft.unlink(missing_ok=True)
+    directory = find_directory()
+    return CodeFile(directory / f"{function.__name__}-{key}") if directory else None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import replace
 
+from raymerge.cluster.host import count_cores
 from raymerge.ops.decoder import Plain
 from raymerge.ops.kernel import Kernel, Site
+from raymerge.ops.kernels.ahead import Compiling, compile_ahead
+from raymerge.ops.kernels.compiler import Loop, trace_loops
 from raymerge.ops.lazy import np
 from raymerge.ops.stored import LOOP_DTYPES, STRIP, Slot, Stored
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
@@ -42,6 +45,20 @@ def prepare(merges: Iterable[TensorMerge]) -> str:
     if needs_torch:
         importlib.import_module(_TORCH_MERGER)
     return reason and f"torch merges, several times slower than compiled loops would: {reason}"
+
+
+def start_compiling(kernels: Iterable[tuple[Kernel, int]]) -> Compiling | None:
+    """Begin to compile the loops that kernels with so many sources call, but for those in the cache; to be closed."""
+    return compile_ahead(list_loops(kernels), count_cores())
+
+
+def list_loops(kernels: Iterable[tuple[Kernel, int]]) -> Collection[Loop]:
+    """Return the loops that kernels with so many sources call, and that are not loaded, by having Python run them."""
+    with trace_loops() as called, np.errstate(all="ignore"):
+        for kernel, num_sources in kernels:
+            if kernel.loop_dtypes == LOOP_DTYPES:
+                _try_kernel(kernel, Site("", (2,), num_sources, 0))
+    return dict.fromkeys(called)
 
 
 def _has_loops(merge: TensorMerge) -> bool:

@@ -1,0 +1,47 @@
+"""What the config alone tells of the kernels that a merge will need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from raymerge import RaymergeError
+from raymerge.ops.kernel import Kernel
+from raymerge.ops.registry import Base, Op, Value
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.config.values import Settings, resolve
+
+_MIDDLE = 0.5
+"""Position on gradients."""
+
+
+def guess_kernels(config: MergeConfig) -> Iterator[tuple[Kernel, int]]:
+    """Yield kernels of the kinds that tensors will have, and their numbers of sources.
+
+    They have the parameters of a tensor in the middle of the model that no filter is for. Nothing may depend on them:
+    what is wrong with parameters is told of real tensors.
+    """
+    if config.models:
+        entries = [(entry.model, entry.parameters) for entry in config.entries]
+        yield from _guess(config.op, entries, config.base_model, [config.parameters])
+    for part in config.slices:
+        entries = [(source.model, source.parameters) for source in part.sources]
+        base = part.base_model or config.base_model
+        yield from _guess(config.op, entries, base, [part.parameters, config.parameters])
+
+
+def _guess(
+    op: Op, entries: Sequence[tuple[ModelRef, Settings]], base: ModelRef | None, shared: Sequence[Settings]
+) -> Iterator[tuple[Kernel, int]]:
+    values: dict[str, Value | tuple[Value, ...]] = {}
+    for parameter in op.parameters:
+        owners: list[Sequence[Settings]] = [shared]
+        if parameter.per_model:
+            owners = [[own, *shared] for model, own in entries if op.base is Base.INPUT or model != base]
+        found = [value for levels in owners if (value := resolve(parameter, levels, "", _MIDDLE)) is not None]
+        if len(found) < len(owners):
+            return
+        values[parameter.name] = tuple(found) if parameter.per_model else found[0]
+    with suppress(RaymergeError):
+        yield op.kernel(values), len(entries)

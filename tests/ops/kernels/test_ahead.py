@@ -1,0 +1,99 @@
+"""Loops that are compiled ahead, in processes of their own, and what becomes of those who need them meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raymerge.ops.kernels import ahead, delta_loops, loops
+from raymerge.ops.kernels.code_files import CodeFile
+from raymerge.ops.kernels.compiler import Loop
+
+USE = """
+import sys
+import numpy as np
+from raymerge.ops.kernels import delta_loops, loops
+from raymerge.ops.stored import Stored
+stored = Stored(0, 2, memoryview(bytearray(np.array([1, 2, 3, 0], np.float32))), (0, 8), ("float32",) * 2)
+magnitude = int(np.array(2, np.float32).view(np.uint32))
+print(delta_loops.count_equal(*stored.sources(), 1, 2, magnitude, loops.make_scratch(2)), "numba" in sys.modules)
+"""
+"""Counts the elements of a delta that are 2 or -2."""
+
+
+def use() -> str:
+    """Call `count_equal` in a process of its own; return its result, and whether that process compiled it."""
+    return subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def count_equal() -> Loop:
+    loop: object = delta_loops.count_equal
+    assert isinstance(loop, Loop)
+    return loop
+
+
+@pytest.fixture
+def file(count_equal: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CodeFile:
+    """The loop's file, in an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = count_equal.find_file()
+    assert file is not None
+    assert file.path.is_relative_to(tmp_path)
+    return file
+
+
+def test_what_is_in_the_cache_starts_no_process(count_equal: Loop, file: CodeFile) -> None:
+    file.write(b"code")
+    assert ahead.compile_ahead([count_equal], num_cores=2) is None
+
+
+def test_what_others_compile_starts_no_process(count_equal: Loop, file: CodeFile) -> None:
+    with file.hold():
+        assert ahead.compile_ahead([count_equal], num_cores=2) is None
+
+
+def test_without_a_cache_nothing_is_begun(count_equal: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/cache")
+    assert ahead.compile_ahead([count_equal], num_cores=2) is None
+
+
+@pytest.mark.slow
+def test_who_needs_a_loop_waits_for_it(count_equal: Loop, file: CodeFile) -> None:
+    others = [loops.combine, delta_loops.count_high]
+    compiling = ahead.compile_ahead([*others, count_equal], num_cores=2)  # type: ignore[list-item]
+    assert compiling is not None
+    try:
+        assert not file.exists()
+        assert use() == "2.0 False"
+    finally:
+        compiling.close()
+
+
+@pytest.mark.slow
+def test_who_needs_a_loop_compiles_it_where_the_processes_are_killed(count_equal: Loop, file: CodeFile) -> None:
+    compiling = ahead.compile_ahead([count_equal], num_cores=2)
+    assert compiling is not None
+    os.killpg(compiling.process.pid, signal.SIGKILL)
+    assert use() == "2.0 True"
+    compiling.close()
+    assert use() == "2.0 False"
+
+
+@pytest.mark.slow
+def test_without_a_compiler_they_end(count_equal: Loop, file: CodeFile, tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text("raise ImportError('no numba here')")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        compiling = ahead.compile_ahead([count_equal], num_cores=2)
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert compiling is not None
+    assert compiling.process.wait() == 0
+    assert not file.exists()
+    compiling.close()
