@@ -22,6 +22,7 @@ from raymerge.pipeline.checkpoint.tying import has_own_head
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import listing
+from raymerge.pipeline.plan.chat_template import set_chat_template
 from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer, check_plan_fits
 from raymerge.pipeline.plan.recipe import expand, open_model
@@ -118,10 +119,15 @@ def make_plan(
     beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)
     doubts += more_doubts
     outputs = []
+    notes = [note for config in configs for note in config.notes]
     for position, (config, recipe) in enumerate(zip(configs, recipes, strict=True)):
-        side_files: tuple[SideFile, ...] = (*beside, Written(CONFIG, dump_config(recipe.config)))
+        files, doubts_here = beside, list[str]()
+        if config.chat_template is not None:
+            files, doubts_here, said = set_chat_template(stores, config.chat_template, checkpoints, beside)
+            notes += said
+        side_files: tuple[SideFile, ...] = (*files, Written(CONFIG, dump_config(recipe.config)))
         fingerprint = make_fingerprint(tasks, side_files, position, first.op.origin)
-        warnings = (*config.warnings, *doubts, *recipe.warnings)
+        warnings = (*config.warnings, *doubts, *doubts_here, *recipe.warnings)
         outputs.append(PlannedOutput(config.text, seed, side_files, warnings, fingerprint))
     advice = explain_shares(tasks, limits, num_allowed)
     if idle := explain_idle(tasks, count_slots(num_allowed, session, limits.gpus)):
@@ -136,7 +142,7 @@ def make_plan(
         inputs=tuple(InputModel(c.model, c.url, tuple(c.files)) for c in checkpoints),
         op=first.op,
         chosen=_describe_run(first),
-        notes=first.notes,
+        notes=tuple(dict.fromkeys(notes)),
         advice=tuple(advice),
         dropped=(*recipes[0].dropped, *left_out),
         num_workers=num_workers,

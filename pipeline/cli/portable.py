@@ -71,6 +71,11 @@ def check_portable(config: MergeConfig, out: str, *, shared_filesystem: bool) ->
         raise ConfigError(
             f"{', '.join(relative)}: relative paths, and on the cluster they would begin elsewhere; write absolute ones"
         )
+    if config.chat_template is not None and config.chat_template.is_file and not shared_filesystem:
+        raise ConfigError(
+            f"chat_template: {config.chat_template.origin} is a file of this machine, which the cluster does not have;"
+            " write its text in the config, after `chat_template: |`"
+        )
     for where, text in (("the output", out), ("the config", config.text)):
         if redact(text) != text:
             raise ConfigError(

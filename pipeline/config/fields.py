@@ -71,6 +71,11 @@ def check_empty(slices: Place, ranges: Sequence[tuple[int, int] | None]) -> None
             where.note(where.error(f"{list(found)} holds no layers; {_RANGE}"))
 
 
+def parse_name(place: Place) -> str | None:
+    """Return the name of a merge; None where it has none."""
+    return None if place.value is None else place.text()
+
+
 def parse_dtype(place: Place) -> str | None:
     """Return a dtype as a safetensors header has it; None where none is given, or `auto`: the models' own."""
     if place.value is None or place.value == "auto":

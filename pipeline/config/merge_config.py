@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Op
 from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.config.chat_template import TemplateChoice
 from raymerge.pipeline.config.values import Settings
 
 
@@ -67,6 +68,10 @@ class MergeConfig:
     """Probable mistakes; each begins with its YAML path."""
     notes: tuple[str, ...] = ()
     """How the config was understood where it leaves something open."""
+    name: str | None = None
+    """What other documents call its output."""
+    chat_template: TemplateChoice | None = None
+    """The chat template of the output; None where it gets the donor's."""
     own: OwnOps | None = None
     """The file that declares the method, where it is of the user's own."""
     is_run: bool = False

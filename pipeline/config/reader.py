@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -11,9 +11,18 @@ from pathlib import Path
 from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Base, Op, load_ops
 from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.config.chat_template import parse_chat_template
 from raymerge.pipeline.config.document import Document, read_document
-from raymerge.pipeline.config.fields import check_empty, parse_dtype, parse_integers, parse_layer_range, parse_patterns
+from raymerge.pipeline.config.fields import (
+    check_empty,
+    parse_dtype,
+    parse_integers,
+    parse_layer_range,
+    parse_name,
+    parse_patterns,
+)
 from raymerge.pipeline.config.findings import TooManyError
+from raymerge.pipeline.config.forms import check_lengths, find_body
 from raymerge.pipeline.config.merge_config import MergeConfig, ModelEntry, OutputSlice, SliceSource
 from raymerge.pipeline.config.methods import (
     Use,
@@ -31,14 +40,12 @@ from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref, parse_
 from raymerge.pipeline.config.training_run import RUN_KEYS, FindModels, parse_run
 from raymerge.pipeline.config.values import Rule, Setting, Settings, overlay
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.messages import counted, listing, shown
+from raymerge.pipeline.messages import shown
 
-_FORMS = ("models", "slices", "modules")
 _MOE_KEYS = {"experts", "gate_mode", "shared_experts", "experts_per_token"}
 _NOT_SUPPORTED = {
     "tokenizer": "without it the output gets the tokenizer of base_model, or else of the first model",
     "tokenizer_source": "without it the output gets the tokenizer of base_model, or else of the first model",
-    "chat_template": "without it the output gets the chat template of base_model, or else of the first model",
 }
 _KEYS = (
     "merge_method",
@@ -51,6 +58,7 @@ _KEYS = (
     "modules",
     "keep_float32",
     "integers",
+    "chat_template",
     "name",
     *_NOT_SUPPORTED,
 )
@@ -117,7 +125,7 @@ class _Reader:
             return None
         root.check_keys(_KEYS, self._names)
         self._op = root.attempt(partial(parse_method, ops=self._ops))
-        self._body = root.attempt(_find_body) or root
+        self._body = root.attempt(find_body) or root
         for key, advice in _NOT_SUPPORTED.items():
             if (place := root.get(key)).value is not None:
                 place.note(place.error(f"not supported yet; {advice}"))
@@ -134,6 +142,8 @@ class _Reader:
         dtypes = [root.get(key).attempt(parse_dtype) for key in ("dtype", "out_dtype")]
         patterns = root.get("keep_float32").attempt(parse_patterns)
         integers = root.get("integers").attempt(parse_integers)
+        name = root.get("name").attempt(parse_name)
+        template = root.get("chat_template").attempt(parse_chat_template)
         if self._op is not None:
             if lacks_all_weights(self._op, self._uses):
                 self._body.get("models" if models else "slices").warn(
@@ -156,6 +166,8 @@ class _Reader:
             out_dtype=dtypes[1],
             keep_float32=patterns or (),
             integers=integers or "equal",
+            chat_template=template,
+            name=name,
             parameters=self._parameters,
             text=document.text,
             warnings=root.findings.list_warnings(document),
@@ -276,7 +288,7 @@ class _Reader:
         found = tuple(source for source in sources if source is not None)
         if len(place.findings.errors) > num_errors:
             return None
-        _check_lengths(written, found)
+        check_lengths(written, found)
         if base is None and self._op is not None and takes_first_as_base(self._op) and self._is_base_sound():
             base = own_base = self._take_first(found[0].model)
         if self._op is not None and self._is_base_sound():
@@ -300,48 +312,6 @@ class _Reader:
         if place.value is None:
             raise place.error(f"the entry is empty; write `- {keys[0]}: ...`")
         place.check_keys(keys, self._names)
-
-
-def _find_body(root: Place) -> Place:
-    """Return where `models` or `slices` stand: at the top level, or in the only one of `modules`."""
-    _check_form(root, _FORMS)
-    modules = root.get("modules")
-    if not modules:
-        return root
-    first, *others = modules.names()
-    if others:
-        raise modules.error(
-            f"{counted(1 + len(others), 'module')} are given ({listing(modules.names())}), and several are not"
-            " supported yet; write `models` or `slices`, which merge all tensors of a model"
-        )
-    body = modules.get(first)
-    body.check_keys(("models", "slices", "parameters"))
-    _check_form(body, _FORMS[:2])
-    if first != "default":
-        root.findings.notes.append(f"{body.path} is the only module, so it stands for the whole model")
-    return body
-
-
-def _check_form(place: Place, forms: Sequence[str]) -> None:
-    given = [form for form in forms if place.get(form)]
-    if not given:
-        written = [form for form in forms if form in place.names()]
-        problem = f"{written[0]} is empty" if written else "no models are given"
-        error = place.error(f"{problem}; list what to merge under `models`, or layers of it under `slices`")
-        raise next((near for form in forms if (near := place.misspelt(form))), error)
-    if len(given) > 1:
-        raise place.error(f"{' and '.join(given)} are given, and only one can be; keep one of them")
-
-
-def _check_lengths(place: Place, sources: Sequence[SliceSource]) -> None:
-    first = next((source.layer_range for source in sources if source.layer_range), (0, 0))
-    for source, where in zip(sources, place.elements(), strict=True):
-        start, stop = source.layer_range or first
-        if stop - start != first[1] - first[0]:
-            raise where.get("layer_range").error(
-                f"[{start}, {stop}] is {counted(stop - start, 'layer')}, but the first source of this slice, "
-                f"[{first[0]}, {first[1]}], is {first[1] - first[0]}; give all sources of a slice the same length"
-            )
 
 
 def _list(place: Place) -> list[Place]:

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raymerge.ops.registry import Base, Op, Parameter
+from raymerge.pipeline.checkpoint.chat_template.builtin import BUILTIN
 from raymerge.pipeline.checkpoint.dtypes import DTYPE_NAMES
+from raymerge.pipeline.config.chat_template import AUTO
 from raymerge.pipeline.config.methods import takes_first_as_base
 from raymerge.pipeline.config.training_run import SCHEDULES
 from raymerge.pipeline.config.values import BOOLS
@@ -41,7 +43,7 @@ def make_schema(ops: Iterable[Op]) -> Schema:
         "title": "A merge by raymerge",
         **_object(
             {
-                "name": {**_NAME, "description": "Of the merge."},
+                "name": {"type": ["string", "null"], "pattern": r"\S", "description": "Of the merge."},
                 "merge_method": {"anyOf": [{"const": op.name, "description": op.summary} for op in methods]},
                 "models": {
                     "description": "Models to merge, or a pattern that finds the checkpoints of a training run.",
@@ -64,6 +66,14 @@ def make_schema(ops: Iterable[Op]) -> Schema:
                 "parameters": {"description": "Of the method: for all models and tensors."},
                 "dtype": _make_dtype("What is written, where `out_dtype` says nothing else."),
                 "out_dtype": _make_dtype("What is written."),
+                "chat_template": {
+                    "description": "`auto` for the one that most models have, a name, a file, or text in Jinja.",
+                    "anyOf": [
+                        {"enum": [AUTO, *BUILTIN, None]},
+                        {"type": "string", "pattern": r"\.(jinja|jinja2|j2)\s*$"},
+                        {"type": "string", "minLength": 20, "pattern": r"\{"},
+                    ],
+                },
                 "keep_float32": {
                     "description": "Keep float32: of tensors that models have in it on purpose, or by shell patterns.",
                     "anyOf": [{"type": ["boolean", "null"]}, {"type": "array", "items": _NAME}],

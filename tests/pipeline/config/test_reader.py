@@ -11,9 +11,11 @@ import pytest
 import yaml
 
 from raymerge.ops.registry import find_op
+from raymerge.pipeline.checkpoint.chat_template.builtin import BUILTIN
 from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config import findings
+from raymerge.pipeline.config.chat_template import TemplateChoice
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.values import resolve
@@ -286,7 +288,10 @@ def test_parameters_that_have_no_effect_are_not_kept() -> None:
         ("linear", ("dtype", 16), "dtype: 16 is given, a string"),
         ("linear", ("tokenizer", {}), "tokenizer: not supported yet"),
         ("linear", ("tokenizer_source", "base"), "tokenizer_source: not supported yet"),
-        ("linear", ("chat_template", "auto"), "chat_template: not supported yet"),
+        ("linear", ("chat_template", "chatlm"), "chat_template: 'chatlm' is no chat template; did you mean 'chatml'"),
+        ("linear", ("chat_template", "{{ x }}"), "chat_template: .* is no chat template"),
+        ("linear", ("chat_template", "no/such.jinja"), "chat_template: cannot read no/such.jinja: No such file"),
+        ("linear", ("chat_template", 3), "chat_template: 3 is given, a string"),
         ("ties", ("base_model", MISSING), "base_model: ties needs a base model; add `base_model: <the model"),
         ("ties", ("base_model", ""), "base_model: the string is empty"),
         ("slerp", ("base_model", "org/d"), r"slices\[0\]\.sources: the base model org/d is not among the sources"),
@@ -408,6 +413,24 @@ def test_ranges_of_layers_as_people_write_them() -> None:
     assert config.slices == load_config(SLERP).slices
     config = load_config(changed("slerp", ("slices.0.sources.0.layer_range", MISSING)), strict=True)
     assert config.slices[0].sources[0].layer_range is None
+
+
+def test_chat_templates(tmp_path: Path) -> None:
+    def choice(written: str) -> TemplateChoice:
+        chosen = load_config(changed("linear", ("chat_template", written)), strict=True).chat_template
+        assert chosen is not None
+        return chosen
+
+    text = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert (choice("auto"), choice(text)) == (TemplateChoice("auto", None), TemplateChoice("", text))
+    assert choice(" chatml\n") == TemplateChoice("chatml", BUILTIN["chatml"])
+    file = tmp_path / "own.jinja"
+    file.write_text(text)
+    assert choice(str(file)) == TemplateChoice(str(file), text)
+    assert [choice(written).is_file for written in ("auto", "chatml", text, str(file))] == [False, False, False, True]
+    file.write_text("x" * (2**20 + 1))
+    with pytest.raises(ConfigError, match="is larger than 1048576 bytes; this is no chat template"):
+        choice(str(file))
 
 
 def test_a_name_changes_nothing() -> None:

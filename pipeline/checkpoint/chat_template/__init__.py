@@ -1,0 +1,1 @@
+"""Chat templates: how models have them, those with names, and what they come to."""
