@@ -27,11 +27,13 @@ class Site:
     name: str
     """The output tensor's name."""
     shape: tuple[int, ...]
-    """Shape of the output tensor and of every source."""
+    """Shape of the output tensor and of every source, statistics left out."""
     num_sources: int
-    """How many tensors are merged, the base included."""
+    """How many tensors there are to load, the base and statistics included."""
     seed: int
     """The merge's seed."""
+    num_statistics: int = 0
+    """How many of the sources, the last ones, are statistics of the others; see `registry.Statistics`."""
 
     @property
     def num_elements(self) -> int:
@@ -53,7 +55,8 @@ class Block(ABC):
     def load(self, source: int, out: torch.Tensor) -> torch.Tensor:
         """Write the values of one source to `out`, converted to the compute dtype, and return it.
 
-        Sources are in config order; with a base, the base is source 0.
+        Sources are in config order; with a base, the base is source 0. Statistics that are loaded whole have as many
+        elements as their shape says, and so has `out`.
         """
 
 

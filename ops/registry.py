@@ -76,6 +76,40 @@ class Parameter:
     """Range of numbers that make sense; None where any does."""
 
 
+Shape = tuple[int, ...]
+
+
+def same_shape(shape: Shape) -> Shape | None:
+    """Return the shape of statistics that have a value for each element of a tensor."""
+    return shape
+
+
+def gram_shape(shape: Shape) -> Shape | None:
+    """Return the shape of inner products of a linear layer's inputs, by the shape of its weight, [outputs, inputs]."""
+    return (shape[1], shape[1]) if len(shape) == 2 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Tensors that an op takes of each model besides those of the model itself, under the same names.
+
+    They follow the models' tensors as sources: those of the first model, of the second, and so on; a required base has
+    none. `Site.num_statistics` says how many there are, which is 0 for tensors that are merged without.
+    """
+
+    key: str
+    """Key beside `model` in the YAML that says where they are."""
+    title: str
+    """What they are, in the plural, for messages."""
+    find_shape: Callable[[Shape], Shape | None] = same_shape
+    """Returns the shape that belongs to a tensor of some shape; None where there is none. At the top level of its
+    module."""
+    is_whole: bool = False
+    """Whether a kernel loads all elements of them at once, and is given its tensor as a single piece."""
+    is_required: bool = True
+    """Whether it is an error that a tensor has none; else it is merged without, and the plan says so."""
+
+
 @dataclass(frozen=True, slots=True)
 class Op:
     """A merge method as declared."""
@@ -104,6 +138,8 @@ class Op:
     source: str
     """Who describes it where: `Source:`."""
     function: Callable[..., Kernel]
+    statistics: Statistics | None = None
+    """What it needs to know of each model's tensors besides."""
     origin: str = ""
     """The installed package and its version, or the hash of the file, that declares it; empty for those of raymerge."""
 
@@ -141,7 +177,13 @@ ENTRY_POINTS = "raymerge.ops"
 
 
 def merge_op(
-    *, title: str, base: Base, reference: str = "", min_models: int = 1, max_models: int | None = None
+    *,
+    title: str,
+    base: Base,
+    reference: str = "",
+    min_models: int = 1,
+    max_models: int | None = None,
+    statistics: Statistics | None = None,
 ) -> Callable[[Callable[..., Kernel]], Callable[..., Kernel]]:
     """Declare the decorated function as a merge op; its name and signature are what the YAML says."""
 
@@ -172,6 +214,7 @@ def merge_op(
             not_when=" ".join(text["Not when"]),
             source=" ".join(text["Source"]),
             function=function,
+            statistics=statistics,
         )
         return function
 

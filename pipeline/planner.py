@@ -17,8 +17,11 @@ from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_models
 from raymerge.pipeline.checkpoint.files import CONFIG, is_tokenizer
 from raymerge.pipeline.checkpoint.model_config import dump_config
 from raymerge.pipeline.checkpoint.quantised import QUANTISED_FILES
+from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.side_files import explain_left_out, find_side_files
+from raymerge.pipeline.checkpoint.statistics import find_statistics, index_statistics
 from raymerge.pipeline.checkpoint.tying import has_own_head
+from raymerge.pipeline.checkpoint.views import StoredView, View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import listing
@@ -92,34 +95,49 @@ def make_plan(
     first = configs[0]
     if any(config.referenced_models != first.referenced_models for config in configs):
         raise ConfigError("the variants of one plan name different models; they may differ in parameters only")
+    if any(config.statistics != first.statistics for config in configs):
+        raise ConfigError("the variants of one plan name different statistics; they may differ in parameters only")
     checkpoints = resolve_models(stores, first.referenced_models, trust_headers=trust_headers)
+    statistics_files = find_statistics(
+        stores, tuple(dict.fromkeys(first.statistics.values())), {c.url: c.model for c in checkpoints}
+    )
 
     def check(file: StoredFile, num_tensors: int) -> None:
         check_plan_fits(file.url, num_tensors, num_tensors, limits.allowed_mem)
 
     table = read_table(stores, {str(c.model): c.weight_files for c in checkpoints}, check)
-    check_plan_fits("the inputs together", len(table), len(table) // len(checkpoints), limits.allowed_mem)
-    tensors = list_tensors(table)
-    del table
+    statistics_table = read_table(stores, {str(found.ref): found.files for found in statistics_files}, check)
+    num_stored = len(table) + len(statistics_table)
+    check_plan_fits("the inputs together", num_stored, len(table) // len(checkpoints), limits.allowed_mem)
+    tensors, stored_statistics = list_tensors(table), list_tensors(statistics_table)
+    del table, statistics_table
     release_tables()
+    views: dict[ModelRef, View] = {
+        found.ref: StoredView(found.ref, index_statistics(stored_statistics.get(str(found.ref), ())))
+        for found in statistics_files
+    }
     models = []
     doubts: list[str] = []
     for checkpoint in checkpoints:
         stored, more = index_tensors(checkpoint, tensors.get(str(checkpoint.model), ()))
         doubts += [*checkpoint.warnings, *more]
         own_head = has_own_head(stores, checkpoint.config, stored)
-        models.append(open_model(checkpoint, stored, has_own_head=own_head))
+        place = first.statistics.get(checkpoint.model)
+        statistics = None if place is None else views[place]
+        models.append(open_model(checkpoint, stored, has_own_head=own_head, statistics=statistics))
     recipes = [expand(config, models, seed) for config in configs]
     merges = join_variants(recipes)
     check_integers(stores, merges)
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
-    transfer = _measure_transfer(stores, checkpoints, outs, limits)
-    limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, checkpoints, session))
+    inputs = [(c.url, sum(file.nbytes for file in c.weight_files)) for c in checkpoints]
+    inputs += [(found.url, sum(file.nbytes for file in found.files)) for found in statistics_files]
+    transfer = _measure_transfer(stores, [url for url, _ in inputs], outs, limits)
+    limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, inputs, session))
     tasks, num_workers, num_allowed = make_tasks(merges, limits, first.own)
     beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)
     doubts += more_doubts
     outputs = []
-    notes = [note for config in configs for note in config.notes]
+    notes = [note for config in configs for note in config.notes] + [*recipes[0].notes]
     for position, (config, recipe) in enumerate(zip(configs, recipes, strict=True)):
         files, doubts_here = beside, list[str]()
         if config.chat_template is not None:
@@ -140,6 +158,7 @@ def make_plan(
         outputs=tuple(outputs),
         donor=checkpoints[0].model,
         inputs=tuple(InputModel(c.model, c.url, tuple(c.files)) for c in checkpoints),
+        statistics=tuple(InputModel(found.ref, found.url, found.names) for found in statistics_files),
         op=first.op,
         chosen=_describe_run(first),
         notes=tuple(dict.fromkeys(notes)),
@@ -159,14 +178,13 @@ def _check_readable(stores: Stores, files: Sequence[Copied]) -> None:
         stores.at(ranges[0].file.url).read_ranges(ranges)
 
 
-def _is_cached(stores: Stores, checkpoints: Sequence[Checkpoint], session: RaySession | None) -> bool:
+def _is_cached(stores: Stores, inputs: Sequence[tuple[str, int]], session: RaySession | None) -> bool:
     """Return whether the inputs lie on this machine, and stay in its page cache once they have been read."""
     if session is not None and session.is_elsewhere:
         return False
-    if any(stores.at(checkpoint.url).is_remote for checkpoint in checkpoints):
+    if any(stores.at(url).is_remote for url, _ in inputs):
         return False
-    nbytes = sum(file.nbytes for checkpoint in checkpoints for file in checkpoint.weight_files)
-    return nbytes <= _CACHED * measure_memory()
+    return sum(nbytes for _, nbytes in inputs) <= _CACHED * measure_memory()
 
 
 def _describe_run(config: MergeConfig) -> tuple[str, ...]:
@@ -180,10 +198,8 @@ def _describe_run(config: MergeConfig) -> tuple[str, ...]:
     )
 
 
-def _measure_transfer(
-    stores: Stores, checkpoints: Sequence[Checkpoint], outs: Sequence[str], limits: Limits
-) -> Transfer:
-    inputs = dict.fromkeys(stores.at(checkpoint.url) for checkpoint in checkpoints)
+def _measure_transfer(stores: Stores, urls: Sequence[str], outs: Sequence[str], limits: Limits) -> Transfer:
+    inputs = dict.fromkeys(stores.at(url) for url in urls)
     outputs = [stores.at(out) for out in outs]
     is_remote = any(storage.is_remote for storage in inputs)
     transfer = Transfer(

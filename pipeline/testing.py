@@ -56,10 +56,11 @@ def write_model(directory: Path, tensors: Tensors) -> str:
 
 
 def read_model(directory: str | Path) -> Tensors:
-    """Return the tensors of a model, by name."""
+    """Return the tensors of a model, or of a safetensors file, by name."""
     from safetensors.torch import load_file
 
-    files = sorted(Path(directory).glob("*.safetensors"))
+    path = Path(directory)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 

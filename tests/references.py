@@ -44,6 +44,8 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
         name: of the output tensor.
         seed: the merge's.
     """
+    if op == "fisher":
+        return _average_by_information(tensors, parameters["weight"])
     has_base = find_op(op).base is Base.REQUIRED or len(parameters.get("weight", tensors)) < len(tensors)
     num_models = len(tensors) - has_base
     defaults = {p.name: (p.default,) * num_models if p.per_model else p.default for p in find_op(op).parameters}
@@ -67,6 +69,8 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
     match op:
         case "linear":
             return _linear(tensors, values["weight"], normalize=values["normalize"])
+        case "regmean":  # without Gram matrices
+            return _linear(tensors, (1.0,) * len(tensors), normalize=True)
         case "passthrough":
             return _linear(tensors, values["scale"], normalize=False)
         case "slerp":
@@ -137,6 +141,12 @@ def _slerp(tensors: Tensors, t: float) -> Exact:
         return _add_up(torch.stack([(1 - t) * a, t * b]))
     angle = math.acos(cosine)
     return _add_up(torch.stack([math.sin((1 - t) * angle) * a, math.sin(t * angle) * b]) / math.sin(angle))
+
+
+def _average_by_information(tensors: Tensors, weights: Sequence[float]) -> Exact:
+    models, information = (torch.stack([*part]).double() for part in (tensors[: len(weights)], tensors[len(weights) :]))
+    factors = torch.tensor(weights, dtype=torch.float64).reshape(-1, *(1 for _ in tensors[0].shape)) * information
+    return _add_up(models * factors / factors.sum(0))
 
 
 def _stitch(tensors: Tensors, keep: Keep, scale: float) -> Exact:

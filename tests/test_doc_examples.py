@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from raymerge.ops.own import OwnOps
 from raymerge.pipeline.checkpoint.find import FoundModel
 from raymerge.pipeline.cli.app import commands
 from raymerge.pipeline.config.reader import load_config
+from raymerge.testing import read_model, write_model
 from tests.checkpoints import read_files, read_tensors, write_family
 from tests.commands import Cli
 from tests.documents import PAGES, ROOT, read_blocks, read_commands
@@ -117,6 +119,31 @@ def test_the_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     space: dict[str, Any] = {}
     exec(compile(test, "docs/own_methods.md", "exec"), space)
     space["test_clipped"](tmp_path)
+
+
+def test_statistics_are_recorded_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+            return SimpleNamespace(loss=torch.nn.functional.mse_loss(self.layer(x), y))
+
+    (source,) = read_blocks("docs/statistics.md", "python")
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    exec(compile(source, "docs/statistics.md", "exec"), space)
+    examples = [{"x": torch.randn(9, 6), "y": torch.randn(9, 3)} for _ in range(4)]
+    for name in ("a", "b"):
+        model = Model()
+        write_model(tmp_path / name, model.state_dict())
+        space["record"](model, examples, name)
+    inputs = torch.cat([example["x"] for example in examples])
+    torch.testing.assert_close(read_model("a-gram.safetensors")["layer.weight"], inputs.T @ inputs)
+    for method, key in (("fisher", "fisher"), ("regmean", "gram")):
+        models = [{"model": name, key: f"{name}-{key}.safetensors"} for name in ("a", "b")]
+        merge({"merge_method": method, "models": models}, f"out-{method}", workers=1)
 
 
 def test_the_parameters_of_the_methods_page_are_read() -> None:

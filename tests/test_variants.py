@@ -14,6 +14,7 @@ from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.plan.results import ShardResult
 from tests.checkpoints import read_files, read_tensors, write_family
 from tests.ops.samples import list_changes, num_sample_models, sample_parameters
+from tests.statistics import write_statistics
 from tests.watchers import Keep, stop_after
 
 VALUES: dict[str, list[dict[str, Any]]] = {
@@ -112,7 +113,7 @@ def test_a_sweep_of_every_method_gives_what_single_merges_give(name: str, tmp_pa
     """By torch, which is given float64: variants share decoded sources and scratch."""
     op = load_ops()[name]
     family = write_family(tmp_path, num_sample_models(op), num_layers=1, dtype=torch.float64, hidden=16, vocab=40)
-    models = [{"model": str(model)} for model in family[1:]]
+    models = [{"model": str(model), **write_statistics(op, model)} for model in family[1:]]
     base = {"base_model": str(family[0])} if op.base is Base.REQUIRED else {}
     configs = []
     for change in list_changes(op):

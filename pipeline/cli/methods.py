@@ -50,7 +50,11 @@ def measure_demand(op: Op) -> tuple[str, Demand]:
     """Return the family of an op's kernel, and what this demands with the values of the example."""
     num_models = _count_example(op)
     sizes = range(num_models, num_models + 1 + (op.max_models is None))
-    sites = [Site("w", _SHAPE, size + (op.base is Base.REQUIRED), 0) for size in sizes]
+    sites = [
+        Site("w", _SHAPE, size + extra + (op.base is Base.REQUIRED), 0, extra)
+        for size in sizes
+        for extra in [size if op.statistics else 0]
+    ]
     kernels = [op.kernel(_example_values(op, size)) for size in sizes]
     scratch = [kernel.num_scratch(site) for kernel, site in zip(kernels, sites, strict=True)]
     grid = kernels[0].grid(sites[0])
@@ -106,7 +110,7 @@ def format_page(op: Op) -> str:
         "formula": op.formula,
         "when": op.when,
         "not when": op.not_when,
-        "models": _count_models(op),
+        "models": _count_models(op) + (f", with {op.statistics.title} of each" if op.statistics else ""),
         "family": family,
         "cost": f"{measured}, {_describe_speed(family, demand)}",
         "memory": f"{_HELD[demand.held]}; {scratch}",
@@ -127,7 +131,7 @@ def format_page(op: Op) -> str:
 
 def _describe_speed(family: str, demand: Demand) -> str:
     if family == "matrices":
-        return "by torch, and decomposes each matrix: minutes for 100 million parameters on a few cores"
+        return "by torch, and solves or decomposes each matrix: minutes for 100 million parameters on a few cores"
     return "by compiled loops on CPUs" if demand.is_compiled else "by torch, several times as slow as linear"
 
 
@@ -145,7 +149,14 @@ def make_example(op: Op) -> str:
     own = {parameter.name: value for parameter, value in values.items() if parameter.per_model}
     shared = {parameter.name: value for parameter, value in values.items() if not parameter.per_model}
     models = _MODELS[: _count_example(op)]
-    config["models"] = [{"model": model, **({"parameters": dict(own)} if own else {})} for model in models]
+    config["models"] = [
+        {
+            "model": model,
+            **({op.statistics.key: f"{model.partition('/')[2]}.safetensors"} if op.statistics else {}),
+            **({"parameters": dict(own)} if own else {}),
+        }
+        for model in models
+    ]
     if shared:
         config["parameters"] = shared
     return yaml.safe_dump(config | {"dtype": "bfloat16"}, sort_keys=False)
@@ -165,6 +176,7 @@ def _as_json(op: Op) -> Mapping[str, Any]:
         "base": _BASES[op.base],
         "min_models": op.min_models,
         "max_models": op.max_models,
+        "statistics": op.statistics.key if op.statistics else None,
         "cost": asdict(demand),
         "parameters": [
             {

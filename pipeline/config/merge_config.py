@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Op
@@ -76,6 +77,8 @@ class MergeConfig:
     """The file that declares the method, where it is of the user's own."""
     is_run: bool = False
     """Whether the models were found by a pattern."""
+    statistics: Mapping[ModelRef, ModelRef] = field(default_factory=dict)
+    """Where the statistics of each model are that the method takes besides."""
 
     @property
     def method(self) -> str:

@@ -150,6 +150,38 @@ def check_given(op: Op, uses: Sequence[Use], *, per_model: bool) -> None:
             )
 
 
+def check_statistics(
+    root: Place, op: Op, uses: Sequence[Use], given: Mapping[ModelRef, ModelRef], base: ModelRef | None
+) -> None:
+    """Note which models lack the statistics that the op needs of each.
+
+    Args:
+        root: the config.
+        op: the method.
+        uses: the models, one or several times each.
+        given: where the statistics of each are.
+        base: the base model, if the config names one.
+    """
+    if op.statistics is None:
+        return
+    key, title = op.statistics.key, op.statistics.title
+    needed = f"{op.name} needs the {title} of each model"
+    places: dict[ModelRef, Place] = {}
+    for use in uses:
+        if use.model is not None and use.model not in given:
+            places.setdefault(use.model, use.places[0])
+    for model, place in places.items():
+        if isinstance(place.value, dict) and "model" not in place.value:
+            problem = f"{needed}, and a pattern names none; list the models, each with `{key}: ...`"
+            place.note(place.error(problem))
+            return
+        problem = f"is missing: {needed}; give its file or directory, such as `{key}: {model}-{key}.safetensors`"
+        place.note(place.missing(key, problem))
+    if op.base is Base.INPUT and base is not None and base not in given and base not in places:
+        place = root.get("base_model")
+        place.note(place.error(f"{needed}, and this one is merged, too; list it under `models`, with `{key}: ...`"))
+
+
 def _find_misplaced(place: Place, parameter: str) -> PlaceError | None:
     """Return the error about a key that gives a parameter under another name, or one level too high."""
     written = place.get(parameter)

@@ -30,6 +30,7 @@ from raymerge.pipeline.config.methods import (
     check_method_of_slice,
     check_models,
     check_sources,
+    check_statistics,
     lacks_all_weights,
     parse_method,
     parse_settings,
@@ -115,6 +116,7 @@ class _Reader:
         self._parameters: Settings = {}
         self._uses: list[Use] = []
         """Places that use per-model parameters."""
+        self._statistics: dict[ModelRef, ModelRef] = {}
 
     def read(self, document: Document) -> MergeConfig | None:
         """Return the merge that the config describes; None where something is wrong with it."""
@@ -153,6 +155,7 @@ class _Reader:
                 self._parameters = {**self._parameters, "weight": Setting((Rule(None, (1.0,)),))}
             else:
                 check_given(self._op, self._uses, per_model=True)
+            check_statistics(root, self._op, self._uses, self._statistics, self._base)
             levels = [(self._parameters,)] if not slices else [(s.parameters, self._parameters) for s in slices if s]
             check_given(self._op, [Use((root,), given) for given in levels], per_model=False)
         if self._op is None or root.findings.errors:
@@ -173,6 +176,7 @@ class _Reader:
             warnings=root.findings.list_warnings(document),
             notes=tuple(dict.fromkeys(root.findings.notes)),
             is_run=isinstance(self._body.get("models").value, dict),
+            statistics=self._statistics,
         )
 
     def _read_base(self, place: Place) -> ModelRef | None:
@@ -226,10 +230,11 @@ class _Reader:
         return entries
 
     def _read_entry(self, place: Place, before: Mapping[ModelRef, ModelEntry]) -> ModelEntry | None:
-        self._check_entry(place, ("model", "revision", "parameters"))
+        self._check_entry(place, ("model", "revision", "parameters", *self._list_statistics()))
         model, parameters = self._read_model(place), self._read_parameters(place, of_model=True)
         if model is None:
             return None
+        self._read_statistics(place, model)
         if model in before:
             same = list(before).index(model)
             raise place.get("model").error(
@@ -249,6 +254,18 @@ class _Reader:
         """Note that the first model is the base, for want of another, and return it."""
         self._root.findings.notes.append(f"base_model is not given, so the first model, {model}, is the base (t = 0)")
         return model
+
+    def _list_statistics(self) -> tuple[str, ...]:
+        """Return the key for a model's statistics, if the method takes any."""
+        return (self._op.statistics.key,) if self._op and self._op.statistics else ()
+
+    def _read_statistics(self, place: Place, model: ModelRef) -> None:
+        for key in self._list_statistics():
+            written = place.get(key)
+            found = None if written.value is None else written.attempt(parse_model_ref)
+            if found is not None and self._statistics.setdefault(model, found) != found:
+                before = self._statistics[model]
+                written.note(written.error(f"{found} is given for {model}, and {before} before; give it once"))
 
     def _is_base_sound(self) -> bool:
         return self._base is not None or self._root.get("base_model").value is None
@@ -298,9 +315,10 @@ class _Reader:
     def _read_source(
         self, place: Place, around: Place, parameters: Settings, base: ModelRef | None
     ) -> SliceSource | None:
-        self._check_entry(place, ("model", "revision", "layer_range", "parameters"))
+        self._check_entry(place, ("model", "revision", "layer_range", "parameters", *self._list_statistics()))
         model, own = self._read_model(place), self._read_parameters(place, of_model=True)
         if model is not None:
+            self._read_statistics(place, model)
             self._check_parameters(place, model, (own, parameters, self._parameters), base, around)
         layer_range = parse_layer_range(place.get("layer_range"), place.misspelt("layer_range"))
         return None if model is None else SliceSource(model, layer_range, own)

@@ -35,6 +35,13 @@ def make_schema(ops: Iterable[Op]) -> Schema:
     """Return the schema of configs that merge by one of these ops."""
     methods = sorted(ops, key=lambda op: op.name)
     settings = {_name_setting(p): _make_setting(p) for op in methods for p in op.parameters}
+    statistics = {
+        op.statistics.key: {**_ref("model"), "description": f"A file or directory of {op.statistics.title}."}
+        for op in methods
+        if op.statistics
+    }
+    models = _make_models(statistics)
+    slices = _make_slices(statistics)
     parameters = {
         f"{op.name}{suffix}": _make_parameters(op, own=own) for op in methods for suffix, own in _SCOPES.items()
     }
@@ -49,16 +56,16 @@ def make_schema(ops: Iterable[Op]) -> Schema:
                     "description": "Models to merge, or a pattern that finds the checkpoints of a training run.",
                     "if": {"type": "object"},
                     "then": _RUN,
-                    "else": _MODELS,
+                    "else": models,
                 },
-                "slices": _SLICES,
+                "slices": slices,
                 "modules": {
                     "description": "The one module of the models, with its `models` or `slices`.",
                     "type": "object",
                     "minProperties": 1,
                     "maxProperties": 1,
                     "additionalProperties": {
-                        **_object({"models": _MODELS, "slices": _SLICES, "parameters": {"type": ["object", "null"]}}),
+                        **_object({"models": models, "slices": slices, "parameters": {"type": ["object", "null"]}}),
                         "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
                     },
                 },
@@ -86,7 +93,7 @@ def make_schema(ops: Iterable[Op]) -> Schema:
             "merge_method",
         ),
         "oneOf": [{"required": [form]} for form in ("models", "slices", "modules")],
-        "allOf": [_make_condition(op) for op in methods],
+        "allOf": [_make_condition(op, statistics) for op in methods],
         "$defs": {"model": _MODEL, **settings, **parameters},
     }
 
@@ -118,28 +125,14 @@ _MODEL: Schema = {
         _object({"model": {"anyOf": [_NAME, _PATH]}}, "model"),
     ],
 }
-_SOURCE = _object(
-    {
-        "model": _ref("model"),
-        "revision": _REVISION,
-        "layer_range": {
-            "description": "The first layer, and the one after the last; all layers where it is left out.",
-            "type": ["array", "null"],
-            "items": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+$"}]},
-            "minItems": 2,
-            "maxItems": 2,
-        },
-        "parameters": {},
-    },
-    "model",
-)
-_MODELS = _list(_object({"model": _ref("model"), "revision": _REVISION, "parameters": {}}, "model"))
-_SLICES = _list(
-    _object(
-        {"sources": _list(_SOURCE), "base_model": _ref("model"), "merge_method": _NAME, "parameters": {}}, "sources"
-    ),
-    "Layers of models, stacked in this order.",
-)
+_ENTRY: Schema = {"model": _ref("model"), "revision": _REVISION, "parameters": {}}
+_LAYER_RANGE = {
+    "description": "The first layer, and the one after the last; all layers where it is left out.",
+    "type": ["array", "null"],
+    "items": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+$"}]},
+    "minItems": 2,
+    "maxItems": 2,
+}
 _COUNT = {"type": ["integer", "null"], "minimum": 1}
 _RUN = _object(
     {
@@ -167,15 +160,26 @@ _SCOPES = {"": False, ".model": True}
 """Where parameters stand: for all models, or under one. By what the definitions of a method are called."""
 
 
+def _make_models(statistics: Schema) -> Schema:
+    return _list(_object({**_ENTRY, **statistics}, "model"))
+
+
+def _make_slices(statistics: Schema) -> Schema:
+    source = _object({**_ENTRY, **statistics, "layer_range": _LAYER_RANGE}, "model")
+    properties = {"sources": _list(source), "base_model": _ref("model"), "merge_method": _NAME, "parameters": {}}
+    return _list(_object(properties, "sources"), "Layers of models, stacked in this order.")
+
+
 def _make_dtype(description: str) -> Schema:
     names = [prefix + name for prefix in ("", "torch.") for name in DTYPE_NAMES]
     return {"description": description, "enum": ["auto", *names, None]}
 
 
-def _make_condition(op: Op) -> Schema:
-    """Return what holds where this op is the method."""
+def _make_condition(op: Op, keys: Iterable[str]) -> Schema:
+    """Return what holds where this op is the method; `keys` are those of all methods' statistics."""
     everywhere = {"parameters": _ref(op.name)}
-    of_model = {"items": {"properties": {"parameters": _ref(f"{op.name}.model")}}}
+    not_taken = {key: False for key in keys if op.statistics is None or key != op.statistics.key}
+    of_model = {"items": {"properties": {"parameters": _ref(f"{op.name}.model"), **not_taken}}}
     extra = 0 if op.base is Base.INPUT else 1  # the base may be listed, too
     limits = {} if op.max_models is None else {"maxItems": op.max_models + extra}
     then: Schema = {

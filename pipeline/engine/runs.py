@@ -45,7 +45,7 @@ class TensorRuns:
             try:
                 run.end_pass(index)
             except OpParameterError as error:
-                raise OpParameterError(f"{self.merge.op}, tensor {self.merge.name}: {error}") from error
+                raise self.explain_refusal(error) from error
 
     def combining_runs(self) -> Sequence[KernelRun]:
         """Return the run of each variant, after the last measuring pass."""
@@ -61,6 +61,10 @@ class TensorRuns:
         """Enter what has been measured of the tensor, for each output."""
         for found, run in zip(figures, self.combining_runs(), strict=True):
             found[self.merge.name] = run.figures()
+
+    def explain_refusal(self, error: OpParameterError) -> OpParameterError:
+        """Return the error for values that leave the op no answer, with the tensor's name."""
+        return OpParameterError(f"{self.merge.op}, tensor {self.merge.name}: {error}")
 
     def explain_difference(self, source: int) -> TensorMismatchError:
         """Return the error for a source that should equal source 0."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from raymerge.ops.decoder import Raw, find_dtype
-from raymerge.ops.errors import SourceMismatchError
+from raymerge.ops.errors import OpParameterError, SourceMismatchError
 from raymerge.ops.kernel import Block
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.engine.fetch import Filled
@@ -50,7 +50,9 @@ class TorchMerger:
         if self._tensor is None or self._tensor.merge is not merge:
             self._tensor = _Tensor(merge)
         with explain_full_gpu(merge.name, self._task), self._stage.bring(filled) as sources:
-            raws = [Raw(pieces, window.start, window.stop) for pieces in sources]
+            bounds = [(window.start, window.stop)] * merge.num_cut
+            bounds += [(0, source.num_elements) for source in merge.sources[merge.num_cut :]]
+            raws = [Raw(pieces, *bound) for pieces, bound in zip(sources, bounds, strict=True)]
             for index in window.passes:
                 self._run_pass(self._tensor, index, filled, raws)
 
@@ -77,6 +79,8 @@ class TorchMerger:
                     run.combine(block, block.out)
                 except SourceMismatchError as error:
                     raise tensor.runs.explain_difference(error.source) from error
+                except OpParameterError as error:
+                    raise tensor.runs.explain_refusal(error) from error
                 self._stage.write(output, merge.name, block.out, dtype)
         if is_last:
             tensor.runs.note_figures(self._figures)
@@ -102,7 +106,8 @@ class _Tensor:
         self.spares = [variant.kernel.num_scratch(merge.site(variant)) for variant in merge.variants]
         """Blocks of scratch of each variant's kernel."""
         self.decoders = [source.decoder for source in merge.sources]
-        self.keeps_decoded = len(merge.variants) > 1
+        self.num_decoded = merge.num_cut if len(merge.variants) > 1 else 0
+        """Sources that are decoded once for all variants."""
 
 
 def measure_scratch(merges: Iterable[TensorMerge], piece_nbytes: int) -> int:
@@ -120,9 +125,10 @@ class _WindowBlock(Block):
         count = stop - start
         pieces = [scratch[k * count : (k + 1) * count] for k in range(tensor.num_scratch)]
         self.out = pieces[0]
-        self._decoded = pieces[-len(raws) :] if tensor.keeps_decoded else []
-        self._spares = pieces[1 : len(pieces) - len(self._decoded)]
+        self._decoded = pieces[len(pieces) - tensor.num_decoded :]
+        self._spares = pieces[1 : len(pieces) - tensor.num_decoded]
         self._raws = raws
+        self._num_cut = tensor.merge.num_cut
         self._decoders = tensor.decoders
         self._is_decoded = [False] * len(raws)
 
@@ -132,7 +138,7 @@ class _WindowBlock(Block):
 
     def load(self, source: int, out: torch.Tensor) -> torch.Tensor:
         """Decode one source's values into `out`; once for all variants."""
-        if not self._decoded:
+        if not self._decoded or source >= self._num_cut:
             return self._decode(source, out)
         if not self._is_decoded[source]:
             self._decode(source, self._decoded[source])
@@ -140,7 +146,9 @@ class _WindowBlock(Block):
         return out.copy_(self._decoded[source])
 
     def _decode(self, source: int, out: torch.Tensor) -> torch.Tensor:
-        return self._decoders[source].decode(self._raws[source], self.start, self.stop, out)
+        raw = self._raws[source]
+        start, stop = (self.start, self.stop) if source < self._num_cut else (raw.start, raw.stop)
+        return self._decoders[source].decode(raw, start, stop, out)
 
 
 @contextmanager

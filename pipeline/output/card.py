@@ -70,7 +70,7 @@ def _find_bases(plan: MergePlan) -> list[str]:
 def _has_base(op: Op, merge: TensorMerge) -> bool:
     """Return whether the first source is a base; where that is optional, no parameter of models has a value for it."""
     values = (value for _, value in merge.variants[0].parameters if isinstance(value, tuple))
-    return op.base is Base.REQUIRED or any(len(value) < len(merge.sources) for value in values)
+    return op.base is Base.REQUIRED or any(len(value) < len(merge.tensors) for value in values)
 
 
 def _describe(item: InputModel) -> str:

@@ -131,8 +131,8 @@ def make_manifest(
     """
     sources = (source for task in plan.tasks for merge in task.merges for source in merge.sources)
     origins = {(tensor.model, tensor.file) for source in sources for tensor in source.origins}
-    urls = {str(item.model): item.url for item in plan.inputs}
-    inputs = sorted((model, file.url.removeprefix(f"{urls[model]}/"), file.nbytes) for model, file in origins)
+    urls = {str(item.model): item.url for item in (*plan.statistics, *plan.inputs)}
+    inputs = sorted((model, _name_file(file.url, urls[model]), file.nbytes) for model, file in origins)
     return Manifest(
         raymerge=__version__,
         torch=version("torch"),
@@ -149,6 +149,11 @@ def make_manifest(
         figures=figures,
         files=dict(sorted(files.items())),
     )
+
+
+def _name_file(url: str, place: str) -> str:
+    """Return a file's name in the directory of its model, or of a file that is all there is."""
+    return url.rpartition("/")[2] if url == place else url.removeprefix(f"{place}/")
 
 
 def _is_ours(name: str, content: bytes, output: PlannedOutput, journal: Journal) -> bool:

@@ -110,7 +110,7 @@ def measure_demand(merge: TensorMerge) -> Demand:
     """Return the demand of a tensor."""
     sites = [(variant.kernel, merge.site(variant)) for variant in merge.variants]
     kernel, site = sites[0]
-    grid = max(1, kernel.grid(site))
+    grid = max(1, merge.num_elements if merge.has_whole_statistics else kernel.grid(site))
     num_elements = min(grid, merge.num_elements)
     states = {kernel.measuring(site): kernel.state_nbytes(site) for kernel, site in sites}
     num_passes = max(kernel.num_passes(site) for kernel, site in sites)
@@ -118,9 +118,13 @@ def measure_demand(merge: TensorMerge) -> Demand:
         block_elements=grid,
         num_blocks=-(-merge.num_elements // grid),
         num_passes=num_passes,
-        block_nbytes=sum(source.max_nbytes(num_elements) for source in merge.sources),
+        block_nbytes=sum(source.max_nbytes(num_elements) for source in merge.sources[: merge.num_cut])
+        + sum(source.max_nbytes(source.num_elements) for source in merge.sources[merge.num_cut :]),
         scratch_nbytes=num_elements * _ITEM_NBYTES[kernel.compute_dtype] * count_scratch(merge)
-        + max(source.decoder.temporary_nbytes(num_elements) for source in merge.sources),
+        + max(
+            source.decoder.temporary_nbytes(num_elements if k < merge.num_cut else source.num_elements)
+            for k, source in enumerate(merge.sources)
+        ),
         state_nbytes=sum(states.values()),
         out_nbytes=num_elements * DTYPES[merge.written_dtype].num_bits // 8,
         kept_nbytes=measure_kept(merge) if num_passes else 0,
@@ -137,7 +141,7 @@ def count_scratch(merge: TensorMerge) -> int:
 
     The result, the kernels' scratch and, where several variants are made of them, the decoded sources.
     """
-    decoded = len(merge.sources) if len(merge.variants) > 1 else 0
+    decoded = merge.num_cut if len(merge.variants) > 1 else 0
     return 1 + max(variant.kernel.num_scratch(merge.site(variant)) for variant in merge.variants) + decoded
 
 

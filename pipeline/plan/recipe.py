@@ -18,10 +18,10 @@ from raymerge.pipeline.checkpoint.names import (
 from raymerge.pipeline.checkpoint.quantised import find_quantisation
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
 from raymerge.pipeline.checkpoint.tying import find_embedding, is_tied
-from raymerge.pipeline.checkpoint.views import StoredView
+from raymerge.pipeline.checkpoint.views import StoredView, View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import CheckpointError, TensorMismatchError
-from raymerge.pipeline.messages import counted
+from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.accounts import Accounts, count_tensors
 from raymerge.pipeline.plan.forms import open_form
 from raymerge.pipeline.plan.forms.form import Form, Model, OutputTensor
@@ -41,15 +41,24 @@ class Recipe:
     """The output's config.json."""
     warnings: tuple[str, ...]
     dropped: tuple[str, ...]
+    notes: tuple[str, ...]
+    """On tensors that the method merges in another way than the rest."""
 
 
-def open_model(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], *, has_own_head: bool = False) -> Model:
+def open_model(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    has_own_head: bool = False,
+    statistics: View | None = None,
+) -> Model:
     """Return a model as it is stored.
 
     Args:
         checkpoint: its files and config.json.
         tensors: its tensors by name.
         has_own_head: whether a stored head has other values than the embedding that it is said to be.
+        statistics: those of its tensors, for a method that takes some.
 
     Raises:
         CheckpointError: it has no tensors.
@@ -60,7 +69,7 @@ def open_model(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], *, h
     tied = is_tied(checkpoint.config, tensors, has_own_head=has_own_head)
     quantisation = find_quantisation(checkpoint.config, checkpoint.files, tensors)
     view = StoredView(checkpoint.model, tensors)
-    return Model(view, checkpoint.config, layers, tied, tuple(tensors), quantisation)
+    return Model(view, checkpoint.config, layers, tied, tuple(tensors), quantisation, statistics)
 
 
 def expand(config: MergeConfig, models: Sequence[Model], seed: int = 0) -> Recipe:
@@ -110,7 +119,34 @@ def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:
         lambda ref, name: form.models[ref].view.seen(name),
         lambda ref, name: form.explain_unused(form.models[ref], name),
     )
-    return Recipe(tuple(merges), out_config, tuple(warnings), dropped)
+    unused, notes = _account_for_statistics(form, merges)
+    return Recipe(tuple(merges), out_config, tuple(warnings), (*dropped, *unused), notes)
+
+
+def _account_for_statistics(form: Form, merges: Sequence[TensorMerge]) -> tuple[list[str], tuple[str, ...]]:
+    """Return a line for the statistics of each model that are not used, and one on tensors merged without any.
+
+    Raises:
+        TensorMismatchError: none are used.
+    """
+    wanted = form.config.op.statistics
+    views = [model.statistics for model in form.models.values() if model.statistics is not None]
+    if wanted is None or not views:
+        return [], ()
+    used = {(tensor.model, tensor.name) for merge in merges for source in merge.statistics for tensor in source.origins}
+    if not used:
+        raise TensorMismatchError(
+            f"{views[0].ref}: none of the {wanted.title} there belongs to a tensor of the merge: they are called"
+            f" {listing(views[0].names())}, and the tensors {listing([merge.name for merge in merges])}; they need the"
+            " names of the tensors"
+        )
+    lines = []
+    for view in dict.fromkeys(views):
+        unused = [name for name in view.names() if (str(view.ref), name) not in used]
+        if unused:
+            lines.append(f"{view.ref}: {count_tensors(unused)}: {wanted.title} of no tensor that is merged by them")
+    without = [merge.name for merge in merges if merge.op == form.config.op.name and not merge.num_statistics]
+    return lines, (f"{count_tensors(without)} merged without {wanted.title}, for there are none",) if without else ()
 
 
 def _check_not_quantised(model: Model) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from raymerge.ops.errors import OpParameterError
@@ -13,6 +13,7 @@ from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
+from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.config.values import Settings, resolve
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.plan.types import ParameterValue, TensorMerge, Variant
@@ -49,6 +50,8 @@ class Scope:
     """As in `MergeConfig`."""
     donor: ModelRef | None = None
     """The model whose config, and perhaps integers, the output gets."""
+    statistics: Mapping[ModelRef, View] = field(default_factory=dict)
+    """Those of each model, for an op that takes some."""
 
 
 def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: float, seed: int) -> TensorMerge:
@@ -95,8 +98,19 @@ def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: 
     except OpParameterError as error:
         raise OpParameterError(f"{scope.op.name}, tensor {name}: {error}") from error
     sources = tuple(part.source for part in parts)
+    statistics = _find_statistics(parts, scope)
     variant = Variant(tuple(parameters.items()), kernel, seed)
-    return TensorMerge(name, shape, out_dtype, out_dtype, scope.op.name, sources, (variant,))
+    return TensorMerge(
+        name,
+        shape,
+        out_dtype,
+        out_dtype,
+        scope.op.name,
+        (*sources, *statistics),
+        (variant,),
+        len(statistics),
+        bool(statistics and scope.op.statistics and scope.op.statistics.is_whole),
+    )
 
 
 def promote(dtypes: Sequence[str]) -> str:
@@ -138,6 +152,36 @@ def _resolve_parameters(
                 )
             values[parameter.name] = value
     return values
+
+
+def _find_statistics(parts: Sequence[Part], scope: Scope) -> tuple[Source, ...]:
+    """Return the statistics of each source that is no required base; none where the op merges such a tensor without.
+
+    Raises:
+        TensorMismatchError: a source lacks what the op needs, or others have; or a shape or dtype does not fit.
+    """
+    wanted = scope.op.statistics
+    if wanted is None:
+        return ()
+    owners = [part for part in parts if scope.op.base is Base.INPUT or part.model != scope.base]
+    shapes = [wanted.find_shape(part.source.shape) for part in owners]
+    names = [part.source.name for part in owners]  # as stored, whatever a view makes of it
+    found = [scope.statistics[part.model].find(name) for part, name in zip(owners, names, strict=True)]
+    if not wanted.is_required and (None in shapes or not any(found)):
+        return ()
+    sources = []
+    for part, name, shape, source in zip(owners, names, shapes, found, strict=True):
+        where = scope.statistics[part.model].ref
+        if source is None:
+            raise TensorMismatchError(f"{name} of {part.model} has no {wanted.title} in {where}")
+        if shape != source.shape or not DTYPES[source.dtype].is_mergeable:
+            expected = f"{list(shape or ())} of a floating-point dtype"
+            raise TensorMismatchError(
+                f"{name} is {list(part.source.shape)} in {part.model}, whose {wanted.title} must be {expected}; in"
+                f" {where} they are {list(source.shape)}, {source.dtype}"
+            )
+        sources.append(source)
+    return tuple(sources)
 
 
 def _check_shapes(name: str, parts: Sequence[Part]) -> None:

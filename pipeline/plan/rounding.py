@@ -35,7 +35,7 @@ def warn_of_rounding(stores: Stores, merges: Iterable[TensorMerge], kept: Sequen
         FetchError: a file could not be read.
     """
     floats = [merge for merge in merges if DTYPES[merge.out_dtype].is_mergeable]
-    long = {merge.name: sources for merge in floats if (sources := [s for s in merge.sources if s.dtype == "F32"])}
+    long = {merge.name: sources for merge in floats if (sources := [s for s in merge.tensors if s.dtype == "F32"])}
     rounded = [merge for merge in floats if merge.name in long and DTYPES[merge.out_dtype].num_bits == 16]
     if not rounded or len(long) == len(floats):
         return []

@@ -53,6 +53,10 @@ class TensorMerge:
     """In config order; where the op requires a base, that comes first."""
     variants: tuple[Variant, ...]
     """One for each output; all have one grid."""
+    num_statistics: int = 0
+    """How many of the sources, the last ones, are statistics of the others."""
+    has_whole_statistics: bool = False
+    """Whether all elements of these are fetched with any of the others."""
 
     @property
     def num_elements(self) -> int:
@@ -64,9 +68,24 @@ class TensorMerge:
         """Size of the tensor in one output, in bytes."""
         return self.num_elements * DTYPES[self.written_dtype].num_bits // 8
 
+    @property
+    def tensors(self) -> tuple[Source, ...]:
+        """The sources without statistics: the models' own tensors."""
+        return self.sources[: len(self.sources) - self.num_statistics]
+
+    @property
+    def statistics(self) -> tuple[Source, ...]:
+        """The sources that are statistics of the others."""
+        return self.sources[len(self.sources) - self.num_statistics :]
+
+    @property
+    def num_cut(self) -> int:
+        """How many of the sources, the first ones, are fetched and merged in pieces of the same elements."""
+        return len(self.sources) - self.num_statistics * self.has_whole_statistics
+
     def site(self, variant: Variant) -> Site:
         """Return the site of a variant's kernel."""
-        return Site(self.name, self.sources[0].shape, len(self.sources), variant.seed)
+        return Site(self.name, self.sources[0].shape, len(self.sources), variant.seed, self.num_statistics)
 
     def __repr__(self) -> str:
         what = f"{self.op} of {counted(len(self.sources), 'tensor')}"
@@ -254,12 +273,14 @@ class MergePlan:
     """Whose config.json, tokenizer and other files the outputs get."""
     inputs: tuple[InputModel, ...]
     """Base first, then in order of appearance."""
+    statistics: tuple[InputModel, ...]
+    """Where the models' statistics lie, for a method that needs some."""
     op: Op
     """The merge method."""
     chosen: tuple[str, ...]
     """The models that a pattern has found, with their weights; none where they are listed."""
     notes: tuple[str, ...]
-    """How configs were understood where they leave something open."""
+    """How configs were understood where they leave something open, and what the method does with some tensors."""
     advice: tuple[str, ...]
     """Faster options on the machines at hand; nothing of it gets into the output."""
     dropped: tuple[str, ...]

@@ -22,7 +22,9 @@ class Window:
 
     def ranges(self) -> list[tuple[ByteRange, ...]]:
         """Return the bytes to fetch, for each source."""
-        return [source.ranges(self.start, self.stop) for source in self.merge.sources]
+        sources, num_cut = self.merge.sources, self.merge.num_cut
+        whole = [source.ranges(0, source.num_elements) for source in sources[num_cut:]]
+        return [*(source.ranges(self.start, self.stop) for source in sources[:num_cut]), *whole]
 
     def nbytes(self) -> int:
         """Return the room that it takes in a buffer."""

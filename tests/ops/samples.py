@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import Kernel
 from raymerge.ops.registry import Base, Op, Value, load_ops
 
@@ -65,13 +66,30 @@ def num_sample_models(op: Op) -> int:
 def make_sources(op: Op, num_elements: int, *, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
     """Return sources for an op, the base first where it requires one."""
     tensors = make_fine_tunes(num_elements, num_sample_models(op), dtype=dtype)
-    return tensors if op.base is Base.REQUIRED else tensors[1:]
+    models = tensors if op.base is Base.REQUIRED else tensors[1:]
+    return [*models, *make_statistics(op, tensors[1:])]
+
+
+def make_statistics(op: Op, models: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return what an op takes of each model besides, where that has a value for each element: 0 or more."""
+    if op.statistics is None or op.statistics.is_whole:
+        return []
+    return [(model.float() * 1e-6).square().to(model.dtype) for model in models]
+
+
+def repeat(op: Op, model: torch.Tensor) -> list[torch.Tensor]:
+    """Return sources for an op that are all the same, besides statistics."""
+    num_models = num_sample_models(op)
+    models = [model.clone() for _ in range(num_models)]
+    base = [model.clone()] if op.base is Base.REQUIRED else []
+    return [*base, *models, *make_statistics(op, models)]
 
 
 def make_tied_sources(op: Op, num_elements: int) -> list[torch.Tensor]:
     """Return sources whose differences take few values: of those at the threshold, blocks past the first keep some."""
-    base, *models = make_sources(op, num_elements, dtype=torch.float32)
-    return [base, *(base + (model - base).mul_(1000).round_().div_(1024) for model in models)]
+    base, *models = make_fine_tunes(num_elements, num_sample_models(op), dtype=torch.float32)
+    tied = [base + (model - base).mul_(1000).round_().div_(1024) for model in models]
+    return [*([base] if op.base is Base.REQUIRED else []), *tied, *make_statistics(op, tied)]
 
 
 def sample_parameters(op: Op, change: Change = NO_CHANGE) -> dict[str, Any]:
@@ -100,9 +118,16 @@ def list_changes(op: Op) -> list[dict[str, Any]]:
     switches: list[dict[str, Any]] = [{p.name: not p.default} for p in op.parameters if p.type is bool]
     switches += [{p.name: choice} for p in op.parameters for choice in p.choices if choice != p.default]
     variants = [{p.name: value} for p in op.parameters for value in VARIANTS.get(p.name, [])]
-    if op.name == "geometric_median":  # has no negative weights
-        variants = [change for change in variants if min(change["weight"]) >= 0]
-    return [{}, *switches, *variants]
+    return [{}, *switches, *(change for change in variants if _is_taken(op, change))]
+
+
+def _is_taken(op: Op, change: Change) -> bool:
+    """Return whether an op does not refuse values, such as negative weights."""
+    try:
+        make_kernel(op, change)
+    except OpParameterError:
+        return False
+    return True
 
 
 CASES = [

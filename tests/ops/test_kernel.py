@@ -29,6 +29,7 @@ from tests.ops.samples import (
     make_kernel,
     make_sources,
     make_tied_sources,
+    repeat,
     sample_parameters,
 )
 from tests.references import find_exact
@@ -79,12 +80,11 @@ def test_every_op_equals_its_formula(op: Op, change: Change, dtype: torch.dtype)
 class TestEveryOp:
     def test_gives_the_model_back_where_all_are_the_same(self, op: Op) -> None:
         model = make_sources(op, 70_000, dtype=torch.float32)[0]
-        merged = run_kernel(make_kernel(op), [model.clone() for _ in make_sources(op, 1)]).float()
+        merged = run_kernel(make_kernel(op), repeat(op, model)).float()
         torch.testing.assert_close(merged, model, rtol=3e-7, atol=0)
 
     def test_gives_zero_for_zeros(self, op: Op) -> None:
-        zeros = [torch.zeros(1000) for _ in make_sources(op, 1)]
-        assert not run_kernel(make_kernel(op), zeros).any()
+        assert not run_kernel(make_kernel(op), repeat(op, torch.zeros(1000))).any()
 
     def test_says_what_it_is(self, op: Op) -> None:
         assert op.title

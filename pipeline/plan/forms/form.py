@@ -33,6 +33,8 @@ class Model:
     """Every tensor of its files: each is merged, or left out by a rule that the plan prints."""
     quantisation: Quantisation
     """Evidence that the stored numbers are not the weights."""
+    statistics: View | None = None
+    """What a method takes of it besides its tensors."""
     lacks: Collection[str] = frozenset()
     """Names of others that a language model need not have, because they are parts of a multimodal one."""
 
@@ -134,6 +136,7 @@ class Form(ABC):
             self.config.keep_float32,
             self.config.integers,
             self.donor.ref,
+            {ref: model.statistics for ref, model in self.models.items() if model.statistics is not None},
         )
 
     def share_head(self, first: Collection[ModelRef], last: Collection[ModelRef]) -> None:

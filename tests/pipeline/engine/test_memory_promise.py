@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raymerge import plan
 from raymerge.ops.registry import Base, Op, load_ops
@@ -23,6 +24,7 @@ from tests.memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_model
 from tests.servers.hub import HubServer
 from tests.servers.s3 import S3Server
 from tests.servers.s3_clients import open_store
+from tests.statistics import write_statistics
 
 MEMORY = "32MiB"
 ROW = 4096
@@ -38,7 +40,9 @@ def make_config(op: Op, models: list[str]) -> dict[str, Any]:
     return {
         "merge_method": op.name,
         **({"base_model": base} if op.base is Base.REQUIRED else {}),
-        "models": [{"model": model} for model in others[: op.max_models]],
+        "models": [
+            {"model": model, **write_statistics(op, model, torch.bfloat16)} for model in others[: op.max_models]
+        ],
         "parameters": parameters,
     }
 
@@ -50,6 +54,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "tiny": write_models(directory / "tiny", 100),
         "large": write_models(directory / "large", NUM_ELEMENTS),
         "rows": write_models(directory / "rows", NUM_ELEMENTS, shape=(-1, ROW)),
+        "tiny matrix": write_models(directory / "tiny matrix", 100, shape=(-1, 10)),
+        "matrix": write_models(directory / "matrix", NUM_ELEMENTS, shape=(-1, ROW // 2)),
     }
 
 
@@ -60,9 +66,12 @@ def test_peak_memory_is_as_projected(name: str, models: dict[str, list[str]], tm
     op = load_ops()[name]
     is_by_rows = measure_demand(op)[1].held == "rows"  # a tensor of one dimension is a single row
     kinds = "tiny", "rows" if is_by_rows else "large"
+    memory = MEMORY
+    if op.statistics is not None and op.statistics.is_whole:
+        kinds, memory = ("tiny matrix", "matrix"), "512MiB"
     configs = [write_config(tmp_path / f"{kind}.yml", make_config(op, models[kind])) for kind in kinds]
     process = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, configs), str(tmp_path), MEMORY], capture_output=True, text=True
+        [sys.executable, "-c", SCRIPT, *map(str, configs), str(tmp_path), memory], capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
     figures = json.loads(process.stdout)
