@@ -33,6 +33,7 @@ from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle
 from raymerge.pipeline.plan.shards import make_fingerprint, make_tasks
 from raymerge.pipeline.plan.shares import Limits, explain_shares
+from raymerge.pipeline.plan.tokenizers import finish_config, finish_files, plan_vocabulary
 from raymerge.pipeline.plan.types import Copied, InputModel, MergePlan, PlannedOutput, SideFile, Written
 from raymerge.pipeline.plan.variants import join_variants
 from raymerge.pipeline.runners import count_slots
@@ -125,7 +126,10 @@ def make_plan(
         place = first.statistics.get(checkpoint.model)
         statistics = None if place is None else views[place]
         models.append(open_model(checkpoint, stored, has_own_head=own_head, statistics=statistics))
-    recipes = [expand(config, models, seed) for config in configs]
+    if any(config.vocabulary != first.vocabulary for config in configs):
+        raise ConfigError("the variants of one plan ask for different tokenizers; they may differ in parameters only")
+    planned = plan_vocabulary(stores, first, checkpoints, models, limits.allowed_mem)
+    recipes = [expand(config, models, seed, planned.vocabulary if planned else None) for config in configs]
     merges = join_variants(recipes)
     check_integers(stores, merges)
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
@@ -136,12 +140,19 @@ def make_plan(
     tasks, num_workers, num_allowed = make_tasks(merges, limits, first.own)
     beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)
     doubts += more_doubts
+    if planned is not None:
+        beside, more_doubts, more_left_out = finish_files(stores, planned, beside, checkpoints[0])
+        left_out += more_left_out
+        doubts += [*planned.warnings, *planned.vocabulary.warn(), *more_doubts]
+        doubts += [warning for recipe in recipes for warning in finish_config(planned, recipe.config)]
     outputs = []
     notes = [note for config in configs for note in config.notes] + [*recipes[0].notes]
     for position, (config, recipe) in enumerate(zip(configs, recipes, strict=True)):
         files, doubts_here = beside, list[str]()
         if config.chat_template is not None:
-            files, doubts_here, said = set_chat_template(stores, config.chat_template, checkpoints, beside)
+            files, doubts_here, said = set_chat_template(
+                stores, config.chat_template, checkpoints, beside, are_donors=planned is None or planned.is_donor
+            )
             notes += said
         side_files: tuple[SideFile, ...] = (*files, Written(CONFIG, dump_config(recipe.config)))
         fingerprint = make_fingerprint(tasks, side_files, position, first.op.origin)
@@ -162,6 +173,7 @@ def make_plan(
         op=first.op,
         chosen=_describe_run(first),
         notes=tuple(dict.fromkeys(notes)),
+        vocabulary=tuple(planned.vocabulary.describe()) if planned else (),
         advice=tuple(advice),
         dropped=(*recipes[0].dropped, *left_out),
         num_workers=num_workers,

@@ -247,7 +247,10 @@ def test_configs(models: list[Path], tmp_path: Path, cli: Cli) -> None:
         ({"merge_method": "multislerp", "models": entries}, ["multislerp needs 'weight'", one]),
         ({"merge_method": "linear", "models": entries, "dtype": "bfloat"}, ["dtype", "'bfloat'", "bfloat16"]),
         ({"merge_method": "linear", "models": [entries[0], entries[0]]}, ["models[1].model", one]),
-        ({"merge_method": "linear", "models": entries, "tokenizer_source": "union"}, ["tokenizer_source"]),
+        (
+            {"merge_method": "linear", "models": entries, "tokenizer_source": "union", "tokenizer": {}},
+            ["tokenizer_source", "only one can be"],
+        ),
     ]
     for config, named in cases:
         refuse(cli, tmp_path, config, *named)

@@ -9,6 +9,7 @@ from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Op
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.chat_template import TemplateChoice
+from raymerge.pipeline.config.tokenizer import VocabularyRule
 from raymerge.pipeline.config.values import Settings
 
 
@@ -79,6 +80,8 @@ class MergeConfig:
     """Whether the models were found by a pattern."""
     statistics: Mapping[ModelRef, ModelRef] = field(default_factory=dict)
     """Where the statistics of each model are that the method takes besides."""
+    vocabulary: VocabularyRule | None = None
+    """The tokenizer of the output; None where it gets the donor's, and rows are merged by their numbers."""
 
     @property
     def method(self) -> str:

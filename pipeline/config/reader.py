@@ -38,31 +38,17 @@ from raymerge.pipeline.config.methods import (
 )
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref, parse_revision, spelling_key
+from raymerge.pipeline.config.tokenizer import check_rows, parse_tokenizer
 from raymerge.pipeline.config.training_run import RUN_KEYS, FindModels, parse_run
 from raymerge.pipeline.config.values import Rule, Setting, Settings, overlay
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import shown
 
 _MOE_KEYS = {"experts", "gate_mode", "shared_experts", "experts_per_token"}
-_NOT_SUPPORTED = {
-    "tokenizer": "without it the output gets the tokenizer of base_model, or else of the first model",
-    "tokenizer_source": "without it the output gets the tokenizer of base_model, or else of the first model",
-}
 _KEYS = (
-    "merge_method",
-    "models",
-    "slices",
-    "base_model",
-    "dtype",
-    "out_dtype",
-    "parameters",
-    "modules",
-    "keep_float32",
-    "integers",
-    "chat_template",
-    "name",
-    *_NOT_SUPPORTED,
-)
+    "merge_method", "models", "slices", "base_model", "dtype", "out_dtype", "parameters", "modules", "keep_float32",
+    "integers", "chat_template", "name", "tokenizer", "tokenizer_source",
+)  # fmt: skip
 
 
 def load_config(
@@ -128,9 +114,6 @@ class _Reader:
         root.check_keys(_KEYS, self._names)
         self._op = root.attempt(partial(parse_method, ops=self._ops))
         self._body = root.attempt(find_body) or root
-        for key, advice in _NOT_SUPPORTED.items():
-            if (place := root.get(key)).value is not None:
-                place.note(place.error(f"not supported yet; {advice}"))
         self._base = self._read_base(root)
         if self._base is None and (near := root.misspelt("base_model")):
             root.note(near)
@@ -146,6 +129,7 @@ class _Reader:
         integers = root.get("integers").attempt(parse_integers)
         name = root.get("name").attempt(parse_name)
         template = root.get("chat_template").attempt(parse_chat_template)
+        vocabulary = root.attempt(partial(parse_tokenizer, parse_model=self._parse_model))
         if self._op is not None:
             if lacks_all_weights(self._op, self._uses):
                 self._body.get("models" if models else "slices").warn(
@@ -160,7 +144,7 @@ class _Reader:
             check_given(self._op, [Use((root,), given) for given in levels], per_model=False)
         if self._op is None or root.findings.errors:
             return None
-        return MergeConfig(
+        config = MergeConfig(
             op=self._op,
             models=tuple(models),
             slices=tuple(part for part in slices if part is not None),
@@ -177,7 +161,11 @@ class _Reader:
             notes=tuple(dict.fromkeys(root.findings.notes)),
             is_run=isinstance(self._body.get("models").value, dict),
             statistics=self._statistics,
+            vocabulary=vocabulary,
         )
+        if vocabulary is not None:
+            check_rows(vocabulary, config.referenced_models, root)
+        return None if root.findings.errors else config
 
     def _read_base(self, place: Place) -> ModelRef | None:
         base = place.get("base_model")

@@ -89,6 +89,8 @@ def make_schema(ops: Iterable[Op]) -> Schema:
                     "description": "Tensors that are not floating-point: equal in all models, or whose are taken.",
                     "enum": ["equal", "donor", "max", "sum", None],
                 },
+                "tokenizer_source": {"description": _GIVER, "anyOf": [{"type": "null"}, _ref("model")]},
+                "tokenizer": _TOKENIZER,
             },
             "merge_method",
         ),
@@ -156,6 +158,45 @@ _RUN = _object(
     },
     "glob",
 )
+_GIVER = "Whose tokenizer the output gets: `union` of all, `base`, or a model's."
+_ROW: Schema = {
+    "anyOf": [
+        {"type": "null"},
+        {"$ref": "#/$defs/model"},
+        _object({"kind": {"const": "zero"}}, "kind"),
+        {
+            **_object(
+                {
+                    "kind": {"const": "model_token"},
+                    "model": {"$ref": "#/$defs/model"},
+                    "token": _NAME,
+                    "token_id": {"type": "integer", "minimum": 0},
+                },
+                "kind",
+                "model",
+            ),
+            "oneOf": [{"required": ["token"]}, {"required": ["token_id"]}],
+        },
+    ]
+}
+_TOKENIZER: Schema = {
+    **_object(
+        {
+            "source": {"description": _GIVER, "anyOf": [{"type": "null"}, {"$ref": "#/$defs/model"}]},
+            "tokens": {
+                "description": "Rows of tokens in models that lack them; those that are missing are added.",
+                "type": ["object", "null"],
+                "additionalProperties": {
+                    **_object({"source": _ROW, "force": {"type": ["boolean", "null"]}}),
+                    "type": ["object", "null"],
+                },
+            },
+            "pad_to_multiple_of": {"type": ["integer", "null"], "minimum": 1, "maximum": 2**20},
+        }
+    ),
+    "type": ["object", "null"],
+    "description": "The output's vocabulary.",
+}
 _SCOPES = {"": False, ".model": True}
 """Where parameters stand: for all models, or under one. By what the definitions of a method are called."""
 

@@ -20,6 +20,7 @@ from raymerge.ops.errors import OpFileError, find_line
 from raymerge.pipeline.engine.fetch import Filled, fetch_windows
 from raymerge.pipeline.engine.gpus import take_gpu
 from raymerge.pipeline.engine.merger import HostMerger
+from raymerge.pipeline.engine.padding import fill_padding
 from raymerge.pipeline.engine.process_memory import measure_first_mem, measure_peak, peak_rss
 from raymerge.pipeline.engine.readiness import prepare
 from raymerge.pipeline.engine.runs import Figures
@@ -144,6 +145,7 @@ def _make_shard(
             def count(nbytes: int) -> None:
                 report(Progress(nbytes))
 
+            task = fill_padding(stores, task, count)
             merger: HostMerger | TorchMerger
             windows: Generator[Filled, None, None]
             if task.piece_nbytes:

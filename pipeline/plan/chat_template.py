@@ -27,7 +27,12 @@ _MAX_NBYTES = 64 * 2**20
 
 
 def set_chat_template(
-    stores: Stores, choice: TemplateChoice, checkpoints: Sequence[Checkpoint], files: Sequence[SideFile]
+    stores: Stores,
+    choice: TemplateChoice,
+    checkpoints: Sequence[Checkpoint],
+    files: Sequence[SideFile],
+    *,
+    are_donors: bool = True,
 ) -> tuple[list[SideFile], list[str], list[str]]:
     """Return an output's side files with the chat template that its config asks for, warnings, and notes.
 
@@ -36,6 +41,7 @@ def set_chat_template(
         choice: what the config asks for.
         checkpoints: the inputs, the donor first.
         files: the side files without it: those of the donor, or of a tokenizer of the output's own.
+        are_donors: whether the tokenizer among them is the donor's, so that its template is there already.
 
     Raises:
         ConfigError: the template does not parse or does not end, or refuses a plain conversation.
@@ -52,7 +58,7 @@ def set_chat_template(
         same = sum((other or "").strip() == text.strip() for other in templates)
         whose = f"that of {checkpoints[position].model}"
         notes.append(f"chat_template: {whose}, which {same} of {counted(len(templates), 'model')} have")
-        if text == templates[0]:
+        if text == templates[0] and are_donors:
             return [*files], [], notes
     else:
         notes.append(f"chat_template: {whose}")

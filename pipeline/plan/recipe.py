@@ -29,6 +29,7 @@ from raymerge.pipeline.plan.out_config import check_configs, make_out_config
 from raymerge.pipeline.plan.renaming import explain_names, match_names
 from raymerge.pipeline.plan.resolve import Part, make_tensor_merge
 from raymerge.pipeline.plan.types import ParameterValue, TensorMerge
+from raymerge.pipeline.plan.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,14 @@ def open_model(
     return Model(view, checkpoint.config, layers, tied, tuple(tensors), quantisation, statistics)
 
 
-def expand(config: MergeConfig, models: Sequence[Model], seed: int = 0) -> Recipe:
+def expand(config: MergeConfig, models: Sequence[Model], seed: int = 0, vocabulary: Vocabulary | None = None) -> Recipe:
     """Work out every output tensor, and account for every stored tensor.
 
     Args:
         config: the merge.
         models: the donor first.
         seed: of the merge.
+        vocabulary: of the output, where it is not the models' own.
 
     Raises:
         TensorMismatchError: a tensor is missing in a model, or does not fit the others.
@@ -91,14 +93,14 @@ def expand(config: MergeConfig, models: Sequence[Model], seed: int = 0) -> Recip
     models, warnings = match_names(models, takes_parts=bool(config.models))
     form = open_form(config, {model.ref: model for model in models})
     form.warnings += warnings
-    return expand_form(form, models, seed)
+    return expand_form(form, models, seed, vocabulary)
 
 
-def expand_form(form: Form, models: Sequence[Model], seed: int) -> Recipe:
+def expand_form(form: Form, models: Sequence[Model], seed: int, vocabulary: Vocabulary | None = None) -> Recipe:
     """Work out every output tensor of a form; see `expand`."""
     warnings = check_configs(models, moves_layers=form.moves_layers)
     accounts = Accounts()
-    found = (_resolve(output, accounts, seed) for output in form.list_tensors())
+    found = (_resolve(form, output, accounts, seed, vocabulary) for output in form.list_tensors())
     merges = sorted(filter(None, found), key=lambda merge: natural_key(merge.name))
     accounts.check(lambda: explain_names(models))
     donor = models[0]
@@ -173,7 +175,9 @@ def _check_gathered(model: Model) -> None:
     )
 
 
-def _resolve(output: OutputTensor, accounts: Accounts, seed: int) -> TensorMerge | None:
+def _resolve(
+    form: Form, output: OutputTensor, accounts: Accounts, seed: int, vocabulary: Vocabulary | None
+) -> TensorMerge | None:
     """Return how an output tensor comes about; None where it is left out, or the accounts note why it cannot be."""
     found = [item.view.find(item.name) for item in output.inputs]
     rule = _find_drop_rule(output.name, found)
@@ -181,14 +185,23 @@ def _resolve(output: OutputTensor, accounts: Accounts, seed: int) -> TensorMerge
         for item in output.inputs:
             accounts.drop(item.view.ref, item.name, rule)
         return None
+    refs = [item.view.ref for item in output.inputs]
+    aligned: Sequence[Source | None] = found
+    try:
+        if vocabulary is not None and vocabulary.covers(output.name, refs, found):
+            sources = [source for source in found if source is not None]
+            aligned = vocabulary.align(output.name, output.scope.base, refs, sources, form.find)
+    except TensorMismatchError as error:
+        accounts.mismatch(str(error))
+        return None
     parts = []
-    for item, source in zip(output.inputs, found, strict=True):
-        if source is None:
+    for item, source, shown in zip(output.inputs, found, aligned, strict=True):
+        if source is None or shown is None:
             has = [other.view.ref for other, there in zip(output.inputs, found, strict=True) if there]
             accounts.miss(item.name, item.view.ref, has)
             continue
         accounts.use(source)
-        parts.append(Part(item.view.ref, item.name, source, item.settings))
+        parts.append(Part(item.view.ref, item.name, shown, item.settings))
     if len(parts) < len(found):
         return None
     try:

@@ -44,6 +44,8 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
     ]
     if plan.chosen:
         lines.append(f"  chosen   {listing(plan.chosen, len(plan.chosen) if verbose else _MAX_CHOSEN)}")
+    if plan.vocabulary:
+        lines += [f"  tokens   {plan.vocabulary[0]}", *(f"           {line}" for line in plan.vocabulary[1:])]
     if plan.gpus is not None:
         context = "CUDA" if plan.gpus.is_in_one_process else "CUDA in each of them"
         on_gpu = max(task.projected_gpu_mem for task in plan.tasks)
@@ -122,6 +124,7 @@ def plan_json(plan: MergePlan) -> str:
             "side_files": [file.name for file in plan.outputs[0].side_files if file.name != CONFIG],
             # JSON has no Infinity, which config.json may: written as newer versions of transformers write it
             "config": json.loads(plan.outputs[0].config_json, parse_constant=lambda name: {"__float__": name}),
+            "vocabulary": list(plan.vocabulary),
             "dropped": list(plan.dropped),
             "warnings": list(plan.warnings),
             "notes": list(plan.notes),

@@ -190,7 +190,10 @@ def _check_shapes(name: str, parts: Sequence[Part]) -> None:
         if part.source.shape != first.source.shape:
             hint = ""
             if part.source.shape[1:] == first.source.shape[1:] and len(part.source.shape) == 2:
-                hint = "; if this is the vocabulary, the models have different tokenizers, which is not supported yet"
+                hint = (
+                    "; if these are the rows of tokens, `tokenizer_source: union` (or `base`, or a model) in the config"
+                    " says which the output has"
+                )
             raise TensorMismatchError(
                 f"{name} is {list(first.source.shape)} in {first.model} and {list(part.source.shape)} in "
                 f"{part.model}; only tensors of one shape can be merged{hint}"

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from raymerge.ops.lazy import np
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.source import Source
+from raymerge.pipeline.checkpoint.source import Source, StoredTensor
 from raymerge.pipeline.config.fields import SENSITIVE_TO_ROUNDING
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.types import TensorMerge
@@ -35,7 +35,7 @@ def warn_of_rounding(stores: Stores, merges: Iterable[TensorMerge], kept: Sequen
         FetchError: a file could not be read.
     """
     floats = [merge for merge in merges if DTYPES[merge.out_dtype].is_mergeable]
-    long = {merge.name: sources for merge in floats if (sources := [s for s in merge.tensors if s.dtype == "F32"])}
+    long = {merge.name: sources for merge in floats if (sources := _list_long(merge))}
     rounded = [merge for merge in floats if merge.name in long and DTYPES[merge.out_dtype].num_bits == 16]
     if not rounded or len(long) == len(floats):
         return []
@@ -68,6 +68,11 @@ def warn_of_rounding(stores: Stores, merges: Iterable[TensorMerge], kept: Sequen
             f"{_list(untried)} {stored}, and too large to tell now what that changes; {_advise(untried, kept)}"
         )
     return warnings
+
+
+def _list_long(merge: TensorMerge) -> list[Source]:
+    """Return the sources that are stored as float32, in one range each."""
+    return [source for source in merge.tensors if source.dtype == "F32" and isinstance(source, StoredTensor)]
 
 
 def _measure(content: bytes, dtype: str) -> np.ndarray:

@@ -293,6 +293,8 @@ class MergePlan:
     """The GPUs that merge; None where the CPU does."""
     total_nbytes: int
     """Size of the tensors of one output, in bytes."""
+    vocabulary: tuple[str, ...] = ()
+    """The output's tokens, and how many rows come from whom; empty where the config asks for no tokenizer."""
 
     def __repr__(self) -> str:
         models, tensors = counted(len(self.inputs), "model"), counted(len(self.weight_map), "tensor")

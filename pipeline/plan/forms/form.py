@@ -10,6 +10,7 @@ from raymerge.pipeline.checkpoint.model_config import Json, text_part
 from raymerge.pipeline.checkpoint.names import Layers
 from raymerge.pipeline.checkpoint.quantised import Quantisation
 from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, name_head
 from raymerge.pipeline.checkpoint.views import TiedView, View
 from raymerge.pipeline.config.merge_config import MergeConfig
@@ -111,6 +112,10 @@ class Form(ABC):
             TensorMismatchError: the models do not fit together.
             ConfigError: the config asks for what a model does not have.
         """
+
+    def find(self, model: ModelRef, name: str) -> Source | None:
+        """Return a tensor of one of the models, as it is seen here."""
+        return self.models[model].view.find(name)
 
     def make_config(self, config: Json) -> Json:
         """Return the output's config.json, from a copy of the donor's that may be changed in place."""

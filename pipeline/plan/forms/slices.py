@@ -121,6 +121,7 @@ class Slices(Form):
             TensorMismatchError: a model differs from the donor, whose config.json the output gets.
         """
         donor = self.donor
+        outer = [] if self.config.vocabulary else outer  # rows are those of one vocabulary
         for field, involved in (("hidden_size", models), ("intermediate_size", models), ("vocab_size", outer)):
             expected = donor.width(field)
             for model in involved:

@@ -52,6 +52,17 @@ TIES: dict[str, Any] = {
     "name": "step1",
     "keep_float32": ["*.A_log"],
     "integers": "max",
+    "tokenizer": {
+        "source": "org/c",
+        "tokens": {
+            "<s>": {"source": {"kind": "zero"}, "force": True},
+            "<x>": {"source": {"kind": "model_token", "model": "org/c", "token": "</s>"}},
+            "<y>": {"source": {"kind": "model_token", "model": "org/c", "token_id": 7}},
+            "<z>": {"source": "org/c"},
+            "<new>": None,
+        },
+        "pad_to_multiple_of": 64,
+    },
 }
 SLERP: dict[str, Any] = {
     "merge_method": "slerp",
@@ -63,6 +74,7 @@ SLERP: dict[str, Any] = {
         }
     ],
     "keep_float32": True,
+    "tokenizer_source": "union",
 }
 
 
@@ -99,8 +111,7 @@ def test_takes_one_module_and_no_more() -> None:
 
 
 def test_has_every_key_that_is_supported() -> None:
-    unsupported = set(reader._NOT_SUPPORTED)
-    assert SCHEMA["properties"].keys() == set(reader._KEYS) - unsupported
+    assert SCHEMA["properties"].keys() == set(reader._KEYS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -112,7 +112,7 @@ def test_shapes_that_differ(shapes: tuple[tuple[int, ...], tuple[int, ...]], hin
         merged([part("a", shape=shapes[0]), part("b", shape=shapes[1])], scope("linear", settings(weight=1.0)))
     message = str(caught.value)
     assert message.startswith(f"w is {list(shapes[0])} in a and {list(shapes[1])} in b")
-    assert ("tokenizers" in message) is hint
+    assert ("tokenizer_source" in message) is hint
 
 
 @pytest.mark.parametrize(
