@@ -26,6 +26,8 @@ from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.chat_template import set_chat_template
+from raymerge.pipeline.plan.forms.form import Model
+from raymerge.pipeline.plan.gates import Gates, make_gates
 from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer, check_plan_fits
 from raymerge.pipeline.plan.recipe import expand, open_model
@@ -129,7 +131,9 @@ def make_plan(
     if any(config.vocabulary != first.vocabulary for config in configs):
         raise ConfigError("the variants of one plan ask for different tokenizers; they may differ in parameters only")
     planned = plan_vocabulary(stores, first, checkpoints, models, limits.allowed_mem)
-    recipes = [expand(config, models, seed, planned.vocabulary if planned else None) for config in configs]
+    vocabulary = planned.vocabulary if planned else None
+    gates = [_make_gates(stores, config, checkpoints[0], models[0], seed) for config in configs]
+    recipes = [expand(c, models, seed, vocabulary, found) for c, found in zip(configs, gates, strict=True)]
     merges = join_variants(recipes)
     check_integers(stores, merges)
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
@@ -181,6 +185,14 @@ def make_plan(
         gpus=limits.gpus,
         total_nbytes=sum(merge.nbytes for merge in merges),
     )
+
+
+def _make_gates(stores: Stores, config: MergeConfig, checkpoint: Checkpoint, base: Model, seed: int) -> Gates | None:
+    """Return the weights of a mixture's routers; None where no mixture is made."""
+    if config.mixture is None:
+        return None
+    hidden_size = base.width("hidden_size") or 0
+    return make_gates(stores, config.mixture, checkpoint, base.view, base.layers.num_layers, hidden_size, seed)
 
 
 def _check_readable(stores: Stores, files: Sequence[Copied]) -> None:

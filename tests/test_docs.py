@@ -47,7 +47,11 @@ def test_readme_names_every_option_of_merge() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/methods.md", "docs/mergekit.md", "docs/batch.md", "docs/cluster.md"]
+    "page",
+    [
+        *("README.md", "CONTRIBUTING.md"),
+        *(f"docs/{name}.md" for name in ("methods", "mergekit", "moe", "batch", "cluster")),
+    ],
 )
 def test_links_and_named_files_exist(page: str) -> None:
     text = (ROOT / page).read_text()

@@ -74,13 +74,10 @@ class RandomBits:
             spares: two blocks of scratch of the block's size; overwritten.
         """
         stop = start + spares[0].numel()
-        pages = range(start // PAGE_ELEMENTS, -(-stop // PAGE_ELEMENTS))
         if spares[0].device.type == "cpu":
-            bits, shifted = (_numpy_words(spare) for spare in spares)
-            for page in pages:
-                there, here = _cut_page(page, start, stop)
-                _hash_on_cpu(numpy_table()[there], *self._keys(page), bits[here], shifted[here])
+            self._fill(start, *(_numpy_words(spare) for spare in spares))
             return
+        pages = range(start // PAGE_ELEMENTS, -(-stop // PAGE_ELEMENTS))
         words, spare = (_words(spare) for spare in spares)
         table = _table(words.device)
         whole = range(-(-start // PAGE_ELEMENTS), stop // PAGE_ELEMENTS)
@@ -95,6 +92,19 @@ class RandomBits:
                 there, here = _cut_page(page, start, stop)
                 key, factor = map(_as_int32, self._keys(page))
                 _hash(table[there], key, factor, words[here], spare[here])
+
+    def draw(self, start: int, stop: int) -> Words:
+        """Return the bits of the elements [start, stop)."""
+        bits, shifted = (np.empty(stop - start, np.uint32) for _ in range(2))
+        self._fill(start, bits, shifted)
+        return bits
+
+    def _fill(self, start: int, bits: Words, shifted: Words) -> None:
+        """Write the bits of a block to `bits` on the CPU; `shifted` is overwritten."""
+        stop = start + len(bits)
+        for page in range(start // PAGE_ELEMENTS, -(-stop // PAGE_ELEMENTS)):
+            there, here = _cut_page(page, start, stop)
+            _hash_on_cpu(numpy_table()[there], *self._keys(page), bits[here], shifted[here])
 
     def list_keys(self, start: int, stop: int) -> Words:
         """Return a row of two keys for each page that the elements [start, stop) touch."""

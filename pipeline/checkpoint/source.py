@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 from raymerge.ops.decoder import Decoder, Plain
+from raymerge.ops.noise import Noise
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.stores.files import ByteRange, StoredFile, aligned
 
@@ -118,3 +119,48 @@ class StoredTensor(Source):
 
     def __repr__(self) -> str:
         return f"StoredTensor({self.name} of {self.model}, {self.dtype} {list(self.shape)})"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor(StoredTensor):
+    """Values that planning has worked out: they are read from an `InlineFile`, and come from no model's file."""
+
+    @property
+    def origins(self) -> tuple[StoredTensor, ...]:
+        """None."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class RandomTensor(Source):
+    """Normally distributed random numbers, of which nothing is stored."""
+
+    model: str
+    name: str
+    """The output tensor that they are for: no two have the same numbers."""
+    dtype: str
+    shape: tuple[int, ...]
+    seed: int
+
+    @property
+    def decoder(self) -> Decoder:
+        """Draws them."""
+        return Noise(self.seed, self.name)
+
+    @property
+    def origins(self) -> tuple[StoredTensor, ...]:
+        """None."""
+        return ()
+
+    @property
+    def identity(self) -> Identity:
+        """The seed and the name."""
+        return ["noise", self.seed, self.name]
+
+    def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
+        """Return none."""
+        return ()
+
+    def max_nbytes(self, num_elements: int) -> int:
+        """Return 0."""
+        return 0

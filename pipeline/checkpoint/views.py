@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.checkpoint.source import Source, StoredTensor
+from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.checkpoint.tying import find_embedding, find_head
 
 
@@ -36,9 +36,9 @@ class View(ABC):
 
 
 class StoredView(View):
-    """The tensors as the checkpoint stores them."""
+    """The tensors as the checkpoint stores them, or as a plan makes them."""
 
-    def __init__(self, ref: ModelRef, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, ref: ModelRef, tensors: Mapping[str, Source]) -> None:
         self.ref = ref
         self._tensors = tensors
 
@@ -47,7 +47,7 @@ class StoredView(View):
         return self._tensors.keys()
 
     def find(self, name: str) -> Source | None:
-        """Return the stored tensor."""
+        """Return the tensor."""
         return self._tensors.get(name)
 
 

@@ -12,6 +12,9 @@ from raymerge.pipeline.config.chat_template import TemplateChoice
 from raymerge.pipeline.config.tokenizer import VocabularyRule
 from raymerge.pipeline.config.values import Settings
 
+RANDOM_GATES = ("random", "uniform_random")
+"""Modes in which the routers of a mixture are random."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
@@ -45,8 +48,48 @@ class OutputSlice:
 
 
 @dataclass(frozen=True, slots=True)
+class Expert:
+    """A model whose MLPs become one expert in each layer."""
+
+    model: ModelRef
+    positive_prompts: tuple[str, ...]
+    """Texts that are to choose it."""
+    negative_prompts: tuple[str, ...]
+    """Texts that are not."""
+    residual_scale: float
+    """Factor of what it adds to the residual stream: of its down projections."""
+    noise_scale: float
+    """Standard deviation of the noise that is added to its weights; 0 for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Which models make up a mixture of experts, and what its routers are made of."""
+
+    gate_mode: str
+    """What routers are made of: `hidden_last`, `hidden_avg`, `cheap_embed`, `random` or `uniform_random`."""
+    experts: tuple[Expert, ...]
+    """At least one."""
+    shared_experts: tuple[Expert, ...]
+    """Experts that every token passes through."""
+    experts_per_token: int
+    architecture: str
+    """The beginning of the name of what it becomes; empty where the models decide."""
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether routers are made of prompts, and not of random numbers."""
+        return self.gate_mode not in RANDOM_GATES
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """Every expert's model, in the order of the file."""
+        return tuple(expert.model for expert in (*self.experts, *self.shared_experts))
+
+
+@dataclass(frozen=True, slots=True)
 class MergeConfig:
-    """A merge as the YAML asks for it; exactly one of `models` and `slices` is not empty."""
+    """A merge as the YAML asks for it; exactly one of `models`, `slices` and `mixture` is there."""
 
     op: Op
     """The merge method."""
@@ -82,6 +125,8 @@ class MergeConfig:
     """Where the statistics of each model are that the method takes besides."""
     vocabulary: VocabularyRule | None = None
     """The tokenizer of the output; None where it gets the donor's, and rows are merged by their numbers."""
+    mixture: Mixture | None = None
+    """The mixture of experts that is made."""
 
     @property
     def method(self) -> str:
@@ -101,4 +146,5 @@ class MergeConfig:
         """Every model once: the base first, then in the order of the file."""
         base = (self.base_model,) if self.base_model else ()
         sources = (source.model for part in self.slices for source in part.sources)
-        return tuple(dict.fromkeys((*base, *(entry.model for entry in self.models), *sources)))
+        experts = self.mixture.models if self.mixture else ()
+        return tuple(dict.fromkeys((*base, *(entry.model for entry in self.models), *sources, *experts)))

@@ -36,6 +36,7 @@ from raymerge.pipeline.config.methods import (
     parse_settings,
     takes_first_as_base,
 )
+from raymerge.pipeline.config.mixture import is_mixture, read_mixture
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref, parse_revision, spelling_key
 from raymerge.pipeline.config.tokenizer import check_rows, parse_tokenizer
@@ -44,7 +45,6 @@ from raymerge.pipeline.config.values import Rule, Setting, Settings, overlay
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import shown
 
-_MOE_KEYS = {"experts", "gate_mode", "shared_experts", "experts_per_token"}
 _KEYS = (
     "merge_method", "models", "slices", "base_model", "dtype", "out_dtype", "parameters", "modules", "keep_float32",
     "integers", "chat_template", "name", "tokenizer", "tokenizer_source",
@@ -107,10 +107,8 @@ class _Reader:
     def read(self, document: Document) -> MergeConfig | None:
         """Return the merge that the config describes; None where something is wrong with it."""
         root = self._root
-        if keys := [key for key in root.names() if key in _MOE_KEYS]:
-            error = root.get(keys[0]).error("belongs to mergekit-moe; raymerge cannot build mixtures of experts")
-            root.note(error)
-            return None
+        if is_mixture(root):
+            return read_mixture(root, document, self._parse_model)
         root.check_keys(_KEYS, self._names)
         self._op = root.attempt(partial(parse_method, ops=self._ops))
         self._body = root.attempt(find_body) or root

@@ -6,14 +6,16 @@ Weights that are missing, numbers of models, and what depends on the models them
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from raymerge.ops.registry import Base, Op, Parameter
 from raymerge.pipeline.checkpoint.chat_template.builtin import BUILTIN
 from raymerge.pipeline.checkpoint.dtypes import DTYPE_NAMES
 from raymerge.pipeline.config.chat_template import AUTO
+from raymerge.pipeline.config.merge_config import RANDOM_GATES
 from raymerge.pipeline.config.methods import takes_first_as_base
+from raymerge.pipeline.config.mixture import ARCHITECTURES, GATE_MODES, MIXTURE, MIXTURE_KEYS
 from raymerge.pipeline.config.training_run import SCHEDULES
 from raymerge.pipeline.config.values import BOOLS
 
@@ -40,14 +42,30 @@ def make_schema(ops: Iterable[Op]) -> Schema:
         for op in methods
         if op.statistics
     }
-    models = _make_models(statistics)
-    slices = _make_slices(statistics)
     parameters = {
         f"{op.name}{suffix}": _make_parameters(op, own=own) for op in methods for suffix, own in _SCOPES.items()
     }
     return {
         "$schema": _DIALECT,
         "title": "A merge by raymerge",
+        "if": _IS_MIXTURE,
+        "then": _ref("mixture"),
+        "else": _ref("merge"),
+        "$defs": {
+            "model": _MODEL,
+            "mixture": _MIXTURE,
+            "merge": _make_merge(methods, statistics),
+            **settings,
+            **parameters,
+        },
+    }
+
+
+def _make_merge(methods: Sequence[Op], statistics: Schema) -> Schema:
+    """Return the schema of merges other than mixtures of experts; `statistics` are the keys of those of all methods."""
+    models = _make_models(statistics)
+    slices = _make_slices(statistics)
+    return {
         **_object(
             {
                 "name": {"type": ["string", "null"], "pattern": r"\S", "description": "Of the merge."},
@@ -96,7 +114,6 @@ def make_schema(ops: Iterable[Op]) -> Schema:
         ),
         "oneOf": [{"required": [form]} for form in ("models", "slices", "modules")],
         "allOf": [_make_condition(op, statistics) for op in methods],
-        "$defs": {"model": _MODEL, **settings, **parameters},
     }
 
 
@@ -214,6 +231,46 @@ def _make_slices(statistics: Schema) -> Schema:
 def _make_dtype(description: str) -> Schema:
     names = [prefix + name for prefix in ("", "torch.") for name in DTYPE_NAMES]
     return {"description": description, "enum": ["auto", *names, None]}
+
+
+_PROMPTS = {"type": ["array", "null"], "items": _NAME}
+_NUMBER_OR_TEXT = {"anyOf": [{"type": ["number", "null"]}, {"type": "string", "pattern": _NUMBER}]}
+_EXPERT = _object(
+    {
+        "source_model": {**_ref("model"), "description": "The model whose MLPs become the expert."},
+        "positive_prompts": {**_PROMPTS, "description": "Texts that are to choose it."},
+        "negative_prompts": {**_PROMPTS, "description": "Texts that are not."},
+        "residual_scale": {**_NUMBER_OR_TEXT, "description": "Factor of what it adds; default 1."},
+        "noise_scale": {**_NUMBER_OR_TEXT, "description": "Standard deviation of noise on its weights; default 0."},
+    },
+    "source_model",
+)
+_IS_MIXTURE = {
+    "anyOf": [{"required": [key]} for key in MIXTURE_KEYS]
+    + [{"required": ["merge_method"], "properties": {"merge_method": {"const": MIXTURE}}}]
+}
+_MIXTURE = {
+    **_object(
+        {
+            "merge_method": {"enum": [MIXTURE, None]},
+            "base_model": {**_ref("model"), "description": "The model that gives all but the experts."},
+            "experts": _list(_EXPERT, "Models whose MLPs become the experts of each layer."),
+            "shared_experts": {"anyOf": [{"type": "null"}, {"type": "array", "items": _EXPERT}]},
+            "gate_mode": {"enum": [*GATE_MODES, None], "description": "What routers are made of; default hidden."},
+            "experts_per_token": {**_COUNT, "description": "Experts that each token passes through; default 2."},
+            "architecture": {
+                "description": "What the mixture becomes; by default the first that fits.",
+                "anyOf": [{"enum": [*ARCHITECTURES, None]}, _NAME],
+            },
+            "dtype": _make_dtype("What is written, where `out_dtype` says nothing else."),
+            "out_dtype": _make_dtype("What is written."),
+        },
+        "base_model",
+        "experts",
+    ),
+    "if": {"properties": {"gate_mode": {"not": {"enum": [*RANDOM_GATES]}}}},
+    "then": {"properties": {"experts": {"items": {"required": ["positive_prompts"]}}}},
+}
 
 
 def _make_condition(op: Op, keys: Iterable[str]) -> Schema:

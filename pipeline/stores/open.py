@@ -8,6 +8,7 @@ from threading import Lock as ThreadLock
 
 from raymerge.pipeline.stores.buffers import BufferPool
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
+from raymerge.pipeline.stores.inline import INLINE_URL, InlineStorage
 from raymerge.pipeline.stores.retry import FaultLog
 from raymerge.pipeline.stores.seam import Storage
 from raymerge.pipeline.stores.settings import DEFAULTS, StoreSettings
@@ -32,7 +33,7 @@ class Stores:
         """It holds at most what the plan gives to the workers that run at once in this process."""
         self._lock = ThreadLock()
         self._storages: dict[str, Storage] = {}
-        self._known: dict[str, Storage] = {}
+        self._known: dict[str, Storage] = {INLINE_URL: InlineStorage()}
 
     def __reduce__(self) -> tuple[type[Stores], tuple[StoreSettings, tuple[str, ...]]]:
         return Stores, (self.settings, self.faults.reached)

@@ -628,7 +628,7 @@ def test_a_misspelt_key_is_told_instead_of_what_it_leaves_missing(
             ("parameters", MISSING),
             "parameters: slerp needs 't', and nothing gives it; add it to the top-level",
         ),
-        ("linear", ("experts", []), "experts: belongs to mergekit-moe; raymerge cannot build mixtures of experts"),
+        ("linear", ("experts", []), "merge_method: \"linear\" is given, and experts make a mixture; write 'moe'"),
         (
             "linear",
             ("merge_method", "core_space"),

@@ -13,7 +13,7 @@ import yaml
 
 from raymerge.ops.registry import Op, load_ops
 from raymerge.pipeline.cli.methods import make_example
-from raymerge.pipeline.config import reader
+from raymerge.pipeline.config import mixture, reader
 from raymerge.pipeline.config.document import read_document
 from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.schema import make_schema
@@ -110,8 +110,44 @@ def test_takes_one_module_and_no_more() -> None:
         assert find_problems(config | {"modules": modules}), modules
 
 
+def test_takes_mixtures() -> None:
+    expert = {
+        "source_model": "org/b",
+        "positive_prompts": ["code"],
+        "negative_prompts": ["prose"],
+        "noise_scale": "1e-3",
+    }
+    config = {
+        "base_model": "org/a",
+        "gate_mode": "cheap_embed",
+        "experts": [expert, {"source_model": {"path": "org/c"}, "positive_prompts": ["prose"], "residual_scale": 0.5}],
+        "shared_experts": [{"source_model": "org/a"}],
+        "experts_per_token": 1,
+        "architecture": "mixtral",
+        "dtype": "bfloat16",
+    }
+    for given in (config, config | {"merge_method": "moe", "gate_mode": None}):
+        assert find_problems(given) == []
+        load_config(given, strict=True)
+    changes: dict[str, Any] = {
+        "base_model": None,
+        "experts": [],
+        "gate_mode": "hiden",
+        "experts_per_token": 0,
+        "merge_method": "ties",
+        "parameters": {},
+        "shared_experts": [{"model": "org/a"}],
+    }
+    for key, wrong in changes.items():
+        assert find_problems(config | {key: wrong}), key
+    bare = [{"source_model": "org/b"}, {"source_model": "org/c"}]
+    assert find_problems(config | {"experts": bare})
+    assert find_problems(config | {"experts": bare, "gate_mode": "random"}) == []
+
+
 def test_has_every_key_that_is_supported() -> None:
-    assert SCHEMA["properties"].keys() == set(reader._KEYS)
+    assert SCHEMA["$defs"]["merge"]["properties"].keys() == set(reader._KEYS)
+    assert SCHEMA["$defs"]["mixture"]["properties"].keys() == set(mixture._KEYS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -123,7 +159,7 @@ def test_takes_the_configs_that_are_shipped(file: Path) -> None:
 @pytest.mark.parametrize("text", BLOCKS)
 def test_takes_those_of_the_docs(text: str) -> None:
     config = yaml.safe_load(text)
-    known = config["merge_method"] in load_ops()
+    known = config["merge_method"] in (*load_ops(), "moe")
     assert bool(find_problems(config)) != known
 
 
