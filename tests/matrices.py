@@ -19,9 +19,10 @@ def merge_matrices(op: str, tensors: Sequence[torch.Tensor], values: Parameters)
         stack = [merge_matrices(op, matrices, values) for matrices in zip(*tensors, strict=True)]
         return torch.stack(stack)
     if base.dim() != 2 or min(base.shape) < 2:
-        merged = torch.stack(deltas).mean(0)
+        merged = _ties(deltas, values) if op == "knots" else torch.stack(deltas).mean(0)
     else:
-        merged = {"tsv": _tsv, "iso_c": _iso_c, "iso_cts": _iso_cts, "star": _star, "wudi": _wudi}[op](deltas, values)
+        functions = {"tsv": _tsv, "iso_c": _iso_c, "iso_cts": _iso_cts, "star": _star, "wudi": _wudi, "knots": _knots}
+        merged = functions[op](deltas, values)
     scale: float = values["lambda"]
     return base + scale * merged
 
@@ -71,6 +72,25 @@ def _star(deltas: Matrices, values: Parameters) -> torch.Tensor:
         kept = next(k for k in range(1, len(s) + 1) if s[:k].sum() >= values["eta"] / 100 * s.sum() * (1 - 1e-9))
         merged += s.sum() / s[:kept].sum() * u[:, :kept] @ torch.diag(s[:kept]) @ vt[:kept]
     return merged / len(deltas)
+
+
+def _knots(deltas: Matrices, values: Parameters) -> torch.Tensor:
+    u, s, vt = _svd(torch.cat(deltas, 1))
+    is_kept = s > 1e-6 * s[0]
+    aligned = torch.tensor_split(torch.diag(s[is_kept]) @ vt[is_kept], len(deltas), dim=1)
+    return u[:, is_kept] @ _ties(list(aligned), values)
+
+
+def _ties(deltas: Matrices, values: Parameters) -> torch.Tensor:
+    weights = torch.tensor(values["weight"], dtype=torch.float64).reshape(-1, *(1 for _ in deltas[0].shape))
+    kept = []
+    for delta, density in zip(deltas, values["density"], strict=True):
+        num_kept = delta.numel() if density >= 1 else max(1, int(density * delta.numel()))
+        threshold = delta.abs().flatten().topk(num_kept).values[-1]
+        kept.append(torch.where(delta.abs() >= threshold, delta, 0.0))
+    votes = weights * torch.stack(kept)
+    agrees = votes.sign() == torch.where(votes.sum(0) >= 0, 1.0, -1.0)
+    return (votes * agrees).sum(0) / (weights * agrees).sum(0).clamp(min=1e-30)
 
 
 def _wudi(deltas: Matrices, values: Parameters) -> torch.Tensor:

@@ -120,7 +120,10 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _reinforce(tensors, values | {"r": 0.0, "alpha": 0.0})
         case "ramplus_tl":
             return _reinforce(tensors, values)
-        case "tsv" | "iso_c" | "iso_cts" | "star" | "wudi":
+        case "knots" if tensors[0].dim() not in (2, 3):
+            untouched = {"normalize": True, "rescale": False}
+            return _task_arithmetic(tensors, values | untouched, keep_largest, elects=True)
+        case "tsv" | "iso_c" | "iso_cts" | "star" | "wudi" | "knots":
             terms = torch.stack([x.double().abs() for x in tensors]).sum(0)
             merged = merge_matrices(op, tensors, values)
             return Exact(merged, terms, torch.zeros_like(merged, dtype=torch.bool))

@@ -41,7 +41,7 @@ def test_every_op_gives_the_bits_of_the_cpu(op: Op, change: Change, dtype: torch
 
 
 @pytest.mark.parametrize("shape", [(2000, 300), (300, 2000), (4, 200, 300)])
-@pytest.mark.parametrize("op", ["tsv", "iso_c", "iso_cts", "star", "wudi"])
+@pytest.mark.parametrize("op", ["tsv", "iso_c", "iso_cts", "star", "wudi", "knots"])
 def test_whole_matrices_are_as_near_to_the_cpu_as_they_say(op: str, shape: tuple[int, ...]) -> None:
     kernel = make_kernel(find_op(op))
     sources = [x.reshape(shape) for x in make_sources(find_op(op), math.prod(shape))]

@@ -16,7 +16,7 @@ STRIP_ELEMENTS = 2**20
 """Elements of a matrix that are worked on at once in float64."""
 STRIP_LENGTH = 2**13
 """Rows of a strip at most: a multiplication packs longer ones in more memory than they take."""
-_LAPACK_SQUARES, BLAS_NBYTES = 6, 16 * 2**20
+LAPACK_SQUARES, BLAS_NBYTES = 6, 16 * 2**20
 """Matrices that an eigendecomposition takes besides its result, with what the allocator keeps between them, and memory
 for blocks that a multiplication packs. Measured as anonymous memory with matrices of 128 to 1600 rows."""
 
@@ -102,7 +102,7 @@ class MatrixDeltas(Kernel):
         size, length = sorted((rows, columns))
         once, per_model, per_pair = (rows < columns and self.num_wide_squares) or self.num_squares
         num_made = once + per_model * num_models + per_pair * num_models**2
-        num_squares = num_grams + num_made + _LAPACK_SQUARES
+        num_squares = num_grams + num_made + LAPACK_SQUARES
         strip = min(length, count_strip_rows(size)) * size
         return BLAS_NBYTES + 8 * (num_squares * size**2 + (num_deltas + 3) * strip)
 

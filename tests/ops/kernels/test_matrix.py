@@ -32,6 +32,8 @@ SETTINGS: list[tuple[str, dict[str, Any], int]] = [
     ("star", {}, 3),
     ("star", {"eta": 90.0}, 2),
     ("wudi", {}, 3),
+    ("knots", {"weight": (1.0, 0.5, 0.8), "density": (0.3, 0.6, 1.0)}, 3),
+    ("knots", {}, 2),
 ]
 """Ops with parameters and a number of models."""
 OPS = sorted({op for op, _, _ in SETTINGS})
@@ -40,8 +42,11 @@ TALL = (STRIP_ELEMENTS // 64 * 2 + 1000, 64)
 """Read in three blocks."""
 
 
-def make_kernel(op: str, parameters: dict[str, Any]) -> Kernel:
-    return find_op(op).kernel({p.name: p.default for p in find_op(op).parameters if p.default is not None} | parameters)
+def make_kernel(op: str, parameters: dict[str, Any], num_models: int = 2) -> Kernel:
+    defaults: dict[str, Any] = {
+        p.name: (p.default,) * num_models if p.per_model else p.default for p in find_op(op).parameters
+    }
+    return find_op(op).kernel(defaults | parameters)
 
 
 def make_tensors(shape: tuple[int, ...], num_models: int) -> list[torch.Tensor]:
@@ -66,7 +71,7 @@ def measure_error(merged: torch.Tensor, expected: torch.Tensor, base: torch.Tens
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("shapes", [SHAPES[:1], SHAPES[1:2], SHAPES[3:]], ids=["tall", "wide", "others"])
-@pytest.mark.parametrize(("op", "parameters", "num_models"), [SETTINGS[k] for k in (1, 2, 4, 5, 7)])
+@pytest.mark.parametrize(("op", "parameters", "num_models"), [SETTINGS[k] for k in (1, 2, 4, 5, 7, 8)])
 def test_every_setting(
     op: str,
     parameters: dict[str, Any],
@@ -105,10 +110,10 @@ def test_many_blocks_at_once_are_the_same_as_one_by_one() -> None:
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
 class TestEdges:
-    @pytest.mark.parametrize("op", ["tsv", "star", "wudi"])
+    @pytest.mark.parametrize("op", ["tsv", "star", "wudi", "knots"])
     def test_one_model_alone_comes_back(self, op: str, shape: tuple[int, int]) -> None:
         base, model = make_tensors(shape, 1)
-        merged = run_kernel(make_kernel(op, {"eta": 100.0} if op == "star" else {}), [base, model])
+        merged = run_kernel(make_kernel(op, {"eta": 100.0} if op == "star" else {}, 1), [base, model])
         assert measure_error(merged, model, base) < 1e-5
 
     def test_tsv_of_orthogonal_tasks_is_their_sum(self, shape: tuple[int, int]) -> None:
@@ -162,7 +167,7 @@ def test_wudi_is_where_gradient_descent_ends() -> None:
     assert measure_error(merged.double(), found, base.double()) < 1e-5
 
 
-@pytest.mark.parametrize("op", ["tsv", "iso_c"])
+@pytest.mark.parametrize("op", ["tsv", "iso_c", "knots"])
 def test_writes_the_same_bytes_in_every_way(op: str, tmp_path: Path) -> None:
     """On one machine, whatever the memory, the workers and the windows."""
     models = draw_models(tmp_path, 3)
