@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -126,6 +127,14 @@ class ProcessRunner(Runner):
         on_progress: Report,
     ) -> Iterator[Result]:
         """Yield each item's result as it comes; see `Runner.run`. The item of a worker that dies is done again."""
+        if self._context.get_start_method() == "fork":  # workers have the items already, which may be large
+            yield from self._run(partial(_work_on, work, items), range(len(items)), resources, on_progress)
+        else:
+            yield from self._run(work, items, resources, on_progress)
+
+    def _run(
+        self, work: Work[Any, Result], items: Sequence[Any], resources: Sequence[Resources], on_progress: Report
+    ) -> Iterator[Result]:
         waiting = Waiting(resources, self.num_slots)
         workers: list[_Worker] = []
         busy: dict[Connection, _Worker] = {}
@@ -284,6 +293,10 @@ def _assign(idle: list[_Worker], busy: dict[Connection, _Worker], items: Sequenc
         with suppress(OSError):  # it has died; that is noticed when its answer is read
             worker.connection.send(items[item])
         busy[worker.connection] = worker
+
+
+def _work_on(work: Work[Item, Result], items: Sequence[Item], position: int, report: Report) -> Result:
+    return work(items[position], report)
 
 
 def _send_work(work: Work[Any, Any], worker: _Worker) -> None:

@@ -15,6 +15,10 @@ Identity = str | int | list["Identity"]
 """JSON that is equal for two sources only if their values are."""
 
 
+_PLAIN = {name: Plain(dtype.torch_name) for name, dtype in DTYPES.items()}
+"""Decoders of values as they are, by dtype."""
+
+
 class Source(ABC):
     """One input tensor, as a view of its model shows it; frozen and picklable.
 
@@ -90,7 +94,7 @@ class StoredTensor(Source):
     @property
     def decoder(self) -> Decoder:
         """Plain values."""
-        return Plain(DTYPES[self.dtype].torch_name)
+        return _PLAIN[self.dtype]
 
     @property
     def origins(self) -> tuple[StoredTensor, ...]:

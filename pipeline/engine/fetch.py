@@ -121,7 +121,7 @@ def _fill_in_turn(
     while coming:
         windows = _fill(stores, coming.popleft()[0], buffer, on_read, run_all)
         while sum(nbytes for _, nbytes in coming) < _AHEAD_NBYTES and (fetch := next(rest, None)) is not None:
-            ranges = _flatten(window.ranges() for window in fetch)
+            ranges = _flatten(window.ranges for window in fetch)
             for storage, positions in _by_storage(stores, ranges).items():
                 storage.will_read([ranges[k] for k in positions])
             coming.append((fetch, sum(item.nbytes for item in ranges)))
@@ -131,7 +131,7 @@ def _fill_in_turn(
 def _fill(
     stores: Stores, fetch: Fetch, buffer: Buffer, on_read: Callable[[int], None], run_all: RunAll
 ) -> list[Filled]:
-    ranges = [window.ranges() for window in fetch]
+    ranges = [window.ranges for window in fetch]
     windows = _lay_out(fetch, ranges, buffer)
     views = [view for filled in windows for views in filled.views for view in views]
     read_ranges(stores, _flatten(ranges), views, on_read, run_all)
@@ -170,6 +170,10 @@ def _cut(
     ranges: Sequence[ByteRange], views: Sequence[memoryview], most: int
 ) -> Iterator[tuple[list[ByteRange], list[memoryview]]]:
     """Yield ranges and their places in groups of so many bytes at most."""
+    sizes = [item.nbytes for item in ranges]
+    if sizes and all(sizes) and sum(sizes) <= most:
+        yield list(ranges), list(views)
+        return
     pieces: list[ByteRange] = []
     places: list[memoryview] = []
     room = most

@@ -80,7 +80,7 @@ class GpuStage(Stage):
         offset = 0
         for window in fetch:
             sources = []
-            for pieces in window.ranges():
+            for pieces in window.ranges:
                 places = []
                 for piece in pieces:
                     places.append(room.there[offset : offset + piece.nbytes])

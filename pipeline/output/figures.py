@@ -20,16 +20,17 @@ def make_figures(plan: MergePlan, files: Sequence[ShardFile]) -> pa.Table:
         files: the shards of one output.
     """
     by_file = {file.file: file.figures for file in files}
-    rows = [
-        {"name": merge.name, "file": task.file, **by_file[task.file].get(merge.name, {})}
-        for task in plan.tasks
-        for merge in task.merges
-    ]
-    measured = sorted({key for row in rows for key in row} - {"name", "file", "norm"})
-    schema = pa.schema(
-        [("name", pa.string()), ("file", pa.string()), *((key, pa.float32()) for key in ("norm", *measured))]
-    )
-    return pa.Table.from_pylist(rows, schema=schema)
+    names: list[str] = []
+    places: list[str] = []
+    found: list[Mapping[str, float]] = []
+    for task in plan.tasks:
+        own = by_file[task.file]
+        names += [merge.name for merge in task.merges]
+        places += [task.file] * len(task.merges)
+        found += [own.get(merge.name, {}) for merge in task.merges]
+    measured = sorted({key for figures in found for key in figures} - {"norm"})
+    columns = {key: pa.array([figures.get(key) for figures in found], pa.float32()) for key in ("norm", *measured)}
+    return pa.table({"name": pa.array(names, pa.string()), "file": pa.array(places, pa.string()), **columns})
 
 
 def summarise(figures: pa.Table) -> Mapping[str, Mapping[str, float]]:

@@ -96,7 +96,8 @@ class Journal:
 
     def record(self, file: ShardFile) -> None:
         """Note that a shard is finished."""
-        self._write(f"{DIRECTORY}/{file.file}.json", {"fingerprint": self.fingerprint, **dataclasses.asdict(file)})
+        fields = {field.name: getattr(file, field.name) for field in dataclasses.fields(file)}
+        self._write(f"{DIRECTORY}/{file.file}.json", {"fingerprint": self.fingerprint, **fields})
 
     def read_records(self, outputs: Iterable[ShardOutput]) -> dict[str, ShardFile]:
         """Return by name the finished shards of this plan whose files are there in full size.
@@ -125,7 +126,7 @@ class Journal:
         return self.stores.at(self.out)
 
     def _write(self, name: str, content: object) -> None:
-        self._storage.write(f"{self.out}/{name}", json.dumps(content, indent=1).encode())
+        self._storage.write(f"{self.out}/{name}", json.dumps(content).encode())
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from raymerge.pipeline.plan.memory import Demand, measure_demand, measure_kept
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
@@ -19,16 +19,19 @@ class Window:
     stop: int
     passes: range
     """Which of the kernel's passes run over it; the one after the last measuring pass combines."""
+    ranges: Sequence[tuple[ByteRange, ...]] = field(init=False, repr=False)
+    """The bytes to fetch, for each source."""
 
-    def ranges(self) -> list[tuple[ByteRange, ...]]:
-        """Return the bytes to fetch, for each source."""
+    def __post_init__(self) -> None:
+        """Look the ranges up, once."""
         sources, num_cut = self.merge.sources, self.merge.num_cut
         whole = [source.ranges(0, source.num_elements) for source in sources[num_cut:]]
-        return [*(source.ranges(self.start, self.stop) for source in sources[:num_cut]), *whole]
+        ranges = [*(source.ranges(self.start, self.stop) for source in sources[:num_cut]), *whole]
+        object.__setattr__(self, "ranges", ranges)
 
     def nbytes(self) -> int:
         """Return the room that it takes in a buffer."""
-        return sum(aligned(piece.nbytes) for pieces in self.ranges() for piece in pieces)
+        return sum(aligned(piece.nbytes) for pieces in self.ranges for piece in pieces)
 
 
 Fetch = tuple[Window, ...]

@@ -121,6 +121,12 @@ def test_items_run_in_processes_of_their_own() -> None:
     assert os.getpid() not in set(ProcessRunner(2).run(own_pid, [1, 2, 3], even("abc"), nothing))
 
 
+def test_forked_workers_have_the_items_already() -> None:
+    items = [lambda k=k: k * k for k in range(5)]  # which cannot be pickled
+    found = ProcessRunner(2).run(lambda item, report: item(), items, even(items), nothing)
+    assert sorted(found) == [0, 1, 4, 9, 16]
+
+
 def test_a_worker_that_dies_each_time_is_an_error_that_says_so() -> None:
     reasons: list[str] = []
     runner = ProcessRunner(2, on_retry=reasons.append)

@@ -77,7 +77,7 @@ def test_fetches_read_every_byte_as_often_as_planned(all_merges: list[TensorMerg
     fetches = list(make_fetches(task))
     assert all(fetch for fetch in fetches)
     assert all(sum(window.nbytes() for window in fetch) <= task.buffer_nbytes for fetch in fetches)
-    assert sum(r.nbytes for fetch in fetches for window in fetch for (r,) in window.ranges()) == (
+    assert sum(r.nbytes for fetch in fetches for window in fetch for (r,) in window.ranges) == (
         task.read_nbytes + task.reread_nbytes
     )
     order = [window.merge.name for fetch in fetches for window in fetch]
@@ -85,7 +85,7 @@ def test_fetches_read_every_byte_as_often_as_planned(all_merges: list[TensorMerg
     starts: dict[str, list[int]] = defaultdict(list)
     for fetch in fetches:
         for window in fetch:
-            for source, (piece,) in zip(window.merge.sources, window.ranges(), strict=True):
+            for source, (piece,) in zip(window.merge.sources, window.ranges, strict=True):
                 (stored,) = source.origins
                 assert piece.file == stored.file
                 assert stored.start <= piece.start <= piece.stop <= stored.stop
@@ -110,7 +110,7 @@ def test_a_tensor_that_just_fits_is_read_once(room: int) -> None:
 
 def test_ranges_of_a_window_lie_in_its_sources() -> None:
     merge = make_merge(num_elements=1000, dtypes=("BF16", "F32"), start=500)
-    ranges = Window(merge, 100, 300, range(1)).ranges()
+    ranges = Window(merge, 100, 300, range(1)).ranges
     assert [(r.start, r.stop) for (r,) in ranges] == [(700, 1100), (900, 1700)]
 
 
