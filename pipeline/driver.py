@@ -85,7 +85,8 @@ def plan(
     with open_stores(StoreSettings(options.storage)) as stores:
         loaded = load_config(config, strict=options.strict, own=own, find=partial(find_models, stores))
         where = ["." if out is None else str(out)]
-        made = make_plan(stores, [loaded], where, limits, options.seed, trust_headers=options.trust_headers)
+        headers = options.trust_headers
+        made = make_plan(stores, [loaded], where, limits, options.seed, trust_headers=headers, measures=False)
         _check_doubts(made, strict=options.strict)
         return made
 

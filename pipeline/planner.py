@@ -27,7 +27,7 @@ from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.chat_template import set_chat_template
 from raymerge.pipeline.plan.forms.form import Model
-from raymerge.pipeline.plan.gates import Gates, make_gates
+from raymerge.pipeline.plan.gates import Base, Gates, make_gates
 from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer, check_plan_fits
 from raymerge.pipeline.plan.recipe import expand, open_model
@@ -73,6 +73,7 @@ def make_plan(
     session: RaySession | None = None,
     *,
     trust_headers: bool = False,
+    measures: bool = True,
 ) -> MergePlan:
     """Decide everything that a merge will do, or several merges that differ in parameters alone.
 
@@ -84,6 +85,7 @@ def make_plan(
         seed: for methods that draw random numbers.
         session: the Ray cluster that does the work, if any.
         trust_headers: whether files of weights decide where they and the index disagree, or it is missing.
+        measures: whether what takes a pass through a model is computed; a plan that nobody carries out does without.
 
     Raises:
         RaymergeError: whatever would go wrong later, as far as it can be known now.
@@ -132,7 +134,10 @@ def make_plan(
         raise ConfigError("the variants of one plan ask for different tokenizers; they may differ in parameters only")
     planned = plan_vocabulary(stores, first, checkpoints, models, limits.allowed_mem)
     vocabulary = planned.vocabulary if planned else None
-    gates = [_make_gates(stores, config, checkpoints[0], models[0], seed) for config in configs]
+    gates = [
+        _make_gates(stores, config, checkpoints[0], models[0], seed, limits.allowed_mem, measures=measures)
+        for config in configs
+    ]
     recipes = [expand(c, models, seed, vocabulary, found) for c, found in zip(configs, gates, strict=True)]
     merges = join_variants(recipes)
     check_integers(stores, merges)
@@ -151,6 +156,7 @@ def make_plan(
         doubts += [warning for recipe in recipes for warning in finish_config(planned, recipe.config)]
     outputs = []
     notes = [note for config in configs for note in config.notes] + [*recipes[0].notes]
+    notes += [found.note for found in gates if found and found.note]
     for position, (config, recipe) in enumerate(zip(configs, recipes, strict=True)):
         files, doubts_here = beside, list[str]()
         if config.chat_template is not None:
@@ -187,12 +193,21 @@ def make_plan(
     )
 
 
-def _make_gates(stores: Stores, config: MergeConfig, checkpoint: Checkpoint, base: Model, seed: int) -> Gates | None:
+def _make_gates(
+    stores: Stores,
+    config: MergeConfig,
+    checkpoint: Checkpoint,
+    base: Model,
+    seed: int,
+    allowed_mem: int,
+    *,
+    measures: bool,
+) -> Gates | None:
     """Return the weights of a mixture's routers; None where no mixture is made."""
     if config.mixture is None:
         return None
-    hidden_size = base.width("hidden_size") or 0
-    return make_gates(stores, config.mixture, checkpoint, base.view, base.layers.num_layers, hidden_size, seed)
+    seen = Base(checkpoint, base.view, base.layers, base.width("hidden_size") or 0)
+    return make_gates(stores, config.mixture, seen, seed, allowed_mem, measures=measures)
 
 
 def _check_readable(stores: Stores, files: Sequence[Copied]) -> None:

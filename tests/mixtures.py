@@ -38,11 +38,15 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-def make_tokenizer() -> Tokenizer:
-    """Return a tokenizer that puts a space before the first word of a text, and only there, as Mistral's does."""
+def make_tokenizer(family: str = "") -> Tokenizer:
+    """Return a tokenizer that puts a space before the first word of a text, as Mistral's does; one of bytes for Qwen."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    if family.startswith("qwen"):
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
@@ -50,7 +54,7 @@ def make_tokenizer() -> Tokenizer:
 
 def write_family(directory: Path, family: str, num_models: int = 3, dtype: torch.dtype = torch.float32) -> list[Path]:
     """Write a base and its fine-tunes, in directories of their own."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(family)
     config: PreTrainedConfig = FAMILIES[family](tokenizer.get_vocab_size())
     torch.manual_seed(len(family))
     model = AutoModelForCausalLM.from_config(config).to(dtype)

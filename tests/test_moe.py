@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from raymerge import CheckpointError, ConfigError, TensorMismatchError, merge, plan
+from raymerge import CheckpointError, ConfigError, MemoryLimitError, TensorMismatchError, merge, plan
 from raymerge.testing import merge_in_every_way
-from tests.checkpoints import read_tensors
+from tests.checkpoints import MANIFEST, read_tensors
 from tests.mixtures import BEGIN, make_config, make_tokenizer, write_family
 
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -152,6 +152,41 @@ def test_cheap_embed(tmp_path: Path) -> None:
         assert torch.allclose(merged[f"model.layers.{layer}.block_sparse_moe.gate.weight"].double(), expected)
 
 
+@pytest.mark.slow  # transformers is imported in a process of its own
+def test_hidden(tmp_path: Path) -> None:
+    models = write_family(tmp_path, "mistral", dtype=torch.bfloat16)
+    config = make_config(models, gate_mode="hidden", dtype="float32")
+    config["experts"][1]["negative_prompts"] = ["tell me a story"]
+    planned = plan(config)
+    assert "pass" in planned.notes[0]
+    merge(config, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["fingerprint"] == planned.fingerprint
+    base, tokenizer = load(models[0]), make_tokenizer()
+
+    def look(layer: int, *texts: str) -> torch.Tensor:
+        found = []
+        for text in texts:
+            ids = tokenizer.encode(f"<s>{text}", add_special_tokens=False).ids
+            states = base(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0]
+            found.append(states[-1])
+        return torch.stack(found).mean(0)
+
+    merged = read_tensors(tmp_path / "out")
+    for layer in range(2):
+        rows = [
+            look(layer, "solve the equation", "calculate the sum"),
+            look(layer, "write a python function") - look(layer, "tell me a story"),
+        ]
+        expected = torch.nn.functional.normalize(torch.stack(rows), dim=1)
+        assert torch.allclose(merged[f"model.layers.{layer}.block_sparse_moe.gate.weight"], expected, atol=1e-5)
+
+
+def test_hidden_states_take_memory_that_is_planned(tmp_path: Path) -> None:
+    config = make_config(write_family(tmp_path, "llama"), gate_mode="hidden")
+    with pytest.raises(MemoryLimitError, match=r"gate_mode: hidden_last: \d+MiB are needed .* give --memory"):
+        plan(config, memory="1MiB")
+
+
 def test_noise_and_residual_scale(tmp_path: Path) -> None:
     models = write_family(tmp_path, "llama")
     config = make_config(models, gate_mode="uniform_random")
@@ -248,7 +283,7 @@ def test_prompts_need_a_tokenizer_that_fits(tmp_path: Path) -> None:
     save_file(tensors | {name: tensors[name][:9].clone()}, models[0] / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"makes token \d+ of a prompt, and model.embed_tokens.weight has 9 rows"):
         plan(config)
-    (models[0] / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    (models[0] / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}')
     with pytest.raises(CheckpointError, match=r"tokenizer.json: the tokenizers library cannot use it"):
         plan(config)
     (models[0] / "tokenizer.json").unlink()

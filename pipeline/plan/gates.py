@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from raymerge.ops.decoder import Raw
-from raymerge.ops.lazy import np, torch
+from raymerge.ops.lazy import np
 from raymerge.ops.noise import draw_normal, draw_uniform
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
-from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.hidden_states import Request, is_available, measure_hidden_states
+from raymerge.pipeline.checkpoint.names import COMPUTED_BUFFER, Layers, split_name
 from raymerge.pipeline.checkpoint.prompts import encode_prompts
-from raymerge.pipeline.checkpoint.source import PlannedTensor, Source, StoredTensor
+from raymerge.pipeline.checkpoint.source import PlannedTensor, Source
+from raymerge.pipeline.checkpoint.tokenizer.tokenizer import TokenizerReader
 from raymerge.pipeline.checkpoint.tying import find_embedding
+from raymerge.pipeline.checkpoint.values import encode, read_rows
 from raymerge.pipeline.checkpoint.views import View
-from raymerge.pipeline.config.merge_config import Mixture
-from raymerge.pipeline.errors import CheckpointError, ConfigError
+from raymerge.pipeline.config.merge_config import Expert, Mixture
+from raymerge.pipeline.errors import CheckpointError, ConfigError, MemoryLimitError
+from raymerge.pipeline.messages import counted
+from raymerge.pipeline.sizes import format_memory, format_nbytes
 from raymerge.pipeline.stores.inline import make_file
 from raymerge.pipeline.stores.open import Stores
 
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
-    Vector = NDArray[np.float64]
+    Doubles = NDArray[np.float64]
 
 ROUTER = "router"
 """Stands for a model's name where a router's weights come from no model."""
@@ -39,6 +45,8 @@ class Gates:
     """Of shape [layers, experts, hidden size]; one layer stands for all where they are the same."""
     etag: str = ""
     """What decides them, where it is not they themselves."""
+    note: str = ""
+    """How they come about, where that takes more than copying does."""
 
     def make_tensor(self, name: str, layer: int, rows: slice, dtype: str) -> PlannedTensor:
         """Return some rows of a layer as a tensor that is stored in the plan, rounded to a dtype."""
@@ -49,91 +57,135 @@ class Gates:
         return PlannedTensor(ROUTER, name, dtype, values.shape, make_file(content, etag), 0, len(content))
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model whose tokenizer, embedding and layers routers are made with."""
+
+    checkpoint: Checkpoint
+    view: View
+    layers: Layers
+    hidden_size: int
+
+
 def make_gates(
-    stores: Stores, mixture: Mixture, checkpoint: Checkpoint, base: View, num_layers: int, hidden_size: int, seed: int
+    stores: Stores, mixture: Mixture, base: Base, seed: int, allowed_mem: int, *, measures: bool = True
 ) -> Gates:
     """Return the routers' weights.
 
     Args:
         stores: that have the base.
         mixture: of which experts.
-        checkpoint: of the base.
-        base: as it is seen.
-        num_layers: of the base.
-        hidden_size: of the base.
+        base: of the mixture.
         seed: of the merge.
+        allowed_mem: of the merge, in bytes.
+        measures: whether hidden states are computed; zeros stand for them in a plan that nobody carries out.
 
     Raises:
-        CheckpointError: the base has no tokenizer or embedding for the prompts.
+        CheckpointError: the base has no tokenizer or embedding for the prompts, or they do not fit.
+        ConfigError: transformers is not installed, and hidden states are asked for.
+        MemoryLimitError: they take more memory than is allowed.
         FetchError: a file could not be read.
     """
     experts = (*mixture.experts, *mixture.shared_experts)
     if not mixture.needs_prompts:
-        draw = draw_normal if mixture.gate_mode == "random" else draw_uniform
-        bound = np.float32(1.0 if mixture.gate_mode == "random" else 1 / np.sqrt(np.float64(hidden_size)))
-        shape = len(experts), hidden_size
-        layers = range(num_layers)
-        drawn = [draw(seed, f"router {k}", len(experts) * hidden_size).reshape(shape) for k in layers]
-        return Gates(np.stack(drawn) * bound)
-    if mixture.gate_mode != "cheap_embed":
-        raise ConfigError(
-            f"gate_mode: {mixture.gate_mode} is not supported yet; write `cheap_embed`, which takes embeddings alone"
-        )
-    prompts = dict.fromkeys(text for e in experts for text in (*e.positive_prompts, *e.negative_prompts))
-    ids = dict(zip(prompts, encode_prompts(stores, checkpoint, list(prompts)), strict=True))
-    embedding = base.find(find_embedding(base.names()) or "")
+        return _draw(mixture.gate_mode, len(experts), base, seed)
+    texts = list(dict.fromkeys(text for e in experts for text in (*e.positive_prompts, *e.negative_prompts)))
+    reader = TokenizerReader(stores, allowed_mem)
+    prompts = encode_prompts(reader, stores, base.checkpoint, texts)
+    embedding = base.view.find(find_embedding(base.view.names()) or "")
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{base.ref}: no embedding of tokens is found, which routers are made with")
-    rows = _read_rows(stores, embedding, sorted({token for tokens in ids.values() for token in tokens}))
-
-    def look(texts: Sequence[str]) -> Vector:
-        """Return the direction of the sum of all tokens of some texts."""
-        total: Vector = np.zeros(embedding.shape[1], np.float64)
-        for text in texts:
-            for token in ids[text]:
-                total += rows[token]
-        return normalize(total)
-
-    found = [normalize(look(e.positive_prompts) - look(e.negative_prompts)) for e in experts]
-    return Gates(np.stack(found)[None].astype(np.float32))
-
-
-def normalize(vector: Vector) -> Vector:
-    """Return a vector of length 1 in the same direction."""
-    return vector / max(float(np.sqrt(np.square(vector).sum())), _SMALLEST_NORM)
-
-
-def encode(values: Floats, dtype: str) -> bytes:
-    """Return float32 values as stored in a dtype, rounded to the nearest, ties to even."""
-    if dtype == "BF16":
-        bits = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
-        return bytes(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes())
-    return bytes(values.astype(np.dtype(DTYPES[dtype].torch_name).newbyteorder("<")).tobytes())
-
-
-def decode(content: bytes, dtype: str) -> Vector:
-    """Return the values that are stored in a dtype."""
-    if dtype == "BF16":
-        return (np.frombuffer(content, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    return np.frombuffer(content, np.dtype(DTYPES[dtype].torch_name).newbyteorder("<")).astype(np.float64)
-
-
-def _read_rows(stores: Stores, embedding: Source, tokens: Sequence[int]) -> dict[int, Vector]:
-    """Return some rows of an embedding, and read no others."""
-    num_rows, width = embedding.shape
-    if tokens[-1] >= num_rows:
+        raise CheckpointError(f"{base.view.ref}: no embedding of tokens is found, which routers are made with")
+    last = max(token for prompt in prompts for token in prompt)
+    if last >= embedding.shape[0]:
         raise CheckpointError(
-            f"{embedding.model}: its tokenizer makes token {tokens[-1]} of a prompt, and {embedding.name} has"
-            f" {num_rows} rows; the tokenizer belongs to another model"
+            f"{base.view.ref}: its tokenizer makes token {last} of a prompt, and {embedding.name} has"
+            f" {embedding.shape[0]} rows; the tokenizer belongs to another model"
         )
-    pieces = [embedding.ranges(token * width, (token + 1) * width) for token in tokens]
-    contents = iter(stores.read_ranges([piece for found in pieces for piece in found]))
-    if isinstance(embedding, StoredTensor):
-        return {token: decode(next(contents), embedding.dtype) for token in tokens}
-    rows = {}
-    for token, found in zip(tokens, pieces, strict=True):
-        content = [torch.frombuffer(bytearray(next(contents)), dtype=torch.uint8) for _ in found]
-        start, stop = token * width, (token + 1) * width
-        values = embedding.decoder.decode(Raw(content, start, stop), start, stop, torch.empty(width))
-        rows[token] = values.double().numpy()
-    return rows
+    if mixture.gate_mode == "cheap_embed":
+        rows = read_rows(stores, embedding, sorted({token for prompt in prompts for token in prompt}))
+        sums = np.stack([np.sum([rows[token] for token in prompt], axis=0) for prompt in prompts])[None]
+        return Gates(_aim(experts, texts, sums, is_sum=True))
+    request = _make_request(stores, base, embedding, prompts, takes_mean=mixture.gate_mode == "hidden_avg")
+    num_tokens = sum(map(len, prompts))
+    needed = request.projected_mem
+    if needed > allowed_mem:
+        raise MemoryLimitError(
+            f"gate_mode: {mixture.gate_mode}: {format_memory(needed)} are needed to compute what a layer of"
+            f" {base.view.ref} makes of the prompts, and {format_memory(allowed_mem)} are allowed; give --memory"
+            f" {format_memory(needed)} or more, or write `gate_mode: cheap_embed`"
+        )
+    etag = _identify(mixture, request)
+    read = sum(source.nbytes for layer in request.layers[:-1] for source in layer.values())
+    note = (
+        f"routers are made of the hidden states of {counted(len(prompts), 'prompt')} ({counted(num_tokens, 'token')}):"
+        f" before the merge, transformers passes them through {base.view.ref}, which reads {format_nbytes(read)}, a"
+        f" layer at a time, in {format_memory(needed)}"
+    )
+    if not measures:
+        shape = len(request.layers), len(experts), base.hidden_size
+        return Gates(np.zeros(shape, np.float32), etag, note)
+    states = measure_hidden_states(str(base.view.ref), request)
+    return Gates(_aim(experts, texts, states.astype(np.float64), is_sum=False), etag, note)
+
+
+def _draw(mode: str, num_rows: int, base: Base, seed: int) -> Gates:
+    """Return random rows: normal, or as layers begin training with."""
+    draw, bound = (draw_normal, 1.0) if mode == "random" else (draw_uniform, base.hidden_size**-0.5)
+    shape = num_rows, base.hidden_size
+    layers = range(base.layers.num_layers)
+    drawn = [draw(seed, f"router {k}", num_rows * base.hidden_size).reshape(shape) for k in layers]
+    return Gates(np.stack(drawn) * np.float32(bound))
+
+
+def _aim(experts: Sequence[Expert], texts: Sequence[str], vectors: Doubles, *, is_sum: bool) -> Floats:
+    """Return the rows of routers: for each expert the direction from its negative prompts to its positive ones.
+
+    Args:
+        experts: in the order of the rows.
+        texts: all of their prompts.
+        vectors: of shape [layers, prompts, hidden size].
+        is_sum: whether the vectors of an expert's prompts are added up, to one of length 1, or averaged.
+    """
+
+    def look(prompts: Sequence[str]) -> Doubles:
+        if not prompts:
+            return np.zeros((len(vectors), vectors.shape[2]))
+        own = vectors[:, [texts.index(prompt) for prompt in prompts]]
+        found: Doubles = normalize(own.sum(1)) if is_sum else own.mean(1)
+        return found
+
+    rows = [normalize(look(e.positive_prompts) - look(e.negative_prompts)) for e in experts]
+    found: Floats = np.stack(rows, axis=1).astype(np.float32)
+    return found
+
+
+def _make_request(
+    stores: Stores, base: Base, embedding: Source, prompts: Sequence[Sequence[int]], *, takes_mean: bool
+) -> Request:
+    if not is_available():
+        raise ConfigError(
+            "gate_mode: hidden takes a pass through the base, for which transformers is needed: pip install"
+            " 'raymerge[moe]', or write `gate_mode: cheap_embed`"
+        )
+    layers: list[dict[str, Source]] = [{} for _ in range(base.layers.num_layers)]
+    for name in base.view.names():
+        split, source = split_name(name), base.view.find(name)
+        if split and source and split.stack == base.layers.main and not name.endswith(COMPUTED_BUFFER):
+            layers[split.layer][split.rest] = source
+    tokens = tuple(tuple(prompt) for prompt in prompts)
+    return Request(stores, base.checkpoint.config, embedding, tuple(layers), tokens, takes_mean)
+
+
+def _identify(mixture: Mixture, request: Request) -> str:
+    """Return a hash of what decides hidden states, but for how processors round."""
+    experts = [(e.positive_prompts, e.negative_prompts) for e in (*mixture.experts, *mixture.shared_experts)]
+    layers = [[[name, source.identity] for name, source in layer.items()] for layer in request.layers]
+    content = [mixture.gate_mode, experts, request.config, request.embedding.identity, layers, request.prompts]
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def normalize(vectors: Doubles) -> Doubles:
+    """Return vectors of length 1 in the same directions, along the last axis."""
+    lengths = np.sqrt(np.square(vectors).sum(-1, keepdims=True))
+    found: Doubles = vectors / np.maximum(lengths, _SMALLEST_NORM)
+    return found

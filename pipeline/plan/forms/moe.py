@@ -11,6 +11,7 @@ from raymerge.pipeline.checkpoint.model_config import Json
 from raymerge.pipeline.checkpoint.names import COMPUTED_BUFFER, split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import PlannedTensor, RandomTensor
+from raymerge.pipeline.checkpoint.values import encode
 from raymerge.pipeline.checkpoint.views import StoredView
 from raymerge.pipeline.config.merge_config import Expert, MergeConfig, Mixture
 from raymerge.pipeline.config.values import Rule, Setting, Settings
@@ -18,7 +19,7 @@ from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor
 from raymerge.pipeline.plan.forms.layer_kinds import group_layers
-from raymerge.pipeline.plan.gates import ROUTER, Gates, encode
+from raymerge.pipeline.plan.gates import ROUTER, Gates
 from raymerge.pipeline.plan.layouts import BIASES, PROJECTIONS, Layout, choose_layout
 from raymerge.pipeline.plan.resolve import Scope
 from raymerge.pipeline.stores.inline import make_file

@@ -1,0 +1,65 @@
+"""Whole tensors and rows as numbers, where planning needs the values of a few."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from raymerge.ops.decoder import Raw
+from raymerge.ops.lazy import np, torch
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.source import Source, StoredTensor
+from raymerge.pipeline.stores.open import Stores
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+    Doubles = NDArray[np.float64]
+
+
+def read_rows(stores: Stores, source: Source, rows: Sequence[int]) -> dict[int, Doubles]:
+    """Return some rows of a matrix, and read no others.
+
+    Raises:
+        FetchError: a file could not be read.
+    """
+    width = source.shape[1]
+    pieces = [source.ranges(row * width, (row + 1) * width) for row in rows]
+    contents = iter(stores.read_ranges([piece for found in pieces for piece in found]))
+    if isinstance(source, StoredTensor):  # without torch
+        return {row: decode(next(contents), source.dtype) for row in rows}
+    return {
+        row: _decode(source, row * width, (row + 1) * width, [next(contents) for _ in found]).double().numpy()
+        for row, found in zip(rows, pieces, strict=True)
+    }
+
+
+def read_tensor(stores: Stores, source: Source) -> torch.Tensor:
+    """Return a tensor in float32.
+
+    Raises:
+        FetchError: a file could not be read.
+    """
+    contents = stores.read_ranges(source.ranges(0, source.num_elements))
+    return _decode(source, 0, source.num_elements, contents).reshape(source.shape)
+
+
+def encode(values: Floats, dtype: str) -> bytes:
+    """Return float32 values as stored in a dtype, rounded to the nearest, ties to even."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
+        return bytes(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes())
+    return bytes(values.astype(np.dtype(DTYPES[dtype].torch_name).newbyteorder("<")).tobytes())
+
+
+def decode(content: bytes, dtype: str) -> Doubles:
+    """Return the values that are stored in a dtype."""
+    if dtype == "BF16":
+        return (np.frombuffer(content, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    return np.frombuffer(content, np.dtype(DTYPES[dtype].torch_name).newbyteorder("<")).astype(np.float64)
+
+
+def _decode(source: Source, start: int, stop: int, contents: Sequence[bytes]) -> torch.Tensor:
+    pieces = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
+    return source.decoder.decode(Raw(pieces, start, stop), start, stop, torch.empty(stop - start))
