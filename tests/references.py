@@ -102,6 +102,8 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _task_arithmetic(tensors, values, keep_by_rank, elects=op == "della")
         case "localize_and_stitch":
             return _stitch(tensors, keep_largest, values["lambda"])
+        case "cabs":
+            return _take_turns(tensors, values)
         case "magmax":
             return _magmax(tensors, values["lambda"])
         case "consensus":
@@ -150,6 +152,26 @@ def _average_by_information(tensors: Tensors, weights: Sequence[float]) -> Exact
     models, information = (torch.stack([*part]).double() for part in (tensors[: len(weights)], tensors[len(weights) :]))
     factors = torch.tensor(weights, dtype=torch.float64).reshape(-1, *(1 for _ in tensors[0].shape)) * information
     return _add_up(models * factors / factors.sum(0))
+
+
+def _take_turns(tensors: Tensors, values: Parameters) -> Exact:
+    deltas = _list_deltas(tensors).flatten(1)
+    products = [tensors[0].double().flatten()]
+    is_free = torch.ones_like(deltas[0], dtype=torch.bool)
+    for delta, weight, num_kept in zip(deltas, values["weight"], values["n_val"], strict=True):
+        is_kept = torch.zeros_like(is_free)
+        whole = delta.numel() // values["m_val"] * values["m_val"]
+        for part, columns in ((slice(0, whole), values["m_val"]), (slice(whole, None), delta.numel() - whole)):
+            groups = (delta * is_free)[part].reshape(-1, max(1, columns))
+            order = torch.sort(groups.abs(), dim=1, descending=True, stable=True).indices
+            chosen = torch.zeros_like(groups, dtype=torch.bool)
+            chosen.scatter_(1, order[:, : num_kept * columns // values["m_val"]], True)
+            is_kept[part] = (chosen & (groups != 0)).flatten()
+        is_free &= ~is_kept
+        products.append(values["lambda"] * weight * delta * is_kept)
+    exact = _add_up(torch.stack(products))
+    shape = tensors[0].shape
+    return Exact(exact.values.reshape(shape), exact.terms.reshape(shape), exact.is_draw.reshape(shape))
 
 
 def _stitch(tensors: Tensors, keep: Keep, scale: float) -> Exact:

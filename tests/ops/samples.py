@@ -40,6 +40,7 @@ VARIANTS: dict[str, list[Any]] = {
     "scale": [-1.5],
     "delta": [0.0005, 0.002],
     "eta": [80.0],
+    "n_val": [(3, 200, 0)],
     "common_space_fraction": [0.4],
 }
 """For each parameter that a sweep may vary, values to try besides the sample."""
