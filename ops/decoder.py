@@ -25,9 +25,32 @@ class Raw:
 class Decoder(ABC):
     """Turns the stored bytes of a source into values; frozen, hashable and picklable.
 
-    The engine calls `decode` any number of times for each `Raw`, block by block, in any order, on the device that holds
-    the pieces. The same elements give the same values wherever they are cut.
+    The engine calls `start` for each tensor, and of what that returns, for each of `num_passes`, `measure` for all
+    elements and `end_pass`. After that it calls `decode` any number of times for each `Raw`, block by block, in in
+    order from the first to the last, and the latest again if need be, on the device that holds the pieces. The same
+    elements give the same values wherever they are cut.
     """
+
+    @property
+    def num_passes(self) -> int:
+        """How often all bytes are measured before any value can be decoded: most are decoded at once."""
+        return 0
+
+    def state_nbytes(self, num_elements: int) -> int:
+        """Return the memory that a started decoder keeps where so many elements are decoded at once, in bytes."""
+        return 0
+
+    def start(self) -> Decoder:
+        """Return a decoder for one tensor on one worker, which may keep something from block to block."""
+        return self
+
+    def measure(self, index: int, raw: Raw, start: int, stop: int) -> None:
+        """Take the figures of measuring pass `index` from elements [start, stop); in order, all elements once."""
+        raise AssertionError("this decoder measures nothing")
+
+    def end_pass(self, index: int) -> None:
+        """Evaluate measuring pass `index`, after its last elements."""
+        raise AssertionError("this decoder measures nothing")
 
     def temporary_nbytes(self, num_elements: int) -> int:
         """Return the memory that decoding so many elements at once takes besides the output, in bytes."""

@@ -243,7 +243,7 @@ def _find_workers(
         task_mem = max(node.mem_nbytes for node in session.nodes) - RESERVED_MEM
         limits = replace(limits, num_workers=num_workers, task_mem=max(1, task_mem))
     elif limits.num_workers > 1 and not options.ray:
-        models = [model.path for model in (*config.referenced_models, *config.statistics.values())]
+        models = [model.path for model in (*config.input_models, *config.statistics.values())]
         places = [str(out) for out in outs]
         hired = prepare_workers(stores, models, places, limits.num_workers, on_gpus=gpu_mem is not None)
         if hired is not None:

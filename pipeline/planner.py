@@ -29,6 +29,7 @@ from raymerge.pipeline.plan.chat_template import set_chat_template
 from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.gates import Base, Gates, make_gates
 from raymerge.pipeline.plan.integers import check_integers
+from raymerge.pipeline.plan.intermediate import expand_steps
 from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer, check_plan_fits
 from raymerge.pipeline.plan.recipe import expand, open_model
 from raymerge.pipeline.plan.rounding import warn_of_rounding
@@ -98,11 +99,11 @@ def make_plan(
     )
 
     first = configs[0]
-    if any(config.referenced_models != first.referenced_models for config in configs):
+    if any(config.input_models != first.input_models for config in configs):
         raise ConfigError("the variants of one plan name different models; they may differ in parameters only")
     if any(config.statistics != first.statistics for config in configs):
         raise ConfigError("the variants of one plan name different statistics; they may differ in parameters only")
-    checkpoints = resolve_models(stores, first.referenced_models, trust_headers=trust_headers)
+    checkpoints = resolve_models(stores, first.input_models, trust_headers=trust_headers)
     statistics_files = find_statistics(
         stores, tuple(dict.fromkeys(first.statistics.values())), {c.url: c.model for c in checkpoints}
     )
@@ -132,41 +133,50 @@ def make_plan(
         models.append(open_model(checkpoint, stored, has_own_head=own_head, statistics=statistics))
     if any(config.vocabulary != first.vocabulary for config in configs):
         raise ConfigError("the variants of one plan ask for different tokenizers; they may differ in parameters only")
-    planned = plan_vocabulary(stores, first, checkpoints, models, limits.allowed_mem)
+    merged = [expand_steps(config, checkpoints, models, seed) for config in configs]
+    planned = plan_vocabulary(stores, first, merged[0].checkpoints, merged[0].models, limits.allowed_mem)
     vocabulary = planned.vocabulary if planned else None
     gates = [
-        _make_gates(stores, config, checkpoints[0], models[0], seed, limits.allowed_mem, measures=measures)
-        for config in configs
+        _make_gates(
+            stores, config, inputs.checkpoints[0], inputs.models[0], seed, limits.allowed_mem, measures=measures
+        )
+        for config, inputs in zip(configs, merged, strict=True)
     ]
-    recipes = [expand(c, models, seed, vocabulary, found) for c, found in zip(configs, gates, strict=True)]
+    recipes = [
+        expand(config, inputs.models, seed, vocabulary, found)
+        for config, inputs, found in zip(configs, merged, gates, strict=True)
+    ]
+    donor = merged[0].checkpoints[0]
     merges = join_variants(recipes)
     check_integers(stores, merges)
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
-    inputs = [(c.url, sum(file.nbytes for file in c.weight_files)) for c in checkpoints]
-    inputs += [(found.url, sum(file.nbytes for file in found.files)) for found in statistics_files]
-    transfer = _measure_transfer(stores, [url for url, _ in inputs], outs, limits)
-    limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, inputs, session))
+    read = [(c.url, sum(file.nbytes for file in c.weight_files)) for c in checkpoints]
+    read += [(found.url, sum(file.nbytes for file in found.files)) for found in statistics_files]
+    transfer = _measure_transfer(stores, [url for url, _ in read], outs, limits)
+    limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, read, session))
     tasks, num_workers, num_allowed = make_tasks(merges, limits, first.own)
-    beside, more_doubts, left_out = _gather_side_files(stores, checkpoints)
+    others = [checkpoint for checkpoint in checkpoints if checkpoint.url != donor.url]
+    beside, more_doubts, left_out = _gather_side_files(stores, [donor, *others])
     doubts += more_doubts
     if planned is not None:
-        beside, more_doubts, more_left_out = finish_files(stores, planned, beside, checkpoints[0])
+        beside, more_doubts, more_left_out = finish_files(stores, planned, beside, donor)
         left_out += more_left_out
         doubts += [*planned.warnings, *planned.vocabulary.warn(), *more_doubts]
         doubts += [warning for recipe in recipes for warning in finish_config(planned, recipe.config)]
     outputs = []
     notes = [note for config in configs for note in config.notes] + [*recipes[0].notes]
     notes += [found.note for found in gates if found and found.note]
-    for position, (config, recipe) in enumerate(zip(configs, recipes, strict=True)):
+    origin = "".join(config.op.origin for config in (*first.steps, first))
+    for position, (config, recipe, inputs) in enumerate(zip(configs, recipes, merged, strict=True)):
         files, doubts_here = beside, list[str]()
         if config.chat_template is not None:
             files, doubts_here, said = set_chat_template(
-                stores, config.chat_template, checkpoints, beside, are_donors=planned is None or planned.is_donor
+                stores, config.chat_template, inputs.checkpoints, beside, are_donors=planned is None or planned.is_donor
             )
             notes += said
         side_files: tuple[SideFile, ...] = (*files, Written(CONFIG, dump_config(recipe.config)))
-        fingerprint = make_fingerprint(tasks, side_files, position, first.op.origin)
-        warnings = (*config.warnings, *doubts, *doubts_here, *recipe.warnings)
+        fingerprint = make_fingerprint(tasks, side_files, position, origin)
+        warnings = (*config.warnings, *doubts, *doubts_here, *inputs.warnings, *recipe.warnings)
         outputs.append(PlannedOutput(config.text, seed, side_files, warnings, fingerprint))
     advice = explain_shares(tasks, limits, num_allowed)
     if idle := explain_idle(tasks, count_slots(num_allowed, session, limits.gpus)):
@@ -177,7 +187,7 @@ def make_plan(
         own=first.own,
         tasks=tasks,
         outputs=tuple(outputs),
-        donor=checkpoints[0].model,
+        donor=donor.model,
         inputs=tuple(InputModel(c.model, c.url, tuple(c.files)) for c in checkpoints),
         statistics=tuple(InputModel(found.ref, found.url, found.names) for found in statistics_files),
         op=first.op,
@@ -185,7 +195,7 @@ def make_plan(
         notes=tuple(dict.fromkeys(notes)),
         vocabulary=tuple(planned.vocabulary.describe()) if planned else (),
         advice=tuple(advice),
-        dropped=(*recipes[0].dropped, *left_out),
+        dropped=(*merged[0].dropped, *recipes[0].dropped, *left_out),
         num_workers=num_workers,
         allowed_mem=limits.allowed_mem,
         gpus=limits.gpus,

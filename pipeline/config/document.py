@@ -83,8 +83,8 @@ class Document:
         return "\n".join([self.show(*each) for each in problems[:_MAX_PROBLEMS]] + [f"and {rest:,} more"] * (rest > 0))
 
 
-def read_document(source: Path | str | Mapping[str, object]) -> Document:
-    """Return a config's text and the mapping that it holds: dicts with string keys, lists and plain values.
+def read_documents(source: Path | str | Mapping[str, object]) -> list[Document]:
+    """Return the text and content of each document of a config: dicts with string keys, lists and plain values.
 
     Ordinary anchors, aliases and `<<` merges are resolved.
 
@@ -93,13 +93,13 @@ def read_document(source: Path | str | Mapping[str, object]) -> Document:
 
     Raises:
         ConfigError: the file cannot be read; syntax errors, tags, duplicate keys, aliases that contain themselves or
-            grow too large; or anything but one mapping of plain data.
+            grow too large; or anything but mappings of plain data.
     """
     if isinstance(source, Path) or (isinstance(source, str) and _names_file(source)):
         return _parse(Document(_read_text(Path(source)), Path(source)))
     if isinstance(source, str):
         return _parse(Document(source))
-    return replace(_parse(Document(_dump(source))), node=None)
+    return [replace(document, node=None) for document in _parse(Document(_dump(source)))]
 
 
 def _names_file(text: str) -> bool:
@@ -114,8 +114,8 @@ def _names_file(text: str) -> bool:
         return False
 
 
-def _parse(document: Document) -> Document:
-    """Return a document with the content that its text has."""
+def _parse(document: Document) -> list[Document]:
+    """Return a document for each that its text has, with its content."""
     if len(document.text) > MAX_NBYTES:
         raise _refusal(document, f"the YAML is longer than {MAX_NBYTES} bytes; this is not a merge config")
     try:
@@ -123,8 +123,6 @@ def _parse(document: Document) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(part for part in (error.context, error.problem, error.note) if part)
-        if error.context == "expected a single document in the stream":
-            problem = "a second merge begins here, as mergekit-multi takes it; put each merge in a file of its own"
         line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
         raise ConfigError(document.show(problem, line, column)) from error
     except yaml.reader.ReaderError as error:
@@ -167,24 +165,37 @@ def _dump(config: Mapping[str, object]) -> str:
         raise ConfigError("the config contains itself, or is nested too deeply") from error
 
 
-def _construct(document: Document) -> Document:
+def _construct(document: Document) -> list[Document]:
     loader = _Loader(_without_tabs(document.text))
     try:
-        root = loader.get_single_node()
-        if root is None:
+        found = []
+        while loader.check_node():
+            root = loader.get_node()
+            if root is not None and not _is_empty(root):
+                found.append(_construct_one(document, loader, root))
+        if not found:
             raise _refusal(document, "the config is empty; it needs at least merge_method and models")
-        if not isinstance(root, yaml.MappingNode):
-            is_name = document.file is None and isinstance(root, yaml.ScalarNode) and "\n" not in document.text
-            hint = "; there is no file of this name either" if is_name else ""
-            raise _problem(root, f"a config is a mapping such as `merge_method: linear`, not {_kind(root)}{hint}")
-        problems: list[yaml.MarkedYAMLError] = []
-        _check(root, loader, {}, set(), problems)
-        if problems:
-            shown = [(str(error.problem), error.problem_mark.line + 1) for error in problems if error.problem_mark]
-            raise ConfigError(document.show_all(shown)) from problems[0]
-        return replace(document, content=loader.construct_document(root), node=root)
+        return found
     finally:
         loader.dispose()
+
+
+def _is_empty(root: yaml.Node) -> bool:
+    """Tell whether nothing is written between two `---`."""
+    return isinstance(root, yaml.ScalarNode) and root.tag == _TAG + "null" and not root.value
+
+
+def _construct_one(document: Document, loader: _Loader, root: yaml.Node) -> Document:
+    if not isinstance(root, yaml.MappingNode):
+        is_name = document.file is None and isinstance(root, yaml.ScalarNode) and "\n" not in document.text
+        hint = "; there is no file of this name either" if is_name else ""
+        raise _problem(root, f"a config is a mapping such as `merge_method: linear`, not {_kind(root)}{hint}")
+    problems: list[yaml.MarkedYAMLError] = []
+    _check(root, loader, {}, set(), problems)
+    if problems:
+        shown = [(str(error.problem), error.problem_mark.line + 1) for error in problems if error.problem_mark]
+        raise ConfigError(document.show_all(shown)) from problems[0]
+    return replace(document, content=loader.construct_document(root), node=root)
 
 
 def _without_tabs(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Op
@@ -117,6 +117,8 @@ class MergeConfig:
     """What other documents call its output."""
     chat_template: TemplateChoice | None = None
     """The chat template of the output; None where it gets the donor's."""
+    steps: tuple[MergeConfig, ...] = ()
+    """The other documents that this one uses, by whatever way, each before those that use it."""
     own: OwnOps | None = None
     """The file that declares the method, where it is of the user's own."""
     is_run: bool = False
@@ -148,3 +150,13 @@ class MergeConfig:
         sources = (source.model for part in self.slices for source in part.sources)
         experts = self.mixture.models if self.mixture else ()
         return tuple(dict.fromkeys((*base, *(entry.model for entry in self.models), *sources, *experts)))
+
+    @property
+    def input_models(self) -> tuple[ModelRef, ...]:
+        """Every model that is read, once: in the place of another document's output, what that is made of."""
+        outputs = {ModelRef(step.name): step for step in self.steps if step.name}
+        found: dict[ModelRef, None] = {}
+        for model in self.referenced_models:
+            step = outputs.get(model)
+            found |= dict.fromkeys([model] if step is None else replace(step, steps=self.steps).input_models)
+        return tuple(found)

@@ -12,7 +12,7 @@ from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Base, Op, load_ops
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.chat_template import parse_chat_template
-from raymerge.pipeline.config.document import Document, read_document
+from raymerge.pipeline.config.document import Document, read_documents
 from raymerge.pipeline.config.fields import (
     check_empty,
     parse_dtype,
@@ -39,6 +39,7 @@ from raymerge.pipeline.config.methods import (
 from raymerge.pipeline.config.mixture import is_mixture, read_mixture
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref, parse_revision, spelling_key
+from raymerge.pipeline.config.steps import Part, join_documents
 from raymerge.pipeline.config.tokenizer import check_rows, parse_tokenizer
 from raymerge.pipeline.config.training_run import RUN_KEYS, FindModels, parse_run
 from raymerge.pipeline.config.values import Rule, Setting, Settings, overlay
@@ -70,17 +71,23 @@ def load_config(
         ConfigError: the config cannot be read or cannot be meant; the message names every mistake that was found, with
             its line and YAML path.
     """
-    document = read_document(source)
-    root = Place(document.content, node=document.node)
-    config = None
-    with suppress(TooManyError):
-        config = _Reader(root, {**load_ops(), **(own.ops if own else {})}, find).read(document)
-    if config is None:
-        raise ConfigError(root.findings.explain(document))
-    if own is not None and config.method in own.ops:
+    documents = read_documents(source)
+    ops = {**load_ops(), **(own.ops if own else {})}
+    roots = [Place(document.content, node=document.node) for document in documents]
+    parts = []
+    for root, document in zip(roots, documents, strict=True):
+        reader = _Reader(root, ops, find)
+        with suppress(TooManyError):
+            if (config := reader.read(document)) is not None:
+                parts.append(Part(config, root, reader.mentions))
+    told = [root.findings.explain(document) for root, document in zip(roots, documents, strict=True)]
+    if len(parts) < len(documents):
+        raise ConfigError("\n".join(filter(None, told)))
+    config = parts[0].config if len(parts) == 1 else join_documents(parts, documents[0])
+    if own is not None and any(each.method in own.ops for each in (config, *config.steps)):
         config = replace(config, own=own)
     if strict and config.warnings:
-        raise ConfigError(f"refused because of strict:\n{root.findings.explain(document)}")
+        raise ConfigError("\n".join(["refused because of strict:", *filter(None, told)]))
     return config
 
 
@@ -99,6 +106,8 @@ class _Reader:
         self._base: ModelRef | None = None
         self._spellings: dict[tuple[str, str | None], ModelRef] = {}
         """Models by what all spellings of their names have in common."""
+        self.mentions: dict[ModelRef, Place] = {}
+        """Where each model is named first."""
         self._parameters: Settings = {}
         self._uses: list[Use] = []
         """Places that use per-model parameters."""
@@ -180,6 +189,7 @@ class _Reader:
         if beside is not None:
             model = parse_revision(beside, model)
         known = self._spellings.setdefault(spelling_key(model), model)
+        self.mentions.setdefault(known, place)
         if known != model:
             place.warn(f"{model} is {known}, spelt in another way; both count as one model, and as two in mergekit")
         return known

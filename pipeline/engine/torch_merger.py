@@ -62,6 +62,14 @@ class TorchMerger:
 
     def _run_pass(self, tensor: _Tensor, index: int, filled: Filled, raws: Sequence[Raw]) -> None:
         is_last = filled.window.stop == tensor.merge.num_elements
+        if index < tensor.num_early_passes:
+            for decoder, raw in zip(tensor.decoders, raws, strict=True):
+                if index < decoder.num_passes:
+                    decoder.measure(index, raw, filled.window.start, filled.window.stop)
+                    if is_last:
+                        decoder.end_pass(index)
+            return
+        index -= tensor.num_early_passes
         if index < tensor.runs.num_passes:
             for block in self._cut(tensor, filled, raws):
                 for position, run in tensor.runs.measuring_runs(index):
@@ -105,7 +113,8 @@ class _Tensor:
         self.num_scratch = count_scratch(merge)
         self.spares = [variant.kernel.num_scratch(merge.site(variant)) for variant in merge.variants]
         """Blocks of scratch of each variant's kernel."""
-        self.decoders = [source.decoder for source in merge.sources]
+        self.decoders = [source.decoder.start() for source in merge.sources]
+        self.num_early_passes = merge.num_early_passes
         self.num_decoded = merge.num_cut if len(merge.variants) > 1 else 0
         """Sources that are decoded once for all variants."""
 

@@ -22,7 +22,8 @@ class Accounts:
         self._problems: list[str] = []
 
     def use(self, source: Source) -> None:
-        """Note that the stored tensors behind a source are used."""
+        """Note that a source is used, and the stored tensors behind it."""
+        self._used.add((source.model, source.name))
         self._used.update((tensor.model, tensor.name) for tensor in source.origins)
 
     def drop(self, model: ModelRef, name: str, rule: str) -> None:

@@ -113,7 +113,7 @@ def measure_demand(merge: TensorMerge) -> Demand:
     grid = max(1, merge.num_elements if merge.has_whole_statistics else kernel.grid(site))
     num_elements = min(grid, merge.num_elements)
     states = {kernel.measuring(site): kernel.state_nbytes(site) for kernel, site in sites}
-    num_passes = max(kernel.num_passes(site) for kernel, site in sites)
+    num_passes = merge.num_passes
     return Demand(
         block_elements=grid,
         num_blocks=-(-merge.num_elements // grid),
@@ -125,7 +125,7 @@ def measure_demand(merge: TensorMerge) -> Demand:
             source.decoder.temporary_nbytes(num_elements if k < merge.num_cut else source.num_elements)
             for k, source in enumerate(merge.sources)
         ),
-        state_nbytes=sum(states.values()),
+        state_nbytes=sum(states.values()) + sum(source.decoder.state_nbytes(num_elements) for source in merge.sources),
         out_nbytes=num_elements * DTYPES[merge.written_dtype].num_bits // 8,
         kept_nbytes=measure_kept(merge) if num_passes else 0,
     )

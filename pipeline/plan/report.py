@@ -86,8 +86,7 @@ def _format_shares(plan: MergePlan) -> str:
 
 
 def _num_passes(plan: MergePlan) -> int:
-    merges = (merge for task in plan.tasks for merge in task.merges)
-    return max(variant.kernel.num_passes(merge.site(variant)) for merge in merges for variant in merge.variants)
+    return max(merge.num_passes for task in plan.tasks for merge in task.merges)
 
 
 def plan_json(plan: MergePlan) -> str:

@@ -83,6 +83,17 @@ class TensorMerge:
         """How many of the sources, the first ones, are fetched and merged in pieces of the same elements."""
         return len(self.sources) - self.num_statistics * self.has_whole_statistics
 
+    @property
+    def num_early_passes(self) -> int:
+        """How often sources that are merges themselves are measured before the kernels see any values."""
+        return max((source.decoder.num_passes for source in self.sources), default=0)
+
+    @property
+    def num_passes(self) -> int:
+        """How often the sources are read, or kept, before they are combined."""
+        kernels = (variant.kernel.num_passes(self.site(variant)) for variant in self.variants)
+        return self.num_early_passes + max(kernels)
+
     def site(self, variant: Variant) -> Site:
         """Return the site of a variant's kernel."""
         return Site(self.name, self.sources[0].shape, len(self.sources), variant.seed, self.num_statistics)

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from raymerge.pipeline.config import document
-from raymerge.pipeline.config.document import MAX_NBYTES, read_document
+from raymerge.pipeline.config.document import MAX_NBYTES, Document, read_documents
 from raymerge.pipeline.errors import ConfigError
 
 
+def read_one(source: Any) -> Document:
+    (document,) = read_documents(source)
+    return document
+
+
 def parse_yaml(text: str) -> dict[str, object]:
-    return read_document(text).content
+    return read_one(text).content
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -46,12 +52,14 @@ def test_plain_yaml_is_read(text: str, expected: object) -> None:
     [
         ("", "the config is empty"),
         ("# only a comment\n", "the config is empty"),
-        ("---\n", "line 2.*not an empty document"),
+        ("---\n", "the config is empty"),
+        ("~", "line 1.*not an empty document"),
         ("merge", "line 1.*not a single value; there is no file of this name either"),
         ("merge.yml", "cannot read the config merge.yml: No such file"),
         ("dir/Merge.YAML", "cannot read the config dir/Merge.YAML: No such file"),
         ("- a\n- b", "line 1.*not a list"),
-        ("a: 1\n---\nb: 2", "line 2.*a second merge begins here"),
+        ("a: 1\n---\n- b", "line 3.*not a list"),
+        ("a: 1\n---\nb: 2\nb: 3", "line 4.*the key 'b' is there already, on line 3"),
         ("a: 1\nb: [1, 2\nc: 3", "line 3"),
         ("a: 1\n\tb: 2", "line 2"),
         ("a: 1\nb: \x00", "line 2: character #x0000"),
@@ -83,6 +91,13 @@ def test_anything_else_is_refused_with_its_line(text: str, message: str) -> None
         parse_yaml(text)
 
 
+def test_several_documents() -> None:
+    text = "---\na: 1\n---\n# nothing\n---\nb: 2\n---\n"
+    documents = read_documents(text)
+    assert [document.content for document in documents] == [{"a": 1}, {"b": 2}]
+    assert {document.text for document in documents} == {text}
+
+
 def test_values_are_counted_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document, "MAX_NODES", 100)
     monkeypatch.setattr(yaml.SafeLoader, "construct_document", pytest.fail)
@@ -106,11 +121,11 @@ def test_a_file_is_kept_verbatim_and_named_in_messages(tmp_path: Path) -> None:
     path = tmp_path / "merge.yml"
     text = "# mine\na:   'x'  # spaced\n"
     path.write_text(text)
-    document = read_document(path)
+    document = read_one(path)
     assert (document.text, document.content, document.file) == (text, {"a": "x"}, path)
     path.write_text("a: 1\na: 2")
     with pytest.raises(ConfigError, match=r"merge\.yml:2: the key 'a'.*\n    2 \| a: 2$"):
-        read_document(path)
+        read_one(path)
 
 
 @pytest.mark.parametrize(
@@ -125,19 +140,19 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, data: bytes, message:
     path = tmp_path / "merge.yml"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=message):
-        read_document(path)
+        read_one(path)
 
 
 def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the config .*missing\.yml: No such file"):
-        read_document(tmp_path / "missing.yml")
+        read_one(tmp_path / "missing.yml")
     with pytest.raises(ConfigError, match="cannot read the config"):
-        read_document(tmp_path)
+        read_one(tmp_path)
 
 
 def test_a_parsed_config_becomes_text_that_says_the_same() -> None:
     config = {"merge_method": "linear", "list": (1, 2), "number": 1e-05, "text": "1e-5"}
-    document = read_document(config)
+    document = read_one(config)
     assert document.content == {**config, "list": [1, 2]}
     assert list(document.content) == list(config)
     assert parse_yaml(document.text) == document.content
@@ -145,11 +160,11 @@ def test_a_parsed_config_becomes_text_that_says_the_same() -> None:
 
 def test_a_parsed_config_that_yaml_cannot_say_is_refused() -> None:
     with pytest.raises(ConfigError, match="YAML cannot say"):
-        read_document({"model": Path("x")})
+        read_one({"model": Path("x")})
     loop: dict[str, object] = {}
     loop["self"] = loop
     with pytest.raises(ConfigError, match="contains it"):
-        read_document(loop)
+        read_one(loop)
 
 
 def test_a_string_that_names_a_file_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,15 +172,15 @@ def test_a_string_that_names_a_file_is_a_path(tmp_path: Path, monkeypatch: pytes
     for name in ("merge.yml", "merge.YAML", "merge.conf", "dir.yml/x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("a: 1\n")
-        assert read_document(name).file == Path(name)
-        assert read_document(str(tmp_path / name)).content == {"a": 1}
-    assert read_document("a: merge.yml\n").content == {"a": "merge.yml"}
-    assert read_document("{a: 1}").file is None
+        assert read_one(name).file == Path(name)
+        assert read_one(str(tmp_path / name)).content == {"a": 1}
+    assert read_one("a: merge.yml\n").content == {"a": "merge.yml"}
+    assert read_one("{a: 1}").file is None
 
 
 def test_all_of_what_yaml_itself_does_not_mind_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
-        read_document("a: 1\na: 2\nb: !model x\n3: !!int y\n")
+        read_one("a: 1\na: 2\nb: !model x\n3: !!int y\n")
     assert [line.partition(":")[0] for line in str(refused.value).splitlines()[::2]] == [
         "line 2",
         "line 3",

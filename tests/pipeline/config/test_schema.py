@@ -14,7 +14,7 @@ import yaml
 from raymerge.ops.registry import Op, load_ops
 from raymerge.pipeline.cli.methods import make_example
 from raymerge.pipeline.config import mixture, reader
-from raymerge.pipeline.config.document import read_document
+from raymerge.pipeline.config.document import read_documents
 from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.schema import make_schema
 from raymerge.pipeline.config.training_run import RUN_KEYS
@@ -158,9 +158,9 @@ def test_takes_the_configs_that_are_shipped(file: Path) -> None:
 
 @pytest.mark.parametrize("text", BLOCKS)
 def test_takes_those_of_the_docs(text: str) -> None:
-    config = yaml.safe_load(text)
-    known = config["merge_method"] in (*load_ops(), "moe")
-    assert bool(find_problems(config)) != known
+    for config in yaml.safe_load_all(text):
+        known = config["merge_method"] in (*load_ops(), "moe")
+        assert bool(find_problems(config)) != known
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -249,7 +249,7 @@ def test_takes_whatever_strict_takes(num_tries: int) -> None:
         except (ConfigError, ValueError):
             continue
         num_taken += 1
-        assert find_problems(read_document(text).content) == [], text
+        assert find_problems(read_documents(text)[0].content) == [], text
     assert num_taken > num_tries / 20
 
 

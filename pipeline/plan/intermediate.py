@@ -1,0 +1,162 @@
+"""Documents that others use: their outputs as models that are nowhere stored, merged tensor by tensor on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+from raymerge.ops.intermediate import Intermediate, cover
+from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.model_config import count_layers
+from raymerge.pipeline.checkpoint.names import find_layers
+from raymerge.pipeline.checkpoint.quantised import Quantisation
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
+from raymerge.pipeline.checkpoint.tying import is_tied
+from raymerge.pipeline.checkpoint.views import View
+from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.plan.forms.form import Model
+from raymerge.pipeline.plan.recipe import Recipe, expand
+from raymerge.pipeline.plan.resolve import COPY
+from raymerge.pipeline.plan.types import TensorMerge
+from raymerge.pipeline.stores.files import ByteRange
+
+
+@dataclass(frozen=True, slots=True)
+class MergedTensor(Source):
+    """A tensor of a document's output, made of its own sources where it is needed."""
+
+    model: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    merge: TensorMerge = field(repr=False)
+    """How it comes about."""
+
+    @property
+    def decoder(self) -> Intermediate:
+        """Decoder that merges."""
+        (variant,) = self.merge.variants
+        dtype = DTYPES[self.merge.written_dtype].torch_name
+        return Intermediate(variant.kernel, self.merge.site(variant), self.merge.sources, dtype)
+
+    @property
+    def origins(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors of all sources."""
+        return tuple(dict.fromkeys(tensor for source in self.merge.sources for tensor in source.origins))
+
+    @property
+    def identity(self) -> Identity:
+        """The merge, and its sources."""
+        (variant,) = self.merge.variants
+        sources: Identity = [source.identity for source in self.merge.sources]
+        return ["merge", self.merge.name, self.merge.op, repr(variant.parameters), variant.seed, self.dtype, sources]
+
+    def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
+        """Return what the sources need for the whole blocks that hold the elements, source by source."""
+        first, last = cover(start, stop, self.decoder.grid, self.num_elements)
+        return tuple(piece for source in self.merge.sources for piece in source.ranges(first, last))
+
+    def max_nbytes(self, num_elements: int) -> int:
+        """Return the room of the whole blocks that hold so many elements, wherever they begin."""
+        grid = self.decoder.grid
+        most = min(self.num_elements, (-(-num_elements // grid) + 1) * grid)
+        return sum(source.max_nbytes(most) for source in self.merge.sources)
+
+
+class MergedView(View):
+    """A document's output."""
+
+    def __init__(self, ref: ModelRef, merges: Sequence[TensorMerge]) -> None:
+        self.ref = ref
+        self._sources = {merge.name: _make_source(str(ref), merge) for merge in merges}
+
+    def names(self) -> Collection[str]:
+        """Return the names of the output's tensors."""
+        return self._sources.keys()
+
+    def find(self, name: str) -> Source | None:
+        """Return a tensor of the output."""
+        return self._sources.get(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the last document merges: models as they are stored, and outputs of the others."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    """The donor first; an output has the files of its own donor."""
+    models: tuple[Model, ...]
+    """Likewise."""
+    warnings: tuple[str, ...] = ()
+    """On the other documents; each begins with a document's name."""
+    dropped: tuple[str, ...] = ()
+    """Likewise: tensors that are in none of their outputs."""
+
+
+def expand_steps(config: MergeConfig, checkpoints: Sequence[Checkpoint], models: Sequence[Model], seed: int) -> Inputs:
+    """Work out the documents that a config uses.
+
+    Args:
+        config: the last document.
+        checkpoints: all that is stored.
+        models: the same ones, opened.
+        seed: of all merges.
+
+    Raises:
+        ConfigError: a document does what its output cannot be used after.
+        RaymergeError: as for `expand`.
+    """
+    files = {checkpoint.model: checkpoint for checkpoint in checkpoints}
+    known = {model.ref: model for model in models}
+    warnings: list[str] = []
+    dropped: list[str] = []
+    for step in config.steps:
+        _check_usable(step)
+        refs = step.referenced_models
+        recipe = expand(step, [known[ref] for ref in refs], seed)
+        ref = ModelRef(step.name or "")
+        warnings += [f"{ref}: {warning}" for warning in recipe.warnings]
+        dropped += [f"{ref}: {line}" for line in recipe.dropped]
+        files[ref] = replace(files[refs[0]], model=ref, config=recipe.config, warnings=())
+        known[ref] = _open(ref, recipe)
+    refs = config.referenced_models
+    if config.mixture and refs[0] not in {model.ref for model in models}:
+        raise ConfigError(
+            f"base_model: the routers of a mixture of experts are made from a model that is stored, and {refs[0]} is a"
+            " document; merge that by itself first, and name its directory here"
+        )
+    inputs = tuple(files[ref] for ref in refs), tuple(known[ref] for ref in refs)
+    return Inputs(*inputs, tuple(warnings), tuple(dropped))
+
+
+def _check_usable(step: MergeConfig) -> None:
+    """Refuse a document whose output is more than merged tensors, and is to be used by others."""
+    beyond = {
+        f"{step.op.name} takes statistics of models": step.statistics,
+        "a mixture of experts is made": step.mixture,
+        "`tokenizer` or `tokenizer_source` changes rows": step.vocabulary,
+    }
+    for what, is_so in beyond.items():
+        if is_so:
+            raise ConfigError(
+                f"{step.name}: {what}, and other documents use the output, which is not supported yet; merge this"
+                " document by itself first, and name its directory in the others"
+            )
+
+
+def _open(ref: ModelRef, recipe: Recipe) -> Model:
+    names = [merge.name for merge in recipe.merges]
+    layers = find_layers(((merge.name, merge.nbytes) for merge in recipe.merges), count_layers(recipe.config))
+    view = MergedView(ref, recipe.merges)
+    return Model(view, recipe.config, layers, is_tied(recipe.config, names), tuple(names), Quantisation())
+
+
+def _make_source(model: str, merge: TensorMerge) -> Source:
+    """Return an output tensor as a source: of what is only copied, the stored one."""
+    first = merge.sources[0]
+    if merge.op == COPY and isinstance(first, StoredTensor):
+        return replace(first, dtype=merge.out_dtype, shape=merge.shape)
+    return MergedTensor(model, merge.name, merge.out_dtype, merge.shape, merge)
