@@ -21,6 +21,8 @@ from tests.checkpoints import llama_config, read_tensors, write_checkpoint, writ
 from tests.servers.hub import HubServer
 from tests.servers.s3 import S3Server
 from tests.statistics import write_statistics
+from tests.tokenized_models import read_vocab
+from tests.tokenized_models import write_family as write_tokenized_family
 
 Tensors = dict[str, torch.Tensor]
 SHAPES = {"wide": (40, 90), "square": (60, 60), "tall": (700, 30), "norm": (5,), "scalar": (), "empty": (0, 4)}
@@ -102,6 +104,23 @@ def test_what_no_model_has_information_on_is_averaged_by_weight(tmp_path: Path) 
     first, second = (read_model(model)["w"] for model in models)
     expected = torch.stack([first[0] / 4 + second[0] * 3 / 4, first[1], (first[2] + second[2]) / 2])
     torch.testing.assert_close(read_out(config, tmp_path / "out")["w"], expected)
+
+
+def test_fisher_information_follows_the_rows_of_tokens(tmp_path: Path) -> None:
+    models = list(map(str, write_tokenized_family(tmp_path)))
+    tensors = [read_model(model) for model in models]
+    for model in models:
+        write_statistics(find_op("fisher"), model)
+    config = make_config(models, base_model=models[0], tokenizer_source="union")
+    merged = read_out(config, tmp_path / "out")
+    information = [read_model(f"{model}-fisher.safetensors") for model in models]
+    own, out = [read_vocab(Path(model)) for model in models], read_vocab(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        for token, number in out.items():
+            has = [k for k, vocab in enumerate(own) if token in vocab]
+            rows = [(information[k][name][own[k][token]], tensors[k][name][own[k][token]]) for k in has]
+            expected = sum(f * x for f, x in rows) / sum(f for f, _ in rows)
+            torch.testing.assert_close(merged[name][number], expected)
 
 
 def test_the_plan_says_what_is_merged_without_and_what_is_not_used(models: list[str], tmp_path: Path) -> None:

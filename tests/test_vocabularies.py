@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,6 +115,36 @@ def test_rows_beyond_the_tokenizer_are_cut_off(tmp_path: Path) -> None:
     merge(config, str(tmp_path / "out"), workers=1)
     assert torch.equal(read_tensors(tmp_path / "out")[EMBEDDING], read_tensors(model)[EMBEDDING][:275])
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
+def test_rows_of_tokens_are_found_in_heads_with_padding_and_in_layers(family: list[Path], tmp_path: Path) -> None:
+    inner = "model.layers.1.shared_head.head.weight"
+    models = []
+    for model in family[:2]:
+        copy = shutil.copytree(model, tmp_path / model.name)
+        tensors = load_file(copy / "model.safetensors")
+        tensors[HEAD] = torch.cat([tensors[HEAD], torch.ones(7, 16)])
+        tensors[inner] = tensors[EMBEDDING].clone()
+        save_file(tensors, copy / "model.safetensors")
+        models.append(copy)
+    config = linear(models, base_model=str(models[0]), tokenizer_source="union")
+    done = merge(config, str(tmp_path / "out"), workers=1)
+    vocab, merged = read_vocab(tmp_path / "out"), read_tensors(tmp_path / "out")
+    for name in (EMBEDDING, HEAD, inner):
+        torch.testing.assert_close(merged[name], expect(models, vocab, name))
+    assert not done.warnings
+
+
+def test_rows_that_may_be_those_of_tokens_are_told(tmp_path: Path) -> None:
+    models = [write_tokenized(tmp_path / "a", 0, byte_level(TEXTS[0], 280))]
+    models.append(write_tokenized(tmp_path / "b", 1, byte_level(TEXTS[1], 280)))
+    for model in models:
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.unknown.weight"] = tensors[EMBEDDING].clone()
+        save_file(tensors, model / "model.safetensors")
+    told = plan(linear(models, tokenizer_source="base")).warnings
+    assert ["1 tensor (model.unknown.weight) merged row by row by number" in warning for warning in told] == [True]
+    assert not plan(linear(models[:1], (1.0,), tokenizer_source="base")).warnings
 
 
 def test_slices_have_one_vocabulary(family: list[Path], tmp_path: Path) -> None:

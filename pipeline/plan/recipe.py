@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
@@ -195,8 +196,9 @@ def _resolve(
         return None
     refs = [item.view.ref for item in output.inputs]
     aligned: Sequence[Source | None] = found
+    is_aligned = vocabulary is not None and vocabulary.covers(output.name, refs, found)
     try:
-        if vocabulary is not None and vocabulary.covers(output.name, refs, found):
+        if vocabulary is not None and is_aligned:
             sources = [source for source in found if source is not None]
             aligned = vocabulary.align(output.name, output.scope.base, refs, sources, form.find)
     except TensorMismatchError as error:
@@ -209,7 +211,10 @@ def _resolve(
             accounts.miss(item.name, item.view.ref, has)
             continue
         accounts.use(source)
-        parts.append(Part(item.view.ref, item.name, shown, item.settings))
+        part = Part(item.view.ref, item.name, shown, item.settings)
+        if vocabulary is not None and is_aligned:
+            part = replace(part, stored=source, align=partial(vocabulary.align_statistics, output.name, part.model))
+        parts.append(part)
     if len(parts) < len(found):
         return None
     try:

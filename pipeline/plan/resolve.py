@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -32,6 +32,10 @@ class Part:
     source: Source
     settings: tuple[Settings, ...]
     """Parameters given under this model, highest precedence first."""
+    stored: Source | None = None
+    """What `source` was before its rows were brought into another order; None where they were not."""
+    align: Callable[[Source], Source] | None = None
+    """Brings statistics of `stored` into the order of `source`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,21 +168,29 @@ def _find_statistics(parts: Sequence[Part], scope: Scope) -> tuple[Source, ...]:
     if wanted is None:
         return ()
     owners = [part for part in parts if scope.op.base is Base.INPUT or part.model != scope.base]
-    shapes = [wanted.find_shape(part.source.shape) for part in owners]
+    stored = [part.stored or part.source for part in owners]
+    shapes = [wanted.find_shape(source.shape) for source in stored]
     names = [part.source.name for part in owners]  # as stored, whatever a view makes of it
     found = [scope.statistics[part.model].find(name) for part, name in zip(owners, names, strict=True)]
     if not wanted.is_required and (None in shapes or not any(found)):
         return ()
     sources = []
-    for part, name, shape, source in zip(owners, names, shapes, found, strict=True):
+    for part, own, name, shape, source in zip(owners, stored, names, shapes, found, strict=True):
         where = scope.statistics[part.model].ref
         if source is None:
             raise TensorMismatchError(f"{name} of {part.model} has no {wanted.title} in {where}")
         if shape != source.shape or not DTYPES[source.dtype].is_mergeable:
             expected = f"{list(shape or ())} of a floating-point dtype"
             raise TensorMismatchError(
-                f"{name} is {list(part.source.shape)} in {part.model}, whose {wanted.title} must be {expected}; in"
+                f"{name} is {list(own.shape)} in {part.model}, whose {wanted.title} must be {expected}; in"
                 f" {where} they are {list(source.shape)}, {source.dtype}"
+            )
+        if part.align is not None and not wanted.is_whole:
+            source = part.align(source)
+        elif part.align is not None and wanted.find_shape((own.shape[0] + 1, *own.shape[1:])) != shape:
+            raise TensorMismatchError(
+                f"{name} of {part.model} gets rows in another order by the config's tokenizer, and {wanted.title} go by"
+                " rows; leave the tokenizer out"
             )
         sources.append(source)
     return tuple(sources)

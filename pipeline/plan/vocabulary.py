@@ -28,6 +28,11 @@ _NAMES = re.compile(
     r"|predictions|output|output_layer|proj_out|vocab_projector|head)\.(?:weight|bias)$"
 )
 """Names of tensors that may have a row for each token."""
+_SURE_NAMES = re.compile(
+    r"(?:^|\.)(?:embed_tokens|embed_tokens_per_layer|wte|word_embeddings|lm_head|embed_out|shared_head\.head)"
+    r"\.(?:weight|bias)$"
+)
+"""Those that have, within layers too, if they have enough rows: more of them are padding."""
 _SHOWN = 4
 
 FindSource = Callable[[ModelRef, str], Source | None]
@@ -70,13 +75,39 @@ class Vocabulary:
         self._ids: dict[tuple[str, int], NDArray[Any]] = {}
         self._aligned: dict[str, dict[ModelRef, tuple[NDArray[Any], list[ModelRef]]]] = {}
         """Of each output tensor and model, which of the models each row comes from."""
+        self._own: dict[tuple[str, ModelRef], NDArray[Any]] = {}
+        """Of each output tensor and model, which of the model's own rows each row is, or -1."""
+        self._by_number: dict[str, None] = {}
+        """Output tensors with as many rows as there are tokens, and names that do not tell whether they are theirs."""
 
     def covers(self, name: str, refs: Sequence[ModelRef], sources: Sequence[Source | None]) -> bool:
         """Tell whether an output tensor has a row for each token."""
-        return all(
-            source is not None and has_token_rows(name, source.shape, self._num_rows[ref])
-            for ref, source in zip(refs, sources, strict=True)
+        found = [
+            (ref, source) for ref, source in zip(refs, sources, strict=True) if source is not None and source.shape
+        ]
+        is_covered = len(found) == len(refs) and (
+            all(has_token_rows(name, source.shape, self._num_rows[ref]) for ref, source in found)
+            or (
+                _SURE_NAMES.search(name) is not None
+                and all(source.shape[0] >= self._count_needed(ref) for ref, source in found)
+            )
         )
+        if found and not is_covered:
+            has_as_many = all(source.shape[0] == self._num_rows[ref] for ref, source in found)
+            if has_as_many or _SURE_NAMES.search(name):
+                self._by_number[name] = None
+        return is_covered
+
+    def align_statistics(self, name: str, ref: ModelRef, source: Source) -> Source:
+        """Return what belongs to the elements of a tensor of a model, with the rows of `align`; zeros for others' rows.
+
+        Args:
+            name: of the tensor, which `align` has had.
+            ref: of the model.
+            source: of the shape that the tensor has in the model.
+        """
+        own = self._own[name, ref]
+        return self._gather([(ref, source)], 0, np.where(own < 0, ZERO, 0), np.maximum(own, 0), [])
 
     def align(
         self, name: str, base: ModelRef | None, refs: Sequence[ModelRef], sources: Sequence[Source], find: FindSource
@@ -128,7 +159,9 @@ class Vocabulary:
         for own, (ref, _) in enumerate(parts[: len(ids)]):
             keeps = has[own] & ~forced
             origins = np.where(keeps, own, origin)
-            aligned[ref] = self._gather(parts, own, origins, np.where(keeps, ids[own], row), means)
+            rows = np.where(keeps, ids[own], row)
+            aligned[ref] = self._gather(parts, own, origins, rows, means)
+            self._own[name, ref] = np.where(origins == own, rows, -1)
             self._aligned.setdefault(name, {})[ref] = origins, [part for part, _ in parts]
         return [aligned[ref] for ref in refs]
 
@@ -176,12 +209,21 @@ class Vocabulary:
                     f" {self._num_rows[ref]:,} rows of its embedding: {escaped(first)!r} has the number"
                     f" {self._tokenizers[ref].vocab[first]:,}; it counts as a model without them"
                 )
+        if self._by_number and any((own != np.arange(len(own))).any() for own in self._own.values()):
+            warnings.append(
+                f"{counted(len(self._by_number), 'tensor')} ({listing(self._by_number)}) merged row by row by number,"
+                " though the numbers of tokens change: if their rows are those of tokens, the output is wrong there"
+            )
         if self.tokens.conflicts:
             warnings.append(
                 f"{counted(len(self.tokens.conflicts), 'added token')} with other flags in one model than in another"
                 f" ({_list_tokens(self.tokens.conflicts)}); the first model's hold"
             )
         return warnings
+
+    def _count_needed(self, ref: ModelRef) -> int:
+        """Return the rows that a model needs for its tokens, as far as its embedding has any for them."""
+        return min(self._tokenizers[ref].num_rows, self._num_rows[ref])
 
     def _find_ids(self, ref: ModelRef, num_rows: int) -> NDArray[Any]:
         """Return for each row of the output the row that a model has for its token, or -1."""
