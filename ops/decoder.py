@@ -6,8 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
-from raymerge.ops.lazy import torch
+from raymerge.ops.lazy import low_rank_loops, np, torch
+from raymerge.ops.stored import LOOP_DTYPES, item_nbytes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,11 @@ class Decoder(ABC):
     order from the first to the last, and the latest again if need be, on the device that holds the pieces. The same
     elements give the same values wherever they are cut.
     """
+
+    @property
+    def has_loops(self) -> bool:
+        """Return whether `decode_stored` is there, so that compiled loops can merge what it decodes."""
+        return False
 
     @property
     def num_passes(self) -> int:
@@ -67,6 +77,23 @@ class Decoder(ABC):
             out: flat, of `stop - start` elements, in the kernel's compute dtype.
         """
 
+    def decode_stored(
+        self, pieces: Sequence[memoryview], span: tuple[int, int], start: int, stop: int, out: NDArray[np.float32]
+    ) -> None:
+        """Write the values of elements [start, stop) to `out` without torch, with the bits of `decode` in float32.
+
+        Args:
+            pieces: the bytes of each range, as in `Raw`.
+            span: the elements that they were fetched for, as in `Raw`.
+            start: index of the first element in the flattened source.
+            stop: index after the last element.
+            out: flat, of `stop - start` elements.
+        """
+        raise AssertionError("this decoder has no loops")
+
+    def compile_loops(self) -> None:  # noqa: B027  # nothing is to be done for most decoders
+        """Compile and try what `decode_stored` calls; raises whatever keeps it from working here."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plain(Decoder):
@@ -79,6 +106,27 @@ class Plain(Decoder):
         """Convert the values; exact from every dtype that is no wider than `out`."""
         dtype = find_dtype(self.dtype)
         return out.copy_(raw.pieces[0].view(dtype)[start - raw.start : stop - raw.start])
+
+    @property
+    def has_loops(self) -> bool:
+        """Return whether loops know the dtype."""
+        return self.dtype in LOOP_DTYPES
+
+    def decode_stored(
+        self, pieces: Sequence[memoryview], span: tuple[int, int], start: int, stop: int, out: NDArray[np.float32]
+    ) -> None:
+        """Convert the values."""
+        words, longs, form = self.find_stored(pieces[0], start - span[0], stop - span[0])
+        low_rank_loops.convert(words, longs, form, stop - start, out)
+
+    def find_stored(
+        self, piece: memoryview, start: int, stop: int
+    ) -> tuple[NDArray[np.uint16], NDArray[np.uint32], int]:
+        """Return elements [start, stop) of some bytes as loops take them: words of 16 bits, of 32 bits, and form."""
+        item = item_nbytes(self.dtype)
+        stored = piece[start * item : stop * item]
+        words = np.frombuffer(stored if item == 2 else b"", np.uint16)
+        return words, np.frombuffer(stored if item == 4 else b"", np.uint32), LOOP_DTYPES.index(self.dtype)
 
 
 @cache

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     loops: Any
     delta_loops: Any
+    low_rank_loops: Any
     rule_loops: Any
 else:
 
@@ -27,8 +28,8 @@ else:
             return value
 
     np, torch = _LazyModule("numpy"), _LazyModule("torch")
-    loops, delta_loops, rule_loops = (
-        _LazyModule(f"raymerge.ops.kernels.{name}") for name in ("loops", "delta_loops", "rule_loops")
+    loops, delta_loops, low_rank_loops, rule_loops = (
+        _LazyModule(f"raymerge.ops.kernels.{name}") for name in ("loops", "delta_loops", "low_rank_loops", "rule_loops")
     )
 
-__all__ = ["delta_loops", "loops", "np", "rule_loops", "torch"]
+__all__ = ["delta_loops", "loops", "low_rank_loops", "np", "rule_loops", "torch"]

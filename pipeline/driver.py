@@ -162,7 +162,7 @@ def merge_variants(
             if the_plan.gpus is not None:
                 session = session.with_gpus()
         if session is not None:
-            urls = [*targets, *(item.url for item in (*the_plan.inputs, *the_plan.statistics))]
+            urls = [*targets, *(item.url for item in the_plan.directories)]
             check_reach(stores, urls, session, shared_filesystem=options.shared_filesystem)
         narrator.planned(the_plan)
         on_held = narrator.held if options.wait else None
@@ -243,7 +243,8 @@ def _find_workers(
         task_mem = max(node.mem_nbytes for node in session.nodes) - RESERVED_MEM
         limits = replace(limits, num_workers=num_workers, task_mem=max(1, task_mem))
     elif limits.num_workers > 1 and not options.ray:
-        models = [model.path for model in (*config.input_models, *config.statistics.values())]
+        parts = (part for model in config.input_models for part in (model, model.adapter))
+        models = [part.path for part in (*filter(None, parts), *config.statistics.values())]
         places = [str(out) for out in outs]
         hired = prepare_workers(stores, models, places, limits.num_workers, on_gpus=gpu_mem is not None)
         if hired is not None:
@@ -290,7 +291,7 @@ def _check_outs(stores: Stores, configs: Sequence[Config], outs: Sequence[str | 
 def _check_output(stores: Stores, plan: MergePlan, position: int, out: str | Path, *, overwrite: bool) -> str:
     target = locate_output(stores, out)
     output = plan.outputs[position]
-    check_apart(stores, target, (*plan.inputs, *plan.statistics))
+    check_apart(stores, target, plan.directories)
     check_state(stores, target, output.fingerprint, overwrite=overwrite)
     needed = sum(task.outputs[position].nbytes for task in plan.tasks) + sum(file.nbytes for file in output.side_files)
     stores.at(target).check_space(target, needed - measure_nbytes(stores, target))

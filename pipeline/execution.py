@@ -85,7 +85,7 @@ def carry_out(
     def retried(reason: str) -> None:
         narrator.retried(stores.faults.note("workers" if session is None else "ray", "shard", reason), 1)
 
-    urls = [*outs, *(item.url for item in (*plan.inputs, *plan.statistics))]
+    urls = [*outs, *(item.url for item in plan.directories)]
     merges = (merge for task in plan.tasks for merge in task.merges)
     runner = make_runner(stores, plan.num_workers, urls, session, plan.gpus, retried, hired, merges)
     finished = _find_finished(stores, plan, journals, runner, recheck=recheck)

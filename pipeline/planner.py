@@ -7,12 +7,13 @@ head that is said to be the embedding.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raymerge.cluster.host import measure_memory
+from raymerge.pipeline.checkpoint.adapters.adapter import Adapter, open_adapters
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_models
 from raymerge.pipeline.checkpoint.files import CONFIG, is_tokenizer
 from raymerge.pipeline.checkpoint.model_config import dump_config
@@ -37,7 +38,7 @@ from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle
 from raymerge.pipeline.plan.shards import make_fingerprint, make_tasks
 from raymerge.pipeline.plan.shares import Limits, explain_shares
 from raymerge.pipeline.plan.tokenizers import finish_config, finish_files, plan_vocabulary
-from raymerge.pipeline.plan.types import Copied, InputModel, MergePlan, PlannedOutput, SideFile, Written
+from raymerge.pipeline.plan.types import Copied, InputAdapter, InputModel, MergePlan, PlannedOutput, SideFile, Written
 from raymerge.pipeline.plan.variants import join_variants
 from raymerge.pipeline.runners import count_slots
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
@@ -111,11 +112,13 @@ def make_plan(
     def check(file: StoredFile, num_tensors: int) -> None:
         check_plan_fits(file.url, num_tensors, num_tensors, limits.allowed_mem)
 
-    table = read_table(stores, {str(c.model): c.weight_files for c in checkpoints}, check)
+    weights = {str(c.model.without_adapter): c.weight_files for c in checkpoints}
+    table = read_table(stores, weights, check)
     statistics_table = read_table(stores, {str(found.ref): found.files for found in statistics_files}, check)
     num_stored = len(table) + len(statistics_table)
-    check_plan_fits("the inputs together", num_stored, len(table) // len(checkpoints), limits.allowed_mem)
+    check_plan_fits("the inputs together", num_stored, len(table) // len(weights), limits.allowed_mem)
     tensors, stored_statistics = list_tensors(table), list_tensors(statistics_table)
+    adapters = open_adapters(stores, [c.model.adapter for c in checkpoints if c.model.adapter], check)
     del table, statistics_table
     release_tables()
     views: dict[ModelRef, View] = {
@@ -124,13 +127,23 @@ def make_plan(
     }
     models = []
     doubts: list[str] = []
+    own_heads: dict[str, bool] = {}
     for checkpoint in checkpoints:
-        stored, more = index_tensors(checkpoint, tensors.get(str(checkpoint.model), ()))
+        alone = str(checkpoint.model.without_adapter)
+        stored, more = index_tensors(checkpoint, tensors.get(alone, ()))
         doubts += [*checkpoint.warnings, *more]
-        own_head = has_own_head(stores, checkpoint.config, stored)
+        if alone not in own_heads:
+            own_heads[alone] = has_own_head(stores, checkpoint.config, stored)
         place = first.statistics.get(checkpoint.model)
-        statistics = None if place is None else views[place]
-        models.append(open_model(checkpoint, stored, has_own_head=own_head, statistics=statistics))
+        models.append(
+            open_model(
+                checkpoint,
+                stored,
+                has_own_head=own_heads[alone],
+                statistics=None if place is None else views[place],
+                adapter=adapters[checkpoint.model.adapter] if checkpoint.model.adapter else None,
+            )
+        )
     if any(config.vocabulary != first.vocabulary for config in configs):
         raise ConfigError("the variants of one plan ask for different tokenizers; they may differ in parameters only")
     merged = [expand_steps(config, checkpoints, models, seed) for config in configs]
@@ -152,6 +165,7 @@ def make_plan(
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
     read = [(c.url, sum(file.nbytes for file in c.weight_files)) for c in checkpoints]
     read += [(found.url, sum(file.nbytes for file in found.files)) for found in statistics_files]
+    read += [(adapter.url, sum(tensor.nbytes for tensor in adapter.tensors)) for adapter in adapters.values()]
     transfer = _measure_transfer(stores, [url for url, _ in read], outs, limits)
     limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, read, session))
     tasks, num_workers, num_allowed = make_tasks(merges, limits, first.own)
@@ -190,6 +204,7 @@ def make_plan(
         donor=donor.model,
         inputs=tuple(InputModel(c.model, c.url, tuple(c.files)) for c in checkpoints),
         statistics=tuple(InputModel(found.ref, found.url, found.names) for found in statistics_files),
+        adapters=_list_adapters(adapters, models),
         op=first.op,
         chosen=_describe_run(first),
         notes=tuple(dict.fromkeys(notes)),
@@ -200,6 +215,17 @@ def make_plan(
         allowed_mem=limits.allowed_mem,
         gpus=limits.gpus,
         total_nbytes=sum(merge.nbytes for merge in merges),
+    )
+
+
+def _list_adapters(adapters: Mapping[ModelRef, Adapter], models: Sequence[Model]) -> tuple[InputAdapter, ...]:
+    effects: dict[ModelRef, list[str]] = {ref: [] for ref in adapters}
+    for model in models:
+        if model.adapter is not None:
+            effects[model.adapter.ref].append(f"{model.ref.without_adapter}: {model.adapter}")
+    return tuple(
+        InputAdapter(InputModel(ref, adapter.url, tuple(adapter.files)), tuple(effects[ref]))
+        for ref, adapter in adapters.items()
     )
 
 

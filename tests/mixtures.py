@@ -39,7 +39,7 @@ FAMILIES: dict[str, Any] = {
 
 
 def make_tokenizer(family: str = "") -> Tokenizer:
-    """Return a tokenizer that puts a space before the first word of a text, as Mistral's does; one of bytes for Qwen."""
+    """Return a tokenizer that puts a space before a text's first word, as Mistral's does; one of bytes for Qwen."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     if family.startswith("qwen"):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

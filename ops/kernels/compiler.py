@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from raymerge.ops.kernels.code_files import CodeFile, find_directory
 
 Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,6 +166,12 @@ def loop(function: Callable[..., Result]) -> Callable[..., Result]:
     return Loop(function)  # type: ignore[return-value]  # any number comes as a float
 
 
+def fused(function: Function) -> Function:
+    """Declare a function of loops whose sums are exact, so that products may be added without rounding them."""
+    vars(function)["is_fused"] = True
+    return function
+
+
 _TRACED: ContextVar[list[Loop] | None] = ContextVar("traced", default=None)
 
 
@@ -220,7 +227,14 @@ def _declare(function: FunctionType, space: dict[str, Any]) -> Any:
     """Return a function that numba compiles, without the wrappers by which Python would call it."""
     numba: Any = importlib.import_module("numba")
     body = FunctionType(function.__code__, space, function.__name__)
-    options = {"error_model": "numpy", "nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    options: dict[str, Any] = {
+        "error_model": "numpy",
+        "nogil": True,
+        "no_cpython_wrapper": True,
+        "no_cfunc_wrapper": True,
+    }
+    if vars(function).get("is_fused"):
+        options["fastmath"] = {"contract"}
     return numba.njit(body, **options)
 
 

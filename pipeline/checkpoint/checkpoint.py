@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -61,12 +61,15 @@ def is_repository(name: str) -> bool:
 def resolve_models(
     stores: Stores, models: Iterable[ModelRef], *, trust_headers: bool = False
 ) -> tuple[Checkpoint, ...]:
-    """Return each model's checkpoint, in the order given.
+    """Return each model's checkpoint, in the order given; that of a model with an adapter is the model's own.
 
     Raises:
         CheckpointError: as for `resolve_model`.
     """
-    return tuple(resolve_model(stores, model, trust_headers=trust_headers) for model in models)
+    models = tuple(models)
+    alone = dict.fromkeys(model.without_adapter for model in models)
+    found = {model: resolve_model(stores, model, trust_headers=trust_headers) for model in alone}
+    return tuple(replace(found[model.without_adapter], model=model) for model in models)
 
 
 def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = False) -> Checkpoint:

@@ -12,6 +12,14 @@ class ModelRef:
     path: str
     """A directory, its URL, or the name of a Hub repository."""
     revision: str | None = None
+    adapter: ModelRef | None = None
+    """The LoRA adapter that is applied to it, named in the same way."""
+
+    @property
+    def without_adapter(self) -> ModelRef:
+        """The model alone."""
+        return ModelRef(self.path, self.revision)
 
     def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
+        model = f"{self.path}@{self.revision}" if self.revision else self.path
+        return f"{model}+{self.adapter}" if self.adapter else model

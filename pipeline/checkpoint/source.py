@@ -62,6 +62,20 @@ class Source(ABC):
         """
 
     @property
+    def fixed_nbytes(self) -> int:
+        """Part of `max_nbytes` that is taken however few elements there are, in bytes."""
+        return 0
+
+    def decoded_nbytes(self, num_elements: int) -> int:
+        """Return the room for float32 values, for loops that cannot take them as they are stored."""
+        decoder = self.decoder
+        return 0 if isinstance(decoder, Plain) or not decoder.has_loops else aligned(4 * num_elements)
+
+    def room_nbytes(self, num_elements: int) -> int:
+        """Return the most room that so many elements take in a buffer, stored and decoded, in bytes."""
+        return self.max_nbytes(num_elements) + self.decoded_nbytes(num_elements)
+
+    @property
     def num_elements(self) -> int:
         """Elements of the whole tensor."""
         return math.prod(self.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -119,7 +120,8 @@ def index_tensors(
     Raises:
         CheckpointError: its headers and its index file disagree, and the headers are not to decide.
     """
-    tensors = list(tensors)
+    model = str(checkpoint.model)
+    tensors = [tensor if tensor.model == model else replace(tensor, model=model) for tensor in tensors]
     by_name = {tensor.name: tensor for tensor in tensors}
     faults = list(find_index_faults(checkpoint.url, checkpoint.weight_map, tensors, checkpoint.index))
     if not faults:

@@ -168,8 +168,7 @@ def explain_no_weights(storage: Storage, url: str, files: Mapping[str, StoredFil
     there = [name for name in files if is_weights(name)]
     if any(name.startswith("adapter_model.") for name in there):
         return CheckpointError(
-            f"{url}: a LoRA adapter ({listing(there)}), not a whole model; merge it into its base first"
-            " (peft: model.merge_and_unload()), and save the result"
+            f"{url}: a LoRA adapter ({listing(there)}), not a whole model; name it after its base, as MODEL+ADAPTER"
         )
     if any(name.endswith(".gguf") for name in there):
         return CheckpointError(

@@ -59,7 +59,8 @@ def check_portable(config: MergeConfig, out: str, *, shared_filesystem: bool) ->
     Raises:
         ConfigError: it names paths of this machine, or has a credential in it.
     """
-    models = (*config.input_models, *config.statistics.values())
+    parts = (part for model in config.input_models for part in (model, model.adapter))
+    models = (*filter(None, parts), *config.statistics.values())
     names = [out, *(model.path for model in models if not is_repository(model.path))]
     paths = [name for name in names if scheme_of(name) == "file"]
     if paths and not shared_filesystem:

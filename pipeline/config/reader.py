@@ -104,7 +104,7 @@ class _Reader:
         """Of all parameters of all ops."""
         self._op: Op | None = None
         self._base: ModelRef | None = None
-        self._spellings: dict[tuple[str, str | None], ModelRef] = {}
+        self._spellings: dict[tuple[object, ...], ModelRef] = {}
         """Models by what all spellings of their names have in common."""
         self.mentions: dict[ModelRef, Place] = {}
         """Where each model is named first."""

@@ -1,7 +1,8 @@
-"""Names of models as mergekit writes them: `path[@revision][+lora]`, or a mapping; and URLs."""
+"""Names of models as mergekit writes them: `path[@revision][+adapter[@revision]]`, or a mapping; and URLs."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,9 @@ MAPPING_FORM = "{model: {path: ..., revision: ...}}"
 """Says what the string form cannot: a path with `@` or `+` in it."""
 
 _DEFAULT_REVISION = "main"
+_ONE_AFTER_THE_OTHER = "apply the first to its model by `merge_method: passthrough`, and the second to the output"
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9.-]*://")
 
 NO_MODEL = "no model is named; give a directory or a Hub repository, such as `org/name`"
 
@@ -23,7 +27,7 @@ def parse_model_ref(place: Place) -> ModelRef:
     """Return the model that is named at a place of the config.
 
     Raises:
-        ConfigError: it is no model reference, or one with a LoRA.
+        ConfigError: it is no model reference.
     """
     if isinstance(place.value, str):
         return _parse_string(place, place.text())
@@ -34,18 +38,22 @@ def parse_model_ref(place: Place) -> ModelRef:
     if "path" in place.value and place.get("model").value is None:
         return _parse_mapping(place)
     place.check_keys(("model", "lora", "override_architecture"))
-    if place.get("lora").value is not None:
-        raise place.get("lora").error("LoRA adapters are not supported yet; merge the adapter into its model first")
     if place.get("override_architecture").value is not None:
         place.get("override_architecture").warn(
             "has no effect: the merge follows the checkpoint's own tensor names; remove it"
         )
     model = place.get("model")
-    if isinstance(model.value, str):
-        return _parse_string(model, model.text())
     if not model:
         raise place.error(f"`model` is missing; write a name, or {MAPPING_FORM}")
-    return _parse_mapping(model)
+    found, lora = _parse_part(model), place.get("lora")
+    if lora.value is None:
+        return found
+    if found.adapter is not None:
+        raise lora.error(f"an adapter is given twice: {found.adapter} is in {shown(model.value)}; keep one of them")
+    adapter = _parse_part(lora)
+    if adapter.adapter is not None:
+        raise lora.error(f"{shown(lora.value)} names two adapters, and one is expected; {_ONE_AFTER_THE_OTHER}")
+    return replace(found, adapter=adapter)
 
 
 def parse_revision(place: Place, model: ModelRef) -> ModelRef:
@@ -62,15 +70,23 @@ def parse_revision(place: Place, model: ModelRef) -> ModelRef:
     return replace(model, revision=revision)
 
 
-def spelling_key(model: ModelRef) -> tuple[str, str | None]:
+def spelling_key(model: ModelRef) -> tuple[object, ...]:
     """Return what two names of one model have in common: `./a/` and `a`, or `org/a` and `hf://org/a@main`."""
+    adapter = spelling_key(model.adapter) if model.adapter else ()
     path = model.path.rstrip("/") or model.path
     if scheme_of(path) == "hf" or is_repository(path):
         name, _, revision = path.removeprefix("hf://").partition("@")
-        return f"hf://{name}", model.revision or revision or _DEFAULT_REVISION
+        return f"hf://{name}", model.revision or revision or _DEFAULT_REVISION, *adapter
     if not is_url(path):
-        return str(Path(path).absolute()), None
-    return path, model.revision
+        return str(Path(path).absolute()), None, *adapter
+    return path, model.revision, *adapter
+
+
+def _parse_part(place: Place) -> ModelRef:
+    """Return a model or an adapter: its name, or a mapping of path and revision."""
+    if isinstance(place.value, str):
+        return _parse_string(place, place.text())
+    return _parse_mapping(place)
 
 
 def _parse_mapping(place: Place) -> ModelRef:
@@ -80,15 +96,37 @@ def _parse_mapping(place: Place) -> ModelRef:
 
 
 def _parse_string(place: Place, name: str) -> ModelRef:
-    if is_url(name) and scheme_of(name) != "hf":
-        return ModelRef(name)  # no revisions there, and both signs may be part of it
+    model, *adapters = _split(name)
+    if len(adapters) > 1:
+        raise place.error(f"{name!r} names {len(adapters)} adapters, and one is expected; {_ONE_AFTER_THE_OTHER}")
+    found = _parse_name(place, name, model)
+    return replace(found, adapter=_parse_name(place, name, adapters[0])) if adapters else found
+
+
+def _split(name: str) -> list[str]:
+    """Return the model and its adapters; the sign may be part of a URL where no other one follows.
+
+    >>> _split("org/a+org/b@v1"), _split("s3://bucket/a+b"), _split("s3://bucket/a+s3://bucket/b")
+    (['org/a', 'org/b@v1'], ['s3://bucket/a+b'], ['s3://bucket/a', 's3://bucket/b'])
+    """
+    parts = [""]
+    for part in name.split("+"):
+        if parts[-1] and is_url(parts[-1]) and scheme_of(parts[-1]) != "hf" and not _URL.match(part):
+            parts[-1] += f"+{part}"
+        else:
+            parts.append(part)
+    return parts[1:]
+
+
+def _parse_name(place: Place, name: str, part: str) -> ModelRef:
+    """Return a model or an adapter by its name, which is part of what is written."""
+    if is_url(part) and scheme_of(part) != "hf":
+        return ModelRef(part)  # no revisions there, and both signs may be part of it
     hint = f"; if the sign is part of the path, write {MAPPING_FORM}"
-    model, plus, _ = name.partition("+")
-    if plus:
-        raise place.error(f"{name!r} names a LoRA adapter (`model+lora`), which is not supported yet{hint}")
-    path, at, revision = model.partition("@")
+    path, at, revision = part.partition("@")
     if "@" in revision:
         raise place.error(f"{name!r} has more than one `@` (`path@revision`){hint}")
     if not path.strip() or (at and not revision.strip()):
-        raise place.error(f"{name!r} lacks a {'revision' if path.strip() else 'path'} (`path@revision`){hint}")
+        form = "path@revision" if "+" not in name else "model@revision+adapter@revision"
+        raise place.error(f"{name!r} lacks a {'revision' if path.strip() else 'path'} (`{form}`){hint}")
     return ModelRef(path, revision if at else None)

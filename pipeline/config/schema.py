@@ -136,13 +136,10 @@ def _ref(name: str) -> Schema:
 
 
 _PATH = _object({"path": _NAME, "revision": _REVISION}, "path")
+_ADAPTER: Schema = {"description": "A LoRA adapter for the model.", "anyOf": [_NAME, _PATH, {"type": "null"}]}
 _MODEL: Schema = {
-    "description": "A directory, a URL, or a Hub repository, with `@revision` if need be.",
-    "anyOf": [
-        _NAME,
-        _PATH,
-        _object({"model": {"anyOf": [_NAME, _PATH]}}, "model"),
-    ],
+    "description": "A directory, a URL, or a Hub repository, with `@revision` and `+adapter` if need be.",
+    "anyOf": [_NAME, _PATH, _object({"model": {"anyOf": [_NAME, _PATH]}, "lora": _ADAPTER}, "model")],
 }
 _ENTRY: Schema = {"model": _ref("model"), "revision": _REVISION, "parameters": {}}
 _LAYER_RANGE = {

@@ -44,7 +44,7 @@ class Filled:
     buffer: Buffer
     """Holds all of them."""
     offsets: tuple[int, ...]
-    """Where the first range of each source begins in it."""
+    """Where the first range of each source begins in it; or where its decoded values go, if there is room for them."""
 
 
 def fetch_windows(
@@ -210,9 +210,10 @@ def _lay_out(fetch: Fetch, ranges: Iterable[Ranges], buffer: memoryview) -> list
     offset = 0
     for window, own in zip(fetch, ranges, strict=True):
         views, offsets = [], []
-        for pieces in own:
+        for pieces, decoded_nbytes in zip(own, window.decoded_nbytes(), strict=True):
             places = []
             offsets.append(offset)
+            offset += decoded_nbytes
             for piece in pieces:
                 places.append(buffer[offset : offset + piece.nbytes])
                 offset += aligned(piece.nbytes)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
+from raymerge.ops.decoder import Plain
 from raymerge.ops.errors import SourceMismatchError
 from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.ops.lazy import np
@@ -18,8 +18,8 @@ from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.plan.types import TensorMerge
 
-if TYPE_CHECKING:
-    pass
+_DECODED_ELEMENTS = 2**21
+"""Elements that one of several threads decodes by itself."""
 
 
 class LoopMerger:
@@ -60,6 +60,7 @@ class LoopMerger:
             return  # no bytes to write, and nothing for a kernel to see
         if self._tensor is None or self._tensor.merge is not merge:
             self._tensor = TensorRuns(merge)
+        self._decode(filled)
         stored = Stored(window.start, window.stop, filled.buffer, filled.offsets, _list_dtypes(merge))
         is_last = window.stop == merge.num_elements
         for index in window.passes:
@@ -73,6 +74,23 @@ class LoopMerger:
                 self._combine(self._tensor, output, stored)
             if is_last:
                 self._tensor.note_figures(self._figures)
+
+    def _decode(self, filled: Filled) -> None:
+        """Decode what is not stored as loops know it, into the room that is kept for it."""
+        start, stop = span = filled.window.start, filled.window.stop
+        for source, views, offset in zip(filled.window.merge.sources, filled.views, filled.offsets, strict=True):
+            decoder = source.decoder
+            if isinstance(decoder, Plain):
+                continue
+            out = np.frombuffer(filled.buffer[offset : offset + 4 * (stop - start)], np.float32)
+            step = stop - start if self._run_all is run_in_turn else _DECODED_ELEMENTS
+            cuts = [(begin, min(begin + step, stop)) for begin in range(start, stop, step)]
+            self._run_all(
+                [
+                    partial(decoder.decode_stored, views, span, begin, end, out[begin - start : end - start])
+                    for begin, end in cuts
+                ]
+            )
 
     def _combine(self, tensor: TensorRuns, output: int, stored: Stored) -> None:
         """Append the results of a window to one output, as many at once as its buffer has room for."""
@@ -119,7 +137,8 @@ class LoopMerger:
 
 
 def _list_dtypes(merge: TensorMerge) -> tuple[str, ...]:
-    return tuple(DTYPES[source.dtype].torch_name for source in merge.sources)
+    decoders = [source.decoder for source in merge.sources]
+    return tuple(decoder.dtype if isinstance(decoder, Plain) else "float32" for decoder in decoders)
 
 
 def _look(slot: Slot, before: float) -> tuple[float, bool]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import replace
+from functools import partial
 
 from raymerge.cluster.host import count_cores
 from raymerge.ops.decoder import Plain
@@ -18,7 +19,7 @@ from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.retry import one_line
 
-LOOPS = tuple(f"raymerge.ops.kernels.{name}" for name in ("loops", "delta_loops", "rule_loops"))
+LOOPS = tuple(f"raymerge.ops.kernels.{name}" for name in ("loops", "delta_loops", "low_rank_loops", "rule_loops"))
 _TORCH_MERGER = "raymerge.pipeline.engine.torch_merger"
 
 _TRIED: dict[Hashable, str] = {}
@@ -64,37 +65,49 @@ def list_loops(kernels: Iterable[tuple[Kernel, int]]) -> Collection[Loop]:
 def _has_loops(merge: TensorMerge) -> bool:
     dtypes = {DTYPES[merge.written_dtype].torch_name}
     for source in merge.sources:
-        if not isinstance(source.decoder, Plain):
+        decoder = source.decoder
+        if not isinstance(decoder, Plain) and not decoder.has_loops:
             return False
-        dtypes.add(DTYPES[source.dtype].torch_name)
+        dtypes.add(decoder.dtype if isinstance(decoder, Plain) else "float32")
     return all(dtypes <= {*variant.kernel.loop_dtypes} for variant in merge.variants)
 
 
 def _try_loops(merge: TensorMerge) -> Iterable[str]:
     """Yield for each variant why its loops do not work here; nothing where they do."""
+    for source in merge.sources:
+        if not isinstance(source.decoder, Plain):
+            key: Hashable = type(source.decoder)
+            if key not in _TRIED:
+                _TRIED[key] = _explain_failure(source.decoder.compile_loops)
+            yield _TRIED[key]
     for variant in merge.variants:
         kernel = variant.kernel
         if kernel.loop_dtypes == LOOP_DTYPES:
             site = merge.site(variant)
             key = kernel.measuring(site)
             if key not in _TRIED:
-                _TRIED[key] = _try_kernel(kernel, replace(site, shape=(2,)))
+                _TRIED[key] = _explain_failure(partial(_try_kernel, kernel, replace(site, shape=(2,))))
             yield _TRIED[key]
 
 
-def _try_kernel(kernel: Kernel, site: Site) -> str:
-    """Merge two elements with the same delta, as several threads would; return the error, or nothing."""
+def _explain_failure(function: Callable[[], None]) -> str:
+    """Return the error that a function raises, or nothing."""
+    try:
+        function()
+    except Exception as error:  # whatever a compiler, its cache and its libraries may raise
+        return f"{type(error).__name__}: {one_line(error)}"
+    return ""
+
+
+def _try_kernel(kernel: Kernel, site: Site) -> None:
+    """Merge two elements with the same delta, as several threads would."""
     values = np.ones(2 * site.num_sources, np.float32)
     values[:2] = 0
     dtypes = ("float32",) * site.num_sources
     stored = Stored(0, 2, values.data.cast("B"), tuple(range(0, values.nbytes, 8)), dtypes)
-    try:
-        run = kernel.start(site)
-        for index in range(kernel.num_passes(site)):
-            run.measure_stored(index, stored, run_in_turn)
-            run.end_pass(index)
-        [run] = run.fork([stored], run_in_turn)
-        run.combine_stored(stored, Slot(memoryview(bytearray(8)), "float32", np.zeros(STRIP, np.float32)))
-    except Exception as error:  # whatever a compiler, its cache and its libraries may raise
-        return f"{type(error).__name__}: {one_line(error)}"
-    return ""
+    run = kernel.start(site)
+    for index in range(kernel.num_passes(site)):
+        run.measure_stored(index, stored, run_in_turn)
+        run.end_pass(index)
+    [run] = run.fork([stored], run_in_turn)
+    run.combine_stored(stored, Slot(memoryview(bytearray(8)), "float32", np.zeros(STRIP, np.float32)))

@@ -20,8 +20,14 @@ _MAX_TITLE_MODELS = 4
 def make_card(plan: MergePlan, output: PlannedOutput) -> str:
     """Return the text of the card; it follows from the plan alone, as two outputs of one plan are the same."""
     op = plan.op
-    names = {str(item.model): _describe(item) for item in plan.inputs}
-    repositories = list(dict.fromkeys(repository for item in plan.inputs if (repository := repository_of(item.url))))
+    adapters = {adapter.files.model: _describe(adapter.files) for adapter in plan.adapters}
+    names = {
+        str(item.model): _describe(item) + (f" with {adapters[item.model.adapter]}" if item.model.adapter else "")
+        for item in plan.inputs
+    }
+    repositories = list(
+        dict.fromkeys(repository for item in plan.directories if (repository := repository_of(item.url)))
+    )
     front = {
         **({"base_model": repositories, "base_model_relation": "merge"} if repositories else {}),
         "library_name": "transformers",
@@ -53,7 +59,9 @@ def make_card(plan: MergePlan, output: PlannedOutput) -> str:
 
 
 def _make_title(plan: MergePlan) -> str:
-    names = [PurePosixPath(model.path).name or model.path for model in plan.models]
+    names = [
+        PurePosixPath(part.path).name or part.path for model in plan.models for part in (model, model.adapter) if part
+    ]
     return f"{listing(names, _MAX_TITLE_MODELS, separator=' + ')} ({plan.method})"
 
 
@@ -77,9 +85,9 @@ def _describe(item: InputModel) -> str:
     """Return a model's name; a link if it was read from a repository of the Hub, whatever else is called like one."""
     repository = repository_of(item.url)
     if repository is None:
-        return f"`{item.model}`"
+        return f"`{item.model.without_adapter}`"
     tree = f"/tree/{quote(item.model.revision, safe='')}" if item.model.revision else ""
-    return f"[{item.model}](https://huggingface.co/{repository}{tree})"
+    return f"[{item.model.without_adapter}](https://huggingface.co/{repository}{tree})"
 
 
 def _fenced(text: str) -> list[str]:

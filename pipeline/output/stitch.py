@@ -131,7 +131,7 @@ def make_manifest(
     """
     sources = (source for task in plan.tasks for merge in task.merges for source in merge.sources)
     origins = {(tensor.model, tensor.file) for source in sources for tensor in source.origins}
-    urls = {str(item.model): item.url for item in (*plan.statistics, *plan.inputs)}
+    urls = {str(item.model): item.url for item in reversed(plan.directories)}
     inputs = sorted((model, _name_file(file.url, urls[model]), file.nbytes) for model, file in origins)
     return Manifest(
         raymerge=__version__,
@@ -141,7 +141,7 @@ def make_manifest(
         seed=output.seed,
         method=plan.method,
         config=output.config_text,
-        models=[{"model": str(item.model), "revision": revision_of(item.url)} for item in plan.inputs],
+        models=[{"model": str(item.model), "revision": revision_of(item.url)} for item in plan.directories],
         inputs=[{"model": model, "file": name, "nbytes": nbytes} for model, name, nbytes in inputs],
         warnings=output.warnings,
         dropped=plan.dropped,

@@ -32,6 +32,9 @@ MAX_FETCH_NBYTES = 64 * 2**20
 LOCAL_FETCH_NBYTES = 8 * 2**20
 """Fetched at once from local files: little enough to be in a core's cache still when it is merged."""
 
+_FIXED_SHARE = 8
+"""A fetch is so many times as large as what it takes whatever its size."""
+
 WORKER_NBYTES = 4 * 2**20
 """Taken in every worker for stacks and allocator arenas of its threads. Measured on 2 cores: 1 to 4 MiB."""
 
@@ -80,7 +83,7 @@ class Demand:
     num_passes: int
     """How often it is measured before it is combined."""
     block_nbytes: int
-    """One block of every source, as stored."""
+    """One block of every source, as stored, and decoded where loops need that."""
     scratch_nbytes: int
     """Blocks in the compute dtype, the result among them."""
     state_nbytes: int
@@ -89,6 +92,17 @@ class Demand:
     """One block of the output, as stored."""
     kept_nbytes: int
     """All of every source, as stored, where it is needed more than once; else 0."""
+    fixed_nbytes: int = 0
+    """What sources take in a buffer besides, however few of their blocks are in it."""
+
+    @property
+    def least_nbytes(self) -> int:
+        """The smallest buffer that is enough."""
+        return self.block_nbytes + self.fixed_nbytes
+
+    def choose_fetch_nbytes(self, fetch_nbytes: int) -> int:
+        """Return how much is fetched at once, so that what each fetch takes besides blocks is a small part of it."""
+        return max(fetch_nbytes, min(MAX_FETCH_NBYTES, _FIXED_SHARE * self.fixed_nbytes), self.least_nbytes)
 
     @property
     def working_nbytes(self) -> int:
@@ -118,8 +132,9 @@ def measure_demand(merge: TensorMerge) -> Demand:
         block_elements=grid,
         num_blocks=-(-merge.num_elements // grid),
         num_passes=num_passes,
-        block_nbytes=sum(source.max_nbytes(num_elements) for source in merge.sources[: merge.num_cut])
+        block_nbytes=sum(s.room_nbytes(num_elements) - s.fixed_nbytes for s in merge.sources[: merge.num_cut])
         + sum(source.max_nbytes(source.num_elements) for source in merge.sources[merge.num_cut :]),
+        fixed_nbytes=sum(source.fixed_nbytes for source in merge.sources[: merge.num_cut]),
         scratch_nbytes=num_elements * _ITEM_NBYTES[kernel.compute_dtype] * count_scratch(merge)
         + max(
             source.decoder.temporary_nbytes(num_elements if k < merge.num_cut else source.num_elements)
@@ -133,7 +148,7 @@ def measure_demand(merge: TensorMerge) -> Demand:
 
 def measure_kept(merge: TensorMerge) -> int:
     """Return the room that all of a tensor's sources take in a buffer."""
-    return sum(source.max_nbytes(source.num_elements) for source in merge.sources)
+    return sum(source.room_nbytes(source.num_elements) for source in merge.sources)
 
 
 def count_scratch(merge: TensorMerge) -> int:
@@ -171,9 +186,9 @@ def choose_buffer_nbytes(demands: Collection[Demand], worker_mem: int, transfer:
 
     Returns:
         As much as is useful and fits: as many tensors as possible are kept between their passes. Less than
-        `max(block_nbytes)` where the memory does not suffice.
+        `largest_block` where the memory does not suffice.
     """
-    useful = max(transfer.fetch_nbytes, largest_block(demands))
+    useful = max(demand.choose_fetch_nbytes(transfer.fetch_nbytes) for demand in demands)
     room = (worker_mem - project_mem(demands, 0, transfer)) // transfer.num_buffers // ALIGNMENT * ALIGNMENT
     kept = max((demand.kept_nbytes for demand in demands if demand.kept_nbytes <= room), default=0)
     return min(max(useful, kept), room)
@@ -234,5 +249,5 @@ def refuse_more(
 
 
 def largest_block(demands: Collection[Demand]) -> int:
-    """Return the largest block of all sources of one tensor, in bytes."""
-    return max(demand.block_nbytes for demand in demands)
+    """Return the largest block of all sources of one tensor, in bytes, with what they take besides."""
+    return max(demand.least_nbytes for demand in demands)

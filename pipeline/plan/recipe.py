@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from raymerge.ops.registry import Base, Op
+from raymerge.pipeline.checkpoint.adapters.adapter import Adapter
+from raymerge.pipeline.checkpoint.adapters.source import ReplacedTensor
+from raymerge.pipeline.checkpoint.adapters.view import AdapterView
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
-from raymerge.pipeline.checkpoint.model_config import Json, count_layers
+from raymerge.pipeline.checkpoint.model_config import Json, count_layers, text_part
 from raymerge.pipeline.checkpoint.names import (
     CAUSAL_MASKS,
     COMPUTED_BUFFER,
@@ -18,7 +22,7 @@ from raymerge.pipeline.checkpoint.names import (
 )
 from raymerge.pipeline.checkpoint.quantised import find_quantisation
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
-from raymerge.pipeline.checkpoint.tying import find_embedding, is_tied
+from raymerge.pipeline.checkpoint.tying import find_embedding, is_head, is_tied
 from raymerge.pipeline.checkpoint.views import StoredView, View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import CheckpointError, TensorMismatchError
@@ -54,17 +58,20 @@ def open_model(
     *,
     has_own_head: bool = False,
     statistics: View | None = None,
+    adapter: Adapter | None = None,
 ) -> Model:
-    """Return a model as it is stored.
+    """Return a model as it is stored, with an adapter if there is one.
 
     Args:
         checkpoint: its files and config.json.
         tensors: its tensors by name.
         has_own_head: whether a stored head has other values than the embedding that it is said to be.
         statistics: those of its tensors, for a method that takes some.
+        adapter: applied to it.
 
     Raises:
-        CheckpointError: it has no tensors.
+        CheckpointError: it has no tensors, or is quantised and has an adapter.
+        TensorMismatchError: the adapter is one for another model.
     """
     if not tensors:
         raise CheckpointError(f"{checkpoint.model}: the checkpoint holds no tensors")
@@ -72,7 +79,22 @@ def open_model(
     tied = is_tied(checkpoint.config, tensors, has_own_head=has_own_head)
     quantisation = find_quantisation(checkpoint.config, checkpoint.files, tensors)
     view = StoredView(checkpoint.model, tensors)
-    return Model(view, checkpoint.config, layers, tied, tuple(tensors), quantisation, statistics)
+    model = Model(view, checkpoint.config, layers, tied, tuple(tensors), quantisation, statistics)
+    if adapter is None:
+        return model
+    _check_not_quantised(model)
+    return apply_adapter(model, AdapterView(view, adapter, checkpoint.model))
+
+
+def apply_adapter(model: Model, view: AdapterView) -> Model:
+    """Return a model with an adapter; one whose head the adapter changes has a head of its own from then on."""
+    config = model.config
+    embedding = view.find(find_embedding(view.names()) or "")
+    if isinstance(embedding, ReplacedTensor) and embedding.shape[0] != model.width("vocab_size"):
+        config = copy.deepcopy(config)
+        text_part(config)["vocab_size"] = embedding.shape[0]
+    is_tied = model.is_tied and not any(is_head(name) for name in view.changed_names())
+    return replace(model, view=view, config=config, is_tied=is_tied, adapter=view.summarise())
 
 
 def expand(

@@ -18,6 +18,8 @@ from raymerge.pipeline.sizes import format_memory, format_nbytes
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_MAX_ADAPTERS = 8
+"""Adapters that a plan names unless it is verbose."""
 _MAX_CHOSEN = 8
 """Models that a pattern has found, and that a plan names unless it is verbose."""
 
@@ -42,6 +44,10 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
         f"  passes   {_num_passes(plan)} to measure, 1 to merge",
         f"  memory   {_format_shares(plan)}; {format_memory(plan.allowed_mem)} are allowed in all{besides}",
     ]
+    effects = [effect for adapter in plan.adapters for effect in adapter.effects]
+    if effects:
+        listed = listing(effects, len(effects) if verbose else _MAX_ADAPTERS, separator="\n           ")
+        lines.append(f"  adapters {listed}")
     if plan.chosen:
         lines.append(f"  chosen   {listing(plan.chosen, len(plan.chosen) if verbose else _MAX_CHOSEN)}")
     if plan.vocabulary:
@@ -96,6 +102,7 @@ def plan_json(plan: MergePlan) -> str:
             "method": plan.method,
             "models": [str(model) for model in plan.models],
             "donor": str(plan.donor),
+            "adapters": [effect for adapter in plan.adapters for effect in adapter.effects],
             "seed": plan.outputs[0].seed,
             "fingerprint": plan.fingerprint,
             "num_tensors": len(plan.weight_map),

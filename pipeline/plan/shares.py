@@ -16,6 +16,7 @@ from raymerge.pipeline.plan.memory import (
     Demand,
     Transfer,
     choose_buffer_nbytes,
+    largest_block,
     measure_demand,
     project_mem,
 )
@@ -126,7 +127,7 @@ def share_out_memory(tasks: Sequence[Collection[Demand]], limits: Limits) -> tup
     """
     kinds = Counter(demand for demands in tasks for demand in demands)  # few, of many tensors
     most = limits.num_workers
-    while most > 1 and _choose(kinds, limits, limits.transfer, most)[0] < max(kind.block_nbytes for kind in kinds):
+    while most > 1 and _choose(kinds, limits, limits.transfer, most)[0] < largest_block(kinds):
         most -= 1
     shares = _make_shares(kinds, limits, limits.transfer, min(most, len(tasks)))
     if limits.gpus is not None:  # with one room, the next sources are not read before these are merged

@@ -253,6 +253,16 @@ class InputModel:
 
 
 @dataclass(frozen=True, slots=True)
+class InputAdapter:
+    """A LoRA adapter that is applied to a model, or to several."""
+
+    files: InputModel
+    """Where it lies."""
+    effects: tuple[str, ...]
+    """A line for each of its models: how many tensors it changes, by which rank."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedOutput:
     """One model that the plan makes."""
 
@@ -286,6 +296,8 @@ class MergePlan:
     """Base first, then in order of appearance."""
     statistics: tuple[InputModel, ...]
     """Where the models' statistics lie, for a method that needs some."""
+    adapters: tuple[InputAdapter, ...]
+    """Each adapter once, in order of appearance."""
     op: Op
     """The merge method."""
     chosen: tuple[str, ...]
@@ -321,6 +333,11 @@ class MergePlan:
     def models(self) -> tuple[ModelRef, ...]:
         """The models of the config, in the order of `inputs`."""
         return tuple(item.model for item in self.inputs)
+
+    @property
+    def directories(self) -> tuple[InputModel, ...]:
+        """Everything that is read from: models, then adapters and statistics."""
+        return (*self.inputs, *(adapter.files for adapter in self.adapters), *self.statistics)
 
     @property
     def weight_map(self) -> dict[str, str]:

@@ -31,7 +31,13 @@ class Window:
 
     def nbytes(self) -> int:
         """Return the room that it takes in a buffer."""
-        return sum(aligned(piece.nbytes) for pieces in self.ranges for piece in pieces)
+        read = sum(aligned(piece.nbytes) for pieces in self.ranges for piece in pieces)
+        return read + sum(self.decoded_nbytes())
+
+    def decoded_nbytes(self) -> list[int]:
+        """Return the room for the decoded values of each source, where compiled loops need that."""
+        num_elements = self.stop - self.start
+        return [source.decoded_nbytes(num_elements) for source in self.merge.sources]
 
 
 Fetch = tuple[Window, ...]
@@ -70,11 +76,11 @@ def make_windows(merge: TensorMerge, demand: Demand, buffer_nbytes: int, fetch_n
         fetch_nbytes: of a tensor that is not kept, fetched at once where a block is not larger.
     """
     if not demand.num_passes:
-        buffer_nbytes = min(buffer_nbytes, max(fetch_nbytes, demand.block_nbytes))
+        buffer_nbytes = min(buffer_nbytes, demand.choose_fetch_nbytes(fetch_nbytes))
     if is_resident(merge, buffer_nbytes):
         yield Window(merge, 0, merge.num_elements, range(demand.num_passes + 1))
         return
-    window_elements = buffer_nbytes // demand.block_nbytes * demand.block_elements
+    window_elements = (buffer_nbytes - demand.fixed_nbytes) // demand.block_nbytes * demand.block_elements
     for index in range(demand.num_passes + 1):
         for start in range(0, merge.num_elements, window_elements):
             stop = min(start + window_elements, merge.num_elements)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from raymerge.pipeline.checkpoint.adapters.view import AdapterSummary
 from raymerge.pipeline.checkpoint.model_config import Json, text_part
 from raymerge.pipeline.checkpoint.names import Layers
 from raymerge.pipeline.checkpoint.quantised import Quantisation
@@ -36,6 +37,8 @@ class Model:
     """Evidence that the stored numbers are not the weights."""
     statistics: View | None = None
     """What a method takes of it besides its tensors."""
+    adapter: AdapterSummary | None = None
+    """What its adapter does to it."""
     lacks: Collection[str] = frozenset()
     """Names of others that a language model need not have, because they are parts of a multimodal one."""
 

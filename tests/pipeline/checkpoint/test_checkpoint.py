@@ -275,7 +275,7 @@ def test_a_shard_of_0_bytes(sharded: Path) -> None:
         (["q4.gguf"], r"only GGUF \(q4.gguf\).*gguf_file="),
         (["consolidated.safetensors", "params.json"], r"but consolidated.safetensors; that is another layout"),
         (["model-00001-of-00002.safetensors", "pytorch_model.bin"], "index.json is missing, and so are model-00002-of"),
-        (["adapter_model.safetensors", "adapter_config.json"], "a LoRA adapter .*merge_and_unload"),
+        (["adapter_model.safetensors", "adapter_config.json"], "a LoRA adapter .*MODEL[+]ADAPTER"),
         (["adapter_model.bin"], "a LoRA adapter"),
         (["tf_model.h5"], "no weights"),
         ([f"{i}.bin" for i in range(9)], r"only pickled weights \(0.bin, 1.bin, 2.bin and 6 more\)"),

@@ -121,6 +121,13 @@ def test_the_base_comes_first_among_the_referenced_models() -> None:
         ({"model": "org/a@v1"}, ModelRef("org/a", "v1")),
         ({"model": {"path": "/x+y@z"}}, ModelRef("/x+y@z")),
         ({"model": {"path": "org/a", "revision": "v1"}, "lora": None}, ModelRef("org/a", "v1")),
+        ("org/a+org/b", ModelRef("org/a", adapter=ModelRef("org/b"))),
+        ("org/a@v1+org/b@v2", ModelRef("org/a", "v1", ModelRef("org/b", "v2"))),
+        ("s3://bucket/a+b", ModelRef("s3://bucket/a+b")),
+        ("s3://bucket/a+s3://bucket/b", ModelRef("s3://bucket/a", adapter=ModelRef("s3://bucket/b"))),
+        ("hf://org/a+org/b", ModelRef("hf://org/a", adapter=ModelRef("org/b"))),
+        ({"model": "org/a", "lora": "org/b@v2"}, ModelRef("org/a", adapter=ModelRef("org/b", "v2"))),
+        ({"model": {"path": "/x+y"}, "lora": {"path": "/z+w"}}, ModelRef("/x+y", adapter=ModelRef("/z+w"))),
     ],
 )
 def test_model_references(written: object, expected: ModelRef) -> None:
@@ -265,7 +272,9 @@ def test_parameters_that_have_no_effect_are_not_kept() -> None:
         ("linear", ("models.0.model", MISSING), r"models\[0\]\.model: no model is named"),
         ("linear", ("models.0.model", ""), r"models\[0\]\.model: the string is empty"),
         ("linear", ("models.0.model", 7), r"models\[0\]\.model: 7 is given, .* quotes"),
-        ("linear", ("models.0.model", "a+lora"), r"models\[0\]\.model: 'a\+lora' names a LoRA .* not supported yet"),
+        ("linear", ("models.0.model", "a+b+c"), r"models\[0\]\.model: 'a\+b\+c' names 2 adapters, and one is expected"),
+        ("linear", ("models.0.model", "a+"), r"models\[0\]\.model: 'a\+' lacks a path \(`model@revision\+adapter@rev"),
+        ("linear", ("models.0.model", "a+b@"), r"models\[0\]\.model: 'a\+b@' lacks a revision"),
         ("linear", ("models.0.model", "a@b@c"), r"models\[0\]\.model: .* more than one `@`"),
         ("linear", ("models.0.model", "a@"), "lacks a revision"),
         ("linear", ("models.0.model", "@b"), "lacks a path"),
@@ -278,7 +287,12 @@ def test_parameters_that_have_no_effect_are_not_kept() -> None:
         ),
         ("linear", ("models.0.model", {"model": {"revision": "x"}}), r"models\[0\]\.model\.model\.path: nothing"),
         ("linear", ("models.0.model", {"model": {"path": "x", "revision": 12}}), r"revision: 12 is given, .* quotes"),
-        ("linear", ("models.0.model", {"model": "x", "lora": {"path": "y"}}), r"models\[0\]\.model\.lora: LoRA"),
+        (
+            "linear",
+            ("models.0.model", {"model": "x+z", "lora": {"path": "y"}}),
+            r"models\[0\]\.model\.lora: an adapter is given twice: z is in \"x\+z\"",
+        ),
+        ("linear", ("models.0.model", {"model": "x", "lora": "y+z"}), r"model\.lora: \"y\+z\" names two adapters"),
         ("linear", ("dtype", "bfloat"), "dtype: 'bfloat' is no dtype .* did you mean 'bfloat16'"),
         ("linear", ("integers", "min"), "integers: .min. is given; write `equal` to refuse"),
         ("linear", ("keep_float32", "*.A_log"), "keep_float32: .* is given, a list is needed"),
@@ -525,7 +539,7 @@ models:
   - model: org/b
     parameters:
       wieght: 0.5
-  - model: org/c+lora
+  - model: org/c+a+b
     weight: 0.5  # under the model itself
   - &d
     model: org/d

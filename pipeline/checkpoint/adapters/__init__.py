@@ -1,0 +1,1 @@
+"""LoRA adapters, as PEFT saves them, applied to a model while its tensors are read."""

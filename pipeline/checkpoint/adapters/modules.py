@@ -1,0 +1,121 @@
+"""What an adapter's tensors are for, told by their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from raymerge.pipeline.checkpoint.adapters.adapter import Adapter
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.errors import CheckpointError
+
+_PREFIX = "base_model.model."
+_OWN_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.default)?(?P<last>\.weight|\.bias)?"
+)
+_WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+_UNKNOWN = re.compile(
+    r"\.(?:lora_\w+|trainable_tokens\w*|token_adapter|hada_\w+|lokr_\w+|ia3_\w+|oft_\w+|vera_\w+|original_module)(?:\.|$)"
+)
+
+
+@dataclass(slots=True)
+class Parts:
+    """The tensors that belong to one update."""
+
+    depth: int
+    """Wrappers around the module within others: of several parameters of one module, each has its own."""
+    factors: dict[str, StoredTensor] = field(default_factory=dict)
+    """By `A`, `B`, `magnitude` and `bias`."""
+    is_embedding: bool = False
+
+    def get(self, name: str, adapter: Adapter, module: str) -> StoredTensor:
+        """Return a factor that has to be there."""
+        if name not in self.factors:
+            have = next(iter(self.factors.values())).name
+            raise CheckpointError(f"{adapter.url}: {module} has {have}, and no lora_{name}; the adapter is incomplete")
+        return self.factors[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What an adapter changes, under the names that its author's model had."""
+
+    updates: Mapping[str, list[Parts]]
+    """By module."""
+    whole: Mapping[str, StoredTensor]
+    """Tensors in place of the model's own, by name."""
+
+
+def sort_tensors(adapter: Adapter) -> Content:
+    """Return what an adapter's tensors are for.
+
+    Raises:
+        CheckpointError: the name of one has no known meaning.
+    """
+    updates: dict[str, dict[int, Parts]] = {}
+    whole: dict[str, StoredTensor] = {}
+    for tensor in adapter.tensors:
+        name = tensor.name.removeprefix(_PREFIX)
+        match = _OWN_PART.fullmatch(name)
+        if match is None:
+            if _UNKNOWN.search(name):
+                raise CheckpointError(
+                    f"{adapter.url}: tensor {tensor.name} has no known meaning; apply the adapter by peft"
+                    " (model.merge_and_unload()), and merge the result"
+                )
+            whole[_WRAPPERS.sub("", name)] = tensor
+            continue
+        module = _WRAPPERS.sub("", f"{match['module']}.")[:-1]
+        depth = match["module"].count(".base_layer")
+        parts = updates.setdefault(module, {}).setdefault(depth, Parts(depth))
+        parts.is_embedding |= "embedding" in match["part"]
+        kind = "bias" if match["last"] == ".bias" else match["part"].rpartition("_")[2].replace("vector", "magnitude")
+        if not DTYPES[tensor.dtype].is_mergeable:
+            raise CheckpointError(f"{adapter.url}: {tensor.name} is {tensor.dtype}; floating-point values are needed")
+        if kind in parts.factors:
+            raise CheckpointError(f"{adapter.url}: {tensor.name} and {parts.factors[kind].name} are of one module")
+        parts.factors[kind] = tensor
+    return Content({module: list(found.values()) for module, found in updates.items()}, whole)
+
+
+def find_renaming(wanted: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
+    """Return how names begin in an adapter, and in the model instead; None where no beginning makes all of them fit.
+
+    Versions of transformers say `model.language_model.` for `model.`, and a model without a head has no `model.`.
+
+    Args:
+        wanted: modules and tensors, as the adapter calls them.
+        known: those of the model.
+    """
+    missing = [name for name in wanted if name not in known]
+    if not missing:
+        return "", ""
+    first = missing[0]
+    parts = first.split(".")
+    for start in range(len(parts)):
+        suffix = ".".join(parts[start:])
+        old = first.removesuffix(suffix)
+        found = {name.removesuffix(suffix) for name in known if name == suffix or name.endswith(f".{suffix}")}
+        fitting = [new for new in sorted(found) if all(rename(name, old, new) in known for name in missing)]
+        if len(fitting) == 1:
+            return old, fitting[0]
+    return None
+
+
+def rename(name: str, old: str, new: str) -> str:
+    """Return a name with another beginning, if it has that one."""
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def list_modules(names: Iterable[str]) -> set[str]:
+    """Return the names of tensors and of the modules that they are in.
+
+    >>> sorted(list_modules(["a.b.weight"]))
+    ['a.b', 'a.b.weight']
+    """
+    found = set(names)
+    return found | {name.rpartition(".")[0] for name in found}
