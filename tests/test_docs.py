@@ -37,6 +37,11 @@ def test_a_row_names_every_parameter(name: str) -> None:
             assert f"`{parameter.name}`" in cell, (name, parameter.name)
 
 
+@pytest.mark.parametrize("name", load_ops())
+def test_a_row_leads_to_the_paper(name: str) -> None:
+    assert load_ops()[name].reference in METHOD_ROWS[name][1]
+
+
 def test_readme_names_every_option_of_merge() -> None:
     readme = (ROOT / "README.md").read_text()
     group = get_command(commands)
