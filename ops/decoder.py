@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.lazy import low_rank_loops, np, torch
 from raymerge.ops.stored import LOOP_DTYPES, item_nbytes
@@ -25,6 +25,8 @@ class Raw:
     """First element of the source that the pieces were fetched for."""
     stop: int
     """Element after the last: the pieces are enough to decode [start, stop)."""
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a decoder has worked out for these pieces, and needs again for the next block."""
 
 
 class Decoder(ABC):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from raymerge.ops.decoder import Decoder
-from raymerge.ops.rows import MEAN, GatherRows, RowMap, Run
+from raymerge.ops.decoder import Decoder, Plain
+from raymerge.ops.rows import MEAN, PAD, GatherRows, RowMap, lay_out
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
 from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange
+
+_FEW_RUNS, _LONG_RUN = 1000, 32
+"""So many runs are worth no word, nor are runs of so many rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +33,10 @@ class GatheredRows(Source):
         return self.num_elements // max(1, self.shape[0])
 
     @property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> GatherRows:
         """Decoder that gathers them."""
-        return GatherRows(
-            tuple(part.decoder for part in self.parts), count_pieces(self.parts), self.rows, self.columns, self.padding
-        )
+        num_pieces = tuple(len(part.ranges(0, 1)) for part in self.parts)
+        return GatherRows(tuple(part.decoder for part in self.parts), num_pieces, self.rows, self.columns, self.padding)
 
     @property
     def origins(self) -> tuple[StoredTensor, ...]:
@@ -48,27 +50,37 @@ class GatheredRows(Source):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are read: of each row, of all those that means are taken over, and all once more for padding."""
-        table = self.rows.table
-        stops = [*table[1:, 0].tolist(), self.rows.num_rows]
-        total = sum(self._row_nbytes(part) for mean in self.rows.means for part, _ in mean)
-        counts = [0] * len(self.parts)
-        for start, part, stop in zip(table[:, 0].tolist(), table[:, 1].tolist(), stops, strict=True):
-            if part >= 0:
-                counts[part] += stop - start
-        total += sum(count * self._row_nbytes(part) for part, count in enumerate(counts))
+        """Bytes that are read: of each row once, and once more for the mean that padding is."""
+        spans = lay_out(self.rows, 0, self.shape[0]).spans
+        row_nbytes = [sum(piece.nbytes for piece in part.ranges(0, self.columns)) for part in self.parts]
+        total = sum(count * row_nbytes[part] for part, _, count in spans)
         return total * 2 if self.rows.num_pad else total
 
+    @property
+    def is_scattered(self) -> bool:
+        """Whether neighbouring rows come from all over, so that it is better read as a whole."""
+        num_runs = len(self.rows.table)
+        return num_runs > _FEW_RUNS and self.shape[0] < num_runs * _LONG_RUN
+
+    @property
+    def plain_dtypes(self) -> frozenset[str]:
+        """The dtypes that stored values are gathered in without torch, by its words; none where they are not plain."""
+        decoders: list[Decoder] = [part.decoder for part in self.parts]
+        found = {decoder.dtype for decoder in decoders if isinstance(decoder, Plain)}
+        if not all(isinstance(decoder, Plain) for decoder in decoders):
+            return frozenset()
+        kinds = set(self.rows.table[:, 1].tolist())
+        return frozenset({*found, "float32"} if len(found) > 1 or not kinds.isdisjoint((MEAN, PAD)) else found)
+
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
-        """Return the ranges of each run, in order."""
+        """Return the ranges of whole rows, each once, in the order of the parts."""
         columns = self.columns
-        found: list[ByteRange] = []
-        for run in self.rows.between(start // columns, -(-stop // columns)):
-            low, high = max(run.start * columns, start), min(run.stop * columns, stop)
-            for part, row in self._rows_of(run):
-                shift = (row - run.start) * columns
-                found += self.parts[part].ranges(low + shift, high + shift)
-        return tuple(found)
+        layout = lay_out(self.rows, start // columns, -(-stop // columns))
+        return tuple(
+            piece
+            for part, row, count in layout.spans
+            for piece in self.parts[part].ranges(row * columns, (row + count) * columns)
+        )
 
     def max_nbytes(self, num_elements: int) -> int:
         """Return the room of as many rows, each by itself, and of those that means take besides."""
@@ -76,16 +88,3 @@ class GatheredRows(Source):
         largest = max((len(mean) - 1 for mean in self.rows.means), default=0)
         extra = min(rows * largest, self.rows.num_extra)
         return (rows + extra) * max((part.max_nbytes(self.columns) for part in self.parts), default=ALIGNMENT)
-
-    def _rows_of(self, run: Run) -> tuple[tuple[int, int], ...]:
-        if run.part == MEAN:
-            return self.rows.means[run.row]
-        return ((run.part, run.row),) if run.part >= 0 else ()
-
-    def _row_nbytes(self, part: int) -> int:
-        return sum(piece.nbytes for piece in self.parts[part].ranges(0, self.columns))
-
-
-def count_pieces(parts: tuple[Source, ...]) -> tuple[int, ...]:
-    """Return for each part the ranges that neighbouring rows of it take."""
-    return tuple(len(part.ranges(0, 1)) for part in parts)

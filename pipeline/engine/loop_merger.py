@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from raymerge.ops.decoder import Plain
@@ -11,7 +11,9 @@ from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.ops.lazy import np
 from raymerge.ops.stored import PIECE_ELEMENTS, STRIP, RunAll, Slot, Stored, item_nbytes
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.engine.fetch import Filled
+from raymerge.pipeline.engine.gathered import Gatherer
 from raymerge.pipeline.engine.runs import Figures, TensorRuns
 from raymerge.pipeline.engine.tally import Tally, is_harmless
 from raymerge.pipeline.engine.threads import run_in_turn
@@ -48,6 +50,7 @@ class LoopMerger:
         self._pending = [0.0] * len(shards)
         """Sums of the squares that are not entered yet."""
         self._tensor: TensorRuns | None = None
+        self._gatherer = Gatherer()
 
     def add(self, filled: Filled) -> None:
         """Work off one window.
@@ -61,17 +64,18 @@ class LoopMerger:
         if self._tensor is None or self._tensor.merge is not merge:
             self._tensor = TensorRuns(merge)
         self._decode(filled)
-        stored = Stored(window.start, window.stop, filled.buffer, filled.offsets, _list_dtypes(merge))
         is_last = window.stop == merge.num_elements
         for index in window.passes:
             if index < self._tensor.num_passes:
-                for _, run in self._tensor.measuring_runs(index):
-                    run.measure_stored(index, stored, self._run_all)
+                for stored in self._cut(filled):
+                    for _, run in self._tensor.measuring_runs(index):
+                        run.measure_stored(index, stored, self._run_all)
                 if is_last:
                     self._tensor.end_pass(index)
                 continue
-            for output in range(len(self._shards)):
-                self._combine(self._tensor, output, stored)
+            for stored in self._cut(filled):
+                for output in range(len(self._shards)):
+                    self._combine(self._tensor, output, stored)
             if is_last:
                 self._tensor.note_figures(self._figures)
 
@@ -80,7 +84,7 @@ class LoopMerger:
         start, stop = span = filled.window.start, filled.window.stop
         for source, views, offset in zip(filled.window.merge.sources, filled.views, filled.offsets, strict=True):
             decoder = source.decoder
-            if isinstance(decoder, Plain):
+            if isinstance(decoder, Plain) or not decoder.has_loops:
                 continue
             out = np.frombuffer(filled.buffer[offset : offset + 4 * (stop - start)], np.float32)
             step = stop - start if self._run_all is run_in_turn else _DECODED_ELEMENTS
@@ -91,6 +95,13 @@ class LoopMerger:
                     for begin, end in cuts
                 ]
             )
+
+    def _cut(self, filled: Filled) -> Iterable[Stored]:
+        """Return a window as it is, or in pieces where a source is gathered from rows."""
+        merge = filled.window.merge
+        if any(isinstance(source, GatheredRows) for source in merge.sources):
+            return self._gatherer.cut(filled)
+        return [Stored(filled.window.start, filled.window.stop, filled.buffer, filled.offsets, _list_dtypes(merge))]
 
     def _combine(self, tensor: TensorRuns, output: int, stored: Stored) -> None:
         """Append the results of a window to one output, as many at once as its buffer has room for."""

@@ -15,6 +15,7 @@ from raymerge.ops.kernels.compiler import Loop, trace_loops
 from raymerge.ops.lazy import np
 from raymerge.ops.stored import LOOP_DTYPES, STRIP, Slot, Stored
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.retry import one_line
@@ -58,13 +59,17 @@ def list_loops(kernels: Iterable[tuple[Kernel, int]]) -> Collection[Loop]:
     with trace_loops() as called, np.errstate(all="ignore"):
         for kernel, num_sources in kernels:
             if kernel.loop_dtypes == LOOP_DTYPES:
-                _try_kernel(kernel, Site("", (2,), num_sources, 0))
+                # Python checks indexes that compiled loops never use; what is called before is known all the same
+                _explain_failure(partial(_try_kernel, kernel, Site("", (2,), num_sources, 0)))
     return dict.fromkeys(called)
 
 
 def _has_loops(merge: TensorMerge) -> bool:
     dtypes = {DTYPES[merge.written_dtype].torch_name}
     for source in merge.sources:
+        if isinstance(source, GatheredRows) and source.plain_dtypes:
+            dtypes |= source.plain_dtypes
+            continue
         decoder = source.decoder
         if not isinstance(decoder, Plain) and not decoder.has_loops:
             return False

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.sizes import format_memory
@@ -41,6 +42,9 @@ WORKER_NBYTES = 4 * 2**20
 _STORED_NBYTES, _OUTPUT_NBYTES = 650, 1900
 """Taken by the process that plans for each tensor of an input, and for each of the output. Measured with 300,000
 tensors of one and two inputs, and with 300 tensors of 20 and 40."""
+
+SEGMENT_ELEMENTS = 2**18
+"""Elements of every source that are put together at once, where one is gathered from rows."""
 
 TENSOR_NBYTES = 550
 """Taken in a worker for what it tells of each tensor of its task, for each output. Measured with 20,000 in one task."""
@@ -139,11 +143,26 @@ def measure_demand(merge: TensorMerge) -> Demand:
         + max(
             source.decoder.temporary_nbytes(num_elements if k < merge.num_cut else source.num_elements)
             for k, source in enumerate(merge.sources)
-        ),
+        )
+        + _measure_gathered(merge, grid),
         state_nbytes=sum(states.values()) + sum(source.decoder.state_nbytes(num_elements) for source in merge.sources),
         out_nbytes=num_elements * DTYPES[merge.written_dtype].num_bits // 8,
-        kept_nbytes=measure_kept(merge) if num_passes else 0,
+        kept_nbytes=measure_kept(merge) if num_passes or _is_scattered(merge) else 0,
     )
+
+
+def _is_scattered(merge: TensorMerge) -> bool:
+    """Return whether a source is better read as a whole, even if once."""
+    return any(isinstance(source, GatheredRows) and source.is_scattered for source in merge.sources)
+
+
+def _measure_gathered(merge: TensorMerge, grid: int) -> int:
+    """Return the memory for pieces of all sources that are put together, where one is gathered from rows."""
+    gathered = [source for source in merge.sources if isinstance(source, GatheredRows)]
+    if not gathered:
+        return 0
+    num_elements = min(merge.num_elements, max(grid, SEGMENT_ELEMENTS)) + 2 * gathered[0].columns
+    return (4 * num_elements + 2 * ALIGNMENT) * len(merge.sources)
 
 
 def measure_kept(merge: TensorMerge) -> int:

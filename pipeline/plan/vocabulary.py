@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from raymerge.ops.lazy import np
 from raymerge.ops.rows import MEAN, PAD, ZERO, make_row_map
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows, count_pieces
+from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.names import split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
@@ -189,8 +189,8 @@ class Vocabulary:
         for name, models in self._aligned.items():
             asked = {self.tokens.vocab[token] for token, entry in self._rule.tokens if entry.row is not None}
             empty = np.logical_and.reduce([origins == ZERO for origins, _ in models.values()])
-            names = {number: token for token, number in self.tokens.vocab.items()}
-            missing = [names[k] for k in np.flatnonzero(empty).tolist() if k in names and k not in asked]
+            lacking = {*np.flatnonzero(empty).tolist()} - asked
+            missing = [token for token, number in self.tokens.vocab.items() if number in lacking] if lacking else []
             missing.sort(key=lambda token: token not in special)
             if missing:
                 warnings.append(
@@ -200,6 +200,7 @@ class Vocabulary:
         beyond = {
             ref: [token for token, number in tokenizer.vocab.items() if number >= self._num_rows[ref]]
             for ref, tokenizer in self._tokenizers.items()
+            if tokenizer.num_rows > self._num_rows[ref]
         }
         for ref, tokens in beyond.items():
             if tokens:
@@ -281,7 +282,7 @@ class Vocabulary:
                 return source
             if isinstance(source, StoredTensor):
                 return _cut(source, self.num_rows)
-        used = sorted({own, *np.unique(origin[origin >= 0]).tolist()})
+        used = sorted({own, *np.flatnonzero(np.bincount(origin[origin >= 0])).tolist()})
         taken = np.unique(row[origin == MEAN]).tolist()
         used = sorted({*used, *(part for k in taken for part, _ in means[k])})
         new = {part: k for k, part in enumerate(used)}
@@ -298,7 +299,6 @@ class Vocabulary:
             np.concatenate([shown, padding]),
             np.concatenate([row, np.zeros(num_pad, np.int64)]),
             [[(new[part], there) for part, there in means[k]] for k in taken],
-            count_pieces(members),
         )
         shape = (self.num_rows, *source.shape[1:])
         return GatheredRows(source.model, source.name, source.dtype, shape, members, rows)

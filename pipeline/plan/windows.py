@@ -75,7 +75,7 @@ def make_windows(merge: TensorMerge, demand: Demand, buffer_nbytes: int, fetch_n
         buffer_nbytes: of a buffer, which holds one block at least.
         fetch_nbytes: of a tensor that is not kept, fetched at once where a block is not larger.
     """
-    if not demand.num_passes:
+    if not demand.kept_nbytes:
         buffer_nbytes = min(buffer_nbytes, demand.choose_fetch_nbytes(fetch_nbytes))
     if is_resident(merge, buffer_nbytes):
         yield Window(merge, 0, merge.num_elements, range(demand.num_passes + 1))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymerge.ops.decoder import Plain, Raw
-from raymerge.ops.rows import MEAN, PAD, ZERO, GatherRows, make_row_map
+from raymerge.ops.rows import MEAN, PAD, ZERO, GatherRows, lay_out, make_row_map
 
 COLUMNS = 5
 SIZES = (7, 4)
@@ -46,7 +46,7 @@ def test_rows_are_those_that_are_asked_for(
     padding = torch.arange(COLUMNS, dtype=torch.float32)
     table = torch.stack([*expected, *[padding] * num_pad]).reshape(-1)
     places = [*rows, *[(PAD, 0)] * num_pad]
-    rows_map = make_row_map(np.array([p for p, _ in places]), np.array([r for _, r in places]), means, (1, 1))
+    rows_map = make_row_map(np.array([p for p, _ in places]), np.array([r for _, r in places]), means)
     assert rows_map.num_pad == num_pad
     decoder = GatherRows((Plain("float32"), Plain("bfloat16")), (1, 1), rows_map, COLUMNS, padding.numpy().tobytes())
     low = data.draw(st.integers(0, len(table) - 1))
@@ -54,28 +54,23 @@ def test_rows_are_those_that_are_asked_for(
     start = data.draw(st.integers(low, high - 1))
     stop = data.draw(st.integers(start + 1, high))
     pieces = []
-    for run in rows_map.between(low // COLUMNS, -(-high // COLUMNS)):
-        first, last = max(low, run.start * COLUMNS), min(high, run.stop * COLUMNS)
-        taken = means[run.row] if run.part == MEAN else [(run.part, run.row)] if run.part >= 0 else []
-        for part, row in taken:
-            shift = (row - run.start) * COLUMNS
-            stored = parts[part].reshape(-1)[first + shift : last + shift]
-            pieces.append(stored.contiguous().view(torch.uint8))
+    for part, row, count in lay_out(rows_map, low // COLUMNS, -(-high // COLUMNS)).spans:
+        pieces.append(parts[part][row : row + count].contiguous().view(torch.uint8).reshape(-1))
     out = decoder.decode(Raw(pieces, low, high), start, stop, torch.empty(stop - start))
     torch.testing.assert_close(out, table[start:stop], rtol=1e-6, atol=1e-6)
 
 
 def test_neighbouring_rows_are_one_run() -> None:
     parts, rows = np.array([0] * 1000 + [1] * 500 + [ZERO] * 20), np.array([*range(1000), *range(7, 507), *[0] * 20])
-    rows_map = make_row_map(parts, rows, [], (1, 1))
+    rows_map = make_row_map(parts, rows, [])
     assert len(rows_map.table) == 3
-    assert [run.row for run in rows_map.between(999, 1001)] == [0, 7]
+    assert lay_out(rows_map, 999, 1001).spans == [(0, 999, 1), (1, 7, 1)]
 
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_equal_maps_are_equal(stop: int) -> None:
-    one, other = (make_row_map(np.zeros(2, int), np.arange(2), [], (1,)) for _ in range(2))
-    third = make_row_map(np.zeros(stop, int), np.arange(stop), [], (1,))
+    one, other = (make_row_map(np.zeros(2, int), np.arange(2), []) for _ in range(2))
+    third = make_row_map(np.zeros(stop, int), np.arange(stop), [])
     assert one == other
     assert hash(one) == hash(other)
     assert (one.digest == third.digest) is (stop == 2)

@@ -47,7 +47,8 @@ class OutTokenizer:
         content["added_tokens"] = entries
         if self.stripped:
             content["model"] = _strip(dict(content["model"]), self.stripped)
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        sections = (f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items())
+        return "{\n" + ",\n".join(sections) + "\n}\n"  # indented, it takes ten times as long
 
 
 def keep_tokenizer(first: Tokenizer, num_rows: int | None = None) -> OutTokenizer:
