@@ -152,7 +152,8 @@ def merge_variants(
             if compiling is not None:
                 stack.callback(compiling.close)
         places, trust_headers = [str(out) for out in outs], options.trust_headers
-        the_plan = make_plan(stores, loaded, places, limits, options.seed, session, trust_headers=trust_headers)
+        make = partial(make_plan, stores, loaded, places, limits, options.seed, session, trust_headers=trust_headers)
+        the_plan = make(measures=False)
         _check_doubts(the_plan, strict=options.strict)
         targets = [_check_output(stores, the_plan, k, out, overwrite=options.overwrite) for k, out in enumerate(outs)]
         if options.ray:
@@ -188,6 +189,8 @@ def merge_variants(
         for found in nonfinite.values():
             check_finite(found, strict=options.strict)
         done = Execution()
+        if unfinished and any(config.mixture and config.mixture.needs_hidden_states for config in loaded):
+            the_plan = make(measures=True)  # by now nothing else can be wrong
         if unfinished:
             done = carry_out(
                 stores,

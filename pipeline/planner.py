@@ -10,6 +10,7 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from raymerge.cluster.host import measure_memory
@@ -23,14 +24,13 @@ from raymerge.pipeline.checkpoint.side_files import explain_left_out, find_side_
 from raymerge.pipeline.checkpoint.statistics import find_statistics, index_statistics
 from raymerge.pipeline.checkpoint.tying import has_own_head
 from raymerge.pipeline.checkpoint.views import StoredView, View
-from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.config.merge_config import MergeConfig, Mixture
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.chat_template import set_chat_template
-from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.gates import Base, Gates, make_gates
 from raymerge.pipeline.plan.integers import check_integers
-from raymerge.pipeline.plan.intermediate import expand_steps
+from raymerge.pipeline.plan.intermediate import Inputs, expand_steps
 from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer, check_plan_fits
 from raymerge.pipeline.plan.recipe import expand, open_model
 from raymerge.pipeline.plan.rounding import warn_of_rounding
@@ -150,9 +150,9 @@ def make_plan(
     planned = plan_vocabulary(stores, first, merged[0].checkpoints, merged[0].models, limits.allowed_mem)
     vocabulary = planned.vocabulary if planned else None
     gates = [
-        _make_gates(
-            stores, config, inputs.checkpoints[0], inputs.models[0], seed, limits.allowed_mem, measures=measures
-        )
+        None
+        if config.mixture is None
+        else cache(partial(_make_gates, stores, inputs, config.mixture, seed, limits.allowed_mem, measures=measures))
         for config, inputs in zip(configs, merged, strict=True)
     ]
     recipes = [
@@ -179,7 +179,7 @@ def make_plan(
         doubts += [warning for recipe in recipes for warning in finish_config(planned, recipe.config)]
     outputs = []
     notes = [note for config in configs for note in config.notes] + [*recipes[0].notes]
-    notes += [found.note for found in gates if found and found.note]
+    notes += [note for found in gates if found and (note := found().note)]
     origin = "".join(config.op.origin for config in (*first.steps, first))
     for position, (config, recipe, inputs) in enumerate(zip(configs, recipes, merged, strict=True)):
         files, doubts_here = beside, list[str]()
@@ -230,20 +230,12 @@ def _list_adapters(adapters: Mapping[ModelRef, Adapter], models: Sequence[Model]
 
 
 def _make_gates(
-    stores: Stores,
-    config: MergeConfig,
-    checkpoint: Checkpoint,
-    base: Model,
-    seed: int,
-    allowed_mem: int,
-    *,
-    measures: bool,
-) -> Gates | None:
-    """Return the weights of a mixture's routers; None where no mixture is made."""
-    if config.mixture is None:
-        return None
-    seen = Base(checkpoint, base.view, base.layers, base.width("hidden_size") or 0)
-    return make_gates(stores, config.mixture, seen, seed, allowed_mem, measures=measures)
+    stores: Stores, inputs: Inputs, mixture: Mixture, seed: int, allowed_mem: int, *, measures: bool
+) -> Gates:
+    """Return the weights of a mixture's routers."""
+    model = inputs.models[0]
+    base = Base(inputs.checkpoints[0], model.view, model.layers, model.width("hidden_size") or 0)
+    return make_gates(stores, mixture, base, seed, allowed_mem, measures=measures)
 
 
 def _check_readable(stores: Stores, files: Sequence[Copied]) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from raymerge import CheckpointError, ConfigError, MemoryLimitError, TensorMismatchError, merge, plan
+from raymerge.pipeline.plan import gates
 from raymerge.testing import merge_in_every_way
 from tests.checkpoints import MANIFEST, read_tensors
 from tests.mixtures import BEGIN, make_config, make_tokenizer, write_family
@@ -48,8 +50,8 @@ def test_random_mixtral(tmp_path: Path) -> None:
         else:
             _, number, own, _ = rest.split(".")
             assert torch.equal(tensor, experts[int(number)][f"{before}.mlp.{PROJECTIONS[own]}.weight"])
-    gates = [merged[f"model.layers.{k}.block_sparse_moe.gate.weight"] for k in range(2)]
-    assert not torch.equal(*gates)
+    routers = [merged[f"model.layers.{k}.block_sparse_moe.gate.weight"] for k in range(2)]
+    assert not torch.equal(*routers)
     model = load(tmp_path / "out" / "plenty")
     config = json.loads((tmp_path / "out" / "plenty" / "config.json").read_text())
     assert (config["model_type"], config["num_local_experts"], config["num_experts_per_tok"]) == ("mixtral", 2, 2)
@@ -290,3 +292,31 @@ def test_prompts_need_a_tokenizer_that_fits(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer.json, and routers are made of prompts"):
         plan(config)
     assert plan(config | {"gate_mode": "random"})
+
+
+def test_an_expert_may_be_another_merge(tmp_path: Path) -> None:
+    models = write_family(tmp_path, "llama")
+    average = {
+        "name": "average",
+        "merge_method": "linear",
+        "models": [{"model": str(model), "parameters": {"weight": 1}} for model in models[1:]],
+        "dtype": "float32",
+    }
+    mixture = make_config([models[0], models[1], "average"])
+    merge(yaml.safe_dump_all([average, mixture]), tmp_path / "out")
+    merge(average, tmp_path / "average")
+    merge(make_config([models[0], models[1], tmp_path / "average"]), tmp_path / "expected")
+    found, expected = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_experts_are_checked_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = write_family(tmp_path, "llama", 2)
+    [qwen] = write_family(tmp_path, "qwen2", 1)
+    (models[0] / "tokenizer.json").unlink()
+    with pytest.raises(TensorMismatchError, match="of the family qwen2"):
+        plan(make_config([*models, qwen], gate_mode="cheap_embed"))
+    monkeypatch.setattr(gates, "_NOTABLE_NBYTES", 100)
+    with pytest.raises(MemoryLimitError, match=r"routers of 2 experts take \d+MiB, and .* are allowed"):
+        plan(make_config([*models, models[1]]), memory=500)

@@ -82,6 +82,11 @@ class Mixture:
         return self.gate_mode not in RANDOM_GATES
 
     @property
+    def needs_hidden_states(self) -> bool:
+        """Whether routers take a pass through the base."""
+        return self.gate_mode.startswith("hidden")
+
+    @property
     def models(self) -> tuple[ModelRef, ...]:
         """Every expert's model, in the order of the file."""
         return tuple(expert.model for expert in (*self.experts, *self.shared_experts))

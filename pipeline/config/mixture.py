@@ -10,7 +10,7 @@ from functools import cache, partial
 from raymerge.ops.registry import Op, find_op
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.document import Document
-from raymerge.pipeline.config.fields import parse_dtype
+from raymerge.pipeline.config.fields import parse_dtype, parse_name
 from raymerge.pipeline.config.merge_config import RANDOM_GATES, Expert, MergeConfig, Mixture
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import NO_MODEL
@@ -24,7 +24,7 @@ ARCHITECTURES = ("mixtral", "deepseek", "qwen", "qwen2", "qwen3")
 EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "residual_scale", "noise_scale")
 
 MIXTURE_KEYS = ("experts", "gate_mode", "shared_experts", "experts_per_token")
-_KEYS = ("merge_method", "base_model", "architecture", "dtype", "out_dtype", *MIXTURE_KEYS)
+_KEYS = ("name", "merge_method", "base_model", "architecture", "dtype", "out_dtype", *MIXTURE_KEYS)
 _DEFAULT_NUM_CHOSEN = 2
 
 
@@ -62,6 +62,7 @@ def read_mixture(root: Place, document: Document, parse_model: ParseModel) -> Me
     root.check_keys(_KEYS)
     base = root.attempt(partial(_read_base, parse_model=parse_model))
     dtypes = [root.get(key).attempt(parse_dtype) for key in ("dtype", "out_dtype")]
+    name = root.get("name").attempt(parse_name)
     gate_mode = root.get("gate_mode").attempt(_parse_gate_mode) or ""
     architecture = root.get("architecture").attempt(_parse_architecture) or ""
     needs_prompts = gate_mode not in ("", *RANDOM_GATES)
@@ -87,6 +88,7 @@ def read_mixture(root: Place, document: Document, parse_model: ParseModel) -> Me
         text=document.text,
         warnings=root.findings.list_warnings(document),
         notes=tuple(dict.fromkeys(root.findings.notes)),
+        name=name,
         mixture=mixture,
     )
 

@@ -25,6 +25,7 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _NUMBER = r"^[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 """What YAML 1.1 takes for a string, and a parameter for a number: 1e-5."""
 _CASES = (str.lower, str.title, str.upper)
+_TITLE = {"type": ["string", "null"], "pattern": r"\S", "description": "Of the merge."}
 _NAME = {"type": "string", "pattern": r"\S"}
 _REVISION = {"type": ["string", "null"], "pattern": r"\S"}
 _FILTER = {
@@ -68,7 +69,7 @@ def _make_merge(methods: Sequence[Op], statistics: Schema) -> Schema:
     return {
         **_object(
             {
-                "name": {"type": ["string", "null"], "pattern": r"\S", "description": "Of the merge."},
+                "name": _TITLE,
                 "merge_method": {"anyOf": [{"const": op.name, "description": op.summary} for op in methods]},
                 "models": {
                     "description": "Models to merge, or a pattern that finds the checkpoints of a training run.",
@@ -249,6 +250,7 @@ _IS_MIXTURE = {
 _MIXTURE = {
     **_object(
         {
+            "name": _TITLE,
             "merge_method": {"enum": [MIXTURE, None]},
             "base_model": {**_ref("model"), "description": "The model that gives all but the experts."},
             "experts": _list(_EXPERT, "Models whose MLPs become the experts of each layer."),

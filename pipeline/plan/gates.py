@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 ROUTER = "router"
 """Stands for a model's name where a router's weights come from no model."""
 _SMALLEST_NORM = 1e-8
+_NOTABLE_NBYTES = 256 * 2**20
+"""Size of routers that the plan holds without counting it: a hundred experts of a large model have less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,9 @@ class Gates:
         content = encode(values, dtype)
         etag = self.etag and f"{self.etag} {layer} {rows.start} {rows.stop}"
         return PlannedTensor(ROUTER, name, dtype, values.shape, make_file(content, etag), 0, len(content))
+
+
+MakeGates = Callable[[], Gates]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,12 @@ def make_gates(
         FetchError: a file could not be read.
     """
     experts = (*mixture.experts, *mixture.shared_experts)
+    nbytes = 4 * base.layers.num_layers * len(experts) * base.hidden_size
+    if nbytes > max(allowed_mem, _NOTABLE_NBYTES):
+        raise MemoryLimitError(
+            f"routers of {counted(len(experts), 'expert')} take {format_memory(nbytes)}, and"
+            f" {format_memory(allowed_mem)} are allowed; give --memory {format_memory(nbytes)} or more"
+        )
     if not mixture.needs_prompts:
         return _draw(mixture.gate_mode, len(experts), base, seed)
     texts = list(dict.fromkeys(text for e in experts for text in (*e.positive_prompts, *e.negative_prompts)))

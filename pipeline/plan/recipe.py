@@ -30,7 +30,7 @@ from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.accounts import Accounts, count_tensors
 from raymerge.pipeline.plan.forms import open_form
 from raymerge.pipeline.plan.forms.form import Form, Model, OutputTensor
-from raymerge.pipeline.plan.gates import Gates
+from raymerge.pipeline.plan.gates import MakeGates
 from raymerge.pipeline.plan.out_config import check_configs, make_out_config
 from raymerge.pipeline.plan.renaming import explain_names, match_names
 from raymerge.pipeline.plan.resolve import Part, make_tensor_merge
@@ -102,7 +102,7 @@ def expand(
     models: Sequence[Model],
     seed: int = 0,
     vocabulary: Vocabulary | None = None,
-    gates: Gates | None = None,
+    make_gates: MakeGates | None = None,
 ) -> Recipe:
     """Work out every output tensor, and account for every stored tensor.
 
@@ -111,7 +111,7 @@ def expand(
         models: the donor first.
         seed: of the merge.
         vocabulary: of the output, where it is not the models' own.
-        gates: weights of the routers, for a mixture of experts.
+        make_gates: makes weights of routers, for a mixture of experts.
 
     Raises:
         TensorMismatchError: a tensor is missing in a model, or does not fit the others.
@@ -122,7 +122,7 @@ def expand(
         _check_not_quantised(model)
         _check_gathered(model)
     models, warnings = match_names(models, takes_parts=bool(config.models))
-    form = open_form(config, {model.ref: model for model in models}, gates, seed)
+    form = open_form(config, {model.ref: model for model in models}, make_gates, seed)
     form.warnings += warnings
     return expand_form(form, models, seed, vocabulary)
 

@@ -10,21 +10,23 @@ from raymerge.pipeline.plan.forms.form import Form, Model
 from raymerge.pipeline.plan.forms.models import WholeModels
 from raymerge.pipeline.plan.forms.moe import MixtureOfExperts
 from raymerge.pipeline.plan.forms.slices import Slices
-from raymerge.pipeline.plan.gates import Gates
+from raymerge.pipeline.plan.gates import MakeGates
 
 _FORMS: tuple[type[Form], ...] = (WholeModels, Slices)
 
 
-def open_form(config: MergeConfig, models: Mapping[ModelRef, Model], gates: Gates | None = None, seed: int = 0) -> Form:
+def open_form(
+    config: MergeConfig, models: Mapping[ModelRef, Model], make_gates: MakeGates | None = None, seed: int = 0
+) -> Form:
     """Return the form that a config is written in.
 
     Args:
         config: the merge, in exactly one form.
         models: the donor first.
-        gates: weights of the routers, for a mixture of experts.
+        make_gates: makes weights of routers, for a mixture of experts.
         seed: of the merge.
     """
-    if gates is not None and MixtureOfExperts.is_used(config):
-        return MixtureOfExperts(config, models, gates, seed)
+    if make_gates is not None and MixtureOfExperts.is_used(config):
+        return MixtureOfExperts(config, models, make_gates, seed)
     form = next(form for form in _FORMS if form.is_used(config))
     return form(config, models)

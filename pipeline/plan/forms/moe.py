@@ -19,7 +19,7 @@ from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor
 from raymerge.pipeline.plan.forms.layer_kinds import group_layers
-from raymerge.pipeline.plan.gates import ROUTER, Gates
+from raymerge.pipeline.plan.gates import ROUTER, Gates, MakeGates
 from raymerge.pipeline.plan.layouts import BIASES, PROJECTIONS, Layout, choose_layout
 from raymerge.pipeline.plan.resolve import Scope
 from raymerge.pipeline.stores.inline import make_file
@@ -33,19 +33,19 @@ _SHOWN = 5
 class MixtureOfExperts(Form):
     """The base with several MLPs in each layer, and a router that chooses among them."""
 
-    def __init__(self, config: MergeConfig, models: Mapping[ModelRef, Model], gates: Gates, seed: int) -> None:
+    def __init__(self, config: MergeConfig, models: Mapping[ModelRef, Model], make_gates: MakeGates, seed: int) -> None:
         """Look at a mixture.
 
         Args:
             config: the merge.
             models: every model that it names, the base first.
-            gates: weights of the routers.
+            make_gates: makes weights of routers; called once all else is known to fit.
             seed: of the merge, for noise.
         """
         super().__init__(config, models)
         assert config.mixture is not None
         self._mixture: Mixture = config.mixture
-        self._gates = gates
+        self._make_gates = make_gates
         self._seed = seed
         rests = group_layers(self.donor).get(0, ())
         kept = [rest for rest in rests if not rest.startswith(_MLP) and not rest.endswith(COMPUTED_BUFFER)]
@@ -68,8 +68,9 @@ class MixtureOfExperts(Form):
             split = split_name(name)
             if split is None or split.stack != base.layers.main or not split.rest.startswith(_MLP):
                 yield OutputTensor(name, 0.0, (Input(base.view, name),), scope)
+        gates = self._make_gates()
         for layer in range(base.layers.num_layers):
-            made = {tensor.name: tensor for tensor in self._make_routers(base, layer)}
+            made = {tensor.name: tensor for tensor in self._make_routers(gates, base, layer)}
             if self._layout.needs_biases and not self._has_biases:
                 made |= {tensor.name: tensor for tensor in self._make_biases(base, layer)}
             view = StoredView(ModelRef(ROUTER), made)
@@ -123,15 +124,15 @@ class MixtureOfExperts(Form):
             its = replace(its, op=find_op("linear"), settings=(_set("normalize", False),))
             yield OutputTensor(out, 0.0, inputs, its)
 
-    def _make_routers(self, base: Model, layer: int) -> Iterator[PlannedTensor]:
+    def _make_routers(self, gates: Gates, base: Model, layer: int) -> Iterator[PlannedTensor]:
         """Yield a layer's router, and that of its shared expert if it has one."""
         prefix, num_experts = f"{base.layers.main}{layer}.", len(self._mixture.experts)
         dtype = self._find_dtype(base, f"{prefix}{_MLP}{PROJECTIONS[0]}.weight")
         rows = slice(0, num_experts)
-        yield self._gates.make_tensor(prefix + self._layout.router, layer, rows, dtype)
+        yield gates.make_tensor(prefix + self._layout.router, layer, rows, dtype)
         if self._layout.shared_router:
             rows = slice(num_experts, num_experts + 1)
-            yield self._gates.make_tensor(prefix + self._layout.shared_router, layer, rows, dtype)
+            yield gates.make_tensor(prefix + self._layout.shared_router, layer, rows, dtype)
 
     def _make_biases(self, base: Model, layer: int) -> Iterator[PlannedTensor]:
         """Yield zeros for the biases that the mixture has and its base has not."""
