@@ -28,6 +28,7 @@ from raymerge.pipeline.config.merge_config import MergeConfig, Mixture
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.chat_template import set_chat_template
+from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.gates import Base, Gates, make_gates
 from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.intermediate import Inputs, expand_steps

@@ -75,9 +75,9 @@ def measure_hidden_states(model: str, request: Request) -> Floats:
     Raises:
         CheckpointError: transformers cannot compute it.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], input=pickle.dumps(request), capture_output=True, check=False
-    )
+    command = [sys.executable, "-P", "-m", __name__]  # modules of the working directory are not ours
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, input=pickle.dumps(request), capture_output=True, check=False, env=environment)
     if done.returncode:
         lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
         why = lines[-1].strip() if lines else f"exit code {done.returncode}"
