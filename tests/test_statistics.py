@@ -281,7 +281,8 @@ def test_values_that_are_none_are_told_with_the_tensor(models: list[str], tmp_pa
     config["models"][0]["fisher"] = str(tmp_path / "negative.safetensors")
     with pytest.raises(OpParameterError, match=r"fisher, tensor norm: Fisher information of -1.\d+e-05 is given"):
         merge(config, tmp_path / "out", workers=1)
-    for gram, message in ((-torch.eye(90), "negative"), (torch.ones(90, 90).triu(), "not symmetric")):
+    wrong = {"negative": -torch.eye(90), "not symmetric": torch.ones(90, 90).triu(), "not finite": torch.eye(90) / 0}
+    for message, gram in wrong.items():
         save_file({**read_model(f"{models[0]}-gram.safetensors"), "wide": gram}, tmp_path / "wrong.safetensors")
         config = make_config(models, "gram")
         config["models"][0]["gram"] = str(tmp_path / "wrong.safetensors")

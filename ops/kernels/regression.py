@@ -97,9 +97,12 @@ class _RegressionRun(KernelRun):
         gram = block.load(self.site.num_sources - self.site.num_statistics + model, stored).view(size, size).double()
         del stored
         diagonal = gram.diagonal().clone()
-        is_skew = (gram - gram.T).norm() > _LARGEST_SKEW * gram.norm()
-        if is_skew or (diagonal < 0).any():
+        norm = gram.norm()
+        is_skew = (gram - gram.T).norm() > _LARGEST_SKEW * norm
+        if is_skew or not norm.isfinite() or (diagonal < 0).any():
             wrong = "not symmetric" if is_skew else "negative on its diagonal"
+            if not norm.isfinite():
+                wrong = "not finite, perhaps too large for the dtype that it was stored in"
             raise OpParameterError(f"the Gram matrix of model {model + 1} is {wrong}; it holds no inner products")
         gram.mul_(self.kernel.alpha).diagonal().copy_(diagonal)
         return gram

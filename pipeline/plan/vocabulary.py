@@ -99,7 +99,7 @@ class Vocabulary:
         return is_covered
 
     def align_statistics(self, name: str, ref: ModelRef, source: Source) -> Source:
-        """Return what belongs to the elements of a tensor of a model, with the rows of `align`; zeros for others' rows.
+        """Return what belongs to the elements of a tensor of a model, with the rows of `align`; zeros for all others.
 
         Args:
             name: of the tensor, which `align` has had.
@@ -107,7 +107,7 @@ class Vocabulary:
             source: of the shape that the tensor has in the model.
         """
         own = self._own[name, ref]
-        return self._gather([(ref, source)], 0, np.where(own < 0, ZERO, 0), np.maximum(own, 0), [])
+        return self._gather([(ref, source)], 0, np.where(own < 0, ZERO, 0), np.maximum(own, 0), [], pad=ZERO)
 
     def align(
         self, name: str, base: ModelRef | None, refs: Sequence[ModelRef], sources: Sequence[Source], find: FindSource
@@ -273,6 +273,8 @@ class Vocabulary:
         origin: NDArray[Any],
         row: NDArray[Any],
         means: Sequence[Sequence[tuple[int, int]]],
+        *,
+        pad: int = PAD,
     ) -> Source:
         """Return a model's tensor with the rows that are listed, and padding after them."""
         source = parts[own][1]
@@ -293,7 +295,7 @@ class Vocabulary:
             places = np.zeros(len(means), np.int64)
             places[taken] = np.arange(len(taken))
             row = np.where(origin == MEAN, places[np.where(origin == MEAN, row, 0)], row)
-        padding = np.full(num_pad, PAD)
+        padding = np.full(num_pad, pad)
         members = tuple(parts[part][1] for part in used)
         rows = make_row_map(
             np.concatenate([shown, padding]),
