@@ -31,7 +31,7 @@ from raymerge.pipeline.plan.chat_template import set_chat_template
 from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.gates import Base, Gates, make_gates
 from raymerge.pipeline.plan.integers import check_integers
-from raymerge.pipeline.plan.intermediate import Inputs, expand_steps
+from raymerge.pipeline.plan.intermediate import Inputs, check_rows, expand_steps
 from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer, check_plan_fits
 from raymerge.pipeline.plan.recipe import expand, open_model
 from raymerge.pipeline.plan.rounding import warn_of_rounding
@@ -162,6 +162,7 @@ def make_plan(
     ]
     donor = merged[0].checkpoints[0]
     merges = join_variants(recipes)
+    check_rows(merges)
     check_integers(stores, merges)
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
     read = [(c.url, sum(file.nbytes for file in c.weight_files)) for c in checkpoints]

@@ -74,7 +74,8 @@ class Trims:
         self._sparsifiers = sparsifiers
         self._trims = trims = [Trim() if item is None else item.make_trim(stored) for item in sparsifiers]
         self._left = np.array([trim.left for trim in trims], np.int64)
-        pages = next((trim.keys for trim in trims if trim.keys is not None), np.zeros((0, 2), np.uint32))
+        unused = np.zeros((1, 2), np.uint32)  # a page that loops refer to, and do not read
+        pages = next((trim.keys for trim in trims if trim.keys is not None), unused)
         self._keys = np.zeros((len(trims), *pages.shape), np.uint32)
         for keys, trim in zip(self._keys, trims, strict=True):
             if trim.keys is not None:

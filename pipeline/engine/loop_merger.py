@@ -14,14 +14,13 @@ from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.engine.fetch import Filled
 from raymerge.pipeline.engine.gathered import Gatherer
+from raymerge.pipeline.engine.loop_intermediate import LoopIntermediate, decode_stored, find_loop_dtype
 from raymerge.pipeline.engine.runs import Figures, TensorRuns
 from raymerge.pipeline.engine.tally import Tally, is_harmless
 from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.engine.writer import ShardWriter
+from raymerge.pipeline.plan.intermediate import MergedTensor
 from raymerge.pipeline.plan.types import TensorMerge
-
-_DECODED_ELEMENTS = 2**21
-"""Elements that one of several threads decodes by itself."""
 
 
 class LoopMerger:
@@ -50,6 +49,8 @@ class LoopMerger:
         self._pending = [0.0] * len(shards)
         """Sums of the squares that are not entered yet."""
         self._tensor: TensorRuns | None = None
+        self._early: dict[int, LoopIntermediate] = {}
+        """Its sources that are merges themselves, by their positions."""
         self._gatherer = Gatherer()
 
     def add(self, filled: Filled) -> None:
@@ -63,9 +64,21 @@ class LoopMerger:
             return  # no bytes to write, and nothing for a kernel to see
         if self._tensor is None or self._tensor.merge is not merge:
             self._tensor = TensorRuns(merge)
+            self._early = {
+                position: LoopIntermediate(source, self._run_all)
+                for position, source in enumerate(merge.sources)
+                if isinstance(source, MergedTensor)
+            }
         self._decode(filled)
         is_last = window.stop == merge.num_elements
-        for index in window.passes:
+        num_early = max((source.num_passes for source in self._early.values()), default=0)
+        for number in window.passes:
+            index = number - num_early
+            if index < 0:
+                self._measure_early(number, is_last=is_last)
+                continue
+            for source in self._early.values():
+                source.make()
             if index < self._tensor.num_passes:
                 for stored in self._cut(filled):
                     for _, run in self._tensor.measuring_runs(index):
@@ -80,21 +93,22 @@ class LoopMerger:
                 self._tensor.note_figures(self._figures)
 
     def _decode(self, filled: Filled) -> None:
-        """Decode what is not stored as loops know it, into the room that is kept for it."""
-        start, stop = span = filled.window.start, filled.window.stop
-        for source, views, offset in zip(filled.window.merge.sources, filled.views, filled.offsets, strict=True):
-            decoder = source.decoder
-            if isinstance(decoder, Plain) or not decoder.has_loops:
-                continue
-            out = np.frombuffer(filled.buffer[offset : offset + 4 * (stop - start)], np.float32)
-            step = stop - start if self._run_all is run_in_turn else _DECODED_ELEMENTS
-            cuts = [(begin, min(begin + step, stop)) for begin in range(start, stop, step)]
-            self._run_all(
-                [
-                    partial(decoder.decode_stored, views, span, begin, end, out[begin - start : end - start])
-                    for begin, end in cuts
-                ]
-            )
+        """Decode what is not stored as loops know it; merges that are sources find the places of their values."""
+        span = filled.window.start, filled.window.stop
+        sources = zip(filled.window.merge.sources, filled.views, filled.offsets, strict=True)
+        for position, (source, views, offset) in enumerate(sources):
+            if position in self._early:
+                self._early[position].place(*span, filled.buffer, offset)
+            elif not isinstance(source.decoder, Plain) and source.decoder.has_loops:
+                decode_stored(source.decoder, views, span, filled.buffer, offset, self._run_all)
+
+    def _measure_early(self, number: int, *, is_last: bool) -> None:
+        """Take a pass that sources which are merges themselves need before they have values."""
+        for source in self._early.values():
+            if number < source.num_passes:
+                source.measure(number)
+                if is_last:
+                    source.end_pass(number)
 
     def _cut(self, filled: Filled) -> Iterable[Stored]:
         """Return a window as it is, or in pieces where a source is gathered from rows."""
@@ -148,8 +162,7 @@ class LoopMerger:
 
 
 def _list_dtypes(merge: TensorMerge) -> tuple[str, ...]:
-    decoders = [source.decoder for source in merge.sources]
-    return tuple(decoder.dtype if isinstance(decoder, Plain) else "float32" for decoder in decoders)
+    return tuple(find_loop_dtype(source.decoder) for source in merge.sources)
 
 
 def _look(slot: Slot, before: float) -> tuple[float, bool]:

@@ -16,7 +16,9 @@ from raymerge.ops.lazy import np
 from raymerge.ops.stored import LOOP_DTYPES, STRIP, Slot, Stored
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
+from raymerge.pipeline.engine.loop_intermediate import find_loop_dtype, has_aligned_grids
 from raymerge.pipeline.engine.threads import run_in_turn
+from raymerge.pipeline.plan.intermediate import MergedTensor, list_sources
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.retry import one_line
 
@@ -66,21 +68,28 @@ def list_loops(kernels: Iterable[tuple[Kernel, int]]) -> Collection[Loop]:
 
 def _has_loops(merge: TensorMerge) -> bool:
     dtypes = {DTYPES[merge.written_dtype].torch_name}
+    grid = merge.variants[0].kernel.grid(merge.site(merge.variants[0]))
+    any_gathered = any(isinstance(source, GatheredRows) for source in list_sources(merge))
     for source in merge.sources:
         if isinstance(source, GatheredRows) and source.plain_dtypes:
             dtypes |= source.plain_dtypes
             continue
-        decoder = source.decoder
-        if not isinstance(decoder, Plain) and not decoder.has_loops:
+        if isinstance(source, MergedTensor):
+            is_known = not any_gathered and has_aligned_grids(source.decoder, grid) and _has_loops(source.merge)
+        else:
+            is_known = isinstance(source.decoder, Plain) or source.decoder.has_loops
+        if not is_known:
             return False
-        dtypes.add(decoder.dtype if isinstance(decoder, Plain) else "float32")
+        dtypes.add(find_loop_dtype(source.decoder))
     return all(dtypes <= {*variant.kernel.loop_dtypes} for variant in merge.variants)
 
 
 def _try_loops(merge: TensorMerge) -> Iterable[str]:
-    """Yield for each variant why its loops do not work here; nothing where they do."""
+    """Yield why loops of sources and variants, and of merges before them, do not work here; nothing where they do."""
     for source in merge.sources:
-        if not isinstance(source.decoder, Plain):
+        if isinstance(source, MergedTensor):
+            yield from _try_loops(source.merge)
+        elif not isinstance(source.decoder, Plain):
             key: Hashable = type(source.decoder)
             if key not in _TRIED:
                 _TRIED[key] = _explain_failure(source.decoder.compile_loops)

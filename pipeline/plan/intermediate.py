@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from raymerge.ops.intermediate import Intermediate, cover
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.model_config import count_layers
 from raymerge.pipeline.checkpoint.names import find_layers
 from raymerge.pipeline.checkpoint.quantised import Quantisation
@@ -21,7 +22,7 @@ from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.recipe import Recipe, expand
 from raymerge.pipeline.plan.resolve import COPY
 from raymerge.pipeline.plan.types import TensorMerge
-from raymerge.pipeline.stores.files import ByteRange
+from raymerge.pipeline.stores.files import ByteRange, aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,21 @@ class MergedTensor(Source):
         first, last = cover(start, stop, self.decoder.grid, self.num_elements)
         return tuple(piece for source in self.merge.sources for piece in source.ranges(first, last))
 
+    @property
+    def fixed_nbytes(self) -> int:
+        """Return that of the sources."""
+        return sum(source.fixed_nbytes for source in self.merge.sources)
+
     def max_nbytes(self, num_elements: int) -> int:
         """Return the room of the whole blocks that hold so many elements, wherever they begin."""
         grid = self.decoder.grid
         most = min(self.num_elements, (-(-num_elements // grid) + 1) * grid)
         return sum(source.max_nbytes(most) for source in self.merge.sources)
+
+    def decoded_nbytes(self, num_elements: int) -> int:
+        """Return the room for the values, and for those that loops make of the sources."""
+        own = aligned(num_elements * DTYPES[self.merge.written_dtype].num_bits // 8)
+        return own + sum(source.decoded_nbytes(num_elements) for source in self.merge.sources)
 
 
 class MergedView(View):
@@ -130,6 +141,30 @@ def expand_steps(config: MergeConfig, checkpoints: Sequence[Checkpoint], models:
         )
     inputs = tuple(files[ref] for ref in refs), tuple(known[ref] for ref in refs)
     return Inputs(*inputs, tuple(warnings), tuple(dropped))
+
+
+def list_sources(merge: TensorMerge) -> Iterator[Source]:
+    """Yield the sources of a merge, those that are merges themselves before theirs."""
+    for source in merge.sources:
+        yield source
+        if isinstance(source, MergedTensor):
+            yield from list_sources(source.merge)
+
+
+def check_rows(merges: Iterable[TensorMerge]) -> None:
+    """Refuse outputs of documents whose rows would be put in another order.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    for merge in merges:
+        for source in merge.sources:
+            parts = source.parts if isinstance(source, GatheredRows) else ()
+            if merged := next((part for part in parts if isinstance(part, MergedTensor)), None):
+                raise ConfigError(
+                    f"{merged.model}: the tokenizer that is asked for has other rows than this document's output, which"
+                    " is not supported yet; merge this document by itself first, and name its directory in the last one"
+                )
 
 
 def _check_usable(step: MergeConfig) -> None:
