@@ -102,6 +102,8 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
             return _task_arithmetic(tensors, values, keep_by_rank, elects=op == "della")
         case "localize_and_stitch":
             return _stitch(tensors, keep_largest, values["lambda"])
+        case "pcb":
+            return _compete(tensors, values)
         case "cabs":
             return _take_turns(tensors, values)
         case "magmax":
@@ -152,6 +154,27 @@ def _average_by_information(tensors: Tensors, weights: Sequence[float]) -> Exact
     models, information = (torch.stack([*part]).double() for part in (tensors[: len(weights)], tensors[len(weights) :]))
     factors = torch.tensor(weights, dtype=torch.float64).reshape(-1, *(1 for _ in tensors[0].shape)) * information
     return _add_up(models * factors / factors.sum(0))
+
+
+def _compete(tensors: Tensors, values: Parameters) -> Exact:
+    deltas = _list_deltas(tensors).flatten(1)
+    num_models, num_elements = deltas.shape
+    base = tensors[0].double()
+    ascending = deltas.abs().sort(1).values
+    low = ascending[:, int(num_elements * 1e-4), None]
+    high = ascending[:, max(0, int(num_elements * (1 - 1e-4) - 1)), None]
+    cut = deltas.abs().clamp(low, high)
+    own = ((cut - low) / (high - low).clamp(min=1e-300)) ** 2
+    scores = torch.exp(num_models * own) * torch.tanh(deltas * deltas.sum(0))
+    ranks = [min(num_elements - 1, int(num_elements * (1 - density))) for density in values["density"]]
+    thresholds = scores.sort(1).values.gather(1, torch.tensor(ranks)[:, None])
+    above = (scores - thresholds.clamp(min=0)).clamp(min=0)
+    weights = above / (scores.amax(1, keepdim=True) - thresholds.clamp(min=0)).clamp(min=1e-300)
+    merged = (deltas.sign() * cut * weights).sum(0) / weights.sum(0).clamp(min=1e-12)
+    exact = _add_up(torch.stack([base, values["lambda"] * merged.reshape(base.shape)]))
+    is_close = (scores - thresholds).abs() < 1e-2 * thresholds  # so that the weight is a difference of like numbers
+    is_draw = is_close.any(0) | ((weights.sum(0) > 0) & (weights.sum(0) < 1e-6))
+    return Exact(exact.values, exact.terms, is_draw.reshape(base.shape))
 
 
 def _take_turns(tensors: Tensors, values: Parameters) -> Exact:
