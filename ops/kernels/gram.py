@@ -168,6 +168,6 @@ def find_cosine(aa: float, bb: float, ab: float) -> float:
 def _sum_products(stored: Stored, num_origins: int, num_pairs: int) -> NDArray[np.float64]:
     """Return the inner product of each pair of vectors, for each block."""
     sums = np.empty((count_blocks(stored.num_elements), num_pairs))
-    scratch = loops.make_scratch(loops.NUM_PRODUCT_STRIPS)
+    scratch = loops.make_product_scratch(len(stored.dtypes) - num_origins)
     loops.sum_products(*stored.sources(), num_origins, stored.num_elements, sums, scratch)
     return sums

@@ -17,25 +17,29 @@ from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.ops.kernels.compiler import loop
 from raymerge.ops.kernels.strips import (
     NUM_FOLDED_ROWS,
+    TILE_ELEMENTS,
     add_squares,
+    add_wide,
     count_columns,
     load,
+    load_rows,
     store,
 )
 from raymerge.ops.stored import STRIP
+from raymerge.ops.sums import NUM_COLUMNS
 
 if TYPE_CHECKING:
     from raymerge.ops.kernels.compiler import Array1, Array2
-
-_GROUP = 4
-"""Vectors on each side of a group of pairs."""
-NUM_PRODUCT_STRIPS = 1 + 2 * _GROUP + 2 * _GROUP * _GROUP
-"""Strips of scratch that `sum_products` uses."""
 
 
 def make_scratch(num_strips: int) -> Array2[np.uint32]:
     """Return scratch for a loop."""
     return np.empty((num_strips, STRIP), np.uint32)
+
+
+def make_product_scratch(num_vectors: int) -> Array2[np.uint32]:
+    """Return scratch for `sum_products`: a tile of each vector, of their products, and of the origin."""
+    return np.empty((num_vectors + 2, TILE_ELEMENTS), np.uint32)
 
 
 @loop
@@ -78,80 +82,82 @@ def sum_products(
     """Write the inner product of each pair of vectors over each block to a row of `sums`, added up as in `ops.sums`.
 
     The vectors are the sources, or the differences of all others from the first one. The pairs are (0, 0), (0, 1), ...
-    (1, 1), ... They are worked off in groups of a few vectors by a few, whose sums stay in a core's first cache.
+    (1, 1), ... A tile of some columns of all vectors is decoded once, and stays in a core's cache for all pairs.
     """
     num_vectors = len(places) - num_origins
-    products = scratch[1 + 2 * _GROUP :].view(np.float32)
+    values = scratch.view(np.float32)
     for number in range(len(sums)):
         first = number * BLOCK_ELEMENTS
         length = min(BLOCK_ELEMENTS, count - first)
         columns = count_columns(length)
         sums[number, :] = 0
-        for left in range(0, num_vectors, _GROUP):
-            for right in range(left, num_vectors, _GROUP):
-                group = left, right, num_vectors
-                for column in range(0, columns, STRIP):
-                    size = min(STRIP, columns - column)
-                    _clear(products, group)
-                    for row in range(NUM_FOLDED_ROWS):
-                        offset = first + row * columns + column
-                        _load_group(words, longs, places, forms, num_origins, group, offset, size, scratch)
-                        _add_products(scratch, group, size, products, row // (NUM_FOLDED_ROWS // 2))
-                    _add_group(products, group, size, sums[number])
-                for offset in range(first + NUM_FOLDED_ROWS * columns, first + length, STRIP):
-                    size = min(STRIP, first + length - offset)
-                    _clear(products, group)
-                    _load_group(words, longs, places, forms, num_origins, group, offset, size, scratch)
-                    _add_products(scratch, group, size, products, 0)
-                    _add_group(products, group, size, sums[number])
+        for column in range(0, columns, NUM_COLUMNS):
+            for source in range(len(places)):
+                row = source - num_origins  # the last one is that of the origin
+                place = places[source] + first + column
+                load_rows(words, longs, place, columns, forms[source], scratch[row], values[row])
+            _subtract(values, num_origins, num_vectors, TILE_ELEMENTS)
+            _add_tiles(values, num_vectors, sums[number])
+        for offset in range(first + NUM_FOLDED_ROWS * columns, first + length, TILE_ELEMENTS):
+            size = min(TILE_ELEMENTS, first + length - offset)
+            for source in range(len(places)):
+                row = source - num_origins
+                load(words, longs, places[source] + offset, forms[source], size, scratch[row], values[row])
+            _subtract(values, num_origins, num_vectors, size)
+            _add_rest(values, num_vectors, size, sums[number])
 
 
-def _clear(products, group):
-    """Set the strips of the pairs in a group to zero."""
-    left, right, num_vectors = group
-    for i in range(min(_GROUP, num_vectors - left)):
-        for j in range(i if left == right else 0, min(_GROUP, num_vectors - right)):
-            strip = 2 * (i * _GROUP + j)
-            products[strip : strip + 2] = 0
+def _subtract(values, num_origins, num_vectors, count):
+    """Subtract the origin, if there is one, from each vector."""
+    origin = values[-1]
+    for vector in range(num_vectors if num_origins else 0):
+        difference = values[vector]
+        for k in range(count):
+            difference[k] -= origin[k]
 
 
-def _load_group(words, longs, places, forms, num_origins, group, offset, size, scratch):
-    """Write strips of the vectors of both sides of a group to scratch, after that of the first source."""
-    left, right, num_vectors = group
-    origin = scratch[0].view(np.float32)
-    if num_origins:
-        load(words, longs, places[0] + offset, forms[0], size, scratch[0], origin)
-    for side in range(1 if left == right else 2):
-        start = right if side else left
-        for vector in range(start, min(start + _GROUP, num_vectors)):
-            source = vector + num_origins
-            bits = scratch[1 + side * _GROUP + vector - start]
-            values = bits.view(np.float32)
-            load(words, longs, places[source] + offset, forms[source], size, bits, values)
-            if num_origins:
-                for k in range(size):
-                    values[k] -= origin[k]
+def _add_tiles(values, num_vectors, sums):
+    """Add the products of each pair over a tile to the pair's sum; two pairs at a time share what is loaded."""
+    products = values[num_vectors]
+    wide = products[2 * NUM_COLUMNS :].view(np.float64)
+    pair = 0
+    for left in range(num_vectors):
+        for right in range(left, num_vectors, 2):
+            _multiply(values[left], values[right], values[min(right + 1, num_vectors - 1)], products)
+            sums[pair] += add_wide(products, wide)
+            pair += 1
+            if right + 1 < num_vectors:
+                sums[pair] += add_wide(products[NUM_COLUMNS:], wide)
+                pair += 1
 
 
-def _add_products(scratch, group, size, products, half):
-    """Add the products of each pair in a group to one of its two strips of `products`."""
-    left, right, num_vectors = group
-    for i in range(min(_GROUP, num_vectors - left)):
-        a = scratch[1 + i].view(np.float32)
-        for j in range(i if left == right else 0, min(_GROUP, num_vectors - right)):
-            b = scratch[1 + j if left == right else 1 + _GROUP + j].view(np.float32)
-            total = products[2 * (i * _GROUP + j) + half]
-            for k in range(size):
-                total[k] += a[k] * b[k]
+def _multiply(a, b, c, products):
+    """Write the products of `a` with `b` and `c` to the columns of two rows; in a half, row is added to row."""
+    for k in range(NUM_COLUMNS):
+        with_b = with_c = np.float32(0)
+        for row in range(NUM_FOLDED_ROWS // 2):
+            with_b += a[row * NUM_COLUMNS + k] * b[row * NUM_COLUMNS + k]
+            with_c += a[row * NUM_COLUMNS + k] * c[row * NUM_COLUMNS + k]
+        products[k] = with_b
+        products[NUM_COLUMNS + k] = with_c
+    for k in range(NUM_COLUMNS):
+        with_b = with_c = np.float32(0)
+        for row in range(NUM_FOLDED_ROWS // 2, NUM_FOLDED_ROWS):
+            with_b += a[row * NUM_COLUMNS + k] * b[row * NUM_COLUMNS + k]
+            with_c += a[row * NUM_COLUMNS + k] * c[row * NUM_COLUMNS + k]
+        products[k] += with_b
+        products[NUM_COLUMNS + k] += with_c
 
 
-def _add_group(products, group, size, sums):
-    """Add both strips of each pair in a group to the pair's sum, in float64."""
-    left, right, num_vectors = group
-    for i in range(min(_GROUP, num_vectors - left)):
-        for j in range(i if left == right else 0, min(_GROUP, num_vectors - right)):
-            low, high = left + i, right + j
-            pair = low * num_vectors - low * (low - 1) // 2 + high - low
-            total, other = products[2 * (i * _GROUP + j)], products[2 * (i * _GROUP + j) + 1]
-            for k in range(size):
-                sums[pair] += np.float64(total[k] + other[k])
+def _add_rest(values, num_vectors, count, sums):
+    """Add the products of each pair to the pair's sum, in float64."""
+    pair = 0
+    for left in range(num_vectors):
+        a = values[left]
+        for right in range(left, num_vectors):
+            b = values[right]
+            total = 0.0
+            for k in range(count):
+                total += np.float64(a[k] * b[k])
+            sums[pair] += total
+            pair += 1

@@ -11,6 +11,8 @@ from raymerge.ops.sums import NUM_COLUMNS, NUM_HALVES, NUM_ROWS, SMALLEST_FOLDED
 _FLOAT16_SCALE = np.float32(2.0**112)
 
 NUM_FOLDED_ROWS = NUM_HALVES * NUM_ROWS
+TILE_ELEMENTS = NUM_FOLDED_ROWS * NUM_COLUMNS
+"""A tile is as many columns of all rows that a block is folded into as all blocks have a multiple of."""
 NUM_ROW_STRIPS = BLOCK_ELEMENTS // NUM_FOLDED_ROWS // STRIP
 """Strips that the longest row takes."""
 
@@ -35,6 +37,19 @@ def load(words, longs, place, form, count, bits, values) -> None:
         word = np.uint32(halves[k])
         infinite = np.uint32(0x7F800000) if word & np.uint32(0x7C00) == np.uint32(0x7C00) else np.uint32(0)
         bits[k] = bits[k] | infinite | (word & np.uint32(0x8000)) << np.uint32(16)
+
+
+def load_rows(words, longs, place, step, form, bits, values) -> None:
+    """Decode a tile, row after row; in the block, rows are `step` elements apart."""
+    for row in range(NUM_FOLDED_ROWS):
+        strip = bits[row * NUM_COLUMNS : (row + 1) * NUM_COLUMNS]
+        start = place + row * step
+        if form == 0:  # as `load` does, with a number of elements that the compiler knows
+            halves = words[start : start + NUM_COLUMNS]
+            for k in range(NUM_COLUMNS):
+                strip[k] = np.uint32(halves[k]) << np.uint32(16)
+        else:
+            load(words, longs, start, form, NUM_COLUMNS, strip, values[row * NUM_COLUMNS : (row + 1) * NUM_COLUMNS])
 
 
 def store(bits, values, count, words, longs, place, form) -> None:
@@ -76,6 +91,24 @@ def sum_up(values) -> float:
     total = 0.0
     for k in range(len(values)):
         total += np.float64(values[k])
+    return total
+
+
+def add_wide(columns, wide):
+    """Return the sum of the columns of a tile, in float64; `wide` has room for half of them.
+
+    Halves are added to each other, for one sum would wait for the one before it.
+    """
+    half = NUM_COLUMNS // 2
+    for k in range(half):
+        wide[k] = np.float64(columns[k]) + np.float64(columns[half + k])
+    for k in range(half // 2):
+        wide[k] += wide[half // 2 + k]
+    for k in range(half // 4):
+        wide[k] += wide[half // 4 + k]
+    total = 0.0
+    for k in range(half // 4):
+        total += wide[k]
     return total
 
 
