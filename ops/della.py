@@ -23,9 +23,10 @@ def della(
     """Keeps randomly chosen differences, large ones rather, and adds those that agree with the elected sign.
 
     The elements of each row are ranked by size: the smallest is kept with the probability `density - epsilon`, the
-    largest with `density + epsilon`, those between in equal steps. What is kept is rescaled to the sum of absolute
-    values that the delta had, or with `rescale_mode: inverse_density` each element by one over its probability, as in
-    the paper. `int8_mask` is accepted and changes nothing.
+    largest with `density + epsilon`, those between in equal steps; sizes that agree in exponent and the first 6 binary
+    places share their mean rank. What is kept is rescaled to the sum of absolute values that the delta had, or with
+    `rescale_mode: inverse_density` each element by one over its probability, as in the paper. `int8_mask` is accepted
+    and changes nothing.
 
     Formula: y = b + lambda * sum(w_i * r_i) / sum(w_i) over the models whose r_i has the sign of sum(w_j * r_j),
     where r_i is d_i with each element kept with a probability from density - epsilon to density + epsilon, by its

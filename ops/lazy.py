@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     loops: Any
     delta_loops: Any
     low_rank_loops: Any
+    rank_loops: Any
     rule_loops: Any
+    value_loops: Any
 else:
 
     class _LazyModule:
@@ -28,8 +30,9 @@ else:
             return value
 
     np, torch = _LazyModule("numpy"), _LazyModule("torch")
-    loops, delta_loops, low_rank_loops, rule_loops = (
-        _LazyModule(f"raymerge.ops.kernels.{name}") for name in ("loops", "delta_loops", "low_rank_loops", "rule_loops")
+    loops, delta_loops, low_rank_loops, rank_loops, rule_loops, value_loops = (
+        _LazyModule(f"raymerge.ops.kernels.{name}")
+        for name in ("loops", "delta_loops", "low_rank_loops", "rank_loops", "rule_loops", "value_loops")
     )
 
-__all__ = ["delta_loops", "loops", "low_rank_loops", "np", "rule_loops", "torch"]
+__all__ = ["delta_loops", "loops", "low_rank_loops", "np", "rank_loops", "rule_loops", "torch", "value_loops"]

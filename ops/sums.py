@@ -22,6 +22,10 @@ def add_blocks(total: float, x: torch.Tensor, block_elements: int = BLOCK_ELEMEN
     float32, so that the order of the last additions does not show either. The rounding errors of some thousand
     columns average out: the sum is right to about nine digits.
     """
+    if block_elements > BLOCK_ELEMENTS:  # each is as several, the last one shorter
+        for start in range(0, x.numel(), block_elements):
+            total = add_blocks(total, x[start : start + block_elements])
+        return total
     if x.device.type == "cpu":
         for start in range(0, x.numel(), block_elements):
             total += _sum_on_cpu(x[start : start + block_elements])

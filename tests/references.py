@@ -63,7 +63,7 @@ def find_exact(op: str, tensors: Tensors, parameters: Parameters, *, name: str =
     def keep_by_rank(delta: torch.Tensor, position: int) -> torch.Tensor:
         density, epsilon = values["density"][position], values["epsilon"][position]
         is_exact = values["rescale_mode"] == "inverse_density" and parameters.get("rescale", True)
-        chances = _find_chances(delta, density, epsilon)
+        chances = find_chances(delta, density, epsilon)
         return delta * (_draw(delta, seed, name, position) < chances) / (chances.clamp(1e-9, 1) if is_exact else 1)
 
     match op:
@@ -331,15 +331,22 @@ def _keep_largest(delta: torch.Tensor, density: float) -> torch.Tensor:
     return kept.reshape(delta.shape)
 
 
-def _find_chances(delta: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
-    """Return the probabilities of DELLA, by the ranks of sizes in each row; of equal ones the first is the smaller."""
+def find_chances(delta: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
+    """Return the probabilities of DELLA, by the ranks of sizes in each row; equal ones share their mean rank.
+
+    Sizes with the same exponent and 6 binary places are equal.
+    """
     if not 0 < density < 1:
         return torch.full_like(delta, density >= 1)
-    rows = delta.abs().reshape(-1, delta.shape[-1])
-    if rows.shape[1] == 1:
+    sizes = (delta.float().abs().view(torch.int32) >> 17).reshape(-1, delta.shape[-1])
+    length = sizes.shape[1]
+    if length == 1:
         return torch.full_like(delta, density)
-    ranks = rows.argsort(dim=1, stable=True).argsort(dim=1).double() / (rows.shape[1] - 1)
-    return (density - epsilon + 2 * epsilon * ranks).reshape(delta.shape)
+    ranks = torch.empty(sizes.shape, dtype=torch.float64)
+    for row, found in zip(sizes, ranks, strict=True):
+        _, places, counts = row.unique(return_inverse=True, return_counts=True)
+        found[:] = (counts.cumsum(0) - (counts + 1) / 2)[places]
+    return (density - epsilon + 2 * epsilon * ranks / (length - 1)).reshape(delta.shape)
 
 
 def _draw(delta: torch.Tensor, seed: int, name: str, position: int) -> torch.Tensor:

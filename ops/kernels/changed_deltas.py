@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.kernels.elementwise import combine_by_rule
-from raymerge.ops.lazy import torch
-from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
+from raymerge.ops.lazy import loops, np, rule_loops, torch
+from raymerge.ops.stored import LOOP_DTYPES, PIECE_ELEMENTS, RunAll, Slot, Stored
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -20,14 +25,10 @@ class ChangedDeltas(Kernel):
     """
 
     family = "deltas"
+    loop_dtypes = LOOP_DTYPES
     epsilon: float
     rate: float = 0.0
     limit: float = 0.0
-
-    @property
-    def loop_dtypes(self) -> tuple[str, ...]:  # type: ignore[override]  # an attribute of the class elsewhere
-        """Those of the loop, which knows no growth."""
-        return () if self.rate else LOOP_DTYPES
 
     def num_passes(self, site: Site) -> int:
         """Return one, to count, if deltas grow."""
@@ -99,7 +100,20 @@ class _ChangedDeltasRun(KernelRun):
         out.add_(base)
 
     def combine_stored(self, stored: Stored, out: Slot) -> float:
-        return combine_by_rule(stored, "share_changes", (self.kernel.epsilon,), out)
+        return combine_by_rule(stored, "share_changes", (self.kernel.epsilon, *self._find_growths()), out)
+
+    def measure_stored(self, index: int, stored: Stored, run_all: RunAll) -> None:
+        for counts in run_all([partial(self._count, piece) for piece in stored.split(PIECE_ELEMENTS)]):
+            changed, unique = counts.tolist()
+            self.num_changed = [a + b for a, b in zip(self.num_changed, changed, strict=True)]
+            self.num_unique = [a + b for a, b in zip(self.num_unique, unique, strict=True)]
+
+    def _count(self, stored: Stored) -> NDArray[np.int64]:
+        """Return for each model how many elements it changed, and how many of them it alone."""
+        counts = np.zeros((2, len(self.num_changed)), np.int64)
+        where = np.float32(self.kernel.epsilon), stored.num_elements
+        rule_loops.count_changes(*stored.sources(), *where, counts, loops.make_scratch(len(stored.dtypes) + 1))
+        return counts
 
     def _find_changed(
         self, block: Block, model: int, base: torch.Tensor, delta: torch.Tensor, is_changed: torch.Tensor

@@ -40,14 +40,16 @@ class Delta:
         if index < sparsifier.num_passes:
             sparsifier.measure_stored(index, stored, self.source)
             return
-        trims = Trims([sparsifier], stored)
-        sums = np.empty((count_blocks(stored.num_elements), 2))
-        where = self.source, stored.start, stored.num_elements
-        delta_loops.sum_delta(*stored.sources(), *where, *trims.arguments(), sums, loops.make_scratch(19))
-        trims.end()
-        for full, kept in sums.tolist():
-            self.full_sum += full
-            self.kept_sum += kept
+        for piece in sparsifier.split(stored):
+            trims = Trims([sparsifier], piece)
+            sums = np.empty((count_blocks(piece.num_elements), 2))
+            where = self.source, piece.start, piece.num_elements
+            delta_loops.sum_delta(*piece.sources(), *where, *trims.arguments(), sums, loops.make_scratch(19))
+            trims.end()
+            sparsifier.keep_mask(piece.start, trims.trims[0])
+            for full, kept in sums.tolist():
+                self.full_sum += full
+                self.kept_sum += kept
 
     def fork(self, pieces: Sequence[Stored], run_all: RunAll) -> Sequence[Delta]:
         """Return one for each piece; see `KernelRun.fork`."""
@@ -72,7 +74,7 @@ class Trims:
 
     def __init__(self, sparsifiers: Sequence[Sparsifier | None], stored: Stored) -> None:
         self._sparsifiers = sparsifiers
-        self._trims = trims = [Trim() if item is None else item.make_trim(stored) for item in sparsifiers]
+        self.trims = trims = [Trim() if item is None else item.make_trim(stored) for item in sparsifiers]
         self._left = np.array([trim.left for trim in trims], np.int64)
         unused = np.zeros((1, 2), np.uint32)  # a page that loops refer to, and do not read
         pages = next((trim.keys for trim in trims if trim.keys is not None), unused)
@@ -81,15 +83,23 @@ class Trims:
             if trim.keys is not None:
                 keys[:] = trim.keys
 
+        masks = [trim.kept for trim in trims]
+        count = stored.num_elements if any(mask is not None for mask in masks) else 0
+        self._kept = np.zeros((len(trims), count), np.uint8)
+        for kept, mask in zip(self._kept, masks, strict=True):
+            if mask is not None:
+                kept[:] = mask
+
     def arguments(self) -> tuple[Any, ...]:
         """Return the arguments by which loops find it."""
         return (
-            np.array([trim.kind for trim in self._trims], np.int64),
-            np.array([trim.limits for trim in self._trims], np.uint32),
-            np.array([trim.word_limit for trim in self._trims], np.uint32),
+            np.array([trim.kind for trim in self.trims], np.int64),
+            np.array([trim.limits for trim in self.trims], np.uint32),
+            np.array([trim.word_limit for trim in self.trims], np.uint32),
             self._left,
             numpy_table(),
             self._keys,
+            self._kept,
         )
 
     def end(self) -> None:

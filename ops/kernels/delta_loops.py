@@ -24,18 +24,20 @@ from raymerge.ops.stored import STRIP
 if TYPE_CHECKING:
     from raymerge.ops.kernels.compiler import Array1, Array2, Array3
 
-ALL, MAGNITUDE, RANDOM = 0, 1, 2
-"""Kinds of trimming: keep all of a delta, elements between two limits, or those that random bits choose."""
+ALL, MAGNITUDE, RANDOM, MASKED = 0, 1, 2, 3
+"""Kinds of trimming: keep all of a delta, elements between two limits, those that random bits choose, or that a mask
+has."""
 
 
 def _load_delta(words, longs, places, forms, source, start, size, scratch):
-    """Write a strip of a delta to the second strip of scratch, and that of the base to the first."""
+    """Write a strip of a delta to the second strip of scratch, or of source 0 as it is; overwrites the first."""
     base_bits, bits = scratch[0], scratch[1]
     base, delta = base_bits.view(np.float32), bits.view(np.float32)
-    load(words, longs, places[0] + start, forms[0], size, base_bits, base)
     load(words, longs, places[source] + start, forms[source], size, bits, delta)
-    for k in range(size):
-        delta[k] -= base[k]
+    if source:
+        load(words, longs, places[0] + start, forms[0], size, base_bits, base)
+        for k in range(size):
+            delta[k] -= base[k]
 
 
 @loop
@@ -110,7 +112,7 @@ def _count_at(magnitude, count, bits):
     return num_equal
 
 
-def _take_delta(base, kind, limits, word_limit, left, table, keys, position, count, bits, delta):
+def take_delta(base, kind, limits, word_limit, left, table, keys, kept, position, count, bits, delta):
     """Subtract the base from a strip, and set what is not kept to zero.
 
     A strip is inside of one page. `limits` and `left`, which counts down, are those of `sparsifier.Trim`: the bits of
@@ -140,6 +142,9 @@ def _take_delta(base, kind, limits, word_limit, left, table, keys, position, cou
             word = np.uint32((page[k] ^ key) * factor)
             word = np.uint32((word ^ (word >> np.uint32(HASH_SHIFT))) * np.uint32(HASH_FACTOR))
             delta[k] = (delta[k] - base[k]) * (np.float32(1) if word < word_limit else np.float32(0))
+    elif kind == MASKED:
+        for k in range(count):
+            delta[k] = (delta[k] - base[k]) * np.float32(kept[k])
     else:
         for k in range(count):
             delta[k] -= base[k]
@@ -164,7 +169,7 @@ def sum_delta(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
     source: int, position: int, count: int, kinds: Array1[np.int64], limits: Array2[np.uint32],
     word_limits: Array1[np.uint32], left: Array2[np.int64], table: Array1[np.uint32], keys: Array3[np.uint32],
-    sums: Array2[np.float64], scratch: Array2[np.uint32],
+    kept: Array2[np.uint8], sums: Array2[np.float64], scratch: Array2[np.uint32],
 ) -> None:  # fmt: skip
     """Write the sums of a delta's magnitudes over each block, all of them and the kept ones, to a row of `sums`."""
     base_bits, bits, strips = scratch[0], scratch[1], scratch.view(np.float32)
@@ -188,14 +193,14 @@ def sum_delta(
             for k in range(size):
                 full[k] = abs(delta[k] - base[k])
             page = (position + start) // PAGE_ELEMENTS - position // PAGE_ELEMENTS
-            where = position + start, size
-            _take_delta(base, kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], *where, bits, delta)
+            where = kept[0, start : start + size], position + start, size
+            take_delta(base, kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], *where, bits, delta)
             if is_folded:
                 strip = find_strip(row, column, 2)
-                whole, kept = strips[strip, column % STRIP :], strips[strip + NUM_ROW_STRIPS, column % STRIP :]
+                whole, rest = strips[strip, column % STRIP :], strips[strip + NUM_ROW_STRIPS, column % STRIP :]
                 for k in range(size):
                     whole[k] += full[k]
-                    kept[k] += abs(delta[k])
+                    rest[k] += abs(delta[k])
             else:
                 for k in range(size):
                     sums[number, 0] += np.float64(full[k])
@@ -211,8 +216,8 @@ def combine_deltas(
     models: Array1[np.int64], factors: Array1[np.float32], weights: Array1[np.float32], agree: int, normalize: int,
     scale: np.float32, smallest_weight: np.float32, position: int, count: int, kinds: Array1[np.int64],
     limits: Array2[np.uint32], word_limits: Array1[np.uint32], left: Array2[np.int64], table: Array1[np.uint32],
-    keys: Array3[np.uint32], out_words: Array1[np.uint16], out_longs: Array1[np.uint32], out_form: int,
-    squares: Array1[np.float32], scratch: Array2[np.uint32],
+    keys: Array3[np.uint32], kept: Array2[np.uint8], out_words: Array1[np.uint16], out_longs: Array1[np.uint32],
+    out_form: int, squares: Array1[np.float32], scratch: Array2[np.uint32],
 ) -> float:  # fmt: skip
     """Write base + scale * consensus(factors_i * trimmed delta_i); see `add_squares`.
 
@@ -231,8 +236,8 @@ def combine_deltas(
             bits = all_bits[m]
             delta = bits.view(np.float32)
             load(words, longs, places[models[m]] + start, forms[models[m]], size, bits, delta)
-            where = position + start, size
-            _take_delta(base, kinds[m], limits[m], word_limits[m], left[m], table, keys[m, page], *where, bits, delta)
+            where = kept[m, start : start + size], position + start, size
+            take_delta(base, kinds[m], limits[m], word_limits[m], left[m], table, keys[m, page], *where, bits, delta)
             factor = factors[m]
             if m == 0:
                 for k in range(size):

@@ -15,10 +15,10 @@ SMALLEST_SHARE = 1e-8
 """Added to each element of a softmax."""
 
 _NUM_SQUARINGS = 10
-_FRACTION_BITS = 52
-_BITS_OF_ROOT = 0x3FE6A09E667F3BCD
+FRACTION_BITS = 52
+BITS_OF_ROOT = 0x3FE6A09E667F3BCD
 """Bits of sqrt(1 / 2) in float64."""
-_LOWEST_EXPONENT = -48.0
+LOWEST_EXPONENT = -48.0
 """Lower bound of exponents: below it, an exponential vanishes beside `SMALLEST_SHARE`."""
 
 
@@ -43,7 +43,7 @@ def _write_softmax(rows: torch.Tensor, spare: torch.Tensor) -> None:
     largest = spare.view(-1)[: len(rows)]
     rows.sub_(torch.amax(rows, 1, out=largest).unsqueeze(1))
     write_exponentials(rows, spare)
-    rows.div_(_sum_rows(spare.copy_(rows)).unsqueeze(1))
+    rows.mul_(_sum_rows(spare.copy_(rows)).reciprocal_().unsqueeze(1))  # on all processors rounded like a quotient
 
 
 def write_exponentials(x: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def write_exponentials(x: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
 
     It is right to 11 digits from -10 on, and to 10 digits from -20 on: a polynomial for x / 1024, squared ten times.
     """
-    x.clamp_(min=_LOWEST_EXPONENT).mul_(2**-_NUM_SQUARINGS)
+    x.clamp_(min=LOWEST_EXPONENT).mul_(2**-_NUM_SQUARINGS)
     torch.mul(x, 1 / 120, out=spare).add_(1 / 24)
     for coefficient in (1 / 6, 1 / 2, 1, 1):
         spare.mul_(x).add_(coefficient)
@@ -68,9 +68,9 @@ def write_logarithms(x: torch.Tensor, spares: Sequence[torch.Tensor]) -> torch.T
     """
     exponents, ratio, square = spares
     bits, shifts, fields = x.view(torch.int64), ratio.view(torch.int64), square.view(torch.int64)
-    torch.sub(bits, _BITS_OF_ROOT, out=shifts).bitwise_right_shift_(_FRACTION_BITS)
+    torch.sub(bits, BITS_OF_ROOT, out=shifts).bitwise_right_shift_(FRACTION_BITS)
     exponents.copy_(shifts).mul_(math.log(2))
-    bits.sub_(torch.bitwise_left_shift(shifts, _FRACTION_BITS, out=fields))
+    bits.sub_(torch.bitwise_left_shift(shifts, FRACTION_BITS, out=fields))
     torch.sub(x, 1, out=ratio).div_(x.add_(1))
     torch.mul(ratio, ratio, out=square)
     torch.mul(square, 1 / 19, out=x)

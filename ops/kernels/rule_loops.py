@@ -71,7 +71,7 @@ def share_changes(
     parameters: Array1[np.float32], position: int, count: int, out_words: Array1[np.uint16],
     out_longs: Array1[np.uint32], out_form: int, squares: Array1[np.float32], scratch: Array2[np.uint32],
 ) -> float:  # fmt: skip
-    """Do as `ram` does; its parameter is epsilon."""
+    """Do as `ram` and `ramplus_tl` do; parameters are epsilon, and by what each model's deltas grow that are alone."""
     epsilon = parameters[0]
     zero, one = np.float32(0), np.float32(1)
     finished = 0.0
@@ -92,14 +92,42 @@ def share_changes(
             changes[k] = one if changes[k] < one else changes[k]
         for source in range(1, len(places)):
             delta = values[source]
+            growth = parameters[source]
             for k in range(size):
-                total[k] += delta[k] / changes[k]
+                total[k] += delta[k] * (growth if changes[k] == one else one) / changes[k]
         for k in range(size):
             base[k] = total[k] + base[k]
         finished += add_squares(base, position + start, size, squares)
         store(scratch[0], base, size, out_words, out_longs, start, out_form)
         start += size
     return finished
+
+
+@loop
+def count_changes(
+    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
+    epsilon: np.float32, count: int, counts: Array2[np.int64], scratch: Array2[np.uint32],
+) -> None:  # fmt: skip
+    """Add to `counts` how many elements each model changed by more than epsilon, and how many of them it alone."""
+    one, zero = np.float32(1), np.float32(0)
+    for start in range(0, count, STRIP):
+        size = min(STRIP, count - start)
+        values = _load_deltas(words, longs, places, forms, start, size, scratch)
+        changes = values[len(places)]
+        changes[:size] = 0
+        for source in range(1, len(places)):
+            delta = values[source]
+            for k in range(size):
+                delta[k] = one if abs(delta[k]) > epsilon else zero
+                changes[k] += delta[k]
+        for source in range(1, len(places)):
+            delta = values[source]
+            num_changed = num_unique = 0
+            for k in range(size):
+                num_changed += np.int64(delta[k] == one)
+                num_unique += np.int64((delta[k] == one) & (changes[k] == one))
+            counts[0, source - 1] += num_changed
+            counts[1, source - 1] += num_unique
 
 
 @loop

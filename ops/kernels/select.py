@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,11 @@ class MagnitudeSparsifier(Sparsifier):
         bins = cuts[0].bin, cuts[-1].bin, cuts[0].counts, cuts[-1].counts
         delta_loops.count_low(*stored.sources(), source, stored.num_elements, *bins, loops.make_scratch(3))
 
+    def copy_counts(self, other: MagnitudeSparsifier) -> None:
+        """Take what another one has counted of the same elements in the first pass, before it ends."""
+        counts = other._counts
+        self._counts = counts.copy() if isinstance(counts, np.ndarray) else counts
+
     def end_pass(self, index: int) -> None:
         """Find the bins that hold the thresholds, or the thresholds."""
         if index == 0:
@@ -157,13 +162,25 @@ class MagnitudeSparsifier(Sparsifier):
 
     def fork(self, pieces: Sequence[Stored], source: int, run_all: RunAll) -> Sequence[Sparsifier]:
         """Return one for each piece, which knows how many elements on the thresholds may be kept there."""
+        return self.fork_by(pieces, run_all, lambda piece, *thresholds: count_equal(piece, source, *thresholds))
+
+    def fork_by(
+        self, pieces: Sequence[Stored], run_all: RunAll, count: Callable[..., list[int]]
+    ) -> Sequence[MagnitudeSparsifier]:
+        """Do so for other values than a delta.
+
+        Args:
+            pieces: in order, neighbours.
+            run_all: counts in several pieces at once.
+            count: called as `count(piece, *bits)`, for how many elements of a piece have the sizes with these bits.
+        """
         if pieces[0].start == 0:
             self._left = self._quotas
         limits = self._list_limits()
         if limits is None or max(self._left) <= 0:
             return [self] * len(pieces)
         forks = []
-        found = run_all([partial(_count_equal, piece, source, limits[1], limits[2]) for piece in pieces])
+        found = run_all([partial(count, piece, limits[1], limits[2]) for piece in pieces])
         for counts in found:
             forks.append(copy.copy(self))
             left = [num_left - min(max(num_left, 0), count) for num_left, count in zip(self._left, counts, strict=True)]
@@ -272,8 +289,8 @@ def _low_bits(bits: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(bits.numpy()[np.flatnonzero(is_inside)])
 
 
-def _count_equal(stored: Stored, source: int, *thresholds: int) -> list[int]:
-    """Return how many elements of a delta have the magnitudes with these bits."""
+def count_equal(stored: Stored, source: int, *thresholds: int) -> list[int]:
+    """Return how many elements of a delta, or of source 0, have the magnitudes with these bits."""
     where = *stored.sources(), source, stored.num_elements
     return [int(delta_loops.count_equal(*where, threshold, loops.make_scratch(2))) for threshold in thresholds]
 

@@ -75,8 +75,8 @@ class SparseDeltas(Kernel):
 
     @property
     def loop_dtypes(self) -> tuple[str, ...]:  # type: ignore[override]  # of a kernel, not of a class
-        """There are none yet to rank."""
-        return () if self.sparsifier == "ranks" else LOOP_DTYPES
+        """There are none yet for the reciprocals of probabilities that follow from ranks."""
+        return () if self.sparsifier == "ranks" and self.rescale == "inverse_density" else LOOP_DTYPES
 
     def grid(self, site: Site) -> int:
         """Return the usual block, or whole rows where elements are ranked in them."""

@@ -19,7 +19,7 @@ class Trim:
     """Rule by which a loop trims a delta; see `delta_loops.combine_deltas`."""
 
     kind: int = 0
-    """`delta_loops.ALL`, `delta_loops.MAGNITUDE` or `delta_loops.RANDOM`."""
+    """`delta_loops.ALL`, `delta_loops.MAGNITUDE`, `delta_loops.RANDOM` or `delta_loops.MASKED`."""
     limits: tuple[int, int, int, int] = (0, 0, 0, 0)
     """The bits of sizes: the largest one that is too small while some at the lower threshold may be kept; the lower
     threshold; the upper one; the largest one that is not too large once no more at the upper threshold may be kept."""
@@ -29,6 +29,8 @@ class Trim:
     """How many at the lower and the upper threshold may be kept, counted from here; -1 where all may."""
     keys: NDArray[Any] | None = None
     """The two keys of each page of random words that the stored values touch."""
+    kept: NDArray[Any] | None = None
+    """A byte for each element, 1 where it is kept and 0 elsewhere."""
 
 
 class Sparsifier(ABC):
@@ -61,6 +63,13 @@ class Sparsifier(ABC):
     def measure_stored(self, index: int, stored: Stored, source: int) -> None:
         """Take the figures of pass `index` from the delta of a source, by loops."""
         raise AssertionError("this sparsifier measures nothing")
+
+    def split(self, stored: Stored) -> list[Stored]:
+        """Return the pieces in which the sums of trimmed deltas are measured by loops, one after the other."""
+        return [stored]
+
+    def keep_mask(self, start: int, trim: Trim) -> None:  # noqa: B027  # most have masks that cost little
+        """Remember the rule of a piece that begins at `start`, to return it again from `make_trim`."""
 
     @abstractmethod
     def make_trim(self, stored: Stored) -> Trim:

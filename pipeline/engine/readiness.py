@@ -22,7 +22,10 @@ from raymerge.pipeline.plan.intermediate import MergedTensor, list_sources
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.retry import one_line
 
-LOOPS = tuple(f"raymerge.ops.kernels.{name}" for name in ("loops", "delta_loops", "low_rank_loops", "rule_loops"))
+LOOPS = tuple(
+    f"raymerge.ops.kernels.{name}"
+    for name in ("loops", "delta_loops", "low_rank_loops", "rank_loops", "rule_loops", "value_loops")
+)
 _TORCH_MERGER = "raymerge.pipeline.engine.torch_merger"
 
 _TRIED: dict[Hashable, str] = {}

@@ -197,21 +197,22 @@ def check_loops_give_the_same_bits(case: Case) -> None:
     """
     if case.kernel.loop_dtypes != LOOP_DTYPES:
         return
-    for num_elements in (1, 2**14 + 33, BLOCK_ELEMENTS + 106_501):
+    rows = [(233, 1011), (2, BLOCK_ELEMENTS + 5)] if case.looks_at_rows() else []
+    for shape in ((1,), (2**14 + 33,), (BLOCK_ELEMENTS + 106_501,), *rows):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            sources = [tensor.to(dtype) for tensor in case.sources((num_elements,))]
+            sources = [tensor.to(dtype) for tensor in case.sources(shape)]
             if dtype == torch.bfloat16 and len(sources) > 1:
                 sources[1] = sources[1].float()
             for source in sources:  # zeros of both signs
-                source[::5] *= -1
-                source[::7] *= 0
+                source.view(-1)[::5] *= -1
+                source.view(-1)[::7] *= 0
             kernels = [kernel for kernel in (case.kernel, *case.siblings) if kernel.loop_dtypes == LOOP_DTYPES]
             blocks, loops = Engine(sources), LoopEngine(sources, NAME)
             merged = blocks.run(*kernels)
             for blocks_in_window, cuts in ((1, ()), (2, (7777, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 77_777))):
                 rounded = loops.run(kernels, dtype, window_blocks=blocks_in_window, cuts=cuts)
                 for one, other in zip(rounded, merged, strict=True):
-                    assert _are_same_bits(one, other.to(dtype)), (num_elements, dtype, cuts)
+                    assert _are_same_bits(one, other.to(dtype)), (shape, dtype, cuts)
                 assert loops.figures == blocks.figures
                 for norm, values in zip(loops.norms, merged, strict=True):
                     assert norm == pytest.approx(values.double().norm().item(), rel=1e-5)

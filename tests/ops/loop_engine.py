@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from raymerge.ops.kernel import BLOCK_ELEMENTS, Kernel, KernelRun, Site
+from raymerge.ops.kernel import Kernel, KernelRun, Site
 from raymerge.ops.stored import STRIP, Slot, Stored
 from raymerge.pipeline.engine.threads import run_in_turn
 
@@ -46,7 +46,7 @@ class LoopEngine:
         Args:
             kernels: all with loops.
             out_dtype: that results are rounded to.
-            window_blocks: how many blocks are measured at once.
+            window_blocks: how many blocks of the grid are measured at once.
             cuts: elements at which the results are cut, for buffers of the output that are full.
             is_forked: whether the pieces between them are forked, and combined in reverse order; without norms.
         """
@@ -58,8 +58,9 @@ class LoopEngine:
         runs: dict[int, KernelRun] = {}
         for first, *others in groups.values():
             run = runs[first] = kernels[first].start(self._site)
+            step = window_blocks * kernels[first].grid(self._site)
             for index in range(kernels[first].num_passes(self._site)):
-                for start, stop in _cut(count, range(0, count, window_blocks * BLOCK_ELEMENTS)):
+                for start, stop in _cut(count, range(0, count, step)):
                     run.measure_stored(index, self._stored().cut(start, stop), run_in_turn)
                 run.end_pass(index)
             runs |= {position: run.share(kernels[position]) for position in others}

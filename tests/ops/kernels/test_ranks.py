@@ -13,7 +13,7 @@ from raymerge.ops.kernel import Site
 from raymerge.ops.registry import find_op
 from tests.ops.engine import NAME, run_kernel
 from tests.ops.kernel_contract import assert_close
-from tests.references import find_exact
+from tests.references import find_chances, find_exact
 
 SHAPE = (128, 4096)
 RANDOM = ["dare_linear", "dare_ties", "della", "della_linear"]
@@ -33,11 +33,10 @@ def thin(op: str, deltas: list[torch.Tensor], density: float, **settings: Any) -
     return run_kernel(find_op(op).kernel(parameters), [torch.zeros_like(deltas[0]), *deltas])
 
 
-def find_chances(op: str, delta: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
+def list_chances(op: str, delta: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
     if op.startswith("dare"):
         return torch.full_like(delta, density).double()
-    ranks = delta.abs().sort(dim=1, stable=True).indices.argsort(dim=1).double()
-    return density - epsilon + 2 * epsilon * ranks / (delta.shape[1] - 1)
+    return find_chances(delta, density, epsilon)
 
 
 @pytest.mark.parametrize("shape", [(40, 75), (3, 20, 50), (1000,), (200, 1), (2, 140_000), (1, 1), ()], ids=str)
@@ -61,12 +60,14 @@ def test_rows_of_one_element_are_kept_as_often_as_the_density_says() -> None:
     assert abs(kept.mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 100_000)
 
 
-def test_of_equal_sizes_the_first_ranks_lowest() -> None:
-    """So that elements of one size are kept more often the further back they lie in their row."""
-    delta = torch.ones(20_000, 10)
-    delta[:, ::2] = -1
+def test_equal_sizes_are_kept_equally_often() -> None:
+    """Those of one row that share exponent and 6 binary places, whatever their signs and places: their mean rank's."""
+    sizes = torch.tensor([1.0, 1.01, 2.0, 1.0, 3.0, 3.01, 1.0, 3.0, 0.5, 1.015])
+    ranks = torch.tensor([3.0, 3, 6, 3, 8, 8, 3, 8, 0, 3])
+    delta = sizes.repeat(20_000, 1)
+    delta[:, ::2] *= -1
     rates = (thin("della_linear", [delta], 0.5, epsilon=(0.4,)) != 0).double().mean(0)
-    expected = 0.1 + 0.8 * torch.arange(10, dtype=torch.float64) / 9
+    expected = 0.1 + 0.8 * ranks.double() / 9
     assert ((rates - expected).abs() < 4 * (expected * (1 - expected) / 20_000).sqrt()).all()
 
 
@@ -77,7 +78,7 @@ class TestRandomMethods:
 
     def test_keep_rate_and_signs(self, op: str, density: float) -> None:
         delta = noise(*SHAPE)
-        chances = find_chances(op, delta, density, 0.15)
+        chances = list_chances(op, delta, density, 0.15)
         kept = (thin(op, [delta], density, rescale=False) != 0).double()
         deviation = float((chances * (1 - chances)).sum().sqrt())
         assert abs(float((kept - chances).sum())) < 4 * deviation
@@ -93,7 +94,7 @@ class TestRandomMethods:
 
     def test_inverse_density_is_unbiased(self, op: str, density: float) -> None:
         delta = noise(*SHAPE).double()
-        chances = find_chances(op, delta, density, 0.15)
+        chances = list_chances(op, delta, density, 0.15)
         thinned = thin(op, [delta.float()], density, rescale_mode="inverse_density").double()
         deviation = float((delta.square() * (1 - chances) / chances).sum().sqrt())
         assert abs(float((thinned - delta).sum())) < 4 * deviation
@@ -107,7 +108,7 @@ def test_masks_of_two_models_are_independent(op: str) -> None:
     deltas = [noise(*SHAPE), noise(*SHAPE, seed=1)]
     alone = [thin(op, deltas, 0.5, rescale=False, weight=weights) for weights in [(1.0, 0.0), (0.0, 1.0)]]
     residues = [
-        (kept != 0).double() - find_chances(op, delta, 0.5, 0.15) for kept, delta in zip(alone, deltas, strict=True)
+        (kept != 0).double() - list_chances(op, delta, 0.5, 0.15) for kept, delta in zip(alone, deltas, strict=True)
     ]
     covariance = float((residues[0] * residues[1]).sum())
     assert abs(covariance) < 4 * math.sqrt(float((residues[0].square() * residues[1].square()).sum()))
