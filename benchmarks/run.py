@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from merges import DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Bench
 from methods import measure_methods, measure_methods_memory, measure_training_run
 from phases import measure_phases
 from planning import measure_headers, measure_large_plans
+from plot import to_svg
 from processes import CommandFailedError
 from proportions import measure_small_tensors, measure_twenty_models
 from reads import measure_bytes_read
@@ -98,6 +100,8 @@ def main() -> int:
             new = [Row(name, "", "failed", False, repr(error))]
         rows += new
         write_json(bench.workdir / "results.json", name, new)
+    results = json.loads((bench.workdir / "results.json").read_text())
+    (bench.workdir / "results.svg").write_text(to_svg(results))
     print("; ".join(describe_machine().values()), end="\n\n")
     print(to_markdown(rows))
     return int(any(row.is_met is False for row in rows))
