@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -31,6 +32,7 @@ def serve_forked(
         inherited: the driver's ends, and those of other workers.
         work: to do.
     """
+    gc.freeze()  # to look for garbage among what the driver has would take long, and copy it
     for other in inherited:
         other.close()
     _obey(life)
