@@ -18,6 +18,8 @@ def join_variants(recipes: Sequence[Recipe]) -> tuple[TensorMerge, ...]:
         TensorMismatchError: two of them do not make the same tensors of the same sources.
     """
     first, *others = recipes
+    if not others:
+        return first.merges
     for recipe in others:
         if [merge.name for merge in recipe.merges] != [merge.name for merge in first.merges]:
             raise TensorMismatchError("the variants of one plan make different tensors; they may differ in parameters")

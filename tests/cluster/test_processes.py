@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -125,6 +126,11 @@ def test_forked_workers_have_the_items_already() -> None:
     items = [lambda k=k: k * k for k in range(5)]  # which cannot be pickled
     found = ProcessRunner(2).run(lambda item, report: item(), items, even(items), nothing)
     assert sorted(found) == [0, 1, 4, 9, 16]
+
+
+def test_the_collector_of_forked_workers_leaves_out_what_they_inherit() -> None:
+    (num_left_out,) = ProcessRunner(1).run(lambda item, report: gc.get_freeze_count(), [0], even([0]), nothing)
+    assert num_left_out > 1000
 
 
 def test_a_worker_that_dies_each_time_is_an_error_that_says_so() -> None:
