@@ -16,6 +16,7 @@ from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.checkpoint.find import find_models
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.reader import load_config
+from raymerge.pipeline.config.steps import list_steps
 from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
 from raymerge.pipeline.engine.readiness import start_compiling
 from raymerge.pipeline.errors import ConfigError, OutputError
@@ -112,11 +113,19 @@ def merge(
         TypeError: a keyword is no option.
         RaymergeError: something the caller can put right; running again goes on with the finished shards.
     """
-    return merge_variants([config], [out], options, on_event=on_event, **keywords)[0]
+    options = make_options(options, keywords)
+    report = merge_variants([config], [out], options, on_event=on_event)[0]
+    if options.keep_intermediates is not None:
+        own = None if options.ops is None else read_own_ops(options.ops)
+        with open_stores(StoreSettings(options.storage)) as stores:
+            steps = list_steps(load_config(config, own=own, find=partial(find_models, stores)))
+        for step in steps:
+            merge_variants([step], [f"{options.keep_intermediates}/{step.name}"], options, on_event=on_event)
+    return report
 
 
 def merge_variants(
-    configs: Sequence[Config],
+    configs: Sequence[Config | MergeConfig],
     outs: Sequence[str | Path],
     options: MergeOptions | None = None,
     *,
@@ -145,7 +154,8 @@ def merge_variants(
     with open_stores(StoreSettings(options.storage, options.private)) as stores, ExitStack() as stack:
         _check_outs(stores, configs, outs)
         find = partial(find_models, stores)
-        loaded = [load_config(config, strict=options.strict, own=own, find=find) for config in configs]
+        load = partial(load_config, strict=options.strict, own=own, find=find)
+        loaded = [config if isinstance(config, MergeConfig) else load(config) for config in configs]
         session, limits, hired = _find_workers(stores, loaded[0], outs, options, stack)
         if limits.gpus is None and options.address is None:  # loops will run here
             compiling = start_compiling(kernel for config in loaded for kernel in guess_kernels(config))
@@ -281,7 +291,7 @@ def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False, s
         return _check_output(stores, plan, 0, out, overwrite=overwrite)
 
 
-def _check_outs(stores: Stores, configs: Sequence[Config], outs: Sequence[str | Path]) -> None:
+def _check_outs(stores: Stores, configs: Sequence[Config | MergeConfig], outs: Sequence[str | Path]) -> None:
     if not configs or len(configs) != len(outs):
         given = f"{counted(len(configs), 'config')} and {counted(len(outs), 'output')}"
         raise ConfigError(f"{given} are given; give one output for each config")

@@ -70,6 +70,10 @@ class MergeOptions:
     private: Annotated[bool, Help("How to make a Hub repository that is not there yet.", OUTPUT, opposite="public")] = (
         True
     )
+    keep_intermediates: Annotated[
+        str | None,
+        Help("Write the outputs of documents that others use, too: each to DIR/NAME.", OUTPUT, "DIR", default="none"),
+    ] = None
     wait: Annotated[bool, Help("Wait for another run that is writing to OUT to end.", OUTPUT)] = False
     recheck: Annotated[
         bool, Help("Read and hash again what an earlier run finished, instead of going by size and time.", OUTPUT)
@@ -134,6 +138,7 @@ class MergeKeywords(TypedDict, total=False):
     strict: bool
     trust_headers: bool
     private: bool
+    keep_intermediates: str | None
     wait: bool
     recheck: bool
     overwrite: bool

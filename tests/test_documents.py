@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from raymerge import merge, plan
+from raymerge.pipeline.errors import ConfigError
 from tests.checkpoints import read_files, read_tensors, write_family
 
 Documents = Mapping[str, dict[str, Any]]
@@ -120,6 +121,22 @@ def test_steps_of_steps_and_stacked_layers(models: list[str]) -> None:
     assert [str(model) for model in made.models] == ["tuned1", "tuned2", "tuned3"]
     assert str(made.donor) == "three"
     assert "three: 9 tensors" in "".join(line for line in made.dropped if "layers in no slice" in line)
+
+
+def test_what_others_use_is_written_if_that_is_wanted(models: list[str]) -> None:
+    documents = {
+        "one": STEPS["nuslerp"],
+        "two": {"merge_method": "slerp", "models": entries("one", "tuned3"), "parameters": {"t": 0.2}},
+        "last": {"merge_method": "linear", "models": entries("one", "two", weight=[1, 2])},
+    }
+    merge(write(documents), "fused", workers=1, keep_intermediates="kept")
+    merge_separately(documents)
+    for name in ("one", "two"):
+        found, expected = read_tensors(Path("kept") / name), read_tensors(Path(name))
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert read_tensors(Path("fused")).keys() == read_tensors(Path("last")).keys()
+    with pytest.raises(ConfigError, match=r"merge.yml:1: name: '\.\./one' is to be the name of a directory"):
+        plan(write({f"../{name}" if name == "one" else name: document for name, document in documents.items()}))
 
 
 @pytest.mark.slow

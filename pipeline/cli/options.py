@@ -29,14 +29,15 @@ class Preset:
 
 
 PlanOptions = Annotated[
-    MergeOptions, Preset("private", "wait", "recheck", "overwrite", "ray", "address", "shared_filesystem")
+    MergeOptions,
+    Preset("private", "keep_intermediates", "wait", "recheck", "overwrite", "ray", "address", "shared_filesystem"),
 ]
 """The options of planning."""
 
-RemoteOptions = Annotated[MergeOptions, Preset("ray", address="auto")]
+RemoteOptions = Annotated[MergeOptions, Preset("ray", "keep_intermediates", address="auto")]
 """The options of a merge that runs on the cluster which it is sent to."""
 
-ManifestOptions = Annotated[MergeOptions, Preset("ray", "ops", address="auto")]
+ManifestOptions = Annotated[MergeOptions, Preset("ray", "ops", "keep_intermediates", address="auto")]
 """The options of a merge that a manifest describes, which holds nothing but the config."""
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A mergekit YAML file.", show_default=False)]

@@ -69,6 +69,17 @@ def join_documents(parts: Sequence[Part], document: Document) -> MergeConfig:
     return replace(parts[final].config, steps=steps, warnings=tuple(warnings), notes=tuple(notes))
 
 
+def list_steps(config: MergeConfig) -> list[MergeConfig]:
+    """Return the documents that one uses, each as a config of its own with those that it uses itself."""
+    found: dict[str, MergeConfig] = {}
+    for step in config.steps:
+        names = [model.path for model in step.referenced_models if model.path in found]
+        needed = {each.name: each for name in names for each in (*found[name].steps, found[name])}
+        plain = [replace(each, steps=()) for each in needed.values()]
+        found[step.name or ""] = replace(step, steps=tuple(plain), text=config.text, own=config.own)
+    return list(found.values())
+
+
 def _find_names(parts: Sequence[Part], document: Document) -> dict[str, int]:
     """Return the position of each document by its name."""
     names: dict[str, int] = {}
@@ -76,6 +87,9 @@ def _find_names(parts: Sequence[Part], document: Document) -> dict[str, int]:
         name = part.config.name
         if name is None:
             continue
+        if is_url(name) or {"", ".", ".."}.intersection(name.split("/")):
+            problem = f"{name!r} is to be the name of a directory; leave out what leads elsewhere"
+            raise ConfigError(document.show(str(part.root.get("name").error(problem)), part.line))
         if name in names:
             first = parts[names[name]].line
             problems = [(f"a document is called {name!r}", first), ("and so is this one; rename one", part.line)]

@@ -22,6 +22,8 @@ def guess_kernels(config: MergeConfig) -> Iterator[tuple[Kernel, int]]:
     They have the parameters of a tensor in the middle of the model that no filter is for. Nothing may depend on them:
     what is wrong with parameters is told of real tensors.
     """
+    for step in config.steps:
+        yield from guess_kernels(step)
     if config.models:
         entries = [(entry.model, entry.parameters) for entry in config.entries]
         yield from _guess(config.op, entries, config.base_model, [config.parameters])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from raymerge import merge, plan
@@ -104,6 +105,21 @@ def test_the_same_files_of_a_kernel_in_float64(family: tuple[Path, ...], gpu: Fa
     config = {"merge_method": "arcee_fusion", "base_model": str(family[0]), "models": models}
     for name, gpu_memory in (("cpu", None), ("gpu", "1GiB")):
         merge(config, tmp_path / name, workers=1, seed=3, gpu_memory=gpu_memory)
+    assert read_model(tmp_path / "gpu") == read_model(tmp_path / "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu_memory", ["660MiB", "1GiB"])
+def test_the_same_files_of_a_document_that_another_uses(
+    gpu_memory: str, family: tuple[Path, ...], gpu: FakeGpu, tmp_path: Path
+) -> None:
+    base, one, two = map(str, family)
+    first = {"name": "first", "merge_method": "nuslerp", "models": [{"model": base}, {"model": one}]}
+    second = {"merge_method": "ties", "base_model": two, "models": [{"model": "first"}]}
+    shared = {"parameters": {"weight": 1}}
+    config = "---\n".join(yaml.safe_dump(document | shared, sort_keys=False) for document in (first, second))
+    for name, memory in (("cpu", None), ("gpu", gpu_memory)):
+        merge(config, tmp_path / name, workers=1, seed=3, gpu_memory=memory)
     assert read_model(tmp_path / "gpu") == read_model(tmp_path / "cpu")
 
 
