@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from raymerge import merge
+from raymerge.pipeline.extraction.extract import extract_lora
 from raymerge.testing import read_model
 
 peft = pytest.importorskip("peft")
@@ -145,3 +146,27 @@ def test_layers_of_models_with_adapters_are_stacked(tmp_path: Path) -> None:
     for layer, origin in ((0, 0), (1, 1), (2, 1)):
         values, wanted = (f"model.layers.{k}.self_attn.q_proj.weight" for k in (layer, origin))
         torch.testing.assert_close(merged[values], expected[wanted], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("with_embeddings", [False, True])
+def test_peft_loads_what_is_extracted(kind: str, with_embeddings: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MAKERS[kind]()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                rows, columns = parameter.shape
+                parameter.add_(torch.randn(rows, 3) @ torch.randn(3, columns), alpha=0.05)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(tmp_path / "tuned")
+    paths = str(tmp_path / "tuned"), str(tmp_path / "base")
+    extract_lora(*paths, tmp_path / "adapter", rank=3, with_embeddings=with_embeddings)
+    with quiet():
+        fresh = type(model).from_pretrained(tmp_path / "base")
+        merged = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload().state_dict()
+    for name in read_model(tmp_path / "base"):  # peft does not tie a head again
+        torch.testing.assert_close(merged[name], model.state_dict()[name], rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from raymerge import __version__
 from raymerge.pipeline.cli.console import put, say, say_hint
+from raymerge.pipeline.cli.extract import extract_lora
 from raymerge.pipeline.cli.interrupt import watch_for_interrupts
 from raymerge.pipeline.cli.jobs import jobs, submit
 from raymerge.pipeline.cli.manifest import manifest
@@ -247,6 +248,9 @@ def inspect(
 
 commands.command(epilog="Example: raymerge submit merge.yml s3://bucket/merged --address http://head:8265 --follow")(
     submit
+)
+commands.command("extract-lora", epilog="Example: raymerge extract-lora org/tuned org/base ./adapter --rank 32")(
+    extract_lora
 )
 commands.add_typer(jobs, name="jobs")
 commands.add_typer(manifest, name="manifest")

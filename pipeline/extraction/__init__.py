@@ -1,0 +1,1 @@
+"""From a fine-tune and its base to a LoRA adapter."""
