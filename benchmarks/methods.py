@@ -103,9 +103,10 @@ def measure_training_run(bench: Bench) -> list[Row]:
 
 
 def _list_methods(bench: Bench) -> list[dict[str, Any]]:
+    """Return the methods that take models and nothing besides."""
     done = subprocess.run([bench.raymerge, "methods", "--json"], check=True, stdout=subprocess.PIPE)
     methods: list[dict[str, Any]] = json.loads(done.stdout)
-    return methods
+    return [method for method in methods if method["statistics"] is None]
 
 
 def _find(bench: Bench, name: str) -> dict[str, Any]:

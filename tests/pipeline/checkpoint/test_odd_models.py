@@ -11,6 +11,7 @@ import torch
 from raymerge import merge, plan
 from raymerge.ops.registry import Base, load_ops
 from tests.checkpoints import read_tensors, write_checkpoint, write_llama
+from tests.statistics import write_statistics
 
 VALUES = {"weight": 1.0, "density": 0.5, "t": 0.5, "alpha": 0.5}
 
@@ -28,6 +29,7 @@ def odd_tensors(value: float) -> dict[str, torch.Tensor]:
         "1²": torch.full((2,), value),
         "double": torch.full((2,), value, dtype=torch.float64),
         "half": torch.full((5,), value, dtype=torch.float16),
+        "thin": torch.full((3, 2), value),
         "ids": torch.arange(5),
         "mask": torch.tensor([True, False]),
         "no.ids": torch.arange(0),
@@ -45,7 +47,7 @@ def test_odd_tensors_and_configs(name: str, config: dict[str, Any], tmp_path: Pa
     merge(
         {
             "merge_method": name,
-            "models": [{"model": model} for model in models[: op.max_models]],
+            "models": [{"model": model, **write_statistics(op, model)} for model in models[: op.max_models]],
             "parameters": {p.name: VALUES[p.name] for p in op.parameters if p.name in VALUES},
             **({"base_model": base} if op.base is Base.REQUIRED else {}),
         },
