@@ -169,7 +169,8 @@ class Vocabulary:
         """Return lines on how many rows of the first aligned tensor come from whom."""
         num_pad = self.num_rows - self.num_tokens
         padding = f", and {counted(num_pad, 'row')} of padding" if num_pad else ""
-        lines = [f"{counted(len(self.tokens.vocab), 'token')}{padding}"]
+        holes = f" in {self.num_tokens:,} rows" if self.num_tokens > len(self.tokens.vocab) else ""
+        lines = [f"{counted(len(self.tokens.vocab), 'token')}{holes}{padding}"]
         for ref, (origins, parts) in next(iter(self._aligned.values()), {}).items():
             counts = {k: int((origins == k).sum()) for k in (*range(len(parts)), MEAN, ZERO)}
             what = {k: f"{counts[k]:,} of {parts[k]}" for k in range(len(parts))}
@@ -320,7 +321,7 @@ def _check_parts(name: str, parts: Sequence[tuple[ModelRef, Source]]) -> None:
 
 
 def _list_tokens(tokens: Sequence[str]) -> str:
-    return listing([repr(escaped(token)) for token in tokens], _SHOWN)
+    return listing([repr(token) if token.isprintable() else ascii(token) for token in tokens], _SHOWN)
 
 
 def _cut(source: StoredTensor, num_rows: int) -> StoredTensor:

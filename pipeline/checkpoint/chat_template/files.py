@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ OTHERS = "additional_chat_templates/"
 _KEY = "chat_template"
 _DEFAULT = "default"
 _MAX_NBYTES = 64 * 2**20
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def read_template(stores: Stores, checkpoint: Checkpoint) -> str | None:
@@ -47,14 +49,18 @@ def find_template(text: str, url: str) -> str | None:
         url: of the config, for messages.
 
     Raises:
-        CheckpointError: it is no JSON.
+        CheckpointError: it is no JSON, or the template no text.
     """
     written = _parse(text, url).get(_KEY)
     if isinstance(written, list):
         written = {item.get("name"): item.get("template") for item in written if isinstance(item, dict)}
     if isinstance(written, dict):
         written = written.get(_DEFAULT)
-    return written if isinstance(written, str) else None
+    if not isinstance(written, str):
+        return None
+    if _SURROGATES.search(written):
+        raise CheckpointError(f"{url}: {_KEY} is not text: half of a pair of surrogates; correct it there")
+    return written
 
 
 def remove_template(text: str, url: str) -> str:
@@ -63,7 +69,8 @@ def remove_template(text: str, url: str) -> str:
     if _KEY not in content:
         return text
     del content[_KEY]
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    written = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return _SURROGATES.sub(lambda half: f"\\u{ord(half[0]):04x}", written)  # can only be written as it was
 
 
 def find_tokens(text: str, url: str) -> dict[str, str]:

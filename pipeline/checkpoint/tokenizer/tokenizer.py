@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -28,6 +29,9 @@ _PARSED = 8
 """Memory of a parsed tokenizer.json, as a multiple of its size. Measured with 150,000 and 1,000,000 tokens: 4 to 7."""
 _NOTABLE_NBYTES = 256 * 2**20
 _MAX_ID = 2**31 - 1
+_MAX_HOLES = 2**16
+"""Numbers below the largest that no token has, besides as many as there are tokens: each takes a row."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")
 _PROBLEMS = 3
 
@@ -124,8 +128,10 @@ def read_object(url: str, content: bytes | str) -> Json:
     """
     try:
         value = json.loads(content)
+        if _SURROGATE.search(content if isinstance(content, bytes) else content.encode(errors="replace")):
+            json.dumps(value, ensure_ascii=False).encode()  # escaped pairs are text; a half can be written nowhere
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{url}: not JSON: {error}; save the tokenizer again") from error
+        raise CheckpointError(f"{url}: not JSON in UTF-8: {error}; save the tokenizer again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{url}: {shown(value)} is there, an object is needed; save the tokenizer again")
     return value
@@ -217,7 +223,13 @@ def _read_added(url: str, content: Json) -> dict[str, Json]:
 
 
 def _check_ids(url: str, vocab: Mapping[str, int]) -> None:
-    """Refuse tokens that share a number: which of them a row belongs to, nobody could tell."""
+    """Refuse tokens that share a number, whose row nobody could tell, and numbers far beyond that of tokens."""
+    largest = max(vocab, key=vocab.__getitem__, default="")
+    if vocab and vocab[largest] > 2 * len(vocab) + _MAX_HOLES:
+        raise CheckpointError(
+            f"{url}: {counted(len(vocab), 'token')}, and {escaped(largest)!r} has the number {vocab[largest]:,}, for"
+            " which an embedding would need as many rows; save the tokenizer again"
+        )
     if len(set(vocab.values())) == len(vocab):
         return
     seen: dict[int, str] = {}
@@ -226,6 +238,6 @@ def _check_ids(url: str, vocab: Mapping[str, int]) -> None:
         if (other := seen.setdefault(number, token)) is not token:
             shared.append(f"{escaped(other)!r} and {escaped(token)!r} are both {number}")
     raise CheckpointError(
-        f"{url}: {counted(len(shared), 'token')} share a number with another: {listing(shared, _PROBLEMS)};"
+        f"{url}: {counted(len(shared), 'number')} of more than one token: {listing(shared, _PROBLEMS)};"
         " save the tokenizer again"
     )

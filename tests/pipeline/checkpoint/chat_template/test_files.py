@@ -47,3 +47,9 @@ def test_special_tokens() -> None:
 def test_what_is_no_config(text: str) -> None:
     with pytest.raises(CheckpointError, match=r"org/a/tokenizer_config\.json: "):
         find_template(text, URL)
+
+
+def test_half_a_pair_of_surrogates_is_kept_beside_a_template_and_refused_in_one() -> None:
+    assert json.loads(remove_template(r'{"chat_template": "a", "b": "\ud800 \ud83d\ude00"}', URL)) == {"b": "\ud800 😀"}
+    with pytest.raises(CheckpointError, match="chat_template is not text"):
+        find_template(r'{"chat_template": "{{ messages }} \ud800"}', URL)

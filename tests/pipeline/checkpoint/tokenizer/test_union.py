@@ -114,3 +114,20 @@ def test_tokens_that_the_config_names_are_added(tmp_path: Path) -> None:
     extended = extend(keep_tokenizer(one), ["<new>", "<s>", "<other>"])
     assert [extended.vocab[token] for token in ("<new>", "<s>", "<other>")] == [one.num_rows, 0, one.num_rows + 1]
     assert json.loads(extended.dump())["added_tokens"][-1]["content"] == "<other>"
+
+
+@pytest.mark.parametrize(
+    ("token", "number", "message"),
+    [
+        ("far", 2**31 - 1, "'far' has the number 2,147,483,647, for which an embedding would need as many rows"),
+        ("twin", 0, "'<s>' and 'twin' are both 0"),
+        ("\ud800", 300, "not JSON in UTF-8: 'utf-8' codec can't encode"),
+    ],
+)
+def test_tokens_that_no_embedding_can_have(token: str, number: int, message: str, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, byte_level(TEXTS[0]))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"][token] = number
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=message):
+        read(tmp_path)
