@@ -282,7 +282,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("merge_method: [\n", "merge.yml:2:1: "),
         ("", "empty"),
         ("just text", "mapping"),
-        ("a: 1\n---\nb: 2\n", "merge.yml:2:1: a second merge begins here"),
+        ("a: 1\n---\nb: 2\n", "merge_method: is missing"),
         ("merge_method: lin\x00ear\n", "merge.yml:1: "),
     ],
 )

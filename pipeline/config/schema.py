@@ -201,6 +201,7 @@ _TOKENIZER: Schema = {
             "tokens": {
                 "description": "Rows of tokens in models that lack them; those that are missing are added.",
                 "type": ["object", "null"],
+                "propertyNames": {"minLength": 1},
                 "additionalProperties": {
                     **_object({"source": _ROW, "force": {"type": ["boolean", "null"]}}),
                     "type": ["object", "null"],

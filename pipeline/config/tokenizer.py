@@ -109,7 +109,7 @@ def _parse_rule(place: Place, parse_model: ParseModel) -> TokenRule:
         return TokenRule(None, force=False)
     place.check_keys(("source", "force"))
     source, force = place.get("source"), place.get("force").value
-    if force not in (None, True, False):
+    if force is not None and type(force) is not bool:
         raise place.get("force").error(f"{shown(force)} is given; write true or false")
     return TokenRule(None if source.value is None else _parse_row(source, parse_model), force is True)
 

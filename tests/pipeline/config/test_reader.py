@@ -309,6 +309,7 @@ def test_parameters_that_have_no_effect_are_not_kept() -> None:
         ("linear", ("tokenizer", {"tokens": {"": {}}}), r"tokenizer\.tokens: a token is empty"),
         ("linear", ("tokenizer", {"tokens": {"<s>": {"source": "org/z"}}}), r"<s>: org/z is none of the models"),
         ("linear", ("tokenizer", {"tokens": {"<s>": {"force": "yes"}}}), r"<s>\.force: .yes. is given; write true"),
+        ("linear", ("tokenizer", {"tokens": {"<s>": {"force": 1}}}), r"<s>\.force: 1 is given; write true"),
         ("linear", ("tokenizer", {"tokens": {"a": {"source": {"kind": "one"}}}}), r"a\.source\.kind: .one. is given"),
         (
             "linear",
