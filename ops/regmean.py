@@ -18,7 +18,7 @@ def regmean(alpha: Share = 0.9) -> Kernel:
     [outputs, inputs], each with X^T X of the layer's inputs X, [inputs, inputs]. Weights without Gram matrices, and
     what is no matrix, get the mean of the models.
 
-    Formula: y = (sum(G_i))^-1 sum(G_i x_i), transposed, where G_i is X_i^T X_i with what is not on its diagonal times
+    Formula: y^T = (sum(G_i))^-1 sum(G_i x_i^T), where G_i is X_i^T X_i with what is not on its diagonal times
     alpha, plus a ridge of 1e-8 of the mean of the diagonals, so that inputs which no layer has seen are
     averaged.
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from raymerge import merge, plan
 from raymerge.cluster.runner import Report
 from raymerge.ops.kernels.random import PAGE_ELEMENTS
+from raymerge.ops.registry import find_op
 from raymerge.pipeline import driver, execution, planner
 from raymerge.pipeline import runners as workers
 from raymerge.pipeline.engine import fetch, gpu_stage
@@ -25,10 +26,12 @@ from raymerge.pipeline.plan.memory import Transfer
 from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.plan.types import ShardTask
 from raymerge.pipeline.stores.open import Stores
-from tests.checkpoints import Tensors, add_noise, read_model, write_checkpoint
+from raymerge.testing import draw_models
+from tests.checkpoints import Tensors, add_noise, read_model, read_tensors, write_checkpoint
 from tests.commands import Cli
 from tests.fake_gpu import DEVICE, FakeGpu, FakeMark, FakeQueue
 from tests.method_configs import METHODS, make_config
+from tests.statistics import write_statistics
 from tests.watchers import Keep
 
 LIMITS = ("large", "small")
@@ -96,6 +99,22 @@ def on_the_cpu(
     config, out = make_config(request.param, family), tmp_path_factory.mktemp("cpu") / "out"
     merge(config, out, workers=1, seed=3, shard_size="2MB")
     return config, read_model(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_the_same_files_of_methods_that_take_statistics(method: str, gpu: FakeGpu, tmp_path: Path) -> None:
+    """In pieces with their tensors, or whole."""
+    models = draw_models(tmp_path, 3, {"matrix": (901, 333), "square": (70, 70), "norm": (5,)})
+    config = {
+        "merge_method": method,
+        "models": [{"model": model, **write_statistics(find_op(method), model)} for model in models],
+    }
+    for name, gpu_memory in (("cpu", None), ("gpu", "1GiB")):
+        merge(config, tmp_path / name, workers=1, gpu_memory=gpu_memory)
+    found, expected = (read_tensors(tmp_path / name) for name in ("gpu", "cpu"))
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow
