@@ -5,6 +5,7 @@ Nothing depends on it: a loop that has not come about this way is compiled where
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import signal
@@ -19,6 +20,9 @@ from raymerge.ops.kernels.compiler import Loop
 
 _MAX_PROCESSES = 4
 """Each takes some 150 MiB, most of it shared, and the longest loop takes as long as all others together."""
+
+_SET_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
 
 _COMMAND = "import sys; sys.path[:] = sys.argv.pop().split('\\n'); from raymerge.ops.kernels.ahead import main; main()"
 
@@ -78,6 +82,7 @@ def _start(locks: Mapping[str, tuple[CodeFile, int]], num_cores: int) -> Compili
 
 def main() -> None:
     """Compile loops in so many processes, each loop given on the command line as `module:function:lock`."""
+    _end_with_parent()
     num_processes = int(sys.argv[1])
     tasks = []
     for argument in sys.argv[2:]:
@@ -95,12 +100,19 @@ def main() -> None:
     for _ in range(num_processes - 1):
         child = os.fork()
         if not child:
+            _end_with_parent()
             _work_off(tasks, taken)
             os._exit(0)
         children.append(child)
     _work_off(tasks, taken)
     for child in children:
         os.waitpid(child, 0)
+
+
+def _end_with_parent() -> None:
+    """Have this process killed when its parent ends, however that may be; on Linux."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _work_off(tasks: Sequence[tuple[Loop, int]], taken: int) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ print(delta_loops.count_equal(*stored.sources(), 1, 2, magnitude, loops.make_scr
 def use() -> str:
     """Call `count_equal` in a process of its own; return its result, and whether that process compiled it."""
     return subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process is there, and not only its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.fixture
@@ -83,6 +92,28 @@ def test_who_needs_a_loop_compiles_it_where_the_processes_are_killed(count_equal
     assert use() == "2.0 True"
     compiling.close()
     assert use() == "2.0 False"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_they_end_with_a_killed_merge(file: CodeFile) -> None:
+    code = """
+import os, time
+from raymerge.ops.kernels import ahead, delta_loops, loops
+compiling = ahead.compile_ahead([delta_loops.count_equal, delta_loops.combine_deltas, loops.combine], num_cores=2)
+while not delta_loops.count_equal.find_file().exists():
+    time.sleep(0.01)
+print(compiling.process.pid, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        leader = int(driver.stdout.readline())
+        assert is_running(leader)
+        driver.kill()
+    while is_running(leader):
+        time.sleep(0.01)
+    assert {path.name.partition("-")[0] for path in file.path.parent.glob("*[0-9a-f]")} == {"count_equal"}
 
 
 @pytest.mark.slow
