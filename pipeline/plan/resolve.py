@@ -16,6 +16,7 @@ from raymerge.pipeline.checkpoint.source import Source, StoredTensor
 from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.config.values import Settings, resolve
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
+from raymerge.pipeline.plan.adapted import join_adapted
 from raymerge.pipeline.plan.types import ParameterValue, TensorMerge, Variant
 
 COPY = "copy"
@@ -103,6 +104,8 @@ def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: 
         raise OpParameterError(f"{scope.op.name}, tensor {name}: {error}") from error
     sources = tuple(part.source for part in parts)
     statistics = _find_statistics(parts, scope)
+    if any(part.model.adapter for part in parts) and not statistics:
+        sources, kernel = join_adapted(sources, kernel)
     variant = Variant(tuple(parameters.items()), kernel, seed)
     return TensorMerge(
         name,
