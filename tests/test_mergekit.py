@@ -189,3 +189,26 @@ def test_same_numbers(number: int, family: Path, tmp_path: Path) -> None:
 def test_every_method_of_mergekit_is_there() -> None:
     assert {case[0] for case in CASES} == METHODS
     assert load_ops().keys() >= METHODS
+
+
+def test_documents_that_use_each_other(family: Path, tmp_path: Path) -> None:
+    base, *tunes = (str(family / name) for name in ("base", "tune0", "tune1", "tune2"))
+    weighted = [{"model": tune, "parameters": {"weight": k + 1.0, "density": 0.5}} for k, tune in enumerate(tunes)]
+    documents: list[dict[str, Any]] = [
+        {"name": "first", "merge_method": "ties", "base_model": base, "models": weighted},
+        {"name": "second", "merge_method": "nuslerp", "models": [{"model": "first"}, {"model": tunes[0]}]},
+        {"merge_method": "slerp", "base_model": "second", "models": [{"model": tunes[2]}], "parameters": {"t": 0.3}},
+    ]
+    documents[1]["parameters"] = {"weight": 1.0}
+    text = "\n---\n".join(json.dumps({**document, "dtype": "float32"}) for document in documents)
+    file = tmp_path / "merge.yml"
+    file.write_text(text)
+    paths = ["--intermediate-dir", str(tmp_path), "--out-path", str(tmp_path / "theirs")]
+    command = [str(PEER), str(file), *paths, "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    merge(file, tmp_path / "ours", workers=1)
+    ours, theirs = read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert torch.allclose(ours[name], expected, rtol=4 * SUMS, atol=4 * SUMS * float(expected.abs().max())), name

@@ -113,6 +113,9 @@ def _find_uses(part: Part, names: Mapping[str, int], document: Document) -> list
             if model.revision is not None:
                 problem = f"{model.path} is a document, and has no revisions; leave {model.revision!r} out"
                 raise ConfigError(document.show(str(place.error(problem)), place.line))
+            if model.adapter is not None:
+                problem = f"an adapter for the output of {model.path} is not supported yet; apply it to a model before"
+                raise ConfigError(document.show(str(place.error(problem)), place.line))
             uses.append(names[model.path])
         elif "/" not in model.path and not is_url(model.path) and not Path(model.path).is_dir():
             problem = f"{model.path!r} is no document, nor a directory here; {suggest(model.path, [*names])}"
