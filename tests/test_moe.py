@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from raymerge import CheckpointError, ConfigError, MemoryLimitError, TensorMismatchError, merge, plan
 from raymerge.pipeline.plan import gates
 from raymerge.testing import merge_in_every_way
+from tests.adapters import draw_factors, write_adapter
 from tests.checkpoints import MANIFEST, read_tensors
 from tests.mixtures import BEGIN, make_config, make_tokenizer, write_family
 
@@ -309,6 +310,20 @@ def test_an_expert_may_be_another_merge(tmp_path: Path) -> None:
     found, expected = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "expected")
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_an_expert_may_have_an_adapter(tmp_path: Path) -> None:
+    [base, other] = write_family(tmp_path, "llama", 2)
+    module = "model.layers.1.mlp.down_proj"
+    factors = draw_factors(module, 48, 64)
+    adapter = write_adapter(tmp_path / "adapter", factors)
+    merge(make_config([base, f"{base}+{adapter}", other]), tmp_path / "out")
+    found = read_tensors(tmp_path / "out")
+    stored = load_file(base / "model.safetensors")
+    update = factors[f"{module}.lora_B.weight"] @ factors[f"{module}.lora_A.weight"] * 2  # lora_alpha 4, rank 2
+    prefix = "model.layers.1.block_sparse_moe.experts.0."
+    assert torch.allclose(found[f"{prefix}w2.weight"], stored[f"{module}.weight"] + update, atol=1e-5)
+    assert torch.equal(found[f"{prefix}w1.weight"], stored["model.layers.1.mlp.gate_proj.weight"])
 
 
 def test_experts_are_checked_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,8 @@ NUM_TOKENS = 2048
 """Tokens that go through a layer at once, unless one prompt has more."""
 _VALUES_PER_TOKEN = 6
 """Vectors of the hidden size that a layer has in memory for each token, and half as many of the MLP's size."""
+_LARGE_NBYTES = 2**20
+"""Blocks of this size go back to the system when they are freed; a heap would keep them in pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,11 @@ def measure_hidden_states(model: str, request: Request) -> Floats:
         CheckpointError: transformers cannot compute it.
     """
     command = [sys.executable, "-P", "-m", __name__]  # modules of the working directory are not ours
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "MALLOC_MMAP_THRESHOLD_": str(_LARGE_NBYTES),
+    }
     done = subprocess.run(command, input=pickle.dumps(request), capture_output=True, check=False, env=environment)
     if done.returncode:
         lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]

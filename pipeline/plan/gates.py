@@ -130,7 +130,7 @@ def make_gates(
     note = (
         f"routers are made of the hidden states of {counted(len(prompts), 'prompt')} ({counted(num_tokens, 'token')}):"
         f" before the merge, transformers passes them through {base.view.ref}, which reads {format_nbytes(read)}, a"
-        f" layer at a time, in {format_memory(needed)}"
+        f" layer at a time, in {format_memory(needed)} besides what transformers takes"
     )
     if not measures:
         shape = len(request.layers), len(experts), base.hidden_size

@@ -76,6 +76,19 @@ SLERP: dict[str, Any] = {
     "keep_float32": True,
     "tokenizer_source": "union",
 }
+MIXTURE: dict[str, Any] = {
+    "base_model": "org/a",
+    "gate_mode": "cheap_embed",
+    "experts": [
+        {"source_model": "org/b", "positive_prompts": ["code"], "negative_prompts": [], "noise_scale": "1e-3"},
+        {"source_model": {"path": "org/c"}, "positive_prompts": ["prose"], "residual_scale": 0.5},
+    ],
+    "shared_experts": [{"source_model": "org/a"}],
+    "experts_per_token": 1,
+    "architecture": "mixtral",
+    "dtype": "bfloat16",
+    "name": "mixture",
+}
 
 
 def find_problems(config: Any) -> list[str]:
@@ -111,21 +124,7 @@ def test_takes_one_module_and_no_more() -> None:
 
 
 def test_takes_mixtures() -> None:
-    expert = {
-        "source_model": "org/b",
-        "positive_prompts": ["code"],
-        "negative_prompts": ["prose"],
-        "noise_scale": "1e-3",
-    }
-    config = {
-        "base_model": "org/a",
-        "gate_mode": "cheap_embed",
-        "experts": [expert, {"source_model": {"path": "org/c"}, "positive_prompts": ["prose"], "residual_scale": 0.5}],
-        "shared_experts": [{"source_model": "org/a"}],
-        "experts_per_token": 1,
-        "architecture": "mixtral",
-        "dtype": "bfloat16",
-    }
+    config = MIXTURE
     for given in (config, config | {"merge_method": "moe", "gate_mode": None}):
         assert find_problems(given) == []
         load_config(given, strict=True)
@@ -240,7 +239,7 @@ def test_finds_what_is_missing(wrong: dict[str, Any]) -> None:
 def test_takes_whatever_strict_takes(num_tries: int) -> None:
     """Mutated configs: the loader is the judge."""
     random = Random(1)
-    seeds = [TIES, SLERP, *(yaml.safe_load(make_example(op)) for op in OPS)]
+    seeds = [TIES, SLERP, MIXTURE, *(yaml.safe_load(make_example(op)) for op in OPS)]
     num_taken = 0
     for _ in range(num_tries):
         text = dump(mutate(parse_pairs(json.dumps(random.choice(seeds))), random, YAML_VALUES + VALUES + NUMBERS, 1))
