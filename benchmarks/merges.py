@@ -137,6 +137,16 @@ class Bench:
         self.clear(out)
         return read + write, read + write + sync
 
+    def run_copy(self, models: Sequence[Path]) -> Usage:
+        """Copy the weights of models, and wait until they are on the disk."""
+        out = self.workdir / "out-floor"
+        self.clear(out)
+        out.mkdir()
+        copied = self._measure("cp", ["cp", "--reflink=never", *weights(models), out])
+        synced = self._measure("sync", ["sync", *weights([out])])
+        self.clear(out)
+        return copied + synced
+
     def warm(self, inputs: Sequence[Path]) -> None:
         """Read the inputs into the page cache, and wait for what earlier runs still had to write."""
         os.sync()

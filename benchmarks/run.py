@@ -21,6 +21,7 @@ from gpu import measure_gpu
 from memory import measure_big_tensor, measure_many_models
 from merges import DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Bench
 from methods import measure_methods, measure_methods_memory, measure_training_run
+from mixture import measure_mixture
 from phases import measure_phases
 from planning import measure_headers, measure_large_plans
 from plot import to_svg
@@ -51,6 +52,7 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "methods": measure_methods,
     "methods-memory": measure_methods_memory,
     "training-run": measure_training_run,
+    "mixture": measure_mixture,
     "big-tensor": measure_big_tensor,
     "gpu": measure_gpu,
     "accuracy": measure_accuracy,
