@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from raymerge.pipeline.checkpoint.adapters.adapter import ADAPTER_CONFIG, open_adapter
+from raymerge.pipeline.checkpoint.adapters.modules import describe_adapter
 from raymerge.pipeline.checkpoint.checkpoint import locate_model, resolve_model
 from raymerge.pipeline.checkpoint.files import CONFIG, INDEX, SINGLE, is_hidden, is_weights
 from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES
@@ -190,7 +192,7 @@ def _inspect_model(stores: Stores, url: str) -> Inspection:
     try:
         checkpoint = resolve_model(stores, ModelRef(url))  # where it is pinned to, so that both listings are the same
     except CheckpointError as error:
-        obstacle = str(error)
+        obstacle = _describe_adapter(stores, url, files) or str(error)
         config = _read_object(storage, files, CONFIG, reads)
         names = _guess_weights(storage, files, reads)
         side_names: set[str] = set()
@@ -212,6 +214,16 @@ def _inspect_model(stores: Stores, url: str) -> Inspection:
     made = _read_origin(storage, files, reads)
     found = [FoundFile(name, file.nbytes, _role(name, names, side_names)) for name, file in files.items()]
     return _summarise(url, config, obstacle, found, tensors, made, reads)
+
+
+def _describe_adapter(stores: Stores, url: str, files: Mapping[str, StoredFile]) -> str:
+    """Return what an adapter is for; empty where there is none, or it is damaged."""
+    if ADAPTER_CONFIG not in files:
+        return ""
+    with suppress(CheckpointError):
+        what = describe_adapter(open_adapter(stores, ModelRef(url)))
+        return f"{what}; not a whole model: name it after its base, as MODEL+ADAPTER"
+    return ""
 
 
 def _read_object(storage: Storage, files: Mapping[str, StoredFile], name: str, reads: _Reads) -> Json:

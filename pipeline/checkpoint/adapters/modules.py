@@ -10,6 +10,7 @@ from raymerge.pipeline.checkpoint.adapters.adapter import Adapter
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.errors import CheckpointError
+from raymerge.pipeline.messages import counted, listing
 
 _PREFIX = "base_model.model."
 _OWN_PART = re.compile(
@@ -80,6 +81,21 @@ def sort_tensors(adapter: Adapter) -> Content:
             raise CheckpointError(f"{adapter.url}: {tensor.name} and {parts.factors[kind].name} are of one module")
         parts.factors[kind] = tensor
     return Content({module: list(found.values()) for module, found in updates.items()}, whole)
+
+
+def describe_adapter(adapter: Adapter) -> str:
+    """Return what an adapter is for: how many modules, its ranks, and the model that it was trained on.
+
+    Raises:
+        CheckpointError: the name of a tensor has no known meaning.
+    """
+    content = sort_tensors(adapter)
+    each = [parts.factors for several in content.updates.values() for parts in several]
+    ranks = {factors["A"].shape[0] for factors in each if "A" in factors and factors["A"].shape}
+    of_rank = f" of rank {listing(sorted(ranks))}" if ranks else ""
+    whole = f", and {counted(len(content.whole), 'tensor')} stored whole" if content.whole else ""
+    trained = f", trained on {adapter.config.base!r:.200}" if adapter.config.base else ""
+    return f"a LoRA adapter{of_rank} for {counted(len(content.updates), 'module')}{whole}{trained}"
 
 
 def find_renaming(wanted: Collection[str], known: Collection[str]) -> tuple[str, str] | None:

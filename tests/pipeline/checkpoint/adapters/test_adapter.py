@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from raymerge import inspect
 from raymerge.pipeline.checkpoint.adapters.adapter import ADAPTER, ADAPTER_CONFIG, open_adapter, open_adapters
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import CheckpointError
@@ -110,3 +111,13 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     (path / f"{ADAPTER}.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="is in two files"):
         open_adapter(Stores(), ModelRef(str(path)))
+
+
+def test_inspect_says_what_an_adapter_is_for(tmp_path: Path) -> None:
+    other = draw_factors("model.layers.1.q_proj", 8, 6, rank=3)
+    path = write_adapter(tmp_path / "a", {**FACTORS, **other, "norm.weight": torch.ones(2)})
+    found = inspect(path)
+    assert found.obstacle.startswith(
+        "a LoRA adapter of rank 2, 3 for 2 modules, and 1 tensor stored whole, trained on 'org/base'"
+    )
+    assert len(found.tensors) == 5
