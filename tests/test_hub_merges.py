@@ -16,6 +16,7 @@ from raymerge import Planned, inspect, merge, plan, verify
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
 from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.stores.open import Stores
+from tests.adapters import draw_factors, write_adapter
 from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
 from tests.servers.hub import HubServer
@@ -368,3 +369,20 @@ def test_hundreds_of_shards_replace_a_model(hub: HubServer, many: tuple[list[str
     assert "config.json" in before.files
     assert commits.index(before) == len(commits) - 4
     assert published(hub, "me/many") == many[1]
+
+
+def test_an_adapter_is_read_where_it_is(family: tuple[Path, ...], hub: HubServer, tmp_path: Path) -> None:
+    weights = [tensor for tensor in inspect(family[0]).tensors if tensor.name.endswith("q_proj.weight")]
+    factors: dict[str, torch.Tensor] = {}
+    for weight in weights:
+        factors |= draw_factors(weight.name.removesuffix(".weight"), *weight.shape)
+    adapter = Path(write_adapter(tmp_path / "adapter", factors))
+    hub.create_repo("org/adapter")
+    hub.upload("org/adapter", dict(read_files(adapter)))
+    for name, model in (("here", f"{family[0]}+{adapter}"), ("there", f"{NAMES[0]}+org/adapter@main")):
+        merge({"merge_method": "passthrough", "models": [{"model": model}]}, tmp_path / name)
+    here, there = (without_own(read_files(tmp_path / name)) for name in ("here", "there"))
+    assert {name: here[name] == there[name] for name in here if name.endswith(".safetensors")} == {
+        "model.safetensors": True
+    }
+    assert "org/adapter" in (tmp_path / "there" / "README.md").read_text()
