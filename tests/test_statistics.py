@@ -218,6 +218,10 @@ def misspell(entry: dict[str, Any], directory: Path) -> None:
     entry["fischer"] = entry.pop("fisher")
 
 
+def write_a_number(entry: dict[str, Any], directory: Path) -> None:
+    entry["fisher"] = 3
+
+
 def name_nothing(entry: dict[str, Any], directory: Path) -> None:
     entry["fisher"] = str(directory / "no.safetensors")
 
@@ -235,6 +239,7 @@ def name_the_model(entry: dict[str, Any], directory: Path) -> None:
     [
         ("fisher", forget, ConfigError, r"models\[1\].fisher: is missing: fisher needs the diagonal .* give its file"),
         ("fisher", misspell, ConfigError, r"models\[1\].fischer: unknown key; did you mean 'fisher'"),
+        ("fisher", write_a_number, ConfigError, r"^models\[1\].fisher: 3 is given, a model's name is needed[^\n]*$"),
         ("fisher", name_nothing, CheckpointError, "no such file or directory"),
         ("fisher", name_a_directory, CheckpointError, "there is no .safetensors file in"),
         ("fisher", name_the_model, CheckpointError, "the model .* itself, whose weights are no statistics"),

@@ -168,8 +168,9 @@ def check_statistics(
     needed = f"{op.name} needs the {title} of each model"
     places: dict[ModelRef, Place] = {}
     for use in uses:
-        if use.model is not None and use.model not in given:
-            places.setdefault(use.model, use.places[0])
+        place = use.places[0]
+        if use.model is not None and use.model not in given and place.get(key).value is None:  # else that is wrong
+            places.setdefault(use.model, place)
     for model, place in places.items():
         if isinstance(place.value, dict) and "model" not in place.value:
             problem = f"{needed}, and a pattern names none; list the models, each with `{key}: ...`"
