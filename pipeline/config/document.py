@@ -57,6 +57,11 @@ class Document:
     node: yaml.Node | None = None
     """The content as YAML has it, with the lines; None where a parsed config was given, whose lines nobody knows."""
 
+    @property
+    def first_line(self) -> int | None:
+        """Line where the content begins, from 1; None where a parsed config was given."""
+        return self.node.start_mark.line + 1 if self.node else None
+
     def where(self, line: int | None, column: int | None = None, *, is_short: bool = False) -> str:
         """Return where something is, as it begins a message; if short, with the file's name alone."""
         file = self.file.name if self.file and is_short else self.file

@@ -73,7 +73,10 @@ def load_config(
     """
     documents = read_documents(source)
     ops = {**load_ops(), **(own.ops if own else {})}
-    roots = [Place(document.content, node=document.node) for document in documents]
+    roots = [
+        Place(document.content, node=document.node, line=document.first_line if len(documents) > 1 else None)
+        for document in documents
+    ]
     parts = []
     for root, document in zip(roots, documents, strict=True):
         reader = _Reader(root, ops, find)

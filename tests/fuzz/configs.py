@@ -13,6 +13,7 @@ import yaml
 
 from raymerge import RaymergeError
 from raymerge.pipeline import driver
+from raymerge.pipeline.checkpoint.dtypes import DTYPE_NAMES
 from raymerge.pipeline.plan.report import format_plan, plan_json
 from tests.checkpoints import write_llama
 from tests.documents import PAGES, ROOT, read_blocks
@@ -22,7 +23,6 @@ from tests.fuzz.mutation import LAUGHS, NUMBERS, VALUES, YAML_VALUES, dump, muta
 NUM_LAYERS = 4
 _SHARED = ROOT.parent / "shared/cases/configs"
 _FORMS = ("models", "slices", "modules")
-_DTYPES = ("bfloat16", "float16", "float32", "float64", "int64")
 
 
 class Configs(Campaign[bytes]):
@@ -116,13 +116,13 @@ def _adapt(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(config: Any) -> str:
-    """Return why mergekit refuses a config, as far as its data go; empty where it does not."""
+    """Return why mergekit refuses a config, as far as its data go; empty where it does not, or is stricter than we."""
     if not isinstance(config, dict) or not isinstance(config.get("merge_method"), str):
         return "no mapping with a merge_method"
     if len([form for form in _FORMS if config.get(form)]) != 1:
         return "not one of models, slices and modules"
     for key in ("dtype", "out_dtype"):
-        if config.get(key) is not None and config[key].removeprefix("torch.") not in _DTYPES:
+        if config.get(key) is not None and config[key].removeprefix("torch.") not in (*DTYPE_NAMES, "auto"):
             return f"{key} {config[key]!r}"
     names = [_name(entry["model"]) for entry in config.get("models") or ()]
     if len(set(names)) < len(names):
@@ -132,7 +132,8 @@ def _explain(config: Any) -> str:
             if not _is_setting(value):
                 return f"{name}: {value!r}"
     for slices in config.get("slices") or ():
-        lengths = {stop - start for start, stop in (source["layer_range"] for source in slices["sources"])}
+        ranges = [source.get("layer_range", [0, NUM_LAYERS]) for source in slices["sources"]]
+        lengths = {stop - start for start, stop in ranges}
         if len(lengths) != 1:
             return "sources of other lengths"
     return ""

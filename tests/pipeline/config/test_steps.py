@@ -87,3 +87,7 @@ def test_the_mistakes_of_all_documents_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         load_config(path)
     assert [line.partition(": ")[0] for line in str(refused.value).splitlines()[::2]] == [f"{path}:2", f"{path}:6"]
+    path.write_text(path.read_text().replace("merge_method: karhcer", "dtype: bf16"))
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    assert [line.partition(": ")[0] for line in str(refused.value).splitlines()[::2]] == [f"{path}:1", f"{path}:6"]
