@@ -66,10 +66,19 @@ def draw_by_rank(
 
 def _set_limits(even, odd, limits, start, stop, num_below, low, step):
     """Set the limits of some sizes from their counts, which become zero; return the elements up to these sizes."""
-    for size in range(start, stop):
-        count = np.int64(even[size]) + np.int64(odd[size])
-        even[size] = 0
-        odd[size] = 0
-        limits[size] = np.uint32(low + ((2 * num_below + count - 1) * step >> CHANCE_SHIFT))
-        num_below += count
-    return num_below
+    counts, found = even[start:stop], limits[start:stop]
+    others = odd[start:stop]
+    for k in range(stop - start):
+        found[k] = counts[k] + others[k]
+    counts[:] = 0
+    others[:] = 0
+    twice = np.uint32(
+        (2 * num_below - 1) & 0xFFFFFFFF
+    )  # wraps where there is none below; a size that nothing has gets no limit
+    for k in range(stop - start):
+        count = found[k]
+        found[k] = np.uint32(twice + count)
+        twice = np.uint32(twice + count + count)
+    for k in range(stop - start):
+        found[k] = np.uint32(low + (np.int64(found[k]) * step >> CHANCE_SHIFT))
+    return np.int64(np.uint32(twice + np.uint32(1)) >> np.uint32(1))
