@@ -14,7 +14,7 @@ MAX_RATIO = 1.5
 
 
 def measure_mixture(bench: Bench) -> list[Row]:
-    """Return the time of a Qwen2-MoE of four fine-tunes and a shared expert, without start-up, against `cp` and fsync."""
+    """Return the time of a Qwen2-MoE of four fine-tunes and a shared expert, less start-up, against `cp` and fsync."""
     bench.make_family(FAMILY, 3)
     base, *experts = link_family(bench.checkpoints, FAMILY, NUM_EXPERTS)
     config = bench.workdir / f"mixture-{FAMILY}.yml"
