@@ -38,6 +38,7 @@ from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle
 from raymerge.pipeline.plan.shards import make_fingerprint, make_tasks
 from raymerge.pipeline.plan.shares import Limits, explain_shares
+from raymerge.pipeline.plan.token_numbers import warn_of_tokenizers
 from raymerge.pipeline.plan.tokenizers import finish_config, finish_files, plan_vocabulary
 from raymerge.pipeline.plan.types import Copied, InputAdapter, InputModel, MergePlan, PlannedOutput, SideFile, Written
 from raymerge.pipeline.plan.variants import join_variants
@@ -179,6 +180,9 @@ def make_plan(
         left_out += more_left_out
         doubts += [*planned.warnings, *planned.vocabulary.warn(), *more_doubts]
         doubts += [warning for recipe in recipes for warning in finish_config(planned, recipe.config)]
+    else:
+        keeps_template = first.chat_template is None
+        doubts += warn_of_tokenizers(stores, [donor, *others], limits.allowed_mem, keeps_template=keeps_template)
     outputs = []
     notes = [note for config in configs for note in config.notes] + [*recipes[0].notes]
     notes += [note for found in gates if found and (note := found().note)]

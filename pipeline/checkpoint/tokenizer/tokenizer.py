@@ -102,10 +102,6 @@ class TokenizerReader:
             self._known[digest] = _parse(file.url, raw, more, digest)
         return self._known[digest]
 
-    def hash(self, files: Mapping[str, StoredFile]) -> str | None:
-        """Return a digest of a model's tokenizer.json; None where it has none."""
-        return sha256(self._read(files[TOKENIZER])).hexdigest() if TOKENIZER in files else None
-
     def _read(self, file: StoredFile) -> bytes:
         return bytes(self._stores.at(file.url).read(file.url, _MAX_NBYTES))
 
