@@ -10,9 +10,12 @@ import torch
 
 from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import Site
+from raymerge.ops.kernels import ranks
 from raymerge.ops.registry import find_op
 from tests.ops.engine import NAME, run_kernel
 from tests.ops.kernel_contract import assert_close
+from tests.ops.loop_engine import LoopEngine
+from tests.ops.samples import make_fine_tunes
 from tests.references import find_chances, find_exact
 
 SHAPE = (128, 4096)
@@ -58,6 +61,18 @@ def test_rows_lie_along_the_last_dimension(shape: tuple[int, ...], mode: str) ->
 def test_rows_of_one_element_are_kept_as_often_as_the_density_says() -> None:
     kept = (thin("della_linear", [noise(100_000, 1)], 0.3, epsilon=(0.2,)) != 0).double()
     assert abs(kept.mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 100_000)
+
+
+@pytest.mark.parametrize("kept_nbytes", [0, 2**15])
+def test_masks_that_are_not_kept_are_drawn_again(kept_nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever rows are cut when they are combined."""
+    tensors = [tensor.reshape(210, 1500) for tensor in make_fine_tunes(315_000, 2)]
+    kernel = find_op("della").kernel({"weight": (1.0, 0.5), "density": (0.5, 0.4)})
+    (kept,) = LoopEngine(tensors, NAME).run([kernel], torch.bfloat16)
+    monkeypatch.setattr(ranks, "_KEPT_NBYTES", kept_nbytes)
+    for is_forked in (False, True):
+        (drawn,) = LoopEngine(tensors, NAME).run([kernel], torch.bfloat16, cuts=(777, 200_001), is_forked=is_forked)
+        assert torch.equal(drawn, kept)
 
 
 def test_equal_sizes_are_kept_equally_often() -> None:

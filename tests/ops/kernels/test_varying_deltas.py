@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from raymerge.ops.kernels import varying_deltas
 from raymerge.ops.registry import find_op
-from tests.ops.engine import Engine, run_kernel
+from tests.ops.engine import NAME, Engine, run_kernel
 from tests.ops.kernel_contract import assert_close
+from tests.ops.loop_engine import LoopEngine
 from tests.ops.samples import make_fine_tunes
 from tests.references import find_exact
 
@@ -40,6 +42,18 @@ def test_equal_variances_of_few_bits_are_equal() -> None:
     for share, num_kept in ((0.21, 1), (0.41, 2), (0.8, 4)):
         merged = run_kernel(find_op("sce").kernel({"select_topk": share}), tensors)
         assert (merged != 0).tolist() == [k < num_kept for k in range(5)]
+
+
+def test_what_is_not_remembered_is_selected_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of equal variances, wherever pieces are cut and in whatever order they are merged."""
+    base, *models = make_fine_tunes(300_001, 3, dtype=torch.float32)
+    tensors = [base, *(base + (x - base).mul(1000).round().div(1024) for x in models)]
+    kernel = find_op("sce").kernel({"select_topk": 0.3})
+    (remembered,) = LoopEngine(tensors, NAME).run([kernel], torch.float32)
+    monkeypatch.setattr(varying_deltas, "MOST_REMEMBERED", 0)
+    for is_forked in (False, True):
+        (again,) = LoopEngine(tensors, NAME).run([kernel], torch.float32, cuts=(777, 200_001), is_forked=is_forked)
+        assert torch.equal(again, remembered)
 
 
 @pytest.mark.parametrize("share", [-1.0, 0.0, 1e-9])
