@@ -12,8 +12,8 @@ from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.open import Stores
 
-_CHUNK_ELEMENTS = 2**18
-"""Decoded at once; whatever is decoded by the engine takes as much or more."""
+_CHUNK_ELEMENTS = 2**16
+"""Decoded at once: what that takes is planned for."""
 
 
 def fill_padding(stores: Stores, task: ShardTask, on_read: Callable[[int], None]) -> ShardTask:
