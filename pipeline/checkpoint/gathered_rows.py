@@ -12,6 +12,9 @@ from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange
 _FEW_RUNS, _LONG_RUN = 1000, 32
 """So many runs are worth no word, nor are runs of so many rows."""
 
+_PLACE_NBYTES = 3 * ALIGNMENT
+"""Taken for each row of a window to know where it lies. Measured with 150,000 rows of two sources: 60 to 100."""
+
 
 @dataclass(frozen=True, slots=True)
 class GatheredRows(Source):
@@ -83,8 +86,9 @@ class GatheredRows(Source):
         )
 
     def max_nbytes(self, num_elements: int) -> int:
-        """Return the room of as many rows, each by itself, and of those that means take besides."""
+        """Return the room of as many rows, each by itself, of those that means take besides, and of where all lie."""
         rows = num_elements // self.columns + 2
         largest = max((len(mean) - 1 for mean in self.rows.means), default=0)
         extra = min(rows * largest, self.rows.num_extra)
-        return (rows + extra) * max((part.max_nbytes(self.columns) for part in self.parts), default=ALIGNMENT)
+        row_nbytes = max((part.max_nbytes(self.columns) for part in self.parts), default=0)
+        return (rows + extra) * (row_nbytes + _PLACE_NBYTES)
