@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _NUM_TEMPORARIES = 16
 """Numbers that a rule needs for each vector and source, at most, besides the inner products."""
+_FEW_COLUMNS = 32
+"""Rows of so few numbers are added up many at once, by numpy."""
+_ELEMENTS_AT_ONCE = 2**12
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ class _ColumnRun(KernelRun):
         for number, (i, j) in enumerate(self._pairs):
             products = torch.mul(vectors[i], vectors[j], out=spare)
             for columns, elements in self._cut(block):
-                self._sums[number, columns].add_(products[elements])
+                size = columns.stop - columns.start
+                _add_rows(self._sums[number, columns], products[elements].view(-1, size))
 
     def end_pass(self, index: int) -> None:
         pass
@@ -151,17 +155,19 @@ class _ColumnRun(KernelRun):
             if key not in found:
                 found[key] = self._weigh_columns(columns, out.device)
             for vector, coefficients in zip(vectors, found[key], strict=True):
-                vector[elements].mul_(coefficients)
+                vector[elements].view(-1, columns.stop - columns.start).mul_(coefficients)
         _add_up(vectors, origin if self._num_origins else None, out)
 
     def _cut(self, block: Block) -> Iterator[tuple[slice, slice]]:
-        """Yield for each row in a block, or part of one, its columns, and where it is in the block."""
+        """Yield the columns of part of a row in a block, or of all whole rows, and where they are in the block."""
         start = block.start
         while start < block.stop:
             first = start % self._num_columns
             size = min(self._num_columns - first, block.stop - start)
-            yield slice(first, first + size), slice(start - block.start, start - block.start + size)
-            start += size
+            num_rows = 1 if first else max(1, (block.stop - start) // self._num_columns)
+            elements = slice(start - block.start, start - block.start + num_rows * size)
+            yield slice(first, first + size), elements
+            start += num_rows * size
 
     def _weigh_columns(self, columns: slice, device: torch.device) -> torch.Tensor:
         assert self._sums is not None
@@ -184,6 +190,18 @@ def _weigh(
     with np.errstate(all="ignore"):
         found = rule(gram, *parameters)
     return torch.from_numpy(found.astype(np.float32)).to(device)
+
+
+def _add_rows(sums: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add rows to float64 sums, one after the other: in one order, however many there are at once."""
+    if rows.shape[1] > _FEW_COLUMNS:
+        for row in rows:
+            sums.add_(row)
+        return
+    num_rows = _ELEMENTS_AT_ONCE // rows.shape[1]
+    for first in range(0, len(rows), num_rows):
+        added = np.vstack([sums.cpu().numpy(), rows[first : first + num_rows].cpu().numpy()])
+        sums.copy_(torch.from_numpy(np.add.accumulate(added, axis=0)[-1]))
 
 
 def _sum_rows(x: torch.Tensor) -> torch.Tensor:
