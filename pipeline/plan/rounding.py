@@ -37,7 +37,7 @@ def warn_of_rounding(stores: Stores, merges: Iterable[TensorMerge], kept: Sequen
     floats = [merge for merge in merges if DTYPES[merge.out_dtype].is_mergeable]
     long = {merge.name: sources for merge in floats if (sources := _list_long(merge))}
     rounded = [merge for merge in floats if merge.name in long and DTYPES[merge.out_dtype].num_bits == 16]
-    if not rounded or len(long) == len(floats):
+    if not rounded or not any(_is_short(merge) for merge in floats):
         return []
     rounded.sort(key=lambda merge: merge.nbytes)
     small: dict[str, list[Source]] = {}
@@ -73,6 +73,12 @@ def warn_of_rounding(stores: Stores, merges: Iterable[TensorMerge], kept: Sequen
 def _list_long(merge: TensorMerge) -> list[Source]:
     """Return the sources that are stored as float32, in one range each."""
     return [source for source in merge.tensors if source.dtype == "F32" and isinstance(source, StoredTensor)]
+
+
+def _is_short(merge: TensorMerge) -> bool:
+    """Tell whether a tensor is made of stored ones, in whatever way, and none of them is float32."""
+    stored = [tensor for source in merge.tensors for tensor in source.origins]
+    return bool(stored) and all(tensor.dtype != "F32" for tensor in stored)
 
 
 def _measure(content: bytes, dtype: str) -> np.ndarray:

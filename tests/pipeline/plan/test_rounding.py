@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from raymerge import merge, plan
+from tests.adapters import draw_factors, write_adapter
 from tests.checkpoints import llama_config, llama_tensors, read_tensors, write_checkpoint
+from tests.tokenized_models import WIDTH, write_family
 
 DECAYS = [f"model.layers.{layer}.mamba.A_log" for layer in (0, 1)]
 NORM = "model.layers.0.mamba.norm.weight"
@@ -95,3 +97,13 @@ def test_large_tensors_are_named_without_a_count(write: Any) -> None:
 def test_models_of_float32_are_rounded_as_asked(tmp_path: Path) -> None:
     tensors = {name: tensor.float() for name, tensor in llama_tensors(1).items()}
     assert warn(str(write_checkpoint(tmp_path / "a", tensors, llama_config()))) == ()
+
+
+def test_models_of_float32_are_rounded_as_asked_whatever_is_made_of_them(tmp_path: Path) -> None:
+    first, second, _ = map(str, write_family(tmp_path))
+    assert warn(first, second, tokenizer_source="union") == ()
+    adapter = write_adapter(tmp_path / "adapter", draw_factors("model.layers.0.self_attn.q_proj", WIDTH, WIDTH))
+    assert warn(f"{first}+{adapter}") == ()
+    experts = [{"source_model": model, "positive_prompts": [f"fox {k}"]} for k, model in enumerate((first, first))]
+    mixture = {"base_model": first, "gate_mode": "cheap_embed", "experts": experts, "dtype": "bfloat16"}
+    assert not any("stored as float32" in warning for warning in plan(mixture).warnings)
