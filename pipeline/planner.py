@@ -7,45 +7,35 @@ head that is said to be the embedding.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from raymerge.cluster.host import measure_memory
-from raymerge.pipeline.checkpoint.adapters.adapter import Adapter, open_adapters
-from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_models
-from raymerge.pipeline.checkpoint.files import CONFIG, is_tokenizer
+from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.model_config import dump_config
-from raymerge.pipeline.checkpoint.quantised import QUANTISED_FILES
-from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.checkpoint.side_files import explain_left_out, find_side_files
-from raymerge.pipeline.checkpoint.statistics import find_statistics, index_statistics
-from raymerge.pipeline.checkpoint.tying import has_own_head
-from raymerge.pipeline.checkpoint.views import StoredView, View
 from raymerge.pipeline.config.merge_config import MergeConfig, Mixture
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.chat_template import set_chat_template
-from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.gates import Base, Gates, make_gates
 from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.intermediate import Inputs, check_rows, expand_steps
-from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer, check_plan_fits
-from raymerge.pipeline.plan.recipe import expand, open_model
+from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer
+from raymerge.pipeline.plan.recipe import expand
 from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle
 from raymerge.pipeline.plan.shards import make_fingerprint, make_tasks
 from raymerge.pipeline.plan.shares import Limits, explain_shares
+from raymerge.pipeline.plan.side_files import gather_side_files
+from raymerge.pipeline.plan.stored_inputs import open_inputs
 from raymerge.pipeline.plan.token_numbers import warn_of_tokenizers
 from raymerge.pipeline.plan.tokenizers import finish_config, finish_files, plan_vocabulary
-from raymerge.pipeline.plan.types import Copied, InputAdapter, InputModel, MergePlan, PlannedOutput, SideFile, Written
+from raymerge.pipeline.plan.types import MergePlan, PlannedOutput, ShardTask, SideFile, Written
 from raymerge.pipeline.plan.variants import join_variants
 from raymerge.pipeline.runners import count_slots
-from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.open import Stores
-from raymerge.pipeline.urls import scheme_of
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray.session import RaySession
@@ -94,86 +84,36 @@ def make_plan(
     Raises:
         RaymergeError: whatever would go wrong later, as far as it can be known now.
     """
-    from raymerge.pipeline.checkpoint.table import (  # pyarrow: slow to import
-        index_tensors,
-        list_tensors,
-        read_table,
-        release_tables,
-    )
-
+    _check_alike(configs)
     first = configs[0]
-    if any(config.input_models != first.input_models for config in configs):
-        raise ConfigError("the variants of one plan name different models; they may differ in parameters only")
-    if any(config.statistics != first.statistics for config in configs):
-        raise ConfigError("the variants of one plan name different statistics; they may differ in parameters only")
-    checkpoints = resolve_models(stores, first.input_models, trust_headers=trust_headers)
-    statistics_files = find_statistics(
-        stores, tuple(dict.fromkeys(first.statistics.values())), {c.url: c.model for c in checkpoints}
-    )
-
-    def check(file: StoredFile, num_tensors: int) -> None:
-        check_plan_fits(file.url, num_tensors, num_tensors, limits.allowed_mem)
-
-    weights = {str(c.model.without_adapter): c.weight_files for c in checkpoints}
-    table = read_table(stores, weights, check)
-    statistics_table = read_table(stores, {str(found.ref): found.files for found in statistics_files}, check)
-    num_stored = len(table) + len(statistics_table)
-    check_plan_fits("the inputs together", num_stored, len(table) // len(weights), limits.allowed_mem)
-    tensors, stored_statistics = list_tensors(table), list_tensors(statistics_table)
-    adapters = open_adapters(stores, [c.model.adapter for c in checkpoints if c.model.adapter], check)
-    del table, statistics_table
-    release_tables()
-    views: dict[ModelRef, View] = {
-        found.ref: StoredView(found.ref, index_statistics(stored_statistics.get(str(found.ref), ())))
-        for found in statistics_files
-    }
-    models = []
-    doubts: list[str] = []
-    own_heads: dict[str, bool] = {}
-    for checkpoint in checkpoints:
-        alone = str(checkpoint.model.without_adapter)
-        stored, more = index_tensors(checkpoint, tensors.get(alone, ()))
-        doubts += [*checkpoint.warnings, *more]
-        if alone not in own_heads:
-            own_heads[alone] = has_own_head(stores, checkpoint.config, stored)
-        place = first.statistics.get(checkpoint.model)
-        models.append(
-            open_model(
-                checkpoint,
-                stored,
-                has_own_head=own_heads[alone],
-                statistics=None if place is None else views[place],
-                adapter=adapters[checkpoint.model.adapter] if checkpoint.model.adapter else None,
-            )
-        )
-    if any(config.vocabulary != first.vocabulary for config in configs):
-        raise ConfigError("the variants of one plan ask for different tokenizers; they may differ in parameters only")
-    merged = [expand_steps(config, checkpoints, models, seed) for config in configs]
-    planned = plan_vocabulary(stores, first, merged[0].checkpoints, merged[0].models, limits.allowed_mem)
+    stored = open_inputs(stores, first, limits.allowed_mem, trust_headers=trust_headers)
+    doubts = [*stored.warnings]
+    inputs = [expand_steps(config, stored.checkpoints, stored.models, seed) for config in configs]
+    planned = plan_vocabulary(stores, first, inputs[0].checkpoints, inputs[0].models, limits.allowed_mem)
     vocabulary = planned.vocabulary if planned else None
     gates = [
         None
         if config.mixture is None
-        else cache(partial(_make_gates, stores, inputs, config.mixture, seed, limits.allowed_mem, measures=measures))
-        for config, inputs in zip(configs, merged, strict=True)
+        else cache(partial(_make_gates, stores, each, config.mixture, seed, limits.allowed_mem, measures=measures))
+        for config, each in zip(configs, inputs, strict=True)
     ]
     recipes = [
-        expand(config, inputs.models, seed, vocabulary, found)
-        for config, inputs, found in zip(configs, merged, gates, strict=True)
+        expand(config, each.models, seed, vocabulary, found)
+        for config, each, found in zip(configs, inputs, gates, strict=True)
     ]
-    donor = merged[0].checkpoints[0]
     merges = join_variants(recipes)
     check_rows(merges)
     check_integers(stores, merges)
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
-    read = [(c.url, sum(file.nbytes for file in c.weight_files)) for c in checkpoints]
-    read += [(found.url, sum(file.nbytes for file in found.files)) for found in statistics_files]
-    read += [(adapter.url, sum(tensor.nbytes for tensor in adapter.tensors)) for adapter in adapters.values()]
-    transfer = _measure_transfer(stores, [url for url, _ in read], outs, limits)
-    limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, read, session))
+
+    places = stored.list_places()
+    transfer = _measure_transfer(stores, [url for url, _ in places], outs, limits)
+    limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, places, session))
     tasks, num_workers, num_allowed = make_tasks(merges, limits, first.own)
-    others = [checkpoint for checkpoint in checkpoints if checkpoint.url != donor.url]
-    beside, more_doubts, left_out = _gather_side_files(stores, [donor, *others])
+
+    donor = inputs[0].checkpoints[0]
+    donors = [donor, *(checkpoint for checkpoint in stored.checkpoints if checkpoint.url != donor.url)]
+    beside, more_doubts, left_out = gather_side_files(stores, donors)
     doubts += more_doubts
     if planned is not None:
         beside, more_doubts, more_left_out = finish_files(stores, planned, beside, donor)
@@ -182,41 +122,37 @@ def make_plan(
         doubts += [warning for recipe in recipes for warning in finish_config(planned, recipe.config)]
     else:
         keeps_template = first.chat_template is None
-        doubts += warn_of_tokenizers(stores, [donor, *others], limits.allowed_mem, keeps_template=keeps_template)
+        doubts += warn_of_tokenizers(stores, donors, limits.allowed_mem, keeps_template=keeps_template)
     outputs = []
     notes = [note for config in configs for note in config.notes] + [*recipes[0].notes]
     notes += [note for found in gates if found and (note := found().note)]
     origin = "".join(config.op.origin for config in (*first.steps, first))
-    for position, (config, recipe, inputs) in enumerate(zip(configs, recipes, merged, strict=True)):
+    for position, (config, recipe, each) in enumerate(zip(configs, recipes, inputs, strict=True)):
         files, doubts_here = beside, list[str]()
         if config.chat_template is not None:
+            are_donors = planned is None or planned.is_donor
             files, doubts_here, said = set_chat_template(
-                stores, config.chat_template, inputs.checkpoints, beside, are_donors=planned is None or planned.is_donor
+                stores, config.chat_template, each.checkpoints, beside, are_donors=are_donors
             )
             notes += said
         side_files: tuple[SideFile, ...] = (*files, Written(CONFIG, dump_config(recipe.config)))
         fingerprint = make_fingerprint(tasks, side_files, position, origin)
-        warnings = (*config.warnings, *doubts, *doubts_here, *inputs.warnings, *recipe.warnings)
+        warnings = (*config.warnings, *doubts, *doubts_here, *each.warnings, *recipe.warnings)
         outputs.append(PlannedOutput(config.text, seed, side_files, warnings, fingerprint))
-    advice = explain_shares(tasks, limits, num_allowed)
-    if idle := explain_idle(tasks, count_slots(num_allowed, session, limits.gpus)):
-        advice.append(idle)
-    if limits.gpus is not None and session is None and (faster := explain_gpus(tasks, limits.num_workers)):
-        advice.append(faster)
     return MergePlan(
         own=first.own,
         tasks=tasks,
         outputs=tuple(outputs),
         donor=donor.model,
-        inputs=tuple(InputModel(c.model, c.url, tuple(c.files)) for c in checkpoints),
-        statistics=tuple(InputModel(found.ref, found.url, found.names) for found in statistics_files),
-        adapters=_list_adapters(adapters, models),
+        inputs=stored.list_models(),
+        statistics=stored.list_statistics(),
+        adapters=stored.list_adapters(),
         op=first.op,
         chosen=_describe_run(first),
         notes=tuple(dict.fromkeys(notes)),
         vocabulary=tuple(planned.vocabulary.describe()) if planned else (),
-        advice=tuple(advice),
-        dropped=(*merged[0].dropped, *recipes[0].dropped, *left_out),
+        advice=_advise(tasks, limits, num_allowed, session),
+        dropped=(*inputs[0].dropped, *recipes[0].dropped, *left_out),
         num_workers=num_workers,
         allowed_mem=limits.allowed_mem,
         gpus=limits.gpus,
@@ -224,15 +160,30 @@ def make_plan(
     )
 
 
-def _list_adapters(adapters: Mapping[ModelRef, Adapter], models: Sequence[Model]) -> tuple[InputAdapter, ...]:
-    effects: dict[ModelRef, list[str]] = {ref: [] for ref in adapters}
-    for model in models:
-        if model.adapter is not None:
-            effects[model.adapter.ref].append(f"{model.ref.without_adapter}: {model.adapter}")
-    return tuple(
-        InputAdapter(InputModel(ref, adapter.url, tuple(adapter.files)), tuple(effects[ref]))
-        for ref, adapter in adapters.items()
-    )
+def _check_alike(configs: Sequence[MergeConfig]) -> None:
+    """Refuse variants that differ in more than parameters."""
+    first = configs[0]
+    for config in configs:
+        differing = {
+            "name different models": config.input_models != first.input_models,
+            "name different statistics": config.statistics != first.statistics,
+            "ask for different tokenizers": config.vocabulary != first.vocabulary,
+        }
+        for what, is_so in differing.items():
+            if is_so:
+                raise ConfigError(f"the variants of one plan {what}; they may differ in parameters only")
+
+
+def _advise(
+    tasks: Sequence[ShardTask], limits: Limits, num_allowed: int, session: RaySession | None
+) -> tuple[str, ...]:
+    """Return what would make the merge faster."""
+    advice = [*explain_shares(tasks, limits, num_allowed)]
+    if idle := explain_idle(tasks, count_slots(num_allowed, session, limits.gpus)):
+        advice.append(idle)
+    if limits.gpus is not None and session is None and (faster := explain_gpus(tasks, limits.num_workers)):
+        advice.append(faster)
+    return tuple(advice)
 
 
 def _make_gates(
@@ -242,13 +193,6 @@ def _make_gates(
     model = inputs.models[0]
     base = Base(inputs.checkpoints[0], model.view, model.layers, model.width("hidden_size") or 0)
     return make_gates(stores, mixture, base, seed, allowed_mem, measures=measures)
-
-
-def _check_readable(stores: Stores, files: Sequence[Copied]) -> None:
-    """Read a byte of each file of this machine that is to be copied, which happens after all shards are made."""
-    ranges = [ByteRange(file.source, 0, 1) for file in files if scheme_of(file.source.url) == "file" and file.nbytes]
-    if ranges:
-        stores.at(ranges[0].file.url).read_ranges(ranges)
 
 
 def _is_cached(stores: Stores, inputs: Sequence[tuple[str, int]], session: RaySession | None) -> bool:
@@ -286,31 +230,3 @@ def _measure_transfer(stores: Stores, urls: Sequence[str], outs: Sequence[str], 
     if is_remote:
         return replace(transfer, staging_nbytes=MAX_FETCH_NBYTES)
     return transfer if limits.gpus is not None else replace(transfer, fetch_nbytes=LOCAL_FETCH_NBYTES)
-
-
-def _gather_side_files(
-    stores: Stores, checkpoints: Sequence[Checkpoint]
-) -> tuple[list[SideFile], list[str], list[str]]:
-    """Return the donor's files that an output gets besides weights, warnings, and lines on what stays behind."""
-    donor, *others = checkpoints
-    found = find_side_files(stores, donor)
-    copied = [Copied(name, file) for name, file in found.copied if name not in QUANTISED_FILES]
-    _check_readable(stores, copied)
-    side_files: list[SideFile] = [*copied, *(Written(name, text) for name, text in found.masked)]
-    warnings = [f"{donor.model}: {name} holds a credential, which the output gets as ***" for name, _ in found.masked]
-    part = stores.at(donor.url).explain_part(donor.url)
-    if found.missing:
-        hint = f"; {part}" if part else ""
-        warnings.append(f"{donor.model}: {listing(found.missing)} missing, which its configs name (auto_map){hint}")
-    if part and not any(is_tokenizer(file.name) for file in side_files):
-        warnings.append(f"{donor.model}: there is no tokenizer, so the output gets none; {part}")
-    for name in found.module_weights:
-        also = ", ".join(str(other.model) for other in others if name in other.files)
-        unused = f"; those of {also} are not used" if also else ""
-        warnings.append(f"{name}: weights of a module of its own, copied from {donor.model} and not merged{unused}")
-    left_out = [*explain_left_out(donor, found.left_out, is_donor=True)]
-    for other in others:
-        weights = {file.url for file in other.weight_files}
-        names = [name for name, file in other.files.items() if file.url not in weights]
-        left_out += explain_left_out(other, names, is_donor=False)
-    return side_files, warnings, left_out

@@ -1,0 +1,48 @@
+"""Which files beside the weights an output gets, and which stay behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
+from raymerge.pipeline.checkpoint.files import is_tokenizer
+from raymerge.pipeline.checkpoint.quantised import QUANTISED_FILES
+from raymerge.pipeline.checkpoint.side_files import explain_left_out, find_side_files
+from raymerge.pipeline.messages import listing
+from raymerge.pipeline.plan.types import Copied, SideFile, Written
+from raymerge.pipeline.stores.files import ByteRange
+from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.urls import scheme_of
+
+
+def gather_side_files(stores: Stores, checkpoints: Sequence[Checkpoint]) -> tuple[list[SideFile], list[str], list[str]]:
+    """Return the donor's files that an output gets besides weights, warnings, and lines on what stays behind."""
+    donor, *others = checkpoints
+    found = find_side_files(stores, donor)
+    copied = [Copied(name, file) for name, file in found.copied if name not in QUANTISED_FILES]
+    _check_readable(stores, copied)
+    side_files: list[SideFile] = [*copied, *(Written(name, text) for name, text in found.masked)]
+    warnings = [f"{donor.model}: {name} holds a credential, which the output gets as ***" for name, _ in found.masked]
+    part = stores.at(donor.url).explain_part(donor.url)
+    if found.missing:
+        hint = f"; {part}" if part else ""
+        warnings.append(f"{donor.model}: {listing(found.missing)} missing, which its configs name (auto_map){hint}")
+    if part and not any(is_tokenizer(file.name) for file in side_files):
+        warnings.append(f"{donor.model}: there is no tokenizer, so the output gets none; {part}")
+    for name in found.module_weights:
+        also = ", ".join(str(other.model) for other in others if name in other.files)
+        unused = f"; those of {also} are not used" if also else ""
+        warnings.append(f"{name}: weights of a module of its own, copied from {donor.model} and not merged{unused}")
+    left_out = [*explain_left_out(donor, found.left_out, is_donor=True)]
+    for other in others:
+        weights = {file.url for file in other.weight_files}
+        names = [name for name, file in other.files.items() if file.url not in weights]
+        left_out += explain_left_out(other, names, is_donor=False)
+    return side_files, warnings, left_out
+
+
+def _check_readable(stores: Stores, files: Sequence[Copied]) -> None:
+    """Read a byte of each file of this machine that is to be copied, which happens after all shards are made."""
+    ranges = [ByteRange(file.source, 0, 1) for file in files if scheme_of(file.source.url) == "file" and file.nbytes]
+    if ranges:
+        stores.at(ranges[0].file.url).read_ranges(ranges)

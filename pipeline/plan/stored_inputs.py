@@ -1,0 +1,120 @@
+"""All that a merge reads: models, statistics and adapters, with their headers in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raymerge.pipeline.checkpoint.adapters.adapter import Adapter, open_adapters
+from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_models
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.statistics import StatisticsFiles, find_statistics, index_statistics
+from raymerge.pipeline.checkpoint.tying import has_own_head
+from raymerge.pipeline.checkpoint.views import StoredView
+from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.plan.forms.form import Model
+from raymerge.pipeline.plan.memory import check_plan_fits
+from raymerge.pipeline.plan.recipe import open_model
+from raymerge.pipeline.plan.types import InputAdapter, InputModel
+from raymerge.pipeline.stores.files import StoredFile
+from raymerge.pipeline.stores.open import Stores
+
+
+@dataclass(frozen=True, slots=True)
+class StoredInputs:
+    """What is stored of a config's inputs, revisions pinned and headers read."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    """In the config's order."""
+    models: tuple[Model, ...]
+    """The same ones, opened."""
+    statistics: Sequence[StatisticsFiles]
+    adapters: Mapping[ModelRef, Adapter]
+    warnings: tuple[str, ...]
+
+    def list_places(self) -> list[tuple[str, int]]:
+        """Return URL and bytes of weights of each input."""
+        places = [(c.url, sum(file.nbytes for file in c.weight_files)) for c in self.checkpoints]
+        places += [(found.url, sum(file.nbytes for file in found.files)) for found in self.statistics]
+        places += [(each.url, sum(tensor.nbytes for tensor in each.tensors)) for each in self.adapters.values()]
+        return places
+
+    def list_models(self) -> tuple[InputModel, ...]:
+        """Return the models with their files."""
+        return tuple(InputModel(c.model, c.url, tuple(c.files)) for c in self.checkpoints)
+
+    def list_statistics(self) -> tuple[InputModel, ...]:
+        """Return the statistics with their files."""
+        return tuple(InputModel(found.ref, found.url, found.names) for found in self.statistics)
+
+    def list_adapters(self) -> tuple[InputAdapter, ...]:
+        """Return the adapters with their files, and what each changes."""
+        effects: dict[ModelRef, list[str]] = {ref: [] for ref in self.adapters}
+        for model in self.models:
+            if model.adapter is not None:
+                effects[model.adapter.ref].append(f"{model.ref.without_adapter}: {model.adapter}")
+        return tuple(
+            InputAdapter(InputModel(ref, adapter.url, tuple(adapter.files)), tuple(effects[ref]))
+            for ref, adapter in self.adapters.items()
+        )
+
+
+def open_inputs(stores: Stores, config: MergeConfig, allowed_mem: int, *, trust_headers: bool) -> StoredInputs:
+    """Find all inputs of a config and read their headers.
+
+    Args:
+        stores: of the inputs.
+        config: names them; the parameters do not matter.
+        allowed_mem: bytes that the plan may take.
+        trust_headers: whether files of weights decide where they and the index disagree, or it is missing.
+
+    Raises:
+        RaymergeError: an input is missing, damaged, or too large to plan with.
+    """
+    from raymerge.pipeline.checkpoint.table import (  # pyarrow: slow to import
+        index_tensors,
+        list_tensors,
+        read_table,
+        release_tables,
+    )
+
+    def check(file: StoredFile, num_tensors: int) -> None:
+        check_plan_fits(file.url, num_tensors, num_tensors, allowed_mem)
+
+    checkpoints = resolve_models(stores, config.input_models, trust_headers=trust_headers)
+    places = tuple(dict.fromkeys(config.statistics.values()))
+    statistics = find_statistics(stores, places, {c.url: c.model for c in checkpoints})
+    weights = {str(c.model.without_adapter): c.weight_files for c in checkpoints}
+    table = read_table(stores, weights, check)
+    statistics_table = read_table(stores, {str(found.ref): found.files for found in statistics}, check)
+    num_stored = len(table) + len(statistics_table)
+    check_plan_fits("the inputs together", num_stored, len(table) // len(weights), allowed_mem)
+    tensors, stored_statistics = list_tensors(table), list_tensors(statistics_table)
+    adapters = open_adapters(stores, [c.model.adapter for c in checkpoints if c.model.adapter], check)
+    del table, statistics_table
+    release_tables()
+
+    views = {
+        found.ref: StoredView(found.ref, index_statistics(stored_statistics.get(str(found.ref), ())))
+        for found in statistics
+    }
+    models: list[Model] = []
+    warnings: list[str] = []
+    own_heads: dict[str, bool] = {}
+    for checkpoint in checkpoints:
+        alone = str(checkpoint.model.without_adapter)
+        stored, more = index_tensors(checkpoint, tensors.get(alone, ()))
+        warnings += [*checkpoint.warnings, *more]
+        if alone not in own_heads:
+            own_heads[alone] = has_own_head(stores, checkpoint.config, stored)
+        place = config.statistics.get(checkpoint.model)
+        models.append(
+            open_model(
+                checkpoint,
+                stored,
+                has_own_head=own_heads[alone],
+                statistics=None if place is None else views[place],
+                adapter=adapters[checkpoint.model.adapter] if checkpoint.model.adapter else None,
+            )
+        )
+    return StoredInputs(tuple(checkpoints), tuple(models), statistics, adapters, tuple(warnings))
