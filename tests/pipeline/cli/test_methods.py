@@ -27,7 +27,8 @@ def test_the_table_has_a_line_for_each(cli: Cli, monkeypatch: pytest.MonkeyPatch
     by_name = {words[0]: words[1:6] for line in lines if len(words := line.split()) > 5}
     assert load_ops().keys() <= by_name.keys()
     assert by_name["ties"] == ["0+", "required", "2", "blocks", "compiled"]
-    assert by_name["della"] == ["0+", "required", "1", "rows", "torch"]
+    assert by_name["della"] == ["0+", "required", "1", "rows", "compiled"]
+    assert by_name["cabs"] == ["1+", "required", "0", "blocks", "torch"]
     assert by_name["slerp"] == ["1", "required", "1", "blocks", "compiled"]
     assert by_name["linear"] == ["1+", "none", "0", "blocks", "compiled"]
 
