@@ -74,6 +74,12 @@ class SparseDeltas(Kernel):
                 )
 
     @property
+    def scale_of_sum(self) -> float:
+        """What the sum of all weighted deltas is multiplied with, whether or not they agree on a sign."""
+        total = sum(self.weights) if self.normalize else 1.0
+        return self.scale / (total if abs(total) >= SMALLEST_DIVISOR else 1.0)
+
+    @property
     def loop_dtypes(self) -> tuple[str, ...]:  # type: ignore[override]  # of a kernel, not of a class
         """There are none yet for the reciprocals of probabilities that follow from ranks."""
         return () if self.sparsifier == "ranks" and self.rescale == "inverse_density" else LOOP_DTYPES
@@ -273,9 +279,7 @@ class _SparseDeltasRun(KernelRun):
             common = models[0].weight if models[0].weight > 0 and len(weights) == 1 else 1.0
             factors = [model.weight / common * model.rescaling for model in models]
             return factors, common, scale if self._kernel.normalize else scale * common
-        if self._kernel.normalize:
-            total = sum(self._kernel.weights)
-            scale /= total if abs(total) >= SMALLEST_DIVISOR else 1.0
+        scale = self._kernel.scale_of_sum
         coefficients = [model.weight * model.rescaling * scale for model in models]
         if len(set(coefficients)) == 1:
             return [1.0] * len(models), 1.0, coefficients[0]

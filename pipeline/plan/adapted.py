@@ -27,10 +27,7 @@ def join_adapted(sources: Sequence[Source], kernel: Kernel) -> tuple[tuple[Sourc
         return _join_linear(sources, kernel)
     is_sum = isinstance(kernel, SparseDeltas) and (kernel.sparsifier, kernel.consensus) == ("none", "none")
     if isinstance(kernel, SparseDeltas) and is_sum and not any(kernel.gammas):
-        weights = [
-            kernel.scale * weight / (sum(kernel.weights) if kernel.normalize else 1) for weight in kernel.weights
-        ]
-        return _join_deltas(sources, weights, kernel)
+        return _join_deltas(sources, [kernel.scale_of_sum * weight for weight in kernel.weights], kernel)
     return tuple(sources), kernel
 
 

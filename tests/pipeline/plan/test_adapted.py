@@ -71,6 +71,18 @@ def test_task_arithmetic(models: dict[str, dict[str, torch.Tensor]], normalize: 
         torch.testing.assert_close(values.double(), x + 0.7 * deltas / total, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [0.1 + 0.2, -0.3]])
+def test_weights_that_cancel_divide_nothing(
+    models: dict[str, dict[str, torch.Tensor]], weights: list[float], tmp_path: Path
+) -> None:
+    base, *names = list(models)[:3]
+    config = make_config("task_arithmetic", names, weights, base_model=base, parameters={"normalize": True})
+    merged = merge_in_every_way(config, tmp_path / "out")
+    for name, values in merged.items():
+        deltas = sum(w * (models[model][name] - models[base][name]) for model, w in zip(names, weights, strict=True))
+        torch.testing.assert_close(values, models[base][name] + deltas, rtol=1e-5, atol=1e-5)
+
+
 def test_another_base_is_merged_as_ever(models: dict[str, dict[str, torch.Tensor]]) -> None:
     config = make_config("task_arithmetic", list(models)[1:4], [1, 1, 1], base_model=list(models)[4])
     assert count_sources(config) == dict.fromkeys(SHAPES, 4)
