@@ -114,13 +114,10 @@ def merge(
         RaymergeError: something the caller can put right; running again goes on with the finished shards.
     """
     options = make_options(options, keywords)
+    kept = {} if options.keep_intermediates is None else _check_intermediates(config, str(out), options)
     report = merge_variants([config], [out], options, on_event=on_event)[0]
-    if options.keep_intermediates is not None:
-        own = None if options.ops is None else read_own_ops(options.ops)
-        with open_stores(StoreSettings(options.storage)) as stores:
-            steps = list_steps(load_config(config, own=own, find=partial(find_models, stores)))
-        for step in steps:
-            merge_variants([step], [f"{options.keep_intermediates}/{step.name}"], options, on_event=on_event)
+    for place, step in kept.items():
+        merge_variants([step], [place], options, on_event=on_event)
     return report
 
 
@@ -291,6 +288,25 @@ def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False, s
         return _check_output(stores, plan, 0, out, overwrite=overwrite)
 
 
+def _check_intermediates(config: Config, out: str, options: MergeOptions) -> dict[str, MergeConfig]:
+    """Return the documents that others use, by the directory that each is to be written to, once nothing is in the way.
+
+    Raises:
+        RaymergeError: a directory is that of another output or of any document's input, or holds something else.
+    """
+    limits, own = _make_limits(options), read_own_ops(options.ops) if options.ops else None
+    with open_stores(StoreSettings(options.storage, options.private)) as stores:
+        whole = load_config(config, own=own, find=partial(find_models, stores))
+        kept = {f"{options.keep_intermediates}/{step.name}": step for step in list_steps(whole)}
+        _check_outs(stores, [whole, *kept.values()], [out, *kept])
+        make = partial(make_plan, stores, trust_headers=options.trust_headers, measures=False)
+        inputs = make([whole], [out], limits, options.seed).directories
+        for place, step in kept.items():
+            check_apart(stores, locate_output(stores, place), inputs)
+            _check_output(stores, make([step], [place], limits, options.seed), 0, place, overwrite=options.overwrite)
+    return kept
+
+
 def _check_outs(stores: Stores, configs: Sequence[Config | MergeConfig], outs: Sequence[str | Path]) -> None:
     if not configs or len(configs) != len(outs):
         given = f"{counted(len(configs), 'config')} and {counted(len(outs), 'output')}"
@@ -299,6 +315,8 @@ def _check_outs(stores: Stores, configs: Sequence[Config | MergeConfig], outs: S
     for k, out in enumerate(outs):
         if places[k] in places[:k]:
             raise ConfigError(f"the output {out} is given twice; give each config one of its own")
+        if inner := next((place for place in places[:k] if place.startswith(f"{places[k]}/")), None):
+            raise ConfigError(f"the output {inner} lies in {out}, which is made after it; choose another directory")
 
 
 def _check_output(stores: Stores, plan: MergePlan, position: int, out: str | Path, *, overwrite: bool) -> str:

@@ -139,6 +139,29 @@ def test_what_others_use_is_written_if_that_is_wanted(models: list[str]) -> None
         plan(write({f"../{name}" if name == "one" else name: document for name, document in documents.items()}))
 
 
+@pytest.mark.parametrize(
+    ("used", "out", "problem"),
+    [
+        ("tuned3", "kept/one", "the output kept/one is given twice"),
+        ("tuned3", "kept/one/last", "kept/one/last lies in kept/one, which is made after it"),
+        ("kept/one", "out", "the output .*/kept/one and the input .*/kept/one overlap"),
+    ],
+)
+def test_what_others_use_replaces_no_output_and_no_input(
+    used: str, out: str, problem: str, models: list[str], tmp_path: Path
+) -> None:
+    """Nor is it found after the last document is merged."""
+    if used not in models:
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "tuned3").rename(tmp_path / used)
+    before = read_files(tmp_path)
+    last = {"merge_method": "slerp", "models": entries("one", used), "parameters": {"t": 0.2}}
+    file = write({"one": STEPS["nuslerp"], "last": last}, str(tmp_path.parent / "merge.yml"))
+    with pytest.raises(ConfigError, match=problem):
+        merge(file, out, workers=1, keep_intermediates="kept", overwrite=True)
+    assert read_files(tmp_path) == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "vocab"), [("nuslerp", 4500), ("ties", 4500), ("della", 800)])
 def test_tensors_of_many_blocks_that_are_read_once_for_each_pass(
