@@ -88,7 +88,9 @@ def make_plan(
     first = configs[0]
     stored = open_inputs(stores, first, limits.allowed_mem, trust_headers=trust_headers)
     doubts = [*stored.warnings]
-    inputs = [expand_steps(config, stored.checkpoints, stored.models, seed) for config in configs]
+    inputs = [
+        expand_steps(stores, config, stored.checkpoints, stored.models, seed, limits.allowed_mem) for config in configs
+    ]
     planned = plan_vocabulary(stores, first, inputs[0].checkpoints, inputs[0].models, limits.allowed_mem)
     vocabulary = planned.vocabulary if planned else None
     gates = [

@@ -13,6 +13,7 @@ import yaml
 from raymerge import merge, plan
 from raymerge.pipeline.errors import ConfigError
 from tests.checkpoints import read_files, read_tensors, write_family
+from tests.tokenized_models import TEXTS, byte_level, write_tokenized
 
 Documents = Mapping[str, dict[str, Any]]
 """By name; the last one is the output, and has none in the file."""
@@ -160,6 +161,34 @@ def test_what_others_use_replaces_no_output_and_no_input(
     with pytest.raises(ConfigError, match=problem):
         merge(file, out, workers=1, keep_intermediates="kept", overwrite=True)
     assert read_files(tmp_path) == before
+
+
+def test_a_tokenizer_that_all_models_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows beyond it are left out, in every document."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_level(TEXTS[0], 270)
+    for seed, name in enumerate("abc"):
+        write_tokenized(tmp_path / name, seed, tokenizer, more_rows=10)
+    documents: dict[str, dict[str, Any]] = {
+        "one": {"merge_method": "nuslerp", "models": entries("a", "b", weight=[1, 2]), "tokenizer_source": "union"},
+        "last": {
+            "merge_method": "slerp",
+            "base_model": "one",
+            "models": entries("c"),
+            "parameters": {"t": 0.3},
+            "tokenizer": {"source": "base"},
+        },
+    }
+    check_same(documents)
+    assert read_tensors(Path("fused"))["lm_head.weight"].shape[0] == 270
+    documents["one"]["chat_template"] = "chatml"
+    assert plan(write(documents)).warnings == (
+        "one: chat_template: not in the output, because others use this document; write it in the last",
+    )
+    tokenizer.add_special_tokens(["<|im_start|>"])
+    write_tokenized(tmp_path / "b", 1, tokenizer)
+    with pytest.raises(ConfigError, match=r"^one: tokenizer_source gives tokens or rows that a does not"):
+        plan("merge.yml")
 
 
 @pytest.mark.slow

@@ -21,8 +21,10 @@ from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.recipe import Recipe, expand
 from raymerge.pipeline.plan.resolve import COPY
+from raymerge.pipeline.plan.tokenizers import PlannedVocabulary, finish_config, plan_vocabulary
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.files import ByteRange, aligned
+from raymerge.pipeline.stores.open import Stores
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +109,23 @@ class Inputs:
     """Likewise: tensors that are in none of their outputs."""
 
 
-def expand_steps(config: MergeConfig, checkpoints: Sequence[Checkpoint], models: Sequence[Model], seed: int) -> Inputs:
+def expand_steps(
+    stores: Stores,
+    config: MergeConfig,
+    checkpoints: Sequence[Checkpoint],
+    models: Sequence[Model],
+    seed: int,
+    allowed_mem: int,
+) -> Inputs:
     """Work out the documents that a config uses.
 
     Args:
+        stores: of the inputs.
         config: the last document.
         checkpoints: all that is stored.
         models: the same ones, opened.
         seed: of all merges.
+        allowed_mem: of the merge, in bytes.
 
     Raises:
         ConfigError: a document does what its output cannot be used after.
@@ -127,9 +138,18 @@ def expand_steps(config: MergeConfig, checkpoints: Sequence[Checkpoint], models:
     for step in config.steps:
         _check_usable(step)
         refs = step.referenced_models
-        recipe = expand(step, [known[ref] for ref in refs], seed)
+        opened = [known[ref] for ref in refs]
+        planned = plan_vocabulary(stores, step, [files[ref] for ref in refs], opened, allowed_mem)
+        recipe = expand(step, opened, seed, planned.vocabulary if planned else None)
         ref = ModelRef(step.name or "")
         warnings += [f"{ref}: {warning}" for warning in recipe.warnings]
+        if planned is not None:
+            _check_tokens(step, planned, recipe)
+            warnings += [f"{ref}: {warning}" for warning in finish_config(planned, recipe.config)]
+        if step.chat_template is not None:
+            warnings.append(
+                f"{ref}: chat_template: not in the output, because others use this document; write it in the last"
+            )
         dropped += [f"{ref}: {line}" for line in recipe.dropped]
         files[ref] = replace(files[refs[0]], model=ref, config=recipe.config, warnings=())
         known[ref] = _open(ref, recipe)
@@ -172,7 +192,6 @@ def _check_usable(step: MergeConfig) -> None:
     beyond = {
         f"{step.op.name} takes statistics of models": step.statistics,
         "a mixture of experts is made": step.mixture,
-        "`tokenizer` or `tokenizer_source` changes rows": step.vocabulary,
     }
     for what, is_so in beyond.items():
         if is_so:
@@ -180,6 +199,19 @@ def _check_usable(step: MergeConfig) -> None:
                 f"{step.name}: {what}, and other documents use the output, which is not supported yet; merge this"
                 " document by itself first, and name its directory in the others"
             )
+
+
+def _check_tokens(step: MergeConfig, planned: PlannedVocabulary, recipe: Recipe) -> None:
+    """Refuse a document whose tokenizer or rows are not those of its first model, but for rows beyond the tokens."""
+    has_other_rows = any(isinstance(source, GatheredRows) for merge in recipe.merges for source in merge.sources)
+    if has_other_rows or planned.vocabulary.tokens.is_changed or not planned.is_donor:
+        assert step.vocabulary is not None
+        where, first = step.vocabulary.path, step.referenced_models[0]
+        raise ConfigError(
+            f"{step.name}: {where} gives tokens or rows that {first} does not have, or"
+            " not in this order, and other documents use the output, which is not supported yet; merge this document by"
+            " itself first, and name its directory in the others"
+        )
 
 
 def _open(ref: ModelRef, recipe: Recipe) -> Model:
