@@ -49,6 +49,7 @@ def warn_of_tokenizers(
                 first, second = reader.read(donor.model, donor.files), reader.read(other.model, other.files)
                 if first is not None and second is not None and first is not second:
                     warnings += _compare(str(donor.model), first, str(other.model), second)
+                    reader.forget(second)
             if _may_differ(donor.files.get(TOKENIZER_CONFIG), other.files.get(TOKENIZER_CONFIG)):
                 warnings += _compare_special(stores, donor, other)
             if keeps_template and (read_template(stores, donor) or "").strip() != (

@@ -94,6 +94,21 @@ def test_more_than_the_memory_is_for_is_refused_unread(model: Path) -> None:
         plan(ask(model), memory="64MiB")
 
 
+def test_tokenizers_that_take_more_together_than_the_memory_is_for(tmp_path: Path) -> None:
+    models = [write_tokenized(tmp_path / str(k), k, byte_level(TEXTS[k])) for k in range(3)]
+    for model in models:
+        with (model / "tokenizer.json").open("a") as file:
+            file.write(" " * (8 * 2**20))
+    with pytest.raises(
+        MemoryLimitError, match=r"/2/tokenizer\.json: with 2 tokenizers of other models it takes 289MiB"
+    ):
+        plan(ask(*models), memory="64MiB")
+    config = ask(*models)
+    del config["tokenizer_source"]
+    warnings = plan(config, memory="64MiB").warnings  # compares them one by one
+    assert not [warning for warning in warnings if "could not be compared" in warning]
+
+
 def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(tmp_path: Path) -> None:
     tokenizer = byte_level(TEXTS[0])
     first = write_tokenized(tmp_path / "a", 0, tokenizer)
