@@ -13,6 +13,7 @@ import typer
 from typer.main import get_command
 
 from raymerge import __version__
+from raymerge.pipeline.cli.advice import advise, is_in_other_order
 from raymerge.pipeline.cli.console import put, say, say_hint
 from raymerge.pipeline.cli.extract import extract_lora
 from raymerge.pipeline.cli.interrupt import watch_for_interrupts
@@ -78,7 +79,8 @@ def _show_usage(error: typer.TyperException) -> None:
     if context is not None:
         say(context.get_usage())
         say_hint(f"Try '{context.command_path} -h' for help.\n")
-    say(f"Error: {message}")
+    advice = advise(error)
+    say(f"Error: {message.removesuffix('.')}; {advice}" if advice else f"Error: {message}")
 
 
 def _show_version(is_asked: bool) -> None:
@@ -146,6 +148,10 @@ def merge(
     """Merge the models of CONFIG into OUT, a directory or URL; run it again to finish an interrupted merge."""
     from raymerge.pipeline import driver
 
+    if is_in_other_order(config, out):
+        raise ConfigError(
+            f"{config} is no file, and {out} is one; the config comes first: raymerge merge {out} {config}"
+        )
     if dry_run:
         if log_json:
             raise ConfigError("--dry-run does nothing that could be logged; `raymerge plan --json` prints the plan")

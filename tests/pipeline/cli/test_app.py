@@ -43,6 +43,22 @@ def test_wrong_usage(line: str, cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("merge {} out --cuda", "--cuda; that is an option of mergekit; write `--gpu-memory 16GiB` to merge on GPUs"),
+        ("merge {} out --no-copy-tokenizer", "--no-copy-tokenizer; that is an option of mergekit; leave it out"),
+        ("merge {} -I kept --out-path out", "-I; that is an option of mergekit; write `--keep-intermediates DIR`"),
+        ("{} out", "merge.yml'; the command comes first: raymerge merge"),
+        ("merge out {}", "the config comes first: raymerge merge"),
+    ],
+)
+def test_advice_for_who_comes_from_mergekit(line: str, advice: str, config: Path, cli: Cli) -> None:
+    outcome = cli(*line.format(config).split())
+    assert (outcome.code, outcome.out) == (2, "")
+    assert advice in outcome.err
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("raymerge me", {"merge", "methods"}),
