@@ -10,6 +10,7 @@ import torch
 
 from raymerge.pipeline.engine.fetch import Filled
 from raymerge.pipeline.engine.stage import Stage, unify_nans
+from raymerge.pipeline.stores.files import aligned
 
 
 class HostStage(Stage):
@@ -24,7 +25,7 @@ class HostStage(Stage):
 
     def make_scratch(self, nbytes: int) -> torch.Tensor:
         """Return scratch of a core."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(aligned(nbytes), dtype=torch.uint8)  # so that all of it can be seen in any dtype
 
     def write(self, output: int, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         """Append at once."""
