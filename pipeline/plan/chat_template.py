@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from raymerge.pipeline.checkpoint.chat_template.files import (
@@ -17,13 +18,17 @@ from raymerge.pipeline.checkpoint.chat_template.files import (
 from raymerge.pipeline.checkpoint.chat_template.rendering import render
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.files import is_tokenizer
+from raymerge.pipeline.checkpoint.tokenizer.tokenizer import TOKENIZER
 from raymerge.pipeline.config.chat_template import TemplateChoice
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.messages import counted
+from raymerge.pipeline.messages import counted, escaped, listing
 from raymerge.pipeline.plan.types import Copied, SideFile, Written
 from raymerge.pipeline.stores.open import Stores
 
 _MAX_NBYTES = 64 * 2**20
+_MARKS = re.compile(r"<\|[^<>|\s]{1,40}\|>|\[\|[^][|\s]{1,40}\|\]")
+"""Marks of turns that models know as single tokens, such as <|im_start|> and [|user|]."""
+_SHOWN = 4
 
 
 def set_chat_template(
@@ -73,6 +78,11 @@ def set_chat_template(
         warnings.append(problem)
     if not any(is_tokenizer(file.name) for file in files):
         warnings.append(f"chat_template: the output has no tokenizer, so nothing but {TEMPLATE} has the template")
+    if lacking := _list_lacking(stores, rendering.text, files):
+        warnings.append(
+            f"chat_template ({whose}): {listing(map(escaped, lacking), _SHOWN)}: no tokens of the output's tokenizer,"
+            " which takes them apart like other text; add them under `tokenizer.tokens`, or choose another template"
+        )
     replaced = [file.name for file in files if file.name.startswith(OTHERS)]
     if replaced:
         notes.append(f"chat_template: it takes the place of {', '.join(replaced)}, too")
@@ -81,6 +91,16 @@ def set_chat_template(
     if without != config:
         kept = [Written(file.name, without) if file.name == TOKENIZER_CONFIG else file for file in kept]
     return [*kept, Written(TEMPLATE, text)], warnings, notes
+
+
+def _list_lacking(stores: Stores, text: str, files: Sequence[SideFile]) -> list[str]:
+    """Return the marks in a rendered conversation that tokenizer.json does not have, in their order there."""
+    marks = dict.fromkeys(_MARKS.findall(text))
+    tokenizer = next((file for file in files if file.name == TOKENIZER), None)
+    if not marks or tokenizer is None:
+        return []
+    content = _read(stores, tokenizer)
+    return [mark for mark in marks if f'"{mark}"' not in content]
 
 
 def _read(stores: Stores, file: SideFile) -> str:

@@ -12,6 +12,7 @@ from raymerge import merge, plan
 from raymerge.pipeline.checkpoint.chat_template.builtin import BUILTIN
 from raymerge.pipeline.errors import ConfigError
 from tests.checkpoints import write_llama
+from tests.tokenized_models import TEXTS, byte_level, write_tokenized
 
 TEMPLATES = [f"{name} {{% for m in messages %}}{{{{ m['content'] }}}}{{% endfor %}}" for name in "abc"]
 
@@ -95,6 +96,21 @@ def test_what_does_not_work_is_refused_before_anything_runs(tmp_path: Path) -> N
         plan(linear(models[:2], "auto"))
     (warning,) = plan(linear([models[0], models[2]], "auto")).warnings
     assert "it refuses a plain conversation: ValueError: only tools" in warning
+
+
+def test_marks_of_turns_that_are_no_tokens(tmp_path: Path) -> None:
+    tokenizer = byte_level(TEXTS[0], 270)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    config = linear([str(write_tokenized(tmp_path / "a", 0, tokenizer))], "chatml")
+    assert plan(config).warnings == (
+        "chat_template (chatml): <|im_start|>: no tokens of the output's tokenizer, which takes them apart like other"
+        " text; add them under `tokenizer.tokens`, or choose another template",
+    )
+    added = {"source": "base", "tokens": {"<|im_start|>": {"source": {"kind": "zero"}}}}
+    assert plan({**config, "tokenizer": added}).warnings == ()
+    assert plan({**config, "chat_template": "mistral"}).warnings == ()
+    (warning,) = plan({**config, "chat_template": "exaone"}).warnings
+    assert "[|system|], [|endofturn|], [|user|], [|assistant|]: no" in warning
 
 
 @pytest.mark.slow
