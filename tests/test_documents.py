@@ -181,7 +181,12 @@ def test_a_tokenizer_that_all_models_have(tmp_path: Path, monkeypatch: pytest.Mo
     }
     check_same(documents)
     assert read_tensors(Path("fused"))["lm_head.weight"].shape[0] == 270
-    documents["one"]["chat_template"] = "chatml"
+    rule = documents["one"].pop("tokenizer_source")
+    with pytest.raises(
+        ConfigError, match=r"one: the tokenizer .* and rows beyond these, give it the same `tokenizer`;"
+    ):
+        plan(write(documents))
+    documents["one"] |= {"tokenizer_source": rule, "chat_template": "chatml"}
     assert plan(write(documents)).warnings == (
         "one: chat_template: not in the output, because others use this document; write it in the last",
     )

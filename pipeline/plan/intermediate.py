@@ -183,7 +183,8 @@ def check_rows(merges: Iterable[TensorMerge]) -> None:
             if merged := next((part for part in parts if isinstance(part, MergedTensor)), None):
                 raise ConfigError(
                     f"{merged.model}: the tokenizer that is asked for has other rows than this document's output, which"
-                    " is not supported yet; merge this document by itself first, and name its directory in the last one"
+                    " is not supported yet; if its models have the same tokens, and rows beyond these, give it the same"
+                    " `tokenizer`; otherwise merge it by itself first, and name its directory in the last document"
                 )
 
 
