@@ -11,6 +11,8 @@ from raymerge.pipeline.errors import CheckpointError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|gguf|onnx|onnx[._]data(_\d+)?|h5|msgpack|ckpt|ot|tflite|pkl|npz|npy|distcp|mlmodel|mar"

@@ -1,4 +1,4 @@
-"""Prompts as a model's tokenizer cuts them up."""
+"""Splits prompts into tokens with a model's tokenizer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ import json
 from collections.abc import Sequence
 
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
-from raymerge.pipeline.checkpoint.tokenizer.tokenizer import (
-    SPECIAL_TOKENS,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    TokenizerReader,
-    read_object,
-)
+from raymerge.pipeline.checkpoint.files import TOKENIZER, TOKENIZER_CONFIG
+from raymerge.pipeline.checkpoint.tokenizer.tokenizer import SPECIAL_TOKENS, TokenizerReader, read_object
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.stores.open import Stores
 

@@ -1,4 +1,4 @@
-"""Whole tensors and rows as numbers, where planning needs the values of a few."""
+"""Reads single tensors and rows as numbers, for the few values that planning needs."""
 
 from __future__ import annotations
 

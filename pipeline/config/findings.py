@@ -33,7 +33,7 @@ class Findings:
     warnings: list[Finding] = field(default_factory=list)
     """Mistakes that do no harm by themselves."""
     notes: list[str] = field(default_factory=list)
-    """How something was understood that the config leaves open, and rightly so."""
+    """How the config was understood where it may leave something open."""
     unknown: set[str] = field(default_factory=set)
     """Paths of keys that have no meaning: one may have been meant for a key that is missed."""
 

@@ -9,7 +9,6 @@ from raymerge.pipeline.checkpoint.chat_template.files import (
     OTHERS,
     PROCESSOR_TEMPLATE,
     TEMPLATE,
-    TOKENIZER_CONFIG,
     choose_template,
     find_tokens,
     read_template,
@@ -17,8 +16,7 @@ from raymerge.pipeline.checkpoint.chat_template.files import (
 )
 from raymerge.pipeline.checkpoint.chat_template.rendering import render
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
-from raymerge.pipeline.checkpoint.files import is_tokenizer
-from raymerge.pipeline.checkpoint.tokenizer.tokenizer import TOKENIZER
+from raymerge.pipeline.checkpoint.files import TOKENIZER, TOKENIZER_CONFIG, is_tokenizer
 from raymerge.pipeline.config.chat_template import TemplateChoice
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import counted, escaped, listing

@@ -1,4 +1,4 @@
-"""What the config alone tells of the kernels that a merge will need."""
+"""Predicts the kernels of a merge from its config alone, so that their loops can be compiled ahead."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.values import Settings, resolve
 
 _MIDDLE = 0.5
-"""Position on gradients."""
+"""Position at which gradients are evaluated: the middle of the model."""
 
 
 def guess_kernels(config: MergeConfig) -> Iterator[tuple[Kernel, int]]:
-    """Yield kernels of the kinds that tensors will have, and their numbers of sources.
+    """Yield the kernels that tensors will probably have, each with its number of sources.
 
-    They have the parameters of a tensor in the middle of the model that no filter is for. Nothing may depend on them:
-    what is wrong with parameters is told of real tensors.
+    Parameters are those of a tensor in the middle of the model that matches no filter. Nothing may depend on the
+    prediction: errors in parameters are reported later, for real tensors.
     """
     for step in config.steps:
         yield from guess_kernels(step)

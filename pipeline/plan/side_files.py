@@ -1,4 +1,4 @@
-"""Which files beside the weights an output gets, and which stay behind."""
+"""Chooses which files besides the weights an output gets, and lists those that are left out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raymerge.pipeline.urls import scheme_of
 
 
 def gather_side_files(stores: Stores, checkpoints: Sequence[Checkpoint]) -> tuple[list[SideFile], list[str], list[str]]:
-    """Return the donor's files that an output gets besides weights, warnings, and lines on what stays behind."""
+    """Return the donor's files that an output gets besides weights, warnings, and lines on the files left out."""
     donor, *others = checkpoints
     found = find_side_files(stores, donor)
     copied = [Copied(name, file) for name, file in found.copied if name not in QUANTISED_FILES]
@@ -42,7 +42,7 @@ def gather_side_files(stores: Stores, checkpoints: Sequence[Checkpoint]) -> tupl
 
 
 def _check_readable(stores: Stores, files: Sequence[Copied]) -> None:
-    """Read a byte of each file of this machine that is to be copied, which happens after all shards are made."""
+    """Read a byte of each local file to copy: a file that cannot be read would otherwise fail after all shards."""
     ranges = [ByteRange(file.source, 0, 1) for file in files if scheme_of(file.source.url) == "file" and file.nbytes]
     if ranges:
         stores.at(ranges[0].file.url).read_ranges(ranges)

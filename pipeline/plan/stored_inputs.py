@@ -22,18 +22,18 @@ from raymerge.pipeline.stores.open import Stores
 
 @dataclass(frozen=True, slots=True)
 class StoredInputs:
-    """What is stored of a config's inputs, revisions pinned and headers read."""
+    """The stored inputs of a config, with revisions pinned and headers read."""
 
     checkpoints: tuple[Checkpoint, ...]
-    """In the config's order."""
+    """Models in the config's order."""
     models: tuple[Model, ...]
-    """The same ones, opened."""
+    """The same models, opened."""
     statistics: Sequence[StatisticsFiles]
     adapters: Mapping[ModelRef, Adapter]
     warnings: tuple[str, ...]
 
     def list_places(self) -> list[tuple[str, int]]:
-        """Return URL and bytes of weights of each input."""
+        """Return each input's URL and the size of its weights, in bytes."""
         places = [(c.url, sum(file.nbytes for file in c.weight_files)) for c in self.checkpoints]
         places += [(found.url, sum(file.nbytes for file in found.files)) for found in self.statistics]
         places += [(each.url, sum(tensor.nbytes for tensor in each.tensors)) for each in self.adapters.values()]

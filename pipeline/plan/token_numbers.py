@@ -1,4 +1,4 @@
-"""Tokenizers that differ where a config says nothing of them: rows are then merged by their numbers."""
+"""Warns of tokenizers that differ where the config asks for none: rows are then merged by token number."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from typing import Any
 
 from raymerge.pipeline.checkpoint.chat_template.files import read_template
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
-from raymerge.pipeline.checkpoint.tokenizer.tokenizer import (
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    Tokenizer,
-    TokenizerReader,
-    read_object,
-)
+from raymerge.pipeline.checkpoint.files import TOKENIZER, TOKENIZER_CONFIG
+from raymerge.pipeline.checkpoint.tokenizer.tokenizer import Tokenizer, TokenizerReader, read_object
 from raymerge.pipeline.errors import CheckpointError, MemoryLimitError
 from raymerge.pipeline.messages import counted, escaped, listing
 from raymerge.pipeline.stores.files import StoredFile

@@ -1,4 +1,4 @@
-"""Reads what a vocabulary is made of, and makes the files that the output gets of it."""
+"""Reads the tokenizers that make up the output's vocabulary, and makes the files of its own tokenizer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MAX_CONFIG_NBYTES = 16 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class PlannedVocabulary:
-    """The output's vocabulary, and whose files it comes with."""
+    """The output's vocabulary, and the model that gives the tokenizer's files (the giver)."""
 
     vocabulary: Vocabulary
     files: Mapping[str, StoredFile] = field(repr=False)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
+from raymerge.pipeline.checkpoint.files import TOKENIZER_CONFIG
 from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.stores.open import Stores
 
 TEMPLATE = "chat_template.jinja"
 """Where transformers looks first."""
-TOKENIZER_CONFIG = "tokenizer_config.json"
 PROCESSOR_TEMPLATE = "chat_template.json"
 OTHERS = "additional_chat_templates/"
 _KEY = "chat_template"

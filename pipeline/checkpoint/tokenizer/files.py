@@ -6,8 +6,9 @@ import json
 import re
 from collections.abc import Collection, Mapping
 
-from raymerge.pipeline.checkpoint.files import is_side_file, is_tokenizer
-from raymerge.pipeline.checkpoint.tokenizer.tokenizer import TOKENIZER, TOKENIZER_CONFIG, Json, read_object
+from raymerge.pipeline.checkpoint.files import TOKENIZER, TOKENIZER_CONFIG, is_side_file, is_tokenizer
+from raymerge.pipeline.checkpoint.model_config import Json
+from raymerge.pipeline.checkpoint.tokenizer.tokenizer import SPECIAL_TOKENS, read_object
 from raymerge.pipeline.checkpoint.tokenizer.union import OutTokenizer
 from raymerge.pipeline.redact import redact_json
 from raymerge.pipeline.stores.files import StoredFile
@@ -65,7 +66,7 @@ def _find_stale(tokens: OutTokenizer, files: Collection[str]) -> list[str]:
     """Return files that list tokens which the output does not have."""
     if not tokens.stripped:
         return []
-    kept = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", _ADDED)
+    kept = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, _ADDED)
     return [name for name in files if (is_tokenizer(name) or name == "merges.txt") and name not in kept]
 
 

@@ -1,4 +1,4 @@
-"""Numbers of tokens in config.json and generation_config.json, from one vocabulary to another."""
+"""Translates token ids in config.json and generation_config.json from one vocabulary to another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FIELD = re.compile(r"(?:.*_)?token_(?:ids?|index)")
 
 
 def set_vocab_size(config: Json, num_rows: int) -> None:
-    """State the rows of the embedding, wherever the config does: at the top, and in the language model's part."""
+    """Set `vocab_size` to the rows of the embedding wherever the config states it: at the top and for the text part."""
     part = text_part(config)
     before = part.get("vocab_size", config.get("vocab_size"))
     for section in list_sections(config):

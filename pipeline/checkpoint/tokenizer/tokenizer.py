@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from raymerge.pipeline.checkpoint.files import is_tokenizer
+from raymerge.pipeline.checkpoint.files import TOKENIZER, TOKENIZER_CONFIG, is_tokenizer
+from raymerge.pipeline.checkpoint.model_config import Json
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.decoding import is_deep
 from raymerge.pipeline.errors import CheckpointError, MemoryLimitError
@@ -18,10 +19,6 @@ from raymerge.pipeline.sizes import format_memory
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
 
-Json = dict[str, Any]
-
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 
 _MAX_NBYTES = 512 * 2**20

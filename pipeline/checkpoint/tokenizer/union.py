@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raymerge.pipeline.checkpoint.tokenizer.tokenizer import Json, Tokenizer, make_added
+from raymerge.pipeline.checkpoint.model_config import Json
+from raymerge.pipeline.checkpoint.tokenizer.tokenizer import Tokenizer, make_added
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.messages import counted
 
