@@ -130,8 +130,8 @@ class LowRankUpdate(Decoder):
             self.below.decode_stored(below, span, start, stop, out)
             stored = np.empty(0, np.uint16), np.empty(0, np.uint32), len(LOOP_DTYPES)
         first, last = self._span(*span)
-        lefts = [np.concatenate([_read_numpy(piece, term.left) for piece in left]) for left, _, term in factors]
-        rights = [_read_numpy(right, term.right) for _, right, term in factors]
+        lefts = [[_view_numpy(piece, term.left) for piece in left] for left, _, term in factors]
+        rights = [_widen(_view_numpy(right, term.right)) for _, right, term in factors]
         chunks = [0]
         for term in (term for _, _, term in factors):
             for k, after in term.chunks():
@@ -143,7 +143,11 @@ class LowRankUpdate(Decoder):
             slots = iter(chunks)
             for x, (_, _, term) in zip(lefts, factors, strict=True):
                 offset = matrix * self.rows + row - first
-                rows = _view_left(x, term, matrix, row, end, offset, last - first) * np.float64(term.scale)
+                if len(x) > 1:  # a piece for each rank
+                    own = np.stack([piece[offset : offset + end - row] for piece in x], axis=1)
+                else:
+                    own = _view_left(x[0], term, matrix, row, end, offset, last - first)
+                rows = _widen(own) * np.float64(term.scale)
                 for k, after in term.chunks():
                     slot = next(slots)
                     left[: end - row, slot : slot + after - k] = rows[:, k:after]
@@ -233,11 +237,16 @@ def _view(x: Any, factor: Factor, matrix: int, rows: tuple[int, int], columns: i
     return x.as_strided(shape, (of_row, of_column), x.storage_offset() + offset)
 
 
-def _read_numpy(piece: memoryview, factor: Factor) -> NDArray[Any]:
-    """Return stored values, as float32 where numpy does not know their dtype."""
-    if factor.dtype == "bfloat16":
-        return (np.frombuffer(piece, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return np.frombuffer(piece, factor.dtype)
+def _view_numpy(piece: memoryview, factor: Factor) -> NDArray[Any]:
+    """Return stored values without a copy, as words where numpy does not know their dtype."""
+    return np.frombuffer(piece, np.uint16 if factor.dtype == "bfloat16" else factor.dtype)
+
+
+def _widen(values: NDArray[Any]) -> NDArray[Any]:
+    """Return bfloat16 values, which come as words, as float32, and others as they are."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values
 
 
 def _read_torch(piece: torch.Tensor, factor: Factor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,3 +151,20 @@ def test_an_update_of_an_update() -> None:
 
 def test_the_loops_try_themselves() -> None:
     CASES["one"].decoder.compile_loops()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_are_not_asked_for_take_no_memory(dtype: str) -> None:
+    rows, columns, rank = 50_000, 8, 64
+    term = Term(rank, 1.0, Factor(dtype, (0, rank, 1), is_whole=False), Factor(dtype, (0, columns, 1)))
+    decoder = LowRankUpdate(Plain("float32"), rows, columns, (term,))
+    parts = [torch.zeros(rows, columns), *(torch.ones(n, rank).to(find_dtype(dtype)) for n in (rows, columns))]
+    pieces = [memoryview(as_bytes(part).numpy()) for part in parts]
+    out = np.empty(8 * columns, np.float32)
+    decoder.compile_loops()
+    tracemalloc.start()
+    decoder.decode_stored(pieces, (0, rows * columns), 0, len(out), out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert out.tolist() == [rank] * len(out)
+    assert peak <= decoder.temporary_nbytes(len(out))
