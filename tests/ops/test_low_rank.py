@@ -159,7 +159,7 @@ def test_rows_that_are_not_asked_for_take_no_memory(dtype: str) -> None:
     term = Term(rank, 1.0, Factor(dtype, (0, rank, 1), is_whole=False), Factor(dtype, (0, columns, 1)))
     decoder = LowRankUpdate(Plain("float32"), rows, columns, (term,))
     parts = [torch.zeros(rows, columns), *(torch.ones(n, rank).to(find_dtype(dtype)) for n in (rows, columns))]
-    pieces = [memoryview(as_bytes(part).numpy()) for part in parts]
+    pieces = [as_bytes(part).numpy().data for part in parts]
     out = np.empty(8 * columns, np.float32)
     decoder.compile_loops()
     tracemalloc.start()

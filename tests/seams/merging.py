@@ -26,7 +26,7 @@ def look_through(monkeypatch: pytest.MonkeyPatch, look: Callable[[View], View]) 
         model = open_model(*arguments, **keywords)
         return replace(model, view=look(model.view))
 
-    monkeypatch.setattr("raymerge.pipeline.planner.open_model", open_through)
+    monkeypatch.setattr("raymerge.pipeline.plan.stored_inputs.open_model", open_through)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
