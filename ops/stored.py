@@ -107,10 +107,19 @@ class Slot:
     def read(self) -> NDArray[Any]:
         """Return the results, as float32."""
         if self.dtype == "bfloat16":
-            return (np.frombuffer(self.buffer, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return widen(np.frombuffer(self.buffer, np.uint16))
         return np.frombuffer(self.buffer, self.dtype).astype(np.float32)
 
 
 def item_nbytes(dtype: str) -> int:
     """Return the size of a value of one of `LOOP_DTYPES`, or of a byte, uint8."""
     return _ITEM_NBYTES[dtype]
+
+
+def widen(halves: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return bfloat16 values, given by their bits, as float32.
+
+    >>> widen(np.array([0x3F80, 0xC000], np.uint16)).tolist()
+    [1.0, -2.0]
+    """
+    return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)

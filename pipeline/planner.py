@@ -19,9 +19,9 @@ from raymerge.pipeline.checkpoint.model_config import dump_config
 from raymerge.pipeline.config.merge_config import MergeConfig, Mixture
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.plan.chat_template import set_chat_template
-from raymerge.pipeline.plan.gates import Base, Gates, make_gates
+from raymerge.pipeline.plan.gates import Gates, RouterBase, make_gates
 from raymerge.pipeline.plan.integers import check_integers
-from raymerge.pipeline.plan.intermediate import Inputs, check_rows, expand_steps
+from raymerge.pipeline.plan.intermediate import MergeInputs, check_rows, expand_steps
 from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer
 from raymerge.pipeline.plan.recipe import expand
 from raymerge.pipeline.plan.rounding import warn_of_rounding
@@ -189,11 +189,11 @@ def _advise(
 
 
 def _make_gates(
-    stores: Stores, inputs: Inputs, mixture: Mixture, seed: int, allowed_mem: int, *, measures: bool
+    stores: Stores, inputs: MergeInputs, mixture: Mixture, seed: int, allowed_mem: int, *, measures: bool
 ) -> Gates:
     """Return the weights of a mixture's routers."""
     model = inputs.models[0]
-    base = Base(inputs.checkpoints[0], model.view, model.layers, model.width("hidden_size") or 0)
+    base = RouterBase(inputs.checkpoints[0], model.view, model.layers, model.width("hidden_size") or 0)
     return make_gates(stores, mixture, base, seed, allowed_mem, measures=measures)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from raymerge.ops.decoder import Raw
 from raymerge.ops.lazy import np, torch
+from raymerge.ops.stored import widen
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
 from raymerge.pipeline.stores.open import Stores
@@ -56,7 +57,7 @@ def encode(values: Floats, dtype: str) -> bytes:
 def decode(content: bytes, dtype: str) -> Doubles:
     """Return the values that are stored in a dtype."""
     if dtype == "BF16":
-        return (np.frombuffer(content, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+        return widen(np.frombuffer(content, "<u2")).astype(np.float64)
     return np.frombuffer(content, np.dtype(DTYPES[dtype].torch_name).newbyteorder("<")).astype(np.float64)
 
 

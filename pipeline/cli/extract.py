@@ -20,13 +20,13 @@ class ExtractOptions:
 
     rank: Annotated[int, Help("Largest rank of the factors of a layer.", _FACTORS, "N")] = 64
     energy: Annotated[
-        float, Help("Share of a difference's squares that is enough; fewer ranks then.", _FACTORS, "SHARE")
+        float, Help("Share of a difference's squares to keep; takes fewer ranks where they have it.", _FACTORS, "SHARE")
     ] = 1.0
-    embeddings: Annotated[bool, Help("Factors for embedding and head as well.", _FACTORS)] = False
+    embeddings: Annotated[bool, Help("Extract factors of embedding and head as well.", _FACTORS)] = False
     exclude: Annotated[
-        list[str] | None, Help("Regular expression; tensors with it in their names stay the base's.", _FACTORS, "REGEX")
+        list[str] | None, Help("Regular expression; tensors whose names match it are left out.", _FACTORS, "REGEX")
     ] = None
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Help("Of the factors.", _FACTORS)] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Help("Dtype of the factors.", _FACTORS)] = "float32"
     storage: StorageOption = "auto"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 
@@ -13,7 +13,7 @@ from raymerge.pipeline.config.document import Document
 from raymerge.pipeline.config.fields import parse_dtype, parse_name
 from raymerge.pipeline.config.merge_config import RANDOM_GATES, Expert, MergeConfig, Mixture
 from raymerge.pipeline.config.node import Place
-from raymerge.pipeline.config.reference import NO_MODEL
+from raymerge.pipeline.config.reference import NO_MODEL, ParseModel
 from raymerge.pipeline.messages import counted, shown, suggest
 
 MIXTURE = "moe"
@@ -42,10 +42,6 @@ def find_mixture_op() -> Op:
         title="Mixture of experts",
         reference="https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md",
     )
-
-
-ParseModel = Callable[[Place], ModelRef]
-"""Returns the model that is named at a place."""
 
 
 def read_mixture(root: Place, document: Document, parse_model: ParseModel) -> MergeConfig | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,9 @@ _ONE_AFTER_THE_OTHER = "apply the first to its model by `merge_method: passthrou
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9.-]*://")
 
 NO_MODEL = "no model is named; give a directory or a Hub repository, such as `org/name`"
+
+ParseModel = Callable[[Place], ModelRef]
+"""Returns the model that is named at a place of the config."""
 
 
 def parse_model_ref(place: Place) -> ModelRef:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.node import Place
+from raymerge.pipeline.config.reference import ParseModel
 from raymerge.pipeline.messages import shown
-
-ParseModel = Callable[[Place], ModelRef]
-"""Reads the name of a model."""
 
 _MAX_MULTIPLE = 2**20
 

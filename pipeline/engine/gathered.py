@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from raymerge.ops.decoder import Plain
 from raymerge.ops.lazy import np
 from raymerge.ops.rows import MEAN, PAD, lay_out
-from raymerge.ops.stored import Stored, item_nbytes
+from raymerge.ops.stored import Stored, item_nbytes, widen
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.engine.fetch import Filled
@@ -199,5 +199,5 @@ class _Rows(_Source):
 def _widen(stored: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Return stored values as float32."""
     if dtype == "bfloat16":
-        return (stored.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return widen(stored.view(np.uint16))
     return stored.view(dtype).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What a fine-tune changed: for each tensor, whether it is extracted as factors, stored whole, or unchanged."""
+"""Compares a fine-tune with its base: how each tensor is extracted, and blocks of its difference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOOKUPS = tuple(
         *("embed_in", "tok_embeddings", "embed_positions", "shared"),
     )
 )
-"""Ends of the names of matrices whose rows are looked up, and that nothing is multiplied with."""
+"""Endings of the names of matrices whose rows are looked up: no input is multiplied with them."""
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Models whose linear layers store inputs x outputs."""
 

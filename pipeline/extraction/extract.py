@@ -38,13 +38,13 @@ _COPY_NBYTES = 8 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """What became of one tensor that differs."""
+    """How one tensor that differs was extracted."""
 
     name: str
     rank: int
     """Of its factors; 0 where it is stored whole."""
     error: float
-    """Norm of what the factors lack, as a share of the norm of the difference."""
+    """Norm of what the factors miss, as a share of the norm of the difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +84,19 @@ def extract_lora(
     storage: Library = "auto",
     on_tensor: Callable[[Extracted], None] = lambda extracted: None,
 ) -> Extraction:
-    """Write a LoRA adapter that makes a base about what a fine-tune is.
+    """Write a LoRA adapter that approximates a fine-tune when it is applied to its base.
 
     Linear layers that differ get factors; norms, embeddings and head that differ are stored whole (`modules_to_save`),
-    and so are biases. Memory: some blocks of a tensor, and directions of one matrix.
+    and so are biases. Memory: a few blocks of a tensor, and the directions of one matrix.
 
     Args:
         model: the fine-tune, as a config names models.
         base: what it was made from.
         out: directory or URL of the adapter.
         rank: the most that factors have.
-        energy: share of the sum of squares of each difference that is enough, for which fewer ranks may do.
+        energy: share of each difference's sum of squares to keep; fewer ranks are taken where they have it.
         with_embeddings: whether embedding and head get factors as well.
-        exclude: regular expressions; tensors whose names one is found in are left as they are in the base.
+        exclude: regular expressions; tensors whose names match one stay as they are in the base.
         dtype: of the factors: float32, bfloat16 or float16.
         storage: what serves object stores and the web.
         on_tensor: told of each tensor that differs, when it is done.
@@ -107,12 +107,7 @@ def extract_lora(
         TensorMismatchError: the two are not a fine-tune and its base.
         OutputError: there is an adapter already, or it cannot be written.
     """
-    if rank < 1 or not 0 < energy <= 1:
-        raise ConfigError(
-            f"rank is {rank} and energy {energy:g}; a rank from 1, and a share above 0 and up to 1, are needed"
-        )
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"dtype is {dtype!r}; float32, bfloat16 or float16 is needed")
+    _check_settings(rank, energy, dtype)
     patterns = [_compile(pattern) for pattern in exclude]
     with open_stores(StoreSettings(storage)) as stores, tempfile.TemporaryFile(prefix="raymerge-") as spool:
         target = stores.at(str(out)).absolute(str(out))
@@ -140,6 +135,15 @@ def extract_lora(
         config = _make_config(base, found, whole, is_turned=is_turned)
         nbytes = _write(stores, target, writer, config)
     return Extraction(str(out), nbytes, tuple(found), len(pairs) - len(found))
+
+
+def _check_settings(rank: int, energy: float, dtype: str) -> None:
+    if rank < 1 or not 0 < energy <= 1:
+        raise ConfigError(
+            f"rank is {rank} and energy {energy:g}; a rank from 1, and a share above 0 and up to 1, are needed"
+        )
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype is {dtype!r}; float32, bfloat16 or float16 is needed")
 
 
 def _open_models(stores: Stores, names: Sequence[str]) -> list[Model]:
@@ -213,7 +217,7 @@ def _store_whole(stores: Stores, pair: Pair, writer: _Writer) -> None:
 
 
 def _complete(stores: Stores, pairs: Sequence[Pair], whole: Sequence[str], writer: _Writer) -> list[str]:
-    """Store what else the modules have that are stored whole: peft loads all of a module, or none."""
+    """Store the other tensors of modules that are stored whole: peft loads a whole module or nothing."""
     modules = {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}
     missing = [pair for pair in pairs if pair.name.rpartition(".")[0] in modules and pair.name not in whole]
     for pair in missing:

@@ -1,4 +1,4 @@
-"""Weights of routers: random ones, or directions in which the texts lie that are to choose an expert."""
+"""Weights of routers: random ones, or directions towards the prompts that are to choose an expert."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Gates:
     rows: Floats
     """Of shape [layers, experts, hidden size]; one layer stands for all where they are the same."""
     etag: str = ""
-    """What decides them, where it is not they themselves."""
+    """Hash of what decides the rows where they are not compared themselves; empty where they are."""
     note: str = ""
-    """How they come about, where that takes more than copying does."""
+    """How the rows are computed, for the plan; empty where that takes nothing worth a word."""
 
     def make_tensor(self, name: str, layer: int, rows: slice, dtype: str) -> PlannedTensor:
         """Return some rows of a layer as a tensor that is stored in the plan, rounded to a dtype."""
@@ -63,7 +63,7 @@ MakeGates = Callable[[], Gates]
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class RouterBase:
     """The model whose tokenizer, embedding and layers routers are made with."""
 
     checkpoint: Checkpoint
@@ -73,7 +73,7 @@ class Base:
 
 
 def make_gates(
-    stores: Stores, mixture: Mixture, base: Base, seed: int, allowed_mem: int, *, measures: bool = True
+    stores: Stores, mixture: Mixture, base: RouterBase, seed: int, allowed_mem: int, *, measures: bool = True
 ) -> Gates:
     """Return the routers' weights.
 
@@ -117,21 +117,8 @@ def make_gates(
         sums = np.stack([np.sum([rows[token] for token in prompt], axis=0) for prompt in prompts])[None]
         return Gates(_aim(experts, texts, sums, is_sum=True))
     request = _make_request(stores, base, embedding, prompts, takes_mean=mixture.gate_mode == "hidden_avg")
-    num_tokens = sum(map(len, prompts))
-    needed = request.projected_mem
-    if needed > allowed_mem:
-        raise MemoryLimitError(
-            f"gate_mode: {mixture.gate_mode}: {format_memory(needed)} are needed to compute what a layer of"
-            f" {base.view.ref} makes of the prompts, and {format_memory(allowed_mem)} are allowed; give --memory"
-            f" {format_memory(needed)} or more, or write `gate_mode: cheap_embed`"
-        )
-    etag = _identify(mixture, request)
-    read = sum(source.nbytes for layer in request.layers[:-1] for source in layer.values())
-    note = (
-        f"routers are made of the hidden states of {counted(len(prompts), 'prompt')} ({counted(num_tokens, 'token')}):"
-        f" before the merge, transformers passes them through {base.view.ref}, which reads {format_nbytes(read)}, a"
-        f" layer at a time, in {format_memory(needed)} besides what transformers takes"
-    )
+    _check_fits(mixture, base, request, allowed_mem)
+    etag, note = _identify(mixture, request), _describe(base, request)
     if not measures:
         shape = len(request.layers), len(experts), base.hidden_size
         return Gates(np.zeros(shape, np.float32), etag, note)
@@ -139,7 +126,30 @@ def make_gates(
     return Gates(_aim(experts, texts, states.astype(np.float64), is_sum=False), etag, note)
 
 
-def _draw(mode: str, num_rows: int, base: Base, seed: int) -> Gates:
+def _check_fits(mixture: Mixture, base: RouterBase, request: Request, allowed_mem: int) -> None:
+    """Refuse a pass through the base that takes more memory than is allowed."""
+    needed = request.projected_mem
+    if needed > allowed_mem:
+        raise MemoryLimitError(
+            f"gate_mode: {mixture.gate_mode}: {format_memory(needed)} are needed to compute what a layer of"
+            f" {base.view.ref} makes of the prompts, and {format_memory(allowed_mem)} are allowed; give --memory"
+            f" {format_memory(needed)} or more, or write `gate_mode: cheap_embed`"
+        )
+
+
+def _describe(base: RouterBase, request: Request) -> str:
+    """Return what the pass through the base reads and takes, for the plan."""
+    num_tokens = sum(map(len, request.prompts))
+    read = sum(source.nbytes for layer in request.layers[:-1] for source in layer.values())
+    return (
+        f"routers are made of the hidden states of {counted(len(request.prompts), 'prompt')}"
+        f" ({counted(num_tokens, 'token')}): before the merge, transformers passes them through {base.view.ref}, which"
+        f" reads {format_nbytes(read)}, a layer at a time, in {format_memory(request.projected_mem)} besides what"
+        " transformers takes"
+    )
+
+
+def _draw(mode: str, num_rows: int, base: RouterBase, seed: int) -> Gates:
     """Return random rows: normal, or as layers begin training with."""
     draw, bound = (draw_normal, 1.0) if mode == "random" else (draw_uniform, base.hidden_size**-0.5)
     shape = num_rows, base.hidden_size
@@ -171,7 +181,7 @@ def _aim(experts: Sequence[Expert], texts: Sequence[str], vectors: Doubles, *, i
 
 
 def _make_request(
-    stores: Stores, base: Base, embedding: Source, prompts: Sequence[Sequence[int]], *, takes_mean: bool
+    stores: Stores, base: RouterBase, embedding: Source, prompts: Sequence[Sequence[int]], *, takes_mean: bool
 ) -> Request:
     if not is_available():
         raise ConfigError(

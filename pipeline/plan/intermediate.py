@@ -1,4 +1,4 @@
-"""Documents that others use: their outputs as models that are nowhere stored, merged tensor by tensor on the way."""
+"""Documents that others use: their outputs, presented as models that are merged on demand and never stored."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from raymerge.pipeline.stores.open import Stores
 
 @dataclass(frozen=True, slots=True)
 class MergedTensor(Source):
-    """A tensor of a document's output, made of its own sources where it is needed."""
+    """A tensor of a document's output, merged from its own sources when it is decoded."""
 
     model: str
     name: str
     dtype: str
     shape: tuple[int, ...]
     merge: TensorMerge = field(repr=False)
-    """How it comes about."""
+    """The merge that makes it."""
 
     @property
     def decoder(self) -> Intermediate:
@@ -96,17 +96,17 @@ class MergedView(View):
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """What the last document merges: models as they are stored, and outputs of the others."""
+class MergeInputs:
+    """The inputs of the last document: stored models, and outputs of the other documents."""
 
     checkpoints: tuple[Checkpoint, ...]
-    """The donor first; an output has the files of its own donor."""
+    """Models, the donor first; another document's output has the files of its own donor."""
     models: tuple[Model, ...]
-    """Likewise."""
+    """The same models, opened."""
     warnings: tuple[str, ...] = ()
-    """On the other documents; each begins with a document's name."""
+    """Warnings about the other documents; each begins with a document's name."""
     dropped: tuple[str, ...] = ()
-    """Likewise: tensors that are in none of their outputs."""
+    """Tensors that are in none of their outputs; each line begins with a document's name."""
 
 
 def expand_steps(
@@ -116,19 +116,19 @@ def expand_steps(
     models: Sequence[Model],
     seed: int,
     allowed_mem: int,
-) -> Inputs:
-    """Work out the documents that a config uses.
+) -> MergeInputs:
+    """Plan the documents that a config uses, and return the inputs of the last one.
 
     Args:
         stores: of the inputs.
         config: the last document.
-        checkpoints: all that is stored.
-        models: the same ones, opened.
+        checkpoints: the stored models.
+        models: the same models, opened.
         seed: of all merges.
         allowed_mem: of the merge, in bytes.
 
     Raises:
-        ConfigError: a document does what its output cannot be used after.
+        ConfigError: another document uses an output for which that is not supported.
         RaymergeError: as for `expand`.
     """
     files = {checkpoint.model: checkpoint for checkpoint in checkpoints}
@@ -160,11 +160,11 @@ def expand_steps(
             " document; merge that by itself first, and name its directory here"
         )
     inputs = tuple(files[ref] for ref in refs), tuple(known[ref] for ref in refs)
-    return Inputs(*inputs, tuple(warnings), tuple(dropped))
+    return MergeInputs(*inputs, tuple(warnings), tuple(dropped))
 
 
 def list_sources(merge: TensorMerge) -> Iterator[Source]:
-    """Yield the sources of a merge, those that are merges themselves before theirs."""
+    """Yield the sources of a merge, each before the sources that it is merged from itself."""
     for source in merge.sources:
         yield source
         if isinstance(source, MergedTensor):
@@ -223,7 +223,7 @@ def _open(ref: ModelRef, recipe: Recipe) -> Model:
 
 
 def _make_source(model: str, merge: TensorMerge) -> Source:
-    """Return an output tensor as a source: of what is only copied, the stored one."""
+    """Return an output tensor as a source: the stored tensor itself where it is only copied."""
     first = merge.sources[0]
     if merge.op == COPY and isinstance(first, StoredTensor):
         return replace(first, dtype=merge.out_dtype, shape=merge.shape)

@@ -22,7 +22,8 @@ _ATTENTION = frozenset(
         *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
     )
 )
-_BIASES = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
+BIASES = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
+"""Biases of query, key and value."""
 _NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 _LLAMAS = ("llama", "mistral")
 
@@ -204,7 +205,7 @@ LAYOUTS = (
         min_shared=1,
         shared="mlp.shared_expert.",
         shared_router="mlp.shared_expert_gate.weight",
-        optional=_BIASES,
+        optional=BIASES,
         needs_biases=True,
         has_window_switch=True,
         fields={**_QWEN_FIELDS, "qkv_bias": True},
@@ -216,13 +217,12 @@ LAYOUTS = (
         architecture="Qwen3MoeForCausalLM",
         model_type="qwen3_moe",
         **_QWEN,
-        optional=(*_NORMS, *_BIASES),
+        optional=(*_NORMS, *BIASES),
         has_window_switch=True,
         fields=_QWEN_FIELDS,
     ),
 )
 """In the order in which they are chosen where the config names none."""
-BIASES = _BIASES
 
 
 def choose_layout(mixture: Mixture, base: object, family: str, rests: Sequence[str]) -> Layout:

@@ -26,7 +26,7 @@ from raymerge.pipeline.stores.inline import make_file
 
 _MLP = "mlp."
 _NOISE = "noise"
-"""Stands for a model's name."""
+"""Stands for a model's name where values are drawn."""
 _SHOWN = 5
 
 
@@ -115,7 +115,7 @@ class MixtureOfExperts(Form):
                 yield OutputTensor(out, 0.0, (Input(model.view, name, (_set("scale", scale),)),), its)
                 continue
             noise = StoredView(
-                ModelRef("noise"), {out: RandomTensor("noise", out, source.dtype, source.shape, self._seed)}
+                ModelRef(_NOISE), {out: RandomTensor(_NOISE, out, source.dtype, source.shape, self._seed)}
             )
             inputs = (
                 Input(model.view, name, (_set("weight", scale),)),
