@@ -121,6 +121,17 @@ def test_adapters_are_applied_as_by_peft(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_square_weights_lie_as_the_others_do(tmp_path: Path) -> None:
+    """As peft, which goes by the module, has them, whatever the adapter says."""
+    model, expected = save(tmp_path, *CASES["fan in, fan out"])
+    stated = tmp_path / "adapter/adapter_config.json"
+    stated.write_text(stated.read_text().replace('"fan_in_fan_out": true', '"fan_in_fan_out": false'))
+    merge({"merge_method": "passthrough", "models": [{"model": model}]}, tmp_path / "out")
+    for tensor, values in read_model(tmp_path / "out").items():
+        torch.testing.assert_close(values, expected[tensor], rtol=1e-6, atol=1e-6 * float(expected[tensor].abs().max()))
+
+
+@pytest.mark.slow
 def test_methods_take_models_with_adapters(tmp_path: Path) -> None:
     first, one = save(tmp_path / "one", "llama", {"target_modules": "all-linear"})
     second, two = save(tmp_path / "two", "llama", {"target_modules": ["q_proj"], "use_dora": True})

@@ -82,8 +82,11 @@ class AdapterView(View):
             self._replace(rename(name, *beginnings), stored)
         self._num_replaced = len(self._changed)
         self._ranks: list[int] = []
-        for module, several in content.updates.items():
-            self._update(module, rename(module, *beginnings), several)
+        self._layouts: set[bool] = set()
+        """Whether weights are inputs x outputs, as far as those say that are not square."""
+        updates = [(module, rename(module, *beginnings), several) for module, several in content.updates.items()]
+        for update in sorted(updates, key=lambda update: self._is_square(update[1])):
+            self._update(*update)
 
     def names(self) -> Collection[str]:
         """Return the names below, and that of a head that the adapter adds."""
@@ -127,6 +130,10 @@ class AdapterView(View):
         dtype = own.dtype if DTYPES[stored.dtype].is_mergeable else stored.dtype
         self._changed[name] = ReplacedTensor(str(self.ref), name, dtype, stored.shape, stored)
 
+    def _is_square(self, name: str) -> bool:
+        own = self._find_own(f"{name}.weight")
+        return own is not None and len(own.shape) == 2 and own.shape[0] == own.shape[1]
+
     def _update(self, module: str, name: str, several: list[Parts]) -> None:
         """Have the tensors of a module seen with their updates.
 
@@ -145,11 +152,13 @@ class AdapterView(View):
         rank = find_rank(a, b)
         if not rank or not own.num_elements:
             raise self._misfit([(weight, own)], a, b)
-        is_turned = parts.is_embedding or self._adapter.config.is_transposed
+        prefers_turned = parts.is_embedding or self._adapter.config.is_transposed or self._layouts == {True}
         scale = self._scale(module, rank)
-        update = fit_matrix(own.shape, a, b, scale, prefers_turned=is_turned)
+        update = fit_matrix(own.shape, a, b, scale, prefers_turned=prefers_turned)
         if update is None:
             raise self._misfit([(weight, own)], a, b)
+        if not parts.is_embedding:
+            self._layouts.add(update.is_turned)
         updated = self._note(weight, own, own.shape[0], 1, update)
         if norms := parts.factors.get("magnitude"):
             self._rescale(module, updated, norms)
