@@ -29,6 +29,12 @@ settings.load_profile("busy")  # how long an example takes says nothing while ot
 torch.set_num_threads(1)  # the machine's other cores may be busy, and waiting for them takes longer than the work
 
 
+@pytest.fixture(autouse=True)
+def draw_the_same_numbers() -> None:
+    """Have a test draw the same random tensors in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def stores() -> Iterator[Stores]:
     """Storages that are built in the test's own environment."""

@@ -15,6 +15,7 @@ from raymerge.pipeline.extraction.extract import Extracted, extract_lora
 from raymerge.testing import read_model, write_model
 from tests.commands import run_command
 
+torch.manual_seed(1)
 BASE = {
     "model.embed_tokens.weight": torch.randn(13, 8),
     "model.layers.0.q_proj.weight": torch.randn(20, 8),

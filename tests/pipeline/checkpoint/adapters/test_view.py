@@ -17,6 +17,7 @@ from tests.adapters import draw_factors, write_adapter
 
 Tensors = Mapping[str, torch.Tensor]
 Q = "model.layers.0.q_proj"
+torch.manual_seed(1)
 BASE = {
     "model.embed_tokens.weight": torch.randn(11, 6),
     f"{Q}.weight": torch.randn(8, 6),
@@ -87,9 +88,9 @@ def test_experts(tmp_path: Path) -> None:
     config = look(tmp_path, factors, target_parameters=["experts.down"])
     merged = merge_in_every_way(config, tmp_path / "out")
     a, b = (factors[f"model.layers.0.experts.lora_{name}.weight"] for name in "AB")
-    update = 2 * torch.einsum("ore,eri->eoi", b.view(5, 2, 3), a.view(3, 2, 4))
-    expected = BASE["model.layers.0.experts.down"] + update
-    torch.testing.assert_close(merged["model.layers.0.experts.down"], expected, rtol=1e-6, atol=1e-6)
+    update = 2 * torch.einsum("ore,eri->eoi", b.view(5, 2, 3).double(), a.view(3, 2, 4).double())
+    expected = (BASE["model.layers.0.experts.down"] + update).float()
+    torch.testing.assert_close(merged["model.layers.0.experts.down"], expected, rtol=1e-6, atol=2e-6)
 
 
 def test_a_larger_vocabulary(tmp_path: Path) -> None:
