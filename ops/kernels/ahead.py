@@ -42,7 +42,7 @@ class Compiling:
 
 
 def compile_ahead(loops: Iterable[Loop], num_cores: int) -> Compiling | None:
-    """Begin to compile the loops that are not in the cache, unless another process does so already.
+    """Start compiling the loops that are not in the cache, except those that another process is compiling.
 
     Args:
         loops: any.
@@ -81,7 +81,7 @@ def _start(locks: Mapping[str, tuple[CodeFile, int]], num_cores: int) -> Compili
 
 
 def main() -> None:
-    """Compile loops in so many processes, each loop given on the command line as `module:function:lock`."""
+    """Compile the loops of the command line: a number of processes, then `module:function:lock` for each loop."""
     _end_with_parent()
     num_processes = int(sys.argv[1])
     tasks = []
@@ -116,7 +116,7 @@ def _end_with_parent() -> None:
 
 
 def _work_off(tasks: Sequence[tuple[Loop, int]], taken: int) -> None:
-    """Compile loops while there are numbers of some in a pipe."""
+    """Compile loops, taking their numbers from a pipe, until it is empty."""
     while number := os.read(taken, 1):
         _compile(*tasks[number[0]])
 

@@ -1,4 +1,4 @@
-"""Files of machine code in the user's cache, and who is making which of them."""
+"""Files of machine code in the user's cache, with a lock on each while a process makes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 _PATIENCE_SECONDS = 120.0
-"""For another process that compiles the same; after that it is taken to hang."""
+"""How long to wait for another process that compiles the same loop; after that it counts as hung."""
 _POLL_SECONDS = 0.01
 
 

@@ -1,4 +1,4 @@
-"""Values that a loop wrote for some elements, such as their variance, for selection by their size."""
+"""Values that loops compute for each element, such as its variance, from which the largest are selected."""
 
 from __future__ import annotations
 

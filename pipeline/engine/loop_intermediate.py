@@ -1,4 +1,4 @@
-"""Merges on the way to others, by compiled loops: their values are made in the buffer, before what they need."""
+"""Intermediate merges by compiled loops: their values are written to the window's buffer, in front of their sources."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class LoopIntermediate:
         self._run: KernelRun | None = None
         """Combines all windows in order; another one does in the next pass."""
         self._waiting: list[Callable[[], Any]] = []
-        """What is to be decoded of the window."""
+        """Sources of the window that are still to be decoded."""
         self._is_made = False
         self._squares = [np.zeros(STRIP, np.float32)]
 

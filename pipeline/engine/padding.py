@@ -13,16 +13,16 @@ from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.open import Stores
 
 _CHUNK_ELEMENTS = 2**16
-"""Decoded at once: what that takes is planned for."""
+"""Elements decoded at once; the plan counts their memory."""
 
 
 def fill_padding(stores: Stores, task: ShardTask, on_read: Callable[[int], None]) -> ShardTask:
-    """Return a task whose sources know their rows of padding.
+    """Return the task with the padding of its sources filled in.
 
     Args:
         stores: that have the inputs.
         task: what is to be made.
-        on_read: told of so many bytes that have arrived.
+        on_read: called with the number of bytes of each read.
 
     Raises:
         FetchError: a range could not be read, or its file has changed.
