@@ -218,19 +218,27 @@ class _Cut:
         self.bin = self.num_above = self.num_equal = 0
         self.value = 0.0
         self.counts: torch.Tensor | NDArray[Any] | None = None
-        self._pending: list[torch.Tensor] = []
+        self._pending: torch.Tensor | None = None
+        """Room for low bits: many small tensors that wait would keep the large ones between them from being freed."""
         self._num_pending = 0
 
     def collect(self, offsets: torch.Tensor, spare: torch.Tensor) -> None:
         """Take the low bits of a block, which come with the bin's bits subtracted."""
-        self._pending.append(_low_bits(offsets, spare))
-        self._num_pending += self._pending[-1].numel()
-        if self._num_pending >= _NUM_LOW:
+        found = _low_bits(offsets, spare)
+        if self._num_pending + len(found) > _NUM_LOW:
             self._count_pending()
+        if len(found) > _NUM_LOW:
+            self._count(found)
+            return
+        if self._pending is None:
+            self._pending = torch.empty(_NUM_LOW, dtype=found.dtype, device=found.device)
+        self._pending[self._num_pending : self._num_pending + len(found)] = found
+        self._num_pending += len(found)
 
     def read_counts(self) -> NDArray[Any]:
         """Return how often each of the low bits occurs in the bin."""
         self._count_pending()
+        self._pending = None
         counts, self.counts = self.counts, None
         return np.zeros(_NUM_LOW, np.int64) if counts is None else _read(counts)
 
@@ -248,11 +256,13 @@ class _Cut:
 
     def _count_pending(self) -> None:
         """Count what several blocks had in the bin: rarely, for the table is as large as a block."""
-        if self._pending:
-            counts = _count(torch.cat(self._pending), _NUM_LOW)
-            self.counts = counts if self.counts is None else self.counts + counts
-        self._pending = []
+        if self._pending is not None and self._num_pending:
+            self._count(self._pending[: self._num_pending])
         self._num_pending = 0
+
+    def _count(self, low_bits: torch.Tensor) -> None:
+        counts = _count(low_bits, _NUM_LOW)
+        self.counts = counts if self.counts is None else self.counts + counts
 
 
 def _count(values: torch.Tensor, num_values: int) -> torch.Tensor:
