@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from raymerge import merge
+from raymerge import merge, plan
 from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES
 from tests.checkpoints import read_files, write_family
+from tests.servers.faults import FaultProxy, Request
 from tests.servers.hub import HubServer
+from tests.servers.s3 import S3Server
 from tests.servers.static import NginxServer
+from tests.stored_models import make_config, upload
+from tests.tokenized_models import TEXTS, byte_level, write_tokenized
 
 Served = Callable[[], Counter[str]]
 """Returns the bytes of weights that were sent of each model."""
@@ -103,3 +107,21 @@ def _served_of(file: Path) -> int:
     with file.open("rb") as opened:
         data_start = 8 + int.from_bytes(opened.read(8), "little")
     return file.stat().st_size - data_start + max(data_start, FIRST_READ_NBYTES)
+
+
+def test_tokenizers_are_read_once_to_be_compared(
+    s3_server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [write_tokenized(tmp_path / str(k), k, byte_level(text, 280)) for k, text in enumerate(TEXTS)]
+    served: Counter[str] = Counter()
+
+    def note(request: Request) -> None:
+        if request.operation == "GetObject" and request.path.endswith("/tokenizer.json"):
+            served[request.path] += 1
+
+    with FaultProxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        proxy.rule = note
+        config = make_config([upload(s3_server, bucket, model.name, model) for model in models])
+        assert any("tokenizer_source" in warning for warning in plan(config).warnings)
+    assert list(served.values()) == [1, 1, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from raymerge.pipeline.checkpoint.chat_template.files import read_template
@@ -37,19 +38,21 @@ def warn_of_tokenizers(
     """
     donor, *others = checkpoints
     reader = TokenizerReader(stores, allowed_mem)
+    read_first = cache(lambda: reader.read(donor.model, donor.files))
+    read_first_special = cache(lambda: _read_special(stores, donor.files))
+    read_first_template = cache(lambda: _read_template(stores, donor))
     warnings: list[str] = []
     for other in others:
         try:
             if _may_differ(donor.files.get(TOKENIZER), other.files.get(TOKENIZER)):
-                first, second = reader.read(donor.model, donor.files), reader.read(other.model, other.files)
+                first, second = read_first(), reader.read(other.model, other.files)
                 if first is not None and second is not None and first is not second:
                     warnings += _compare(str(donor.model), first, str(other.model), second)
                     reader.forget(second)
             if _may_differ(donor.files.get(TOKENIZER_CONFIG), other.files.get(TOKENIZER_CONFIG)):
-                warnings += _compare_special(stores, donor, other)
-            if keeps_template and (read_template(stores, donor) or "").strip() != (
-                template := (read_template(stores, other) or "").strip()
-            ):
+                special = read_first_special(), _read_special(stores, other.files)
+                warnings += _compare_special(str(donor.model), special[0], str(other.model), special[1])
+            if keeps_template and read_first_template() != (template := _read_template(stores, other)):
                 what = "another chat template than" if template else "no chat template, unlike"
                 warnings.append(
                     f"{other.model}: {what} {donor.model}, whose the output gets; `chat_template` in the config chooses"
@@ -86,16 +89,19 @@ def _compare(donor: str, first: Tokenizer, other: str, second: Tokenizer) -> Ite
         )
 
 
-def _compare_special(stores: Stores, donor: Checkpoint, other: Checkpoint) -> Iterator[str]:
+def _compare_special(donor: str, first: Mapping[str, Any], other: str, second: Mapping[str, Any]) -> Iterator[str]:
     """Yield a warning of special tokens that differ."""
-    first, second = (_read_special(stores, checkpoint.files) for checkpoint in (donor, other))
     different = [
-        f"{name} is {first.get(name)!r} in {donor.model} and {second.get(name)!r} in {other.model}"
+        f"{name} is {first.get(name)!r} in {donor} and {second.get(name)!r} in {other}"
         for name in _SPECIAL
         if first.get(name) != second.get(name)
     ]
     if different:
-        yield f"{listing(different, len(_SPECIAL), separator='; ')}; the output gets those of {donor.model}"
+        yield f"{listing(different, len(_SPECIAL), separator='; ')}; the output gets those of {donor}"
+
+
+def _read_template(stores: Stores, checkpoint: Checkpoint) -> str:
+    return (read_template(stores, checkpoint) or "").strip()
 
 
 def _read_special(stores: Stores, files: Mapping[str, StoredFile]) -> dict[str, Any]:
