@@ -80,6 +80,23 @@ def test_peak_memory_is_as_projected(name: str, models: dict[str, list[str]], tm
     assert figures["projected"] // 2 - SLACK_NBYTES <= figures["used"] <= figures["projected"] + SLACK_NBYTES
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to know what is resident now")
+def test_many_blocks_take_no_more_than_few(models: dict[str, list[str]], tmp_path: Path) -> None:
+    """What torch's selection keeps between blocks must not hold freed memory back: `pcb` selects most."""
+    large = write_models(tmp_path / "models", 4 * NUM_ELEMENTS, num_tensors=1)
+    op = load_ops()["pcb"]
+    configs = [
+        write_config(tmp_path / f"{n}.yml", make_config(op, each)) for n, each in enumerate((models["tiny"], large))
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *map(str, configs), str(tmp_path), "1GiB"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["used"] <= figures["projected"] + SLACK_NBYTES
+
+
 MODEL_IN = {"s3": "s3://{bucket}/{name}", "hub": "org/{name}", "local": "{directory}/{name}"}
 OUTPUT_IN = {"s3": "s3://{bucket}/merged", "hub": "hf://me/merged", "local": "{directory}/merged"}
 
