@@ -23,7 +23,7 @@ PHASE_COLOURS = ("#8fb8de", "#2f6db5", "#57a773", "#9bc53d", "#d9661f", "#b3b3b3
 _PHASE_ORDER = ("read", "measure", "combine", "hash", "write")
 _NUMBER = r"(\d[\d,]*(?:\.\d+)?)"
 _MAX_SHARE = 3.0
-"""Of what was asked: longer bars are cut."""
+"""Longest bar, as a multiple of the figure that was asked for; longer ones are cut."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Panel:
     subtitle: str
     bars: list[Bar]
     limit: float = 0.0
-    """Where a line stands; 0 for none."""
+    """Value that a vertical line marks; 0 for no line."""
     legend: list[tuple[str, str]] = field(default_factory=list)
     """Names and their colours."""
     most: float = 0.0

@@ -1,4 +1,4 @@
-"""What LoRA adapters do to stored values besides low-rank updates: DoRA's scaled rows, and updates of biases."""
+"""Decoders for DoRA's scaled rows, and for the updates that LoRA adapters make to biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TILE_ELEMENTS = 2**19
-"""Of whole rows that are at hand at once."""
+"""Elements of the whole rows that are decoded at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class ScaledRows(Decoder):
     below: Decoder
     columns: int
     dtype: str
-    """Of the norms, by torch's word for it."""
+    """Dtype of the stored norms, as torch names it."""
 
     @property
     def has_loops(self) -> bool:
@@ -102,7 +102,7 @@ class AddedVector(Decoder):
 
     below: Decoder
     dtype: str
-    """Of the others, by torch's word for it."""
+    """Dtype of the stored update, as torch names it."""
     scale: float
 
     def temporary_nbytes(self, num_elements: int) -> int:

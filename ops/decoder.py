@@ -26,7 +26,7 @@ class Raw:
     stop: int
     """Element after the last: the pieces are enough to decode [start, stop)."""
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What a decoder has worked out for these pieces, and needs again for the next block."""
+    """Results that a decoder keeps from one block of these pieces to the next."""
 
 
 class Decoder(ABC):

@@ -43,7 +43,7 @@ class Intermediate(Decoder):
     parts: tuple[Part, ...]
     """The sources of the merge, in its order."""
     dtype: str
-    """What the result is rounded to, by torch's word for it."""
+    """Dtype that the result is rounded to, as torch names it."""
 
     @property
     def grid(self) -> int:
@@ -68,7 +68,7 @@ class Intermediate(Decoder):
         return own + self.kernel.state_nbytes(self.site) + parts
 
     def temporary_nbytes(self, num_elements: int) -> int:
-        """Return what the most demanding part takes to decode a block."""
+        """Return the bytes that the most demanding source takes to decode a block."""
         return max((part.decoder.temporary_nbytes(self.grid) for part in self.parts), default=0)
 
     def start(self) -> Decoder:
@@ -94,7 +94,7 @@ class _Run(Decoder):
         self._merged = _Kept(find_dtype(what.dtype))
         """The block that was merged last."""
         self._decoded = _Kept(find_dtype(what.dtype))
-        """What was decoded last."""
+        """The block of sources that was decoded last."""
 
     @property
     def num_passes(self) -> int:
@@ -177,7 +177,7 @@ class _Kept:
 
     @property
     def values(self) -> torch.Tensor:
-        """What is kept."""
+        """The values, without the rest of the room."""
         assert self._room is not None
         assert self._bounds is not None
         start, stop = self._bounds

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.decoder import Decoder, Plain, Raw, find_dtype
 from raymerge.ops.lazy import low_rank_loops, np, torch
-from raymerge.ops.stored import LOOP_DTYPES
+from raymerge.ops.stored import LOOP_DTYPES, widen
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -244,9 +244,7 @@ def _view_numpy(piece: memoryview, factor: Factor) -> NDArray[Any]:
 
 def _widen(values: NDArray[Any]) -> NDArray[Any]:
     """Return bfloat16 values, which come as words, as float32, and others as they are."""
-    if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values
+    return widen(values) if values.dtype == np.uint16 else values
 
 
 def _read_torch(piece: torch.Tensor, factor: Factor) -> torch.Tensor:

@@ -29,7 +29,7 @@ def find_directory() -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class CodeFile:
-    """Where the machine code of one loop is kept."""
+    """A file in the cache with the machine code of one loop."""
 
     path: Path
 
