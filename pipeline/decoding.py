@@ -44,9 +44,9 @@ def is_deep(value: Any) -> bool:
 
 
 def decode(value: Any, kind: Any) -> Any:
-    """Return a parsed JSON value as one of a type: of a dataclass, tuple, mapping, literal, optional or plain type.
+    """Return a parsed JSON value as one of a type: a dataclass, tuple, mapping, literal, optional or plain one, or any.
 
-    A field that is missing has its default; what is no field is left out.
+    A field that is missing has its default; what is no field is left out. `object` is any value.
 
     Raises:
         TypeError: it is none, or out of reason.
@@ -70,6 +70,8 @@ def decode(value: Any, kind: Any) -> Any:
         raise TypeError("out of reason")
     if kind is float and type(value) is int:
         return float(value)
+    if kind is object:
+        return value
     if type(value) is not kind:
         raise TypeError(f"{value!r} is given, {kind} is needed")
     return value

@@ -1,0 +1,1 @@
+"""Accuracy against tokens of evaluated models: page, pictures, table and choice."""

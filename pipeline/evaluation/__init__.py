@@ -1,0 +1,1 @@
+"""What models can do, and how many tokens they take for it."""

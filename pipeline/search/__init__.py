@@ -1,0 +1,1 @@
+"""Search of a recipe's parameters for the best models."""

@@ -1,0 +1,1 @@
+"""Many models of one recipe: swept over its parameters, or searched for."""

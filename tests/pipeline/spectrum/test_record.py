@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.spectrum.record import RECORD, Parent, Point, Spectrum, read_spectrum, write_spectrum
+from raymerge.pipeline.stores.open import open_stores
+
+SPECTRUM = Spectrum(
+    raymerge="1",
+    config="merge_method: slerp",
+    paths=("t",),
+    parents=(Parent("think", "org/think", is_base=True), Parent("answer", "org/answer", is_base=False)),
+    points=(
+        Point("t-0.1", "t-0.1", {"t": 0.1}, "merge_method: slerp", "abc", "complete", ""),
+        Point("t-0.2", "s3://b/t-0.2", {"t": [0, 0.2]}, "merge_method: slerp", "", "failed", "no such tensor"),
+    ),
+)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    with open_stores() as stores:
+        write_spectrum(stores, str(tmp_path), SPECTRUM)
+        assert read_spectrum(stores, str(tmp_path)) == SPECTRUM
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("[]", "damaged"), ("{", "damaged"), (json.dumps({"raymerge": "1"}), "damaged"), (None, "has no spectrum.json")],
+)
+def test_what_is_wrong_with_a_record_is_told(content: str | None, said: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / RECORD).write_text(content)
+    with open_stores() as stores, pytest.raises(OutputError, match=said):
+        read_spectrum(stores, str(tmp_path))
