@@ -20,6 +20,7 @@ from raymerge.ops.own import OwnOps
 from raymerge.pipeline.checkpoint.find import FoundModel
 from raymerge.pipeline.cli.app import commands
 from raymerge.pipeline.config.reader import load_config
+from raymerge.pipeline.evaluation.tasks.task_file import read_task_file
 from raymerge.testing import read_model, write_model
 from tests.checkpoints import read_files, read_tensors, write_family
 from tests.commands import Cli
@@ -90,9 +91,13 @@ def test_make_has_every_target(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_config_is_one(page: str) -> None:
+def test_every_config_is_one(page: str, tmp_path: Path) -> None:
     own = OwnOps(page, read_blocks(page, "python")[0]) if page == "docs/own_methods.md" else None
     for text in read_blocks(page, "yaml"):
+        if re.search("^items:", text, re.MULTILINE):  # a task to evaluate models with
+            (tmp_path / "task.yml").write_text(text)
+            read_task_file(tmp_path / "task.yml")
+            continue
         load_config(text, strict=True, own=own, find=lambda pattern: [FoundModel(pattern, 1)])
 
 
@@ -165,7 +170,7 @@ def test_the_commands_of_the_readme(
     done = []
     with buckets_of(s3_server, "bucket"):
         for command in read_commands("README.md", "raymerge"):
-            if command[0] == "submit":  # needs a cluster: tests/test_submit.py
+            if command[0] in ("submit", "eval"):  # need a cluster, or models that generate
                 continue
             outcome = cli(*command)
             assert outcome.code == 0, (command, outcome.err)

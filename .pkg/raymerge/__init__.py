@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from raymerge.pipeline.errors import MemoryLimitError as MemoryLimitError
     from raymerge.pipeline.errors import OutputError as OutputError
     from raymerge.pipeline.errors import TensorMismatchError as TensorMismatchError
+    from raymerge.pipeline.evaluation.evaluate import evaluate as evaluate
+    from raymerge.pipeline.evaluation.options import EvaluateOptions as EvaluateOptions
+    from raymerge.pipeline.evaluation.results import Evaluation as Evaluation
     from raymerge.pipeline.options import MergeOptions as MergeOptions
     from raymerge.pipeline.output.verify import VerifyReport as VerifyReport
     from raymerge.pipeline.output.verify import verify as verify
@@ -66,6 +69,9 @@ _HOMES = {
         "OutputError",
         "TensorMismatchError",
     ),
+    "pipeline.evaluation.evaluate": ("evaluate",),
+    "pipeline.evaluation.options": ("EvaluateOptions",),
+    "pipeline.evaluation.results": ("Evaluation",),
     "pipeline.options": ("MergeOptions",),
     "pipeline.output.verify": ("VerifyReport", "verify"),
     "pipeline.plan.results": ("MergeReport", "ShardResult"),

@@ -15,6 +15,7 @@ from typer.main import get_command
 from raymerge import __version__
 from raymerge.pipeline.cli.advice import advise, is_in_other_order
 from raymerge.pipeline.cli.console import put, say, say_hint
+from raymerge.pipeline.cli.evaluate import evaluate
 from raymerge.pipeline.cli.extract import extract_lora
 from raymerge.pipeline.cli.interrupt import watch_for_interrupts
 from raymerge.pipeline.cli.jobs import jobs, submit
@@ -258,5 +259,6 @@ commands.command(epilog="Example: raymerge submit merge.yml s3://bucket/merged -
 commands.command("extract-lora", epilog="Example: raymerge extract-lora org/tuned org/base ./adapter --rank 32")(
     extract_lora
 )
+commands.command("eval", epilog="Example: raymerge eval spectrum/ --task arithmetic.yml --samples 8")(evaluate)
 commands.add_typer(jobs, name="jobs")
 commands.add_typer(manifest, name="manifest")

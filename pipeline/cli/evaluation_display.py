@@ -1,0 +1,100 @@
+"""Shows how an evaluation goes, and its results as a table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from raymerge.pipeline.cli.console import say
+from raymerge.pipeline.evaluation.events import Begun, Evaluated, EvaluationEvent, Sampled
+from raymerge.pipeline.evaluation.results import Estimate, Evaluation
+from raymerge.pipeline.messages import counted
+from raymerge.pipeline.redact import redact
+from raymerge.pipeline.sizes import format_seconds
+
+_LINE_SECONDS = 10.0
+"""Between lines of progress."""
+
+
+class EvaluationDisplay:
+    """Prints events to stderr: a line for each evaluation, and now and then how far one is."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._told_at = time.monotonic()
+        self._num_done = self._num = 0
+
+    def show(self, event: EvaluationEvent) -> None:
+        """Show one event."""
+        if self._quiet:
+            return
+        if isinstance(event, Begun):
+            self._num = event.num_models * event.num_tasks
+            found = f"; {event.num_cached:,} found" if event.num_cached else ""
+            say(f"{counted(event.num_models, 'model')}, {counted(event.num_tasks, 'task')}{found}")
+            for reason in event.skipped:
+                say(redact(f"warning: not evaluated: {reason}"))
+        elif isinstance(event, Evaluated):
+            self._num_done += 1
+            if not event.is_cached:
+                done = event.evaluation
+                what = format_short(done) if done.state == "complete" else f"failed: {done.error}"
+                say(f"[{self._num_done}/{self._num}] {done.model}  {done.task}  {what}  {format_seconds(done.seconds)}")
+        elif isinstance(event, Sampled) and time.monotonic() - self._told_at > _LINE_SECONDS:
+            self._told_at = time.monotonic()
+            of = f" of {event.num_samples:,}" if event.num_samples else ""
+            say(f"  {event.model}  {event.task}  {event.num_finished:,}{of} samples")
+
+
+def format_short(done: Evaluation) -> str:
+    """Return the main figures on a line."""
+    parts = []
+    if done.accuracy is not None:
+        parts.append(f"accuracy {_percent(done.accuracy)}")
+    if done.tokens is not None:
+        parts.append(f"{done.tokens.mean:,.0f} tokens")
+    if done.loss is not None:
+        parts.append(f"loss {done.loss.mean:.4f}")
+    return ", ".join(parts)
+
+
+def format_table(found: Sequence[Evaluation]) -> str:
+    """Return results as a table: a line for each model and task."""
+    has_loss = any(each.loss is not None for each in found)
+    head = ["model", "task", "accuracy %", "tokens", "p95", "thinking", "cut off", *(["loss"] if has_loss else [])]
+    rows = [head]
+    for each in found:
+        if each.state == "failed":
+            rows.append([each.model, each.task, "failed", *[""] * (len(head) - 3)])
+            continue
+        tokens = each.tokens
+        row = [each.model, each.task, _percent(each.accuracy) if each.accuracy else ""]
+        row += [f"{tokens.mean:,.0f}", f"{tokens.p95:,.0f}"] if tokens else ["", ""]
+        row += [_share(each.thinking), _share(each.cut_off)]
+        if has_loss:
+            row.append(f"{each.loss.mean:.4f}" if each.loss else "")
+        rows.append(row)
+    return _align(rows)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    places = [str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2)]
+    return "\n".join(
+        "  ".join(place(cell, width) for place, cell, width in zip(places, row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _percent(estimate: Estimate) -> str:
+    """Return an accuracy with the larger half of its interval.
+
+    >>> _percent(Estimate(0.8, 0.5, 0.95))
+    '80.0 ±30.0'
+    """
+    half = max(estimate.high - estimate.mean, estimate.mean - estimate.low)
+    return f"{100 * estimate.mean:.1f} ±{100 * half:.1f}"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}%"

@@ -1,0 +1,41 @@
+"""The engines of one machine: as many as there are models at work at once, each with its share of the processors."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from raymerge.cluster.host import count_cores
+from raymerge.pipeline.evaluation.generation.engine import Engine
+
+
+class Engines:
+    """Lends engines to threads, and keeps their processes between models; use it in a `with` block."""
+
+    def __init__(self, backend: str, num: int) -> None:
+        threads = {"OMP_NUM_THREADS": str(max(1, count_cores() // num)), "TOKENIZERS_PARALLELISM": "false"}
+        self._all = [Engine(backend, {**threads, "HF_HUB_OFFLINE": "1"}) for _ in range(num)]
+        self._idle: queue.SimpleQueue[Engine] = queue.SimpleQueue()
+        for engine in self._all:
+            self._idle.put(engine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for engine in self._all:
+            engine.close()
+
+    @contextmanager
+    def lend(self) -> Iterator[Engine]:
+        """Lend an engine that nobody else uses."""
+        engine = self._idle.get()
+        try:
+            yield engine
+        finally:
+            self._idle.put(engine)

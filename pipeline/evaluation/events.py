@@ -1,0 +1,44 @@
+"""What whoever watches an evaluation is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raymerge.pipeline.evaluation.results import Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """It is known what there is to do."""
+
+    num_models: int
+    num_tasks: int
+    num_cached: int
+    """Evaluations of an earlier run."""
+    skipped: tuple[str, ...]
+    """Points of a spectrum that could not be made, with the reasons."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A model has answered some of a task."""
+
+    model: str
+    task: str
+    num_finished: int
+    """Samples, those of an earlier run included."""
+    num_samples: int
+    """In all; 0 where nobody knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """One model and task are done, or have failed."""
+
+    evaluation: Evaluation
+    is_cached: bool
+
+
+EvaluationEvent = Begun | Sampled | Evaluated
+OnEvaluationEvent = Callable[[EvaluationEvent], None]

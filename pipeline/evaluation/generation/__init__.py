@@ -1,0 +1,1 @@
+"""Generates answers and measures losses, in processes of their own."""

@@ -1,0 +1,110 @@
+"""A process that has models in memory, and is asked to generate or to measure losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
+
+from raymerge.pipeline.decoding import parse_json
+from raymerge.pipeline.errors import MergeError
+
+_MODULES = {"transformers": "raymerge.pipeline.evaluation.generation.transformers_worker"}
+"""The modules that are such a process, by backend."""
+_TAIL_LINES = 3
+_TAIL_CHARS = 600
+
+
+class EngineError(MergeError):
+    """The library cannot do it with this model, or its process has died."""
+
+
+class Engine:
+    """Such a process; started when it is first asked, and again after it has died."""
+
+    def __init__(self, backend: str, environment: Mapping[str, str] | None = None) -> None:
+        """Begin.
+
+        Args:
+            backend: which library it uses.
+            environment: variables that it has besides.
+        """
+        self._module = _MODULES[backend]
+        self._environment = dict(environment or {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] | None = None
+
+    def ask(self, request: Mapping[str, Any], check: Callable[[], None]) -> Iterator[dict[str, Any]]:
+        """Yield the answers to a request, as they come.
+
+        Args:
+            request: JSON.
+            check: called after each answer; raises when the run is to end.
+
+        Raises:
+            EngineError: the request has failed; the next one may not.
+        """
+        process = self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write((json.dumps(request) + "\n").encode())
+            process.stdin.flush()
+            for line in process.stdout:
+                answer: dict[str, Any] = parse_json(line)
+                if answer.get("done"):
+                    return
+                if "failed" in answer:
+                    raise EngineError(str(answer["failed"]))
+                yield answer
+                check()
+        except BrokenPipeError:
+            pass
+        except GeneratorExit:
+            self.close()  # it is still at work
+            raise
+        except BaseException as error:
+            if not isinstance(error, EngineError):
+                self.close()
+            raise
+        code = process.wait()
+        tail = self._read_tail()
+        self.close()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise EngineError(f"the process that had the model {how}{': ' if tail else ''}{tail}")
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            self._process = None
+        if self._errors is not None:
+            self._errors.close()
+            self._errors = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            self._errors = tempfile.TemporaryFile(prefix="raymerge-")  # noqa: SIM115  # closed with the process
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", self._module],  # modules of the working directory are not ours
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **self._environment},
+            )
+        return self._process
+
+    def _read_tail(self) -> str:
+        assert self._errors is not None
+        self._errors.seek(0)
+        text = self._errors.read().decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return " | ".join(lines[-_TAIL_LINES:])[-_TAIL_CHARS:]

@@ -1,0 +1,73 @@
+"""The options of an evaluation: one dataclass that the API takes, and that the command line's options are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal, TypedDict
+
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.options import SPEED, Help, StorageOption
+from raymerge.pipeline.stores.settings import Library
+
+SAMPLING = "Sampling"
+RESULTS = "Results"
+
+Backend = Literal["transformers"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """How to evaluate: what is sampled, with which library, where, and where the results go.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    samples: Annotated[int | None, Help("Answers to each item.", SAMPLING, "K", default="as the task says")] = None
+    limit: Annotated[int | None, Help("Only the first items of each task.", SAMPLING, "N", default="all")] = None
+    temperature: Annotated[
+        float | None, Help("0 for the most probable token each time.", SAMPLING, "T", default="as the task says")
+    ] = None
+    max_new_tokens: Annotated[
+        int | None, Help("Cut answers off after so many.", SAMPLING, "N", default="as the task says")
+    ] = None
+    seed: Annotated[int | None, Help("Seed of the sampling.", SAMPLING, "N", default="as the task says")] = None
+    backend: Annotated[Backend, Help("Library that generates.", SPEED)] = "transformers"
+    batch_size: Annotated[int, Help("Answers generated at once.", SPEED, "N")] = 16
+    dtype: Annotated[Dtype, Help("Dtype of the weights; auto: as stored on a GPU, float32 on a CPU.", SPEED)] = "auto"
+    workers: Annotated[int, Help("Models evaluated at once on this machine.", SPEED, "N")] = 1
+    storage: StorageOption = "auto"
+    out: Annotated[
+        str | None,
+        Help("Directory or URL of the results.", RESULTS, "DIR", default="evaluations, in the spectrum if it is one"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "limit", "max_new_tokens", "batch_size", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be 1 or more")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be 0 or more, and below 2^63")
+        if self.temperature is not None and not 0 <= self.temperature <= 100:
+            raise ConfigError(f"temperature is {self.temperature:g}; it must be from 0 to 100")
+
+
+class EvaluateKeywords(TypedDict, total=False):
+    """The fields of `EvaluateOptions` as keywords."""
+
+    samples: int | None
+    limit: int | None
+    temperature: float | None
+    max_new_tokens: int | None
+    seed: int | None
+    backend: Backend
+    batch_size: int
+    dtype: Dtype
+    workers: int
+    storage: Library
+    out: str | None
+
+
+OPTION_NAMES = tuple(field.name for field in fields(EvaluateOptions))

@@ -1,0 +1,133 @@
+"""The models that are to be evaluated: those of a spectrum, or any others."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from raymerge.pipeline.checkpoint.checkpoint import locate_model
+from raymerge.pipeline.checkpoint.files import CONFIG
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.config.node import Place
+from raymerge.pipeline.config.reference import parse_model_ref
+from raymerge.pipeline.errors import CheckpointError, ConfigError
+from raymerge.pipeline.messages import listing
+from raymerge.pipeline.spectrum.record import EVALUATIONS, RECORD, Spectrum, read_spectrum
+from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.urls import is_url, scheme_of
+
+_ODD = re.compile(r"[^\w.+-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model that is to be evaluated."""
+
+    name: str
+    """Unique among them."""
+    url: str
+    """Its directory, absolute; empty for a point that is merged for the evaluation and deleted after it."""
+    shown: str
+    """As the user or the record calls it."""
+    config: str = ""
+    """The YAML that such a point is merged by."""
+    fingerprint: str = ""
+    """Of such a point's plan; empty where it is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """All of them, and where their results go by default."""
+
+    models: tuple[Subject, ...]
+    out: str
+    skipped: tuple[str, ...] = ()
+    """Points that failed to be made, with the reasons."""
+
+
+def find_subjects(stores: Stores, given: Sequence[str]) -> Subjects:
+    """Return the models that are meant.
+
+    Args:
+        stores: that have them.
+        given: directories, URLs or Hub repositories of models, or of spectra: their points and parents.
+
+    Raises:
+        RaymergeError: one is not there; nothing is evaluated then.
+    """
+    if not given:
+        raise ConfigError("no model is given: a spectrum's directory, or directories, URLs or Hub names of models")
+    models: list[Subject] = []
+    skipped: list[str] = []
+    outs = []
+    for name in dict.fromkeys(given):
+        url = stores.at(name).absolute(name)
+        if _is_spectrum(stores, url):
+            spectrum = read_spectrum(stores, url)
+            found, failed = _list_spectrum(stores, url, spectrum)
+            models += found
+            skipped += failed
+            outs.append(f"{url}/{EVALUATIONS}" if scheme_of(url) not in ("hf", "http", "https") else "")
+        else:
+            models.append(_find_model(stores, name, None))
+            outs.append("")
+    if not models:
+        raise ConfigError(f"{', '.join(given)}: no point could be made: {listing(skipped)}")
+    out = outs[0] if len(set(outs)) == 1 and outs[0] else stores.at(EVALUATIONS).absolute(EVALUATIONS)
+    return Subjects(_make_unique(models), out, tuple(skipped))
+
+
+def _is_spectrum(stores: Stores, url: str) -> bool:
+    try:
+        stores.at(url).stat(f"{url}/{RECORD}")
+    except FileNotFoundError:
+        return False
+    except CheckpointError:  # no such repository: the model's own error says more
+        return False
+    return True
+
+
+def _list_spectrum(stores: Stores, url: str, spectrum: Spectrum) -> tuple[list[Subject], list[str]]:
+    found, failed = [], []
+    for point in spectrum.points:
+        where = point.url if is_url(point.url) or point.url.startswith("/") else f"{url}/{point.url}"
+        if point.state == "failed":
+            failed.append(f"{point.name}: {point.error}")
+        elif point.state == "planned":
+            found.append(Subject(point.name, "", where, point.config, point.fingerprint))
+        else:
+            found.append(Subject(point.name, where, where))
+    found += [_find_model(stores, parent.model, parent.name) for parent in spectrum.parents]
+    return found, failed
+
+
+def _find_model(stores: Stores, name: str, called: str | None) -> Subject:
+    ref = parse_model_ref(Place(name, "MODEL"))
+    called = called or _ODD.sub("-", re.split(r"[/\\]", str(ref).rstrip("/"))[-1]).strip("-.") or "model"
+    if ref.adapter is not None:
+        return Subject(called, "", str(ref), _make_config(ref))
+    url = locate_model(stores, ref)
+    try:
+        stores.at(url).stat(f"{url}/{CONFIG}")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{name}: no {CONFIG} and no {RECORD} there; it is neither a model nor a spectrum"
+        ) from None
+    return Subject(called, url, str(ref))
+
+
+def _make_config(ref: ModelRef) -> str:
+    """Return the config of a merge that applies an adapter."""
+    return f"merge_method: passthrough\nmodels: [{{model: {str(ref)!r}}}]\n"
+
+
+def _make_unique(models: Sequence[Subject]) -> tuple[Subject, ...]:
+    counts: Counter[str] = Counter()
+    unique = []
+    for model in models:
+        counts[model.name] += 1
+        number = counts[model.name]
+        unique.append(model if number == 1 else replace(model, name=f"{model.name}-{number}"))
+    return tuple(unique)
