@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from raymerge.cluster.host import measure_memory
-from raymerge.cluster.ray.session import RESERVED_MEM, TASK_NBYTES
 from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.checkpoint.find import find_models
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.steps import list_steps
-from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
-from raymerge.pipeline.engine.readiness import start_compiling
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.execution import Execution, carry_out, check_finite
 from raymerge.pipeline.messages import counted
@@ -34,23 +29,19 @@ from raymerge.pipeline.output.state import (
 )
 from raymerge.pipeline.output.stitch import list_outputs
 from raymerge.pipeline.output.verify import check_model
-from raymerge.pipeline.plan.foresight import guess_kernels
-from raymerge.pipeline.plan.gpu_memory import WORKERS_PER_GPU
 from raymerge.pipeline.plan.results import MergeReport
-from raymerge.pipeline.plan.shares import Limits
-from raymerge.pipeline.plan.types import Gpus, MergePlan
+from raymerge.pipeline.plan.types import MergePlan
 from raymerge.pipeline.plan.variants import select_files, select_outputs
 from raymerge.pipeline.planner import make_plan
 from raymerge.pipeline.progress.events import OnEvent
 from raymerge.pipeline.progress.narrator import Narrator
 from raymerge.pipeline.progress.report import make_report
-from raymerge.pipeline.runners import check_reach, list_cluster_variables, prepare_workers
 from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.settings import Library, StoreSettings
+from raymerge.pipeline.workers import Workers, find_workers, make_limits, make_local_limits, start_workers
 
 if TYPE_CHECKING:
-    from raymerge.cluster.process_runner import ProcessRunner
-    from raymerge.cluster.ray.session import RaySession
+    pass
 
 Config = Path | str | Mapping[str, Any]
 """A YAML file or its name, YAML text, or its content."""
@@ -79,16 +70,14 @@ def plan(
         RaymergeError: whatever would go wrong later, as far as it can be known now.
     """
     options = make_options(options, keywords)
-    limits = _make_limits(options)
-    if (gpu_mem := options.allowed_gpu_mem) is not None:  # on a machine without GPUs: a plan for one with one
-        limits = _use_gpus(limits, len(list_gpus()) or 1, gpu_mem, options)
+    limits = make_local_limits(options)
     own = None if options.ops is None else read_own_ops(options.ops)
     with open_stores(StoreSettings(options.storage)) as stores:
         loaded = load_config(config, strict=options.strict, own=own, find=partial(find_models, stores))
         where = ["." if out is None else str(out)]
         headers = options.trust_headers
-        made = make_plan(stores, [loaded], where, limits, options.seed, trust_headers=headers, measures=False)
-        _check_doubts(made, strict=options.strict)
+        made = make_plan(stores, [loaded], where, limits, [options.seed], trust_headers=headers, measures=False)
+        check_doubts(made, strict=options.strict)
         return made
 
 
@@ -149,31 +138,60 @@ def merge_variants(
     narrator = Narrator(on_event or (lambda event: None))
     own = None if options.ops is None else read_own_ops(options.ops)
     with open_stores(StoreSettings(options.storage, options.private)) as stores, ExitStack() as stack:
-        _check_outs(stores, configs, outs)
+        check_outs(stores, configs, outs)
         find = partial(find_models, stores)
         load = partial(load_config, strict=options.strict, own=own, find=find)
         loaded = [config if isinstance(config, MergeConfig) else load(config) for config in configs]
-        session, limits, hired = _find_workers(stores, loaded[0], outs, options, stack)
-        if limits.gpus is None and options.address is None:  # loops will run here
-            compiling = start_compiling(kernel for config in loaded for kernel in guess_kernels(config))
-            if compiling is not None:
-                stack.callback(compiling.close)
-        places, trust_headers = [str(out) for out in outs], options.trust_headers
-        make = partial(make_plan, stores, loaded, places, limits, options.seed, session, trust_headers=trust_headers)
+        workers = find_workers(stores, loaded, outs, options, stack)
+        make = partial(
+            make_plan,
+            stores,
+            loaded,
+            [str(out) for out in outs],
+            workers.limits,
+            [options.seed] * len(outs),
+            workers.session,
+            trust_headers=options.trust_headers,
+        )
         the_plan = make(measures=False)
-        _check_doubts(the_plan, strict=options.strict)
-        targets = [_check_output(stores, the_plan, k, out, overwrite=options.overwrite) for k, out in enumerate(outs)]
-        if options.ray:
-            from raymerge.cluster.ray.session import start_ray
+        check_doubts(the_plan, strict=options.strict)
+        targets = [check_target(stores, the_plan, k, out, overwrite=options.overwrite) for k, out in enumerate(outs)]
+        workers = start_workers(stores, workers, [the_plan], targets, options, stack)
+        measure = None
+        if any(config.mixture and config.mixture.needs_hidden_states for config in loaded):
+            measure = partial(make, measures=True)
+        return merge_planned(stores, the_plan, targets, options, narrator, workers, measure=measure, start=start)
 
-            session = stack.enter_context(start_ray(the_plan.num_workers))
-            if the_plan.gpus is not None:
-                session = session.with_gpus()
-        if session is not None:
-            urls = [*targets, *(item.url for item in the_plan.directories)]
-            check_reach(stores, urls, session, shared_filesystem=options.shared_filesystem)
-        narrator.planned(the_plan)
-        on_held = narrator.held if options.wait else None
+
+def merge_planned(
+    stores: Stores,
+    the_plan: MergePlan,
+    targets: Sequence[str],
+    options: MergeOptions,
+    narrator: Narrator,
+    workers: Workers,
+    *,
+    measure: Callable[[], MergePlan] | None = None,
+    start: float,
+) -> list[MergeReport]:
+    """Carry out a plan whose outputs have been checked, as far as earlier runs have not done so.
+
+    Args:
+        stores: of inputs and outputs.
+        the_plan: what to do.
+        targets: the outputs' absolute paths or URLs.
+        options: how to merge.
+        narrator: told how it goes.
+        workers: do the work.
+        measure: makes the plan once more, with what takes a pass through a model, where anything does.
+        start: when the merge began, by `time.perf_counter`.
+
+    Raises:
+        RaymergeError: something the caller can put right; running again goes on with the finished shards.
+    """
+    narrator.planned(the_plan)
+    on_held = narrator.held if options.wait else None
+    with ExitStack() as stack:
         opened = [
             stack.enter_context(
                 open_output(
@@ -188,16 +206,16 @@ def merge_variants(
             for target, output in zip(targets, the_plan.outputs, strict=True)
         ]
         unfinished = [k for k, (state, _) in enumerate(opened) if state is not OutputState.COMPLETE]
-        complete = [k for k in range(len(outs)) if k not in unfinished]
+        complete = [k for k in range(len(targets)) if k not in unfinished]
         if options.recheck:
             for k in complete:
-                _recheck(stores, targets[k], limits.num_workers)
+                _recheck(stores, targets[k], workers.limits.num_workers)
         nonfinite = {k: read_manifest(stores, targets[k]).nonfinite for k in complete}
         for found in nonfinite.values():
             check_finite(found, strict=options.strict)
         done = Execution()
-        if unfinished and any(config.mixture and config.mixture.needs_hidden_states for config in loaded):
-            the_plan = make(measures=True)  # by now nothing else can be wrong
+        if unfinished and measure is not None:
+            the_plan = measure()  # by now nothing else can be wrong
         if unfinished:
             done = carry_out(
                 stores,
@@ -205,8 +223,8 @@ def merge_variants(
                 [targets[k] for k in unfinished],
                 [opened[k][1] for k in unfinished],
                 narrator,
-                session,
-                hired,
+                workers.session,
+                workers.hired,
                 strict=options.strict,
                 recheck=options.recheck,
             )
@@ -232,46 +250,7 @@ def merge_variants(
     return reports
 
 
-def _find_workers(
-    stores: Stores, config: MergeConfig, outs: Sequence[str | Path], options: MergeOptions, stack: ExitStack
-) -> tuple[RaySession | None, Limits, ProcessRunner | None]:
-    """Return the running Ray cluster that is asked for, if any, what each machine may use, and started processes.
-
-    Where processes of this machine will do the work, they begin to import what they need.
-    """
-    session: RaySession | None = None
-    hired: ProcessRunner | None = None
-    limits = _make_limits(options)
-    gpu_mem = options.allowed_gpu_mem
-    if options.address is not None:
-        from raymerge.cluster.ray.session import connect_ray
-
-        session = stack.enter_context(connect_ray(options.address, list_cluster_variables()))
-        if gpu_mem is not None:
-            session = session.with_gpus()
-        num_workers = options.workers or max(node.num_cpus for node in session.nodes)
-        task_mem = max(node.mem_nbytes for node in session.nodes) - RESERVED_MEM
-        limits = replace(limits, num_workers=num_workers, task_mem=max(1, task_mem))
-    elif limits.num_workers > 1 and not options.ray:
-        parts = (part for model in config.input_models for part in (model, model.adapter))
-        models = [part.path for part in (*filter(None, parts), *config.statistics.values())]
-        places = [str(out) for out in outs]
-        hired = prepare_workers(stores, models, places, limits.num_workers, on_gpus=gpu_mem is not None)
-        if hired is not None:
-            stack.callback(hired.close)
-    if gpu_mem is not None:
-        num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
-        limits = _use_gpus(limits, num_gpus, gpu_mem, options)
-    return session, limits, hired
-
-
-def _use_gpus(limits: Limits, num_gpus: int, gpu_mem: int, options: MergeOptions) -> Limits:
-    """Return limits for merging on GPUs, with no more workers than a GPU is fast with unless the user wants them."""
-    num_workers = limits.num_workers if options.workers else min(limits.num_workers, num_gpus * WORKERS_PER_GPU)
-    return replace(limits, num_workers=num_workers, gpus=Gpus(num_gpus, gpu_mem, not _is_on_ray(options)))
-
-
-def _check_doubts(plan: MergePlan, *, strict: bool) -> None:
+def check_doubts(plan: MergePlan, *, strict: bool) -> None:
     """Refuse a plan with warnings if that is wanted."""
     if strict and plan.warnings:
         doubts = "\n  ".join(plan.warnings)
@@ -285,7 +264,7 @@ def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False, s
         RaymergeError: it overlaps with an input, holds something else, or has no room.
     """
     with open_stores(StoreSettings(storage)) as stores:
-        return _check_output(stores, plan, 0, out, overwrite=overwrite)
+        return check_target(stores, plan, 0, out, overwrite=overwrite)
 
 
 def _check_intermediates(config: Config, out: str, options: MergeOptions) -> dict[str, MergeConfig]:
@@ -294,20 +273,25 @@ def _check_intermediates(config: Config, out: str, options: MergeOptions) -> dic
     Raises:
         RaymergeError: a directory is that of another output or of any document's input, or holds something else.
     """
-    limits, own = _make_limits(options), read_own_ops(options.ops) if options.ops else None
+    limits, own = make_limits(options), read_own_ops(options.ops) if options.ops else None
     with open_stores(StoreSettings(options.storage, options.private)) as stores:
         whole = load_config(config, own=own, find=partial(find_models, stores))
         kept = {f"{options.keep_intermediates}/{step.name}": step for step in list_steps(whole)}
-        _check_outs(stores, [whole, *kept.values()], [out, *kept])
+        check_outs(stores, [whole, *kept.values()], [out, *kept])
         make = partial(make_plan, stores, trust_headers=options.trust_headers, measures=False)
-        inputs = make([whole], [out], limits, options.seed).directories
+        inputs = make([whole], [out], limits, [options.seed]).directories
         for place, step in kept.items():
             check_apart(stores, locate_output(stores, place), inputs)
-            _check_output(stores, make([step], [place], limits, options.seed), 0, place, overwrite=options.overwrite)
+            check_target(stores, make([step], [place], limits, [options.seed]), 0, place, overwrite=options.overwrite)
     return kept
 
 
-def _check_outs(stores: Stores, configs: Sequence[Config | MergeConfig], outs: Sequence[str | Path]) -> None:
+def check_outs(stores: Stores, configs: Sequence[Config | MergeConfig], outs: Sequence[str | Path]) -> None:
+    """Make sure that there is an output for each config, and that none lies in another.
+
+    Raises:
+        ConfigError: naming two outputs.
+    """
     if not configs or len(configs) != len(outs):
         given = f"{counted(len(configs), 'config')} and {counted(len(outs), 'output')}"
         raise ConfigError(f"{given} are given; give one output for each config")
@@ -319,7 +303,12 @@ def _check_outs(stores: Stores, configs: Sequence[Config | MergeConfig], outs: S
             raise ConfigError(f"the output {inner} lies in {out}, which is made after it; choose another directory")
 
 
-def _check_output(stores: Stores, plan: MergePlan, position: int, out: str | Path, *, overwrite: bool) -> str:
+def check_target(stores: Stores, plan: MergePlan, position: int, out: str | Path, *, overwrite: bool) -> str:
+    """Make sure that an output of a plan can be made in a directory, without writing anything; return its absolute URL.
+
+    Raises:
+        RaymergeError: it overlaps with an input, holds something else, or has no room.
+    """
     target = locate_output(stores, out)
     output = plan.outputs[position]
     check_apart(stores, target, plan.directories)
@@ -335,17 +324,3 @@ def _recheck(stores: Stores, out: str, num_workers: int) -> None:
         check_model(stores, out, num_workers)
     except OutputError as error:
         raise OutputError(f"{error}\ngive --overwrite to make it again") from None
-
-
-def _is_on_ray(options: MergeOptions) -> bool:
-    return options.ray or options.address is not None
-
-
-def _make_limits(options: MergeOptions) -> Limits:
-    return Limits(
-        options.allowed_mem,
-        options.num_workers,
-        options.shard_nbytes,
-        runner_nbytes=TASK_NBYTES if _is_on_ray(options) else 0,
-        task_mem=measure_memory() // 2 if options.ray else None,  # Ray keeps some for itself and its object store
-    )

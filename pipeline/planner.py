@@ -63,7 +63,7 @@ def make_plan(
     configs: Sequence[MergeConfig],
     outs: Sequence[str],
     limits: Limits,
-    seed: int,
+    seeds: Sequence[int],
     session: RaySession | None = None,
     *,
     trust_headers: bool = False,
@@ -76,7 +76,7 @@ def make_plan(
         configs: one for each output, of the same models.
         outs: paths or URLs of the outputs; they decide how much memory writing takes.
         limits: what the user allows.
-        seed: for methods that draw random numbers.
+        seeds: one for each output, for methods that draw random numbers.
         session: the Ray cluster that does the work, if any.
         trust_headers: whether files of weights decide where they and the index disagree, or it is missing.
         measures: whether what takes a pass through a model is computed; a plan that nobody carries out does without.
@@ -89,7 +89,8 @@ def make_plan(
     stored = open_inputs(stores, first, limits.allowed_mem, trust_headers=trust_headers)
     doubts = [*stored.warnings]
     inputs = [
-        expand_steps(stores, config, stored.checkpoints, stored.models, seed, limits.allowed_mem) for config in configs
+        expand_steps(stores, config, stored.checkpoints, stored.models, seed, limits.allowed_mem)
+        for config, seed in zip(configs, seeds, strict=True)
     ]
     planned = plan_vocabulary(stores, first, inputs[0].checkpoints, inputs[0].models, limits.allowed_mem)
     vocabulary = planned.vocabulary if planned else None
@@ -97,11 +98,11 @@ def make_plan(
         None
         if config.mixture is None
         else cache(partial(_make_gates, stores, each, config.mixture, seed, limits.allowed_mem, measures=measures))
-        for config, each in zip(configs, inputs, strict=True)
+        for config, each, seed in zip(configs, inputs, seeds, strict=True)
     ]
     recipes = [
         expand(config, each.models, seed, vocabulary, found)
-        for config, each, found in zip(configs, inputs, gates, strict=True)
+        for config, each, found, seed in zip(configs, inputs, gates, seeds, strict=True)
     ]
     merges = join_variants(recipes)
     check_rows(merges)
@@ -140,7 +141,7 @@ def make_plan(
         side_files: tuple[SideFile, ...] = (*files, Written(CONFIG, dump_config(recipe.config)))
         fingerprint = make_fingerprint(tasks, side_files, position, origin)
         warnings = (*config.warnings, *doubts, *doubts_here, *each.warnings, *recipe.warnings)
-        outputs.append(PlannedOutput(config.text, seed, side_files, warnings, fingerprint))
+        outputs.append(PlannedOutput(config.text, seeds[position], side_files, warnings, fingerprint))
     return MergePlan(
         own=first.own,
         tasks=tasks,

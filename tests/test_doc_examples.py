@@ -20,7 +20,9 @@ from raymerge.ops.own import OwnOps
 from raymerge.pipeline.checkpoint.find import FoundModel
 from raymerge.pipeline.cli.app import commands
 from raymerge.pipeline.config.reader import load_config
+from raymerge.pipeline.config.sweep import SWEEP
 from raymerge.pipeline.evaluation.tasks.task_file import read_task_file
+from raymerge.pipeline.spectrum.points import make_points
 from raymerge.testing import read_model, write_model
 from tests.checkpoints import read_files, read_tensors, write_family
 from tests.commands import Cli
@@ -98,7 +100,10 @@ def test_every_config_is_one(page: str, tmp_path: Path) -> None:
             (tmp_path / "task.yml").write_text(text)
             read_task_file(tmp_path / "task.yml")
             continue
-        load_config(text, strict=True, own=own, find=lambda pattern: [FoundModel(pattern, 1)])
+        if f"\n{SWEEP}:" in text:
+            assert make_points(text, (), 0, strict=True).points
+        else:
+            load_config(text, strict=True, own=own, find=lambda pattern: [FoundModel(pattern, 1)])
 
 
 def test_a_gradient_of_lambda_is_lines(tmp_path: Path) -> None:
@@ -176,7 +181,10 @@ def test_the_commands_of_the_readme(
             assert outcome.code == 0, (command, outcome.err)
             done.append(command[0])
         assert "models/merged/model.safetensors" in s3_server.keys_of("bucket")
-    assert done == ["plan", "merge", "merge", "merge", "verify", "inspect", "extract-lora", "methods", "schema"]
+    assert done == [
+        *("plan", "merge", "merge", "merge", "sweep"),
+        *("verify", "inspect", "extract-lora", "methods", "schema"),
+    ]
     assert Path("merged/model.safetensors").read_bytes() == hub.read_files("me/merged", "main")["model.safetensors"]
     assert f"base_model:\n- {names[0]}\n- {names[1]}\n" in Path("merged/README.md").read_text()
 

@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     from raymerge.pipeline.progress.events import Progressed as Progressed
     from raymerge.pipeline.progress.events import Resumed as Resumed
     from raymerge.pipeline.progress.events import Retried as Retried
+    from raymerge.pipeline.progress.events import SweepDone as SweepDone
+    from raymerge.pipeline.progress.events import SweepPlanned as SweepPlanned
     from raymerge.pipeline.progress.events import Warned as Warned
+    from raymerge.pipeline.spectrum.sweep import SweepReport as SweepReport
+    from raymerge.pipeline.spectrum.sweep import sweep as sweep
 
 __version__ = "0.1.0"
 
@@ -76,6 +80,7 @@ _HOMES = {
     "pipeline.output.verify": ("VerifyReport", "verify"),
     "pipeline.plan.results": ("MergeReport", "ShardResult"),
     "pipeline.plan.types": ("MergePlan",),
+    "pipeline.spectrum.sweep": ("SweepReport", "sweep"),
     "pipeline.progress.events": (
         "Event",
         "Held",
@@ -84,6 +89,8 @@ _HOMES = {
         "Progressed",
         "Resumed",
         "Retried",
+        "SweepDone",
+        "SweepPlanned",
         "Warned",
     ),
 }

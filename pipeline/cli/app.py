@@ -21,6 +21,7 @@ from raymerge.pipeline.cli.interrupt import watch_for_interrupts
 from raymerge.pipeline.cli.jobs import jobs, submit
 from raymerge.pipeline.cli.manifest import manifest
 from raymerge.pipeline.cli.options import MESSAGES, ConfigFile, Out, PlanOptions, Verbose, takes_options
+from raymerge.pipeline.cli.sweep import sweep
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.options import SPEED, Help, MergeOptions, StorageOption
 from raymerge.pipeline.redact import redact
@@ -260,5 +261,6 @@ commands.command("extract-lora", epilog="Example: raymerge extract-lora org/tune
     extract_lora
 )
 commands.command("eval", epilog="Example: raymerge eval spectrum/ --task arithmetic.yml --samples 8")(evaluate)
+commands.command(epilog="Example: raymerge sweep merge.yml spectrum/ --set t=0.1:0.9:0.1")(sweep)
 commands.add_typer(jobs, name="jobs")
 commands.add_typer(manifest, name="manifest")

@@ -24,9 +24,11 @@ from raymerge.pipeline.progress.events import (
     Progressed,
     Resumed,
     Retried,
+    SweepDone,
+    SweepPlanned,
     Warned,
 )
-from raymerge.pipeline.progress.report import format_planned, format_report
+from raymerge.pipeline.progress.report import format_briefly, format_planned, format_report, format_swept
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_nbytes, format_seconds, format_speed
 
@@ -51,6 +53,7 @@ class Display:
         )
         self._task = self._bar.add_task("", total=None, visible=False)
         self._num_planned = 0
+        self._is_sweep = False
         self._retries: Counter[str] = Counter()
         self._last_line = time.monotonic()
 
@@ -76,7 +79,8 @@ class Display:
         match event:
             case Planned():
                 self._num_planned = event.num_shards
-                self._print(format_planned(event, verbose=self._verbose))
+                if self._verbose or not self._is_sweep:
+                    self._print(format_planned(event, verbose=self._verbose))
             case Warned():
                 self._print(f"warning: {event.text}")
             case Held():
@@ -97,6 +101,13 @@ class Display:
                 self._show_retry(event)
             case MergeReport():
                 self._show_report(event)
+            case SweepPlanned():
+                self._is_sweep = True
+                self._print(event.text)
+            case SweepDone():
+                self._bar.stop()
+                if not self._quiet:
+                    say(format_swept(event), stream=sys.stdout)
             case MergeFailed():
                 self._bar.stop()
                 say(event.text)
@@ -122,10 +133,13 @@ class Display:
             self._print(f"retried: {event.reason}" + (f" ({after} times by now)" if after > 1 else ""))
 
     def _show_report(self, report: MergeReport) -> None:
-        self._bar.stop()
+        if not self._is_sweep:
+            self._bar.stop()
         for name in report.nonfinite:
             say(f"warning: {name}: the output has NaN or infinite values")
-        if not self._quiet:
+        if self._is_sweep and not self._verbose:
+            self._print(format_briefly(report))
+        elif not self._quiet:
             say(format_report(report), stream=sys.stdout)
 
     def _print(self, text: str) -> None:

@@ -24,7 +24,7 @@ ARCHITECTURES = ("mixtral", "deepseek", "qwen", "qwen2", "qwen3")
 EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "residual_scale", "noise_scale")
 
 MIXTURE_KEYS = ("experts", "gate_mode", "shared_experts", "experts_per_token")
-_KEYS = ("name", "merge_method", "base_model", "architecture", "dtype", "out_dtype", *MIXTURE_KEYS)
+KEYS = ("name", "merge_method", "base_model", "architecture", "dtype", "out_dtype", *MIXTURE_KEYS)
 _DEFAULT_NUM_CHOSEN = 2
 
 
@@ -55,7 +55,7 @@ def read_mixture(root: Place, document: Document, parse_model: ParseModel) -> Me
     if (method := root.get("merge_method")).value not in (None, MIXTURE):
         root.note(method.error(f"{shown(method.value)} is given, and experts make a mixture; write {MIXTURE!r}"))
         return None
-    root.check_keys(_KEYS)
+    root.check_keys(KEYS)
     base = root.attempt(partial(_read_base, parse_model=parse_model))
     dtypes = [root.get(key).attempt(parse_dtype) for key in ("dtype", "out_dtype")]
     name = root.get("name").attempt(parse_name)

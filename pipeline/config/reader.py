@@ -40,13 +40,14 @@ from raymerge.pipeline.config.mixture import is_mixture, read_mixture
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref, parse_revision, spelling_key
 from raymerge.pipeline.config.steps import Part, join_documents
+from raymerge.pipeline.config.sweep import note_sweep
 from raymerge.pipeline.config.tokenizer import check_rows, parse_tokenizer
 from raymerge.pipeline.config.training_run import RUN_KEYS, FindModels, parse_run
 from raymerge.pipeline.config.values import Rule, Setting, Settings, overlay
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import shown
 
-_KEYS = (
+KEYS = (
     "merge_method", "models", "slices", "base_model", "dtype", "out_dtype", "parameters", "modules", "keep_float32",
     "integers", "chat_template", "name", "tokenizer", "tokenizer_source",
 )  # fmt: skip
@@ -119,9 +120,11 @@ class _Reader:
     def read(self, document: Document) -> MergeConfig | None:
         """Return the merge that the config describes; None where something is wrong with it."""
         root = self._root
+        if note_sweep(root):
+            return None
         if is_mixture(root):
             return read_mixture(root, document, self._parse_model)
-        root.check_keys(_KEYS, self._names)
+        root.check_keys(KEYS, self._names)
         self._op = root.attempt(partial(parse_method, ops=self._ops))
         self._body = root.attempt(find_body) or root
         self._base = self._read_base(root)

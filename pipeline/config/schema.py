@@ -16,6 +16,7 @@ from raymerge.pipeline.config.chat_template import AUTO
 from raymerge.pipeline.config.merge_config import RANDOM_GATES
 from raymerge.pipeline.config.methods import takes_first_as_base
 from raymerge.pipeline.config.mixture import ARCHITECTURES, GATE_MODES, MIXTURE, MIXTURE_KEYS
+from raymerge.pipeline.config.sweep import SWEEP, SWEEP_SCHEMA
 from raymerge.pipeline.config.training_run import SCHEDULES
 from raymerge.pipeline.config.values import BOOLS
 
@@ -110,6 +111,7 @@ def _make_merge(methods: Sequence[Op], statistics: Schema) -> Schema:
                 },
                 "tokenizer_source": {"description": _GIVER, "anyOf": [{"type": "null"}, _ref("model")]},
                 "tokenizer": _TOKENIZER,
+                SWEEP: SWEEP_SCHEMA,
             },
             "merge_method",
         ),
@@ -264,6 +266,7 @@ _MIXTURE = {
             },
             "dtype": _make_dtype("What is written, where `out_dtype` says nothing else."),
             "out_dtype": _make_dtype("What is written."),
+            SWEEP: SWEEP_SCHEMA,
         },
         "base_model",
         "experts",
@@ -293,7 +296,8 @@ def _make_condition(op: Op, keys: Iterable[str]) -> Schema:
     if needed:
         of_models.append({"required": ["parameters"], "properties": {"parameters": {"required": needed}}})
     if of_models:
-        then |= {"if": {"required": ["models"]}, "then": {"allOf": of_models}}
+        is_alone = {"required": ["models"], "not": {"required": [SWEEP]}}  # what is needed may be swept
+        then |= {"if": is_alone, "then": {"allOf": of_models}}
     return {"if": {"properties": {"merge_method": {"const": op.name}}}, "then": then}
 
 

@@ -11,18 +11,22 @@ from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.plan.types import MergePlan, TensorMerge
 
 
+class VariantsDifferError(TensorMismatchError):
+    """Merges differ in more than parameters, and need plans of their own."""
+
+
 def join_variants(recipes: Sequence[Recipe]) -> tuple[TensorMerge, ...]:
     """Return the output tensors of several merges, each to be made for all of them at once.
 
     Raises:
-        TensorMismatchError: two of them do not make the same tensors of the same sources.
+        VariantsDifferError: two of them do not make the same tensors of the same sources.
     """
     first, *others = recipes
     if not others:
         return first.merges
     for recipe in others:
         if [merge.name for merge in recipe.merges] != [merge.name for merge in first.merges]:
-            raise TensorMismatchError("the variants of one plan make different tensors; they may differ in parameters")
+            raise VariantsDifferError("the variants of one plan make different tensors; they may differ in parameters")
     return tuple(_join(merges) for merges in zip(*(recipe.merges for recipe in recipes), strict=True))
 
 
@@ -47,6 +51,17 @@ def select_files(results: Sequence[ShardResult], position: int) -> list[ShardRes
     return [replace(result, nbytes=file.nbytes, files=(file,)) for result, file in zip(results, files, strict=True)]
 
 
+def can_join(plan: MergePlan, other: MergePlan) -> bool:
+    """Tell whether two plans make the same tensors of the same sources, block by block alike."""
+    merges, others = ([merge for task in each.tasks for merge in task.merges] for each in (plan, other))
+    try:
+        for pair in zip(merges, others, strict=True):
+            _join(pair)
+    except (ValueError, VariantsDifferError):
+        return False
+    return True
+
+
 def _join(merges: Sequence[TensorMerge]) -> TensorMerge:
     first = merges[0]
     variants = tuple(variant for merge in merges for variant in merge.variants)
@@ -54,7 +69,7 @@ def _join(merges: Sequence[TensorMerge]) -> TensorMerge:
     dtypes = {variant.kernel.compute_dtype for variant in variants}
     for merge in merges[1:]:
         if replace(merge, variants=first.variants) != first or len(grids) > 1 or len(dtypes) > 1:
-            raise TensorMismatchError(
+            raise VariantsDifferError(
                 f"{first.name}: not all variants of the plan make this tensor in one way; they may differ in"
                 " parameters, and not in sources, shape, dtype or the kernel's grid"
             )

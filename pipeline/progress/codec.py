@@ -17,6 +17,8 @@ from raymerge.pipeline.progress.events import (
     Progressed,
     Resumed,
     Retried,
+    SweepDone,
+    SweepPlanned,
     Warned,
 )
 from raymerge.pipeline.redact import redact_texts
@@ -31,6 +33,8 @@ _NAMES: dict[type[Event], str] = {
     Warned: "warning",
     MergeReport: "done",
     MergeFailed: "error",
+    SweepPlanned: "sweep",
+    SweepDone: "swept",
 }
 _TYPES = {name: kind for kind, name in _NAMES.items()}
 

@@ -30,6 +30,39 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
+class SweepPlanned:
+    """The points of a sweep are planned; nothing is written yet."""
+
+    num_points: int
+    num_models: int
+    """To be made, or complete; fewer than points where some are equal."""
+    num_batches: int
+    """How often the inputs are read."""
+    read_nbytes: int
+    """To be read for all of them, rereads included."""
+    write_nbytes: int
+    """To be written."""
+    text: str
+    """The plan for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepDone:
+    """A sweep has ended, with all of its models complete if they were to be made."""
+
+    out: str
+    record: str
+    """Where the points are listed."""
+    num_points: int
+    """In the record, those of earlier sweeps included."""
+    num_complete: int
+    """Of these, those whose model is there."""
+    num_made: int
+    """Models that this sweep made or finished."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """Another run is writing to the output, and is waited for."""
 
@@ -100,8 +133,23 @@ class MergeFailed:
         return f"Error: {self.message}" if self.exit_code == 2 else self.message
 
 
-Event = Planned | Held | Resumed | Progressed | ShardResult | Retried | Warned | MergeReport | MergeFailed
-"""In this order, more or less; `MergeReport` or `MergeFailed` is the last. A call that fails raises instead."""
+Event = (
+    Planned
+    | Held
+    | Resumed
+    | Progressed
+    | ShardResult
+    | Retried
+    | Warned
+    | MergeReport
+    | MergeFailed
+    | SweepPlanned
+    | SweepDone
+)
+"""In this order, more or less; `MergeReport` or `MergeFailed` is the last. A call that fails raises instead.
+
+A sweep begins with `SweepPlanned`, tells of each of its batches as of a merge, and ends with `SweepDone`.
+"""
 
 OnEvent = Callable[[Event], object]
 """Is told how a merge goes, in the thread that called it; what it raises ends the merge."""

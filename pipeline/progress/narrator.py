@@ -10,7 +10,7 @@ from raymerge.pipeline.errors import HeldError
 from raymerge.pipeline.plan.report import format_plan
 from raymerge.pipeline.plan.results import MergeReport, ShardResult
 from raymerge.pipeline.plan.types import MergePlan, ShardTask
-from raymerge.pipeline.progress.events import Held, OnEvent, Planned, Progressed, Resumed, Retried, Warned
+from raymerge.pipeline.progress.events import Event, Held, OnEvent, Planned, Progressed, Resumed, Retried, Warned
 
 INTERVAL_SECONDS = 0.2
 """Between two reports of progress, at least."""
@@ -115,6 +115,10 @@ class Narrator:
         """Tell of a fault that was recovered from."""
         self._num_retries += count
         self._tell(Retried(reason, count))
+
+    def told(self, event: Event) -> None:
+        """Tell of what is no part of a single merge."""
+        self._tell(event)
 
     def reported(self, report: MergeReport) -> None:
         """Tell of the report."""

@@ -10,7 +10,7 @@ from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.report import format_plan
 from raymerge.pipeline.plan.results import HostReport, MergeReport, ShardResult
 from raymerge.pipeline.plan.types import MergePlan
-from raymerge.pipeline.progress.events import Planned
+from raymerge.pipeline.progress.events import Planned, SweepDone
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_memory, format_nbytes, format_seconds, format_speed
 
@@ -107,6 +107,19 @@ def format_report(report: MergeReport) -> str:
     lines += [f"  limit     {limit}" for limit in report.limits]
     lines.append(f"  manifest  {report.manifest}")
     return redact("\n".join(lines))
+
+
+def format_briefly(report: MergeReport) -> str:
+    """Return a report of one model of a sweep on one line."""
+    resumed = f", {report.num_resumed} of them made by an earlier run" if report.num_resumed else ""
+    how = " was complete already" if report.was_complete else f": {_contents(report)}{resumed}"
+    return redact(f"{report.out}{how}")
+
+
+def format_swept(event: SweepDone) -> str:
+    """Return the end of a sweep as text."""
+    done = f"{event.num_complete} of {counted(event.num_points, 'point')} complete, {event.num_made} made now"
+    return redact(f"{event.out}: {done}, in {format_seconds(event.seconds)}\n  record    {event.record}")
 
 
 def _list_hosts(report: MergeReport) -> Iterator[str]:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from raymerge.pipeline.decoding import decode, parse_json
-from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.redact import redact_texts
+from raymerge.pipeline.errors import HeldError, OutputError
+from raymerge.pipeline.messages import counted
+from raymerge.pipeline.output.journal import LOCK
+from raymerge.pipeline.redact import redact, redact_texts
 from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.urls import is_url, repository_of
 
 RECORD = "spectrum.json"
+TABLE = "spectrum.parquet"
 EVALUATIONS = "evaluations"
 """Directory of the evaluations, beside the record."""
 _MAX_NBYTES = 64 * 2**20
+_LOCK_SECONDS, _LOCK_TRIES = 0.5, 60
+"""Between tries to lock the record, and how many: it is held for a moment only."""
 
 State = Literal["planned", "complete", "failed"]
 """Of a point: its model is yet to be made, or was deleted after it was evaluated; is there; cannot be made."""
@@ -101,6 +109,96 @@ def read_spectrum(stores: Stores, directory: str) -> Spectrum:
 
 
 def write_spectrum(stores: Stores, directory: str, spectrum: Spectrum) -> None:
-    """Write or replace the record of a spectrum, in one step."""
+    """Write or replace the record of a spectrum, and its table."""
+    storage = stores.at(directory)
+    storage.write(f"{directory}/{TABLE}", dump_table(spectrum))
+    storage.write(f"{directory}/{RECORD}", spectrum.dump().encode())
+
+
+def update_spectrum(
+    stores: Stores, directory: str, change: Callable[[Spectrum | None], Spectrum], *, overwrite: bool = False
+) -> Spectrum:
+    """Change the record of a spectrum, or begin it, while nobody else does; return it as it is then.
+
+    Args:
+        stores: of the record.
+        directory: the spectrum's.
+        change: is given the record, or None where there is none or it is to be overwritten, and returns the new one.
+        overwrite: whether a damaged record is as good as none.
+
+    Raises:
+        OutputError: it cannot be written, or is damaged, or others have held it for too long.
+    """
+    storage = stores.at(directory)
+    with ExitStack() as stack:
+        for left in range(_LOCK_TRIES - 1, -1, -1):
+            try:
+                stack.enter_context(storage.lock(f"{directory}/{LOCK}", restart=overwrite))
+                break
+            except HeldError:
+                if not left:
+                    raise
+                time.sleep(_LOCK_SECONDS)
+        try:
+            before = read_spectrum(stores, directory) if has_spectrum(stores, directory) else None
+        except OutputError:
+            if not overwrite:
+                raise
+            before = None
+        after = change(before)
+        if after != before:
+            write_spectrum(stores, directory, after)
+            storage.publish(directory, f"Spectrum of {counted(len(after.points), 'model')}", last=[RECORD])
+    return after
+
+
+def has_spectrum(stores: Stores, directory: str) -> bool:
+    """Tell whether a directory has the record of a spectrum."""
     url = f"{directory}/{RECORD}"
-    stores.at(url).write(url, spectrum.dump().encode())
+    try:
+        stores.at(url).stat(url)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def choose_url(directory: str, name: str) -> str:
+    """Return where the model of a new point goes: beside the record, or to a Hub repository of its own.
+
+    >>> choose_url("/data/spectrum", "t-0.1"), choose_url("hf://me/spectrum", "t-0.1")
+    ('t-0.1', 'hf://me/spectrum-t-0.1')
+    """
+    repository = repository_of(directory)
+    return f"hf://{repository}-{name}" if repository else name
+
+
+def locate_point(directory: str, point: Point) -> str:
+    """Return the path or URL of a point's model."""
+    return point.url if is_url(point.url) or point.url.startswith("/") else f"{directory.rstrip('/')}/{point.url}"
+
+
+def dump_table(spectrum: Spectrum) -> bytes:
+    """Return the points as Parquet: a row for each, with a column for each path that is varied.
+
+    A column holds numbers where all its values are numbers, and JSON otherwise.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    points = spectrum.points
+    columns = {
+        field: pa.array([redact(getattr(point, field)) for point in points], pa.string())
+        for field in ("name", "url", "state", "fingerprint", "error")
+    }
+    for path in spectrum.paths:
+        values = [point.settings.get(path) for point in points]
+        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        if len(numbers) == len([value for value in values if value is not None]):
+            columns[path] = pa.array(values, pa.float64())
+        else:
+            texts = [None if value is None else redact(json.dumps(value, ensure_ascii=False)) for value in values]
+            columns[path] = pa.array(texts, pa.string())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content

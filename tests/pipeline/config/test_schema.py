@@ -17,6 +17,7 @@ from raymerge.pipeline.config import mixture, reader
 from raymerge.pipeline.config.document import read_documents
 from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.schema import make_schema
+from raymerge.pipeline.config.sweep import SWEEP
 from raymerge.pipeline.config.training_run import RUN_KEYS
 from raymerge.pipeline.errors import ConfigError
 from tests.commands import Cli
@@ -145,8 +146,29 @@ def test_takes_mixtures() -> None:
 
 
 def test_has_every_key_that_is_supported() -> None:
-    assert SCHEMA["$defs"]["merge"]["properties"].keys() == set(reader._KEYS)
-    assert SCHEMA["$defs"]["mixture"]["properties"].keys() == set(mixture._KEYS)
+    assert SCHEMA["$defs"]["merge"]["properties"].keys() == {*reader.KEYS, SWEEP}
+    assert SCHEMA["$defs"]["mixture"]["properties"].keys() == {*mixture.KEYS, SWEEP}
+
+
+def test_takes_sweeps() -> None:
+    sweep = {
+        "grid": {"t": "0.1:0.9:0.1", "weight[1]": [0.5, [0, 1]], "density": 0.5},
+        "zip": {"merge_method": ["ties", "dare_ties"], "parameters.lambda": [1, 0.5]},
+        "points": {"flat": {"t": 0.5}, "by-filter": {"t": [{"filter": "mlp", "value": 1}, {"value": 0}]}},
+    }
+    assert find_problems(TIES | {"sweep": sweep}) == []
+    bare = {key: value for key, value in SLERP.items() if key != "parameters"}
+    assert find_problems(bare | {"sweep": {"grid": {"t": "0:1:0.5"}}}) == []
+    mistakes: list[Any] = [
+        {"gird": {}},
+        {"grid": {"t": []}},
+        {"points": {"a b": {"t": 1}}},
+        {"points": {"a": {}}},
+        {},
+        [],
+    ]
+    for wrong in mistakes:
+        assert find_problems(TIES | {"sweep": wrong}), wrong
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

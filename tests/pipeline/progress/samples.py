@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from raymerge.pipeline.plan.results import HostReport, MergeReport, ShardFile, ShardResult
-from raymerge.pipeline.progress.events import Event, Held, MergeFailed, Planned, Progressed, Resumed, Retried, Warned
+from raymerge.pipeline.progress.events import (
+    Event,
+    Held,
+    MergeFailed,
+    Planned,
+    Progressed,
+    Resumed,
+    Retried,
+    SweepDone,
+    SweepPlanned,
+    Warned,
+)
 
 SHARD = ShardResult(
     file="model-00001-of-00002.safetensors",
@@ -46,5 +57,7 @@ EVENTS: dict[str, Event] = {
     "retry": Retried("ray: shard: its worker died", 1),
     "warning": Warned("ä\u2028\nb"),
     "done": REPORT,
+    "sweep": SweepPlanned(9, 8, 2, 1200, 960, "sweep of t: 9 points"),
+    "swept": SweepDone("s3://bucket/spectrum", "s3://bucket/spectrum/spectrum.json", 9, 8, 7, 3.5),
     "error": MergeFailed("ConfigError", "models: nothing is given", 2),
 }

@@ -1,0 +1,40 @@
+"""Everything that a sweep will do, decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raymerge.pipeline.spectrum.batches import Batch
+from raymerge.pipeline.spectrum.points import Recipe
+from raymerge.pipeline.spectrum.record import Spectrum
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPlan:
+    """The points of a sweep, and how their models come about."""
+
+    recipe: Recipe
+    batches: tuple[Batch, ...]
+    """In which the models are made, one after the other; each reads the inputs once."""
+    spectrum: Spectrum
+    """As the record will be when it begins."""
+
+    @property
+    def num_models(self) -> int:
+        """Models to be made, or complete; fewer than points where some are equal."""
+        return sum(len(batch.points) for batch in self.batches)
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes to be read for all models."""
+        return sum(batch.read_nbytes for batch in self.batches)
+
+    @property
+    def write_nbytes(self) -> int:
+        """Bytes of shards to be written."""
+        return sum(batch.write_nbytes for batch in self.batches)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The warnings of all models, each once."""
+        return tuple(dict.fromkeys(warning for batch in self.batches for warning in batch.plan.warnings))

@@ -1,0 +1,53 @@
+"""A sweep's plan as text."""
+
+from __future__ import annotations
+
+from raymerge.pipeline.messages import counted, listing, shown
+from raymerge.pipeline.redact import redact
+from raymerge.pipeline.sizes import format_memory, format_nbytes
+from raymerge.pipeline.spectrum.batches import Batch
+from raymerge.pipeline.spectrum.plan import SweepPlan
+
+_SHOWN = 12
+"""Points that a plan names unless it is verbose."""
+
+
+def format_sweep(plan: SweepPlan, *, verbose: bool = False) -> str:
+    """Return a plan as text; with `verbose` all points and their settings."""
+    points = plan.recipe.points
+    names = [point.name for point in points]
+    equal = (
+        f", {counted(len(points) - plan.num_models, 'point')} equal to others" if plan.num_models < len(points) else ""
+    )
+    times = "once" if len(plan.batches) == 1 else f"{len(plan.batches)} times"
+    lines = [
+        f"sweep of {', '.join(plan.recipe.paths)}: {counted(len(points), 'point')}{equal}",
+        f"  points   {listing(names, len(names) if verbose else _SHOWN)}",
+        f"  read     {format_nbytes(plan.read_nbytes)}: the inputs {times}",
+        f"  write    {format_nbytes(plan.write_nbytes)} in {counted(plan.num_models, 'model')}",
+    ]
+    if len(plan.batches) == 1:
+        lines += _describe(plan.batches[0])
+    for number, batch in enumerate(plan.batches, start=1):
+        if len(plan.batches) > 1:
+            lines.append(f"  batch {number}: {listing([point.name for point in batch.points], _SHOWN)}")
+            lines += [f"  {line}" for line in _describe(batch)]
+    if verbose:
+        lines += [
+            f"  {point.name}: {', '.join(f'{path} {shown(value)}' for path, value in point.settings.items())}"
+            for point in points
+        ]
+    return redact("\n".join(lines))
+
+
+def _describe(batch: Batch) -> list[str]:
+    plan = batch.plan
+    most = max(task.projected_mem for task in plan.tasks)
+    reread = sum(task.reread_nbytes for task in plan.tasks)
+    again = f", {format_nbytes(reread)} of it again between passes" if reread else ""
+    return [
+        f"  {plan.method:<8} {counted(len(batch.points), 'model')} at once, in"
+        f" {counted(len(plan.tasks), 'shard')} each; reads {format_nbytes(batch.read_nbytes)}{again}",
+        f"  memory   {format_memory(most)} for each of {counted(plan.num_workers, 'worker')}, at most;"
+        f" {format_memory(plan.allowed_mem)} are allowed in all",
+    ]

@@ -1,0 +1,206 @@
+"""Sweeps of small models: each is what its own merge gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+import raymerge
+from raymerge.pipeline.errors import ConfigError, OutputError, TensorMismatchError
+from raymerge.pipeline.options import MergeOptions
+from raymerge.pipeline.spectrum.record import RECORD, TABLE, Spectrum, locate_point, read_spectrum
+from raymerge.pipeline.spectrum.sweep import plan_sweep, sweep
+from raymerge.pipeline.stores.open import open_stores
+from tests.checkpoints import read_files, write_family
+from tests.commands import Cli
+from tests.watchers import Keep
+
+T = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return write_family(tmp_path_factory.mktemp("family"), 2, dtype=torch.bfloat16, vocab=400, hidden=32)
+
+
+def make_config(method: str, family: tuple[Path, ...], **more: Any) -> dict[str, Any]:
+    models = family[:2] if method == "slerp" else family[1:]
+    base = {} if method == "linear" else {"base_model": str(family[0])}
+    return {"merge_method": method, **base, "models": [{"model": str(model)} for model in models], **more}
+
+
+def read_record(directory: Path) -> Spectrum:
+    with open_stores() as stores:
+        return read_spectrum(stores, str(directory))
+
+
+def check_models(directory: Path, scratch: Path, **options: Any) -> None:
+    """Compare each model of a spectrum, all files of it, with what its own config gives."""
+    for point in read_record(directory).points:
+        assert point.state == "complete"
+        alone = scratch / point.name
+        seed = point.settings.get("seed", 0)
+        assert isinstance(seed, int)
+        raymerge.merge(point.config, alone, MergeOptions(seed=seed, **options))
+        assert read_files(alone) == read_files(Path(locate_point(str(directory), point))), point.name
+
+
+def test_a_range_makes_models_from_one_reading(family: tuple[Path, ...], tmp_path: Path) -> None:
+    watch = Keep()
+    report = raymerge.sweep(make_config("slerp", family), tmp_path / "s", ["t=0.1:0.9:0.1"], on_event=watch)
+    names = [f"t-{t}" for t in T]
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [RECORD, TABLE, *names]
+    assert [point.name for point in report.spectrum.points] == names
+    stored = sum((model / "model.safetensors").stat().st_size for model in family[:2])
+    planned = watch.list(raymerge.SweepPlanned)[0]
+    assert (planned.num_points, planned.num_models, planned.num_batches) == (9, 9, 1)
+    assert 0.9 * stored < planned.read_nbytes < stored, "once for all, without headers"
+    assert sum(result.read_nbytes for result in watch.list(raymerge.ShardResult)) == planned.read_nbytes
+    done = watch.list(raymerge.SweepDone)[0]
+    assert (done.num_points, done.num_complete, done.num_made) == (9, 9, 9)
+    spectrum = read_record(tmp_path / "s")
+    assert spectrum == report.spectrum
+    assert [(parent.name, parent.is_base) for parent in spectrum.parents] == [("base", True), ("tuned1", False)]
+    assert [point.settings for point in spectrum.points] == [{"t": t} for t in T]
+    table = pq.read_table(tmp_path / "s" / TABLE)
+    assert table["t"].to_pylist() == T
+    assert table["name"].to_pylist() == names
+    check_models(tmp_path / "s", tmp_path / "alone")
+
+
+def test_a_grid_of_two_paths(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("linear", family, parameters={"weight": 1})
+    raymerge.sweep(config, tmp_path / "s", {"weight[0]": [0.5, 1], "weight[1]": "0:1:0.5"}, workers=1)
+    names = [f"weight0-{a}_weight1-{b}" for a in ("0.5", "1") for b in ("0", "0.5", "1")]
+    assert [point.name for point in read_record(tmp_path / "s").points] == names
+    check_models(tmp_path / "s", tmp_path / "alone")
+
+
+def test_the_section_of_a_config(family: tuple[Path, ...], tmp_path: Path) -> None:
+    text = yaml.safe_dump(make_config("ties", family, parameters={"weight": 1}))
+    config = tmp_path / "sweep.yml"
+    config.write_text(
+        text
+        + """
+sweep:
+  grid:
+    density: 0.4:0.8:0.4
+  zip:
+    weight[0]: [0.2, 0.8]
+    weight[1]: [0.8, 0.2]
+  points:
+    all: {density: 1, normalize: false}
+    ramp: {weight: [0, 1], density: 0.5}
+"""
+    )
+    raymerge.sweep(config, tmp_path / "s", workers=1)
+    names = [point.name for point in read_record(tmp_path / "s").points]
+    assert names == [
+        "density-0.4_weight0-0.2_weight1-0.8",
+        "density-0.4_weight0-0.8_weight1-0.2",
+        "density-0.8_weight0-0.2_weight1-0.8",
+        "density-0.8_weight0-0.8_weight1-0.2",
+        "all",
+        "ramp",
+    ]
+    check_models(tmp_path / "s", tmp_path / "alone")
+    with pytest.raises(ConfigError, match=r"sweep.yml:\d+: sweep: this config describes many models; `raymerge sweep"):
+        raymerge.merge(config, tmp_path / "one")
+
+
+def test_methods_and_seeds_are_swept(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("ties", family, parameters={"weight": 1, "density": 0.5})
+    sets = ["merge_method=dare_ties,ties", "seed=1,2"]
+    raymerge.sweep(config, tmp_path / "s", sets, workers=1)
+    points = {point.name: point for point in read_record(tmp_path / "s").points}
+    assert points["merge_method-dare_ties_seed-1"].fingerprint != points["merge_method-dare_ties_seed-2"].fingerprint
+    assert len(points) == 4
+    check_models(tmp_path / "s", tmp_path / "alone")
+
+
+def test_equal_points_are_one_model(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("slerp", family, sweep={"grid": {"t": [0.5, 1]}, "points": {"half": {"t[*]": 0.5}}})
+    raymerge.sweep(config, tmp_path / "s")
+    points = {point.name: point for point in read_record(tmp_path / "s").points}
+    assert points["half"].url == "t-0.5"
+    assert points["half"].fingerprint == points["t-0.5"].fingerprint
+    assert not (tmp_path / "s" / "half").exists()
+
+
+def test_points_are_added_to_a_spectrum(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("slerp", family)
+    raymerge.sweep(config, tmp_path / "s", ["t=0.2,0.4"])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("t-*/*")}
+    report = raymerge.sweep(config, tmp_path / "s", ["t=0.3:0.4:0.1"])
+    assert [each.was_complete for each in report.reports] == [False, True]
+    assert [point.name for point in report.spectrum.points] == ["t-0.2", "t-0.4", "t-0.3"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(OutputError, match=r"another recipe: dtype is nothing there, \"float16\" here"):
+        raymerge.sweep({**config, "dtype": "float16"}, tmp_path / "s", ["t=0.3"])
+    with pytest.raises(OutputError, match=r"has t-0\.3 already, made with another seed, shard size"):
+        raymerge.sweep(config, tmp_path / "s", ["t=0.3"], shard_size="20kB")
+    raymerge.sweep({**config, "dtype": "float16"}, tmp_path / "s", ["t=0.3"], overwrite=True)
+    assert [point.name for point in read_record(tmp_path / "s").points] == ["t-0.3"]
+
+
+def test_nothing_is_made_of_what_cannot_all_be_made(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("slerp", family)
+    with pytest.raises(ConfigError, match=r"1 of 3 points cannot be made:\nt-high \(t \"high\"\): parameters.t: "):
+        raymerge.sweep(config, tmp_path / "s", ["t=0.1,high,0.5"])
+    lone = write_family(tmp_path / "other", 1, num_layers=1, vocab=400, hidden=32)[1]
+    other = make_config("linear", family, parameters={"weight": 1})
+    with pytest.raises(TensorMismatchError, match=r"1 of 2 points cannot be made:\nmodel1-tuned1: "):
+        raymerge.sweep(other, tmp_path / "s", {"models[1].model": [str(family[2]), str(lone)]})
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["t"], "--set t: write PATH=VALUES"),
+        (["t=0.1,0.1"], "--set t: 0.1 is given twice"),
+        (["t=1,1.0"], "--set t: 1.0 is given twice"),
+        (["t=0.1", "parameters.t=0.2"], "--set parameters.t: the same place as --set t"),
+        (["tt=1"], "tt: the config has no 'tt'; did you mean 't'"),
+        (["t=0:1:0.001", "normalize=true,false"], "the sweep has 2,002 points|1,001 values"),
+        (["t=0:1:0.01", "seed=0:20:1"], "the sweep has 2,121 points; at most 1,000"),
+        (["seed=1.5"], "a seed is a whole number"),
+        ([], "it describes no models; give it a grid, zip or points"),
+    ],
+)
+def test_a_sweep_that_cannot_be_meant_is_refused(
+    sets: list[str], said: str, family: tuple[Path, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plan_sweep(make_config("slerp", family), tmp_path / "s", sets)
+
+
+def test_planned_points_are_not_made(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("slerp", family)
+    report = sweep(config, tmp_path / "s", ["t=0.2,0.4"], materialize="none")
+    assert [point.state for point in report.spectrum.points] == ["planned"] * 2
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [RECORD, TABLE]
+    raymerge.sweep(config, tmp_path / "s", ["t=0.2,0.4"])
+    check_models(tmp_path / "s", tmp_path / "alone")
+
+
+def test_the_command(family: tuple[Path, ...], tmp_path: Path, cli: Cli) -> None:
+    config = tmp_path / "merge.yml"
+    config.write_text(yaml.safe_dump(make_config("slerp", family)))
+    out = tmp_path / "s"
+    planned = cli("sweep", config, out, "--set", "t=0.2:0.8:0.3", "--dry-run")
+    assert planned.code == 0
+    assert "3 points" in planned.out
+    assert "the inputs once" in planned.out
+    assert not out.exists()
+    done = cli("sweep", config, out, "--set", "t=0.2:0.8:0.3")
+    assert done.code == 0
+    assert f"{out}: 3 of 3 points complete, 3 made now" in done.out
+    assert f"{out}/t-0.5: " in done.err
+    assert cli("verify", out / "t-0.5").code == 0
+    assert cli("sweep", config, out / "t-0.5", "--set", "t=0.2").err.startswith(f"Error: {out}/t-0.5 holds a model")
