@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from raymerge.pipeline.cli.options import MESSAGES, takes_options
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.options import Help
-
-if TYPE_CHECKING:
-    pass
 
 _TASKS = "Tasks"
 
@@ -26,6 +23,10 @@ def evaluate(
     ],
     options: EvaluateOptions,
     task: Annotated[list[str] | None, Help("A task file, or loss:FILE; may be repeated.", _TASKS, "TASK")] = None,
+    command: Annotated[
+        list[str] | None,
+        Help("Command that prints JSON at its end: 'python eval.py {model}'; may be repeated.", _TASKS, "COMMAND"),
+    ] = None,
     json: Annotated[bool, Help("Print JSON.", MESSAGES)] = False,
     quiet: Annotated[bool, Help("Print no progress.", MESSAGES, short="q")] = False,
 ) -> None:
@@ -36,7 +37,7 @@ def evaluate(
     from raymerge.pipeline.evaluation.evaluate import evaluate as run
 
     display = EvaluationDisplay(quiet=quiet or json)
-    found = run(models, task or (), options, on_event=display.show)
+    found = run(models, [*(task or ()), *(f"command:{each}" for each in command or ())], options, on_event=display.show)
     put(dumps([json_of(each) for each in found], indent=1, ensure_ascii=False) if json else format_table(found))
     failed = [each for each in found if each.state == "failed"]
     if failed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
 
 from raymerge.pipeline.errors import ConfigError
@@ -36,6 +36,8 @@ class EvaluateOptions:
     backend: Annotated[Backend, Help("Library that generates.", SPEED)] = "transformers"
     batch_size: Annotated[int, Help("Answers generated at once.", SPEED, "N")] = 16
     dtype: Annotated[Dtype, Help("Dtype of the weights; auto: as stored on a GPU, float32 on a CPU.", SPEED)] = "auto"
+    window: Annotated[int, Help("Tokens of held-out text that a model sees at once.", SAMPLING, "N")] = 1024
+    timeout: Annotated[float, Help("Give up a command after so many seconds.", SPEED, "SECONDS")] = 43200.0
     workers: Annotated[int, Help("Models evaluated at once on this machine.", SPEED, "N")] = 1
     storage: StorageOption = "auto"
     out: Annotated[
@@ -48,6 +50,10 @@ class EvaluateOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be 1 or more")
+        if self.window < 2:
+            raise ConfigError(f"window is {self.window}; it must be 2 or more: a token is predicted from another")
+        if not self.timeout > 0:
+            raise ConfigError(f"timeout is {self.timeout:g}; it must be above 0")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be 0 or more, and below 2^63")
         if self.temperature is not None and not 0 <= self.temperature <= 100:
@@ -65,9 +71,8 @@ class EvaluateKeywords(TypedDict, total=False):
     backend: Backend
     batch_size: int
     dtype: Dtype
+    window: int
+    timeout: float
     workers: int
     storage: Library
     out: str | None
-
-
-OPTION_NAMES = tuple(field.name for field in fields(EvaluateOptions))

@@ -68,11 +68,12 @@ class FileTask(Task):
         }
         try:
             for answer in place.engine.ask(request, place.check) if jobs else ():
-                keep(self._score(items[answer["item"]].expected, answer))
+                keep(self.score(items[answer["item"]].expected, answer))
         except EngineError as error:
             raise EvaluationError(f"{model.name} with {self.backend}: {error}") from error
 
-    def _score(self, expected: object, answer: dict[str, Any]) -> Sample:
+    def score(self, expected: object, answer: Mapping[str, Any]) -> Sample:
+        """Return the sample that an answer of the engine comes to."""
         rest, is_closed = split_thinking(answer["text"], answer["prompt"], self.file.markers)
         found = None if rest is None else extract(rest, self.file.extraction)
         return Sample(

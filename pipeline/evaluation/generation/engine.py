@@ -34,7 +34,8 @@ class Engine:
             environment: variables that it has besides.
         """
         self._module = _MODULES[backend]
-        self._environment = dict(environment or {})
+        self.environment = dict(environment or {})
+        """Variables that it has besides; a command gets them, too."""
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
 
@@ -98,7 +99,7 @@ class Engine:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **self._environment},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **self.environment},
             )
         return self._process
 

@@ -28,8 +28,8 @@ from transformers import (
 
 from raymerge.pipeline.evaluation.generation.protocol import serve_requests
 
-_IGNORED = -100
-"""Label of tokens that have no part in transformers' loss."""
+_LOGITS_NBYTES = 2**30
+"""For the logits of windows that are measured at once."""
 
 
 class Loaded:
@@ -67,7 +67,8 @@ class Server:
             torch.cuda.empty_cache()
             self.loaded = Loaded(*key)
         with torch.inference_mode():
-            yield from {"generate": generate}[request["kind"]](self.loaded, request)
+            serve = {"generate": generate, "loss": measure_losses}[request["kind"]]
+            yield from serve(self.loaded, request)
 
 
 def generate(loaded: Loaded, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -214,6 +215,32 @@ class Ends(StoppingCriteria):
         """Return a row's tokens up to its end, and whether it was cut off."""
         length, is_cut = self._ended.get(row, (len(tokens), True))
         return tokens[:length], is_cut
+
+
+def measure_losses(loaded: Loaded, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the negative log-likelihood of each window of texts; it begins with the last token of the one before."""
+    finished = {(item, number) for item, number in request["finished"]}
+    window = min(request["window"], loaded.max_positions)
+    for name, text in request["texts"].items():
+        encoded = loaded.tokenizer(text, return_offsets_mapping=loaded.tokenizer.is_fast, verbose=False)
+        ids = encoded["input_ids"]
+        starts = list(range(0, len(ids) - 1, window - 1))[: request["limit"]]
+        jobs = [(number, start) for number, start in enumerate(starts) if (name, number) not in finished]
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        size = max(1, min(request["batch_size"], _LOGITS_NBYTES // (4 * window * vocabulary)))
+        while jobs:
+            length = len(ids[jobs[0][1] : jobs[0][1] + window])
+            num = next((k for k, (_, start) in enumerate(jobs) if len(ids) - start < window), len(jobs)) or 1
+            batch, jobs = jobs[: min(num, size)], jobs[min(num, size) :]
+            tokens = torch.tensor([ids[start : start + length] for _, start in batch], device=loaded.model.device)
+            logits = loaded.model(input_ids=tokens).logits[:, :-1].float()
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+            for (number, start), nats in zip(batch, losses.sum(-1, dtype=torch.float64).tolist(), strict=True):
+                measures = {"nats": nats, "tokens": length - 1}
+                if loaded.tokenizer.is_fast:
+                    first, last = (encoded["offset_mapping"][place][1] for place in (start, start + length - 1))
+                    measures["bytes"] = len(text[first:last].encode("utf-8", "replace"))
+                yield {"item": name, "number": number, "measures": measures}
 
 
 def main() -> None:
