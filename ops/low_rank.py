@@ -1,8 +1,8 @@
 """Low-rank updates: a matrix plus products of two thin ones, as LoRA adapters store them.
 
-The products are exact. Each row of the left factor, and each column of the right one, is first rounded to 23 bits of
-its largest value, which loses no more than float32 arithmetic does; then sums of up to 64 products fit in float64
-without rounding. So the bits do not depend on the order of additions: not on blocks, threads, processors or libraries.
+Arithmetic is float32 in a fixed order: products are added up in groups of four ranks, groups in chunks, and chunks one
+after the other, each product and each sum rounded. So the bits do not depend on blocks, threads, processors or
+libraries, and errors are those of a good matrix product in float32.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CHUNK = 64
-"""Ranks whose products are added up exactly: 2 * 23 bits, and 6 for 64 of them, are no more than float64 has."""
+"""Ranks whose products are added up by themselves; several updates are counted through."""
 
 COLUMNS = 512
-"""Columns of a product that loops make at once: four rows of them stay in a core's first cache."""
+"""Columns of a product that loops make at once: of as many rows and ranks as they work on they stay in a core's first
+cache, and of a chunk in its second."""
 
 _GROUP = 4
-"""Ranks of a chunk are filled up with zeros to a multiple of this."""
-
-_MAGIC = 1.5 * 2.0**30
-"""Times the power of two of the largest value: what is added to a value, and taken off again, to round it."""
-_EXPONENT = 0x7FF0000000000000
+"""Ranks whose products are added to each other first; ranks and rows are filled up with zeros to a multiple of it."""
 
 _LEFT_ELEMENTS = 2**19
-"""Of the left factors that are at hand at once, in float64."""
-_TILE_ELEMENTS = 2**21
-"""Of a product that torch makes at once."""
+"""Of the left factors that are at hand at once, in float32."""
+_MOST_ROWS = 1024
+"""Of the left factors at hand: what is added up of a product stays near a core."""
+_TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}
+"""Of a product that torch makes at once, on each kind of device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +66,10 @@ class Term:
         """Byte ranges of the left factor."""
         return self.rank if not self.left.is_whole and self.left.strides[1] == 1 != self.rank else 1
 
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """Yield the ranks [start, stop) that are added up exactly."""
-        for start in range(0, self.rank, CHUNK):
-            yield start, min(start + CHUNK, self.rank)
-
 
 @dataclass(frozen=True, slots=True)
 class LowRankUpdate(Decoder):
-    """Values of a matrix, or a stack of them, plus terms: float32(x + sum(terms)), in float64 until then."""
+    """Values of a matrix, or a stack of them, plus the sum of terms, which is rounded before."""
 
     below: Decoder
     rows: int
@@ -88,15 +82,20 @@ class LowRankUpdate(Decoder):
         """Return whether there are loops for what is below."""
         return self.below.has_loops
 
+    @property
+    def ranks(self) -> int:
+        """Ranks of all terms together."""
+        return sum(term.rank for term in self.terms)
+
     def temporary_nbytes(self, num_elements: int) -> int:
         """Return the room for parts of both factors and of the product."""
         rows = num_elements // self.columns + 2
-        ranks = sum(-(-term.rank // _GROUP) * _GROUP + CHUNK for term in self.terms)
         largest = max(term.rank for term in self.terms)
-        left = 3 * min(rows, self._step(ranks)) * ranks * 8 + rows * largest * 4
-        right = 5 * largest * self.columns * 8 + ranks * COLUMNS * 8
-        tile = 4 * min(rows * self.columns, max(_TILE_ELEMENTS, self.columns)) * 8
-        return self.below.temporary_nbytes(num_elements) + left + right + tile
+        at_hand = min(self.rows, self._step()) + _GROUP  # loops decode whole windows
+        left = at_hand * ((self.ranks + _GROUP) * 4 + largest * 16) + rows * self.ranks * 4
+        tile = 5 * min(rows * self.columns, max(*_TILE_ELEMENTS.values(), self.columns)) * 4
+        panel = (2 * CHUNK + at_hand + 2 * _GROUP) * COLUMNS * 4
+        return self.below.temporary_nbytes(num_elements) + left + max(tile + 2 * self.columns * 4, panel)
 
     def decode(self, raw: Raw, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
         """Add the terms, a tile of whole rows at a time."""
@@ -105,18 +104,23 @@ class LowRankUpdate(Decoder):
         first, last = self._span(raw.start, raw.stop)
         lefts = [_join([_read_torch(piece, term.left) for piece in left]) for left, _, term in factors]
         rights = [_read_torch(right, term.right) for _, right, term in factors]
-        for matrix, row, end in self._tiles(start, stop, max(1, _TILE_ELEMENTS // self.columns)):
-            total = torch.zeros(end - row, self.columns, dtype=torch.float64, device=out.device)
+        most = _TILE_ELEMENTS.get(out.device.type, _TILE_ELEMENTS["cpu"])
+        for matrix, row, end in self._tiles(start, stop, max(1, most // self.columns)):
+            total, part, *products = torch.zeros(5, end - row, self.columns, dtype=torch.float32, device=out.device)
+            ranks: list[tuple[torch.Tensor, torch.Tensor]] = []
             for left, right, (_, _, term) in zip(lefts, rights, factors, strict=True):
-                x = _view_left(left, term, matrix, row, end, matrix * self.rows + row - first, last - first).double()
-                y = _view(right, term.right, matrix, (0, term.rank), self.columns).double()
-                for k, after in term.chunks():
-                    scaled = _round_torch(x[:, k:after] * term.scale, 1)
-                    total += scaled @ _round_torch(y[k:after], 0)
+                x = _view_left(left, term, matrix, row, end, matrix * self.rows + row - first, last - first)
+                y = _view(right, term.right, matrix, (0, term.rank), self.columns)
+                scaled = (x.double() * term.scale).float()
+                ranks += [(scaled[:, k : k + 1], y[k : k + 1]) for k in range(term.rank)]
+            for number in range(0, len(ranks), _GROUP):
+                part.add_(_add_group(ranks[number : number + _GROUP], products))
+                if number + _GROUP >= len(ranks) or (number + _GROUP) % CHUNK == 0:
+                    total.add_(part)
+                    part.zero_()
             offset = (matrix * self.rows + row) * self.columns
             begin, finish = max(start, offset), min(stop, offset + total.numel())
-            values = out[begin - start : finish - start]
-            values.copy_(total.view(-1)[begin - offset : finish - offset].add_(values))
+            out[begin - start : finish - start].add_(total.view(-1)[begin - offset : finish - offset])
         return out
 
     def decode_stored(
@@ -131,41 +135,53 @@ class LowRankUpdate(Decoder):
             stored = np.empty(0, np.uint16), np.empty(0, np.uint32), len(LOOP_DTYPES)
         first, last = self._span(*span)
         lefts = [[_view_numpy(piece, term.left) for piece in left] for left, _, term in factors]
-        rights = [_widen(_view_numpy(right, term.right)) for _, right, term in factors]
-        chunks = [0]
-        for term in (term for _, _, term in factors):
-            for k, after in term.chunks():
-                chunks.append(chunks[-1] + -(-(after - k) // _GROUP) * _GROUP)
-        ends = np.array(chunks, np.int64)
-        products = _zeros(2 * 4 * COLUMNS)
-        for matrix, row, end in self._tiles(start, stop, self._step(chunks[-1])):
-            left = np.zeros((-(-(end - row) // 4) * 4, chunks[-1]))
-            slots = iter(chunks)
+        rights = [_view_numpy(right, term.right) for _, right, term in factors]
+        bounds = [*range(0, self.ranks, CHUNK), self.ranks]
+        panel, products = _zeros(CHUNK * COLUMNS), _zeros(_GROUP * COLUMNS)
+        for matrix, row, end in self._tiles(start, stop, self._step()):
+            left = _zeros(_fill(end - row) * _fill(self.ranks)).reshape(-1, _fill(self.ranks))
+            position = 0
             for x, (_, _, term) in zip(lefts, factors, strict=True):
                 offset = matrix * self.rows + row - first
                 if len(x) > 1:  # a piece for each rank
                     own = np.stack([piece[offset : offset + end - row] for piece in x], axis=1)
                 else:
                     own = _view_left(x[0], term, matrix, row, end, offset, last - first)
-                rows = _widen(own) * np.float64(term.scale)
-                for k, after in term.chunks():
-                    slot = next(slots)
-                    left[: end - row, slot : slot + after - k] = rows[:, k:after]
-            _round_numpy(left, chunks, 1)
+                left[: end - row, position : position + term.rank] = _widen(own) * np.float64(term.scale)
+                position += term.rank
+            views = [
+                _view(y, term.right, matrix, (0, term.rank), self.columns)
+                for y, (_, _, term) in zip(rights, factors, strict=True)
+            ]
+            totals = _zeros(len(left) * COLUMNS if len(bounds) > 2 else 0)
             for column in range(0, self.columns, COLUMNS):
+                totals[:] = 0
                 width = min(COLUMNS, self.columns - column)
-                right = _zeros(chunks[-1] * COLUMNS).reshape(-1, COLUMNS)
-                slots = iter(chunks)
-                for y, (_, _, term) in zip(rights, factors, strict=True):
-                    columns = _view(y, term.right, matrix, (0, term.rank), self.columns)
-                    for k, after in term.chunks():
-                        slot = next(slots)
-                        right[slot : slot + after - k, :width] = columns[k:after, column : column + width]
-                _round_numpy(right, chunks, 0)
                 place = (matrix * self.rows + row) * self.columns + column - start
-                low_rank_loops.add_products(
-                    left.ravel(), right.ravel(), ends, end - row, width, self.columns, place, *stored, out, products
-                )
+                for start_rank, stop_rank in pairwise(bounds):
+                    self._pack(views, start_rank, stop_rank, column, panel.reshape(-1, COLUMNS))
+                    low_rank_loops.add_products(
+                        left.ravel(), panel, start_rank, _fill(stop_rank - start_rank), left.shape[1],
+                        int(stop_rank == self.ranks), end - row, width, self.columns, place, *stored, out, totals,
+                        products,
+                    )  # fmt: skip
+
+    def _pack(
+        self, views: Sequence[NDArray[Any]], start: int, stop: int, column: int, panel: NDArray[np.float32]
+    ) -> None:
+        """Write some ranks of the right factors, for some columns, as float32; zeros to what fills them up."""
+        position = 0
+        for view in views:
+            low, high = max(start, position), min(stop, position + len(view))
+            if low < high:
+                part = view[low - position : high - position, column : column + COLUMNS]
+                rows = panel[low - start : high - start, : part.shape[1]]
+                if part.dtype == np.uint16:
+                    np.left_shift(part, np.uint32(16), out=rows.view(np.uint32))
+                else:
+                    rows[:] = part
+            position += len(view)
+        panel[stop - start : _fill(stop - start)] = 0
 
     def compile_loops(self) -> None:
         """Add an update of rank 1 to two ones.
@@ -195,9 +211,9 @@ class LowRankUpdate(Decoder):
         """Return the rows, counted through all matrices, that elements [start, stop) are in."""
         return start // self.columns, -(-stop // self.columns)
 
-    def _step(self, ranks: int) -> int:
+    def _step(self) -> int:
         """Return how many rows of the left factors are at hand at once."""
-        return max(CHUNK, _LEFT_ELEMENTS // max(1, ranks))
+        return max(CHUNK, min(_MOST_ROWS, _LEFT_ELEMENTS // self.ranks))
 
     def _tiles(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int, int]]:
         """Yield matrix and rows [first, last) in it of the tiles that cover elements [start, stop)."""
@@ -209,11 +225,20 @@ class LowRankUpdate(Decoder):
             row = end
 
 
-def _zeros(num_elements: int) -> NDArray[np.float64]:
+def _zeros(num_elements: int) -> NDArray[np.float32]:
     """Return zeros that begin at a cache line, from where loops read a fifth faster."""
-    room = np.zeros(num_elements + 8)
-    start = -(room.ctypes.data // 8) % 8
+    room = np.zeros(num_elements + 16, np.float32)
+    start = -(room.ctypes.data // 4) % 16
     return room[start : start + num_elements]
+
+
+def _fill(number: int) -> int:
+    """Return how many rows or ranks there are with those that fill them up.
+
+    >>> _fill(1), _fill(8)
+    (4, 8)
+    """
+    return -(-number // _GROUP) * _GROUP
 
 
 def _view_left(x: Any, term: Term, matrix: int, row: int, end: int, offset: int, num_rows: int) -> Any:
@@ -251,23 +276,15 @@ def _read_torch(piece: torch.Tensor, factor: Factor) -> torch.Tensor:
     return piece.view(find_dtype(factor.dtype))
 
 
+def _add_group(ranks: Sequence[tuple[torch.Tensor, torch.Tensor]], products: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of some products of a column and a row: (first + second) + (third + fourth), as far as they go."""
+    first, other, second = products
+    for number, (column, row) in enumerate(ranks):
+        torch.mul(column, row.float(), out=(first, other, second, other)[number])
+        if number % 2:
+            (first, second)[number // 2].add_(other)
+    return first.add_(second) if len(ranks) > 2 else first
+
+
 def _join(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
-
-
-def _round_torch(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Round values to 23 bits of the largest of their row (dim 1) or column (dim 0)."""
-    largest = x.abs().nan_to_num(0.0, float("inf")).amax(dim, keepdim=True)
-    magic = (largest.view(torch.int64) & _EXPONENT).view(torch.float64) * _MAGIC
-    return (x + magic) - magic
-
-
-def _round_numpy(x: NDArray[np.float64], ends: Sequence[int], axis: int) -> None:
-    """Do the same in place, chunk by chunk of ranks."""
-    for start, stop in pairwise(ends):
-        part = x[:, start:stop] if axis else x[start:stop]
-        with np.errstate(all="ignore"):  # values that are not finite
-            largest = np.fmax.reduce(np.abs(part), axis, keepdims=True)
-            magic = (largest.view(np.int64) & _EXPONENT).view(np.float64) * _MAGIC
-            part += magic
-            part -= magic

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from raymerge.ops.kernels.code_files import CodeFile, find_directory
 
 Result = TypeVar("Result")
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,12 +165,6 @@ def loop(function: Callable[..., Result]) -> Callable[..., Result]:
     return Loop(function)  # type: ignore[return-value]  # any number comes as a float
 
 
-def fused(function: Function) -> Function:
-    """Declare a function of loops whose sums are exact, so that products may be added without rounding them."""
-    vars(function)["is_fused"] = True
-    return function
-
-
 _TRACED: ContextVar[list[Loop] | None] = ContextVar("traced", default=None)
 
 
@@ -233,8 +226,6 @@ def _declare(function: FunctionType, space: dict[str, Any]) -> Any:
         "no_cpython_wrapper": True,
         "no_cfunc_wrapper": True,
     }
-    if vars(function).get("is_fused"):
-        options["fastmath"] = {"contract"}
     return numba.njit(body, **options)
 
 

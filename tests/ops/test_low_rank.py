@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raymerge.ops.decoder import Decoder, Plain, Raw, find_dtype
-from raymerge.ops.low_rank import Factor, LowRankUpdate, Term
+from raymerge.ops.low_rank import CHUNK, Factor, LowRankUpdate, Term
 
 SHAPE = (37, 600)
 """Rows that are no multiple of four, and more columns than loops work on at once."""
@@ -113,13 +113,24 @@ def test_loops_and_torch_give_the_same_bits_wherever_they_are_cut(name: str) -> 
         assert decode_stored(case, start, stop).tobytes() == whole[start:stop].tobytes()
 
 
-def test_the_order_of_ranks_does_not_show() -> None:
-    case = make_case((64,))
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(5))
-    b, a = (piece.view(torch.float32) for piece in case.pieces[1:])
-    moved = [case.pieces[0], as_bytes(b.view(-1, 64)[:, order]), as_bytes(a.view(64, -1)[order])]
-    other = Case(case.decoder, moved, case.shape, case.expected)
-    assert torch.equal(decode(case, 0, 37 * 600), decode(other, 0, 37 * 600))
+@pytest.mark.parametrize("ranks", [(130,), (1, 64, 4), (2, 3)])
+def test_sums_are_taken_in_the_order_that_is_written_down(ranks: tuple[int, ...]) -> None:
+    """Groups of four ranks, chunks of groups, and chunks: counted through all terms, each sum rounded."""
+    case = make_case(ranks)
+    base, *factors = case.pieces
+    columns, rows = [], []
+    assert isinstance(case.decoder, LowRankUpdate)
+    for term, b, a in zip(case.decoder.terms, factors[::2], factors[1::2], strict=True):
+        scaled = (b.view(torch.float32).view(-1, term.rank).double() * term.scale).float()
+        columns += [column.numpy()[:, None] for column in scaled.T]
+        rows += list(a.view(torch.float32).view(term.rank, -1).numpy())
+    products = [column * row for column, row in zip(columns, rows, strict=True)]
+    nothing = np.zeros_like(products[0])
+    products += [nothing] * (-len(products) % 4)
+    groups = [(w + x) + (y + z) for w, x, y, z in zip(*(products[k::4] for k in range(4)), strict=True)]
+    chunks = [sum(groups[k : k + CHUNK // 4], nothing) for k in range(0, len(groups), CHUNK // 4)]
+    expected = base.view(torch.bfloat16).float().numpy() + sum(chunks, nothing).ravel()
+    assert decode(case, 0, len(expected)).numpy().tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -18,7 +18,8 @@ from raymerge.pipeline.cli.methods import measure_demand
 from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.progress.codec import read_event
 from raymerge.pipeline.stores.settings import Library
-from tests.checkpoints import write_config
+from tests.adapters import draw_factors, write_adapter
+from tests.checkpoints import write_checkpoint, write_config
 from tests.commands import run_command
 from tests.memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models
 from tests.servers.hub import HubServer
@@ -95,6 +96,31 @@ def test_many_blocks_take_no_more_than_few(models: dict[str, list[str]], tmp_pat
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["used"] <= figures["projected"] + SLACK_NBYTES
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to know what is resident now")
+@pytest.mark.parametrize(("count", "rank"), [(1, 64), (30, 16)])
+def test_adapters_take_no_more_than_is_planned(count: int, rank: int, tmp_path: Path) -> None:
+    configs = []
+    for kind, rows, columns in (("tiny", 10, 10), ("large", NUM_ELEMENTS // ROW, ROW)):
+        tensors = {f"w{k}.weight": torch.rand(rows, columns).to(torch.bfloat16) for k in range(2)}
+        base = write_checkpoint(tmp_path / f"base {kind}", tensors, {})
+        models = []
+        for number in range(count):
+            factors: dict[str, torch.Tensor] = {}
+            for k in range(2):
+                drawn = draw_factors(f"w{k}", rows, columns, rank, seed=number)
+                factors |= {name: values.to(torch.bfloat16) for name, values in drawn.items()}
+            models.append({"model": f"{base}+{write_adapter(tmp_path / f'{kind}{number}', factors, r=rank)}"})
+        config = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}, "dtype": "bfloat16"}
+        configs.append(write_config(tmp_path / f"{kind}.yml", config))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *map(str, configs), str(tmp_path), "128MiB"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["projected"] // 2 - SLACK_NBYTES <= figures["used"] <= figures["projected"] + SLACK_NBYTES
 
 
 MODEL_IN = {"s3": "s3://{bucket}/{name}", "hub": "org/{name}", "local": "{directory}/{name}"}
