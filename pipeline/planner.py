@@ -14,7 +14,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from raymerge.cluster.host import measure_memory
-from raymerge.pipeline.checkpoint.files import CONFIG
+from raymerge.pipeline.checkpoint.files import PIPELINE
 from raymerge.pipeline.checkpoint.model_config import dump_config
 from raymerge.pipeline.config.merge_config import MergeConfig, Mixture
 from raymerge.pipeline.errors import ConfigError
@@ -23,6 +23,7 @@ from raymerge.pipeline.plan.gates import Gates, RouterBase, make_gates
 from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.intermediate import MergeInputs, check_rows, expand_steps
 from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer
+from raymerge.pipeline.plan.out_files import Network, SideFile, Written
 from raymerge.pipeline.plan.recipe import expand
 from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle
@@ -32,7 +33,7 @@ from raymerge.pipeline.plan.side_files import gather_side_files
 from raymerge.pipeline.plan.stored_inputs import open_inputs
 from raymerge.pipeline.plan.token_numbers import warn_of_tokenizers
 from raymerge.pipeline.plan.tokenizers import finish_config, finish_files, plan_vocabulary
-from raymerge.pipeline.plan.types import MergePlan, PlannedOutput, ShardTask, SideFile, Written
+from raymerge.pipeline.plan.types import MergePlan, PlannedOutput, ShardTask
 from raymerge.pipeline.plan.variants import join_variants
 from raymerge.pipeline.runners import count_slots
 from raymerge.pipeline.stores.open import Stores
@@ -88,23 +89,31 @@ def make_plan(
     first = configs[0]
     stored = open_inputs(stores, first, limits.allowed_mem, trust_headers=trust_headers)
     doubts = [*stored.warnings]
+    parts = stored.parts.merged
     inputs = [
-        expand_steps(stores, config, stored.checkpoints, stored.models, seed, limits.allowed_mem)
+        [
+            expand_steps(stores, part.configure(config), part.checkpoints, models, seed, limits.allowed_mem)
+            for part, models in zip(parts, stored.models, strict=True)
+        ]
         for config, seed in zip(configs, seeds, strict=True)
     ]
-    planned = plan_vocabulary(stores, first, inputs[0].checkpoints, inputs[0].models, limits.allowed_mem)
+    whole = inputs[0][0]
+    planned = plan_vocabulary(stores, first, whole.checkpoints, whole.models, limits.allowed_mem)
     vocabulary = planned.vocabulary if planned else None
     gates = [
         None
         if config.mixture is None
-        else cache(partial(_make_gates, stores, each, config.mixture, seed, limits.allowed_mem, measures=measures))
+        else cache(partial(_make_gates, stores, each[0], config.mixture, seed, limits.allowed_mem, measures=measures))
         for config, each, seed in zip(configs, inputs, seeds, strict=True)
     ]
     recipes = [
-        expand(config, each.models, seed, vocabulary, found)
-        for config, each, found, seed in zip(configs, inputs, gates, seeds, strict=True)
+        [
+            expand(part.configure(config), each.models, seed, vocabulary, found)
+            for part, each in zip(parts, of_config, strict=True)
+        ]
+        for config, of_config, found, seed in zip(configs, inputs, gates, seeds, strict=True)
     ]
-    merges = join_variants(recipes)
+    merges = join_variants([tuple(merge for recipe in of_parts for merge in recipe.merges) for of_parts in recipes])
     check_rows(merges)
     check_integers(stores, merges)
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
@@ -112,9 +121,10 @@ def make_plan(
     places = stored.list_places()
     transfer = _measure_transfer(stores, [url for url, _ in places], outs, limits)
     limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, places, session))
-    tasks, num_workers, num_allowed = make_tasks(merges, limits, first.own)
+    networks = tuple(Network(part.prefix, part.stem) for part in parts)
+    tasks, num_workers, num_allowed = make_tasks(merges, limits, first.own, networks)
 
-    donor = inputs[0].checkpoints[0]
+    donor = stored.checkpoints[0] if stored.checkpoints[0].components else whole.checkpoints[0]
     donors = [donor, *(checkpoint for checkpoint in stored.checkpoints if checkpoint.url != donor.url)]
     beside, more_doubts, left_out = gather_side_files(stores, donors)
     doubts += more_doubts
@@ -122,25 +132,35 @@ def make_plan(
         beside, more_doubts, more_left_out = finish_files(stores, planned, beside, donor)
         left_out += more_left_out
         doubts += [*planned.warnings, *planned.vocabulary.warn(), *more_doubts]
-        doubts += [warning for recipe in recipes for warning in finish_config(planned, recipe.config)]
+        doubts += [warning for (recipe,) in recipes for warning in finish_config(planned, recipe.config)]
     else:
         keeps_template = first.chat_template is None
         doubts += warn_of_tokenizers(stores, donors, limits.allowed_mem, keeps_template=keeps_template)
     outputs = []
-    notes = [note for config in configs for note in config.notes] + [*recipes[0].notes]
+    notes = [note for config in configs for note in config.notes] + [*stored.parts.notes]
+    notes += [note for recipe in recipes[0] for note in recipe.notes]
     notes += [note for found in gates if found and (note := found().note)]
     origin = "".join(config.op.origin for config in (*first.steps, first))
-    for position, (config, recipe, each) in enumerate(zip(configs, recipes, inputs, strict=True)):
+    for position, (config, of_parts, each) in enumerate(zip(configs, recipes, inputs, strict=True)):
         files, doubts_here = beside, list[str]()
         if config.chat_template is not None:
             are_donors = planned is None or planned.is_donor
             files, doubts_here, said = set_chat_template(
-                stores, config.chat_template, each.checkpoints, beside, are_donors=are_donors
+                stores, config.chat_template, each[0].checkpoints, beside, are_donors=are_donors
             )
             notes += said
-        side_files: tuple[SideFile, ...] = (*files, Written(CONFIG, dump_config(recipe.config)))
+        texts = [dump_config(recipe.config) for recipe in of_parts]
+        written = [Written(network.config, text) for network, text in zip(networks, texts, strict=True)]
+        if donor.components:
+            written.append(Written(PIPELINE, dump_config(donor.config)))
+        side_files: tuple[SideFile, ...] = (*files, *written)
         fingerprint = make_fingerprint(tasks, side_files, position, origin)
-        warnings = (*config.warnings, *doubts, *doubts_here, *each.warnings, *recipe.warnings)
+        told = [
+            f"{part.prefix[:-1]}: {warning}" if part.prefix else warning
+            for part, recipe, found in zip(parts, of_parts, each, strict=True)
+            for warning in (*found.warnings, *recipe.warnings)
+        ]
+        warnings = (*config.warnings, *doubts, *doubts_here, *told)
         outputs.append(PlannedOutput(config.text, seeds[position], side_files, warnings, fingerprint))
     return MergePlan(
         own=first.own,
@@ -155,11 +175,17 @@ def make_plan(
         notes=tuple(dict.fromkeys(notes)),
         vocabulary=tuple(planned.vocabulary.describe()) if planned else (),
         advice=_advise(tasks, limits, num_allowed, session),
-        dropped=(*inputs[0].dropped, *recipes[0].dropped, *left_out),
+        dropped=(
+            *(line for found in inputs[0] for line in found.dropped),
+            *(line for recipe in recipes[0] for line in recipe.dropped),
+            *stored.parts.left_out,
+            *left_out,
+        ),
         num_workers=num_workers,
         allowed_mem=limits.allowed_mem,
         gpus=limits.gpus,
         total_nbytes=sum(merge.nbytes for merge in merges),
+        networks=networks,
     )
 
 

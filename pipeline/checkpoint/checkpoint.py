@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raymerge.pipeline.checkpoint.files import CONFIG, is_hidden
+from raymerge.pipeline.checkpoint.files import CONFIG, INDEX, PIPELINE, SINGLE, check_name, is_hidden
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.checkpoint.weights import EXPLICIT, explain_no_weights, find_weights, read_json
+from raymerge.pipeline.checkpoint.weights import EXPLICIT, explain_no_weights, find_weights, read_json, stem_of
 from raymerge.pipeline.errors import CheckpointError, FetchError
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.redact import redact, redact_values
@@ -36,7 +36,8 @@ class Checkpoint:
     url: str
     """The directory that holds them; absolute, and at a revision that does not move."""
     config: dict[str, Any]
-    """config.json, parsed; without credentials, and without what names files of weights."""
+    """config.json, parsed; without credentials, and without what names files of weights. Of a pipeline,
+    model_index.json."""
     weight_files: tuple[StoredFile, ...]
     """The safetensors files that hold the tensors, by name."""
     files: Mapping[str, StoredFile]
@@ -48,6 +49,27 @@ class Checkpoint:
     trusts_headers: bool = False
     """Whether the headers decide where they and the index disagree."""
     warnings: tuple[str, ...] = ()
+    stem: str = "model"
+    """What files of weights are called, before the number of a shard."""
+    prefix: str = ""
+    """Of a pipeline's component: its directory and a slash, with which the names of its tensors begin."""
+    components: tuple[Checkpoint, ...] = ()
+    """The components of a diffusers pipeline, in the order of model_index.json; none of a model. Those without weights,
+    such as a scheduler, have no config."""
+
+    @property
+    def root(self) -> str:
+        """The directory of the whole: of the pipeline, where this is a component of one."""
+        return self.url.removesuffix(f"/{self.prefix[:-1]}") if self.prefix else self.url
+
+    @property
+    def networks(self) -> tuple[Checkpoint, ...]:
+        """The components that have weights."""
+        return tuple(component for component in self.components if component.weight_files)
+
+    def as_model(self, model: ModelRef) -> Checkpoint:
+        """Return the same files as another model's, such as one with an adapter."""
+        return replace(self, model=model, components=tuple(part.as_model(model) for part in self.components))
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.model}: {counted(len(self.weight_files), 'file')} of weights in {redact(self.url)})"
@@ -69,11 +91,11 @@ def resolve_models(
     models = tuple(models)
     alone = dict.fromkeys(model.without_adapter for model in models)
     found = {model: resolve_model(stores, model, trust_headers=trust_headers) for model in alone}
-    return tuple(replace(found[model.without_adapter], model=model) for model in models)
+    return tuple(found[model.without_adapter].as_model(model) for model in models)
 
 
 def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = False) -> Checkpoint:
-    """Find a model's files and read its config.json and its index.
+    """Find a model's files and read its config.json and its index; of a diffusers pipeline, those of each component.
 
     Args:
         stores: that have it.
@@ -90,6 +112,8 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
     files = {name: file for name, file in storage.list(url).items() if not is_hidden(name)}
     if not files:
         raise nothing_there(storage, url)
+    if PIPELINE in files and not {SINGLE, INDEX}.intersection(files):
+        return _resolve_pipeline(stores, model, url, files, trust_headers=trust_headers)
     if CONFIG not in files:
         if any(name.startswith("adapter_model.") or name.endswith(".gguf") for name in files):
             raise explain_no_weights(storage, url, files)
@@ -100,16 +124,46 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
         raise CheckpointError(f"{url}: no {CONFIG}; a model is a directory with {CONFIG} and safetensors files{hint}")
     if not is_url(url):
         check_links(Path(url), [CONFIG])
+    return _read_model(stores, model, url, files, _warn_of_revision(model, url), trust_headers=trust_headers)
+
+
+def _warn_of_revision(model: ModelRef, url: str) -> list[str]:
+    if model.revision is None or is_url(url):
+        return []
+    return [
+        f"{url} is a directory, and a directory has no revisions; it is taken as it is, as in mergekit: leave"
+        f" `@{model.revision}` out"
+    ]
+
+
+def _read_model(
+    stores: Stores,
+    model: ModelRef,
+    url: str,
+    files: Mapping[str, StoredFile],
+    warnings: Iterable[str] = (),
+    prefix: str = "",
+    *,
+    trust_headers: bool,
+) -> Checkpoint:
+    """Read config.json and index of a model, or of a component of a pipeline.
+
+    Args:
+        stores: that have it.
+        model: which it is, or the pipeline.
+        url: the directory that holds the files.
+        files: all that is there.
+        warnings: that are known already.
+        prefix: see `Checkpoint`.
+        trust_headers: see `resolve_model`.
+    """
+    storage = stores.at(url)
     stored = read_json(storage, f"{url}/{CONFIG}", _MAX_CONFIG_NBYTES)
     config = redact_values(stored)
-    warnings = [] if config == stored else [f"{CONFIG} holds a credential, which no output gets"]
-    if model.revision is not None and not is_url(url):
-        warnings.append(
-            f"{url} is a directory, and a directory has no revisions; it is taken as it is, as in mergekit: leave"
-            f" `@{model.revision}` out"
-        )
+    credentials = [] if config == stored else [f"{CONFIG} holds a credential, which no output gets"]
     weights = find_weights(storage, url, files, config, trust_headers=trust_headers)
     config.pop(EXPLICIT, None)  # the output's files have names of their own
+    where = f"{model}: {prefix[:-1]}" if prefix else str(model)
     return Checkpoint(
         model=model,
         url=url,
@@ -118,9 +172,69 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
         index=weights.index,
         weight_map=weights.weight_map,
         trusts_headers=trust_headers,
-        warnings=tuple(f"{model}: {warning}" for warning in (*warnings, *weights.warnings)),
+        warnings=tuple(f"{where}: {warning}" for warning in (*credentials, *warnings, *weights.warnings)),
         files=files,
+        stem=stem_of(config),
+        prefix=prefix,
     )
+
+
+def _resolve_pipeline(
+    stores: Stores, model: ModelRef, url: str, files: Mapping[str, StoredFile], *, trust_headers: bool
+) -> Checkpoint:
+    """Return a diffusers pipeline, with each component that model_index.json lists."""
+    if not is_url(url):
+        check_links(Path(url), [PIPELINE, *(name for name in files if name.endswith(f"/{CONFIG}"))])
+    stored = read_json(stores.at(url), f"{url}/{PIPELINE}", _MAX_CONFIG_NBYTES)
+    content = redact_values(stored)
+    directories: dict[str, dict[str, StoredFile]] = {}
+    for name, file in files.items():
+        directory, _, rest = name.partition("/")
+        if rest:
+            directories.setdefault(directory, {})[rest] = file
+    components = []
+    for name in _list_components(content):
+        inside = directories.get(name)
+        if inside is None:
+            raise CheckpointError(
+                f"{url}: {PIPELINE} lists {name!r:.100}, and there is no such directory;"
+                f" {stores.at(url).advise_download(url)}, or write [null, null] for it there if the pipeline goes"
+                " without it"
+            )
+        check_name(name, f"{url}/{PIPELINE}")
+        place, prefix = f"{url}/{name}", f"{name}/"
+        if CONFIG in inside:
+            part = _read_model(stores, model, place, inside, prefix=prefix, trust_headers=trust_headers)
+        else:
+            part = Checkpoint(model, place, {}, (), inside, prefix=prefix)
+        components.append(part)
+    if not any(part.weight_files for part in components):
+        raise CheckpointError(f"{url}: no component that {PIPELINE} lists has weights")
+    warnings = _warn_of_revision(model, url)
+    if content != stored:
+        warnings.append(f"{PIPELINE} holds a credential, which no output gets")
+    return Checkpoint(
+        model=model,
+        url=url,
+        config=content,
+        weight_files=tuple(file for part in components for file in part.weight_files),
+        files=files,
+        warnings=(*(f"{model}: {line}" for line in warnings), *(line for part in components for line in part.warnings)),
+        components=tuple(components),
+    )
+
+
+def _list_components(content: Mapping[str, Any]) -> list[str]:
+    """Return the directories that a model_index.json lists.
+
+    >>> _list_components({"_class_name": ["mine", "Pipe"], "vae": ["diffusers", "Vae"], "image_encoder": [None, None]})
+    ['vae']
+    """
+    return [
+        name
+        for name, value in content.items()
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and None not in value
+    ]
 
 
 def locate_model(stores: Stores, model: ModelRef) -> str:

@@ -11,6 +11,8 @@ from raymerge.pipeline.errors import CheckpointError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PIPELINE = "model_index.json"
+"""Lists the components of a diffusers pipeline, each in a directory of its own."""
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -18,7 +20,7 @@ _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|gguf|onnx|onnx[._]data(_\d+)?|h5|msgpack|ckpt|ot|tflite|pkl|npz|npy|distcp|mlmodel|mar"
     r"|nemo)$"
 )
-_REWRITTEN = {CONFIG, "README.md", "mergekit_config.yml", MANIFEST, FIGURES}
+_REWRITTEN = {CONFIG, PIPELINE, "README.md", "mergekit_config.yml", MANIFEST, FIGURES}
 _SIDE = re.compile(
     r"""
     (?!(?:adapter|peft|lora|ds|deepspeed|accelerate|train(?:ing|er)?|wandb)_)(?:[\w.-]+_)?config\.json
@@ -35,7 +37,7 @@ _SIDE = re.compile(
 )
 """Files of a model besides its weights, at the top of its directory: configs, tokenizer, templates, code, licence."""
 
-_MAIN_WEIGHTS = re.compile(r"(?:model|pytorch_model)[\w.-]*\.(?:safetensors|bin)")
+_MAIN_WEIGHTS = re.compile(r"(?:model|(?:diffusion_)?pytorch_model)[\w.-]*\.(?:safetensors|bin)")
 _TOKENIZER = re.compile(r"tokenizer|tekken|(?:[\w.-]+[_-])?vocab[._-]|.*\.(?:model|tokenizer|tiktoken|spm)$")
 _SECRET = re.compile(
     r"""
@@ -98,6 +100,15 @@ def is_hidden(name: str) -> bool:
 def is_weights(name: str) -> bool:
     """Tell whether a file holds weights, in whatever format."""
     return _WEIGHTS.search(name) is not None
+
+
+def index_of(stem: str) -> str:
+    """Return the name of the index of files of weights that are called so, before the number of a shard.
+
+    >>> index_of("model") == INDEX
+    True
+    """
+    return f"{stem}.safetensors.index.json"
 
 
 def check_name(name: str, url: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from raymerge.pipeline.checkpoint.adapters.adapter import ADAPTER_CONFIG, open_adapter
 from raymerge.pipeline.checkpoint.adapters.modules import describe_adapter
-from raymerge.pipeline.checkpoint.checkpoint import locate_model, resolve_model
-from raymerge.pipeline.checkpoint.files import CONFIG, INDEX, SINGLE, is_hidden, is_weights
+from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, locate_model, resolve_model
+from raymerge.pipeline.checkpoint.files import CONFIG, INDEX, PIPELINE, SINGLE, index_of, is_hidden, is_weights
 from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, Origin, parse_origin
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
@@ -186,9 +186,9 @@ def _inspect_model(stores: Stores, url: str) -> Inspection:
     if not files:
         raise CheckpointError(f"{url}: nothing is there; check the name, and that you may list it")
     reads = _Reads()
-    resolving = [files[name].nbytes for name in (CONFIG, INDEX) if name in files]
     obstacle = ""
-    weight_map: Mapping[str, str] | None = None
+    networks: Sequence[Checkpoint] = ()
+    resolving: tuple[str, ...] = (CONFIG, INDEX)
     try:
         checkpoint = resolve_model(stores, ModelRef(url))  # where it is pinned to, so that both listings are the same
     except CheckpointError as error:
@@ -197,23 +197,38 @@ def _inspect_model(stores: Stores, url: str) -> Inspection:
         names = _guess_weights(storage, files, reads)
         side_names: set[str] = set()
     else:
-        config, weight_map = checkpoint.config, checkpoint.weight_map
+        config, networks = checkpoint.config, checkpoint.networks or [checkpoint]
+        resolving = tuple(part.prefix + name for part in networks for name in (CONFIG, index_of(part.stem)))
+        if checkpoint.components:
+            resolving = (PIPELINE, *resolving)
         names = [file.url.removeprefix(f"{checkpoint.url}/") for file in checkpoint.weight_files]
         beside = find_side_files(stores, checkpoint)
         side_names = {name for name, _ in (*beside.copied, *beside.masked)}
         reads.note(*beside.read_nbytes)
-    reads.note(*resolving)
+    reads.note(*(files[name].nbytes for name in resolving if name in files))
     tensors = _read_tensors(stores, {name: files[name] for name in names}, reads)
-    if weight_map is not None:
-        from raymerge.pipeline.checkpoint.table import DAMAGED, find_index_faults
-
-        fault = next(find_index_faults(url, weight_map, tensors, checkpoint.index), None)
-        obstacle = f"{fault}; {DAMAGED}" if fault else ""
-    if not obstacle:
-        obstacle = find_quantisation(config, side_names, {tensor.name: tensor for tensor in tensors}).explain() or ""
+    of_networks = [
+        (part, [tensor for tensor in tensors if tensor.file.url.startswith(part.prefix)]) for part in networks
+    ]
+    for part, own in of_networks:
+        obstacle = obstacle or _find_obstacle(part, own, side_names)
+    if networks:
+        tensors = [replace(tensor, name=part.prefix + tensor.name) for part, own in of_networks for tensor in own]
     made = _read_origin(storage, files, reads)
     found = [FoundFile(name, file.nbytes, _role(name, names, side_names)) for name, file in files.items()]
     return _summarise(url, config, obstacle, found, tensors, made, reads)
+
+
+def _find_obstacle(network: Checkpoint, tensors: Sequence[StoredTensor], side_names: Set[str]) -> str:
+    """Return why a model or component cannot be merged, by its index and its tensors."""
+    from raymerge.pipeline.checkpoint.table import DAMAGED, find_index_faults  # pyarrow: slow to import
+
+    directory = network.prefix[:-1]
+    if network.weight_map is not None:
+        fault = next(find_index_faults(directory, network.weight_map, tensors, network.index), None)
+        if fault:
+            return f"{directory}: {fault}; {DAMAGED}" if directory else f"{fault}; {DAMAGED}"
+    return find_quantisation(network.config, side_names, {tensor.name: tensor for tensor in tensors}).explain() or ""
 
 
 def _describe_adapter(stores: Stores, url: str, files: Mapping[str, StoredFile]) -> str:
@@ -284,7 +299,7 @@ def _summarise(
     made: Origin | None,
     reads: _Reads,
 ) -> Inspection:
-    listed = config.get("architectures")
+    listed = config.get("architectures", [config["_class_name"]] if "_class_name" in config else None)
     architectures = tuple(str(name) for name in listed) if isinstance(listed, list) else ()
     by_dtype: defaultdict[str, list[StoredTensor]] = defaultdict(list)
     for tensor in tensors:

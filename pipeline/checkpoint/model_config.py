@@ -92,7 +92,8 @@ def set_dtype(config: Json, dtype: str) -> None:
         for key in ("dtype", "torch_dtype"):
             if part.get(key) is not None or (part is config and key in part):
                 part[key] = dtype
-    if "dtype" not in config and "torch_dtype" not in config:
+    is_of_diffusers = "_class_name" in config  # whose configs hold arguments of the class, and no dtype is one
+    if "dtype" not in config and "torch_dtype" not in config and not is_of_diffusers:
         config["torch_dtype"] = dtype
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -62,11 +62,49 @@ class SideFiles:
 def find_side_files(stores: Stores, checkpoint: Checkpoint) -> SideFiles:
     """Find the files of a model that an output gets: those that models are made of, and those that its configs name.
 
+    Of a pipeline, these are the files of each component, and those beside model_index.json.
+
     Raises:
         CheckpointError: a module's weights are missing, a name cannot be written everywhere, or a file is a link out of
             the directory.
         FetchError: the store refuses or is down.
     """
+    if not checkpoint.components:
+        return _find_of_directory(stores, checkpoint)
+    listed = tuple(part.prefix for part in checkpoint.components)
+    outside = {name: file for name, file in checkpoint.files.items() if not name.startswith(listed)}
+    top = replace(checkpoint, weight_files=(), files=outside, components=())
+    found = [(part.prefix, _find_of_directory(stores, part)) for part in (top, *checkpoint.components)]
+    code = checkpoint.files.keys() & _find_pipeline_code(checkpoint.config)
+    copied = {prefix + name: file for prefix, beside in found for name, file in beside.copied}
+    copied |= {name: checkpoint.files[name] for name in sorted(code)}
+    return SideFiles(
+        copied=tuple(sorted(copied.items())),
+        masked=tuple((prefix + name, text) for prefix, beside in found for name, text in beside.masked),
+        missing=tuple(prefix + name for prefix, beside in found for name in beside.missing),
+        module_weights=tuple(prefix + name for prefix, beside in found for name in beside.module_weights),
+        left_out=tuple(
+            name for prefix, beside in found for name in map(prefix.__add__, beside.left_out) if name not in code
+        ),
+        read_nbytes=tuple(nbytes for _, beside in found for nbytes in beside.read_nbytes),
+    )
+
+
+def _find_pipeline_code(content: Mapping[str, Any]) -> set[str]:
+    """Return the files of code that a model_index.json names, should the modules there be none of a library.
+
+    >>> sorted(_find_pipeline_code({"_class_name": ["pipeline", "Mine"], "unet": ["my_unet", "MyUNet"]}))
+    ['pipeline.py', 'unet/my_unet.py']
+    """
+    names = set()
+    for key, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], str):
+            names.add(f"{value[0]}.py" if key == "_class_name" else f"{key}/{value[0]}.py")
+    return names
+
+
+def _find_of_directory(stores: Stores, checkpoint: Checkpoint) -> SideFiles:
+    """Find those of a model, or of one component."""
     files = checkpoint.files
     weights = {file.url.removeprefix(f"{checkpoint.url}/") for file in checkpoint.weight_files}
     found = {name for name in files if is_side_file(name)}
@@ -78,7 +116,7 @@ def find_side_files(stores: Stores, checkpoint: Checkpoint) -> SideFiles:
         is_code = name.endswith(".py")
         if not _REFERRING.fullmatch(name) or (is_code and not candidates):
             continue
-        if files[name].nbytes > _MAX_TEXT_NBYTES:
+        if name != CONFIG and files[name].nbytes > _MAX_TEXT_NBYTES:
             raise CheckpointError(
                 f"{files[name].url}: {format_nbytes(files[name].nbytes)} are too many to look for credentials in, which"
                 " no output may get; make the file smaller, or take it away"
@@ -247,4 +285,4 @@ def _check_names(checkpoint: Checkpoint, names: Collection[str]) -> None:
             f"{checkpoint.url}: {min(both)} is both a file and a directory, which no file system can hold; rename one"
         )
     if not is_url(checkpoint.url):
-        check_links(Path(checkpoint.url), names)
+        check_links(Path(checkpoint.root), [checkpoint.prefix + name for name in names])

@@ -115,7 +115,8 @@ def index_tensors(
 ) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
     """Return a checkpoint's tensors by name, and a warning if its headers decide against its index.
 
-    Of two tensors of one name, the one in the later file is the model's, as loaders have it.
+    Of two tensors of one name, the one in the later file is the model's, as loaders have it. Names of a component of a
+    pipeline begin with its prefix.
 
     Raises:
         CheckpointError: its headers and its index file disagree, and the headers are not to decide.
@@ -123,6 +124,8 @@ def index_tensors(
     model = str(checkpoint.model)
     tensors = [tensor if tensor.model == model else replace(tensor, model=model) for tensor in tensors]
     by_name = {tensor.name: tensor for tensor in tensors}
+    if prefix := checkpoint.prefix:
+        by_name = {prefix + name: replace(tensor, name=prefix + name) for name, tensor in by_name.items()}
     faults = list(find_index_faults(checkpoint.url, checkpoint.weight_map, tensors, checkpoint.index))
     if not faults:
         return by_name, ()

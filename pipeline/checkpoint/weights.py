@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raymerge.pipeline.checkpoint.files import INDEX, SINGLE, check_name, is_weights
+from raymerge.pipeline.checkpoint.files import check_name, index_of, is_weights
 from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.messages import counted, listing
@@ -19,8 +19,12 @@ EXPLICIT = "transformers_weights"
 """The field of config.json with which a model names its file of weights, or its index."""
 GO_ON = "--trust-headers"
 _MAX_INDEX_NBYTES = 512 * 2**20
+_STEM, _DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_SHARD = re.compile(r"(?P<stem>(?:pytorch_)?model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_CONVERT_PIPELINE = (
+    "python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('IN').save_pretrained('OUT')\""
+)
+_SHARD = re.compile(r"(?P<stem>(?:(?:diffusion_)?pytorch_)?model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +40,28 @@ class Weights:
     warnings: tuple[str, ...] = ()
 
 
+def stem_of(config: Mapping[str, Any]) -> str:
+    """Return what a model's files of weights are called, before the number of a shard: diffusers' word, or the usual.
+
+    >>> stem_of({"_class_name": "UNet2DConditionModel"}), stem_of({"model_type": "llama"})
+    ('diffusion_pytorch_model', 'model')
+    """
+    return _DIFFUSERS_STEM if is_of_diffusers(config) else _STEM
+
+
+def is_of_diffusers(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config.json is that of a diffusers model."""
+    return "_class_name" in config
+
+
 def find_weights(
     storage: Storage, url: str, files: Mapping[str, StoredFile], config: Mapping[str, Any], *, trust_headers: bool
 ) -> Weights:
     """Return the files that hold a model's tensors: those that transformers loads.
 
     It takes the file that config.json names, else `model.safetensors`, else what the index names. Other loaders prefer
-    the index; where both are complete, nobody can tell which is the model.
+    the index; where both are complete, nobody can tell which is the model. Models of diffusers have another stem than
+    `model`, and where there is nothing else, a variant such as `model.fp16.safetensors` is taken.
 
     Args:
         storage: that has the model.
@@ -65,21 +84,25 @@ def find_weights(
         if not explicit.endswith(".safetensors"):
             raise CheckpointError(f"{url}: config.json names {explicit} ({EXPLICIT}), which is not a .safetensors file")
         return Weights((explicit,))
-    if INDEX not in files:
-        return Weights((SINGLE,)) if SINGLE in files else _find_unindexed(storage, url, files, trust_headers)
-    weight_map = read_weight_map(storage, f"{url}/{INDEX}")
+    stem = stem_of(config)
+    single, index = f"{stem}.safetensors", index_of(stem)
+    if index not in files:
+        if single in files:
+            return Weights((single,))
+        return _find_variant(storage, url, files, stem) or _find_unindexed(storage, url, files, stem, trust_headers)
+    weight_map = read_weight_map(storage, f"{url}/{index}")
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if name not in files]
-    if SINGLE not in files or SINGLE in names:
-        return _find_indexed(storage, url, files, INDEX, weight_map)
+    if single not in files or single in names:
+        return _find_indexed(storage, url, files, index, weight_map)
     if not missing and not trust_headers:
         raise CheckpointError(
-            f"{url}: there are two models: {SINGLE}, which transformers loads, and the {counted(len(names), 'file')}"
-            f" ({listing(names)}) that {INDEX} names, which vLLM and diffusers load; delete those of the earlier save"
-            f" (with {INDEX}, if it names them), or give {GO_ON} to take {SINGLE} as transformers does"
+            f"{url}: there are two models: {single}, which transformers loads, and the {counted(len(names), 'file')}"
+            f" ({listing(names)}) that {index} names, which vLLM and diffusers load; delete those of the earlier save"
+            f" (with {index}, if it names them), or give {GO_ON} to take {single} as transformers does"
         )
     why = f"it names files that are missing ({listing(missing)})" if missing else f"{GO_ON} is given"
-    return Weights((SINGLE,), warnings=(f"{SINGLE} is taken, as transformers does, and {INDEX} ignored: {why}",))
+    return Weights((single,), warnings=(f"{single} is taken, as transformers does, and {index} ignored: {why}",))
 
 
 def read_weight_map(storage: Storage, url: str) -> dict[str, str]:
@@ -138,33 +161,59 @@ def _find_indexed(
     return Weights(tuple(names), index, weight_map)
 
 
-def _find_unindexed(storage: Storage, url: str, files: Mapping[str, StoredFile], trust_headers: bool) -> Weights:
+def _find_variant(storage: Storage, url: str, files: Mapping[str, StoredFile], stem: str) -> Weights | None:
+    """Return the files of a model of which only a variant is there, such as that in half precision."""
+    single = re.compile(rf"{stem}\.(?P<variant>\w+)\.safetensors")
+    indexed = re.compile(rf"{stem}\.safetensors\.index\.(?P<variant>\w+)\.json")
+    found = {name: match["variant"] for name in files if (match := single.fullmatch(name) or indexed.fullmatch(name))}
+    if not found:
+        return None
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{url}: no {stem}.safetensors, and several variants of it: {listing(sorted(found))}; delete all but one"
+        )
+    ((name, variant),) = found.items()
+    warning = f"there is only the variant {variant} ({name}), which is taken; the output's files are called {stem}"
+    if not name.endswith(".json"):
+        return Weights((name,), warnings=(warning,))
+    weights = _find_indexed(storage, url, files, name, read_weight_map(storage, f"{url}/{name}"))
+    return Weights(weights.names, weights.index, weights.weight_map, (warning,))
+
+
+def _find_unindexed(
+    storage: Storage, url: str, files: Mapping[str, StoredFile], main: str, trust_headers: bool
+) -> Weights:
     """Return the shards of a model whose index is missing, as far as their names say that none of them is."""
     shards = {name: found for name in files if (found := _SHARD.fullmatch(name))}
+    index = index_of(main)
     if not shards:
-        raise explain_no_weights(storage, url, files)
+        raise explain_no_weights(storage, url, files, main)
     stem, count = max((found["stem"], found["count"]) for found in shards.values())
     expected = [f"{stem}-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
     missing = [name for name in expected if name not in shards]
     if missing:
         raise CheckpointError(
-            f"{url}: {INDEX} is missing, and so are {listing(missing)}; {storage.advise_download(url)}"
+            f"{url}: {index} is missing, and so are {listing(missing)}; {storage.advise_download(url)}"
         )
     if others := sorted(set(shards).difference(expected)):
         raise CheckpointError(
-            f"{url}: {INDEX} is missing, and there are shards of two models: {listing(expected)}; {listing(others)}."
+            f"{url}: {index} is missing, and there are shards of two models: {listing(expected)}; {listing(others)}."
             f" Delete those of the earlier save, or {storage.advise_download(url)}"
         )
     if not trust_headers:
         raise CheckpointError(
-            f"{url}: {INDEX} is missing beside {counted(len(expected), 'shard')} ({listing(expected)});"
+            f"{url}: {index} is missing beside {counted(len(expected), 'shard')} ({listing(expected)});"
             f" {storage.advise_download(url)}, or give {GO_ON} to go by what the shards' headers hold"
         )
-    return Weights(tuple(expected), warnings=(f"{INDEX} is missing: the tensors are those that the shards hold",))
+    return Weights(tuple(expected), warnings=(f"{index} is missing: the tensors are those that the shards hold",))
 
 
-def explain_no_weights(storage: Storage, url: str, files: Mapping[str, StoredFile]) -> CheckpointError:
+def explain_no_weights(
+    storage: Storage, url: str, files: Mapping[str, StoredFile], stem: str = _STEM
+) -> CheckpointError:
     """Return the error for weights in another form than `model.safetensors`, with the next step."""
+    expected = f"neither {stem}.safetensors nor {index_of(stem)}"
+    library = "transformers" if stem == _STEM else "diffusers"
     there = [name for name in files if is_weights(name)]
     if any(name.startswith("adapter_model.") for name in there):
         return CheckpointError(
@@ -178,16 +227,16 @@ def explain_no_weights(storage: Storage, url: str, files: Mapping[str, StoredFil
     safetensors = [name for name in there if name.endswith(".safetensors")]
     if safetensors:
         return CheckpointError(
-            f"{url}: neither {SINGLE} nor {INDEX}, but {listing(safetensors)}; that is another layout than that of"
-            " transformers. Download the model in transformers' layout, or convert it"
+            f"{url}: {expected}, but {listing(safetensors)}; that is another layout than that of"
+            f" {library}. Download the model in that layout, or convert it"
         )
     pickles = [name for name in there if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
         return CheckpointError(
             f"{url}: only pickled weights ({listing(pickles)}), which can run code when they are loaded;"
-            f" if you trust them, convert them to safetensors: {_convert()}"
+            f" if you trust them, convert them to safetensors: {_convert() if stem == _STEM else _CONVERT_PIPELINE}"
         )
-    return CheckpointError(f"{url}: no weights: neither {SINGLE} nor {INDEX}; {storage.advise_download(url)}")
+    return CheckpointError(f"{url}: no weights: {expected}; {storage.advise_download(url)}")
 
 
 def _convert(arguments: str = "") -> str:

@@ -151,6 +151,10 @@ def _open_models(stores: Stores, names: Sequence[str]) -> list[Model]:
     adapters = open_adapters(stores, [ref.adapter for ref in refs if ref.adapter])
     models = []
     for checkpoint in resolve_models(stores, refs):
+        if checkpoint.components:
+            raise CheckpointError(
+                f"{checkpoint.model}: a diffusers pipeline; name the directory of one component, in both models"
+            )
         table = read_table(stores, {str(checkpoint.model): checkpoint.weight_files})
         tensors, _ = index_tensors(checkpoint, list_tensors(table).get(str(checkpoint.model), ()))
         ref: ModelRef = checkpoint.model

@@ -20,6 +20,8 @@ _MAX_TITLE_MODELS = 4
 def make_card(plan: MergePlan, output: PlannedOutput) -> str:
     """Return the text of the card; it follows from the plan alone, as two outputs of one plan are the same."""
     op = plan.op
+    is_of_diffusers = any(network.stem != "model" for network in plan.networks)
+    kind = "diffusion models" if is_of_diffusers else "language models"
     adapters = {adapter.files.model: _describe(adapter.files) for adapter in plan.adapters}
     names = {
         str(item.model): _describe(item) + (f" with {adapters[item.model.adapter]}" if item.model.adapter else "")
@@ -30,7 +32,7 @@ def make_card(plan: MergePlan, output: PlannedOutput) -> str:
     )
     front = {
         **({"base_model": repositories, "base_model_relation": "merge"} if repositories else {}),
-        "library_name": "transformers",
+        "library_name": "diffusers" if is_of_diffusers else "transformers",
         "tags": ["merge", "mergekit", "raymerge"],
     }
     method = f"[{op.title}]({op.reference})" if op.reference else op.title
@@ -42,7 +44,7 @@ def make_card(plan: MergePlan, output: PlannedOutput) -> str:
         "---",
         f"# {_make_title(plan)}",
         "",
-        f"A merge of language models, made with raymerge {__version__}.",
+        f"A merge of {kind}, made with raymerge {__version__}.",
         "",
         f"Method: {method}{', with ' + ' and '.join(bases) + ' as base' if bases else ''}.",
         "",

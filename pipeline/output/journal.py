@@ -89,15 +89,14 @@ class Journal:
 
     def open_file(self, name: str, nbytes: int, *, exclusive: bool = False) -> Writer:
         """Begin an output file; where a store cannot hide it until it is committed, the journal's directory does."""
-        partial = name.replace("/", "_")
         return self._storage.open_writer(
-            f"{self.out}/{name}", nbytes, f"{self.out}/{DIRECTORY}/{partial}.partial", exclusive=exclusive
+            f"{self.out}/{name}", nbytes, f"{self.out}/{_flat(name)}.partial", exclusive=exclusive
         )
 
     def record(self, file: ShardFile) -> None:
         """Note that a shard is finished."""
         fields = {field.name: getattr(file, field.name) for field in dataclasses.fields(file)}
-        self._write(f"{DIRECTORY}/{file.file}.json", {"fingerprint": self.fingerprint, **fields})
+        self._write(f"{_flat(file.file)}.json", {"fingerprint": self.fingerprint, **fields})
 
     def read_records(self, outputs: Iterable[ShardOutput]) -> dict[str, ShardFile]:
         """Return by name the finished shards of this plan whose files are there in full size.
@@ -108,9 +107,7 @@ class Journal:
         found = {}
         for output in outputs:
             try:
-                record = parse_json(
-                    self._storage.read(f"{self.out}/{DIRECTORY}/{output.file}.json", _MAX_RECORD_NBYTES)
-                )
+                record = parse_json(self._storage.read(f"{self.out}/{_flat(output.file)}.json", _MAX_RECORD_NBYTES))
                 if record.pop("fingerprint") != self.fingerprint:
                     continue
                 file: ShardFile = decode(record, ShardFile)
@@ -127,6 +124,11 @@ class Journal:
 
     def _write(self, name: str, content: object) -> None:
         self._storage.write(f"{self.out}/{name}", json.dumps(content).encode())
+
+
+def _flat(name: str) -> str:
+    """Return where the journal keeps something on a file: not in directories of its own."""
+    return f"{DIRECTORY}/{name.replace('/', '_')}"
 
 
 @dataclass(frozen=True, slots=True)

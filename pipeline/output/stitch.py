@@ -9,15 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 from raymerge import __version__
-from raymerge.pipeline.checkpoint.files import CONFIG, INDEX
+from raymerge.pipeline.checkpoint.files import PIPELINE
 from raymerge.pipeline.checkpoint.manifest import FIGURES, MANIFEST, MAX_MANIFEST_NBYTES, Manifest, OutputFile
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.output.card import make_card
 from raymerge.pipeline.output.journal import Journal
 from raymerge.pipeline.output.state import read_manifest
 from raymerge.pipeline.output.verify import hash_file
+from raymerge.pipeline.plan.out_files import Copied, Network
 from raymerge.pipeline.plan.results import ShardFile
-from raymerge.pipeline.plan.types import Copied, MergePlan, PlannedOutput
+from raymerge.pipeline.plan.types import MergePlan, PlannedOutput
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.stores.files import Buffer
 from raymerge.pipeline.urls import revision_of
@@ -29,7 +30,7 @@ _CARD = "README.md"
 def list_outputs(plan: MergePlan) -> list[str]:
     """Return the name of every file of an output."""
     names = [*(task.file for task in plan.tasks), *(file.name for file in plan.outputs[0].side_files)]
-    return [*names, _OWN_CONFIG, _CARD, MANIFEST, FIGURES, *([INDEX] if len(plan.tasks) > 1 else [])]
+    return [*names, _OWN_CONFIG, _CARD, MANIFEST, FIGURES, *plan.indexes]
 
 
 def find_nonfinite(files: Iterable[ShardFile]) -> tuple[str, ...]:
@@ -41,7 +42,8 @@ def stitch(plan: MergePlan, output: PlannedOutput, shards: Sequence[ShardFile], 
     """Complete an output directory.
 
     The order matters: the donor's files, the card and the manifest first, then config.json, and last of all the index,
-    without which nothing loads. (A model of one shard has no index; there config.json is the last.) The manifest, which
+    without which nothing loads. (A model of one shard has no index; there config.json is the last. Of a pipeline it is
+    model_index.json, after those of the components.) The manifest, which
     tells any two plans apart, and the last one must not be there already: of two runs that write to one place, only one
     can finish.
 
@@ -75,16 +77,17 @@ def stitch(plan: MergePlan, output: PlannedOutput, shards: Sequence[ShardFile], 
             )
     files = {shard.file: OutputFile(shard.nbytes, shard.sha256) for shard in shards}
     contents = {_OWN_CONFIG: redact(output.config_text).encode(), _CARD: redact(make_card(plan, output)).encode()}
+    last = {network.config: output.read(network.config).encode() for network in plan.networks}
+    last |= {name: make_index(plan, network).encode() for name, network in plan.indexes.items()}
+    if plan.is_pipeline:
+        last[PIPELINE] = output.read(PIPELINE).encode()
     for side_file in output.side_files:
         if isinstance(side_file, Copied):
             files[side_file.name] = _copy(side_file, journal)
-        elif side_file.name != CONFIG:
+        elif side_file.name not in last:
             contents[side_file.name] = side_file.text.encode()
     figures = make_figures(plan, shards)
     contents[FIGURES] = dump_figures(figures)
-    last = {CONFIG: output.config_json.encode()}
-    if len(plan.tasks) > 1:
-        last[INDEX] = make_index(plan).encode()
     for name, content in (contents | last).items():
         files[name] = OutputFile(len(content), hashlib.sha256(content).hexdigest())
     nonfinite = find_nonfinite(shards)
@@ -106,10 +109,13 @@ def stitch(plan: MergePlan, output: PlannedOutput, shards: Sequence[ShardFile], 
     storage.publish(out, redact(title), last=[MANIFEST, *last])
 
 
-def make_index(plan: MergePlan) -> str:
-    """Return `model.safetensors.index.json`."""
-    metadata = {"total_size": plan.total_nbytes, "raymerge_version": __version__}
-    weight_map = dict(sorted(plan.weight_map.items()))
+def make_index(plan: MergePlan, network: Network) -> str:
+    """Return the index of a network's shards, such as `model.safetensors.index.json`."""
+    prefix = network.prefix
+    merges = [(merge, task) for task in plan.tasks if task.file.startswith(prefix) for merge in task.merges]
+    metadata = {"total_size": sum(merge.nbytes for merge, _ in merges), "raymerge_version": __version__}
+    files = {merge.name.removeprefix(prefix): task.file.removeprefix(prefix) for merge, task in merges}
+    weight_map = dict(sorted(files.items()))
     return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, ensure_ascii=False) + "\n"
 
 

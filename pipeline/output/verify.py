@@ -13,7 +13,7 @@ import safetensors
 
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
-from raymerge.pipeline.checkpoint.files import INDEX
+from raymerge.pipeline.checkpoint.files import PIPELINE
 from raymerge.pipeline.checkpoint.header import TensorEntry
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, Contents, OutputFile
 from raymerge.pipeline.checkpoint.source import StoredTensor
@@ -26,6 +26,8 @@ from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import COPY_NBYTES, Stores, open_stores
 from raymerge.pipeline.stores.settings import Library, StoreSettings
 from raymerge.pipeline.urls import scheme_of
+
+_INDEX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +81,26 @@ def check_model(
     problems += sorted(problem for problem in checks if problem)
     num_tensors = 0
     if not problems:
-        tensors = _read_tensors(stores, out, [name for name in files if _is_shard(name)])
-        num_tensors = len(tensors)
-        problems += _compare_tensors(stores, out, tensors, has_index=INDEX in files)
+        for directory, shards in _group_shards(files).items():
+            tensors = _read_tensors(stores, out, shards)
+            num_tensors += len(tensors)
+            indexes = [name for name in files if name.rpartition("/")[0] == directory and name.endswith(_INDEX)]
+            problems += _compare_tensors(stores, f"{out}/{directory}".rstrip("/"), tensors, indexes)
     if problems:
         raise OutputError(f"{out} is not what was written:\n  " + "\n  ".join(problems))
     return VerifyReport(len(files), num_tensors, sum(file.nbytes for file in files.values()))
 
 
-def _is_shard(name: str) -> bool:
-    """Tell whether a file holds tensors of the model, and not of a module in a directory of its own."""
-    return name.endswith(".safetensors") and "/" not in name
+def _group_shards(files: Iterable[str]) -> dict[str, list[str]]:
+    """Return the files of tensors by their directory: those of a pipeline's components, or of the model.
+
+    Files of a model's modules in directories of their own are copied, and not looked into.
+    """
+    shards = [name for name in files if name.endswith(".safetensors")]
+    groups: dict[str, list[str]] = {}
+    for name in shards if PIPELINE in files else [name for name in shards if "/" not in name]:
+        groups.setdefault(name.rpartition("/")[0], []).append(name)
+    return groups
 
 
 def check_shard(
@@ -159,17 +170,26 @@ def _read_tensors(stores: Stores, out: str, shards: Sequence[str]) -> list[Store
     return list_tensors(read_table(stores, {out: files})).get(out, [])
 
 
-def _compare_tensors(stores: Stores, out: str, tensors: Sequence[StoredTensor], *, has_index: bool) -> Iterator[str]:
-    """Yield the differences of the index or, where files are local, the safetensors library from the headers."""
+def _compare_tensors(
+    stores: Stores, directory: str, tensors: Sequence[StoredTensor], indexes: Sequence[str]
+) -> Iterator[str]:
+    """Yield the differences of the index or, where files are local, the safetensors library from the headers.
+
+    Args:
+        stores: of the output.
+        directory: of the files.
+        tensors: as the headers have them.
+        indexes: the name of the index, if there is one.
+    """
     from raymerge.pipeline.checkpoint.table import find_index_faults
 
-    if scheme_of(out) == "file":
+    if scheme_of(directory) == "file":
         for url, entries in groupby(tensors, lambda tensor: tensor.file.url):
             yield from (f"{Path(url).name}: {problem}" for problem in find_disagreements(Path(url), entries))
     weight_map = None
-    if has_index:
-        weight_map = read_weight_map(stores.at(out), f"{out}/{INDEX}")
-    yield from find_index_faults(out, weight_map, tensors)
+    for name in indexes:
+        weight_map = read_weight_map(stores.at(directory), f"{directory}/{name.rpartition('/')[2]}")
+    yield from find_index_faults(directory, weight_map, tensors)
 
 
 def find_disagreements(path: Path, entries: Iterable[TensorEntry | StoredTensor]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from raymerge.pipeline.checkpoint.files import TOKENIZER, TOKENIZER_CONFIG, is_t
 from raymerge.pipeline.config.chat_template import TemplateChoice
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import counted, escaped, listing
-from raymerge.pipeline.plan.types import Copied, SideFile, Written
+from raymerge.pipeline.plan.out_files import Copied, SideFile, Written
 from raymerge.pipeline.stores.open import Stores
 
 _MAX_NBYTES = 64 * 2**20

@@ -34,6 +34,8 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
     models = counted(len(plan.models), "model")
     has_tokenizer = any(is_tokenizer(file.name) for file in plan.outputs[0].side_files)
     given = "config.json, tokenizer and other files" if has_tokenizer else "config.json; it has no tokenizer"
+    if plan.is_pipeline:
+        given = "model_index.json, configs and other files"
     own = _project_own_mem(plan)
     besides = f"; the plan takes {format_memory(own)} besides" if own >= NOTABLE_NBYTES else ""
     lines = [
@@ -97,6 +99,12 @@ def _num_passes(plan: MergePlan) -> int:
 
 def plan_json(plan: MergePlan) -> str:
     """Return a plan as JSON, without its tensors (see `plan_table`)."""
+    configs = {  # JSON has no Infinity, which config.json may: written as newer versions of transformers write it
+        network.config: json.loads(
+            plan.outputs[0].read(network.config), parse_constant=lambda name: {"__float__": name}
+        )
+        for network in plan.networks
+    }
     content = redact_texts(
         {
             "method": plan.method,
@@ -127,9 +135,8 @@ def plan_json(plan: MergePlan) -> str:
                 }
                 for task in plan.tasks
             ],
-            "side_files": [file.name for file in plan.outputs[0].side_files if file.name != CONFIG],
-            # JSON has no Infinity, which config.json may: written as newer versions of transformers write it
-            "config": json.loads(plan.outputs[0].config_json, parse_constant=lambda name: {"__float__": name}),
+            "side_files": [file.name for file in plan.outputs[0].side_files if file.name not in configs],
+            "config": configs if plan.is_pipeline else configs[CONFIG],
             "vocabulary": list(plan.vocabulary),
             "dropped": list(plan.dropped),
             "warnings": list(plan.warnings),

@@ -13,8 +13,9 @@ from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.header import make_header
 from raymerge.pipeline.plan.gpu_memory import check_fits_gpu, project_gpu_mem, project_staged_mem
 from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES, Demand, check_fits, measure_demand, project_mem
+from raymerge.pipeline.plan.out_files import Network, SideFile
 from raymerge.pipeline.plan.shares import Limits, Shares, share_out_memory
-from raymerge.pipeline.plan.types import ShardOutput, ShardTask, SideFile, TensorMerge
+from raymerge.pipeline.plan.types import ShardOutput, ShardTask, TensorMerge
 from raymerge.pipeline.plan.windows import is_resident
 
 MAX_THREADS = 4
@@ -34,14 +35,18 @@ def default_shard_nbytes(total_nbytes: int) -> int:
 
 
 def make_tasks(
-    merges: Sequence[TensorMerge], limits: Limits, own: OwnOps | None = None
+    merges: Sequence[TensorMerge],
+    limits: Limits,
+    own: OwnOps | None = None,
+    networks: Sequence[Network] = (Network(),),
 ) -> tuple[tuple[ShardTask, ...], int, int]:
     """Cut the output into files and decide how each is made.
 
     Args:
-        merges: in natural order of names.
+        merges: in natural order of names, network by network.
         limits: what the user allows.
         own: the file that declares the method, where it is of the user's own.
+        networks: of the output; each has files of its own.
 
     Returns:
         The tasks, how many workers make them at once, and how many the memory would allow if there were more tasks.
@@ -51,7 +56,13 @@ def make_tasks(
     """
     demands = {merge.name: measure_demand(merge) for merge in merges}
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
-    shards = list(split_shards(merges, shard_nbytes))
+    shards: list[tuple[TensorMerge, ...]] = []
+    files: list[tuple[Network, str]] = []
+    for network in networks:
+        own_merges = [merge for merge in merges if merge.name.startswith(network.prefix)]
+        pieces = list(split_shards(own_merges, shard_nbytes))
+        shards += pieces
+        files += [(network, file) for file in shard_names(len(pieces), network.stem)]
     limits = limits.reserve(max(map(len, shards)))
     if limits.gpus is None:
         check_fits(demands, limits.allowed_mem, limits.transfer)
@@ -60,8 +71,8 @@ def make_tasks(
     shares, num_allowed = share_out_memory([[demands[merge.name] for merge in shard] for shard in shards], limits)
     total = sum(merge.nbytes for merge in merges)
     tasks = tuple(
-        _make_task(own, shard, file, demands, shares, _count_threads(shard, total, limits, shares))
-        for shard, file in zip(shards, shard_names(len(shards)), strict=True)
+        _make_task(own, shard, network, file, demands, shares, _count_threads(shard, total, limits, shares))
+        for shard, (network, file) in zip(shards, files, strict=True)
     )
     return tasks, shares.num_workers, num_allowed
 
@@ -80,15 +91,15 @@ def split_shards(merges: Sequence[TensorMerge], shard_nbytes: int) -> Iterator[t
         yield tuple(shard)
 
 
-def shard_names(num_shards: int) -> list[str]:
+def shard_names(num_shards: int, stem: str = "model") -> list[str]:
     """Return the names of the output files, as Hugging Face loaders expect them.
 
     >>> shard_names(1), shard_names(2)
     (['model.safetensors'], ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'])
     """
     if num_shards == 1:
-        return ["model.safetensors"]
-    return [f"model-{k:05d}-of-{num_shards:05d}.safetensors" for k in range(1, num_shards + 1)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{k:05d}-of-{num_shards:05d}.safetensors" for k in range(1, num_shards + 1)]
 
 
 def make_fingerprint(
@@ -129,6 +140,7 @@ def _count_threads(merges: Sequence[TensorMerge], total_nbytes: int, limits: Lim
 def _make_task(
     own_ops: OwnOps | None,
     merges: Sequence[TensorMerge],
+    network: Network,
     file: str,
     demands: Mapping[str, Demand],
     shares: Shares,
@@ -150,9 +162,11 @@ def _make_task(
     num_shares = shares.count(projected_gpu_mem or projected_mem)
     # Wide dtypes first, so that every tensor is aligned to its own dtype in the file.
     ordered = tuple(sorted(merges, key=lambda merge: -DTYPES[merge.out_dtype].num_bits))
-    header = make_header([(merge.name, merge.out_dtype, merge.shape, merge.nbytes) for merge in ordered])
+    header = make_header(
+        [(merge.name.removeprefix(network.prefix), merge.out_dtype, merge.shape, merge.nbytes) for merge in ordered]
+    )
     read = {merge.name: sum(source.nbytes for source in merge.sources) for merge in merges}
-    output = ShardOutput(file, header, len(header) + sum(merge.nbytes for merge in merges))
+    output = ShardOutput(f"{network.prefix}{file}", header, len(header) + sum(merge.nbytes for merge in merges))
     return ShardTask(
         own=own_ops,
         outputs=(output,) * transfer.num_outputs,

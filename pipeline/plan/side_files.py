@@ -8,11 +8,16 @@ from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.files import is_tokenizer
 from raymerge.pipeline.checkpoint.quantised import QUANTISED_FILES
 from raymerge.pipeline.checkpoint.side_files import explain_left_out, find_side_files
+from raymerge.pipeline.checkpoint.weights import read_json
 from raymerge.pipeline.messages import listing
-from raymerge.pipeline.plan.types import Copied, SideFile, Written
+from raymerge.pipeline.plan.components import compare_fields
+from raymerge.pipeline.plan.out_files import Copied, SideFile, Written
 from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
+
+_SCHEDULER = "scheduler_config.json"
+_MAX_CONFIG_NBYTES = 16 * 2**20
 
 
 def gather_side_files(stores: Stores, checkpoints: Sequence[Checkpoint]) -> tuple[list[SideFile], list[str], list[str]]:
@@ -22,12 +27,13 @@ def gather_side_files(stores: Stores, checkpoints: Sequence[Checkpoint]) -> tupl
     copied = [Copied(name, file) for name, file in found.copied if name not in QUANTISED_FILES]
     _check_readable(stores, copied)
     side_files: list[SideFile] = [*copied, *(Written(name, text) for name, text in found.masked)]
-    warnings = [f"{donor.model}: {name} holds a credential, which the output gets as ***" for name, _ in found.masked]
+    warnings = _compare_components(stores, donor, others)
+    warnings += [f"{donor.model}: {name} holds a credential, which the output gets as ***" for name, _ in found.masked]
     part = stores.at(donor.url).explain_part(donor.url)
     if found.missing:
         hint = f"; {part}" if part else ""
         warnings.append(f"{donor.model}: {listing(found.missing)} missing, which its configs name (auto_map){hint}")
-    if part and not any(is_tokenizer(file.name) for file in side_files):
+    if part and not donor.components and not any(is_tokenizer(file.name) for file in side_files):
         warnings.append(f"{donor.model}: there is no tokenizer, so the output gets none; {part}")
     for name in found.module_weights:
         also = ", ".join(str(other.model) for other in others if name in other.files)
@@ -39,6 +45,27 @@ def gather_side_files(stores: Stores, checkpoints: Sequence[Checkpoint]) -> tupl
         names = [name for name, file in other.files.items() if file.url not in weights]
         left_out += explain_left_out(other, names, is_donor=False)
     return side_files, warnings, left_out
+
+
+def _compare_components(stores: Stores, donor: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
+    """Return a warning for each scheduler whose config differs from the donor's: the same noise is then another step.
+
+    What a model predicts, and at which noise, is said by its pipeline's scheduler alone.
+    """
+    warnings = []
+    for component in donor.components:
+        own = component.files.get(_SCHEDULER)
+        for other in others if own else ():
+            its = other.files.get(component.prefix + _SCHEDULER)
+            if own is None or its is None or its.content_id == own.content_id:
+                continue
+            first, second = (read_json(stores.at(file.url), file.url, _MAX_CONFIG_NBYTES) for file in (own, its))
+            if different := compare_fields(first, second):
+                warnings.append(
+                    f"{component.prefix}{_SCHEDULER}: {listing(different, separator='; ')} in {donor.model} and"
+                    f" {other.model}; the output gets that of {donor.model}"
+                )
+    return warnings
 
 
 def _check_readable(stores: Stores, files: Sequence[Copied]) -> None:

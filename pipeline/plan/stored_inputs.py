@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raymerge.pipeline.checkpoint.adapters.adapter import Adapter, open_adapters
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_models
 from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.statistics import StatisticsFiles, find_statistics, index_statistics
 from raymerge.pipeline.checkpoint.tying import has_own_head
 from raymerge.pipeline.checkpoint.views import StoredView
 from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.plan.components import Parts, pair_components
 from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.memory import check_plan_fits
 from raymerge.pipeline.plan.recipe import open_model
@@ -26,8 +28,10 @@ class StoredInputs:
 
     checkpoints: tuple[Checkpoint, ...]
     """Models in the config's order."""
-    models: tuple[Model, ...]
-    """The same models, opened."""
+    parts: Parts
+    """What is merged by itself: the models as a whole, or each component of pipelines."""
+    models: tuple[tuple[Model, ...], ...]
+    """The networks of each part, opened."""
     statistics: Sequence[StatisticsFiles]
     adapters: Mapping[ModelRef, Adapter]
     warnings: tuple[str, ...]
@@ -50,7 +54,7 @@ class StoredInputs:
     def list_adapters(self) -> tuple[InputAdapter, ...]:
         """Return the adapters with their files, and what each changes."""
         effects: dict[ModelRef, list[str]] = {ref: [] for ref in self.adapters}
-        for model in self.models:
+        for model in (model for models in self.models for model in models):
             if model.adapter is not None:
                 effects[model.adapter.ref].append(f"{model.ref.without_adapter}: {model.adapter}")
         return tuple(
@@ -82,6 +86,7 @@ def open_inputs(stores: Stores, config: MergeConfig, allowed_mem: int, *, trust_
         check_plan_fits(file.url, num_tensors, num_tensors, allowed_mem)
 
     checkpoints = resolve_models(stores, config.input_models, trust_headers=trust_headers)
+    parts = pair_components(config, checkpoints)
     places = tuple(dict.fromkeys(config.statistics.values()))
     statistics = find_statistics(stores, places, {c.url: c.model for c in checkpoints})
     weights = {str(c.model.without_adapter): c.weight_files for c in checkpoints}
@@ -98,23 +103,28 @@ def open_inputs(stores: Stores, config: MergeConfig, allowed_mem: int, *, trust_
         found.ref: StoredView(found.ref, index_statistics(stored_statistics.get(str(found.ref), ())))
         for found in statistics
     }
-    models: list[Model] = []
-    warnings: list[str] = []
-    own_heads: dict[str, bool] = {}
-    for checkpoint in checkpoints:
+    warnings = [warning for checkpoint in checkpoints for warning in checkpoint.warnings]
+    own_heads: dict[tuple[str, str], bool] = {}
+
+    def open_network(checkpoint: Checkpoint) -> Model:
         alone = str(checkpoint.model.without_adapter)
-        stored, more = index_tensors(checkpoint, tensors.get(alone, ()))
-        warnings += [*checkpoint.warnings, *more]
-        if alone not in own_heads:
-            own_heads[alone] = has_own_head(stores, checkpoint.config, stored)
+        listed: Iterable[StoredTensor] = tensors.get(alone, ())
+        if checkpoint.prefix:
+            listed = [tensor for tensor in listed if tensor.file.url.startswith(f"{checkpoint.url}/")]
+        stored, more = index_tensors(checkpoint, listed)
+        warnings.extend(more)
+        key = alone, checkpoint.prefix
+        if key not in own_heads:
+            own_heads[key] = has_own_head(stores, checkpoint.config, stored)
         place = config.statistics.get(checkpoint.model)
-        models.append(
-            open_model(
-                checkpoint,
-                stored,
-                has_own_head=own_heads[alone],
-                statistics=None if place is None else views[place],
-                adapter=adapters[checkpoint.model.adapter] if checkpoint.model.adapter else None,
-            )
+        return open_model(
+            checkpoint,
+            stored,
+            has_own_head=own_heads[key],
+            statistics=None if place is None else views[place],
+            adapter=adapters[checkpoint.model.adapter] if checkpoint.model.adapter else None,
         )
-    return StoredInputs(tuple(checkpoints), tuple(models), statistics, adapters, tuple(warnings))
+
+    models = tuple(tuple(map(open_network, part.checkpoints)) for part in parts.merged)
+    warnings += parts.warnings
+    return StoredInputs(tuple(checkpoints), parts, models, statistics, adapters, tuple(warnings))

@@ -10,13 +10,12 @@ from raymerge.ops.kernel import Kernel, Site
 from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Op, Value
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.messages import counted
+from raymerge.pipeline.plan.out_files import Network, SideFile, Written
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_nbytes
-from raymerge.pipeline.stores.files import StoredFile
 
 ParameterValue = Value | tuple[Value, ...]
 """A shared parameter's value, or one value for each model."""
@@ -197,48 +196,6 @@ class ShardTask:
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
-    """A file of the output that is copied from an input."""
-
-    name: str
-    """In the output."""
-    source: StoredFile
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.source.nbytes
-
-    @property
-    def identity(self) -> list[str | int]:
-        """Everything that decides its content."""
-        return [self.name, self.nbytes, self.source.content_id]
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A file of the output that the plan makes."""
-
-    name: str
-    """In the output."""
-    text: str = field(repr=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return len(self.text.encode())
-
-    @property
-    def identity(self) -> list[str | int]:
-        """Everything that decides its content."""
-        return [self.name, self.text]
-
-
-SideFile = Copied | Written
-"""A file of the output that is no shard."""
-
-
-@dataclass(frozen=True, slots=True)
 class InputModel:
     """A model that the config names, whether or not the output takes tensors from it, and where it lies."""
 
@@ -270,15 +227,14 @@ class PlannedOutput:
     """The YAML as given."""
     seed: int
     side_files: tuple[SideFile, ...] = field(repr=False)
-    """config.json, and what goes along with the donor's weights."""
+    """config.json of each network, and what goes along with the donor's weights."""
     warnings: tuple[str, ...]
     fingerprint: str
     """Hash of everything that decides the output's bytes."""
 
-    @property
-    def config_json(self) -> str:
-        """The text of config.json."""
-        return next(file.text for file in self.side_files if isinstance(file, Written) and file.name == CONFIG)
+    def read(self, name: str) -> str:
+        """Return the text of a file that the plan makes."""
+        return next(file.text for file in self.side_files if isinstance(file, Written) and file.name == name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +274,8 @@ class MergePlan:
     """Size of the tensors of one output, in bytes."""
     vocabulary: tuple[str, ...] = ()
     """The output's tokens, and how many rows come from whom; empty where the config asks for no tokenizer."""
+    networks: tuple[Network, ...] = (Network(),)
+    """The output's networks: those of a diffusers pipeline, or one."""
 
     def __repr__(self) -> str:
         models, tensors = counted(len(self.inputs), "model"), counted(len(self.weight_map), "tensor")
@@ -338,6 +296,21 @@ class MergePlan:
     def directories(self) -> tuple[InputModel, ...]:
         """Everything that is read from: models, then adapters and statistics."""
         return (*self.inputs, *(adapter.files for adapter in self.adapters), *self.statistics)
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the output is a diffusers pipeline."""
+        return any(network.prefix for network in self.networks)
+
+    @property
+    def indexes(self) -> dict[str, Network]:
+        """The indexes of the networks that are in several files, by name."""
+        files = [task.file for task in self.tasks]
+        return {
+            network.index: network
+            for network in self.networks
+            if sum(file.startswith(network.prefix) for file in files) > 1
+        }
 
     @property
     def weight_map(self) -> dict[str, str]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from raymerge.pipeline.errors import TensorMismatchError
-from raymerge.pipeline.plan.recipe import Recipe
 from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.plan.types import MergePlan, TensorMerge
 
@@ -15,19 +14,22 @@ class VariantsDifferError(TensorMismatchError):
     """Merges differ in more than parameters, and need plans of their own."""
 
 
-def join_variants(recipes: Sequence[Recipe]) -> tuple[TensorMerge, ...]:
+def join_variants(outputs: Sequence[tuple[TensorMerge, ...]]) -> tuple[TensorMerge, ...]:
     """Return the output tensors of several merges, each to be made for all of them at once.
+
+    Args:
+        outputs: the tensors of each.
 
     Raises:
         VariantsDifferError: two of them do not make the same tensors of the same sources.
     """
-    first, *others = recipes
+    first, *others = outputs
     if not others:
-        return first.merges
-    for recipe in others:
-        if [merge.name for merge in recipe.merges] != [merge.name for merge in first.merges]:
+        return first
+    for merges in others:
+        if [merge.name for merge in merges] != [merge.name for merge in first]:
             raise VariantsDifferError("the variants of one plan make different tensors; they may differ in parameters")
-    return tuple(_join(merges) for merges in zip(*(recipe.merges for recipe in recipes), strict=True))
+    return tuple(_join(merges) for merges in zip(*outputs, strict=True))
 
 
 def select_outputs(plan: MergePlan, positions: Sequence[int]) -> MergePlan:

@@ -13,8 +13,9 @@ from tokenizers import models, normalizers, pre_tokenizers
 from raymerge.pipeline import driver
 from raymerge.pipeline.checkpoint.inspect import inspect
 from raymerge.pipeline.cli.formats import format_inspection, inspection_json
+from raymerge.pipeline.plan.out_files import Copied
 from raymerge.pipeline.plan.report import format_plan, plan_json
-from raymerge.pipeline.plan.types import Copied, MergePlan
+from raymerge.pipeline.plan.types import MergePlan
 from tests.checkpoints import INDEX, llama_config, write_llama
 from tests.fuzz.campaign import Campaign, write
 from tests.fuzz.mutation import NUMBERS, VALUES, dump, mutate, parse_pairs, spoil

@@ -19,6 +19,7 @@ from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
 from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES, TENSOR_NBYTES, Transfer, measure_demand, project_mem
+from raymerge.pipeline.plan.out_files import Written
 from raymerge.pipeline.plan.shards import (
     default_shard_nbytes,
     make_fingerprint,
@@ -27,7 +28,7 @@ from raymerge.pipeline.plan.shards import (
     split_shards,
 )
 from raymerge.pipeline.plan.shares import Limits
-from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge, Written
+from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
 from raymerge.pipeline.sizes import parse_nbytes
 from raymerge.pipeline.stores.files import StoredFile
 from tests.pipeline.plan.layouts import make_merge, make_variant

@@ -97,7 +97,7 @@ def test_a_larger_vocabulary(tmp_path: Path) -> None:
     larger = torch.randn(13, 6)
     names = ("model.embed_tokens.weight", "lm_head.weight")
     config = look(tmp_path, {**FACTORS, **{name: larger.clone() for name in names}})
-    assert '"vocab_size": 13' in plan(config).outputs[0].config_json
+    assert '"vocab_size": 13' in plan(config).outputs[0].read("config.json")
     merged = merge_in_every_way(config, tmp_path / "out")
     assert all(torch.equal(merged[name], larger) for name in names)
 
