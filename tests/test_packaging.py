@@ -85,7 +85,11 @@ def test_an_install_brings_what_every_option_needs(needs: list[Requirement]) -> 
     assert next(need for need in needs if need.name == "ray").extras == {"default"}, "for the dashboard, and jobs"
 
 
-USERS_OF_EXTRAS = {"raymerge/pipeline/checkpoint/hidden_states.py": "moe"}
+USERS_OF_EXTRAS = {
+    "raymerge/pipeline/checkpoint/hidden_states.py": "moe",
+    "raymerge/pipeline/evaluation/generation/transformers_worker.py": "eval",
+    **{f"raymerge/pipeline/curve/drawing/{name}.py": "spectrum" for name in ("charts", "page", "pictures")},
+}
 """The only files that import what an extra brings."""
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from raymerge.ops.errors import UnknownOpError as UnknownOpError
     from raymerge.pipeline.checkpoint.inspect import Inspection as Inspection
     from raymerge.pipeline.checkpoint.inspect import inspect as inspect
+    from raymerge.pipeline.curve.curve import curve as curve
+    from raymerge.pipeline.curve.results import Curve as Curve
     from raymerge.pipeline.driver import merge as merge
     from raymerge.pipeline.driver import plan as plan
     from raymerge.pipeline.errors import CheckpointError as CheckpointError
@@ -63,6 +65,8 @@ _HOMES = {
     ),
     "ops.errors": ("OpParameterError", "UnknownOpError"),
     "pipeline.checkpoint.inspect": ("Inspection", "inspect"),
+    "pipeline.curve.curve": ("curve",),
+    "pipeline.curve.results": ("Curve",),
     "pipeline.driver": ("merge", "plan"),
     "pipeline.errors": (
         "CheckpointError",

@@ -15,6 +15,7 @@ from typer.main import get_command
 from raymerge import __version__
 from raymerge.pipeline.cli.advice import advise, is_in_other_order
 from raymerge.pipeline.cli.console import put, say, say_hint
+from raymerge.pipeline.cli.curve import curve
 from raymerge.pipeline.cli.evaluate import evaluate
 from raymerge.pipeline.cli.extract import extract_lora
 from raymerge.pipeline.cli.interrupt import watch_for_interrupts
@@ -257,6 +258,7 @@ def inspect(
 commands.command(epilog="Example: raymerge submit merge.yml s3://bucket/merged --address http://head:8265 --follow")(
     submit
 )
+commands.command(epilog="Example: raymerge curve spectrum/ --within 1.0 --save-yaml best.yml")(curve)
 commands.command("extract-lora", epilog="Example: raymerge extract-lora org/tuned org/base ./adapter --rank 32")(
     extract_lora
 )

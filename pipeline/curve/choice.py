@@ -1,0 +1,155 @@
+"""Which model of a spectrum to take, by a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from raymerge.pipeline.curve.types import View
+from raymerge.pipeline.evaluation.results import Estimate
+
+RuleName = Literal["within", "best_under_tokens", "best"]
+DEFAULT_POINTS = 1.0
+"""Percentage points below the better parent that the default rule allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How to choose.
+
+    `within`: the fewest tokens among the points whose accuracy is at most `limit` percentage points below that of the
+    most accurate parent, or of the most accurate point where no parent was evaluated. `best_under_tokens`: the highest
+    accuracy among the points with at most `limit` tokens. `best`: the highest accuracy, or the lowest loss.
+    """
+
+    name: RuleName
+    limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The point that a rule chooses."""
+
+    rule: Rule
+    model: str
+    is_met: bool
+    """Whether it satisfies the rule; otherwise it is the nearest one."""
+    reference: str
+    """The model whose accuracy is the measure; empty where the rule needs none."""
+    is_told_apart: bool
+    """Whether its interval and the reference's do not overlap."""
+    is_sure: bool
+    """For `within`: whether its whole interval is above the limit."""
+    contenders: tuple[str, ...]
+    """Points that more samples could show to be the better choice."""
+    parents: tuple[str, ...]
+    """Parents that do at least as well by the same rule, without a merge."""
+
+
+def choose(view: View, points: Sequence[str], parents: Sequence[str], rule: Rule) -> Choice | None:
+    """Return the choice among the points that have all the figures that the rule needs; None if none has.
+
+    Args:
+        view: the scores.
+        points: names of the spectrum's points.
+        parents: names of its parents.
+        rule: how to choose; one with tokens needs a view of accuracy.
+    """
+    points, parents = (_list_candidates(view, names, rule) for names in (points, parents))
+    if not points:
+        return None
+    if rule.name == "within":
+        return _choose_within(view, points, parents, rule)
+    if rule.name == "best_under_tokens":
+        return _choose_under(view, points, parents, rule)
+    return _choose_best(view, points, parents, rule, is_met=True)
+
+
+def overlaps(one: Estimate, other: Estimate) -> bool:
+    """Tell whether two intervals have a value in common."""
+    return one.low <= other.high and other.low <= one.high
+
+
+def _list_candidates(view: View, names: Sequence[str], rule: Rule) -> list[str]:
+    return [
+        name for name in names if name in view.scores and (rule.name == "best" or view.scores[name].tokens is not None)
+    ]
+
+
+def _choose_within(view: View, points: list[str], parents: list[str], rule: Rule) -> Choice:
+    reference = _most_accurate(view, parents or points)
+    limit = lowest_accuracy(view.estimate(reference), rule)
+    near = [name for name in points if view.estimate(name).mean >= limit]
+    is_met = bool(near)
+    model = _fewest_tokens(view, near) if near else _most_accurate(view, points)
+    mine = view.estimate(model)
+    contenders = [
+        name
+        for name in points
+        if name != model
+        and view.estimate(name).high >= limit > view.estimate(name).mean
+        and (not is_met or _tokens(view, name) < _tokens(view, model))
+    ]
+    matching = [
+        name
+        for name in parents
+        if view.estimate(name).mean >= limit and (not is_met or _tokens(view, name) <= _tokens(view, model))
+    ]
+    return Choice(
+        rule,
+        model,
+        is_met,
+        reference,
+        is_told_apart=not overlaps(mine, view.estimate(reference)),
+        is_sure=mine.low >= limit,
+        contenders=tuple(contenders),
+        parents=tuple(matching),
+    )
+
+
+def lowest_accuracy(reference: Estimate, rule: Rule) -> float:
+    """Return the accuracy from which on `within` is satisfied."""
+    return reference.mean - (rule.limit or 0.0) / 100 - 1e-12  # 0.80 - 0.01 is above 0.79
+
+
+def _choose_under(view: View, points: list[str], parents: list[str], rule: Rule) -> Choice:
+    limit = rule.limit or 0.0
+    cheap = [name for name in points if _tokens(view, name) <= limit]
+    if cheap:
+        return _choose_best(view, cheap, [name for name in parents if _tokens(view, name) <= limit], rule, is_met=True)
+    model = _fewest_tokens(view, points)
+    matching = tuple(name for name in parents if _tokens(view, name) <= limit)
+    return Choice(rule, model, False, "", is_told_apart=False, is_sure=False, contenders=(), parents=matching)
+
+
+def _choose_best(view: View, points: list[str], parents: list[str], rule: Rule, *, is_met: bool) -> Choice:
+    model = _most_accurate(view, points)
+    mine = view.estimate(model)
+    contenders = tuple(name for name in points if name != model and overlaps(mine, view.estimate(name)))
+    reference = _most_accurate(view, parents) if parents else ""
+    return Choice(
+        rule,
+        model,
+        is_met,
+        reference,
+        is_told_apart=bool(reference) and not overlaps(mine, view.estimate(reference)),
+        is_sure=not contenders,
+        contenders=contenders,
+        parents=tuple(name for name in parents if view.quality(name) >= view.quality(model)),
+    )
+
+
+def _tokens(view: View, name: str) -> float:
+    tokens = view.scores[name].tokens
+    return float("inf") if tokens is None else tokens
+
+
+def _most_accurate(view: View, names: Sequence[str]) -> str:
+    """Return the best one; of equal ones that with the fewest tokens, then the first."""
+    return min(names, key=lambda name: (-view.quality(name), _tokens(view, name)))
+
+
+def _fewest_tokens(view: View, names: Sequence[str]) -> str:
+    """Return the cheapest one; of equal ones the best, then the first."""
+    return min(names, key=lambda name: (_tokens(view, name), -view.quality(name)))

@@ -1,0 +1,1 @@
+"""The curve as charts: in a page, and as pictures."""

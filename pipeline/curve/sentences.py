@@ -1,0 +1,263 @@
+"""The findings of a curve, in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+from raymerge.pipeline.curve.choice import Choice, Rule, lowest_accuracy, overlaps
+from raymerge.pipeline.curve.findings import Findings
+from raymerge.pipeline.curve.phases import Jump
+from raymerge.pipeline.curve.types import Measure, Model, Score, View
+from raymerge.pipeline.evaluation.results import Estimate
+from raymerge.pipeline.messages import counted, escaped, listing
+
+_MUCH_CUT_OFF = 0.05
+"""From this share of answers on, accuracy and tokens depend on the largest number of tokens."""
+
+_MANY_JUMPS = 3
+"""More are told of in one sentence."""
+
+
+def describe_findings(view: View, found: Findings, models: Sequence[Model]) -> tuple[str, ...]:
+    """Return a sentence for each parent, jump and doubt."""
+    points = [model.name for model in models if model.kind == "point" and model.name in view.scores]
+    return (
+        *(_describe_dominance(view, parent, names) for parent, names in found.dominators.items() if points),
+        *_describe_jumps(view, found.jumps),
+        *_describe_cut_off(view),
+    )
+
+
+def describe_gaps(view: View) -> tuple[str, ...]:
+    """Return a sentence for each reason why models are not in a view."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in view.gaps.items():
+        reasons.setdefault(reason, []).append(escaped(name))
+    return tuple(f"{listing(names, 6)}: {escaped(reason)}" for reason, names in reasons.items())
+
+
+def describe_rule(rule: Rule, measure: Measure) -> str:
+    """Return what a rule asks for.
+
+    >>> describe_rule(Rule("within", 1.0), "accuracy")
+    'the fewest tokens within 1 point of the better parent'
+    """
+    if rule.name == "within":
+        limit = rule.limit or 0.0
+        return f"the fewest tokens within {limit:g} point{'' if limit == 1 else 's'} of the better parent"
+    if rule.name == "best_under_tokens":
+        return f"the highest accuracy with at most {format_count(rule.limit)} tokens"
+    return "the lowest loss" if measure == "loss" else "the highest accuracy"
+
+
+def describe_choice(view: View, choice: Choice) -> tuple[str, ...]:
+    """Return what was chosen and why, and then how certain that is, a sentence each."""
+    name = escaped(choice.model)
+    head = f"{name}: {describe_score(view.scores[choice.model], view.measure)}."
+    lines = [head, _explain(view, choice)]
+    lines += _doubt(view, choice)
+    if choice.parents:
+        each = listing(
+            f"{escaped(parent)} ({describe_score(view.scores[parent], view.measure)})" for parent in choice.parents
+        )
+        lines.append(f"Without a merge, {each} does at least as well by this rule.")
+    return tuple(lines)
+
+
+def describe_score(score: Score, measure: Measure) -> str:
+    """Return the value of the measure with its interval, and the tokens.
+
+    >>> describe_score(Score(accuracy=Estimate(0.71, 0.662, 0.754), tokens=12681.0), "accuracy")
+    '71.0% (66.2 to 75.4) at 12,681 tokens'
+    """
+    estimate = score.get(measure)
+    value = format_estimate(estimate, measure) if estimate else f"no {measure}"
+    return value if score.tokens is None else f"{value} at {format_count(score.tokens)} tokens"
+
+
+def format_estimate(estimate: Estimate, measure: Measure) -> str:
+    """Return a value with its interval.
+
+    >>> format_estimate(Estimate(2.5, 2.25, 2.75), "loss"), format_estimate(Estimate(0.5, 0.5, 0.5), "accuracy")
+    ('loss 2.500 (2.250 to 2.750)', '50.0%')
+    """
+    if measure == "loss":
+        value, interval = f"loss {estimate.mean:.3f}", f" ({estimate.low:.3f} to {estimate.high:.3f})"
+    else:
+        value, interval = format_share(estimate.mean), f" ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
+    return value if estimate.low == estimate.high else value + interval
+
+
+def format_share(share: float) -> str:
+    """Return a share in percent.
+
+    >>> format_share(0.5)
+    '50.0%'
+    """
+    return f"{100 * share:.1f}%"
+
+
+def format_count(tokens: float | None) -> str:
+    """Return a number of tokens.
+
+    >>> format_count(12448.4), format_count(12.44), format_count(None)
+    ('12,448', '12.4', '')
+    """
+    if tokens is None:
+        return ""
+    return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.1f}".removesuffix(".0")
+
+
+def format_settings(settings: Mapping[str, object]) -> str:
+    """Return the settings of a point on one line.
+
+    >>> format_settings({"t": 0.1, "weight[1]": [0, 0.4]})
+    't = 0.1, weight[1] = [0, 0.4]'
+    """
+    return ", ".join(f"{path} = {format_setting(value)}" for path, value in settings.items())
+
+
+def format_setting(value: object) -> str:
+    """Return the value of a setting as YAML would say it.
+
+    >>> format_setting("ties"), format_setting(0.5)
+    ('ties', '0.5')
+    """
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _describe_dominance(view: View, parent: str, dominators: Sequence[str]) -> str:
+    if not dominators:
+        return f"No point is as accurate as {escaped(parent)} with fewer tokens."
+    first = dominators[0]
+    text = f"{escaped(first)} is {_compare(view, first, parent)}"
+    others = len(dominators) - 1
+    besides = f" {counted(others, 'further point')} {'does' if others == 1 else 'do'} as well." if others else ""
+    return f"{text}{_overlap_note(view, first, parent)}.{besides}"
+
+
+def _compare(view: View, name: str, parent: str) -> str:
+    """Return how a model that is no worse compares with a parent."""
+    gain = 100 * (view.estimate(name).mean - view.estimate(parent).mean)
+    accuracy = (
+        f"as accurate as {escaped(parent)}"
+        if gain < 0.05
+        else f"{_format_points(gain)} more accurate than {escaped(parent)}"
+    )
+    mine, its = view.scores[name].tokens or 0.0, view.scores[parent].tokens or 0.0
+    if mine == its:
+        return f"{accuracy} with as many tokens"
+    return f"{accuracy} with {_fewer(mine, its)} ({format_count(mine)} instead of {format_count(its)})"
+
+
+def _fewer(mine: float, its: float) -> str:
+    share = 100 * (1 - mine / its) if its else 0.0
+    change = f"{abs(share):.0f}%" if abs(share) >= 0.95 else f"{abs(share):.1f}%"
+    return f"{change} {'fewer' if share >= 0 else 'more'} tokens"
+
+
+def _overlap_note(view: View, one: str, other: str) -> str:
+    return "; their 95% intervals overlap" if overlaps(view.estimate(one), view.estimate(other)) else ""
+
+
+def _describe_jumps(view: View, jumps: Sequence[Jump]) -> Iterator[str]:
+    """Yield a sentence for each jump, or one for those of one direction where there are many."""
+    if len(jumps) <= _MANY_JUMPS:
+        yield from (_describe_jump(view, jump) for jump in jumps)
+        return
+    for verb, alike in (
+        ("rises", [jump for jump in jumps if jump.share_after > jump.share_before]),
+        ("falls", [jump for jump in jumps if jump.share_after <= jump.share_before]),
+    ):
+        if alike:
+            start, stop = min(jump.start for jump in alike), max(jump.stop for jump in alike)
+            num_series = counted(len({jump.series for jump in alike}), "line").replace("1 line", "one line")
+            yield (
+                f"In {num_series} the share of answers that think {verb} steeply, between {alike[0].path} = {start:g}"
+                f" and {stop:g}."
+            )
+
+
+def _describe_jump(view: View, jump: Jump) -> str:
+    where = f"{jump.path} = {jump.start:g} and {jump.stop:g}" + (f" ({escaped(jump.series)})" if jump.series else "")
+    verb = "rises" if jump.share_after > jump.share_before else "falls"
+    text = (
+        f"Between {where} the share of answers that think {verb} from {100 * jump.share_before:.0f}% to"
+        f" {100 * jump.share_after:.0f}%"
+    )
+    before, after = view.scores[jump.before].tokens, view.scores[jump.after].tokens
+    if before is not None and after is not None:
+        text += f", and the tokens go from {format_count(before)} to {format_count(after)}"
+    return text + "."
+
+
+def _describe_cut_off(view: View) -> Iterator[str]:
+    much = {
+        name: score.cut_off for name, score in view.scores.items() if score.cut_off and score.cut_off >= _MUCH_CUT_OFF
+    }
+    if much:
+        names = listing(f"{escaped(name)} ({100 * share:.0f}%)" for name, share in _by_share(much))
+        yield (
+            f"Many answers were cut off at the largest number of tokens: {names}. With a higher limit these models"
+            " would take more tokens, and may be more accurate."
+        )
+
+
+def _by_share(shares: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(shares.items(), key=lambda item: -item[1])
+
+
+def _explain(view: View, choice: Choice) -> str:
+    rule = f"Rule: {describe_rule(choice.rule, view.measure)}"
+    reference = escaped(choice.reference)
+    if choice.rule.name == "within":
+        estimate = view.estimate(choice.reference)
+        compared = f"{reference} with {describe_score(view.scores[choice.reference], view.measure)}"
+        if choice.is_met:
+            mine, its = view.scores[choice.model].tokens or 0.0, view.scores[choice.reference].tokens or 0.0
+            saving = (
+                f"; {escaped(choice.model)} takes {_fewer(mine, its)}"
+                if choice.model != choice.reference and mine != its
+                else ""
+            )
+            return f"{rule}, {compared}{saving}."
+        short = 100 * (lowest_accuracy(estimate, choice.rule) - view.estimate(choice.model).mean)
+        return f"{rule}, {compared}. No point satisfies it; this is the nearest, {_format_points(short)} too low."
+    if choice.rule.name == "best_under_tokens" and not choice.is_met:
+        return f"{rule}. No point satisfies it; this is the nearest, the one with the fewest tokens."
+    compared = (
+        f"; the best parent, {reference}, has {describe_score(view.scores[choice.reference], view.measure)}"
+        if reference
+        else ""
+    )
+    return f"{rule}{compared}."
+
+
+def _doubt(view: View, choice: Choice) -> Iterator[str]:
+    """Yield what the intervals leave open."""
+    if choice.reference and choice.reference != choice.model:
+        verb = "do not overlap" if choice.is_told_apart else "overlap: the evaluation does not tell the two apart"
+        yield f"The 95% intervals of {escaped(choice.model)} and {escaped(choice.reference)} {verb}."
+    if choice.rule.name == "within" and choice.is_met and not choice.is_sure:
+        limit = lowest_accuracy(view.estimate(choice.reference), choice.rule)
+        low = format_share(view.estimate(choice.model).low)
+        yield f"Its interval reaches down to {low}, below the limit of {format_share(limit)}: it may miss the rule."
+    if choice.contenders:
+        each = listing(
+            f"{escaped(name)} ({describe_score(view.scores[name], view.measure)})" for name in choice.contenders
+        )
+        if choice.rule.name == "within":
+            better = " with fewer tokens" if choice.is_met else ""
+            yield f"More samples may show that others satisfy the rule{better}: {each}."
+        else:
+            yield f"Its interval overlaps those of {each}: more samples may show one of them to be better."
+
+
+def _format_points(points: float) -> str:
+    """Return a difference of two percentages.
+
+    >>> _format_points(1.0), _format_points(0.04)
+    ('1.0 points', '0.04 points')
+    """
+    return f"{points:.1f} points" if points >= 0.05 else f"{points:.2g} points"
