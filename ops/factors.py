@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from raymerge.ops.lazy import torch
 
-_OVERSAMPLING = 16
+OVERSAMPLING = 16
 """Directions that are followed besides those that are wanted."""
 _NUM_ITERATIONS = 4
 """Times that directions are multiplied with the matrix and back: what lies under the wanted ones fades."""
@@ -46,7 +46,7 @@ def factorise(blocks: Blocks, rows: int, columns: int, rank: int, energy: float 
     Source: Halko, Martinsson and Tropp 2011, "Finding Structure with Randomness", algorithms 4.4 and 5.3.
     """
     rank = min(rank, rows, columns)
-    width = min(columns, rows, rank + _OVERSAMPLING)
+    width = min(columns, rows, rank + OVERSAMPLING)
     total = sum(float(block.double().square().sum()) for block in blocks())
     if not total:
         return None

@@ -19,6 +19,10 @@ class CheckpointError(MergeError, ValueError):
     """An input checkpoint is malformed or incomplete."""
 
 
+class AdapterGivenError(CheckpointError):
+    """A LoRA adapter is where a model is needed."""
+
+
 class TensorMismatchError(MergeError, ValueError):
     """Inputs do not fit together: presence, shapes or dtypes of a tensor."""
 

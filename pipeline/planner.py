@@ -9,21 +9,20 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
-from raymerge.cluster.host import measure_memory
+from raymerge.pipeline.adapter_planner import find_adapters, make_adapter_plan
 from raymerge.pipeline.checkpoint.files import PIPELINE
 from raymerge.pipeline.checkpoint.model_config import dump_config
 from raymerge.pipeline.config.merge_config import MergeConfig, Mixture
-from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.errors import AdapterGivenError, ConfigError
 from raymerge.pipeline.plan.chat_template import set_chat_template
 from raymerge.pipeline.plan.gates import Gates, RouterBase, make_gates
 from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.intermediate import MergeInputs, check_rows, expand_steps
-from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer
 from raymerge.pipeline.plan.out_files import Network, SideFile, Written
+from raymerge.pipeline.plan.places import measure_places
 from raymerge.pipeline.plan.recipe import expand
 from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle
@@ -40,10 +39,6 @@ from raymerge.pipeline.stores.open import Stores
 
 if TYPE_CHECKING:
     from raymerge.cluster.ray.session import RaySession
-
-
-_CACHED = 0.5
-"""Share of a machine's memory up to which files stay in its page cache while they are merged."""
 
 
 @contextmanager
@@ -87,7 +82,14 @@ def make_plan(
     """
     _check_alike(configs)
     first = configs[0]
-    stored = open_inputs(stores, first, limits.allowed_mem, trust_headers=trust_headers)
+    if first.adapter is not None:
+        return make_adapter_plan(stores, configs, outs, limits, seeds, session)
+    try:
+        stored = open_inputs(stores, first, limits.allowed_mem, trust_headers=trust_headers)
+    except AdapterGivenError as error:
+        if (adapters := find_adapters(stores, first, limits.allowed_mem, error)) is None:
+            raise
+        return make_adapter_plan(stores, configs, outs, limits, seeds, session, adapters)
     doubts = [*stored.warnings]
     parts = stored.parts.merged
     inputs = [
@@ -118,9 +120,7 @@ def make_plan(
     check_integers(stores, merges)
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
 
-    places = stored.list_places()
-    transfer = _measure_transfer(stores, [url for url, _ in places], outs, limits)
-    limits = replace(limits, transfer=transfer, is_cached=_is_cached(stores, places, session))
+    limits = measure_places(stores, stored.list_places(), outs, limits, session)
     networks = tuple(Network(part.prefix, part.stem) for part in parts)
     tasks, num_workers, num_allowed = make_tasks(merges, limits, first.own, networks)
 
@@ -224,15 +224,6 @@ def _make_gates(
     return make_gates(stores, mixture, base, seed, allowed_mem, measures=measures)
 
 
-def _is_cached(stores: Stores, inputs: Sequence[tuple[str, int]], session: RaySession | None) -> bool:
-    """Return whether the inputs lie on this machine, and stay in its page cache once they have been read."""
-    if session is not None and session.is_elsewhere:
-        return False
-    if any(stores.at(url).is_remote for url, _ in inputs):
-        return False
-    return sum(nbytes for _, nbytes in inputs) <= _CACHED * measure_memory()
-
-
 def _describe_run(config: MergeConfig) -> tuple[str, ...]:
     """Return the models that a pattern has found, with the weights of a schedule."""
     if not config.is_run:
@@ -242,20 +233,3 @@ def _describe_run(config: MergeConfig) -> tuple[str, ...]:
         str(entry.model) if weight is None else f"{entry.model} {weight:.4g}"
         for entry, weight in zip(config.models, weights, strict=True)
     )
-
-
-def _measure_transfer(stores: Stores, urls: Sequence[str], outs: Sequence[str], limits: Limits) -> Transfer:
-    inputs = dict.fromkeys(stores.at(url) for url in urls)
-    outputs = [stores.at(out) for out in outs]
-    is_remote = any(storage.is_remote for storage in inputs)
-    transfer = Transfer(
-        num_buffers=2 if is_remote or limits.gpus is not None else 1,
-        nbytes=sum(storage.read_nbytes for storage in inputs)
-        + sum(storage.write_nbytes for storage in outputs)
-        + sum(storage.library_nbytes for storage in {*inputs, *outputs})
-        + limits.runner_nbytes,
-        num_outputs=len(outs),
-    )
-    if is_remote:
-        return replace(transfer, staging_nbytes=MAX_FETCH_NBYTES)
-    return transfer if limits.gpus is not None else replace(transfer, fetch_nbytes=LOCAL_FETCH_NBYTES)

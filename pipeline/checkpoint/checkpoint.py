@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raymerge.pipeline.checkpoint.files import CONFIG, INDEX, PIPELINE, SINGLE, check_name, is_hidden
+from raymerge.pipeline.checkpoint.files import ADAPTER_CONFIG, CONFIG, INDEX, PIPELINE, SINGLE, check_name, is_hidden
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.weights import EXPLICIT, explain_no_weights, find_weights, read_json, stem_of
-from raymerge.pipeline.errors import CheckpointError, FetchError
+from raymerge.pipeline.errors import AdapterGivenError, CheckpointError, FetchError
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.redact import redact, redact_values
 from raymerge.pipeline.stores.files import StoredFile
@@ -115,6 +115,8 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
     if PIPELINE in files and not {SINGLE, INDEX}.intersection(files):
         return _resolve_pipeline(stores, model, url, files, trust_headers=trust_headers)
     if CONFIG not in files:
+        if ADAPTER_CONFIG in files:
+            raise AdapterGivenError(explain_no_weights(storage, url, files).args[0])
         if any(name.startswith("adapter_model.") or name.endswith(".gguf") for name in files):
             raise explain_no_weights(storage, url, files)
         cached = _CACHED.fullmatch(PurePosixPath(url).name)

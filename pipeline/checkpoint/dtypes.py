@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -67,3 +69,12 @@ DTYPE_NAMES = {
     for name in (short, short.upper())
 }
 """What people write for them in a config, with the name of each in a header."""
+
+
+def count_nbytes(shape: Sequence[int], dtype: str) -> int:
+    """Return the size in bytes of a tensor of a shape and a dtype, as a safetensors header names it.
+
+    >>> count_nbytes((2, 3), "BF16")
+    12
+    """
+    return math.prod(shape) * DTYPES[dtype].num_bits // 8

@@ -13,6 +13,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PIPELINE = "model_index.json"
 """Lists the components of a diffusers pipeline, each in a directory of its own."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 

@@ -11,10 +11,19 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from raymerge.pipeline.checkpoint.adapters.adapter import ADAPTER_CONFIG, open_adapter
+from raymerge.pipeline.checkpoint.adapters.adapter import open_adapter
 from raymerge.pipeline.checkpoint.adapters.modules import describe_adapter
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, locate_model, resolve_model
-from raymerge.pipeline.checkpoint.files import CONFIG, INDEX, PIPELINE, SINGLE, index_of, is_hidden, is_weights
+from raymerge.pipeline.checkpoint.files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    INDEX,
+    PIPELINE,
+    SINGLE,
+    index_of,
+    is_hidden,
+    is_weights,
+)
 from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, Origin, parse_origin
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers

@@ -110,7 +110,7 @@ def _find_of_directory(stores: Stores, checkpoint: Checkpoint) -> SideFiles:
     found = {name for name in files if is_side_file(name)}
     candidates = {name for name in files if _may_be_named(name) and name not in found | weights}
     masked, sizes, missing = {}, [], set()
-    todo = [CONFIG, *sorted(found)]
+    todo = [*([CONFIG] if CONFIG in files else []), *sorted(found)]  # an adapter has none
     while todo:
         name = todo.pop(0)
         is_code = name.endswith(".py")

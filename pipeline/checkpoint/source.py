@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from raymerge.ops.decoder import Decoder, Plain
 from raymerge.ops.noise import Noise
+from raymerge.ops.update_factors import Scaled, Zeros
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.stores.files import ByteRange, StoredFile, aligned
 
@@ -182,3 +183,71 @@ class RandomTensor(Source):
     def max_nbytes(self, num_elements: int) -> int:
         """Return 0."""
         return 0
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroTensor(Source):
+    """Zeros, of which nothing is stored."""
+
+    model: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def decoder(self) -> Decoder:
+        """Writes zeros."""
+        return Zeros()
+
+    @property
+    def origins(self) -> tuple[StoredTensor, ...]:
+        """None."""
+        return ()
+
+    @property
+    def identity(self) -> Identity:
+        """Nothing but that."""
+        return ["zeros"]
+
+    def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
+        """Return none."""
+        return ()
+
+    def max_nbytes(self, num_elements: int) -> int:
+        """Return 0."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledTensor(Source):
+    """Stored values times a number."""
+
+    model: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stored: StoredTensor
+    scale: float
+
+    @property
+    def decoder(self) -> Decoder:
+        """Scales plain values."""
+        return Scaled(self.stored.decoder, self.scale)
+
+    @property
+    def origins(self) -> tuple[StoredTensor, ...]:
+        """The stored tensor."""
+        return (self.stored,)
+
+    @property
+    def identity(self) -> Identity:
+        """That of the stored tensor, and the number."""
+        return ["scaled", self.scale.hex(), self.stored.identity]
+
+    def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
+        """Return the stored bytes."""
+        return self.stored.ranges(start, stop)
+
+    def max_nbytes(self, num_elements: int) -> int:
+        """Return the size of the elements as stored."""
+        return self.stored.max_nbytes(num_elements)

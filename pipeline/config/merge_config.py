@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Op
 from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.config.adapter import AdapterRule
 from raymerge.pipeline.config.chat_template import TemplateChoice
 from raymerge.pipeline.config.tokenizer import VocabularyRule
 from raymerge.pipeline.config.values import Settings
@@ -134,6 +135,8 @@ class MergeConfig:
     """The tokenizer of the output; None where it gets the donor's, and rows are merged by their numbers."""
     mixture: Mixture | None = None
     """The mixture of experts that is made."""
+    adapter: AdapterRule | None = None
+    """The adapter that is made of adapters; None where the config says nothing of one."""
 
     @property
     def method(self) -> str:

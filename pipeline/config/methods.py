@@ -211,7 +211,11 @@ def check_models(root: Place, place: Place, op: Op, models: Sequence[ModelRef], 
         _check_count(place, op, [model for model in models if model != base], advice, besides=" besides the base")
     elif op.base is Base.REQUIRED:
         example = str(models[0]) if op.max_models == 1 else "<the model that the others were fine-tuned from>"
-        raise root.missing("base_model", f"{op.name} needs a base model; add `base_model: {example}`")
+        raise root.missing(
+            "base_model",
+            f"{op.name} needs a base model; add `base_model: {example}`; or, if the models are LoRA adapters that are"
+            " to become one, `adapter: {}`",
+        )
     elif base is None or base in models:
         _check_count(place, op, models)
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Base, Op, load_ops
 from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.config.adapter import find_base_of_updates, parse_adapter
 from raymerge.pipeline.config.chat_template import parse_chat_template
 from raymerge.pipeline.config.document import Document, read_documents
 from raymerge.pipeline.config.fields import (
@@ -49,7 +50,7 @@ from raymerge.pipeline.messages import shown
 
 KEYS = (
     "merge_method", "models", "slices", "base_model", "dtype", "out_dtype", "parameters", "modules", "keep_float32",
-    "integers", "chat_template", "name", "tokenizer", "tokenizer_source",
+    "integers", "chat_template", "name", "tokenizer", "tokenizer_source", "adapter",
 )  # fmt: skip
 
 
@@ -127,7 +128,8 @@ class _Reader:
         root.check_keys(KEYS, self._names)
         self._op = root.attempt(partial(parse_method, ops=self._ops))
         self._body = root.attempt(find_body) or root
-        self._base = self._read_base(root)
+        adapter = root.get("adapter").attempt(parse_adapter)
+        self._base = self._read_base(root) if adapter is None else find_base_of_updates(root, self._op)
         if self._base is None and (near := root.misspelt("base_model")):
             root.note(near)
         self._parameters = self._read_parameters(root, of_model=False)
@@ -175,6 +177,7 @@ class _Reader:
             is_run=isinstance(self._body.get("models").value, dict),
             statistics=self._statistics,
             vocabulary=vocabulary,
+            adapter=adapter,
         )
         if vocabulary is not None:
             check_rows(vocabulary, config.referenced_models, root)

@@ -12,6 +12,7 @@ from typing import Any
 from raymerge.ops.registry import Base, Op, Parameter
 from raymerge.pipeline.checkpoint.chat_template.builtin import BUILTIN
 from raymerge.pipeline.checkpoint.dtypes import DTYPE_NAMES
+from raymerge.pipeline.config.adapter import ADAPTER_SCHEMA, NOT_OF_ADAPTERS
 from raymerge.pipeline.config.chat_template import AUTO
 from raymerge.pipeline.config.merge_config import RANDOM_GATES
 from raymerge.pipeline.config.methods import takes_first_as_base
@@ -109,6 +110,7 @@ def _make_merge(methods: Sequence[Op], statistics: Schema) -> Schema:
                     "description": "Tensors that are not floating-point: equal in all models, or whose are taken.",
                     "enum": ["equal", "donor", "max", "sum", None],
                 },
+                "adapter": ADAPTER_SCHEMA,
                 "tokenizer_source": {"description": _GIVER, "anyOf": [{"type": "null"}, _ref("model")]},
                 "tokenizer": _TOKENIZER,
                 SWEEP: SWEEP_SCHEMA,
@@ -117,6 +119,8 @@ def _make_merge(methods: Sequence[Op], statistics: Schema) -> Schema:
         ),
         "oneOf": [{"required": [form]} for form in ("models", "slices", "modules")],
         "allOf": [_make_condition(op, statistics) for op in methods],
+        "if": _HAS_ADAPTER,
+        "then": {"properties": {key: {"type": "null"} for key in NOT_OF_ADAPTERS}},
     }
 
 
@@ -196,6 +200,7 @@ _ROW: Schema = {
         },
     ]
 }
+_HAS_ADAPTER: Schema = {"required": ["adapter"], "properties": {"adapter": {"type": "object"}}}
 _TOKENIZER: Schema = {
     **_object(
         {
@@ -292,7 +297,7 @@ def _make_condition(op: Op, keys: Iterable[str]) -> Schema:
     }
     needed = [p.name for p in op.parameters if not p.per_model and p.default is None]
     needs_base = op.base is Base.REQUIRED and not takes_first_as_base(op)
-    of_models: list[Schema] = [{"required": ["base_model"]}] if needs_base else []
+    of_models: list[Schema] = [{"anyOf": [{"required": ["base_model"]}, _HAS_ADAPTER]}] if needs_base else []
     if needed:
         of_models.append({"required": ["parameters"], "properties": {"parameters": {"required": needed}}})
     if of_models:

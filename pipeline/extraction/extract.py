@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +12,11 @@ import re2
 import torch
 
 from raymerge.ops.factors import factorise
-from raymerge.pipeline.checkpoint.adapters.adapter import ADAPTER, ADAPTER_CONFIG, open_adapters
+from raymerge.pipeline.checkpoint.adapters.adapter import open_adapters
+from raymerge.pipeline.checkpoint.adapters.written import PREFIX, dump_adapter_config
 from raymerge.pipeline.checkpoint.checkpoint import resolve_models
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.files import ADAPTER, ADAPTER_CONFIG
 from raymerge.pipeline.checkpoint.header import make_header
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.table import index_tensors, list_tensors, read_table
@@ -30,7 +30,6 @@ from raymerge.pipeline.plan.recipe import open_model
 from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.settings import Library, StoreSettings
 
-_PREFIX = "base_model.model."
 _KEPT_ELEMENTS = 2**26
 """Differences with no more elements are read once, and kept; larger ones are read for each look at them."""
 _COPY_NBYTES = 8 * 2**20
@@ -131,8 +130,9 @@ def extract_lora(
             raise CheckpointError(f"{model} and {base} have the same tensors: there is nothing to extract")
         whole += _complete(stores, pairs, whole, writer)
         writer.wrap_biases({item.name.removesuffix(".weight") for item in found if item.rank})
+        ranks = {item.name.removesuffix(".weight"): item.rank for item in found if item.rank}
         is_turned = any(pair.kind is Kind.TURNED for pair in pairs)
-        config = _make_config(base, found, whole, is_turned=is_turned)
+        config = dump_adapter_config(base, ranks, whole, is_turned=is_turned)
         nbytes = _write(stores, target, writer, config)
     return Extraction(str(out), nbytes, tuple(found), len(pairs) - len(found))
 
@@ -180,13 +180,13 @@ class _Writer:
         for block in blocks:
             self.spool.write(block.to(dtype).contiguous().view(torch.uint8).numpy().data)
         kind = self._names[str(dtype).removeprefix("torch.")]
-        self.tensors.append(_Stored(_PREFIX + name, kind, shape, start, self.spool.tell() - start))
+        self.tensors.append(_Stored(PREFIX + name, kind, shape, start, self.spool.tell() - start))
 
     def wrap_biases(self, modules: Collection[str]) -> None:
         """Name the biases of modules that have factors as peft does, which wraps these modules."""
         for position, stored in enumerate(self.tensors):
             module, _, last = stored.name.rpartition(".")
-            if last == "bias" and module.removeprefix(_PREFIX) in modules:
+            if last == "bias" and module.removeprefix(PREFIX) in modules:
                 self.tensors[position] = replace(stored, name=f"{module}.base_layer.bias")
 
 
@@ -227,30 +227,6 @@ def _complete(stores: Stores, pairs: Sequence[Pair], whole: Sequence[str], write
     for pair in missing:
         _store_whole(stores, pair, writer)
     return [pair.name for pair in missing]
-
-
-def _make_config(base: str, found: Sequence[Extracted], whole: Sequence[str], *, is_turned: bool) -> str:
-    ranks = {item.name.removesuffix(".weight"): item.rank for item in found if item.rank}
-    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    others = {module: rank for module, rank in ranks.items() if rank != common}
-    weights = {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}
-    biases = [name for name in whole if name.rpartition(".")[0] not in weights]
-    content = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base,
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": list(ranks),
-        "modules_to_save": sorted(weights) or None,
-        "bias": "all" if biases else "none",
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-        "fan_in_fan_out": is_turned,
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _write(stores: Stores, target: str, writer: _Writer, config: str) -> int:

@@ -20,8 +20,10 @@ _MAX_TITLE_MODELS = 4
 def make_card(plan: MergePlan, output: PlannedOutput) -> str:
     """Return the text of the card; it follows from the plan alone, as two outputs of one plan are the same."""
     op = plan.op
-    is_of_diffusers = any(network.stem != "model" for network in plan.networks)
-    kind = "diffusion models" if is_of_diffusers else "language models"
+    is_of_diffusers = not plan.is_adapter and any(network.stem != "model" for network in plan.networks)
+    kind, library = ("diffusion models", "diffusers") if is_of_diffusers else ("language models", "transformers")
+    if plan.is_adapter:
+        kind, library = "LoRA adapters", "peft"
     adapters = {adapter.files.model: _describe(adapter.files) for adapter in plan.adapters}
     names = {
         str(item.model): _describe(item) + (f" with {adapters[item.model.adapter]}" if item.model.adapter else "")
@@ -32,11 +34,11 @@ def make_card(plan: MergePlan, output: PlannedOutput) -> str:
     )
     front = {
         **({"base_model": repositories, "base_model_relation": "merge"} if repositories else {}),
-        "library_name": "diffusers" if is_of_diffusers else "transformers",
+        "library_name": library,
         "tags": ["merge", "mergekit", "raymerge"],
     }
     method = f"[{op.title}]({op.reference})" if op.reference else op.title
-    bases = [] if op.base is Base.INPUT else _find_bases(plan)
+    bases = [] if op.base is Base.INPUT or plan.is_adapter else _find_bases(plan)
     others = [model for model in names if model not in bases] or list(names)
     lines = [
         "---",
@@ -48,7 +50,7 @@ def make_card(plan: MergePlan, output: PlannedOutput) -> str:
         "",
         f"Method: {method}{', with ' + ' and '.join(bases) + ' as base' if bases else ''}.",
         "",
-        "Models:",
+        "Adapters:" if plan.is_adapter else "Models:",
         "",
         *(f"- {names[model]}" for model in others),
         "",

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 
-from raymerge.pipeline.checkpoint.files import CONFIG, INDEX, PIPELINE, is_of_model
+from raymerge.pipeline.checkpoint.files import ADAPTER_CONFIG, CONFIG, INDEX, PIPELINE, is_of_model
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Contents, parse_manifest
 from raymerge.pipeline.errors import ConfigError, HeldError, OutputError
 from raymerge.pipeline.messages import listing
@@ -19,7 +19,7 @@ from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.seam import Lock, Storage
 from raymerge.pipeline.urls import is_url, suggest_directory
 
-_MODEL_FILES = (CONFIG, INDEX, PIPELINE, MANIFEST)
+_MODEL_FILES = (CONFIG, INDEX, PIPELINE, ADAPTER_CONFIG, MANIFEST)
 """Without these nothing loads, and nothing looks finished."""
 _SHOWN = 10
 """Names of files that are in the way which a message lists."""

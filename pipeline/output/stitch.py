@@ -42,10 +42,9 @@ def stitch(plan: MergePlan, output: PlannedOutput, shards: Sequence[ShardFile], 
     """Complete an output directory.
 
     The order matters: the donor's files, the card and the manifest first, then config.json, and last of all the index,
-    without which nothing loads. (A model of one shard has no index; there config.json is the last. Of a pipeline it is
-    model_index.json, after those of the components.) The manifest, which
-    tells any two plans apart, and the last one must not be there already: of two runs that write to one place, only one
-    can finish.
+    without which nothing loads. (A model of one shard, or an adapter, has no index; there its config is the last. Of a
+    pipeline it is model_index.json, after those of the components.) The manifest, which tells any two plans apart, and
+    the last one must not be there already: of two runs that write to one place, only one can finish.
 
     Args:
         plan: what was to be done.

@@ -25,10 +25,21 @@ def join_adapted(sources: Sequence[Source], kernel: Kernel) -> tuple[tuple[Sourc
     """
     if isinstance(kernel, LinearCombination):
         return _join_linear(sources, kernel)
+    coefficients = find_coefficients(kernel)
+    return (tuple(sources), kernel) if coefficients is None else _join_deltas(sources, coefficients, kernel)
+
+
+def find_coefficients(kernel: Kernel) -> list[float] | None:
+    """Return the factor of each source, the base left out, in a weighted sum of sources or of differences from a base.
+
+    None where a kernel is no such sum.
+    """
+    if isinstance(kernel, LinearCombination):
+        return [coefficient / kernel.divisor for coefficient in kernel.coefficients]
     is_sum = isinstance(kernel, SparseDeltas) and (kernel.sparsifier, kernel.consensus) == ("none", "none")
     if isinstance(kernel, SparseDeltas) and is_sum and not any(kernel.gammas):
-        return _join_deltas(sources, [kernel.scale_of_sum * weight for weight in kernel.weights], kernel)
-    return tuple(sources), kernel
+        return [kernel.scale_of_sum * weight for weight in kernel.weights]
+    return None
 
 
 def _join_linear(sources: Sequence[Source], kernel: LinearCombination) -> tuple[tuple[Source, ...], Kernel]:

@@ -58,11 +58,13 @@ class Network:
     """Of a pipeline's component: its directory and a slash, with which the names of its tensors and files begin."""
     stem: str = "model"
     """What its files of weights are called, before the number of a shard."""
+    config_name: str = CONFIG
+    """What its config is called: adapter_config.json, if it is no network but an adapter of one."""
 
     @property
     def config(self) -> str:
-        """The name of its config.json."""
-        return f"{self.prefix}{CONFIG}"
+        """The name of its config."""
+        return f"{self.prefix}{self.config_name}"
 
     @property
     def index(self) -> str:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raymerge.pipeline.checkpoint.files import CONFIG, is_tokenizer
+from raymerge.pipeline.checkpoint.dtypes import count_nbytes
+from raymerge.pipeline.checkpoint.files import is_tokenizer
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
@@ -36,10 +37,13 @@ def format_plan(plan: MergePlan, *, verbose: bool = False) -> str:
     given = "config.json, tokenizer and other files" if has_tokenizer else "config.json; it has no tokenizer"
     if plan.is_pipeline:
         given = "model_index.json, configs and other files"
+    lends = f"{plan.donor} gives {given}"
+    if plan.is_adapter:
+        models, lends = counted(len(plan.models), "adapter"), "to an adapter"
     own = _project_own_mem(plan)
     besides = f"; the plan takes {format_memory(own)} besides" if own >= NOTABLE_NBYTES else ""
     lines = [
-        f"{plan.method} of {models}, {plan.donor} gives {given}",
+        f"{plan.method} of {models}, {lends}",
         f"  tensors  {len(plan.weight_map)}",
         f"  read     {format_nbytes(read)}{again}",
         f"  write    {format_nbytes(plan.total_nbytes)} in {shards}",
@@ -136,7 +140,7 @@ def plan_json(plan: MergePlan) -> str:
                 for task in plan.tasks
             ],
             "side_files": [file.name for file in plan.outputs[0].side_files if file.name not in configs],
-            "config": configs if plan.is_pipeline else configs[CONFIG],
+            "config": configs if plan.is_pipeline else configs[plan.networks[0].config],
             "vocabulary": list(plan.vocabulary),
             "dropped": list(plan.dropped),
             "warnings": list(plan.warnings),
@@ -180,11 +184,11 @@ def plan_table(plan: MergePlan) -> pa.Table:
     return pa.Table.from_pylist(
         [
             {
-                "name": merge.name,
+                "name": name,
                 "file": task.file,
                 "dtype": merge.out_dtype,
-                "shape": list(merge.shape),
-                "nbytes": merge.nbytes,
+                "shape": list(shape),
+                "nbytes": count_nbytes(shape, merge.out_dtype),
                 "op": merge.op,
                 "parameters": json.dumps(dict(merge.variants[0].parameters)),
                 "sources": [
@@ -202,6 +206,7 @@ def plan_table(plan: MergePlan) -> pa.Table:
             }
             for task in plan.tasks
             for merge in task.merges
+            for name, shape in merge.entries
         ],
         schema=pa.schema(list(fields.items())),
     )

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from raymerge import __version__
 from raymerge.ops.own import OwnOps
-from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.dtypes import DTYPES, count_nbytes
 from raymerge.pipeline.checkpoint.header import make_header
 from raymerge.pipeline.plan.gpu_memory import check_fits_gpu, project_gpu_mem, project_staged_mem
 from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES, Demand, check_fits, measure_demand, project_mem
@@ -163,7 +163,11 @@ def _make_task(
     # Wide dtypes first, so that every tensor is aligned to its own dtype in the file.
     ordered = tuple(sorted(merges, key=lambda merge: -DTYPES[merge.out_dtype].num_bits))
     header = make_header(
-        [(merge.name.removeprefix(network.prefix), merge.out_dtype, merge.shape, merge.nbytes) for merge in ordered]
+        [
+            (name.removeprefix(network.prefix), merge.out_dtype, shape, count_nbytes(shape, merge.out_dtype))
+            for merge in ordered
+            for name, shape in merge.entries
+        ]
     )
     read = {merge.name: sum(source.nbytes for source in merge.sources) for merge in merges}
     output = ShardOutput(f"{network.prefix}{file}", header, len(header) + sum(merge.nbytes for merge in merges))

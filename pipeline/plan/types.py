@@ -10,6 +10,7 @@ from raymerge.ops.kernel import Kernel, Site
 from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Op, Value
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.files import ADAPTER_CONFIG
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.messages import counted
@@ -56,11 +57,18 @@ class TensorMerge:
     """How many of the sources, the last ones, are statistics of the others."""
     has_whole_statistics: bool = False
     """Whether all elements of these are fetched with any of the others."""
+    packed: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Names and shapes of the tensors that the values are, one after the other, where they are several."""
 
     @property
     def num_elements(self) -> int:
         """Elements as the kernels see them; bytes where these are copied."""
         return math.prod(self.sources[0].shape)
+
+    @property
+    def entries(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names and shapes in the file."""
+        return self.packed or ((self.name, self.shape),)
 
     @property
     def nbytes(self) -> int:
@@ -303,6 +311,11 @@ class MergePlan:
         return any(network.prefix for network in self.networks)
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether the output is an adapter, and no model."""
+        return self.networks[0].config_name == ADAPTER_CONFIG
+
+    @property
     def indexes(self) -> dict[str, Network]:
         """The indexes of the networks that are in several files, by name."""
         files = [task.file for task in self.tasks]
@@ -315,7 +328,7 @@ class MergePlan:
     @property
     def weight_map(self) -> dict[str, str]:
         """Which file each output tensor is in."""
-        return {merge.name: task.file for task in self.tasks for merge in task.merges}
+        return {name: task.file for task in self.tasks for merge in task.merges for name, _ in merge.entries}
 
     @property
     def warnings(self) -> tuple[str, ...]:

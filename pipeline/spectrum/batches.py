@@ -83,6 +83,7 @@ def _find_kind(config: MergeConfig) -> Hashable:
             config.vocabulary,
             (config.dtype, config.out_dtype, config.keep_float32, config.integers),
             config.mixture,
+            config.adapter,
             [replace(step, text="") for step in config.steps],
         )
     )

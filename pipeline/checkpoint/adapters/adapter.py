@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from raymerge.pipeline.checkpoint.adapters.config import AdapterConfig, parse_adapter_config
 from raymerge.pipeline.checkpoint.checkpoint import locate_model, nothing_there
-from raymerge.pipeline.checkpoint.files import is_hidden
+from raymerge.pipeline.checkpoint.files import ADAPTER, ADAPTER_CONFIG, is_hidden
 from raymerge.pipeline.checkpoint.header import read_header
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
@@ -18,8 +18,6 @@ from raymerge.pipeline.messages import listing
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER = "adapter_model.safetensors"
 _INDEX = "adapter_model.safetensors.index.json"
 _PICKLED = "adapter_model.bin"
 _NUM_READERS = 16

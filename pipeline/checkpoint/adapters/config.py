@@ -43,6 +43,8 @@ class AdapterConfig:
     """Parameters, and no modules, that it changes, such as those of fused experts."""
     base: str
     """The model that it was trained on, as its author called it; empty where that is not said."""
+    task: str | None = None
+    """The kind of model, as peft calls it."""
 
     def scale(self, rank: int, alpha: float) -> float:
         """Return what the product of the factors is multiplied with."""
@@ -89,6 +91,7 @@ def parse_adapter_config(content: Mapping[str, Any], url: str) -> AdapterConfig:
         is_transposed=fields.flag("fan_in_fan_out"),
         target_parameters=tuple(parameters),
         base=base if isinstance(base, str) else "",
+        task=task if isinstance(task := content.get("task_type"), str) else None,
     )
 
 

@@ -18,6 +18,8 @@ _OWN_PART = re.compile(
     r"(?:\.default)?(?P<last>\.weight|\.bias)?"
 )
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+_REPOSITORY = re.compile(r"\w[\w.-]*/(\w[\w.-]*)")
+_STORAGE = re.compile(r"(?:[-_.](?:unsloth|bnb|4bit|8bit|gptq|awq|int4|int8|fp8|bf16|fp16|hf))+$")
 _UNKNOWN = re.compile(
     r"\.(?:lora_\w+|trainable_tokens\w*|token_adapter|hada_\w+|lokr_\w+|ia3_\w+|oft_\w+|vera_\w+|original_module)(?:\.|$)"
 )
@@ -96,6 +98,18 @@ def describe_adapter(adapter: Adapter) -> str:
     whole = f", and {counted(len(content.whole), 'tensor')} stored whole" if content.whole else ""
     trained = f", trained on {adapter.config.base!r:.200}" if adapter.config.base else ""
     return f"a LoRA adapter{of_rank} for {counted(len(content.updates), 'module')}{whole}{trained}"
+
+
+def names_other_model(first: str, second: str) -> bool:
+    """Tell whether two names of base models are plainly those of different repositories of the Hub.
+
+    Copies of one model have other owners, and endings for how they are stored. Directories tell nothing.
+
+    >>> names_other_model("Qwen/Qwen2.5-7B", "me/qwen2.5-7b-bnb-4bit"), names_other_model("org/a-7b", "org/b-7b")
+    (False, True)
+    """
+    names = [match[1].casefold() for name in (first, second) if (match := _REPOSITORY.fullmatch(name))]
+    return len({_STORAGE.sub("", name) for name in names}) == 2
 
 
 def find_renaming(wanted: Collection[str], known: Collection[str]) -> tuple[str, str] | None:

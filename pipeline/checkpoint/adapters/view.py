@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import TypeVar
-
-import re2
 
 from raymerge.pipeline.checkpoint.adapters.adapter import Adapter
 from raymerge.pipeline.checkpoint.adapters.fitting import find_rank, fit_matrix, fit_stack
 from raymerge.pipeline.checkpoint.adapters.modules import Parts, find_renaming, list_modules, rename, sort_tensors
+from raymerge.pipeline.checkpoint.adapters.scale import find_scale
 from raymerge.pipeline.checkpoint.adapters.source import (
     ReplacedTensor,
     RescaledTensor,
@@ -27,8 +24,6 @@ from raymerge.pipeline.checkpoint.tying import find_embedding, is_head
 from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.errors import CheckpointError, TensorMismatchError
 from raymerge.pipeline.messages import counted, listing
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +148,7 @@ class AdapterView(View):
         if not rank or not own.num_elements:
             raise self._misfit([(weight, own)], a, b)
         prefers_turned = parts.is_embedding or self._adapter.config.is_transposed or self._layouts == {True}
-        scale = self._scale(module, rank)
+        scale = find_scale(self._adapter, module, rank)
         update = fit_matrix(own.shape, a, b, scale, prefers_turned=prefers_turned)
         if update is None:
             raise self._misfit([(weight, own)], a, b)
@@ -194,7 +189,7 @@ class AdapterView(View):
         ranks = find_rank(a, b)
         if len(own.shape) not in (2, 3) or not own.num_elements or not ranks or ranks % number:
             return None
-        scale = self._scale(module, ranks // number)
+        scale = find_scale(self._adapter, module, ranks // number)
         if len(own.shape) == 2:
             return fit_matrix(own.shape, a, b, scale, prefers_turned=False)
         return fit_stack(own.shape, a, b, scale)
@@ -237,18 +232,6 @@ class AdapterView(View):
             source = self._below.find(embedding) if embedding else None
         return source
 
-    def _scale(self, module: str, rank: int) -> float:
-        """Return what the product of a module's factors is multiplied with."""
-        config = self._adapter.config
-        expected = _find_pattern(config.rank_pattern, module, self._adapter) or config.rank
-        if expected != rank:
-            raise CheckpointError(
-                f"{self._adapter.url}: {module} has factors of rank {rank}, and adapter_config.json says {expected} (r,"
-                " rank_pattern); config and tensors are not of one adapter"
-            )
-        alpha = _find_pattern(config.alpha_pattern, module, self._adapter)
-        return config.scale(rank, config.alpha if alpha is None else alpha)
-
     def _is_embedding(self, name: str) -> bool:
         return name == find_embedding(self._below.names())
 
@@ -273,21 +256,3 @@ class AdapterView(View):
 
 def _is_head(name: str) -> bool:
     return is_head(name if name.endswith(".weight") else f"{name}.weight")
-
-
-@cache
-def _compile(key: str, url: str) -> re2.Pattern:
-    """Return a pattern for names that end with a key, in time that is linear in the name's length.
-
-    Raises:
-        CheckpointError: it is no regular expression, or one that looks around.
-    """
-    try:
-        return re2.compile(rf"(?:.*\.)?(?:{key})")
-    except re2.error as error:
-        raise CheckpointError(f"{url}: {key!r:.200} is no pattern that is supported: {error}") from error
-
-
-def _find_pattern(pattern: Mapping[str, T], module: str, adapter: Adapter) -> T | None:
-    """Return the value of the first pattern that a module's name ends with, as in peft."""
-    return next((value for key, value in pattern.items() if _compile(key, adapter.url).fullmatch(module)), None)

@@ -27,7 +27,9 @@ from tests.fuzz.mutation import NUMBERS, VALUES, YAML_VALUES, dump, mutate, pars
 OPS = list(load_ops().values())
 SCHEMA = make_schema(OPS)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-FILES = sorted([*(ROOT / "configs").glob("*.y*ml"), *(ROOT / "docs").rglob("*.yml")])
+FILES = sorted(
+    [*(ROOT / "configs").glob("*.y*ml"), *(ROOT / "configs/adapters").glob("*.yml"), *(ROOT / "docs").rglob("*.yml")]
+)
 BLOCKS = [
     pytest.param(text, id=f"{page} {number}")
     for page in PAGES

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raymerge import inspect
-from raymerge.pipeline.checkpoint.adapters.adapter import ADAPTER, ADAPTER_CONFIG, open_adapter, open_adapters
+from raymerge.pipeline.checkpoint.adapters.adapter import open_adapter, open_adapters
+from raymerge.pipeline.checkpoint.files import ADAPTER, ADAPTER_CONFIG
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.stores.open import Stores
