@@ -38,6 +38,10 @@ class CurveOptions:
         Help("Choose the highest accuracy with at most so many tokens.", _CHOICE, "TOKENS", default="none"),
     ] = None
     save_yaml: Annotated[Path | None, Help("Write the chosen model's YAML.", _OUTPUT, "FILE", default="none")] = None
+    evaluations: Annotated[
+        str | None,
+        Help("Directory or URL of the evaluations.", _OUTPUT, "DIR", default="SPECTRUM/evaluations"),
+    ] = None
     out: Annotated[
         str | None,
         Help("Directory or URL for curve.html, .png, .svg and .csv.", _OUTPUT, "OUT", default="that of the spectrum"),
@@ -61,6 +65,7 @@ def curve(
 
     found = draw(
         spectrum,
+        evaluations=options.evaluations,
         out=options.out,
         task=options.task or (),
         within=options.within,

@@ -10,7 +10,7 @@ from pathlib import Path
 from raymerge import __version__
 from raymerge.pipeline.curve.choice import DEFAULT_POINTS, Rule, choose
 from raymerge.pipeline.curve.findings import find
-from raymerge.pipeline.curve.records import Records, read_evaluations
+from raymerge.pipeline.curve.records import Records, locate_evaluations, read_evaluations, takes_no_files
 from raymerge.pipeline.curve.results import Curve
 from raymerge.pipeline.curve.series import make_series
 from raymerge.pipeline.curve.tasks import choose_tasks, sort_evaluations
@@ -30,6 +30,7 @@ _LIBRARIES = ("altair", "vl_convert")
 def curve(
     spectrum: str | Path,
     *,
+    evaluations: str | Path | None = None,
     out: str | Path | None = None,
     task: Sequence[str] = (),
     within: float | None = None,
@@ -40,6 +41,7 @@ def curve(
 
     Args:
         spectrum: directory or URL of what `sweep` has made and `evaluate` has evaluated.
+        evaluations: directory or URL of the evaluations; by default where `evaluate` keeps those of the spectrum.
         out: directory or URL for curve.html, curve.png, curve.svg and curve.csv; that of the spectrum by default.
         task: the tasks that count; all by default.
         within: choose the fewest tokens among the points that are at most so many percentage points less accurate than
@@ -59,9 +61,13 @@ def curve(
     _check_libraries()
     with open_stores(StoreSettings(storage)) as stores:
         directory = stores.at(str(spectrum)).absolute(str(spectrum))
-        target = directory if out is None else stores.at(str(out)).absolute(str(out))
+        if out is None and takes_no_files(directory):
+            raise ConfigError(f"{FILES[0]} cannot be written to {directory}; name another directory as `out`")
         record = read_spectrum(stores, directory)
-        found = make_curve(directory, record, read_evaluations(stores, directory), task, wanted)
+        place = stores.at(str(evaluations)).absolute(str(evaluations)) if evaluations else ""
+        records = read_evaluations(stores, place or locate_evaluations(stores, directory))
+        found = make_curve(directory, record, records, task, wanted)
+        target = directory if out is None else stores.at(str(out)).absolute(str(out))
         _write(stores, target, found)
     return found
 
@@ -81,7 +87,7 @@ def make_curve(directory: str, spectrum: Spectrum, records: Records, task: Seque
             + f"; `raymerge eval {directory} --task TASK` makes them"
         )
     chosen = choose_tasks(tasks, task)
-    models = list_models(spectrum, records.evaluations)
+    models = list_models(directory, spectrum, records.evaluations)
     series = make_series(spectrum.paths, {model.name: model.settings for model in models if model.kind == "point"})
     views = make_views(models, chosen.chosen)
     view = views[0]

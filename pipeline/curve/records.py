@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+from raymerge import RaymergeError
+from raymerge.pipeline.evaluation.digests import Digests
 from raymerge.pipeline.evaluation.results import Evaluation, parse_evaluation
 from raymerge.pipeline.spectrum.record import EVALUATIONS
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.urls import scheme_of
 
+_READ_ONLY = ("hf", "http", "https")
+"""Schemes of stores where no file is written beside others."""
 _MAX_NBYTES = 2**20
 _NUM_AT_ONCE = 256
 """Files that are read together."""
@@ -25,13 +32,27 @@ class Records:
     """Of each file that is none: its name, and what is wrong with it."""
 
 
-def read_evaluations(stores: Stores, directory: str) -> Records:
-    """Read all evaluations of a spectrum; none where the directory has none.
+def locate_evaluations(stores: Stores, directory: str) -> str:
+    """Return where `raymerge eval` keeps the evaluations of a spectrum, unless it is told otherwise."""
+    if takes_no_files(directory):
+        return stores.at(EVALUATIONS).absolute(EVALUATIONS)
+    return f"{directory}/{EVALUATIONS}"
+
+
+def takes_no_files(directory: str) -> bool:
+    """Tell whether results cannot be written to a directory one by one."""
+    return scheme_of(directory) in _READ_ONLY
+
+
+def read_evaluations(stores: Stores, place: str) -> Records:
+    """Read all evaluations below a directory; none where it has none.
+
+    Of a model that was evaluated as several different ones, those of the model that is there now are returned, if there
+    are any.
 
     Raises:
         FetchError: the store refuses or is down.
     """
-    place = f"{directory}/{EVALUATIONS}"
     files = {
         name: file
         for name, file in stores.at(place).list(place).items()
@@ -39,7 +60,7 @@ def read_evaluations(stores: Stores, directory: str) -> Records:
     }
     found: list[Evaluation] = []
     damaged = [
-        f"{EVALUATIONS}/{name} is damaged: it has {file.nbytes:,} bytes, at most {_MAX_NBYTES:,} are expected"
+        f"{place}/{name} is damaged: it has {file.nbytes:,} bytes, at most {_MAX_NBYTES:,} are expected"
         for name, file in files.items()
         if file.nbytes > _MAX_NBYTES
     ]
@@ -50,8 +71,25 @@ def read_evaluations(stores: Stores, directory: str) -> Records:
             try:
                 found.append(parse_evaluation(content))
             except ValueError as error:
-                damaged.append(f"{EVALUATIONS}/{name} is damaged: {error}")
-    return Records(tuple(found), tuple(damaged))
+                damaged.append(f"{place}/{name} is damaged: {error}")
+    return Records(_drop_former(stores, place, found), tuple(damaged))
+
+
+def _drop_former(stores: Stores, place: str, evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
+    """Return the evaluations without those of models that have been replaced by others of the same name."""
+    digests: dict[str, set[str]] = defaultdict(set)
+    for each in evaluations:
+        digests[each.model].add(each.digest)
+    urls = {each.model: each.url for each in evaluations if len(digests[each.model]) > 1}
+    current: dict[str, str] = {}
+    for model, url in urls.items():
+        with suppress(RaymergeError, OSError):  # it may be gone
+            current[model] = Digests(stores, place).measure(url)
+    return tuple(
+        each
+        for each in evaluations
+        if current.get(each.model) not in digests[each.model] or each.digest == current[each.model]
+    )
 
 
 def _read_all(stores: Stores, files: Sequence[StoredFile]) -> tuple[bytes, ...]:

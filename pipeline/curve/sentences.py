@@ -54,12 +54,13 @@ def describe_rule(rule: Rule, measure: Measure) -> str:
 def describe_choice(view: View, choice: Choice) -> tuple[str, ...]:
     """Return what was chosen and why, and then how certain that is, a sentence each."""
     name = escaped(choice.model)
-    head = f"{name}: {describe_score(view.scores[choice.model], view.measure)}."
+    where = f"in the {view.title.lower()}" if len(view.tasks) > 1 else f"in {escaped(view.title)}"
+    head = f"{name}: {describe_score(view.scores[choice.model], view.measure)}, {where}."
     lines = [head, _explain(view, choice)]
     lines += _doubt(view, choice)
     if choice.parents:
         each = listing(
-            f"{escaped(parent)} ({describe_score(view.scores[parent], view.measure)})" for parent in choice.parents
+            f"{escaped(parent)} with {describe_score(view.scores[parent], view.measure)}" for parent in choice.parents
         )
         lines.append(f"Without a merge, {each} does at least as well by this rule.")
     return tuple(lines)
@@ -245,7 +246,7 @@ def _doubt(view: View, choice: Choice) -> Iterator[str]:
         yield f"Its interval reaches down to {low}, below the limit of {format_share(limit)}: it may miss the rule."
     if choice.contenders:
         each = listing(
-            f"{escaped(name)} ({describe_score(view.scores[name], view.measure)})" for name in choice.contenders
+            f"{escaped(name)} with {describe_score(view.scores[name], view.measure)}" for name in choice.contenders
         )
         if choice.rule.name == "within":
             better = " with fewer tokens" if choice.is_met else ""

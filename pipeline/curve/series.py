@@ -31,7 +31,8 @@ class Series:
 def make_series(paths: Sequence[str], settings: Settings) -> tuple[Series, ...]:
     """Sort points into series.
 
-    The parameter along the lines is the one with the most values of those that are numbers in every point. Another one
+    The parameter along the lines is the one with the most values that are numbers; points where it is no number are a
+    series of their own, not joined, and so are all points if no parameter has two values. Another one
     divides the points into several series if it has different values at one value of that parameter, as in a grid. What
     varies along a line besides, as in zipped lists, has to grow or fall all along; if it does not, as in a random
     search, the points are not joined.
@@ -46,15 +47,21 @@ def make_series(paths: Sequence[str], settings: Settings) -> tuple[Series, ...]:
     if not settings:
         return ()
     path = _choose_path(paths, settings)
-    if not path:
-        return (Series("", "", tuple(settings), (), is_line=False),)
+    others = {name: each for name, each in settings.items() if not path or number(each.get(path)) is None}
+    lines = _make_lines(path, paths, {name: each for name, each in settings.items() if name not in others})
+    rest = [Series("other points" if lines else "", "", tuple(others), (), is_line=False)] if others else []
+    return (*lines, *rest)
+
+
+def _make_lines(path: str, paths: Sequence[str], settings: Settings) -> list[Series]:
+    """Return the series of points that have a value of the parameter along them."""
     others = [other for other in paths if other != path]
     dividing = [other for other in others if _divides(other, path, settings)]
     groups: dict[str, list[str]] = defaultdict(list)
     for name in settings:
         groups[_label(dividing, settings[name])].append(name)
     along = [other for other in others if other not in dividing]
-    return tuple(_make_line(label, path, points, along, settings) for label, points in groups.items())
+    return [_make_line(label, path, points, along, settings) for label, points in groups.items()]
 
 
 def _make_line(label: str, path: str, points: list[str], along: list[str], settings: Settings) -> Series:
@@ -65,13 +72,9 @@ def _make_line(label: str, path: str, points: list[str], along: list[str], setti
 
 def _choose_path(paths: Sequence[str], settings: Settings) -> str:
     """Return the parameter along the lines; empty if there is none."""
-    counts = {}
-    for path in paths:
-        values = [number(each.get(path)) for each in settings.values()]
-        if None not in values:
-            counts[path] = len(set(values))
+    counts = {path: len({number(each.get(path)) for each in settings.values()} - {None}) for path in paths}
     best = max(counts, key=lambda path: counts[path], default="")
-    return best if best and (counts[best] > 1 or len(settings) == 1) else ""
+    return best if best and (counts[best] > 1 or counts[best] == len(settings)) else ""
 
 
 def _divides(other: str, path: str, settings: Settings) -> bool:

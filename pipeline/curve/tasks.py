@@ -88,7 +88,7 @@ def choose_tasks(tasks: Sequence[Task], wanted: Sequence[str]) -> Tasks:
         f"{task.label} is left out ({counted(len(task.results), 'model')}): the curve compares models that were sampled"
         f" alike; --task '{task.label}' takes it"
         for task in tasks
-        if not wanted and task.label not in chosen
+        if not wanted and task.label not in chosen and not task.results.keys() <= defaults[task.name].results.keys()
     )
     return Tasks(tuple(task for label in chosen for task in tasks if task.label == label), notes)
 

@@ -9,15 +9,16 @@ from raymerge.pipeline.curve.tasks import Task
 from raymerge.pipeline.curve.types import Measure, Model, Score, View, number
 from raymerge.pipeline.evaluation.results import Estimate, Evaluation
 from raymerge.pipeline.messages import counted, listing
-from raymerge.pipeline.spectrum.record import Spectrum
+from raymerge.pipeline.spectrum.record import Spectrum, locate_point
 
 _NOT_EVALUATED = "not evaluated"
 
 
-def list_models(spectrum: Spectrum, evaluations: Sequence[Evaluation]) -> tuple[Model, ...]:
+def list_models(directory: str, spectrum: Spectrum, evaluations: Sequence[Evaluation]) -> tuple[Model, ...]:
     """Return the points in their order, the parents, and whatever else was evaluated beside them."""
     points = [
-        Model(point.name, "point", point.url, point.settings, point.config, point.error) for point in spectrum.points
+        Model(point.name, "point", locate_point(directory, point), point.settings, point.config, point.error)
+        for point in spectrum.points
     ]
     parents = [Model(parent.name, "parent", parent.model, {}, "", "") for parent in spectrum.parents]
     known = {model.name for model in (*points, *parents)}

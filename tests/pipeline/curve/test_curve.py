@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from raymerge.pipeline.curve.records import Records
 from raymerge.pipeline.curve.results import Curve
 from raymerge.pipeline.curve.table import make_csv
 from raymerge.pipeline.errors import ConfigError, OutputError
-from raymerge.pipeline.evaluation.results import Evaluation
+from raymerge.pipeline.evaluation.digests import Digests
+from raymerge.pipeline.evaluation.results import Estimate, Evaluation
 from raymerge.pipeline.spectrum.record import Spectrum
+from raymerge.pipeline.stores.open import open_stores
 from tests.commands import Cli
 from tests.servers.s3 import S3Server
 from tests.spectra import evaluate_all, fail, make_evaluation, make_spectrum, write_spectrum
@@ -56,7 +59,7 @@ def test_the_command_draws_tells_and_chooses(directory: Path, cli: Cli, tmp_path
         "settings: t = 0.6",
     ):
         assert said in outcome.out
-    assert "warning: evaluations/t-0.1/text-0.json is damaged" in outcome.err
+    assert "spectrum/evaluations/t-0.1/text-0.json is damaged" in outcome.err
     assert yaml.safe_load((tmp_path / "best.yml").read_text())["parameters"] == {"t": 0.6}
     assert {file.name for file in directory.iterdir() if file.name.startswith("curve")} == FILES
     rows = list(csv.DictReader((directory / "curve.csv").read_text().splitlines()))
@@ -106,6 +109,29 @@ def test_from_and_to_s3(directory: Path, bucket: str, s3_server: S3Server) -> No
 def test_what_is_wrong_with_the_options_is_told(options: dict[str, object], said: str, directory: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         raymerge.curve(directory, **options)  # type: ignore[arg-type]
+
+
+def test_a_model_that_was_made_anew_is_judged_by_its_new_evaluation(tmp_path: Path) -> None:
+    spectrum = make_spectrum({"t": [0.1]})
+    (tmp_path / "t-0.1").mkdir()
+    (tmp_path / "t-0.1/config.json").write_text("{}")
+    with open_stores() as stores:
+        digest = Digests(stores, str(tmp_path)).measure(str(tmp_path / "t-0.1"))
+    new = replace(make_evaluation("t-0.1", 0.25), digest=digest, url=str(tmp_path / "t-0.1"))
+    old = replace(new, digest="former", accuracy=Estimate(0.75, 0.7, 0.8))
+    write_spectrum(tmp_path, spectrum, [old, new])
+    found = raymerge.curve(tmp_path)
+    assert found.views[0].estimate("t-0.1").mean == 0.25
+    assert found.warnings == ()
+
+
+def test_evaluations_may_be_elsewhere(directory: Path, tmp_path: Path) -> None:
+    (directory / "evaluations").rename(tmp_path / "results")
+    found = raymerge.curve(directory, evaluations=tmp_path / "results", out=tmp_path)
+    assert found.chosen is not None
+    assert found.chosen.url == str(directory / "t-0.6")
+    with pytest.raises(ConfigError, match="cannot be written to hf://me/spectrum; name another directory as `out`"):
+        raymerge.curve("hf://me/spectrum")
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:

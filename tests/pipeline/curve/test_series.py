@@ -33,14 +33,27 @@ def test_lists_that_are_zipped_are_one_line() -> None:
     assert (line.path, line.points, line.is_line) == ("density", ("0.3", "0.2", "0.1"), True)
 
 
+def test_points_by_name_are_apart_from_the_grid() -> None:
+    settings: dict[str, dict[str, object]] = {
+        "a": {"t": 0.1},
+        "late": {"density": 1},
+        "b": {"t": 0.2},
+        "steep": {"t": [0, 1]},
+    }
+    assert make_series(["t", "density"], settings) == (
+        Series("", "t", ("a", "b"), (0.1, 0.2), is_line=True),
+        Series("other points", "", ("late", "steep"), (), is_line=False),
+    )
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         pytest.param({"a": {"t": 0.1, "d": 0.5}, "b": {"t": 0.2, "d": 0.1}, "c": {"t": 0.3, "d": 0.9}}, id="random"),
         pytest.param({"a": {"t": [0, 1]}, "b": {"t": [1, 0]}}, id="gradients"),
-        pytest.param({"a": {"t": 0.1}, "b": {"t": "auto"}}, id="words"),
+        pytest.param({"a": {"t": "slow"}, "b": {"t": "auto"}}, id="words"),
         pytest.param({"a": {"t": True}, "b": {"t": False}}, id="truth"),
-        pytest.param({"a": {}, "b": {"t": 0.5}}, id="missing"),
+        pytest.param({"a": {"t": [0, 1]}, "b": {"t": 0.5}}, id="one number"),
     ],
 )
 def test_points_that_do_not_follow_from_one_another_are_not_joined(settings: dict[str, dict[str, object]]) -> None:

@@ -18,7 +18,7 @@ NAN = float("nan")
 
 def view_all(*evaluations: Evaluation) -> tuple[View, ...]:
     tasks, _ = sort_evaluations(evaluations)
-    return make_views(list_models(SPECTRUM, evaluations), tasks)
+    return make_views(list_models("spectrum", SPECTRUM, evaluations), tasks)
 
 
 def test_the_mean_over_tasks_is_of_models_with_all_of_them() -> None:
@@ -82,7 +82,7 @@ def test_figures_that_are_not_finite_do_not_count() -> None:
 
 
 def test_other_models_are_listed_last() -> None:
-    models = list_models(SPECTRUM, [make_evaluation("rival", 0.5), make_evaluation("t-0.1", 0.5)])
+    models = list_models("spectrum", SPECTRUM, [make_evaluation("rival", 0.5), make_evaluation("t-0.1", 0.5)])
     assert [(model.name, model.kind) for model in models[-3:]] == [
         ("instruct", "parent"),
         ("thinking", "parent"),
@@ -93,14 +93,18 @@ def test_other_models_are_listed_last() -> None:
 def test_models_are_compared_by_the_same_items_and_sampling() -> None:
     few = [replace(make_evaluation("t-0.1", 0.4), sampling={"samples": 1, "temperature": 0.6})]
     many = [
-        replace(make_evaluation(name, 0.5), sampling={"samples": 8, "temperature": 0.6}) for name in ("t-0.1", "t-0.2")
+        replace(make_evaluation(name, 0.5), sampling={"samples": 8, "temperature": 0.6}, num_samples=8)
+        for name in ("t-0.1", "t-0.2")
     ]
+    tasks, _ = sort_evaluations([*few, *many])
+    assert choose_tasks(tasks, ()).notes == (), "all of its models are in the other one"
+    few.append(replace(make_evaluation("instruct", 0.4), sampling={"samples": 1, "temperature": 0.6}))
     tasks, _ = sort_evaluations([*few, *many])
     assert [task.label for task in tasks] == ["arithmetic (samples 1)", "arithmetic (samples 8)"]
     chosen = choose_tasks(tasks, ())
     assert [task.label for task in chosen.chosen] == ["arithmetic (samples 8)"]
     (note,) = chosen.notes
-    assert "arithmetic (samples 1) is left out (1 model)" in note
+    assert "arithmetic (samples 1) is left out (2 models)" in note
     assert [task.label for task in choose_tasks(tasks, ["arithmetic (samples 1)"]).chosen] == ["arithmetic (samples 1)"]
     assert choose_tasks(tasks, ["arithmetic"]).chosen == chosen.chosen
     with pytest.raises(
