@@ -234,7 +234,7 @@ def merge_planned(
             make_report(
                 the_plan,
                 target,
-                select_files(done.results, unfinished.index(k)) if k in unfinished else (),
+                select_files(done.results, done.positions, unfinished.index(k)) if k in unfinished else (),
                 seconds=time.perf_counter() - start,
                 work_seconds=done.seconds,
                 num_per_process=done.num_per_process,

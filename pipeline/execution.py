@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from raymerge.pipeline.output.verify import check_shard
 from raymerge.pipeline.plan.results import ShardFile, ShardResult
 from raymerge.pipeline.plan.schedule import measure_cost
 from raymerge.pipeline.plan.types import MergePlan, ShardTask
+from raymerge.pipeline.plan.variants import select_task
 from raymerge.pipeline.progress.narrator import Narrator
 from raymerge.pipeline.runners import make_runner, run_shard
 from raymerge.pipeline.stores.open import Stores
@@ -33,6 +34,8 @@ class Execution:
 
     results: tuple[ShardResult, ...] = ()
     """Results of the tasks that this run did."""
+    positions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the outputs that each of them wrote to, by the shard's name."""
     seconds: float = 0.0
     """In which shards were made."""
     num_per_process: int = 1
@@ -89,8 +92,16 @@ def carry_out(
     merges = (merge for task in plan.tasks for merge in task.merges)
     runner = make_runner(stores, plan.num_workers, urls, session, plan.gpus, retried, hired, merges)
     finished = _find_finished(stores, plan, journals, runner, recheck=recheck)
-    narrator.resumed([task for task in plan.tasks if task.file in finished])
-    todo = [task for task in plan.tasks if task.file not in finished]
+    todo, partly = [], []
+    for task in plan.tasks:
+        missing = [k for k in task.positions if (k, task.file) not in finished]
+        if len(missing) == len(task.positions):
+            todo.append(task)
+        elif missing:
+            todo.append(select_task(task, missing))
+            partly.append(select_task(task, [k for k in task.positions if k not in missing]))
+    positions = {task.file: task.positions for task in todo}
+    narrator.resumed([task for task in plan.tasks if task.file not in positions], partly)
     results = []
     start = time.perf_counter()
     work = partial(run_shard, stores, journals=journals)
@@ -99,17 +110,17 @@ def carry_out(
             narrator.retried(reason, count)
         narrator.finished(result)
         results.append(result)
-        finished[result.file] = result.files
+        finished |= {(k, file.file): file for k, file in zip(positions[result.file], result.files, strict=True)}
         check_locks()
     seconds = time.perf_counter() - start
-    shards = [[files[k] for files in finished.values()] for k in range(len(journals))]
+    shards = [[finished[k, task.file] for task in plan.tasks] for k in range(len(journals))]
     nonfinite = tuple(find_nonfinite(files) for files in shards)
     for names in nonfinite:
         check_finite(names, strict=strict)
     check_locks()
     for journal, output, files in zip(journals, plan.outputs, shards, strict=True):
         stitch(plan, output, files, journal)
-    return Execution(tuple(results), seconds, runner.num_per_process, nonfinite)
+    return Execution(tuple(results), positions, seconds, runner.num_per_process, nonfinite)
 
 
 def check_finite(nonfinite: Sequence[str], *, strict: bool) -> None:
@@ -128,8 +139,8 @@ def check_finite(nonfinite: Sequence[str], *, strict: bool) -> None:
 
 def _find_finished(
     stores: Stores, plan: MergePlan, journals: Sequence[Journal], runner: Runner, *, recheck: bool
-) -> dict[str, tuple[ShardFile, ...]]:
-    """Return by name the shards that an earlier run has finished in all outputs, and that are as it left them."""
+) -> dict[tuple[int, str], ShardFile]:
+    """Return the shards that an earlier run has finished, and that are as it left them, by output and name."""
     recorded = [
         (position, file)
         for position, journal in enumerate(journals)
@@ -141,13 +152,7 @@ def _find_finished(
         [Resources(mem_nbytes=0, cost=file.nbytes) for _, file in recorded],
         lambda progress: None,
     )
-    sound = {(position, file.file): file for position, file in filter(None, checks)}
-    positions = range(len(journals))
-    return {
-        task.file: tuple(sound[k, task.file] for k in positions)
-        for task in plan.tasks
-        if all((k, task.file) in sound for k in positions)
-    }
+    return {(position, file.file): file for position, file in filter(None, checks)}
 
 
 def _measure_resources(task: ShardTask) -> Resources:

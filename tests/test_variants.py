@@ -12,6 +12,7 @@ from raymerge.ops.registry import Base, load_ops
 from raymerge.pipeline.driver import merge, merge_variants
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.plan.results import ShardResult
+from raymerge.pipeline.progress.events import Progressed
 from tests.checkpoints import read_files, read_tensors, write_family
 from tests.ops.samples import list_changes, num_sample_models, sample_parameters
 from tests.statistics import write_statistics
@@ -130,3 +131,26 @@ def test_a_sweep_of_every_method_gives_what_single_merges_give(name: str, tmp_pa
         merge(config, tmp_path / f"alone{k}", workers=1)
         expected = read_tensors(tmp_path / f"alone{k}")
         assert all(torch.equal(x, expected[tensor]) for tensor, x in read_tensors(out).items()), config["parameters"]
+
+
+def test_shards_that_some_outputs_have_are_not_made_again(family: tuple[Path, ...], tmp_path: Path) -> None:
+    configs = [make_config("ties", family, parameters) for parameters in VALUES["ties"]]
+    outs = [tmp_path / f"variant{k}" for k in range(3)]
+    for made, shards in (([0, 1], 2), ([1, 2], 1)):
+        some = [configs[k] for k in made], [outs[k] for k in made]
+        with pytest.raises(KeyboardInterrupt):
+            merge_variants(*some, workers=1, shard_size="500kB", on_event=stop_after(shards, KeyboardInterrupt()))
+    before = {path: path.stat().st_mtime_ns for out in outs for path in out.glob("*.safetensors")}
+    assert [sum(path.parent == out for path in before) for out in outs] == [2, 2, 1]
+    watch = Keep()
+    reports = merge_variants(configs, outs, workers=1, shard_size="500kB", on_event=watch)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [report.num_resumed for report in reports] == [2, 2, 1]
+    written = sum(result.nbytes for result in watch.list(ShardResult))
+    assert written == sum(report.written_nbytes for report in reports)
+    progress = watch.list(Progressed)[-1]
+    assert progress.written_nbytes == progress.to_write_nbytes == sum(task.nbytes for task in watch.plan.tasks)
+    assert progress.num_finished == progress.num_shards
+    for config, out in zip(configs, outs, strict=True):
+        merge(config, tmp_path / "alone" / out.name, shard_size="500kB")
+        assert read_files(out) == read_files(tmp_path / "alone" / out.name)

@@ -55,7 +55,7 @@ def run_shard(
         stores: of inputs and outputs.
         task: what to make.
         report: called often; raises if the run is to end.
-        journals: of the outputs, in the plan's order.
+        journals: of the plan's outputs; the task writes to some of them, or to all.
         device: where tasks that are planned for a GPU are merged: on any other one, for tests, the same way.
 
     Raises:
@@ -65,6 +65,7 @@ def run_shard(
         OutputError: an output could not be written.
         TensorMismatchError: tensors that are not floating-point differ between the inputs.
     """
+    journals = [journals[position] for position in task.positions]
     remark = ""
     if not task.piece_nbytes:
         remark = prepare(task.merges)  # before the first measure: what is imported is not the shard's

@@ -30,7 +30,7 @@ def bring_here(stores: Stores, subject: Subject) -> Iterator[str]:
         if subject.url:
             _fetch(stores, subject.url, directory)
         else:
-            driver.merge(subject.config, directory)
+            driver.merge(subject.config, directory, seed=subject.seed)
         yield directory
 
 

@@ -35,6 +35,8 @@ class Subject:
     """The YAML that such a point is merged by."""
     fingerprint: str = ""
     """Of such a point's plan; empty where it is not known."""
+    seed: int = 0
+    """Of the merge of such a point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def _list_spectrum(stores: Stores, url: str, spectrum: Spectrum) -> tuple[list[S
         if point.state == "failed":
             failed.append(f"{point.name}: {point.error}")
         elif point.state == "planned":
-            found.append(Subject(point.name, "", where, point.config, point.fingerprint))
+            found.append(Subject(point.name, "", where, point.config, point.fingerprint, point.seed))
         else:
             found.append(Subject(point.name, where, where))
     found += [_find_model(stores, parent.model, parent.name) for parent in spectrum.parents]

@@ -174,6 +174,7 @@ def _make_task(
     return ShardTask(
         own=own_ops,
         outputs=(output,) * transfer.num_outputs,
+        positions=tuple(range(transfer.num_outputs)),
         merges=ordered,
         read_nbytes=sum(read.values()),
         reread_nbytes=sum(

@@ -160,7 +160,9 @@ class ShardTask:
     """The file that declares the method, where it is of the user's own; first, for unpickling it makes the module that
     kernels refer to."""
     outputs: tuple[ShardOutput, ...]
-    """One for each output of the plan; all of one name and layout."""
+    """One for each output that it writes to; all of one name and layout."""
+    positions: tuple[int, ...]
+    """Of these outputs in the plan: all of them, unless an earlier run has made the shard of some."""
     merges: tuple[TensorMerge, ...]
     """In the order in which they are written."""
     read_nbytes: int

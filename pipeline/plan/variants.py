@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.plan.results import ShardResult
-from raymerge.pipeline.plan.types import MergePlan, TensorMerge
+from raymerge.pipeline.plan.types import MergePlan, ShardTask, TensorMerge
 
 
 class VariantsDifferError(TensorMismatchError):
@@ -36,21 +36,34 @@ def select_outputs(plan: MergePlan, positions: Sequence[int]) -> MergePlan:
     """Return a plan for some of the outputs only, in the memory that was planned for all."""
     if len(positions) == len(plan.outputs):
         return plan
-    tasks = [
-        replace(
-            task,
-            outputs=tuple(task.outputs[k] for k in positions),
-            merges=tuple(replace(merge, variants=tuple(merge.variants[k] for k in positions)) for merge in task.merges),
-        )
-        for task in plan.tasks
-    ]
+    renumbered = tuple(range(len(positions)))
+    tasks = [replace(select_task(task, positions), positions=renumbered) for task in plan.tasks]
     return replace(plan, tasks=tuple(tasks), outputs=tuple(plan.outputs[k] for k in positions))
 
 
-def select_files(results: Sequence[ShardResult], position: int) -> list[ShardResult]:
-    """Return results with the file of one output alone; the inputs were read for all of them."""
-    files = [result.files[position] for result in results]
-    return [replace(result, nbytes=file.nbytes, files=(file,)) for result, file in zip(results, files, strict=True)]
+def select_task(task: ShardTask, positions: Sequence[int]) -> ShardTask:
+    """Return a task for some of the plan's outputs only, in the memory that was planned for all."""
+    merges = [replace(merge, variants=tuple(merge.variants[k] for k in positions)) for merge in task.merges]
+    outputs = tuple(task.outputs[k] for k in positions)
+    return replace(task, outputs=outputs, positions=tuple(positions), merges=tuple(merges))
+
+
+def select_files(
+    results: Sequence[ShardResult], positions: Mapping[str, Sequence[int]], position: int
+) -> list[ShardResult]:
+    """Return the results of one output, with its files alone; the inputs were read for all of them.
+
+    Args:
+        results: of some tasks.
+        positions: of the outputs that each of them wrote to, by the shard's name.
+        position: of the output in the plan.
+    """
+    own = []
+    for result in results:
+        if position in positions[result.file]:
+            file = result.files[positions[result.file].index(position)]
+            own.append(replace(result, nbytes=file.nbytes, files=(file,)))
+    return own
 
 
 def can_join(plan: MergePlan, other: MergePlan) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from raymerge.cluster.runner import Progress
 from raymerge.pipeline.errors import HeldError
@@ -60,9 +61,9 @@ class Narrator:
         """Tell whom it waits for."""
         self._tell(Held(str(error)))
 
-    def resumed(self, tasks: list[ShardTask]) -> None:
-        """Tell of the work that an earlier run has left."""
-        kept = sum(task.nbytes for task in tasks)
+    def resumed(self, tasks: Sequence[ShardTask], partly: Sequence[ShardTask] = ()) -> None:
+        """Tell of the work that an earlier run has left: tasks that are done, and those done for some outputs only."""
+        kept = sum(task.nbytes for task in (*tasks, *partly))
         self._num_finished = len(tasks)
         self._to_read = sum(self._read.values()) - sum(self._read[task.file] for task in tasks)
         self._to_move = self._to_read + self._to_write - kept

@@ -52,12 +52,14 @@ class Point:
     settings: Mapping[str, object]
     """The value at each path of the config that was varied, such as `{"t": 0.1, "weight[1]": 0.4}`; plain JSON."""
     config: str
-    """Its own YAML, which merges to the same bytes."""
+    """Its own YAML, which merges to the same bytes with its seed."""
     fingerprint: str
     """Of its plan: equal ones are one model. Empty where it could not be planned."""
     state: State
     error: str
     """Why it failed; empty otherwise."""
+    seed: int = 0
+    """Seed of its merge."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,7 @@ def _make_spectrum(recipe: Recipe, batches: Sequence[Batch], directory: str) -> 
             fingerprint=fingerprints[point.name],
             state="planned",
             error="",
+            seed=point.seed,
         )
         for point in recipe.points
     )

@@ -16,8 +16,7 @@ from raymerge import merge, plan
 from raymerge.cluster.runner import Report
 from raymerge.ops.kernels.random import PAGE_ELEMENTS
 from raymerge.ops.registry import find_op
-from raymerge.pipeline import driver, execution, planner
-from raymerge.pipeline import runners as workers
+from raymerge.pipeline import execution, planner, runners, workers
 from raymerge.pipeline.engine import fetch, gpu_stage
 from raymerge.pipeline.engine import shard as execute
 from raymerge.pipeline.errors import ConfigError, MemoryLimitError
@@ -82,7 +81,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
             gpu.host_writes(view)
         read(stores, ranges, views, on_read)
 
-    for module in (driver, workers):
+    for module in (runners, workers):
         monkeypatch.setattr(module, "require_gpus", lambda: ["0"])
     monkeypatch.setattr(execute, "run_shard", run_there)
     monkeypatch.setattr(gpu_stage.GpuStage, "_send", send_there)
@@ -179,7 +178,7 @@ def test_the_same_files_from_threads_of_a_process_that_is_started_before_the_pla
     on_the_cpu: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, expected = on_the_cpu
-    for module in (driver, workers):
+    for module in (runners, workers):
         monkeypatch.setattr(module, "require_gpus", lambda: ["0"])
     monkeypatch.setattr(execution, "run_shard", run_on_the_cpu)
     keep = Keep()
@@ -192,7 +191,7 @@ def test_the_same_files_from_threads_of_a_process_that_is_started_before_the_pla
 def test_processes_end_where_the_plan_fails(
     family: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (driver, workers):
+    for module in (runners, workers):
         monkeypatch.setattr(module, "require_gpus", lambda: ["0"])
     with pytest.raises(MemoryLimitError):
         merge(make_config("linear", family), tmp_path / "out", workers=3, gpu_memory="1MiB")

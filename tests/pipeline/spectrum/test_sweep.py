@@ -13,6 +13,7 @@ import yaml
 import raymerge
 from raymerge.pipeline.errors import ConfigError, OutputError, TensorMismatchError
 from raymerge.pipeline.options import MergeOptions
+from raymerge.pipeline.spectrum.materialise import materialised
 from raymerge.pipeline.spectrum.record import RECORD, TABLE, Spectrum, locate_point, read_spectrum
 from raymerge.pipeline.spectrum.sweep import plan_sweep, sweep
 from raymerge.pipeline.stores.open import open_stores
@@ -44,9 +45,7 @@ def check_models(directory: Path, scratch: Path, **options: Any) -> None:
     for point in read_record(directory).points:
         assert point.state == "complete"
         alone = scratch / point.name
-        seed = point.settings.get("seed", 0)
-        assert isinstance(seed, int)
-        raymerge.merge(point.config, alone, MergeOptions(seed=seed, **options))
+        raymerge.merge(point.config, alone, MergeOptions(seed=point.seed, **options))
         assert read_files(alone) == read_files(Path(locate_point(str(directory), point))), point.name
 
 
@@ -204,3 +203,19 @@ def test_the_command(family: tuple[Path, ...], tmp_path: Path, cli: Cli) -> None
     assert f"{out}/t-0.5: " in done.err
     assert cli("verify", out / "t-0.5").code == 0
     assert cli("sweep", config, out / "t-0.5", "--set", "t=0.2").err.startswith(f"Error: {out}/t-0.5 holds a model")
+
+
+def test_a_planned_point_is_made_when_it_is_needed(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("dare_ties", family, parameters={"weight": 1, "density": 0.5})
+    report = sweep(config, tmp_path / "s", ["seed=1,2"], materialize="none")
+    first, second = report.spectrum.points
+    with materialised(report.out, second, scratch=tmp_path / "scratch") as place:
+        raymerge.merge(second.config, tmp_path / "alone", seed=2)
+        assert read_files(Path(place)) == read_files(tmp_path / "alone")
+    assert list((tmp_path / "scratch").iterdir()) == []
+    with materialised(report.out, first, scratch=tmp_path / "scratch") as place:
+        assert read_files(Path(place)) != read_files(tmp_path / "alone")
+    done = raymerge.sweep(config, tmp_path / "s", ["seed=1,2"])
+    with materialised(done.out, done.spectrum.points[0]) as place:
+        assert place == str(tmp_path / "s" / "seed-1")
+    assert (tmp_path / "s" / "seed-1" / "config.json").exists()
