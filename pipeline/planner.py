@@ -100,6 +100,9 @@ def make_plan(
         for config, seed in zip(configs, seeds, strict=True)
     ]
     whole = inputs[0][0]
+    if not whole.checkpoints[0].prefix:
+        configs = [each.config for (each,) in inputs]
+        first = configs[0]
     planned = plan_vocabulary(stores, first, whole.checkpoints, whole.models, limits.allowed_mem)
     vocabulary = planned.vocabulary if planned else None
     gates = [
@@ -109,10 +112,7 @@ def make_plan(
         for config, each, seed in zip(configs, inputs, seeds, strict=True)
     ]
     recipes = [
-        [
-            expand(part.configure(config), each.models, seed, vocabulary, found)
-            for part, each in zip(parts, of_config, strict=True)
-        ]
+        [expand(each.config, each.models, seed, vocabulary, found) for each in of_config]
         for config, of_config, found, seed in zip(configs, inputs, gates, seeds, strict=True)
     ]
     merges = join_variants([tuple(merge for recipe in of_parts for merge in recipe.merges) for of_parts in recipes])

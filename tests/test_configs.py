@@ -32,6 +32,8 @@ class Architecture:
     num_kv_heads: int
     vocab: int
     tied: bool = False
+    num_blocks: int = 0
+    """Of the vision tower, if there is one."""
 
     def shapes(self, *, small: bool) -> dict[str, tuple[int, ...]]:
         """Return each tensor's shape; the small ones keep names and depth only."""
@@ -43,7 +45,7 @@ class Architecture:
             prefix = f"model.layers.{k}."
             for name, rows in (("q", hidden), ("k", kv), ("v", kv)):
                 shapes[f"{prefix}self_attn.{name}_proj.weight"] = (rows, hidden)
-                if self.model_type == "qwen2":
+                if self.model_type.startswith("qwen2"):
                     shapes[f"{prefix}self_attn.{name}_proj.bias"] = (rows,)
             shapes[f"{prefix}self_attn.o_proj.weight"] = (hidden, hidden)
             shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (intermediate, hidden)
@@ -53,6 +55,11 @@ class Architecture:
         shapes["model.norm.weight"] = (hidden,)
         if not self.tied:
             shapes["lm_head.weight"] = (vocab, hidden)
+        width = 8 if small else 1280
+        for k in range(self.num_blocks):
+            shapes[f"visual.blocks.{k}.attn.qkv.weight"] = (3 * width, width)
+        if self.num_blocks:
+            shapes["visual.merger.mlp.2.weight"] = (hidden, 4 * width)
         return shapes
 
     def config(self, rope_theta: float) -> dict[str, Any]:
@@ -67,6 +74,7 @@ class Architecture:
             "tie_word_embeddings": self.tied,
             "rope_theta": rope_theta,
             "torch_dtype": "bfloat16",
+            **({"vision_config": {"depth": self.num_blocks}} if self.num_blocks else {}),
         }
 
 
@@ -75,6 +83,7 @@ ARCHITECTURES = [
     (r"Qwen/Qwen2\.5-(Coder-)?1\.5B", Architecture("qwen2", 28, 1536, 8960, 12, 2, 151_936, tied=True), 1e6),
     (r"Qwen/Qwen2\.5-(Coder-)?3B", Architecture("qwen2", 36, 2048, 11_008, 16, 2, 151_936, tied=True), 1e6),
     (r"Qwen/Qwen2\.5-(Coder-)?7B", Architecture("qwen2", 28, 3584, 18_944, 28, 4, 152_064), 1e6),
+    (r"Qwen/Qwen2\.5-VL-7B", Architecture("qwen2_5_vl", 28, 3584, 18_944, 28, 4, 152_064, num_blocks=32), 1e6),
     (r"deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", Architecture("qwen2", 28, 3584, 18_944, 28, 4, 152_064), 1e4),
     (
         r"mistralai/Mistral-7B|HuggingFaceH4/zephyr-7b|Intel/neural-chat-7b",
@@ -125,8 +134,8 @@ def test_real_shapes_are_planned(config: Path) -> None:
     assert all(task.projected_mem <= task.num_shares * 2**29 for task in the_plan.tasks)
     assert not the_plan.dropped or "slices" in written
     out = {merge.name: merge for task in the_plan.tasks for merge in task.merges}
-    if "models" in written:
-        architecture = describe(written["models"][0]["model"])[0]
+    if giver := written.get("copy_rest_from") or written.get("models", [{}])[0].get("model"):
+        architecture = describe(giver)[0]
         assert {name: merge.shape for name, merge in out.items()} == architecture.shapes(small=False)
     assert {merge.out_dtype for merge in out.values()} == {"BF16"}
     assert the_plan.total_nbytes == 2 * sum(math.prod(merge.shape) for merge in out.values())

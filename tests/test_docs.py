@@ -55,7 +55,7 @@ def test_readme_names_every_option_of_merge() -> None:
     "page",
     [
         *("README.md", "CONTRIBUTING.md"),
-        *(f"docs/{name}.md" for name in ("methods", "mergekit", "moe", "batch", "cluster")),
+        *(f"docs/{name}.md" for name in ("methods", "mergekit", "modules", "moe", "batch", "cluster")),
     ],
 )
 def test_links_and_named_files_exist(page: str) -> None:

@@ -11,7 +11,9 @@ from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.open import Stores
 
-_HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "proj_out.weight")
+_WITH_PROJ_OUT = ("whisper", "moonshine")
+"""Models whose head is called so, by model_type."""
 _EMBEDDINGS = (
     "embed_tokens.weight",
     "wte.weight",
@@ -40,12 +42,18 @@ def find_embedding(names: Iterable[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def name_head(embedding: str) -> str:
+def name_head(embedding: str, model_type: object = None) -> str:
     """Return the name of the head for a checkpoint whose head was its embedding.
+
+    Args:
+        embedding: its name.
+        model_type: of the checkpoint, as config.json states it.
 
     >>> name_head("model.embed_tokens.weight"), name_head("gpt_neox.embed_in.weight")
     ('lm_head.weight', 'embed_out.weight')
     """
+    if model_type in _WITH_PROJ_OUT:
+        return "proj_out.weight"
     if embedding.endswith("embed_in.weight"):
         return "embed_out.weight"
     return "language_model.lm_head.weight" if embedding.startswith("language_model.") else "lm_head.weight"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source
@@ -124,12 +124,18 @@ class PartView(View):
 
 
 class RenamedView(View):
-    """A model whose names begin in another way: `old` is seen as `new` at the beginning of each."""
+    """A model whose names begin in another way."""
 
-    def __init__(self, below: View, old: str, new: str) -> None:
+    def __init__(self, below: View, changes: Mapping[str, str]) -> None:
+        """Look at a model under other names.
+
+        Args:
+            below: the model.
+            changes: beginnings of names, and what they are seen as; the longest one that fits counts.
+        """
         self.ref = below.ref
         self._below = below
-        self._old, self._new = old, new
+        self._changes = sorted(changes.items(), key=lambda change: -len(change[0]))
         self._stored = {self._rename(name): name for name in below.names()}
 
     def names(self) -> Collection[str]:
@@ -150,4 +156,34 @@ class RenamedView(View):
         return self._rename(self._below.seen(stored))
 
     def _rename(self, name: str) -> str:
-        return self._new + name.removeprefix(self._old) if name.startswith(self._old) else name
+        for old, new in self._changes:
+            if name.startswith(old):
+                return new + name[len(old) :]
+        return name
+
+
+class ModuleView(View):
+    """One module of a model: what else there is belongs to other modules, and is accounted for there."""
+
+    def __init__(self, below: View, holds: Callable[[str], bool]) -> None:
+        """Look at a module.
+
+        Args:
+            below: the whole model.
+            holds: tells by its name whether a tensor lies in the module.
+        """
+        self.ref = below.ref
+        self._below = below
+        self._names = dict.fromkeys(filter(holds, below.names()))
+
+    def names(self) -> Collection[str]:
+        """Return the names in the module."""
+        return self._names.keys()
+
+    def find(self, name: str) -> Source | None:
+        """Return a tensor of the module."""
+        return self._below.find(name) if name in self._names else None
+
+    def seen(self, stored: str) -> str:
+        """Return the name below."""
+        return self._below.seen(stored)

@@ -38,6 +38,8 @@ NOT_OF_ADAPTERS = {
     "base_model": "and no base takes part in that; leave it out, or leave `adapter` out and write MODEL+ADAPTER for a"
     " model",
     "slices": "module by module; list them under `models`",
+    "modules": "module by module; list them under `models`",
+    "copy_rest_from": "and adapters have no rest; leave it out",
     "tokenizer": "which gets the files of the first one; leave it out",
     "tokenizer_source": "which gets the files of the first one; leave it out",
     "chat_template": "which gets the files of the first one; leave it out",

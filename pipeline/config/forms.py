@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from raymerge.pipeline.config.merge_config import SliceSource
 from raymerge.pipeline.config.node import Place
-from raymerge.pipeline.messages import counted, listing
+from raymerge.pipeline.messages import counted
 
+WHOLE = ""
+"""Stands for the name of a module where `models` or `slices` are those of the whole model."""
+_DEFAULT = "default"
+"""mergekit's name for the only module of a model."""
 _FORMS = ("models", "slices", "modules")
 
 
-def find_body(root: Place) -> Place:
-    """Return where `models` or `slices` stand: at the top level, or in the only one of `modules`.
+def find_bodies(root: Place) -> Mapping[str, Place]:
+    """Return where `models` or `slices` stand: at the top level, or in each of `modules`, by the modules' names.
 
     Raises:
         ConfigError: there is none of them, or more than one.
@@ -20,19 +24,12 @@ def find_body(root: Place) -> Place:
     _check_form(root, _FORMS)
     modules = root.get("modules")
     if not modules:
-        return root
-    first, *others = modules.names()
-    if others:
-        raise modules.error(
-            f"{counted(1 + len(others), 'module')} are given ({listing(modules.names())}), and several are not"
-            " supported yet; write `models` or `slices`, which merge all tensors of a model"
-        )
-    body = modules.get(first)
-    body.check_keys(("models", "slices", "parameters"))
-    _check_form(body, _FORMS[:2])
-    if first != "default":
-        root.findings.notes.append(f"{body.path} is the only module, so it stands for the whole model")
-    return body
+        return {WHOLE: root}
+    bodies = {name: modules.get(name) for name in modules.names()}
+    for body in bodies.values():
+        body.check_keys(("models", "slices", "parameters"))
+        _check_form(body, _FORMS[:2])
+    return {WHOLE: bodies[_DEFAULT]} if bodies.keys() == {_DEFAULT} else bodies
 
 
 def _check_form(place: Place, forms: Sequence[str]) -> None:

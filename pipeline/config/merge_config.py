@@ -49,6 +49,23 @@ class OutputSlice:
 
 
 @dataclass(frozen=True, slots=True)
+class ModulePart:
+    """One entry of `modules`: what is merged in one module of the models, such as a vision tower."""
+
+    name: str
+    """As written: mergekit's name for the module, or the checkpoint's."""
+    models: tuple[ModelEntry, ...]
+    slices: tuple[OutputSlice, ...]
+    """Slices of the module's own layers; either these or `models` are there."""
+    parameters: Settings
+    """Of the module, and below them those of the whole merge."""
+    is_copied: bool
+    """Whether its only model is copied, because the method has nothing to merge it with."""
+    place: str
+    """Where it is written, for messages."""
+
+
+@dataclass(frozen=True, slots=True)
 class Expert:
     """A model whose MLPs become one expert in each layer."""
 
@@ -95,7 +112,7 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True)
 class MergeConfig:
-    """A merge as the YAML asks for it; exactly one of `models`, `slices` and `mixture` is there."""
+    """A merge as the YAML asks for it; exactly one of `models`, `slices`, `modules` and `mixture` is there."""
 
     op: Op
     """The merge method."""
@@ -137,6 +154,10 @@ class MergeConfig:
     """The mixture of experts that is made."""
     adapter: AdapterRule | None = None
     """The adapter that is made of adapters; None where the config says nothing of one."""
+    modules: tuple[ModulePart, ...] = ()
+    """Of models with several modules, those that the config names."""
+    copy_rest_from: ModelRef | None = None
+    """The model that gives config.json, tokenizer, names, and every tensor that none of the merged models has."""
 
     @property
     def method(self) -> str:
@@ -153,11 +174,14 @@ class MergeConfig:
 
     @property
     def referenced_models(self) -> tuple[ModelRef, ...]:
-        """Every model once: the base first, then in the order of the file."""
-        base = (self.base_model,) if self.base_model else ()
-        sources = (source.model for part in self.slices for source in part.sources)
-        experts = self.mixture.models if self.mixture else ()
-        return tuple(dict.fromkeys((*base, *(entry.model for entry in self.models), *sources, *experts)))
+        """Every model once: the one that the rest is copied from, the base, then in the order of the file."""
+        first = (model for model in (self.copy_rest_from, self.base_model) if model)
+        found = dict.fromkeys(first)
+        bodies: tuple[MergeConfig | ModulePart, ...] = (self, *self.modules)
+        for body in bodies:
+            found |= dict.fromkeys(entry.model for entry in body.models)
+            found |= dict.fromkeys(source.model for part in body.slices for source in part.sources)
+        return tuple(found | dict.fromkeys(self.mixture.models if self.mixture else ()))
 
     @property
     def input_models(self) -> tuple[ModelRef, ...]:

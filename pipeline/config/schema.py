@@ -81,14 +81,17 @@ def _make_merge(methods: Sequence[Op], statistics: Schema) -> Schema:
                 },
                 "slices": slices,
                 "modules": {
-                    "description": "The one module of the models, with its `models` or `slices`.",
+                    "description": "Modules of the models, such as `text_decoder`, each with its `models` or `slices`.",
                     "type": "object",
                     "minProperties": 1,
-                    "maxProperties": 1,
                     "additionalProperties": {
-                        **_object({"models": models, "slices": slices, "parameters": {"type": ["object", "null"]}}),
+                        **_object({"models": models, "slices": slices, "parameters": {}}),
                         "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
                     },
+                },
+                "copy_rest_from": {
+                    "description": "Gives config.json, tokenizer, and all tensors that none of the others has.",
+                    "anyOf": [{"type": "null"}, _ref("model")],
                 },
                 "base_model": {"$ref": "#/$defs/model", "description": "What the models were fine-tuned from."},
                 "parameters": {"description": "Of the method: for all models and tensors."},
@@ -288,13 +291,12 @@ def _make_condition(op: Op, keys: Iterable[str]) -> Schema:
     of_model = {"items": {"properties": {"parameters": _ref(f"{op.name}.model"), **not_taken}}}
     extra = 0 if op.base is Base.INPUT else 1  # the base may be listed, too
     limits = {} if op.max_models is None else {"maxItems": op.max_models + extra}
-    then: Schema = {
-        "properties": {
-            **everywhere,
-            "models": {**of_model, **limits},
-            "slices": {"items": {"properties": {**everywhere, "sources": {**of_model, **limits}}}},
-        }
+    body: Schema = {
+        **everywhere,
+        "models": {**of_model, **limits},
+        "slices": {"items": {"properties": {**everywhere, "sources": {**of_model, **limits}}}},
     }
+    then: Schema = {"properties": {**body, "modules": {"additionalProperties": {"properties": body}}}}
     needed = [p.name for p in op.parameters if not p.per_model and p.default is None]
     needs_base = op.base is Base.REQUIRED and not takes_first_as_base(op)
     of_models: list[Schema] = [{"anyOf": [{"required": ["base_model"]}, _HAS_ADAPTER]}] if needs_base else []

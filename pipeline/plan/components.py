@@ -113,6 +113,8 @@ def _check_config(config: MergeConfig) -> None:
     """Refuse what is done with language models only."""
     beyond = {
         "slices": config.slices,
+        "modules": config.modules,
+        "copy_rest_from": config.copy_rest_from,
         "a mixture of experts": config.mixture,
         "a tokenizer": config.vocabulary,
         "a chat template": config.chat_template,

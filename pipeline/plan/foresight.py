@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from raymerge import RaymergeError
 from raymerge.ops.kernel import Kernel
@@ -24,6 +25,10 @@ def guess_kernels(config: MergeConfig) -> Iterator[tuple[Kernel, int]]:
     """
     for step in config.steps:
         yield from guess_kernels(step)
+    for module in config.modules:
+        if not module.is_copied:
+            own = replace(config, models=module.models, slices=module.slices, parameters=module.parameters)
+            yield from guess_kernels(replace(own, modules=(), steps=()))
     if config.models:
         entries = [(entry.model, entry.parameters) for entry in config.entries]
         yield from _guess(config.op, entries, config.base_model, [config.parameters])

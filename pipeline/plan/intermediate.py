@@ -19,6 +19,7 @@ from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.plan.forms.form import Model
+from raymerge.pipeline.plan.forms.modules import settle_modules
 from raymerge.pipeline.plan.recipe import Recipe, expand
 from raymerge.pipeline.plan.resolve import COPY
 from raymerge.pipeline.plan.tokenizers import PlannedVocabulary, finish_config, plan_vocabulary
@@ -103,6 +104,8 @@ class MergeInputs:
     """Models, the donor first; another document's output has the files of its own donor."""
     models: tuple[Model, ...]
     """The same models, opened."""
+    config: MergeConfig
+    """The last document, with its modules settled."""
     warnings: tuple[str, ...] = ()
     """Warnings about the other documents; each begins with a document's name."""
     dropped: tuple[str, ...] = ()
@@ -135,8 +138,9 @@ def expand_steps(
     known = {model.ref: model for model in models}
     warnings: list[str] = []
     dropped: list[str] = []
-    for step in config.steps:
-        _check_usable(step)
+    for document in config.steps:
+        _check_usable(document)
+        step = settle_modules(document, known)
         refs = step.referenced_models
         opened = [known[ref] for ref in refs]
         planned = plan_vocabulary(stores, step, [files[ref] for ref in refs], opened, allowed_mem)
@@ -153,6 +157,7 @@ def expand_steps(
         dropped += [f"{ref}: {line}" for line in recipe.dropped]
         files[ref] = replace(files[refs[0]], model=ref, config=recipe.config, warnings=())
         known[ref] = _open(ref, recipe)
+    config = settle_modules(config, known)
     refs = config.referenced_models
     if config.mixture and refs[0] not in {model.ref for model in models}:
         raise ConfigError(
@@ -160,7 +165,7 @@ def expand_steps(
             " document; merge that by itself first, and name its directory here"
         )
     inputs = tuple(files[ref] for ref in refs), tuple(known[ref] for ref in refs)
-    return MergeInputs(*inputs, tuple(warnings), tuple(dropped))
+    return MergeInputs(*inputs, config, tuple(warnings), tuple(dropped))
 
 
 def list_sources(merge: TensorMerge) -> Iterator[Source]:

@@ -121,7 +121,7 @@ def expand(
     for model in models:
         _check_not_quantised(model)
         _check_gathered(model)
-    models, warnings = match_names(models, takes_parts=bool(config.models))
+    models, warnings = match_names(models, takes_parts=bool(config.models or config.modules or config.copy_rest_from))
     form = open_form(config, {model.ref: model for model in models}, make_gates, seed)
     form.warnings += warnings
     return expand_form(form, models, seed, vocabulary)
@@ -153,7 +153,7 @@ def expand_form(form: Form, models: Sequence[Model], seed: int, vocabulary: Voca
         lambda ref, name: form.explain_unused(form.models[ref], name),
     )
     unused, notes = _account_for_statistics(form, merges)
-    return Recipe(tuple(merges), out_config, tuple(warnings), (*dropped, *unused), notes)
+    return Recipe(tuple(merges), out_config, tuple(warnings), (*dropped, *unused), (*form.notes, *notes))
 
 
 def _account_for_statistics(form: Form, merges: Sequence[TensorMerge]) -> tuple[list[str], tuple[str, ...]]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from raymerge.pipeline.checkpoint.model_config import count_layers, list_sections
-from raymerge.pipeline.checkpoint.names import OTHER_SENSES, find_layers
+from raymerge.pipeline.checkpoint.modules import common_prefix, find_modules
+from raymerge.pipeline.checkpoint.names import OTHER_SENSES, find_layers, split_name
 from raymerge.pipeline.checkpoint.tying import is_head
 from raymerge.pipeline.checkpoint.views import PartView, RenamedView, View
 from raymerge.pipeline.plan.accounts import count_tensors
@@ -34,8 +35,9 @@ def match_names(models: Sequence[Model], *, takes_parts: bool) -> tuple[list[Mod
     """Have every model seen under the names of the first, where all of them differ in their beginning alone.
 
     torch.compile puts `_orig_mod.` before each name, a submodule that is saved by itself keeps its name in the whole,
-    and versions of transformers say `model.language_model.` for `model.`. A language model may also be among the
-    parts of a multimodal one, whose other tensors it lacks.
+    and versions of transformers say `model.language_model.` for `model.`, or change the names of several modules. A
+    language model may also be among the parts of a multimodal one, whose other tensors it lacks. How many layers each
+    has does not matter here.
 
     Args:
         models: the donor first.
@@ -47,15 +49,22 @@ def match_names(models: Sequence[Model], *, takes_parts: bool) -> tuple[list[Mod
     donor, *others = models
     matched, warnings = [donor], []
     for model in others:
-        wanted = _without_head(donor.view)
+        wanted = _find_kinds(donor.view)
         view = _rename(model.view, model, donor)
         how = _say_change(model, donor)
-        if wanted in (_without_head(model.view), _without_head(view)):
-            if wanted != _without_head(model.view):
+        if wanted in (_find_kinds(model.view), _find_kinds(view)):
+            if wanted != _find_kinds(model.view):
                 model = _look(model, view)
                 warnings.append(
                     f"{model.ref}: its {how}; all else is the same, and the tensors are matched by the rest"
                 )
+        elif changes := _find_changes(model, donor):
+            model = _look(model, RenamedView(model.view, changes))
+            said = ", ".join(f"{old!r} for {new!r}" for old, new in changes.items())
+            warnings.append(
+                f"{model.ref}: its modules are called otherwise than those of {donor.ref} ({said}); all else is the"
+                " same, and the tensors are matched by the rest"
+            )
         elif takes_parts and (extra := _find_extra(model, donor)):
             model = replace(_look(model, view), lacks=frozenset(extra))
             warnings.append(
@@ -68,7 +77,7 @@ def match_names(models: Sequence[Model], *, takes_parts: bool) -> tuple[list[Mod
             model = _look(model, _rename(part, model, donor))
             warnings.append(
                 f"{model.ref}: a multimodal model, of which only the language model is merged ({how}): {donor.ref}"
-                f" has nothing else; left out: {count_tensors(extra)}; to keep them, make {model.ref} the base_model"
+                f" has nothing else; left out: {count_tensors(extra)}; to keep them, add `copy_rest_from: {model.ref}`"
             )
         matched.append(model)
     return matched, warnings
@@ -107,6 +116,22 @@ def _find_change(model: Model, donor: Model) -> tuple[str, str]:
     return "".join(f"{part}." for part in old), "".join(f"{part}." for part in new)
 
 
+def _find_changes(model: Model, donor: Model) -> dict[str, str]:
+    """Return how the names of each module begin, and how the donor's do, if that is all that differs."""
+    ours, theirs = (find_modules(each.view.names(), each.layers) for each in (donor, model))
+    changes: dict[str, str] = {}
+    for module in theirs.found:
+        like = [each for each in ours.found if each.role == module.role and (module.role or each.name == module.name)]
+        if len(like) == 1:
+            old, new = (
+                common_prefix(name for name in all_names if each.match(name) and not is_head(name))
+                for each, all_names in ((module, theirs.names), (like[0], ours.names))
+            )
+            changes |= {old: new} if old != new else {}
+    is_same = changes and _find_kinds(RenamedView(model.view, changes)) == _find_kinds(donor.view)
+    return changes if is_same else {}
+
+
 def _say_change(model: Model, donor: Model) -> str:
     old, new = _find_change(model, donor)
     return (
@@ -119,7 +144,7 @@ def _say_change(model: Model, donor: Model) -> str:
 def _rename(view: View, model: Model, donor: Model) -> View:
     """Return a view of a model by the names that the donor would have for them."""
     old, new = _find_change(model, donor)
-    return RenamedView(view, old, new) if old != new and model.layers.main and donor.layers.main else view
+    return RenamedView(view, {old: new}) if old != new and model.layers.main and donor.layers.main else view
 
 
 def _look(model: Model, view: View) -> Model:
@@ -129,9 +154,9 @@ def _look(model: Model, view: View) -> Model:
 
 def _find_extra(part: Model, whole: Model) -> list[str]:
     """Return the tensors that a multimodal model has besides its language model; none where the other is not that."""
-    names, wanted = _without_head(_rename(part.view, part, whole)), _without_head(whole.view)
+    names, wanted = _find_kinds(_rename(part.view, part, whole)), _find_kinds(whole.view)
     inside = re.sub(r"[^.]+\.$", "", whole.layers.main)  # whatever lies beside the layers is part of the language model
-    extra = sorted(wanted - names)
+    extra = sorted(name for name in _without_head(whole.view) if _without_number(name) not in names)
     is_multimodal = any(OTHER_SENSES.search(key) for section in list_sections(whole.config) for key in section)
     is_part = inside and names <= wanted and all(name.startswith(inside) for name in names)
     is_whole = not any(name.startswith(inside) for name in extra)
@@ -141,3 +166,13 @@ def _find_extra(part: Model, whole: Model) -> list[str]:
 def _without_head(view: View) -> Set[str]:
     """Return a model's names but for the head, which a tied model may lack."""
     return {name for name in view.names() if not is_head(name)}
+
+
+def _find_kinds(view: View) -> Set[str]:
+    """Return a model's names but for the head, without the numbers of layers: how many there are is checked later."""
+    return {_without_number(name) for name in _without_head(view)}
+
+
+def _without_number(name: str) -> str:
+    split = split_name(name)
+    return name if split is None else f"{split.stack}*.{split.rest}"

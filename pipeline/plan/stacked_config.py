@@ -23,7 +23,7 @@ Origins = Sequence[tuple[Json, int]]
 
 _INDEX_LISTS = (
     "mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attention_layers", "fixed_layers",
-    "cross_attention_layers", "hybrid_layer_ids", "full_attn_idxs",
+    "cross_attention_layers", "hybrid_layer_ids", "full_attn_idxs", "fullatt_block_indexes", "deepstack_visual_indexes",
 )  # fmt: skip
 """Lists of layer numbers, as opposed to lists with one entry for each layer."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from raymerge import RaymergeError
-from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.config.merge_config import MergeConfig, ModulePart
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.types import MergePlan
 from raymerge.pipeline.plan.variants import VariantsDifferError, can_join
@@ -70,15 +70,13 @@ def make_batches(points: Sequence[SweepPoint], make: MakePlan, num_workers: int)
 
 def _find_kind(config: MergeConfig) -> Hashable:
     """Return what points of one batch have in common, as far as configs tell."""
-    slices = [
-        (part.base_model, [(source.model, source.layer_range) for source in part.sources]) for part in config.slices
-    ]
+    bodies: tuple[MergeConfig | ModulePart, ...] = (config, *config.modules)
     return repr(
         (
             config.op.name,
             config.base_model,
-            [entry.model for entry in config.models],
-            slices,
+            config.copy_rest_from,
+            [(body.name, _list_models(body)) for body in bodies],
             sorted(map(str, config.statistics.items())),
             config.vocabulary,
             (config.dtype, config.out_dtype, config.keep_float32, config.integers),
@@ -87,6 +85,14 @@ def _find_kind(config: MergeConfig) -> Hashable:
             [replace(step, text="") for step in config.steps],
         )
     )
+
+
+def _list_models(body: MergeConfig | ModulePart) -> Hashable:
+    """Return the models of a config, or of one of its modules, and the layers of each slice."""
+    slices = [
+        (part.base_model, [(source.model, source.layer_range) for source in part.sources]) for part in body.slices
+    ]
+    return repr(([entry.model for entry in body.models], slices, isinstance(body, ModulePart) and body.is_copied))
 
 
 def _plan_group(group: Sequence[SweepPoint], make: MakePlan, num_workers: int) -> list[Batch]:

@@ -157,27 +157,26 @@ def _enter(entry: Content, path: Path) -> Content:
     return settings
 
 
-def _find_body(content: Content) -> tuple[str, Content]:
-    """Return where models or slices stand: at the top, or in the one module."""
+def _list_bodies(content: Content) -> list[tuple[str, Content]]:
+    """Return where models or slices stand, at the top or in each module, with their paths."""
     modules = content.get("modules")
-    if isinstance(modules, dict) and len(modules) == 1:
-        name, body = next(iter(modules.items()))
-        if isinstance(body, dict):
-            return f"modules.{name}.", body
-    return "", content
+    if not isinstance(modules, dict):
+        return [("", content)]
+    return [(f"modules.{name}.", body) for name, body in modules.items() if isinstance(body, dict)]
 
 
 def _list_own(content: Content) -> Iterator[tuple[str, Content]]:
     """Yield the parameters that stand below the top level, with their paths."""
-    prefix, body = _find_body(content)
-    places: list[tuple[str, object]] = [] if body is content else [(prefix.removesuffix("."), body)]
-    for key in ("models", "slices"):
-        entries = body.get(key)
-        for k, entry in enumerate(entries if isinstance(entries, list) else ()):
-            places.append((f"{prefix}{key}[{k}]", entry))
-            sources = entry.get("sources") if isinstance(entry, dict) else None
-            for j, source in enumerate(sources if isinstance(sources, list) else ()):
-                places.append((f"{prefix}{key}[{k}].sources[{j}]", source))
+    places: list[tuple[str, object]] = []
+    for prefix, body in _list_bodies(content):
+        places += [] if body is content else [(prefix.removesuffix("."), body)]
+        for key in ("models", "slices"):
+            entries = body.get(key)
+            for k, entry in enumerate(entries if isinstance(entries, list) else ()):
+                places.append((f"{prefix}{key}[{k}]", entry))
+                sources = entry.get("sources") if isinstance(entry, dict) else None
+                for j, source in enumerate(sources if isinstance(sources, list) else ()):
+                    places.append((f"{prefix}{key}[{k}].sources[{j}]", source))
     for where, entry in places:
         if isinstance(entry, dict) and isinstance(entry.get("parameters"), dict):
             yield f"{where}.parameters", entry["parameters"]
@@ -185,16 +184,19 @@ def _list_own(content: Content) -> Iterator[tuple[str, Content]]:
 
 def _list_entries(content: Content, path: Path) -> list[tuple[str, list[object]]]:
     """Return the lists of models: that of the config, or the sources of each slice."""
-    prefix, body = _find_body(content)
-    models, slices = body.get("models"), body.get("slices")
-    if isinstance(models, list):
-        return [(f"{prefix}models", models)]
-    if isinstance(slices, list):
-        return [
-            (f"{prefix}slices[{k}].sources", part["sources"])
-            for k, part in enumerate(slices)
-            if isinstance(part, dict) and isinstance(part.get("sources"), list)
-        ]
+    found: list[tuple[str, list[object]]] = []
+    for prefix, body in _list_bodies(content):
+        models, slices = body.get("models"), body.get("slices")
+        if isinstance(models, list):
+            found.append((f"{prefix}models", models))
+        elif isinstance(slices, list):
+            found += [
+                (f"{prefix}slices[{k}].sources", part["sources"])
+                for k, part in enumerate(slices)
+                if isinstance(part, dict) and isinstance(part.get("sources"), list)
+            ]
+    if found:
+        return found
     raise ConfigError(f"{path.text}: the config lists no models that have numbers; leave the number out")
 
 

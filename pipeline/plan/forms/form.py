@@ -101,6 +101,7 @@ class Form(ABC):
         self.models = dict(models)
         self.donor = next(iter(models.values()))
         self.warnings: list[str] = []
+        self.notes: list[str] = []
 
     @staticmethod
     @abstractmethod
@@ -159,7 +160,8 @@ class Form(ABC):
         if not (all(model.is_tied for model in involved) and set(first) == set(last)):
             stored = (find_head(model.view.names()) for model in involved)
             embedding = find_embedding(involved[0].view.names()) if involved[0].is_tied else None
-            head = next((name for name in stored if name), name_head(embedding) if embedding else None)
+            new = name_head(embedding, self.donor.config.get("model_type")) if embedding else None
+            head = next((name for name in stored if name), new)
             if head is None:
                 return
         for model in involved:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from raymerge.pipeline.checkpoint.model_config import Json
+from raymerge.pipeline.checkpoint.modules import common_prefix
 from raymerge.pipeline.checkpoint.names import Layers, layer_position, split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.tying import is_head
@@ -18,7 +19,10 @@ from raymerge.pipeline.plan.forms.layer_kinds import check_layers, group_layers
 from raymerge.pipeline.plan.resolve import Scope
 from raymerge.pipeline.plan.stacked_config import set_no_prediction_layers, stack_layers
 
-_EMBEDDING_SIDE = ("embed", "wte", "wpe", "visual", "vision", "projector", "audio", "connector", "merger")
+_EMBEDDING_SIDE = (
+    "embed", "wte", "wpe", "visual", "vision", "projector", "audio", "connector", "merger", "conv", "patch", "pre_lay",
+    "norm_pre", "ln_pre",
+)  # fmt: skip
 """Words in names of tensors that come before the layers; what is neither here nor in a stack comes after them."""
 
 
@@ -76,6 +80,10 @@ class Slices(Form):
             return "layers in no slice"
         return "embeddings come from the first slice's models, final norm and head from the last slice's"
 
+    def list_spans(self) -> list[tuple[int, int]]:
+        """Return the layers of each slice's first source, half-open."""
+        return [self._span(part.sources[0]) for part in self.config.slices]
+
     def _scope(self, part: OutputSlice) -> Scope:
         return self.make_scope(part.base_model or self.config.base_model, (part.parameters,))
 
@@ -103,8 +111,12 @@ class Slices(Form):
         """Yield the tensors before or after the main stack; both lie at 0 on gradients, as in mergekit."""
         scope = self._scope(part)
         models = [self.models[source.model] for source in part.sources]
+        around = len(common_prefix(self.donor.view.names()))  # a vision tower says in all of its names that it is one
         names = dict.fromkeys(
-            name for model in models for name in model.view.names() if _is_outside(name, model.layers, after=after)
+            name
+            for model in models
+            for name in model.view.names()
+            if _is_outside(name, model.layers, around, after=after)
         )
         for name in names:
             inputs = tuple(Input(model.view, name, _settings_of(part, model.ref)) for model in models)
@@ -178,13 +190,20 @@ def _settings_of(part: OutputSlice, model: ModelRef) -> tuple[Settings, ...]:
     return tuple(source.parameters for source in part.sources if source.model == model)
 
 
-def _is_outside(name: str, layers: Layers, *, after: bool) -> bool:
-    """Tell whether a tensor stands before (or after) the main stack of layers."""
+def _is_outside(name: str, layers: Layers, around: int, *, after: bool) -> bool:
+    """Tell whether a tensor stands before (or after) the main stack of layers.
+
+    Args:
+        name: of the tensor.
+        layers: of its model.
+        around: length of what all names begin with.
+        after: whether to tell it of what stands after.
+    """
     if is_head(name):
         return after
     split = split_name(name)
     if split is not None and split.stack == layers.main:
         return False
     in_other_stack = split is not None and split.stack in layers.stacks
-    before = in_other_stack or any(word in name for word in _EMBEDDING_SIDE)
+    before = in_other_stack or any(word in name[around:] for word in _EMBEDDING_SIDE)
     return before != after

@@ -116,12 +116,17 @@ def test_has_every_key_of_a_training_run() -> None:
     assert find_problems(config | {"models": run | {"frist": 1}})
 
 
-def test_takes_one_module_and_no_more() -> None:
+def test_takes_modules() -> None:
     body = {key: value for key, value in SLERP.items() if key in ("slices", "parameters")}
-    config = {"merge_method": "slerp", "modules": {"default": body}}
+    config = {"merge_method": "slerp", "modules": {"text_decoder": body, "vision_tower": body}, "copy_rest_from": "a"}
     assert find_problems(config) == []
     load_config(config, strict=True)
-    wrong: tuple[dict[str, Any], ...] = ({}, {"a": body, "b": body}, {"a": {}}, {"a": body | {"layers": 1}})
+    wrong: tuple[dict[str, Any], ...] = (
+        {},
+        {"a": {}},
+        {"a": body | {"layers": 1}},
+        {"a": body, "b": body | {"parameters": {"weight": 1}}},
+    )
     for modules in wrong:
         assert find_problems(config | {"modules": modules}), modules
 

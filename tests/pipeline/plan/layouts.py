@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.config.reader import load_config
+from raymerge.pipeline.plan.forms.modules import settle_modules
 from raymerge.pipeline.plan.memory import Demand, Transfer
 from raymerge.pipeline.plan.recipe import Recipe, expand, open_model
 from raymerge.pipeline.plan.resolve import COPY
@@ -85,7 +87,7 @@ def stored_tensors(model: str, layout: Layout) -> dict[str, StoredTensor]:
     return tensors
 
 
-def expand_layouts(config: Mapping[str, Any], models: Mapping[str, Layout]) -> Recipe:
+def expand_layouts(config: Path | Mapping[str, Any], models: Mapping[str, Layout]) -> Recipe:
     """Return the recipe for a merge config over checkpoints of these names."""
     merge_config = load_config(config)
     checkpoints = [
@@ -97,7 +99,9 @@ def expand_layouts(config: Mapping[str, Any], models: Mapping[str, Layout]) -> R
         layout = models[str(checkpoint.model)]
         tensors = stored_tensors(str(checkpoint.model), layout)
         opened.append(open_model(checkpoint, tensors, has_own_head=layout.has_own_head))
-    return expand(merge_config, opened)
+    found = {model.ref: model for model in opened}
+    merge_config = settle_modules(merge_config, found)
+    return expand(merge_config, [found[ref] for ref in merge_config.referenced_models])
 
 
 def linear(*models: str, **more: Any) -> dict[str, Any]:

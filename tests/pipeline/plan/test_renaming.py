@@ -102,7 +102,7 @@ def test_a_language_model_and_the_one_in_a_multimodal_model(whole: Layout, part:
         recipe = expand_layouts(method, {"whole": whole, "part": part})
         assert set(by_name(recipe)) - {"lm_head.weight"} == set(part.shapes) - {"lm_head.weight"}
         assert all(len(merge.sources) == 2 for merge in recipe.merges)
-        assert any("make whole the base_model" in warning for warning in recipe.warnings)
+        assert any("add `copy_rest_from: whole`" in warning for warning in recipe.warnings)
         (line,) = recipe.dropped
         assert line.startswith(f"whole: {len(extra)} tensor")
         assert line.endswith("the output is a language model like part")
