@@ -386,3 +386,6 @@ def test_an_adapter_is_read_where_it_is(family: tuple[Path, ...], hub: HubServer
         "model.safetensors": True
     }
     assert "org/adapter" in (tmp_path / "there" / "README.md").read_text()
+    config = {"merge_method": "passthrough", "models": [{"model": "org/tuned1+org/adapter"}]}
+    (warning,) = plan(config).warnings
+    assert "the adapter was trained on 'org/base', and is put on org/tuned1" in warning

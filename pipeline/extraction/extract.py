@@ -25,9 +25,11 @@ from raymerge.pipeline.config.reference import parse_model_ref
 from raymerge.pipeline.errors import CheckpointError, ConfigError, OutputError
 from raymerge.pipeline.extraction.differences import Kind, Pair, is_changed, pair_tensors, read_differences, read_values
 from raymerge.pipeline.messages import counted, listing
+from raymerge.pipeline.output.journal import LOCK
 from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.recipe import open_model
 from raymerge.pipeline.stores.open import Stores, open_stores
+from raymerge.pipeline.stores.seam import Lock
 from raymerge.pipeline.stores.settings import Library, StoreSettings
 
 _KEPT_ELEMENTS = 2**26
@@ -110,6 +112,7 @@ def extract_lora(
     patterns = [_compile(pattern) for pattern in exclude]
     with open_stores(StoreSettings(storage)) as stores, tempfile.TemporaryFile(prefix="raymerge-") as spool:
         target = stores.at(str(out)).absolute(str(out))
+        stores.at(target).check_space(target, 0)  # says so where nothing can be written at all
         there = [name for name in stores.at(target).list(target) if name in (ADAPTER, ADAPTER_CONFIG)]
         if there:
             raise OutputError(f"{target}: {listing(there)} is there already; choose another directory, or delete it")
@@ -133,7 +136,8 @@ def extract_lora(
         ranks = {item.name.removesuffix(".weight"): item.rank for item in found if item.rank}
         is_turned = any(pair.kind is Kind.TURNED for pair in pairs)
         config = dump_adapter_config(base, ranks, whole, is_turned=is_turned)
-        nbytes = _write(stores, target, writer, config)
+        with stores.at(target).lock(f"{target}/{LOCK}", restart=True) as lock:  # makes a repository that is not there
+            nbytes = _write(stores, target, writer, config, lock)
     return Extraction(str(out), nbytes, tuple(found), len(pairs) - len(found))
 
 
@@ -229,7 +233,7 @@ def _complete(stores: Stores, pairs: Sequence[Pair], whole: Sequence[str], write
     return [pair.name for pair in missing]
 
 
-def _write(stores: Stores, target: str, writer: _Writer, config: str) -> int:
+def _write(stores: Stores, target: str, writer: _Writer, config: str, lock: Lock) -> int:
     """Write the adapter's files, the config last; return the size of the larger one."""
     storage = stores.at(target)
     ordered = sorted(writer.tensors, key=lambda stored: -DTYPES[stored.dtype].num_bits)
@@ -246,6 +250,7 @@ def _write(stores: Stores, target: str, writer: _Writer, config: str) -> int:
     except BaseException:
         file.abort()
         raise
+    lock.check()
     file.commit()
     storage.write(f"{target}/{ADAPTER_CONFIG}", config.encode(), exclusive=True)
     storage.publish(target, f"Extracted a LoRA adapter of {counted(len(ordered), 'tensor')}")

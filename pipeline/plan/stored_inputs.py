@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from raymerge.pipeline.checkpoint.adapters.adapter import Adapter, open_adapters
+from raymerge.pipeline.checkpoint.adapters.modules import names_other_model
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_models
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
@@ -20,6 +21,7 @@ from raymerge.pipeline.plan.recipe import open_model
 from raymerge.pipeline.plan.types import InputAdapter, InputModel
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.urls import repository_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ def open_inputs(stores: Stores, config: MergeConfig, allowed_mem: int, *, trust_
         for found in statistics
     }
     warnings = [warning for checkpoint in checkpoints for warning in checkpoint.warnings]
+    warnings += _warn_of_bases(checkpoints, adapters)
     own_heads: dict[tuple[str, str], bool] = {}
 
     def open_network(checkpoint: Checkpoint) -> Model:
@@ -128,3 +131,15 @@ def open_inputs(stores: Stores, config: MergeConfig, allowed_mem: int, *, trust_
     models = tuple(tuple(map(open_network, part.checkpoints)) for part in parts.merged)
     warnings += parts.warnings
     return StoredInputs(tuple(checkpoints), parts, models, statistics, adapters, tuple(warnings))
+
+
+def _warn_of_bases(checkpoints: Iterable[Checkpoint], adapters: Mapping[ModelRef, Adapter]) -> Iterator[str]:
+    """Yield a warning for each adapter that says that it was trained on another repository than it is put on."""
+    for checkpoint in checkpoints:
+        adapter = adapters[checkpoint.model.adapter] if checkpoint.model.adapter else None
+        repository = repository_of(checkpoint.url)
+        if adapter is not None and repository and names_other_model(adapter.config.base, repository):
+            yield (
+                f"{checkpoint.model}: the adapter was trained on {adapter.config.base!r:.200}, and is put on"
+                f" {repository}, of the same shapes; an update fits the weights that it was trained with alone"
+            )

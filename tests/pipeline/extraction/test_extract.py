@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from raymerge import RaymergeError, merge
 from raymerge.pipeline.errors import CheckpointError, ConfigError, OutputError, TensorMismatchError
 from raymerge.pipeline.extraction.extract import Extracted, extract_lora
 from raymerge.testing import read_model, write_model
+from tests.checkpoints import read_files
 from tests.commands import run_command
+from tests.servers.hub import HubServer
+from tests.servers.s3 import S3Server
+from tests.stored_models import download, upload
 
 torch.manual_seed(1)
 BASE = {
@@ -121,3 +126,42 @@ def test_the_command_says_how_near_it_comes(tmp_path: Path) -> None:
     done = run_command(*command)
     assert "model.layers.0.q_proj.weight: rank 1, error " in done.err
     assert "factors for 1 tensor, the largest error" in done.out
+
+
+def upload_models(tmp_path: Path, put: Callable[[str, Path], str]) -> tuple[str, str, dict[str, bytes]]:
+    """Return where a fine-tune and its base are uploaded to, and the files of the adapter that is extracted here."""
+    base, tuned = write_model(tmp_path / "base", BASE), write_model(tmp_path / "tuned", tune())
+    extract_lora(tuned, base, tmp_path / "here", rank=2)
+    return put("tuned", tmp_path / "tuned"), put("base", tmp_path / "base"), dict(read_files(tmp_path / "here"))
+
+
+@pytest.mark.slow
+def test_s3_to_s3(bucket: str, s3_server: S3Server, tmp_path: Path) -> None:
+    tuned, base, expected = upload_models(tmp_path, lambda name, path: upload(s3_server, bucket, name, path))
+    out = f"s3://{bucket}/adapter"
+    extract_lora(tuned, base, out, rank=2)
+    found = download(out)
+    assert found.keys() == expected.keys()
+    assert found["adapter_model.safetensors"] == expected["adapter_model.safetensors"]
+    with pytest.raises(OutputError, match="is there already"):
+        extract_lora(tuned, base, out, rank=2)
+
+
+@pytest.mark.slow
+def test_hub_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubServer(tmp_path / "hub") as hub:
+        hub.add_token("hf_writer", user="me", can_write=["me"])
+        for name, value in hub.environment(tmp_path).items():
+            monkeypatch.setenv(name, value)
+
+        def put(name: str, path: Path) -> str:
+            hub.create_repo(f"org/{name}")
+            hub.upload(f"org/{name}", dict(read_files(path)))
+            return f"org/{name}"
+
+        tuned, base, expected = upload_models(tmp_path, put)
+        extract_lora(tuned, base, "hf://me/adapter", rank=2)
+        found = hub.read_files("me/adapter")
+        assert found["adapter_model.safetensors"] == expected["adapter_model.safetensors"]
+        assert json.loads(found["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+        assert hub.leaked_tokens == []
