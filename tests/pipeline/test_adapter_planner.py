@@ -140,3 +140,14 @@ def test_no_more_memory_than_planned(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, *map(str, configs), str(tmp_path / "out"), "1GiB"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     assert found["used"] <= found["projected"] + SLACK_NBYTES
+
+
+def test_a_sweep_of_ranks_and_weights(tmp_path: Path, cli: Cli) -> None:
+    models = write_adapters(tmp_path, 2)
+    config = write_config(tmp_path / "merge.yml", with_models(CONFIGS["svd"], models))
+    outcome = cli("sweep", config, tmp_path / "out", "--set", "adapter.rank=1,3", "--set", "weight=0.5,1.0")
+    assert outcome.code == 0, outcome.err
+    merge(with_models(CONFIGS["svd"], models), tmp_path / "alone")
+    (point,) = (tmp_path / "out").glob("*rank-3*0.5")
+    name = "adapter_model.safetensors"
+    assert (point / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
