@@ -20,6 +20,10 @@ class Part(Protocol):
     def decoder(self) -> Decoder:
         """Decoder that turns the bytes into values."""
 
+    @property
+    def num_elements(self) -> int:
+        """Elements of the whole source."""
+
     def ranges(self, start: int, stop: int) -> Sequence[object]:
         """Return something for each piece of the bytes of elements [start, stop)."""
 
@@ -44,11 +48,20 @@ class Intermediate(Decoder):
     """The sources of the merge, in its order."""
     dtype: str
     """Dtype that the result is rounded to, as torch names it."""
+    num_whole: int = 0
+    """How many of the parts, the last ones, are needed whole for any block."""
 
     @property
     def grid(self) -> int:
-        """Elements of a block of the merge."""
-        return max(1, min(self.kernel.grid(self.site), self.site.num_elements))
+        """Elements of a block of the merge: all where a part is needed whole."""
+        num_elements = self.site.num_elements
+        return max(1, num_elements if self.num_whole else min(self.kernel.grid(self.site), num_elements))
+
+    def find_span(self, position: int, start: int, stop: int) -> tuple[int, int]:
+        """Return the elements of a part that elements [start, stop), which are whole blocks, are merged from."""
+        if position < len(self.parts) - self.num_whole:
+            return start, stop
+        return 0, self.parts[position].num_elements
 
     @property
     def num_passes(self) -> int:
@@ -69,7 +82,9 @@ class Intermediate(Decoder):
 
     def temporary_nbytes(self, num_elements: int) -> int:
         """Return the bytes that the most demanding source takes to decode a block."""
-        return max((part.decoder.temporary_nbytes(self.grid) for part in self.parts), default=0)
+        spans = (self.find_span(position, 0, self.grid) for position in range(len(self.parts)))
+        found = (part.decoder.temporary_nbytes(stop) for part, (_, stop) in zip(self.parts, spans, strict=True))
+        return max(found, default=0)
 
     def start(self) -> Decoder:
         """Return a decoder that measures first, and keeps the block that it has merged last."""
@@ -129,12 +144,10 @@ class _Run(Decoder):
         """Merge the blocks that hold the elements, but for those that the last call has left."""
         if not self._decoded.holds(start, stop):
             grid, num_elements = self._what.grid, self._what.site.num_elements
-            raws: list[Raw] = []
             for first in range(start // grid * grid, stop, grid):
                 last = min(first + grid, num_elements)
                 if not self._merged.holds(first, last):
-                    raws = raws or self._split(raw)
-                    self._merge(raws, first, last)
+                    self._merge(self._split(raw), first, last)
                 low, high = max(first, start), min(last, stop)
                 out[low - start : high - start].copy_(self._merged.values[low - first : high - first])
             self._decoded.keep(start, stop, out)
@@ -150,12 +163,18 @@ class _Run(Decoder):
 
     def _split(self, raw: Raw) -> list[Raw]:
         """Return each part's pieces of the whole blocks that hold what is there."""
-        start, stop = cover(raw.start, raw.stop, self._what.grid, self._what.site.num_elements)
-        raws, position = [], 0
-        for part in self._what.parts:
+        if (known := raw.memo.get("parts")) is not None:
+            found: list[Raw] = known
+            return found
+        what = self._what
+        bounds = cover(raw.start, raw.stop, what.grid, what.site.num_elements)
+        raws, first = [], 0
+        for position, part in enumerate(what.parts):
+            start, stop = what.find_span(position, *bounds)
             count = len(part.ranges(start, stop))
-            raws.append(Raw(raw.pieces[position : position + count], start, stop))
-            position += count
+            raws.append(Raw(raw.pieces[first : first + count], start, stop))
+            first += count
+        raw.memo["parts"] = raws
         return raws
 
     def _open(self, raws: Sequence[Raw], start: int, stop: int) -> _PartBlock:
@@ -164,7 +183,8 @@ class _Run(Decoder):
             device = next((piece.device for raw in raws for piece in raw.pieces), torch.device("cpu"))
             dtype, count = find_dtype(what.kernel.compute_dtype), 1 + what.kernel.num_scratch(what.site)
             self._room = [torch.empty(what.grid, dtype=dtype, device=device) for _ in range(count)]
-        return _PartBlock(start, stop, [room[: stop - start] for room in self._room], self._decoders, raws)
+        room = [scratch[: stop - start] for scratch in self._room]
+        return _PartBlock(start, stop, room, self._decoders, raws, len(raws) - self._what.num_whole)
 
 
 class _Kept:
@@ -199,14 +219,23 @@ class _PartBlock(Block):
     """One block of the parts."""
 
     def __init__(
-        self, start: int, stop: int, room: Sequence[torch.Tensor], decoders: Sequence[Decoder], raws: Sequence[Raw]
+        self,
+        start: int,
+        stop: int,
+        room: Sequence[torch.Tensor],
+        decoders: Sequence[Decoder],
+        raws: Sequence[Raw],
+        num_cut: int,
     ) -> None:
         self.start = start
         self.stop = stop
         self.out, *self.scratch = room
         self._decoders = decoders
         self._raws = raws
+        self._num_cut = num_cut
 
     def load(self, source: int, out: torch.Tensor) -> torch.Tensor:
         """Decode one part."""
-        return self._decoders[source].decode(self._raws[source], self.start, self.stop, out)
+        raw = self._raws[source]
+        start, stop = (self.start, self.stop) if source < self._num_cut else (raw.start, raw.stop)
+        return self._decoders[source].decode(raw, start, stop, out)

@@ -158,7 +158,7 @@ def merge_variants(
         targets = [check_target(stores, the_plan, k, out, overwrite=options.overwrite) for k, out in enumerate(outs)]
         workers = start_workers(stores, workers, [the_plan], targets, options, stack)
         measure = None
-        if any(config.mixture and config.mixture.needs_hidden_states for config in loaded):
+        if any(config.needs_measures for config in loaded):
             measure = partial(make, measures=True)
         return merge_planned(stores, the_plan, targets, options, narrator, workers, measure=measure, start=start)
 

@@ -9,29 +9,26 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from raymerge.pipeline.adapter_planner import find_adapters, make_adapter_plan
 from raymerge.pipeline.checkpoint.files import PIPELINE
 from raymerge.pipeline.checkpoint.model_config import dump_config
-from raymerge.pipeline.config.merge_config import MergeConfig, Mixture
+from raymerge.pipeline.checkpoint.tokenizer.tokenizer import TokenizerReader
+from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import AdapterGivenError, ConfigError
-from raymerge.pipeline.plan.chat_template import set_chat_template
-from raymerge.pipeline.plan.gates import Gates, RouterBase, make_gates
+from raymerge.pipeline.plan.directory import finish_directory, gather_files
 from raymerge.pipeline.plan.integers import check_integers
-from raymerge.pipeline.plan.intermediate import MergeInputs, check_rows, expand_steps
-from raymerge.pipeline.plan.out_files import Network, SideFile, Written
+from raymerge.pipeline.plan.intermediate import Planning, expand_steps
+from raymerge.pipeline.plan.out_files import Network, Written
 from raymerge.pipeline.plan.places import measure_places
 from raymerge.pipeline.plan.recipe import expand
 from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle
 from raymerge.pipeline.plan.shards import make_fingerprint, make_tasks
 from raymerge.pipeline.plan.shares import Limits, explain_shares
-from raymerge.pipeline.plan.side_files import gather_side_files
 from raymerge.pipeline.plan.stored_inputs import open_inputs
-from raymerge.pipeline.plan.token_numbers import warn_of_tokenizers
-from raymerge.pipeline.plan.tokenizers import finish_config, finish_files, plan_vocabulary
+from raymerge.pipeline.plan.tokenizers import finish_config, plan_vocabulary
 from raymerge.pipeline.plan.types import MergePlan, PlannedOutput, ShardTask
 from raymerge.pipeline.plan.variants import join_variants
 from raymerge.pipeline.runners import count_slots
@@ -92,31 +89,29 @@ def make_plan(
         return make_adapter_plan(stores, configs, outs, limits, seeds, session, adapters)
     doubts = [*stored.warnings]
     parts = stored.parts.merged
+    reader = TokenizerReader(stores, limits.allowed_mem)
+    plannings = [Planning(stores, seed, limits.allowed_mem, reader, measures) for seed in seeds]
     inputs = [
         [
-            expand_steps(stores, part.configure(config), part.checkpoints, models, seed, limits.allowed_mem)
+            expand_steps(planning, part.configure(config), part.checkpoints, models, stored.statistics_views)
             for part, models in zip(parts, stored.models, strict=True)
         ]
-        for config, seed in zip(configs, seeds, strict=True)
+        for config, planning in zip(configs, plannings, strict=True)
     ]
     whole = inputs[0][0]
     if not whole.checkpoints[0].prefix:
         configs = [each.config for (each,) in inputs]
         first = configs[0]
-    planned = plan_vocabulary(stores, first, whole.checkpoints, whole.models, limits.allowed_mem)
+    planned = plan_vocabulary(stores, first, whole.checkpoints, whole.models, reader, whole.others)
     vocabulary = planned.vocabulary if planned else None
     gates = [
-        None
-        if config.mixture is None
-        else cache(partial(_make_gates, stores, each[0], config.mixture, seed, limits.allowed_mem, measures=measures))
-        for config, each, seed in zip(configs, inputs, seeds, strict=True)
+        each[0].open_gates(planning, config) for each, planning, config in zip(inputs, plannings, configs, strict=True)
     ]
     recipes = [
         [expand(each.config, each.models, seed, vocabulary, found) for each in of_config]
         for config, of_config, found, seed in zip(configs, inputs, gates, seeds, strict=True)
     ]
     merges = join_variants([tuple(merge for recipe in of_parts for merge in recipe.merges) for of_parts in recipes])
-    check_rows(merges)
     check_integers(stores, merges)
     doubts += warn_of_rounding(stores, merges, first.keep_float32)
 
@@ -124,44 +119,33 @@ def make_plan(
     networks = tuple(Network(part.prefix, part.stem) for part in parts)
     tasks, num_workers, num_allowed = make_tasks(merges, limits, first.own, networks)
 
-    donor = stored.checkpoints[0] if stored.checkpoints[0].components else whole.checkpoints[0]
-    donors = [donor, *(checkpoint for checkpoint in stored.checkpoints if checkpoint.url != donor.url)]
-    beside, more_doubts, left_out = gather_side_files(stores, donors)
-    doubts += more_doubts
+    checkpoints = stored.checkpoints if stored.checkpoints[0].components else whole.checkpoints
+    donor = checkpoints[0]
+    gathered = gather_files(stores, first, checkpoints, planned, limits.allowed_mem)
+    doubts += gathered.warnings
     if planned is not None:
-        beside, more_doubts, more_left_out = finish_files(stores, planned, beside, donor)
-        left_out += more_left_out
-        doubts += [*planned.warnings, *planned.vocabulary.warn(), *more_doubts]
         doubts += [warning for (recipe,) in recipes for warning in finish_config(planned, recipe.config)]
-    else:
-        keeps_template = first.chat_template is None
-        doubts += warn_of_tokenizers(stores, donors, limits.allowed_mem, keeps_template=keeps_template)
     outputs = []
     notes = [note for config in configs for note in config.notes] + [*stored.parts.notes]
     notes += [note for recipe in recipes[0] for note in recipe.notes]
+    notes += [note for each in inputs for found in each for note in found.notes]
     notes += [note for found in gates if found and (note := found().note)]
     origin = "".join(config.op.origin for config in (*first.steps, first))
     for position, (config, of_parts, each) in enumerate(zip(configs, recipes, inputs, strict=True)):
-        files, doubts_here = beside, list[str]()
-        if config.chat_template is not None:
-            are_donors = planned is None or planned.is_donor
-            files, doubts_here, said = set_chat_template(
-                stores, config.chat_template, each[0].checkpoints, beside, are_donors=are_donors
-            )
-            notes += said
         texts = [dump_config(recipe.config) for recipe in of_parts]
         written = [Written(network.config, text) for network, text in zip(networks, texts, strict=True)]
         if donor.components:
             written.append(Written(PIPELINE, dump_config(donor.config)))
-        side_files: tuple[SideFile, ...] = (*files, *written)
-        fingerprint = make_fingerprint(tasks, side_files, position, origin)
+        directory = finish_directory(stores, config, each[0].checkpoints, planned, gathered, written)
+        notes += directory.notes
+        fingerprint = make_fingerprint(tasks, directory.files, position, origin)
         told = [
             f"{part.prefix[:-1]}: {warning}" if part.prefix else warning
             for part, recipe, found in zip(parts, of_parts, each, strict=True)
             for warning in (*found.warnings, *recipe.warnings)
         ]
-        warnings = (*config.warnings, *doubts, *doubts_here, *told)
-        outputs.append(PlannedOutput(config.text, seeds[position], side_files, warnings, fingerprint))
+        warnings = (*config.warnings, *doubts, *directory.warnings, *told)
+        outputs.append(PlannedOutput(config.text, seeds[position], directory.files, warnings, fingerprint))
     return MergePlan(
         own=first.own,
         tasks=tasks,
@@ -175,11 +159,15 @@ def make_plan(
         notes=tuple(dict.fromkeys(notes)),
         vocabulary=tuple(planned.vocabulary.describe()) if planned else (),
         advice=_advise(tasks, limits, num_allowed, session),
-        dropped=(
-            *(line for found in inputs[0] for line in found.dropped),
-            *(line for recipe in recipes[0] for line in recipe.dropped),
-            *stored.parts.left_out,
-            *left_out,
+        dropped=tuple(
+            dict.fromkeys(
+                (
+                    *(line for found in inputs[0] for line in found.dropped),
+                    *(line for recipe in recipes[0] for line in recipe.dropped),
+                    *stored.parts.left_out,
+                    *gathered.left_out,
+                )
+            )
         ),
         num_workers=num_workers,
         allowed_mem=limits.allowed_mem,
@@ -213,15 +201,6 @@ def _advise(
     if limits.gpus is not None and session is None and (faster := explain_gpus(tasks, limits.num_workers)):
         advice.append(faster)
     return tuple(advice)
-
-
-def _make_gates(
-    stores: Stores, inputs: MergeInputs, mixture: Mixture, seed: int, allowed_mem: int, *, measures: bool
-) -> Gates:
-    """Return the weights of a mixture's routers."""
-    model = inputs.models[0]
-    base = RouterBase(inputs.checkpoints[0], model.view, model.layers, model.width("hidden_size") or 0)
-    return make_gates(stores, mixture, base, seed, allowed_mem, measures=measures)
 
 
 def _describe_run(config: MergeConfig) -> tuple[str, ...]:

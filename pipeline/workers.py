@@ -66,7 +66,7 @@ def find_workers(
         task_mem = max(node.mem_nbytes for node in session.nodes) - RESERVED_MEM
         limits = replace(limits, num_workers=num_workers, task_mem=max(1, task_mem))
     elif limits.num_workers > 1 and not options.ray:
-        inputs = (model for config in configs for model in (*config.input_models, *config.statistics.values()))
+        inputs = (model for config in configs for model in (*config.input_models, *config.statistics_places))
         parts = (part for model in inputs for part in (model, model.adapter))
         models = [*dict.fromkeys(part.path for part in filter(None, parts))]
         hired = prepare_workers(

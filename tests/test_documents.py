@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from raymerge import merge, plan
 from raymerge.pipeline.errors import ConfigError
 from tests.checkpoints import read_files, read_tensors, write_family
-from tests.tokenized_models import TEXTS, byte_level, write_tokenized
-
-Documents = Mapping[str, dict[str, Any]]
-"""By name; the last one is the output, and has none in the file."""
+from tests.steps import check_same, entries, merge_separately, write
 
 
 @pytest.fixture
@@ -24,39 +19,6 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A tiny model and three fine-tunes, in the current directory."""
     monkeypatch.chdir(tmp_path)
     return [path.name for path in write_family(tmp_path, 3, dtype=torch.bfloat16, num_layers=3)]
-
-
-def write(documents: Documents, file: str = "merge.yml") -> str:
-    *steps, (_, last) = documents.items()
-    parts = [{"name": name, **document} for name, document in steps]
-    Path(file).write_text("---\n".join(yaml.safe_dump(part, sort_keys=False) for part in [*parts, last]))
-    return file
-
-
-def merge_separately(documents: Documents, **options: Any) -> Path:
-    """Merge one document after the other, each into a directory of its name; return the last one's."""
-    for name, document in documents.items():
-        merge(document, name, workers=1, **options)
-    return Path([*documents][-1])
-
-
-def check_same(documents: Documents, **options: Any) -> None:
-    merge(write(documents), "fused", **options)
-    expected = read_tensors(merge_separately(documents))
-    found = read_tensors(Path("fused"))
-    assert found.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(found[name], expected[name])]
-    assert different == []
-    config = [(Path(out) / "config.json").read_text() for out in ("fused", [*documents][-1])]
-    assert config[0] == config[1]
-
-
-def entries(*names: str, **parameters: list[Any]) -> list[dict[str, Any]]:
-    """Return entries of models, each with its value of each parameter."""
-    return [
-        {"model": name, "parameters": {key: values[k] for key, values in parameters.items()}}
-        for k, name in enumerate(names)
-    ]
 
 
 def source(name: str, start: int, stop: int) -> dict[str, Any]:
@@ -161,39 +123,6 @@ def test_what_others_use_replaces_no_output_and_no_input(
     with pytest.raises(ConfigError, match=problem):
         merge(file, out, workers=1, keep_intermediates="kept", overwrite=True)
     assert read_files(tmp_path) == before
-
-
-def test_a_tokenizer_that_all_models_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows beyond it are left out, in every document."""
-    monkeypatch.chdir(tmp_path)
-    tokenizer = byte_level(TEXTS[0], 270)
-    for seed, name in enumerate("abc"):
-        write_tokenized(tmp_path / name, seed, tokenizer, more_rows=10)
-    documents: dict[str, dict[str, Any]] = {
-        "one": {"merge_method": "nuslerp", "models": entries("a", "b", weight=[1, 2]), "tokenizer_source": "union"},
-        "last": {
-            "merge_method": "slerp",
-            "base_model": "one",
-            "models": entries("c"),
-            "parameters": {"t": 0.3},
-            "tokenizer": {"source": "base"},
-        },
-    }
-    check_same(documents)
-    assert read_tensors(Path("fused"))["lm_head.weight"].shape[0] == 270
-    rule = documents["one"].pop("tokenizer_source")
-    with pytest.raises(
-        ConfigError, match=r"one: the tokenizer .* and rows beyond these, give it the same `tokenizer`;"
-    ):
-        plan(write(documents))
-    documents["one"] |= {"tokenizer_source": rule, "chat_template": "chatml"}
-    assert plan(write(documents)).warnings == (
-        "one: chat_template: not in the output, because others use this document; write it in the last",
-    )
-    tokenizer.add_special_tokens(["<|im_start|>"])
-    write_tokenized(tmp_path / "b", 1, tokenizer)
-    with pytest.raises(ConfigError, match=r"^one: tokenizer_source gives tokens or rows that a does not"):
-        plan("merge.yml")
 
 
 @pytest.mark.slow

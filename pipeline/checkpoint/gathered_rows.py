@@ -12,7 +12,7 @@ from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange
 _FEW_RUNS, _LONG_RUN = 1000, 32
 """So many runs are worth no word, nor are runs of so many rows."""
 
-_PLACE_NBYTES = 3 * ALIGNMENT
+PLACE_NBYTES = 3 * ALIGNMENT
 """Taken for each row of a window to know where it lies. Measured with 150,000 rows of two sources: 60 to 100."""
 
 
@@ -91,4 +91,4 @@ class GatheredRows(Source):
         largest = max((len(mean) - 1 for mean in self.rows.means), default=0)
         extra = min(rows * largest, self.rows.num_extra)
         row_nbytes = max((part.max_nbytes(self.columns) for part in self.parts), default=0)
-        return (rows + extra) * (row_nbytes + _PLACE_NBYTES)
+        return (rows + extra) * (row_nbytes + PLACE_NBYTES)

@@ -124,7 +124,7 @@ def _find_of_directory(stores: Stores, checkpoint: Checkpoint) -> SideFiles:
         if name == CONFIG:
             text = json.dumps(checkpoint.config)
         else:
-            text = stores.at(checkpoint.url).read(files[name].url, _MAX_TEXT_NBYTES).decode(errors="replace")
+            text = stores.at(files[name].url).read(files[name].url, _MAX_TEXT_NBYTES).decode(errors="replace")
             sizes.append(files[name].nbytes)
             if not is_code and (safe := redact_json(text)) != text:
                 masked[name] = safe

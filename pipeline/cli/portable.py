@@ -60,7 +60,7 @@ def check_portable(config: MergeConfig, out: str, *, shared_filesystem: bool) ->
         ConfigError: it names paths of this machine, or has a credential in it.
     """
     parts = (part for model in config.input_models for part in (model, model.adapter))
-    models = (*filter(None, parts), *config.statistics.values())
+    models = (*filter(None, parts), *config.statistics_places)
     names = [out, *(model.path for model in models if not is_repository(model.path))]
     paths = [name for name in names if scheme_of(name) == "file"]
     if paths and not shared_filesystem:

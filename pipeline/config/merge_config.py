@@ -184,11 +184,25 @@ class MergeConfig:
         return tuple(found | dict.fromkeys(self.mixture.models if self.mixture else ()))
 
     @property
+    def statistics_places(self) -> tuple[ModelRef, ...]:
+        """Where statistics of models are, those of other documents included; each once."""
+        configs = (*self.steps, self)
+        return tuple(dict.fromkeys(place for config in configs for place in config.statistics.values()))
+
+    @property
+    def needs_measures(self) -> bool:
+        """Whether routers of a mixture take a pass through a model, or through a tensor of another document."""
+        mixtures = [config.mixture for config in (*self.steps, self) if config.mixture]
+        return any(each.needs_hidden_states or (each.needs_prompts and bool(self.steps)) for each in mixtures)
+
+    @property
     def input_models(self) -> tuple[ModelRef, ...]:
         """Every model that is read, once: in the place of another document's output, what that is made of."""
         outputs = {ModelRef(step.name): step for step in self.steps if step.name}
         found: dict[ModelRef, None] = {}
-        for model in self.referenced_models:
+        giver = self.vocabulary.source if self.vocabulary else None
+        tokenizers = (giver,) if isinstance(giver, ModelRef) and giver in outputs else ()
+        for model in (*self.referenced_models, *tokenizers):
             step = outputs.get(model)
             found |= dict.fromkeys([model] if step is None else replace(step, steps=self.steps).input_models)
         return tuple(found)

@@ -73,7 +73,9 @@ def list_steps(config: MergeConfig) -> list[MergeConfig]:
     """Return the documents that one uses, each as a config of its own with those that it uses itself."""
     found: dict[str, MergeConfig] = {}
     for step in config.steps:
-        names = [model.path for model in step.referenced_models if model.path in found]
+        giver = step.vocabulary.source if step.vocabulary else None
+        tokenizers = (giver,) if isinstance(giver, ModelRef) else ()
+        names = [model.path for model in (*step.referenced_models, *tokenizers) if model.path in found]
         needed = {each.name: each for name in names for each in (*found[name].steps, found[name])}
         plain = [replace(each, steps=()) for each in needed.values()]
         found[step.name or ""] = replace(step, steps=tuple(plain), text=config.text, own=config.own)
@@ -107,14 +109,19 @@ def _find_names(parts: Sequence[Part], document: Document) -> dict[str, int]:
 def _find_uses(part: Part, names: Mapping[str, int], document: Document) -> list[int]:
     """Return the positions of the documents that one uses."""
     uses = []
-    for model in part.config.referenced_models:
+    giver = part.config.vocabulary.source if part.config.vocabulary else None
+    tokenizers = (giver,) if isinstance(giver, ModelRef) and giver.path in names else ()
+    for model in dict.fromkeys((*part.config.referenced_models, *tokenizers)):
         place = part.mentions.get(model, part.root)
         if model.path in names:
             if model.revision is not None:
                 problem = f"{model.path} is a document, and has no revisions; leave {model.revision!r} out"
                 raise ConfigError(document.show(str(place.error(problem)), place.line))
             if model.adapter is not None:
-                problem = f"an adapter for the output of {model.path} is not supported yet; apply it to a model before"
+                problem = (
+                    f"an adapter for the output of {model.path} is not supported yet; apply it to a model before, or"
+                    f" merge that document by itself first: raymerge merge {model.path}.yml ./{model.path}"
+                )
                 raise ConfigError(document.show(str(place.error(problem)), place.line))
             uses.append(names[model.path])
         elif "/" not in model.path and not is_url(model.path) and not Path(model.path).is_dir():

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
-from raymerge.ops.decoder import Raw
-from raymerge.ops.lazy import np, torch
+from raymerge.ops.lazy import np
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import Source
+from raymerge.pipeline.checkpoint.values import stream_values
+from raymerge.pipeline.plan.merged_sources import MergedRows, MergedTensor
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.open import Stores
-
-_CHUNK_ELEMENTS = 2**16
-"""Elements decoded at once; the plan counts their memory."""
 
 
 def fill_padding(stores: Stores, task: ShardTask, on_read: Callable[[int], None]) -> ShardTask:
@@ -27,36 +26,36 @@ def fill_padding(stores: Stores, task: ShardTask, on_read: Callable[[int], None]
     Raises:
         FetchError: a range could not be read, or its file has changed.
     """
-    if not any(_needs_padding(source) for merge in task.merges for source in merge.sources):
-        return task
-    return replace(task, merges=tuple(_fill(stores, merge, on_read) for merge in task.merges))
+    fill = partial(_fill, stores, on_read)
+    merges = tuple(_fill_merge(merge, fill) for merge in task.merges)
+    return task if merges == task.merges else replace(task, merges=merges)
 
 
-def _fill(stores: Stores, merge: TensorMerge, on_read: Callable[[int], None]) -> TensorMerge:
-    sources: Sequence[Source] = [
-        replace(source, padding=_average(stores, source, on_read))
-        if isinstance(source, GatheredRows) and _needs_padding(source)
-        else source
-        for source in merge.sources
-    ]
-    return replace(merge, sources=tuple(sources))
+def _fill_merge(merge: TensorMerge, fill: Callable[[Source], Source]) -> TensorMerge:
+    """Return the merge itself where there is nothing to fill in."""
+    sources = tuple(fill(source) for source in merge.sources)
+    is_same = all(new is old for new, old in zip(sources, merge.sources, strict=True))
+    return merge if is_same else replace(merge, sources=sources)
 
 
-def _needs_padding(source: Source) -> bool:
-    return isinstance(source, GatheredRows) and source.rows.num_pad > 0 and not source.padding
+def _fill(stores: Stores, on_read: Callable[[int], None], source: Source) -> Source:
+    """Return a source with its padding, after that of what it is made of; itself where there is none."""
+    fill = partial(_fill, stores, on_read)
+    if isinstance(source, MergedTensor):
+        merge = _fill_merge(source.merge, fill)
+        return source if merge is source.merge else replace(source, merge=merge)
+    if isinstance(source, MergedRows):
+        source = replace(source, parts=tuple(fill(part) for part in source.parts))
+    if isinstance(source, GatheredRows | MergedRows) and source.rows.num_pad and not source.padding:
+        return replace(source, padding=_average(stores, source, on_read))
+    return source
 
 
-def _average(stores: Stores, source: GatheredRows, on_read: Callable[[int], None]) -> bytes:
+def _average(stores: Stores, source: GatheredRows | MergedRows, on_read: Callable[[int], None]) -> bytes:
     """Return the mean of the rows before the padding, as float32, added up in float64 row by row."""
-    columns, decoder = source.columns, source.decoder
+    columns = source.columns
     num_rows = source.rows.num_rows - source.rows.num_pad
     total = np.zeros(columns, np.float64)
-    step = max(1, _CHUNK_ELEMENTS // columns)
-    for row in range(0, num_rows, step):
-        start, stop = row * columns, min(num_rows, row + step) * columns
-        pieces = stores.read_ranges(list(source.ranges(start, stop)))
-        on_read(sum(map(len, pieces)))
-        raw = Raw([torch.frombuffer(bytearray(piece), dtype=torch.uint8) for piece in pieces], start, stop)
-        values = decoder.decode(raw, start, stop, torch.empty(stop - start))
+    for _, values in stream_values(stores, source, unit=columns, stop=num_rows * columns, on_read=on_read):
         total += values.numpy().reshape(-1, columns).sum(axis=0, dtype=np.float64)
     return (total / max(1, num_rows)).astype(np.float32).tobytes()

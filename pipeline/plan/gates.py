@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
+from raymerge.ops.intermediate import Intermediate
 from raymerge.ops.lazy import np
 from raymerge.ops.noise import draw_normal, draw_uniform
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
@@ -113,9 +114,13 @@ def make_gates(
             f" {embedding.shape[0]} rows; the tokenizer belongs to another model"
         )
     if mixture.gate_mode == "cheap_embed":
+        is_merged = isinstance(embedding.decoder, Intermediate)  # so that all of it is read
+        etag = _hash(mixture, embedding.identity, prompts) if is_merged else ""
+        if is_merged and not measures:
+            return Gates(np.zeros((1, len(experts), base.hidden_size), np.float32), etag)
         rows = read_rows(stores, embedding, sorted({token for prompt in prompts for token in prompt}))
         sums = np.stack([np.sum([rows[token] for token in prompt], axis=0) for prompt in prompts])[None]
-        return Gates(_aim(experts, texts, sums, is_sum=True))
+        return Gates(_aim(experts, texts, sums, is_sum=True), etag)
     request = _make_request(stores, base, embedding, prompts, takes_mean=mixture.gate_mode == "hidden_avg")
     _check_fits(mixture, base, request, allowed_mem)
     etag, note = _identify(mixture, request), _describe(base, request)
@@ -199,10 +204,14 @@ def _make_request(
 
 def _identify(mixture: Mixture, request: Request) -> str:
     """Return a hash of what decides hidden states, but for how processors round."""
-    experts = [(e.positive_prompts, e.negative_prompts) for e in (*mixture.experts, *mixture.shared_experts)]
     layers = [[[name, source.identity] for name, source in layer.items()] for layer in request.layers]
-    content = [mixture.gate_mode, experts, request.config, request.embedding.identity, layers, request.prompts]
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return _hash(mixture, request.config, request.embedding.identity, layers, request.prompts)
+
+
+def _hash(mixture: Mixture, *content: object) -> str:
+    """Return a hash of a mixture's prompts and of some JSON."""
+    experts = [(e.positive_prompts, e.negative_prompts) for e in (*mixture.experts, *mixture.shared_experts)]
+    return sha256(json.dumps([mixture.gate_mode, experts, *content], sort_keys=True).encode()).hexdigest()
 
 
 def normalize(vectors: Doubles) -> Doubles:

@@ -2,82 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
-from raymerge.ops.intermediate import Intermediate, cover
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
-from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
-from raymerge.pipeline.checkpoint.model_config import count_layers
+from raymerge.pipeline.checkpoint.files import CONFIG
+from raymerge.pipeline.checkpoint.model_config import count_layers, dump_config
 from raymerge.pipeline.checkpoint.names import find_layers
 from raymerge.pipeline.checkpoint.quantised import Quantisation
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
+from raymerge.pipeline.checkpoint.source import Source, StoredTensor
+from raymerge.pipeline.checkpoint.tokenizer.tokenizer import TokenizerReader
 from raymerge.pipeline.checkpoint.tying import is_tied
 from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.config.merge_config import MergeConfig
-from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.plan.directory import Directory, finish_directory, gather_files
 from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.forms.modules import settle_modules
+from raymerge.pipeline.plan.gates import MakeGates, RouterBase, make_gates
+from raymerge.pipeline.plan.merged_sources import MergedTensor
+from raymerge.pipeline.plan.out_files import Copied, Written
 from raymerge.pipeline.plan.recipe import Recipe, expand
 from raymerge.pipeline.plan.resolve import COPY
-from raymerge.pipeline.plan.tokenizers import PlannedVocabulary, finish_config, plan_vocabulary
+from raymerge.pipeline.plan.tokenizers import finish_config, plan_vocabulary
 from raymerge.pipeline.plan.types import TensorMerge
-from raymerge.pipeline.stores.files import ByteRange, aligned
 from raymerge.pipeline.stores.open import Stores
-
-
-@dataclass(frozen=True, slots=True)
-class MergedTensor(Source):
-    """A tensor of a document's output, merged from its own sources when it is decoded."""
-
-    model: str
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    merge: TensorMerge = field(repr=False)
-    """The merge that makes it."""
-
-    @property
-    def decoder(self) -> Intermediate:
-        """Decoder that merges."""
-        (variant,) = self.merge.variants
-        dtype = DTYPES[self.merge.written_dtype].torch_name
-        return Intermediate(variant.kernel, self.merge.site(variant), self.merge.sources, dtype)
-
-    @property
-    def origins(self) -> tuple[StoredTensor, ...]:
-        """The stored tensors of all sources."""
-        return tuple(dict.fromkeys(tensor for source in self.merge.sources for tensor in source.origins))
-
-    @property
-    def identity(self) -> Identity:
-        """The merge, and its sources."""
-        (variant,) = self.merge.variants
-        sources: Identity = [source.identity for source in self.merge.sources]
-        return ["merge", self.merge.name, self.merge.op, repr(variant.parameters), variant.seed, self.dtype, sources]
-
-    def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
-        """Return what the sources need for the whole blocks that hold the elements, source by source."""
-        first, last = cover(start, stop, self.decoder.grid, self.num_elements)
-        return tuple(piece for source in self.merge.sources for piece in source.ranges(first, last))
-
-    @property
-    def fixed_nbytes(self) -> int:
-        """Return that of the sources."""
-        return sum(source.fixed_nbytes for source in self.merge.sources)
-
-    def max_nbytes(self, num_elements: int) -> int:
-        """Return the room of the whole blocks that hold so many elements, wherever they begin."""
-        grid = self.decoder.grid
-        most = min(self.num_elements, (-(-num_elements // grid) + 1) * grid)
-        return sum(source.max_nbytes(most) for source in self.merge.sources)
-
-    def decoded_nbytes(self, num_elements: int) -> int:
-        """Return the room for the values, and for those that loops make of the sources."""
-        own = aligned(num_elements * DTYPES[self.merge.written_dtype].num_bits // 8)
-        return own + sum(source.decoded_nbytes(num_elements) for source in self.merge.sources)
 
 
 class MergedView(View):
@@ -97,127 +47,126 @@ class MergedView(View):
 
 
 @dataclass(frozen=True, slots=True)
+class Planning:
+    """What every document is planned with."""
+
+    stores: Stores
+    """Of the inputs."""
+    seed: int
+    """Of all merges."""
+    allowed_mem: int
+    """Of the merge, in bytes."""
+    reader: TokenizerReader
+    measures: bool
+    """Whether what takes a pass through a model is computed."""
+
+
+@dataclass(frozen=True, slots=True)
 class MergeInputs:
-    """The inputs of the last document: stored models, and outputs of the other documents."""
+    """The inputs of one document: stored models, and outputs of other documents."""
 
     checkpoints: tuple[Checkpoint, ...]
-    """Models, the donor first; another document's output has the files of its own donor."""
+    """Models, the donor first; an output of a document has the files that it would have if it were stored."""
     models: tuple[Model, ...]
     """The same models, opened."""
     config: MergeConfig
-    """The last document, with its modules settled."""
+    """The document, with its modules settled."""
+    others: tuple[Checkpoint, ...] = ()
+    """All outputs of documents before this one."""
     warnings: tuple[str, ...] = ()
     """Warnings about the other documents; each begins with a document's name."""
+    notes: tuple[str, ...] = ()
+    """Likewise."""
     dropped: tuple[str, ...] = ()
-    """Tensors that are in none of their outputs; each line begins with a document's name."""
+    """Tensors and files that are in none of their outputs; each line begins with a document's name."""
+
+    def open_gates(self, planning: Planning, config: MergeConfig) -> MakeGates | None:
+        """Return what makes the weights of routers; None for a document that makes no mixture."""
+        if config.mixture is None:
+            return None
+        model = self.models[0]
+        base = RouterBase(self.checkpoints[0], model.view, model.layers, model.width("hidden_size") or 0)
+        make = partial(make_gates, planning.stores, config.mixture, base, planning.seed, planning.allowed_mem)
+        return cache(partial(make, measures=planning.measures))
 
 
 def expand_steps(
-    stores: Stores,
+    planning: Planning,
     config: MergeConfig,
     checkpoints: Sequence[Checkpoint],
     models: Sequence[Model],
-    seed: int,
-    allowed_mem: int,
+    statistics: Mapping[ModelRef, View],
 ) -> MergeInputs:
     """Plan the documents that a config uses, and return the inputs of the last one.
 
     Args:
-        stores: of the inputs.
+        planning: what all are planned with.
         config: the last document.
-        checkpoints: the stored models.
+        checkpoints: the stored models of all documents, or one component of each.
         models: the same models, opened.
-        seed: of all merges.
-        allowed_mem: of the merge, in bytes.
+        statistics: of models, by the config's names for them.
 
     Raises:
-        ConfigError: another document uses an output for which that is not supported.
-        RaymergeError: as for `expand`.
+        RaymergeError: as for `expand`, and for the files of an output.
     """
     files = {checkpoint.model: checkpoint for checkpoint in checkpoints}
     known = {model.ref: model for model in models}
-    warnings: list[str] = []
-    dropped: list[str] = []
+    outputs: dict[ModelRef, Checkpoint] = {}
+    warnings, notes, dropped = list[str](), list[str](), list[str]()
     for document in config.steps:
-        _check_usable(document)
-        step = settle_modules(document, known)
-        refs = step.referenced_models
-        opened = [known[ref] for ref in refs]
-        planned = plan_vocabulary(stores, step, [files[ref] for ref in refs], opened, allowed_mem)
-        recipe = expand(step, opened, seed, planned.vocabulary if planned else None)
+        inputs = _find_inputs(document, files, known, outputs, statistics)
+        step = inputs.config
+        planned = plan_vocabulary(
+            planning.stores, step, inputs.checkpoints, inputs.models, planning.reader, inputs.others
+        )
+        gates = inputs.open_gates(planning, step)
+        recipe = expand(step, inputs.models, planning.seed, planned.vocabulary if planned else None, gates)
+        more = finish_config(planned, recipe.config) if planned else []
         ref = ModelRef(step.name or "")
-        warnings += [f"{ref}: {warning}" for warning in recipe.warnings]
-        if planned is not None:
-            _check_tokens(step, planned, recipe)
-            warnings += [f"{ref}: {warning}" for warning in finish_config(planned, recipe.config)]
-        if step.chat_template is not None:
-            warnings.append(
-                f"{ref}: chat_template: not in the output, because others use this document; write it in the last"
-            )
-        dropped += [f"{ref}: {line}" for line in recipe.dropped]
-        files[ref] = replace(files[refs[0]], model=ref, config=recipe.config, warnings=())
         known[ref] = _open(ref, recipe)
+        gathered = finished = Directory(())
+        donor = inputs.checkpoints[0]
+        files[ref] = replace(donor, model=ref, config=recipe.config, warnings=())
+        if not donor.prefix:  # what is beside the components of a pipeline is the donor's
+            gathered = gather_files(planning.stores, step, inputs.checkpoints, planned, planning.allowed_mem)
+            written = [Written(CONFIG, dump_config(recipe.config))]
+            finished = finish_directory(planning.stores, step, inputs.checkpoints, planned, gathered, written)
+            files[ref] = outputs[ref] = _keep_files(planning.stores, ref, recipe, finished)
+        found = (*gathered.warnings, *more, *finished.warnings, *recipe.warnings)
+        warnings += [f"{ref}: {warning}" for warning in found]
+        said = (*recipe.notes, *finished.notes, *((gates().note,) if gates else ()))
+        notes += [f"{ref}: {note}" for note in filter(None, said)]
+        dropped += [f"{ref}: {line}" for line in (*recipe.dropped, *gathered.left_out)]
+    inputs = _find_inputs(config, files, known, outputs, statistics)
+    return replace(inputs, warnings=tuple(warnings), notes=tuple(notes), dropped=tuple(dropped))
+
+
+def _find_inputs(
+    config: MergeConfig,
+    files: Mapping[ModelRef, Checkpoint],
+    known: Mapping[ModelRef, Model],
+    outputs: Mapping[ModelRef, Checkpoint],
+    statistics: Mapping[ModelRef, View],
+) -> MergeInputs:
+    """Return the inputs of a document, each with the statistics that it names for it."""
     config = settle_modules(config, known)
     refs = config.referenced_models
-    if config.mixture and refs[0] not in {model.ref for model in models}:
-        raise ConfigError(
-            f"base_model: the routers of a mixture of experts are made from a model that is stored, and {refs[0]} is a"
-            " document; merge that by itself first, and name its directory here"
-        )
-    inputs = tuple(files[ref] for ref in refs), tuple(known[ref] for ref in refs)
-    return MergeInputs(*inputs, config, tuple(warnings), tuple(dropped))
+    places = [config.statistics.get(ref) for ref in refs]
+    models = [
+        replace(known[ref], statistics=statistics[place] if place else None)
+        for ref, place in zip(refs, places, strict=True)
+    ]
+    return MergeInputs(tuple(files[ref] for ref in refs), tuple(models), config, tuple(outputs.values()))
 
 
-def list_sources(merge: TensorMerge) -> Iterator[Source]:
-    """Yield the sources of a merge, each before the sources that it is merged from itself."""
-    for source in merge.sources:
-        yield source
-        if isinstance(source, MergedTensor):
-            yield from list_sources(source.merge)
-
-
-def check_rows(merges: Iterable[TensorMerge]) -> None:
-    """Refuse outputs of documents whose rows would be put in another order.
-
-    Raises:
-        ConfigError: there are some.
-    """
-    for merge in merges:
-        for source in merge.sources:
-            parts = source.parts if isinstance(source, GatheredRows) else ()
-            if merged := next((part for part in parts if isinstance(part, MergedTensor)), None):
-                raise ConfigError(
-                    f"{merged.model}: the tokenizer that is asked for has other rows than this document's output, which"
-                    " is not supported yet; if its models have the same tokens, and rows beyond these, give it the same"
-                    " `tokenizer`; otherwise merge it by itself first, and name its directory in the last document"
-                )
-
-
-def _check_usable(step: MergeConfig) -> None:
-    """Refuse a document whose output is more than merged tensors, and is to be used by others."""
-    beyond = {
-        f"{step.op.name} takes statistics of models": step.statistics,
-        "a mixture of experts is made": step.mixture,
+def _keep_files(stores: Stores, ref: ModelRef, recipe: Recipe, directory: Directory) -> Checkpoint:
+    """Return a document's output as a checkpoint: its files are where they are copied from, or kept in memory."""
+    url = f"inline://{ref.path}"
+    files = {
+        file.name: file.source if isinstance(file, Copied) else stores.put(url, file.name, file.text.encode())
+        for file in directory.files
     }
-    for what, is_so in beyond.items():
-        if is_so:
-            raise ConfigError(
-                f"{step.name}: {what}, and other documents use the output, which is not supported yet; merge this"
-                " document by itself first, and name its directory in the others"
-            )
-
-
-def _check_tokens(step: MergeConfig, planned: PlannedVocabulary, recipe: Recipe) -> None:
-    """Refuse a document whose tokenizer or rows are not those of its first model, but for rows beyond the tokens."""
-    has_other_rows = any(isinstance(source, GatheredRows) for merge in recipe.merges for source in merge.sources)
-    if has_other_rows or planned.vocabulary.tokens.is_changed or not planned.is_donor:
-        assert step.vocabulary is not None
-        where, first = step.vocabulary.path, step.referenced_models[0]
-        raise ConfigError(
-            f"{step.name}: {where} gives tokens or rows that {first} does not have, or"
-            " not in this order, and other documents use the output, which is not supported yet; merge this document by"
-            " itself first, and name its directory in the others"
-        )
+    return Checkpoint(ref, url, recipe.config, (), dict(sorted(files.items())))
 
 
 def _open(ref: ModelRef, recipe: Recipe) -> Model:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from raymerge.pipeline.checkpoint.files import CONFIG, index_of
 from raymerge.pipeline.stores.files import StoredFile
+from raymerge.pipeline.stores.inline import InlineFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,11 @@ class Written:
 
 SideFile = Copied | Written
 """A file of the output that is no shard."""
+
+
+def carry(name: str, file: StoredFile) -> SideFile:
+    """Return a file of an input as one of the output, under a name: what is stored nowhere is written."""
+    return Written(name, file.content.decode()) if isinstance(file, InlineFile) else Copied(name, file)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from raymerge.pipeline.checkpoint.names import (
 from raymerge.pipeline.checkpoint.quantised import find_quantisation
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
 from raymerge.pipeline.checkpoint.tying import find_embedding, is_head, is_tied
-from raymerge.pipeline.checkpoint.views import StoredView, View
+from raymerge.pipeline.checkpoint.views import StoredView
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import CheckpointError, TensorMismatchError
 from raymerge.pipeline.messages import counted, listing
@@ -57,7 +57,6 @@ def open_model(
     tensors: Mapping[str, StoredTensor],
     *,
     has_own_head: bool = False,
-    statistics: View | None = None,
     adapter: Adapter | None = None,
 ) -> Model:
     """Return a model as it is stored, with an adapter if there is one.
@@ -66,7 +65,6 @@ def open_model(
         checkpoint: its files and config.json.
         tensors: its tensors by name.
         has_own_head: whether a stored head has other values than the embedding that it is said to be.
-        statistics: those of its tensors, for a method that takes some.
         adapter: applied to it.
 
     Raises:
@@ -79,7 +77,7 @@ def open_model(
     tied = is_tied(checkpoint.config, tensors, has_own_head=has_own_head)
     quantisation = find_quantisation(checkpoint.config, checkpoint.files, tensors)
     view = StoredView(checkpoint.model, tensors)
-    model = Model(view, checkpoint.config, layers, tied, tuple(tensors), quantisation, statistics)
+    model = Model(view, checkpoint.config, layers, tied, tuple(tensors), quantisation)
     if adapter is None:
         return model
     _check_not_quantised(model)

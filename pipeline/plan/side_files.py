@@ -11,7 +11,7 @@ from raymerge.pipeline.checkpoint.side_files import explain_left_out, find_side_
 from raymerge.pipeline.checkpoint.weights import read_json
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.components import compare_fields
-from raymerge.pipeline.plan.out_files import Copied, SideFile, Written
+from raymerge.pipeline.plan.out_files import Copied, SideFile, Written, carry
 from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
@@ -24,9 +24,9 @@ def gather_side_files(stores: Stores, checkpoints: Sequence[Checkpoint]) -> tupl
     """Return the donor's files that an output gets besides weights, warnings, and lines on the files left out."""
     donor, *others = checkpoints
     found = find_side_files(stores, donor)
-    copied = [Copied(name, file) for name, file in found.copied if name not in QUANTISED_FILES]
-    _check_readable(stores, copied)
-    side_files: list[SideFile] = [*copied, *(Written(name, text) for name, text in found.masked)]
+    carried = [carry(name, file) for name, file in found.copied if name not in QUANTISED_FILES]
+    _check_readable(stores, [file for file in carried if isinstance(file, Copied)])
+    side_files: list[SideFile] = [*carried, *(Written(name, text) for name, text in found.masked)]
     warnings = _compare_components(stores, donor, others)
     warnings += [f"{donor.model}: {name} holds a credential, which the output gets as ***" for name, _ in found.masked]
     part = stores.at(donor.url).explain_part(donor.url)

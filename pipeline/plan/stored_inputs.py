@@ -12,7 +12,7 @@ from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.statistics import StatisticsFiles, find_statistics, index_statistics
 from raymerge.pipeline.checkpoint.tying import has_own_head
-from raymerge.pipeline.checkpoint.views import StoredView
+from raymerge.pipeline.checkpoint.views import StoredView, View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.plan.components import Parts, pair_components
 from raymerge.pipeline.plan.forms.form import Model
@@ -35,6 +35,8 @@ class StoredInputs:
     models: tuple[tuple[Model, ...], ...]
     """The networks of each part, opened."""
     statistics: Sequence[StatisticsFiles]
+    statistics_views: Mapping[ModelRef, View]
+    """The same statistics, opened, by the config's names for them."""
     adapters: Mapping[ModelRef, Adapter]
     warnings: tuple[str, ...]
 
@@ -89,8 +91,7 @@ def open_inputs(stores: Stores, config: MergeConfig, allowed_mem: int, *, trust_
 
     checkpoints = resolve_models(stores, config.input_models, trust_headers=trust_headers)
     parts = pair_components(config, checkpoints)
-    places = tuple(dict.fromkeys(config.statistics.values()))
-    statistics = find_statistics(stores, places, {c.url: c.model for c in checkpoints})
+    statistics = find_statistics(stores, config.statistics_places, {c.url: c.model for c in checkpoints})
     weights = {str(c.model.without_adapter): c.weight_files for c in checkpoints}
     table = read_table(stores, weights, check)
     statistics_table = read_table(stores, {str(found.ref): found.files for found in statistics}, check)
@@ -119,18 +120,16 @@ def open_inputs(stores: Stores, config: MergeConfig, allowed_mem: int, *, trust_
         key = alone, checkpoint.prefix
         if key not in own_heads:
             own_heads[key] = has_own_head(stores, checkpoint.config, stored)
-        place = config.statistics.get(checkpoint.model)
         return open_model(
             checkpoint,
             stored,
             has_own_head=own_heads[key],
-            statistics=None if place is None else views[place],
             adapter=adapters[checkpoint.model.adapter] if checkpoint.model.adapter else None,
         )
 
     models = tuple(tuple(map(open_network, part.checkpoints)) for part in parts.merged)
     warnings += parts.warnings
-    return StoredInputs(tuple(checkpoints), parts, models, statistics, adapters, tuple(warnings))
+    return StoredInputs(tuple(checkpoints), parts, models, statistics, views, adapters, tuple(warnings))
 
 
 def _warn_of_bases(checkpoints: Iterable[Checkpoint], adapters: Mapping[ModelRef, Adapter]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from raymerge.pipeline.config.tokenizer import VocabularyRule
 from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.forms.form import Model
-from raymerge.pipeline.plan.out_files import Copied, SideFile, Written
+from raymerge.pipeline.plan.out_files import SideFile, Written, carry
 from raymerge.pipeline.plan.vocabulary import Vocabulary, has_token_rows
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
@@ -45,7 +45,12 @@ class PlannedVocabulary:
 
 
 def plan_vocabulary(
-    stores: Stores, config: MergeConfig, checkpoints: Sequence[Checkpoint], models: Sequence[Model], allowed_mem: int
+    stores: Stores,
+    config: MergeConfig,
+    checkpoints: Sequence[Checkpoint],
+    models: Sequence[Model],
+    reader: TokenizerReader,
+    others: Sequence[Checkpoint] = (),
 ) -> PlannedVocabulary | None:
     """Return the vocabulary that a config asks for; None where it does not.
 
@@ -54,7 +59,8 @@ def plan_vocabulary(
         config: of the merge.
         checkpoints: the donor's first.
         models: the same ones, opened.
-        allowed_mem: of the merge, in bytes.
+        reader: of tokenizers.
+        others: outputs of documents, which may give the tokenizer, too.
 
     Raises:
         CheckpointError: a model has no tokenizer, or one that is malformed or of a kind that is not read.
@@ -65,7 +71,6 @@ def plan_vocabulary(
     rule = config.vocabulary
     if rule is None:
         return None
-    reader = TokenizerReader(stores, allowed_mem)
     donor = checkpoints[0]
     found = {c.model: reader.read(c.model, c.files) for c in checkpoints}
     base = found[donor.model]
@@ -76,7 +81,7 @@ def plan_vocabulary(
     giver, files, giver_config = donor.model, donor.files, donor.config
     first = base
     if isinstance(rule.source, ModelRef):
-        giver, files, giver_config, first = _open_giver(stores, rule, checkpoints, found, reader)
+        giver, files, giver_config, first = _open_giver(stores, rule, (*checkpoints, *others), reader)
     assert first is not None
     base = base or first
     tokenizers = {ref: tokenizer or base for ref, tokenizer in found.items()}
@@ -114,7 +119,7 @@ def finish_files(
         if planned.is_donor or not is_of_tokenizer(file.name):
             found[file.name] = file
     if not planned.is_donor:
-        found |= {name: Copied(name, file) for name, file in planned.files.items() if is_of_tokenizer(name)}
+        found |= {name: carry(name, file) for name, file in planned.files.items() if is_of_tokenizer(name)}
     found |= {name: Written(name, text) for name, text in written.items()}
     left_out = [f"{planned.giver}: {listing(stale)}: tokens that the output does not have"] if stale else []
     for name in stale:
@@ -148,14 +153,13 @@ def _open_giver(
     stores: Stores,
     rule: VocabularyRule,
     checkpoints: Sequence[Checkpoint],
-    found: Mapping[ModelRef, Tokenizer | None],
     reader: TokenizerReader,
 ) -> tuple[ModelRef, Mapping[str, StoredFile], Json, Tokenizer]:
     """Return the model that gives the tokenizer, which need not be one of those that are merged."""
     assert isinstance(rule.source, ModelRef)
     for checkpoint in checkpoints:
         if checkpoint.model == rule.source:
-            files, config, tokenizer = checkpoint.files, checkpoint.config, found[rule.source]
+            files, config = checkpoint.files, checkpoint.config
             break
     else:
         try:
@@ -164,7 +168,7 @@ def _open_giver(
             raise ConfigError(f"{rule.path}: {error}; write `union`, `base`, or a model with a tokenizer") from error
         files = {name: file for name, file in stores.at(url).list(url).items() if not is_hidden(name)}
         config = read_object(files[CONFIG].url, _read(stores, files[CONFIG])) if CONFIG in files else {}
-        tokenizer = reader.read(rule.source, files)
+    tokenizer = reader.read(rule.source, files)
     if tokenizer is None:
         raise CheckpointError(f"{rule.path}: {rule.source} has no tokenizer; name a model that has one")
     return rule.source, files, config, tokenizer

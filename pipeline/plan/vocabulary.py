@@ -19,6 +19,7 @@ from raymerge.pipeline.checkpoint.tokenizer.union import OutTokenizer
 from raymerge.pipeline.config.tokenizer import TokenRow, VocabularyRule
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.messages import counted, escaped, listing
+from raymerge.pipeline.plan.merged_sources import MergedRows, MergedTensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -304,7 +305,8 @@ class Vocabulary:
             [[(new[part], there) for part, there in means[k]] for k in taken],
         )
         shape = (self.num_rows, *source.shape[1:])
-        return GatheredRows(source.model, source.name, source.dtype, shape, members, rows)
+        kind = MergedRows if any(isinstance(part, MergedTensor) for part in members) else GatheredRows
+        return kind(source.model, source.name, source.dtype, shape, members, rows)
 
 
 def _check_parts(name: str, parts: Sequence[tuple[ModelRef, Source]]) -> None:

@@ -286,7 +286,7 @@ def _sum_up(report: SweepReport) -> SweepDone:
 
 
 def _needs_measuring(batch: Batch) -> bool:
-    return any(point.config.mixture and point.config.mixture.needs_hidden_states for point in batch.points)
+    return any(point.config.needs_measures for point in batch.points)
 
 
 def _list_parents(recipe: Recipe, names: Sequence[str]) -> tuple[Parent, ...]:

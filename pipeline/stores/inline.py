@@ -1,4 +1,4 @@
-"""Files that are part of a plan: weights that planning has worked out, such as a router's."""
+"""Files that planning has worked out: weights that go where the plan goes, and small files of documents' outputs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from raymerge.pipeline.stores.seam import Lock, Storage, Writer
 
 INLINE_URL = "inline://plan"
 """The URL of all of them: they lie nowhere, and are told apart by their etags."""
+
+
+_SHOWN = 12
+"""Digits of a hash that tell contents apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +40,22 @@ def make_file(content: bytes, etag: str = "") -> InlineFile:
 class InlineStorage(Storage):
     """Reads `InlineFile`s, and nothing else."""
 
+    def __init__(self) -> None:
+        self._files: dict[str, InlineFile] = {}
+
+    def add(self, directory: str, name: str, content: bytes) -> InlineFile:
+        """Return a file that is found by its URL from now on; one of other content has another URL."""
+        digest = sha256(content).hexdigest()
+        url = f"{directory}/{digest[:_SHOWN]}/{name}"
+        return self._files.setdefault(url, InlineFile(url, len(content), digest, content))
+
     def absolute(self, url: str) -> str:  # noqa: D102
         return url
 
     def stat(self, url: str) -> StoredFile:  # noqa: D102
-        raise FileNotFoundError(f"{url}: no file; its content is in the plan alone")
+        if url not in self._files:
+            raise FileNotFoundError(f"{url}: no file; its content is in the plan alone")
+        return self._files[url]
 
     def list(self, url: str) -> Mapping[str, StoredFile]:  # noqa: D102
         return {}

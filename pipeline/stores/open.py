@@ -33,7 +33,8 @@ class Stores:
         """It holds at most what the plan gives to the workers that run at once in this process."""
         self._lock = ThreadLock()
         self._storages: dict[str, Storage] = {}
-        self._known: dict[str, Storage] = {INLINE_URL: InlineStorage()}
+        self._inline = InlineStorage()
+        self._known: dict[str, Storage] = {INLINE_URL: self._inline}
 
     def __reduce__(self) -> tuple[type[Stores], tuple[StoreSettings, tuple[str, ...]]]:
         return Stores, (self.settings, self.faults.reached)
@@ -55,6 +56,12 @@ class Stores:
                 self._storages[scheme] = self._build(scheme)
             storage = self._known[url] = self._storages[scheme]
             return storage
+
+    def put(self, directory: str, name: str, content: bytes) -> StoredFile:
+        """Return a small file that is kept in memory as long as these stores are, below a URL that no store serves."""
+        file = self._inline.add(directory, name, content)
+        self._known[directory] = self._known[file.url] = self._inline
+        return file
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> tuple[bytes, ...]:
         """Return the content of some small ranges, in their order; those of one storage are read together.

@@ -95,7 +95,8 @@ def choose_template(templates: Sequence[str | None]) -> int | None:
 
 
 def _read(stores: Stores, checkpoint: Checkpoint, name: str) -> str:
-    return stores.at(checkpoint.url).read(checkpoint.files[name].url, _MAX_NBYTES).decode(errors="replace")
+    url = checkpoint.files[name].url
+    return stores.at(url).read(url, _MAX_NBYTES).decode(errors="replace")
 
 
 def _parse(text: str, url: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.adapted import find_coefficients
 from raymerge.pipeline.plan.adapters.checks import check_updates
 from raymerge.pipeline.plan.adapters.factor_pair import FactorPair
-from raymerge.pipeline.plan.intermediate import MergedTensor
+from raymerge.pipeline.plan.merged_sources import MergedTensor
 from raymerge.pipeline.plan.resolve import Part, Scope, make_tensor_merge, promote
 from raymerge.pipeline.plan.types import TensorMerge, Variant
 
