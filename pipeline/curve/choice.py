@@ -36,7 +36,9 @@ class Choice:
     is_met: bool
     """Whether it satisfies the rule; otherwise it is the nearest one."""
     reference: str
-    """The model whose accuracy is the measure; empty where the rule needs none."""
+    """The best parent; for `within`, if no parent was evaluated, the best point; empty where there is none."""
+    has_parents: bool
+    """Whether any parent was evaluated."""
     is_told_apart: bool
     """Whether its interval and the reference's do not overlap."""
     is_sure: bool
@@ -101,6 +103,7 @@ def _choose_within(view: View, points: list[str], parents: list[str], rule: Rule
         model,
         is_met,
         reference,
+        bool(parents),
         is_told_apart=not overlaps(mine, view.estimate(reference)),
         is_sure=mine.low >= limit,
         contenders=tuple(contenders),
@@ -120,7 +123,9 @@ def _choose_under(view: View, points: list[str], parents: list[str], rule: Rule)
         return _choose_best(view, cheap, [name for name in parents if _tokens(view, name) <= limit], rule, is_met=True)
     model = _fewest_tokens(view, points)
     matching = tuple(name for name in parents if _tokens(view, name) <= limit)
-    return Choice(rule, model, False, "", is_told_apart=False, is_sure=False, contenders=(), parents=matching)
+    return Choice(
+        rule, model, False, "", bool(parents), is_told_apart=False, is_sure=False, contenders=(), parents=matching
+    )
 
 
 def _choose_best(view: View, points: list[str], parents: list[str], rule: Rule, *, is_met: bool) -> Choice:
@@ -133,6 +138,7 @@ def _choose_best(view: View, points: list[str], parents: list[str], rule: Rule, 
         model,
         is_met,
         reference,
+        bool(parents),
         is_told_apart=bool(reference) and not overlaps(mine, view.estimate(reference)),
         is_sure=not contenders,
         contenders=contenders,

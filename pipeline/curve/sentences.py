@@ -213,6 +213,8 @@ def _explain(view: View, choice: Choice) -> str:
     rule = f"Rule: {describe_rule(choice.rule, view.measure)}"
     reference = escaped(choice.reference)
     if choice.rule.name == "within":
+        if not choice.has_parents:
+            rule = f"{rule.replace('better parent', 'most accurate point')} (no parent was evaluated)"
         estimate = view.estimate(choice.reference)
         compared = f"{reference} with {describe_score(view.scores[choice.reference], view.measure)}"
         if choice.is_met:

@@ -9,8 +9,8 @@ from typing import Literal
 import altair as alt
 
 from raymerge.pipeline.curve.drawing.panels import FRONT, JUMPS, MODELS, Panel
-from raymerge.pipeline.curve.drawing.rows import OTHER, PARENT
-from raymerge.pipeline.curve.types import Measure
+from raymerge.pipeline.curve.drawing.rows import KEY
+from raymerge.pipeline.curve.types import Kind, Measure
 
 SHAPES = ("circle", "square", "triangle-up", "cross", "triangle-down", "triangle-right")
 DASHES = ([1, 0], [7, 3], [2, 3], [9, 3, 2, 3], [4, 2], [12, 4])
@@ -51,8 +51,8 @@ class Look:
     measure: Measure
     width: int | Literal["container"]
     height: int
-    has_others: bool
-    """Whether models are drawn that are not of the spectrum."""
+    kinds: tuple[Kind, ...]
+    """Of the models that are no points."""
     has_key: bool = True
 
     @property
@@ -63,19 +63,21 @@ class Look:
     @property
     def domain(self) -> list[str]:
         """Entries of the key."""
-        return [*self.series, PARENT, *([OTHER] if self.has_others else [])]
+        return [*self.series, *(KEY[kind] for kind in self.kinds)]
 
     @property
     def colours(self) -> list[str]:
         """Colour of each entry."""
         colours = self.paint.series
-        return [colours[index % len(colours)] for index in range(len(self.series))] + [self.paint.ink, self.paint.muted]
+        others = [self.paint.ink if kind == "parent" else self.paint.muted for kind in self.kinds]
+        return [*(colours[index % len(colours)] for index in range(len(self.series))), *others]
 
     @property
     def shapes(self) -> list[str]:
         """Shape of each entry."""
         num = len(SHAPES)
-        return [SHAPES[(index + index // num) % num] for index in range(len(self.series))] + ["diamond", "stroke"]
+        others = ["diamond" if kind == "parent" else "wedge" for kind in self.kinds]
+        return [*(SHAPES[(index + index // num) % num] for index in range(len(self.series))), *others]
 
 
 def draw(look: Look, panel: Panel) -> alt.LayerChart:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
-from raymerge.pipeline.curve.drawing.panels import Panel, has_others, list_panels, make_data
+from raymerge.pipeline.curve.drawing.panels import Panel, list_kinds, list_panels, make_data
 from raymerge.pipeline.curve.drawing.rows import list_names
 from raymerge.pipeline.curve.results import Curve
 from raymerge.pipeline.curve.sentences import (
@@ -91,13 +91,16 @@ def _make_section(curve: Curve, index: int) -> Section:
     models = [model for model in curve.models if model.name in view.scores]
     is_accuracy = view.measure == "accuracy"
     columns = ("Model", *curve.paths, "Accuracy" if is_accuracy else "Loss", "95% interval", "Tokens", "Median", "p95")
+    columns = (*columns, "Thinking", "Cut off")
+    lines = [_make_line(curve, index, model) for model in models]
+    shown = [0, *(number for number in range(1, len(columns)) if any(line.cells[number - 1].text for line in lines))]
     return Section(
         view.title,
         tuple(panel.title for panel in list_panels(curve, index)),
         describe_findings(view, found, curve.models),
         describe_gaps(view),
-        (*columns, "Thinking", "Cut off"),
-        tuple(_make_line(curve, index, model) for model in models),
+        tuple(columns[number] for number in shown),
+        tuple(replace(line, cells=tuple(line.cells[number - 1] for number in shown[1:])) for line in lines),
     )
 
 
@@ -151,7 +154,7 @@ def _make_data(curve: Curve) -> dict[str, object]:
     config: object = {}
     for index, view in enumerate(curve.views):
         panels = list_panels(curve, index)
-        look = Look(IN_PAGE, series, view.measure, "container", _HEIGHTS[0], has_others(curve, index))
+        look = Look(IN_PAGE, series, view.measure, "container", _HEIGHTS[0], list_kinds(curve, index))
         if (look, panels) not in known:
             known[look, panels] = len(known)
             small = replace(look, height=_HEIGHTS[1], has_key=False)

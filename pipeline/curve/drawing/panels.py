@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from raymerge.pipeline.curve.drawing.rows import Row, make_rows
+from raymerge.pipeline.curve.drawing.rows import KEY, Row, make_rows
 from raymerge.pipeline.curve.results import Curve
+from raymerge.pipeline.curve.types import Kind
 
 MODELS, FRONT, JUMPS = "models", "front", "jumps"
 """Names of the data: a row for each model, the front's corners, and where the share of thinking answers jumps."""
@@ -52,6 +53,7 @@ def make_data(curve: Curve, index: int) -> dict[str, list[Row]]:
     return {MODELS: make_rows(curve, index), FRONT: front, JUMPS: jumps}
 
 
-def has_others(curve: Curve, index: int) -> bool:
-    """Tell whether a view has models that are not of the spectrum."""
-    return any(model.kind == "other" and model.name in curve.views[index].scores for model in curve.models)
+def list_kinds(curve: Curve, index: int) -> tuple[Kind, ...]:
+    """Return of what kinds the models of a view are that are no points."""
+    there = {model.kind for model in curve.models if model.name in curve.views[index].scores}
+    return tuple(kind for kind in KEY if kind in there)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from raymerge.pipeline.curve.drawing.panels import has_others, list_panels, make_data
+from raymerge.pipeline.curve.drawing.panels import list_kinds, list_panels, make_data
 from raymerge.pipeline.curve.drawing.rows import list_names
 from raymerge.pipeline.curve.results import Curve
 
@@ -33,7 +33,7 @@ def make_picture(curve: Curve) -> dict[str, Any]:
     from raymerge.pipeline.curve.drawing.charts import IN_PRINT, Look, draw, finish
 
     series = tuple(list_names(curve.series))
-    look = Look(IN_PRINT, series, curve.views[0].measure, _WIDTH, _HEIGHTS[0], has_others(curve, 0))
+    look = Look(IN_PRINT, series, curve.views[0].measure, _WIDTH, _HEIGHTS[0], list_kinds(curve, 0))
     first, *others = list_panels(curve, 0)
     width = (_WIDTH - _GAP) // 2 if len(others) > 1 else _WIDTH
     small = replace(look, width=width, height=_HEIGHTS[1], has_key=False)

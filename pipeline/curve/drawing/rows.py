@@ -14,11 +14,11 @@ from raymerge.pipeline.curve.sentences import (
     format_share,
 )
 from raymerge.pipeline.curve.series import Series
-from raymerge.pipeline.curve.types import Model, View
+from raymerge.pipeline.curve.types import Kind, Model, View
 
 Row = dict[str, object]
 
-PARENT, OTHER = "parent", "other model"
+KEY: Mapping[Kind, str] = {"parent": "parent", "other": "other model"}
 """Names of what is no series, in a chart's key."""
 _SIDES: Mapping[Side, tuple[str, int, int]] = {
     "above": ("center", 0, -1),
@@ -60,8 +60,7 @@ def make_rows(curve: Curve, index: int) -> list[Row]:
     for model in curve.models:
         if model.name not in view.scores:
             continue
-        fallback = (PARENT if model.kind == "parent" else OTHER, 0, None, False)
-        series, order, value, is_line = placed.get(model.name, fallback)
+        series, order, value, is_line = placed.get(model.name) or (KEY[model.kind], 0, None, False)
         rows.append(
             {
                 "name": model.name,

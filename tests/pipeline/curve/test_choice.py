@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.pipeline.curve.choice import Choice, Rule, choose
+from raymerge.pipeline.curve.sentences import describe_choice
 from raymerge.pipeline.curve.types import Measure, Score, View
 from raymerge.pipeline.evaluation.results import Estimate
 
@@ -58,7 +59,9 @@ def test_within_names_cheaper_points_whose_intervals_reach_the_limit() -> None:
 
 def test_within_goes_by_the_best_point_without_parents() -> None:
     choice = pick({"a": (79.5, 10), "b": (80.0, 20)}, Rule("within", 1.0))
-    assert (choice.model, choice.reference) == ("a", "b")
+    assert (choice.model, choice.reference, choice.has_parents) == ("a", "b", False)
+    said = " ".join(describe_choice(make_view({"a": (79.5, 10), "b": (80.0, 20)}), choice))
+    assert "within 1 point of the most accurate point (no parent was evaluated), b with 80.0%" in said
 
 
 def test_a_parent_that_does_as_well_is_named() -> None:

@@ -100,8 +100,14 @@ def test_a_page_of_losses_shows_them_against_the_parameter() -> None:
         for index, each in enumerate(spectrum.points)
     ]
     curve = make(spectrum, evaluations)
-    _, data = parse(make_page(curve))
+    parser, data = parse(make_page(curve))
     ((chart,),) = data["charts"]
+    assert [text for tag, text in parser.texts if tag == "button" and text.strip()] == [
+        "Model",
+        "t",
+        "Loss",
+        "95% interval",
+    ]
     assert '"title":"Loss (nats)"' in json.dumps(chart, separators=(",", ":"))
     assert curve.choice is not None
     assert curve.choice.model == "t-0.4"
