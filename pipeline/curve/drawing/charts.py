@@ -76,7 +76,7 @@ class Look:
     def shapes(self) -> list[str]:
         """Shape of each entry."""
         num = len(SHAPES)
-        others = ["diamond" if kind == "parent" else "wedge" for kind in self.kinds]
+        others = ["diamond" if kind == "parent" else "triangle-left" for kind in self.kinds]
         return [*(SHAPES[(index + index // num) % num] for index in range(len(self.series))), *others]
 
 

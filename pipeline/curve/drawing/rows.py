@@ -27,6 +27,8 @@ _SIDES: Mapping[Side, tuple[str, int, int]] = {
     "left": ("right", -1, 0),
 }
 """Alignment of a name on each side of its point, and the direction from the point."""
+_MAX_SIGNS = 12
+"""Of a name that is written in a narrow window as well."""
 _MAX_LABELS = 16
 """Of points; more would hide the points."""
 
@@ -112,14 +114,14 @@ def _list_words(view: View, model: Model) -> Row:
 
 
 def _label_models(curve: Curve, view: View, front: tuple[str, ...], chosen: str) -> dict[str, Label]:
-    """Return where names are written: of the choice and the parents, and in a single line of its front and ends."""
+    """Return where names are written: of the choice and what is no point, and of a single line's front and ends."""
     costs = view.costs()
     spots = {name: Spot(tokens, quality) for name, (tokens, quality) in costs.items()}
-    parents = [model.name for model in curve.models if model.kind == "parent"]
+    others = [model.name for model in curve.models if model.kind != "point"]
     ends = [name for series in curve.series if series.is_line for name in (series.points[0], series.points[-1])]
-    others = (*front, *ends) if len(curve.series) == 1 else ()
-    wanted = [name for name in dict.fromkeys([chosen, *parents, *others]) if name in spots]
-    return place_labels(spots, wanted[: len(parents) + _MAX_LABELS], major={chosen, *parents})
+    points = (*front, *ends) if len(curve.series) == 1 else ()
+    wanted = [name for name in dict.fromkeys([chosen, *others, *points]) if name in spots]
+    return place_labels(spots, wanted[: len(others) + _MAX_LABELS], major={chosen, *others})
 
 
 def _list_label(label: Label | None, *, is_ringed: bool) -> Row:
@@ -129,7 +131,7 @@ def _list_label(label: Label | None, *, is_ringed: bool) -> Row:
     distance = 18 if is_ringed else 12
     return {
         "label": label.text,
-        "major": label.is_major,
+        "major": label.is_major and len(label.text) <= _MAX_SIGNS,
         "align": align,
         "dx": across * distance,
         "dy": down * distance,
