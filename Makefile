@@ -41,7 +41,7 @@ test-slow: $(VENV)/stamp
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-mergekit: $(VENV)/stamp $(PEER_VENV)/stamp
-	$(VENV)/bin/python -m pytest -m slow tests/test_mergekit.py tests/test_mergekit_moe.py tests/test_mergekit_tokenizers.py $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m slow tests/test_mergekit.py tests/test_mergekit_moe.py tests/test_mergekit_tokenizers.py tests/test_mergekit_modules.py $(PYTEST_ARGS)
 
 check: $(VENV)/stamp
 	$(VENV)/bin/ruff check .

@@ -15,84 +15,9 @@ import transformers as tf
 
 from raymerge import merge
 from tests.checkpoints import Tensors, read_tensors, write_checkpoint
+from tests.modular_models import IMAGE, TEXT, make_gemma, make_llava, make_qwen, make_t5, make_whisper, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-TEXT: dict[str, Any] = {
-    **{"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-}
-TOWER: dict[str, Any] = {
-    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4},
-    **{"image_size": 8, "patch_size": 4},
-}
-SIDES: dict[str, Any] = {
-    f"{side}_{name}": size
-    for side in ("encoder", "decoder")
-    for name, size in {"layers": 3, "attention_heads": 4, "ffn_dim": 24}.items()
-}
-IMAGE = 35
-"""The token that stands for a patch of an image."""
-
-
-def make_qwen() -> Any:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1]}
-    text: dict[str, Any] = {name: value for name, value in TEXT.items() if name != "head_dim"}
-    vision: dict[str, Any] = {
-        **{"depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 4, "out_hidden_size": 16},
-        **{"patch_size": 4, "spatial_merge_size": 2, "fullatt_block_indexes": [1], "window_size": 16},
-    }
-    tokens: dict[str, Any] = {
-        "image_token_id": IMAGE,
-        "video_token_id": 36,
-        "vision_start_token_id": 37,
-        "vision_end_token_id": 38,
-    }
-    config = tf.Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision, **tokens)
-    return tf.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def make_gemma() -> Any:
-    text: dict[str, Any] = {**TEXT, "sliding_window": 8}
-    tower: dict[str, Any] = {**TOWER, "vision_use_head": False}
-    tokens: dict[str, Any] = {
-        "image_token_index": IMAGE,
-        "boi_token_index": 36,
-        "eoi_token_index": 37,
-        "mm_tokens_per_image": 4,
-    }
-    return tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(text_config=text, vision_config=tower, **tokens))
-
-
-def make_llava() -> Any:
-    tower = tf.CLIPVisionConfig(**TOWER, projection_dim=16)
-    config = tf.LlavaConfig(text_config=tf.LlamaConfig(**TEXT), vision_config=tower, image_token_index=IMAGE)
-    return tf.LlavaForConditionalGeneration(config)
-
-
-def make_t5(**more: Any) -> Any:
-    sizes: dict[str, Any] = {
-        "vocab_size": 40,
-        "d_model": 16,
-        "d_kv": 4,
-        "d_ff": 24,
-        "num_heads": 4,
-        "decoder_start_token_id": 0,
-    }
-    return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, num_layers=3, num_decoder_layers=3, **more))
-
-
-def make_whisper() -> Any:
-    sizes: dict[str, Any] = {
-        "vocab_size": 40,
-        "d_model": 16,
-        "num_mel_bins": 8,
-        "max_source_positions": 20,
-        "max_target_positions": 16,
-    }
-    tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    return tf.WhisperForConditionalGeneration(tf.WhisperConfig(**sizes, **SIDES, **tokens))
 
 
 def run_on_image(model: Any) -> Any:
@@ -197,16 +122,6 @@ def list_families(lean: str, *, with_text: bool = False) -> list[Any]:
     return [pytest.param(name, marks=[] if name == lean else [pytest.mark.slow]) for name in names]
 
 
-def write(make: Callable[[], Any], directory: Path, seed: int) -> str:
-    torch.manual_seed(seed)
-    model = make()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
-    model.save_pretrained(directory)
-    return str(directory)
-
-
 def check(family: Family, out: Path, expected: Tensors) -> None:
     """Make sure that a merged model has these tensors, loads without a complaint, and computes what they do."""
     found = read_tensors(out)
@@ -232,7 +147,7 @@ def entries(*models: str) -> dict[str, Any]:
 def test_one_module_merged_one_stacked_and_the_rest_copied(name: str, tmp_path: Path) -> None:
     """The second module gets layers 0 and 1 of one model, and 1 and 2 of the other."""
     family = FAMILIES[name]
-    paths = [write(family.make, tmp_path / f"m{seed}", seed) for seed in (1, 2)]
+    paths = [save(family.make, tmp_path / f"m{seed}", seed) for seed in (1, 2)]
     (merged, pattern), (stacked, stack, after) = family.merged, family.stacked
     sources = [{"model": path, "layer_range": part} for path, part in zip(paths, ([0, 2], [1, 3]), strict=True)]
     modules = {
@@ -263,8 +178,8 @@ def test_one_module_merged_one_stacked_and_the_rest_copied(name: str, tmp_path: 
 def test_what_a_fine_tune_has_learnt_put_into_a_multimodal_model(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     assert family.text is not None
-    whole = write(family.make, tmp_path / "whole", 1)
-    base, tuned = (write(family.text, tmp_path / f"text{seed}", seed) for seed in (2, 3))
+    whole = save(family.make, tmp_path / "whole", 1)
+    base, tuned = (save(family.text, tmp_path / f"text{seed}", seed) for seed in (2, 3))
     tasks = {"merge_method": "task_arithmetic", "base_model": base, "copy_rest_from": whole}
     models = [{"model": model, "parameters": {"weight": weight}} for model, weight in ((whole, 1.0), (tuned, 0.5))]
     merge({**tasks, "models": models}, tmp_path / "out", workers=1)
