@@ -26,6 +26,7 @@ with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGHUP, lambda number, frame: None)
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")  # how long an example takes says nothing while other tests run
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)  # the machine's other cores may be busy, and waiting for them takes longer than the work
 
 

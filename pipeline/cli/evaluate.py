@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from raymerge.pipeline.cli.console import put
 from raymerge.pipeline.cli.options import MESSAGES, takes_options
-from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.evaluation.options import EvaluateOptions
+from raymerge.pipeline.messages import listing
 from raymerge.pipeline.options import Help
 
 _TASKS = "Tasks"
+_LINE = "\n  "
 
 
 @takes_options
@@ -29,29 +33,30 @@ def evaluate(
     ] = None,
     json: Annotated[bool, Help("Print JSON.", MESSAGES)] = False,
     quiet: Annotated[bool, Help("Print no progress.", MESSAGES, short="q")] = False,
+    log_json: Annotated[bool, Help("Print a JSON object for each event, in place of text.", MESSAGES)] = False,
 ) -> None:
     """Evaluate models: accuracy, tokens, thinking. Run it again to finish; what is finished is not done again."""
     from json import dumps
 
     from raymerge.pipeline.cli.evaluation_display import EvaluationDisplay, format_table
+    from raymerge.pipeline.cli.json_log import open_json_log
     from raymerge.pipeline.evaluation.evaluate import evaluate as run
-
-    display = EvaluationDisplay(quiet=quiet or json)
-    found = run(models, [*(task or ()), *(f"command:{each}" for each in command or ())], options, on_event=display.show)
-    put(dumps([json_of(each) for each in found], indent=1, ensure_ascii=False) if json else format_table(found))
-    failed = [each for each in found if each.state == "failed"]
-    if failed:
-        raise OutputError(
-            f"{len(failed)} of {len(found)} evaluations failed; put it right and run again, which does these only:\n"
-            + "\n".join(f"  {each.model}, {each.task}: {each.error}" for each in failed)
-        )
-
-
-def json_of(evaluation: object) -> object:
-    """Return an evaluation as plain JSON."""
-    from dataclasses import asdict
-    from typing import Any, cast
-
+    from raymerge.pipeline.evaluation.events import format_event
     from raymerge.pipeline.redact import redact_texts
 
-    return redact_texts(asdict(cast(Any, evaluation)))
+    if log_json and (json or quiet):
+        raise ConfigError("--log-json prints everything as JSON, a line for each event; leave --json and -q out")
+    tasks = [*(task or ()), *(f"command:{each}" for each in command or ())]
+    with open_json_log(verbose=False) if log_json else nullcontext():
+        show = (lambda event: put(format_event(event))) if log_json else EvaluationDisplay(quiet=quiet or json).show
+        found = run(models, tasks, options, on_event=show)
+        if json:
+            put(dumps(redact_texts([asdict(each) for each in found]), indent=1, ensure_ascii=False))
+        elif not log_json:
+            put(format_table(found))
+        failed = [f"{each.model}, {each.task}: {each.error}" for each in found if each.state == "failed"]
+        if failed:
+            raise OutputError(
+                f"{len(failed)} of {len(found)} evaluations failed; put it right and run again, which does these"
+                f" only:\n  {listing(failed, 20, separator=_LINE)}"
+            )

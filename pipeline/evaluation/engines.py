@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ class Engines:
     """Lends engines to threads, and keeps their processes between models; use it in a `with` block."""
 
     def __init__(self, backend: str, num: int) -> None:
-        threads = {"OMP_NUM_THREADS": str(max(1, count_cores() // num)), "TOKENIZERS_PARALLELISM": "false"}
-        self._all = [Engine(backend, {**threads, "HF_HUB_OFFLINE": "1"}) for _ in range(num)]
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, count_cores() // num))
+        environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        self._all = [Engine(backend, environment) for _ in range(num)]
         self._idle: queue.SimpleQueue[Engine] = queue.SimpleQueue()
         for engine in self._all:
             self._idle.put(engine)

@@ -114,7 +114,7 @@ class _Run:
                     missing.append(task)
                 else:
                     self.found[subject.name, task.name] = self._copy(found, task, subject)
-            same = digest or f"{subject.config}\n{subject.fingerprint}"
+            same = digest or subject.fingerprint or subject.config
             if not missing:
                 continue
             if same in units:

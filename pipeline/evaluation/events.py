@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 from raymerge.pipeline.evaluation.results import Evaluation
+from raymerge.pipeline.redact import redact_texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +45,11 @@ class Evaluated:
 
 EvaluationEvent = Begun | Sampled | Evaluated
 OnEvaluationEvent = Callable[[EvaluationEvent], None]
+
+_NAMES: dict[type[EvaluationEvent], str] = {Begun: "begun", Sampled: "sampled", Evaluated: "evaluated"}
+
+
+def format_event(event: EvaluationEvent) -> str:
+    """Return an event as a line of JSON, with its name and the time."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return json.dumps(redact_texts({"event": _NAMES[type(event)], "time": now, **asdict(event)}))

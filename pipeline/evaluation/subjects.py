@@ -14,9 +14,9 @@ from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import parse_model_ref
 from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.messages import listing
-from raymerge.pipeline.spectrum.record import EVALUATIONS, RECORD, Spectrum, read_spectrum
+from raymerge.pipeline.spectrum.record import EVALUATIONS, RECORD, Spectrum, has_spectrum, locate_point, read_spectrum
 from raymerge.pipeline.stores.open import Stores
-from raymerge.pipeline.urls import is_url, scheme_of
+from raymerge.pipeline.urls import scheme_of
 
 _ODD = re.compile(r"[^\w.+-]+")
 
@@ -83,18 +83,15 @@ def find_subjects(stores: Stores, given: Sequence[str]) -> Subjects:
 
 def _is_spectrum(stores: Stores, url: str) -> bool:
     try:
-        stores.at(url).stat(f"{url}/{RECORD}")
-    except FileNotFoundError:
-        return False
+        return has_spectrum(stores, url)
     except CheckpointError:  # no such repository: the model's own error says more
         return False
-    return True
 
 
 def _list_spectrum(stores: Stores, url: str, spectrum: Spectrum) -> tuple[list[Subject], list[str]]:
     found, failed = [], []
     for point in spectrum.points:
-        where = point.url if is_url(point.url) or point.url.startswith("/") else f"{url}/{point.url}"
+        where = locate_point(url, point)
         if point.state == "failed":
             failed.append(f"{point.name}: {point.error}")
         elif point.state == "planned":
