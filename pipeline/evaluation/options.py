@@ -36,6 +36,9 @@ class EvaluateOptions:
     backend: Annotated[Backend, Help("Library that generates.", SPEED)] = "transformers"
     batch_size: Annotated[int, Help("Answers generated at once.", SPEED, "N")] = 16
     dtype: Annotated[Dtype, Help("Dtype of the weights; auto: as stored on a GPU, float32 on a CPU.", SPEED)] = "auto"
+    include_path: Annotated[
+        str | None, Help("Directory with lm-eval tasks of your own.", SAMPLING, "DIR", default="none")
+    ] = None
     window: Annotated[int, Help("Tokens of held-out text that a model sees at once.", SAMPLING, "N")] = 1024
     timeout: Annotated[float, Help("Give up a command after so many seconds.", SPEED, "SECONDS")] = 43200.0
     workers: Annotated[int, Help("Models evaluated at once on this machine.", SPEED, "N")] = 1
@@ -71,6 +74,7 @@ class EvaluateKeywords(TypedDict, total=False):
     backend: Backend
     batch_size: int
     dtype: Dtype
+    include_path: str | None
     window: int
     timeout: float
     workers: int

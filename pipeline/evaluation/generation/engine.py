@@ -13,7 +13,10 @@ from typing import IO, Any
 from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.errors import MergeError
 
-_MODULES = {"transformers": "raymerge.pipeline.evaluation.generation.transformers_worker"}
+_MODULES = {
+    "transformers": "raymerge.pipeline.evaluation.generation.transformers_worker",
+    "lm-eval": "raymerge.pipeline.evaluation.generation.lm_eval_worker",
+}
 """The modules that are such a process, by backend."""
 _TAIL_LINES = 3
 _TAIL_CHARS = 600

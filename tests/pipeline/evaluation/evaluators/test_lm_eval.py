@@ -1,0 +1,91 @@
+"""Tasks of lm-eval; the task is our own, over a local file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import raymerge
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.evaluation.evaluators.lm_eval import LmEvalTasks, make_samples
+from raymerge.pipeline.evaluation.options import EvaluateOptions
+from tests.tokenized_models import TEXTS, byte_level, write_tokenized
+
+TASK = r"""
+task: local_letters
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["zzz"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+filter_list:
+  - {name: first, filter: [{function: regex, regex_pattern: "([a-d])"}, {function: take_first}]}
+  - {name: last, filter: [{function: regex, regex_pattern: "([a-d])", group_select: -1}, {function: take_first}]}
+"""
+
+
+def write_task(directory: Path) -> Path:
+    directory.mkdir()
+    rows = [{"question": f"{k} + 1 =", "answer": "abcd"[k % 4]} for k in range(24)]
+    (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "letters.yaml").write_text(TASK.replace("DATA", str(directory / "data.jsonl")))
+    return directory
+
+
+@pytest.mark.slow  # imports lm-eval three times
+def test_accuracy_is_that_of_its_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    tasks = write_task(tmp_path / "tasks")
+    model = write_tokenized(tmp_path / "model", 0, byte_level(TEXTS[0]))
+    out = str(tmp_path / "out")
+    name = "lm-eval:local_letters:exact_match,last"
+    [found] = raymerge.evaluate(model, name, include_path=str(tasks), out=out, batch_size=4)
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model}"]
+    command += ["--tasks", "local_letters", "--include_path", str(tasks), "--device", "cpu", "--batch_size", "4"]
+    subprocess.run([*command, "--output_path", str(tmp_path / "theirs")], check=True, capture_output=True)
+    [path] = (tmp_path / "theirs").rglob("results*.json")
+    theirs = json.loads(path.read_text())["results"]["local_letters"]
+    assert found.state == "complete", found.error
+    assert found.accuracy
+    assert found.accuracy.mean == theirs["exact_match,last"]
+    assert {key: theirs[key] for key in found.other} == found.other
+    assert found.other.keys() == {"exact_match,first", "exact_match,last"}
+    assert 0 < found.other["exact_match,first"] < 1
+    assert found.num_items == 24
+    assert found.tokens
+    assert found.cut_off is not None
+    lines = [json.loads(line) for line in Path(out, "model", found.samples).read_text().splitlines()]
+    assert sum(line["score"] for line in lines[:-1]) / 24 == found.accuracy.mean
+    with pytest.raises(ConfigError, match=r"no such task; did you mean 'local_letters'"):
+        LmEvalTasks().prepare("local_leters", EvaluateOptions(include_path=str(tasks)))
+
+
+def test_filters_of_a_document_are_one_sample() -> None:
+    texts = {"texts": ["<think>b</think>a"], "tokens": [5], "max_tokens": 5, "prompt": "?"}
+    common = {"task": "t", "item": "7", "expected": "a", "answer": "a"}
+    logged = [
+        {**common, **texts, "filter": "strict", "metrics": {"exact_match": 0.0}},
+        {**common, **texts, "filter": "flexible", "metrics": {"exact_match": 1.0}},
+    ]
+    [sample] = make_samples(logged, "exact_match,flexible")
+    assert (sample.item, sample.score, sample.tokens, sample.thinking, sample.cut_off) == ("7", 1.0, 5, True, True)
+    assert sample.measures == {"exact_match,strict": 0.0, "exact_match,flexible": 1.0}
+    other = {"task": "u", "item": "7", "expected": "a", "answer": "a", "filter": "none", "metrics": {"acc": 1.0}}
+    first, second = make_samples([logged[0], other], "acc,none")
+    assert (first.item, second.item) == ("t/7", "u/7")
+    assert (first.score, second.score, second.tokens, second.cut_off) == (None, 1.0, None, None)
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="write `repeats:` into the task"):
+        LmEvalTasks().prepare("gsm8k", EvaluateOptions(samples=2))
+    with pytest.raises(ConfigError, match="no such directory"):
+        LmEvalTasks().prepare("gsm8k", EvaluateOptions(include_path=str(tmp_path / "none")))
