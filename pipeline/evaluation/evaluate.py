@@ -114,7 +114,7 @@ class _Run:
                     missing.append(task)
                 else:
                     self.found[subject.name, task.name] = self._copy(found, task, subject)
-            same = digest or subject.fingerprint or subject.config
+            same = digest or subject.same
             if not missing:
                 continue
             if same in units:
@@ -142,11 +142,12 @@ def find_digest(digests: Digests, subject: Subject) -> str | None:
     """Return a model's digest; None for one that is not merged yet, and never was."""
     if subject.url:
         return digests.measure(subject.url)
-    return digests.find(_plan_key(subject)) if subject.fingerprint else None
+    return digests.find(key) if (key := _plan_key(subject)) else None
 
 
 def _plan_key(subject: Subject) -> str:
-    return f"plan {subject.fingerprint}"
+    """Return what the digest of a planned point is kept under; empty where its plan is not known."""
+    return f"plan {subject.point.fingerprint}" if subject.point and subject.point.fingerprint else ""
 
 
 def evaluate_unit(
@@ -175,8 +176,8 @@ def evaluate_unit(
         with bring_here(stores, subject) as directory, engines.lend() as engine:
             digests = Digests(stores, out)
             digest = unit.digest or digests.measure(directory)
-            if subject.fingerprint and not unit.digest:
-                digests.keep(_plan_key(subject), digest)
+            if not unit.digest and (key := _plan_key(subject)):
+                digests.keep(key, digest)
             model = Model(subject.name, directory, digest)
             place = Place(engine, check)
             for task in unit.tasks:

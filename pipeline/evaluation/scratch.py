@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raymerge.pipeline import driver
 from raymerge.pipeline.checkpoint.files import is_hidden, is_rewritten, is_side_file, is_weights
 from raymerge.pipeline.evaluation.subjects import Subject
+from raymerge.pipeline.spectrum.materialise import materialised
 from raymerge.pipeline.stores.local.storage import local_path
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
@@ -25,12 +25,13 @@ def bring_here(stores: Stores, subject: Subject) -> Iterator[str]:
     if subject.url and scheme_of(subject.url) == "file":
         yield str(local_path(subject.url))
         return
+    if subject.point is not None:
+        with materialised(subject.directory, subject.point) as directory:
+            yield directory
+        return
     with tempfile.TemporaryDirectory(prefix="raymerge-") as scratch:
-        directory = f"{scratch}/model"
-        if subject.url:
-            _fetch(stores, subject.url, directory)
-        else:
-            driver.merge(subject.config, directory, seed=subject.seed)
+        directory = f"{scratch}/{subject.name}"
+        _fetch(stores, subject.url, directory)
         yield directory
 
 

@@ -14,7 +14,15 @@ from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import parse_model_ref
 from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.messages import listing
-from raymerge.pipeline.spectrum.record import EVALUATIONS, RECORD, Spectrum, has_spectrum, locate_point, read_spectrum
+from raymerge.pipeline.spectrum.record import (
+    EVALUATIONS,
+    RECORD,
+    Point,
+    Spectrum,
+    has_spectrum,
+    locate_point,
+    read_spectrum,
+)
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 
@@ -31,12 +39,15 @@ class Subject:
     """Its directory, absolute; empty for a point that is merged for the evaluation and deleted after it."""
     shown: str
     """As the user or the record calls it."""
-    config: str = ""
-    """The YAML that such a point is merged by."""
-    fingerprint: str = ""
-    """Of such a point's plan; empty where it is not known."""
-    seed: int = 0
-    """Of the merge of such a point."""
+    point: Point | None = None
+    """Such a point; also a model with an adapter, which is applied by a merge."""
+    directory: str = ""
+    """Of the spectrum that has it."""
+
+    @property
+    def same(self) -> str:
+        """What tells whether two such points are one model."""
+        return "" if self.point is None else self.point.fingerprint or self.point.config
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +106,7 @@ def _list_spectrum(stores: Stores, url: str, spectrum: Spectrum) -> tuple[list[S
         if point.state == "failed":
             failed.append(f"{point.name}: {point.error}")
         elif point.state == "planned":
-            found.append(Subject(point.name, "", where, point.config, point.fingerprint, point.seed))
+            found.append(Subject(point.name, "", where, point, url))
         else:
             found.append(Subject(point.name, where, where))
     found += [_find_model(stores, parent.model, parent.name) for parent in spectrum.parents]
@@ -106,7 +117,7 @@ def _find_model(stores: Stores, name: str, called: str | None) -> Subject:
     ref = parse_model_ref(Place(name, "MODEL"))
     called = called or _ODD.sub("-", re.split(r"[/\\]", str(ref).rstrip("/"))[-1]).strip("-.") or "model"
     if ref.adapter is not None:
-        return Subject(called, "", str(ref), _make_config(ref))
+        return Subject(called, "", str(ref), Point(called, "", {}, _make_config(ref), "", "planned", ""))
     url = locate_model(stores, ref)
     try:
         stores.at(url).stat(f"{url}/{CONFIG}")

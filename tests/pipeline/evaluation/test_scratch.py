@@ -1,0 +1,83 @@
+"""Models that are brought here for an evaluation, and are gone after it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import raymerge
+from raymerge.pipeline.evaluation.events import Evaluated, EvaluationEvent
+from raymerge.pipeline.evaluation.results import Evaluation
+from raymerge.pipeline.stores.open import Stores
+from tests.checkpoints import read_files
+from tests.tokenized_models import TEXTS, byte_level, write_tokenized
+
+SCRIPT = """
+import hashlib, json, pathlib, sys
+model = pathlib.Path(sys.argv[1])
+with open("calls.txt", "a") as calls:
+    print(model, file=calls)
+content = b"".join(path.read_bytes() for path in sorted(model.glob("*.safetensors")))
+print(json.dumps({"sum": int(hashlib.sha256(content).hexdigest()[:8], 16), "files": len(list(model.iterdir()))}))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for seed, name in enumerate(("a", "b")):
+        write_tokenized(tmp_path / name, seed, byte_level(TEXTS[0]))
+    (tmp_path / "sum.py").write_text(SCRIPT)
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    return tmp_path
+
+
+def evaluate(*models: str | Path, events: list[EvaluationEvent] | None = None) -> list[Evaluation]:
+    told = [] if events is None else events
+    return raymerge.evaluate(models, f"command:{sys.executable} -S -E sum.py {{model}}", on_event=told.append)
+
+
+def read_calls() -> list[str]:
+    return Path("calls.txt").read_text().splitlines()
+
+
+def test_planned_points_are_merged_evaluated_and_deleted(place: Path) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"weight": 1}}
+    sets = {"weight[1]": [0.5, 1.0, 2.0]}
+    raymerge.sweep(recipe, "planned", sets, materialize="none")
+    found = evaluate("planned")
+    assert [each.state for each in found] == ["complete"] * 5
+    assert not any((place / "scratch").iterdir())
+    assert not list((place / "planned").glob("weight*"))
+    raymerge.sweep(recipe, "made", sets)
+    for one, other in zip(found, evaluate("made"), strict=True):
+        assert (one.model, one.digest, one.other["sum"]) == (other.model, other.digest, other.other["sum"])
+    num_calls = len(read_calls())
+    events: list[EvaluationEvent] = []
+    assert evaluate("planned", events=events) == found
+    assert all(event.is_cached for event in events if isinstance(event, Evaluated))
+    assert len(read_calls()) == num_calls
+
+
+def test_a_model_of_another_store_is_fetched_and_deleted(place: Path, stores: Stores) -> None:
+    for name, content in {**read_files(place / "a"), "pytorch_model.bin": b"x", ".git/config": b"x"}.items():
+        stores.at("memory://evaluated/a").write(f"memory://evaluated/a/{name}", content)
+    remote, local = evaluate("memory://evaluated/a", place / "a")
+    assert (remote.model, local.model) == ("a", "a-2")
+    assert remote.state == "complete", remote.error
+    assert remote.other["sum"] == local.other["sum"]
+    assert remote.url == "memory://evaluated/a"
+    assert not any((place / "scratch").iterdir())
+
+
+def test_a_point_that_cannot_be_made_is_marked(place: Path) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"weight": 1}}
+    raymerge.sweep(recipe, "planned", {"weight[1]": [0.5, 1.0]}, materialize="none")
+    for path in (place / "b").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-40])
+    first, second, parent, _ = evaluate("planned")
+    assert [each.state for each in (first, second, parent)] == ["failed", "failed", "complete"]
+    assert "CheckpointError" in first.error
