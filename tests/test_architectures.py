@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,35 +11,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ARCHITECTURES
 
 from raymerge import RaymergeError, merge
 from raymerge.pipeline.progress.events import Event, Warned
+from tests.architectures import load, make_config
 
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 64),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 64),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 4),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "encoder_layers"), 2),
-    **dict.fromkeys(("head_dim", "rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "linear_key_head_dim", "linear_value_head_dim"), 8),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "mamba_d_head"), 16),
-    **dict.fromkeys(("mamba_d_state", "state_size"), 8),
-    **dict.fromkeys(("mamba_n_groups", "n_groups", "n_group", "topk_group", "first_k_dense_replace"), 1),
-    **{"num_experts_per_tok": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "mamba_n_heads": 4},
-    **{"hidden_size_per_layer_input": 6, "laurel_rank": 4, "time_step_rank": 4},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    **{"image_size": 32, "patch_size": 8, "num_channels": 3, "depth": 2, "depths": [1, 1, 1, 1]},
-    **{"out_hidden_size": 32, "projection_dim": 16},
-    "initializer_range": 0.02,  # that of BLIP and SAM, 1e-10, makes vectors that slerp takes for zero, as in mergekit
-}
 MAX_PARAMETERS = 3_000_000
 NUM_PARTS = 12
 """Each takes a minute or less on a slow machine."""
@@ -52,18 +28,6 @@ The others want sizes that fit together otherwise, or packages that are not here
 """
 ENOUGH_OTHERS = 14
 """The same of multimodal models, encoder-decoders and bare ones: 260 in all, 97 of them for conditional generation."""
-
-
-def make_config(factory: type[PretrainedConfig], default: PretrainedConfig | None = None) -> PretrainedConfig:
-    """Return a small config; its sections, too, of the types that they have in the default one."""
-    default = default or factory()
-    fields = {field.name for field in dataclasses.fields(factory)} if dataclasses.is_dataclass(factory) else set()
-    known = {*inspect.signature(factory).parameters, *fields, *factory.attribute_map}
-    sections = {name: getattr(default, name, None) for name in factory.sub_configs}
-    small = {
-        name: make_config(type(part), part) for name, part in sections.items() if isinstance(part, PretrainedConfig)
-    }
-    return factory(**{name: size for name, size in SIZES.items() if name in known} | small)
 
 
 def list_causal() -> list[str]:
@@ -95,12 +59,6 @@ def list_others() -> list[str]:
     covered = {*whole.values(), *ARCHITECTURES}
     bare = [name for name, kind in names.items() if name.endswith("Model") and kind not in covered]
     return [name for name in (*whole, *bare) if hasattr(transformers, name)]
-
-
-def load(kind: Any, directory: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a model; return also what transformers says of its tensors, where that is anything."""
-    model, info = kind.from_pretrained(directory, output_loading_info=True)
-    return model, {name: sorted(map(str, said)) for name, said in info.items() if said}
 
 
 def check_whole_merges(kind: Any, directory: Path) -> None:
