@@ -66,7 +66,13 @@ def _open(stores: Stores, refs: Sequence[ModelRef], allowed_mem: int) -> dict[Mo
     def check(file: StoredFile, num_tensors: int) -> None:
         check_plan_fits(file.url, num_tensors, num_tensors, allowed_mem)
 
-    return open_adapters(stores, refs, check)
+    adapters = open_adapters(stores, refs, check)
+    if found := next((adapter for adapter in adapters.values() if adapter.components), None):
+        raise CheckpointError(
+            f"{found.url}: an adapter for a diffusion pipeline; these are not merged among each other: name each after"
+            " its pipeline, as PIPELINE+ADAPTER"
+        )
+    return adapters
 
 
 def make_adapter_plan(

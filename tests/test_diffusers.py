@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -209,3 +210,32 @@ def test_a_transformer_by_itself(tmp_path: Path) -> None:
     mean = {key: (x.double() + tuned.state_dict()[key].double()) / 2 for key, x in base.state_dict().items()}
     for key, x in merged.state_dict().items():
         torch.testing.assert_close(x, mean[key].float(), rtol=1e-6, atol=1e-7)
+
+
+def test_an_adapter_that_diffusers_saved(tmp_path: Path) -> None:
+    """What diffusers makes of it by `fuse_lora` is what a merge makes of `pipeline+adapter`."""
+    base, _ = write_pair(make_stable_diffusion, tmp_path)
+    parts = {"unet": ["to_q", "to_out.0", "conv1"], "text_encoder": ["q_proj", "fc1"]}
+    layers, configs = {}, {}
+    for name, modules in parts.items():
+        network = getattr(base, name)
+        config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=modules, init_lora_weights=False)
+        adapted = peft.get_peft_model(network, config)
+        layers[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(adapted)
+        configs[f"{name}_lora_adapter_metadata"] = config.to_dict()
+    plain = {
+        key: {name.removeprefix("base_model.model."): x for name, x in layer.items()} for key, layer in layers.items()
+    }
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", **plain, **configs)
+    model = f"{tmp_path / 'base'}+{tmp_path / 'lora'}"
+    merge({"merge_method": "passthrough", "models": [{"model": model}]}, tmp_path / "out")
+    merged, fused = load(tmp_path / "out"), load(tmp_path / "base")
+    fused.load_lora_weights(tmp_path / "lora")
+    fused.fuse_lora(components=list(parts))
+    fused.unload_lora_weights()
+    for name, network in list_networks(fused).items():
+        found = list_networks(merged)[name].state_dict()
+        for key, x in network.state_dict().items():
+            torch.testing.assert_close(found[key], x, rtol=1e-5, atol=1e-5)
+    effects = plan({"merge_method": "passthrough", "models": [{"model": model}]}).adapters[0].effects
+    assert [effect.partition(" changes ")[2].split()[0] for effect in effects] == ["4", "24"]

@@ -241,10 +241,69 @@ def test_a_single_component(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert again.num_tensors == 4
 
 
-def test_an_adapter_of_peft(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    write_adapter(tmp_path / "adapter", {})
-    with pytest.raises(CheckpointError, match="adapter"):
-        plan(make_config(f"{pair[0]}+{tmp_path / 'adapter'}", pair[1]))
+def write_lora(directory: Path, style: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Write an adapter for two components as diffusers has done over time; return also what it adds, by tensor."""
+    a, b = torch.randn(2, 2, 3, 3), torch.randn(4, 2, 1, 1)
+    left, right = torch.randn(4, 2), torch.randn(2, 4)
+    names = ("lora_A.weight", "lora_B.weight") if style == "peft" else ("lora.down.weight", "lora.up.weight")
+    tensors = {f"unet.blocks.1.conv.{names[0]}": a, f"unet.blocks.1.conv.{names[1]}": b}
+    tensors |= {"text_encoder.layers.0.fc.lora_A.weight": right, "text_encoder.layers.0.fc.lora_B.weight": left}
+    metadata = {"format": "pt"}
+    scale = {"plain": 1.0, "alpha": 1.5, "peft": 4.0}[style]
+    if style == "alpha":
+        tensors["unet.blocks.1.conv.alpha"] = torch.tensor(3.0)
+    elif style == "peft":
+        config = {
+            "unet.r": 2,
+            "unet.lora_alpha": 1,
+            "unet.alpha_pattern": {"blocks.1.conv": 8},
+            "text_encoder.r": 2,
+            "text_encoder.lora_alpha": 2,
+        }
+        metadata["lora_adapter_metadata"] = json.dumps(config)
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "pytorch_lora_weights.safetensors", metadata)
+    update = scale * torch.einsum("orij,rcxy->ocxy", b.double(), a.double())
+    product = left.double() @ right.double()
+    return directory, {"unet/blocks.1.conv.weight": update, "text_encoder/layers.0.fc.weight": product}
+
+
+@pytest.mark.parametrize("style", ["plain", "alpha", "peft"])
+def test_an_adapter_for_a_pipeline(pair: tuple[Path, Path], tmp_path: Path, style: str) -> None:
+    lora, updates = write_lora(tmp_path / "lora", style)
+    config = make_config(f"{pair[0]}+{lora}", merge_method="passthrough")
+    del config["models"][0]["parameters"]
+    effects = [effect for adapter in plan(config).adapters for effect in adapter.effects]
+    assert effects == [
+        f"{pair[0]}/text_encoder: {lora} changes 1 of 3 tensors, rank 2",
+        f"{pair[0]}/unet: {lora} changes 1 of 4 tensors, rank 2",
+    ]
+    merge(config, tmp_path / "out")
+    found, first = read_pipeline(tmp_path / "out"), read_pipeline(pair[0])
+    for name, tensors in found.items():
+        for key, x in tensors.items():
+            expected = first[name][key].double() + updates.get(f"{name}/{key}", 0)
+            torch.testing.assert_close(x, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_that_do_not_fit(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    lora, _ = write_lora(tmp_path / "lora", "plain")
+    write_adapter(tmp_path / "of_peft", {"x.lora_A.weight": torch.ones(2, 2), "x.lora_B.weight": torch.ones(2, 2)})
+    file = tmp_path / "kohya" / "pytorch_lora_weights.safetensors"
+    file.parent.mkdir()
+    save_file({"lora_unet_blocks_1_conv.lora_down.weight": torch.ones(2, 2)}, file)
+    (tmp_path / "sd3").mkdir()
+    save_file({"transformer.a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "sd3" / file.name)
+    for model, adapter, said in (
+        (pair[0], tmp_path / "of_peft", "of_peft: an adapter for a single network, and .*/a is a diffusion pipeline"),
+        (pair[0] / "unet", lora, "lora: an adapter for a diffusion pipeline, and .*/a/unet is a single network"),
+        (pair[0], file.parent, "called as in other programs"),
+        (pair[0], tmp_path / "sd3", "the adapter changes transformer, which .*/a does not have, among text_encoder"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            plan(make_config(f"{model}+{adapter}"))
+    with pytest.raises(CheckpointError, match="lora: a LoRA adapter"):
+        plan(make_config(lora, pair[1]))
 
 
 @pytest.mark.slow

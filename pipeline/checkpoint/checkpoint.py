@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raymerge.pipeline.checkpoint.files import ADAPTER_CONFIG, CONFIG, INDEX, PIPELINE, SINGLE, check_name, is_hidden
+from raymerge.pipeline.checkpoint.files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    INDEX,
+    PIPELINE,
+    SINGLE,
+    check_name,
+    is_adapter,
+    is_hidden,
+)
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.weights import EXPLICIT, explain_no_weights, find_weights, read_json, stem_of
 from raymerge.pipeline.errors import AdapterGivenError, CheckpointError, FetchError
@@ -117,7 +126,7 @@ def resolve_model(stores: Stores, model: ModelRef, *, trust_headers: bool = Fals
     if CONFIG not in files:
         if ADAPTER_CONFIG in files:
             raise AdapterGivenError(explain_no_weights(storage, url, files).args[0])
-        if any(name.startswith("adapter_model.") or name.endswith(".gguf") for name in files):
+        if any(is_adapter(name) or name.endswith(".gguf") for name in files):
             raise explain_no_weights(storage, url, files)
         cached = _CACHED.fullmatch(PurePosixPath(url).name)
         hint = f"; this is a folder of the Hub's cache: write {cached[1]}/{cached[2]}" if cached else ""

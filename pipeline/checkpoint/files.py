@@ -99,6 +99,11 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in PurePosixPath(name).parts)
 
 
+def is_adapter(name: str) -> bool:
+    """Tell whether a file holds a LoRA adapter's tensors, as peft or diffusers calls it."""
+    return name.startswith(("adapter_model.", "pytorch_lora_weights."))
+
+
 def is_weights(name: str) -> bool:
     """Tell whether a file holds weights, in whatever format."""
     return _WEIGHTS.search(name) is not None

@@ -56,6 +56,27 @@ def read_header(
         CheckpointError: the file is not a well-formed safetensors file of the size that its header says.
         FetchError: it could not be read, or has changed.
     """
+    data = _read_start(storage, file)
+    check(file, data.count(b'"data_offsets"'))
+    return parse_header(data, file)
+
+
+def read_metadata(storage: Storage, file: StoredFile) -> dict[str, str]:
+    """Return what a header holds besides tensors.
+
+    Raises:
+        CheckpointError: the header is malformed.
+        FetchError: it could not be read, or has changed.
+    """
+    data = _read_start(storage, file)
+    data_start = _LENGTH_NBYTES + _json_nbytes(data, file)
+    metadata = _parse_json(bytes(memoryview(data)[_LENGTH_NBYTES:data_start]), file).get("__metadata__")
+    _check_metadata(metadata, file)
+    return metadata or {}
+
+
+def _read_start(storage: Storage, file: StoredFile) -> bytearray:
+    """Return a file's first bytes, with the whole header among them."""
     data = bytearray(min(file.nbytes, FIRST_READ_NBYTES))
     storage.read_into([ByteRange(file, 0, len(data))], [memoryview(data)])
     missing = _LENGTH_NBYTES + _json_nbytes(data, file) - len(data)
@@ -63,8 +84,7 @@ def read_header(
         rest = bytearray(missing)
         storage.read_into([ByteRange(file, len(data), len(data) + missing)], [memoryview(rest)])
         data += rest
-    check(file, data.count(b'"data_offsets"'))
-    return parse_header(data, file)
+    return data
 
 
 def parse_header(data: bytes | bytearray, file: StoredFile) -> tuple[TensorEntry, ...]:

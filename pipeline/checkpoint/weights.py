@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raymerge.pipeline.checkpoint.files import check_name, index_of, is_weights
+from raymerge.pipeline.checkpoint.files import check_name, index_of, is_adapter, is_weights
 from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.messages import counted, listing
@@ -215,7 +215,7 @@ def explain_no_weights(
     expected = f"neither {stem}.safetensors nor {index_of(stem)}"
     library = "transformers" if stem == _STEM else "diffusers"
     there = [name for name in files if is_weights(name)]
-    if any(name.startswith("adapter_model.") for name in there):
+    if any(is_adapter(name) for name in there):
         return CheckpointError(
             f"{url}: a LoRA adapter ({listing(there)}), not a whole model; name it after its base, as MODEL+ADAPTER"
         )

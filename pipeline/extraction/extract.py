@@ -162,7 +162,8 @@ def _open_models(stores: Stores, names: Sequence[str]) -> list[Model]:
         table = read_table(stores, {str(checkpoint.model): checkpoint.weight_files})
         tensors, _ = index_tensors(checkpoint, list_tensors(table).get(str(checkpoint.model), ()))
         ref: ModelRef = checkpoint.model
-        model = open_model(checkpoint, tensors, adapter=adapters[ref.adapter] if ref.adapter else None)
+        adapter = adapters[ref.adapter].find_component(checkpoint, "") if ref.adapter else None
+        model = open_model(checkpoint, tensors, adapter=adapter)
         if why := model.quantisation.explain():
             raise CheckpointError(f"{ref}: {why}")
         models.append(model)

@@ -58,9 +58,11 @@ class StoredInputs:
     def list_adapters(self) -> tuple[InputAdapter, ...]:
         """Return the adapters with their files, and what each changes."""
         effects: dict[ModelRef, list[str]] = {ref: [] for ref in self.adapters}
-        for model in (model for models in self.models for model in models):
-            if model.adapter is not None:
-                effects[model.adapter.ref].append(f"{model.ref.without_adapter}: {model.adapter}")
+        for part, models in zip(self.parts.merged, self.models, strict=True):
+            for model in models:
+                if model.adapter is not None:
+                    place = f"{model.ref.without_adapter}/{part.prefix[:-1]}".removesuffix("/")
+                    effects[model.adapter.ref].append(f"{place}: {model.adapter}")
         return tuple(
             InputAdapter(InputModel(ref, adapter.url, tuple(adapter.files)), tuple(effects[ref]))
             for ref, adapter in self.adapters.items()
@@ -108,6 +110,7 @@ def open_inputs(stores: Stores, config: MergeConfig, allowed_mem: int, *, trust_
     }
     warnings = [warning for checkpoint in checkpoints for warning in checkpoint.warnings]
     warnings += _warn_of_bases(checkpoints, adapters)
+    by_model = {checkpoint.model: checkpoint for checkpoint in checkpoints}
     own_heads: dict[tuple[str, str], bool] = {}
 
     def open_network(checkpoint: Checkpoint) -> Model:
@@ -120,11 +123,14 @@ def open_inputs(stores: Stores, config: MergeConfig, allowed_mem: int, *, trust_
         key = alone, checkpoint.prefix
         if key not in own_heads:
             own_heads[key] = has_own_head(stores, checkpoint.config, stored)
+        adapter = adapters[checkpoint.model.adapter] if checkpoint.model.adapter else None
+        if adapter is not None:
+            adapter = adapter.find_component(by_model[checkpoint.model], checkpoint.prefix)
         return open_model(
             checkpoint,
             stored,
             has_own_head=own_heads[key],
-            adapter=adapters[checkpoint.model.adapter] if checkpoint.model.adapter else None,
+            adapter=adapter,
         )
 
     models = tuple(tuple(map(open_network, part.checkpoints)) for part in parts.merged)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raymerge.pipeline.checkpoint.adapters.config import AdapterConfig, parse_adapter_config
-from raymerge.pipeline.checkpoint.checkpoint import locate_model, nothing_there
+from raymerge.pipeline.checkpoint.adapters.of_pipelines import PIPELINE_ADAPTER, read_scales, split_components
+from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, locate_model, nothing_there
 from raymerge.pipeline.checkpoint.files import ADAPTER, ADAPTER_CONFIG, is_hidden
-from raymerge.pipeline.checkpoint.header import read_header
+from raymerge.pipeline.checkpoint.header import read_header, read_metadata
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.weights import read_json, read_weight_map
@@ -17,6 +18,7 @@ from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.seam import Storage
 
 _INDEX = "adapter_model.safetensors.index.json"
 _PICKLED = "adapter_model.bin"
@@ -37,6 +39,37 @@ class Adapter:
     """In the order of the files."""
     files: Mapping[str, StoredFile]
     """All that is in the directory, by relative name; hidden files left out."""
+    components: Mapping[str, Adapter] = field(default_factory=dict)
+    """Of an adapter for a pipeline: those for its components, by their prefix."""
+    scales: Mapping[str, float] | None = None
+    """What the product of a module's factors is multiplied with, where that is not 1, for want of a config."""
+
+    def find_component(self, pipeline: Checkpoint, prefix: str) -> Adapter | None:
+        """Return the adapter for a network: itself for a model, that for a component or None for a pipeline.
+
+        Args:
+            pipeline: the model or pipeline that it is named with.
+            prefix: of the component; empty for a model.
+
+        Raises:
+            CheckpointError: it is one for a pipeline, and that is a model, or the other way round, or a component that
+                it changes is not there.
+        """
+        if bool(self.components) != bool(pipeline.components):
+            kinds = ("a diffusion pipeline", "a single network")
+            ours, theirs = kinds if self.components else kinds[::-1]
+            raise CheckpointError(
+                f"{self.url}: an adapter for {ours}, and {pipeline.model.without_adapter} is {theirs}"
+            )
+        if not prefix:
+            return self
+        there = {part.prefix for part in pipeline.networks}
+        if missing := [name[:-1] for name in self.components if name not in there]:
+            raise CheckpointError(
+                f"{self.url}: the adapter changes {listing(missing)}, which {pipeline.model.without_adapter} does not"
+                f" have, among {listing(sorted(name[:-1] for name in there))}"
+            )
+        return self.components.get(prefix)
 
     def __repr__(self) -> str:
         return f"Adapter({self.ref}, rank {self.config.rank})"
@@ -74,6 +107,8 @@ def open_adapter(
     files = {name: file for name, file in storage.list(url).items() if not is_hidden(name)}
     if not files:
         raise nothing_there(storage, url)
+    if ADAPTER_CONFIG not in files and PIPELINE_ADAPTER in files:
+        return _open_pipeline_adapter(stores, ref, url, files, check)
     if ADAPTER_CONFIG not in files:
         what = "a whole model; name it as `model:`" if "config.json" in files else f"{listing(files)} is there"
         raise CheckpointError(
@@ -97,13 +132,45 @@ def open_adapter(
         )
     else:
         raise CheckpointError(f"{url}: no {ADAPTER}; {storage.advise_download(url)}")
+    tensors = _read_tensors(storage, ref, url, [files[name] for name in names], check)
+    return Adapter(ref, url, config, tensors, files)
+
+
+def _open_pipeline_adapter(
+    stores: Stores,
+    ref: ModelRef,
+    url: str,
+    files: Mapping[str, StoredFile],
+    check: Callable[[StoredFile, int], None],
+) -> Adapter:
+    """Return an adapter for a pipeline, with one for each component."""
+    file = files[PIPELINE_ADAPTER]
+    storage = stores.at(url)
+    tensors = _read_tensors(storage, ref, url, [file], check)
+    metadata = read_metadata(storage, file)
+    components = {}
+    for prefix, (own, config, is_stated) in split_components(tensors, metadata, file.url).items():
+        scales = read_scales(stores, own, is_stated=is_stated)
+        factors = tuple(tensor for tensor in own if not tensor.name.endswith(".alpha"))
+        components[prefix] = Adapter(ref, url, config, factors, files, scales=scales)
+    return Adapter(ref, url, next(iter(components.values())).config, tensors, files, components)
+
+
+def _read_tensors(
+    storage: Storage,
+    ref: ModelRef,
+    url: str,
+    files: Iterable[StoredFile],
+    check: Callable[[StoredFile, int], None],
+) -> tuple[StoredTensor, ...]:
+    """Return the tensors of an adapter's files, which are in one of them each."""
     tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        for entry in read_header(storage, files[name], check):
-            tensor = StoredTensor(str(ref), entry.name, entry.dtype, entry.shape, files[name], entry.start, entry.stop)
+    for file in files:
+        for entry in read_header(storage, file, check):
+            tensor = StoredTensor(str(ref), entry.name, entry.dtype, entry.shape, file, entry.start, entry.stop)
             if entry.name in tensors:
                 raise CheckpointError(f"{url}: tensor {entry.name!r} is in two files")
             tensors[entry.name] = tensor
     if not tensors:
         raise CheckpointError(f"{url}: the adapter holds no tensors")
-    return Adapter(ref, url, config, tuple(tensors.values()), files)
+    return tuple(tensors.values())

@@ -25,7 +25,10 @@ def find_scale(adapter: Adapter, module: str, rank: int) -> float:
     Raises:
         CheckpointError: adapter_config.json says another rank, or a pattern there is none.
     """
+    if adapter.scales is not None:
+        return adapter.scales.get(module, 1.0)
     config = adapter.config
+    module = module.rpartition("/")[2]  # patterns know nothing of a pipeline's components
     expected = _find_pattern(config.rank_pattern, module, adapter) or config.rank
     if expected != rank:
         raise CheckpointError(
