@@ -114,7 +114,6 @@ def _check_config(config: MergeConfig) -> None:
     beyond = {
         "slices": config.slices,
         "modules": config.modules,
-        "modules": config.modules,
         "copy_rest_from": config.copy_rest_from,
         "a mixture of experts": config.mixture,
         "a tokenizer": config.vocabulary,
