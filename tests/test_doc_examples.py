@@ -23,12 +23,14 @@ from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.sweep import SWEEP
 from raymerge.pipeline.evaluation.tasks.task_file import read_task_file
 from raymerge.pipeline.spectrum.points import make_points
+from raymerge.pipeline.spectrum.record import parse_spectrum
 from raymerge.testing import read_model, write_model
 from tests.checkpoints import read_files, read_tensors, write_family
 from tests.commands import Cli
 from tests.documents import PAGES, ROOT, read_blocks, read_commands
 from tests.servers.hub import HubServer
 from tests.servers.s3 import S3Server
+from tests.spectra import evaluate_all, write_spectrum
 
 COMMANDS = [(page, command) for page in PAGES for command in read_commands(page, "raymerge")]
 
@@ -177,13 +179,16 @@ def test_the_commands_of_the_readme(
         for command in read_commands("README.md", "raymerge"):
             if command[0] in ("submit", "eval", "curve"):  # need a cluster, models that generate, or what they gave
                 continue
+            if command[0] == "curve":
+                spectrum = parse_spectrum(Path("spectrum/spectrum.json").read_bytes())
+                write_spectrum(Path("spectrum"), spectrum, evaluate_all(spectrum))
             outcome = cli(*command)
             assert outcome.code == 0, (command, outcome.err)
             done.append(command[0])
         assert "models/merged/model.safetensors" in s3_server.keys_of("bucket")
     assert done == [
         *("plan", "merge", "merge", "merge", "sweep"),
-        *("verify", "inspect", "extract-lora", "methods", "schema"),
+        *("verify", "inspect", "extract-lora", "curve", "methods", "schema"),
     ]
     assert Path("merged/model.safetensors").read_bytes() == hub.read_files("me/merged", "main")["model.safetensors"]
     assert f"base_model:\n- {names[0]}\n- {names[1]}\n" in Path("merged/README.md").read_text()

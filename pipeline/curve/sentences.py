@@ -229,11 +229,10 @@ def _explain(view: View, choice: Choice) -> str:
         return f"{rule}, {compared}. No point satisfies it; this is the nearest, {_format_points(short)} too low."
     if choice.rule.name == "best_under_tokens" and not choice.is_met:
         return f"{rule}. No point satisfies it; this is the nearest, the one with the fewest tokens."
-    compared = (
-        f"; the best parent, {reference}, has {describe_score(view.scores[choice.reference], view.measure)}"
-        if reference
-        else ""
-    )
+    compared = ""
+    if reference:
+        best = "best parent with so few" if choice.rule.name == "best_under_tokens" else "best parent"
+        compared = f"; the {best}, {reference}, has {describe_score(view.scores[choice.reference], view.measure)}"
     return f"{rule}{compared}."
 
 
