@@ -18,6 +18,7 @@ from raymerge.pipeline.evaluation.engines import Engines
 from raymerge.pipeline.evaluation.evaluator import EvaluationError, Model, Place, Task
 from raymerge.pipeline.evaluation.events import Begun, Evaluated, OnEvaluationEvent, Sampled
 from raymerge.pipeline.evaluation.figures import Figures
+from raymerge.pipeline.evaluation.hub_results import check_benchmarks, write_hub_result
 from raymerge.pipeline.evaluation.options import EvaluateKeywords, EvaluateOptions
 from raymerge.pipeline.evaluation.records import Records
 from raymerge.pipeline.evaluation.registry import prepare_tasks
@@ -58,18 +59,23 @@ def evaluate(
     with open_stores(StoreSettings(options.storage)) as stores:
         subjects = find_subjects(stores, _list(models))
         out = subjects.out if options.out is None else stores.at(options.out).absolute(options.out)
+        if options.eval_results:
+            check_benchmarks(prepared, subjects.models)
         run = _Run(stores, out, prepared, on_event or (lambda event: None))
         units = run.plan(subjects.models)
         run.tell(Begun(len(subjects.models), len(prepared), len(run.found), subjects.skipped))
-        for (name, task), evaluation in run.found.items():
-            run.tell(Evaluated(replace(evaluation, model=name, task=task), is_cached=True))
+        for evaluation in run.found.values():
+            run.tell(Evaluated(evaluation, is_cached=True))
         with Engines(options.backend, options.workers) as engines:
             runner = LocalRunner(min(options.workers, max(len(units), 1)))
             work = partial(evaluate_unit, stores, out, engines=engines, tell=run.tell)
             resources = [Resources(mem_nbytes=0, cost=0)] * len(units)
             for name, evaluations in runner.run(work, units, resources, lambda progress: None):
                 run.finish(name, evaluations)
-        return [run.found[subject.name, task.name] for subject in subjects.models for task in prepared]
+        pairs = [(subject, task) for subject in subjects.models for task in prepared]
+        for subject, task in pairs if options.eval_results else ():
+            write_hub_result(stores, subject, task, run.found[subject.name, task.name])
+        return [run.found[subject.name, task.name] for subject, task in pairs]
 
 
 @dataclass(frozen=True, slots=True)

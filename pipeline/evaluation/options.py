@@ -48,6 +48,10 @@ class EvaluateOptions:
         Help("Directory or URL of the results.", RESULTS, "DIR", default="evaluations, in the spectrum if it is one"),
     ] = None
 
+    eval_results: Annotated[
+        bool, Help("Write .eval_results/*.yaml beside each model, for the Hub's leaderboards.", RESULTS)
+    ] = False
+
     def __post_init__(self) -> None:
         for name in ("samples", "limit", "max_new_tokens", "batch_size", "workers"):
             value = getattr(self, name)
@@ -80,3 +84,4 @@ class EvaluateKeywords(TypedDict, total=False):
     workers: int
     storage: Library
     out: str | None
+    eval_results: bool

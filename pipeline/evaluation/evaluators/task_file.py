@@ -30,6 +30,11 @@ class FileTask(Task):
     batch_size: int
 
     @property
+    def benchmark(self) -> tuple[str, str] | None:  # type: ignore[override]
+        """As the file says."""
+        return self.file.benchmark
+
+    @property
     def sampling(self) -> Mapping[str, object]:
         """Everything about the sampling that decides the samples."""
         shown = {**asdict(self.how), "stop": list(self.how.stop), "backend": self.backend, "dtype": self.dtype}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -24,14 +25,16 @@ from raymerge.pipeline.evaluation.tasks.answers import (
     Extraction,
     Markers,
     letter_of,
-    parse_number,
 )
-from raymerge.pipeline.messages import listing, shown, suggest
+from raymerge.pipeline.evaluation.tasks.fields import LETTERS, explain_answer, fill_prompt, is_number
+from raymerge.pipeline.messages import shown, suggest
 
 KEYS = (
     "name", "system", "prompt", "answer", "items", "shots", "extract", "check", "tolerance", "case_sensitive",
-    "thinking", "template", "samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "stop",
+    "thinking", "template", "benchmark", "samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "stop",
 )  # fmt: skip
+_TASK_ID = re.compile(r"\w[\w.-]*")
+_NOT_DIGESTED = ("name", "sampling", "benchmark")
 _ARGUMENTS = ("regex", "after", "json")
 _MAX_NBYTES = 2**30
 _DEFAULT_MAX_NEW_TOKENS = 1024
@@ -75,11 +78,13 @@ class TaskFile:
     template: Mapping[str, object] = field(default_factory=dict)
     """Variables for the chat template."""
     sampling: Sampling = Sampling()
+    benchmark: tuple[str, str] | None = None
+    """Data set and task id of the Hub's leaderboard that its results belong to."""
 
     @property
     def digest(self) -> str:
         """Hash of everything that decides a sample and its score, but for the model and the sampling."""
-        content = {name: value for name, value in asdict(self).items() if name not in ("name", "sampling")}
+        content = {name: value for name, value in asdict(self).items() if name not in _NOT_DIGESTED}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -146,6 +151,7 @@ class _Reader:
             markers=root.get("thinking").attempt(_read_markers),
             template=root.get("template").attempt(_read_mapping) or {},
             sampling=self._read_sampling(),
+            benchmark=root.get("benchmark").attempt(_read_benchmark),
         )
 
     def _read_rows(self, place: Place) -> list[tuple[Place, dict[str, Any]]]:
@@ -196,7 +202,7 @@ class _Reader:
         for shot in root.get("shots").elements() if root.get("shots") else ():
             fields = shot.value if isinstance(shot.value, dict) else {}
             try:
-                start.append(("user", _fill(template or "{prompt}", fields)))
+                start.append(("user", fill_prompt(template or "{prompt}", fields)))
                 start.append(("assistant", str(fields[field_name])))
             except KeyError as error:
                 shot.note(shot.error(f"{error.args[0]!r} is missing"))
@@ -208,7 +214,7 @@ class _Reader:
                 place.note(place.error(f"the id {name!r} is there already; ids are unique"))
             names.add(name)
             try:
-                prompt = _fill(template or "{prompt}", fields)
+                prompt = fill_prompt(template or "{prompt}", fields)
             except KeyError as error:
                 place.note(place.error(f"{error.args[0]!r} is missing; {suggest(str(error.args[0]), list(fields))}"))
                 continue
@@ -216,11 +222,11 @@ class _Reader:
             if expected is None or expected == []:
                 place.note(place.error(f"no answer: {field_name!r} is missing; {suggest(field_name, list(fields))}"))
                 continue
-            if why := _explain_answer(expected, fields, check):
+            if why := explain_answer(expected, fields, check):
                 place.note(place.error(why))
                 continue
             if check.how == "choice":
-                expected = letter_of(expected, fields.get("choices", _LETTERS))
+                expected = letter_of(expected, fields.get("choices", LETTERS))
             items.append(Item(name, (*start, ("user", prompt)), expected))
         return items
 
@@ -228,7 +234,7 @@ class _Reader:
         how = place.value
         if how is None:
             field_name = str(self._root.get("answer").value or "answer")
-            are_numbers = all(_is_number(fields.get(field_name)) for _, fields in rows)
+            are_numbers = all(is_number(fields.get(field_name)) for _, fields in rows)
             has_choices = all("choices" in fields for _, fields in rows)
             how = "choice" if has_choices else "numeric" if are_numbers else "exact"
         if how not in CHECKS:
@@ -287,51 +293,6 @@ class _Reader:
         return value  # type: ignore[return-value]
 
 
-_LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-
-
-def _fill(template: str, fields: Mapping[str, Any]) -> str:
-    """Return a prompt: each `{field}` replaced; other braces stay.
-
-    Raises:
-        KeyError: a field is missing.
-    """
-
-    def replace(match: Any) -> str:
-        name = match[1]
-        if name == "choices" and isinstance(fields.get(name), list):
-            return "\n".join(f"{letter}. {text}" for letter, text in zip(_LETTERS, fields[name], strict=False))
-        return str(fields[name])
-
-    return str(re2.sub(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", replace, template))
-
-
-def _explain_answer(expected: object, fields: Mapping[str, Any], check: Check) -> str:
-    """Return why an answer cannot be checked; empty where it can."""
-    for each in expected if isinstance(expected, list) else [expected]:
-        if not isinstance(each, str | int | float):
-            return f"the answer {shown(each)} is neither text nor a number"
-        if check.how == "numeric" and not _is_number(each):
-            return f"the answer {shown(each)} is no number, and `check` is numeric"
-        if check.how == "regex":
-            try:
-                re2.compile(str(each))
-            except re2.error as error:
-                return f"the answer {shown(each)} is no regular expression: {error}"
-    if check.how == "choice":
-        choices = fields.get("choices", _LETTERS)
-        if not isinstance(choices, list | tuple) or len(choices) > len(_LETTERS):
-            return f"`choices` is {shown(choices)}; a list of at most {len(_LETTERS)} is needed"
-        if letter_of(expected, choices) is None:
-            return f"the answer {shown(expected)} is none of the choices: {listing(choices)}"
-    return ""
-
-
-def _is_number(value: object) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return all(type(each) in (int, float, str) and parse_number(str(each)) is not None for each in values)
-
-
 def _compile(place: Place, pattern: str) -> None:
     try:
         re2.compile(pattern)
@@ -350,6 +311,15 @@ def _read_markers(place: Place) -> Markers | None:
         case [str() as start, str() as end] if start and end:
             return Markers(start, end)
     raise place.error(f"{shown(place.value)} is given; write [<think>, </think>], or false not to look at it")
+
+
+def _read_benchmark(place: Place) -> tuple[str, str] | None:
+    match place.value:
+        case None:
+            return None
+        case {"dataset": str() as dataset, "task": str() as task} if "/" in dataset and _TASK_ID.fullmatch(task):
+            return dataset, task
+    raise place.error(f"{shown(place.value)} is given; write {{dataset: org/name, task: id}}, as the Hub has them")
 
 
 def _read_mapping(place: Place) -> dict[str, object]:

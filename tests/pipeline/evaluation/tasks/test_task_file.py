@@ -100,6 +100,7 @@ def test_the_digest_is_of_what_decides_a_score(tmp_path: Path) -> None:
         ("check: regex\nitems: [{prompt: a, answer: '('}]", "no regular expression"),
         ("items: [{prompt: a, answer: d, choices: [x, y]}]", "none of the choices: x, y"),
         ("items: [{prompt: a, answer: {x: 1}}]", "neither text nor a number"),
+        ("items: [{prompt: a, answer: yes}]", "put yes, no, true and false in quotes"),
         ("items: [{id: 1, prompt: a, answer: b}, {id: 1, prompt: b, answer: b}]", "'1' is there already"),
         (f"temperature: hot\n{ITEMS}", '"hot" is given, a number from 0 to 100'),
         (f"samples: 0\n{ITEMS}", "0 is given, a whole number from 1"),

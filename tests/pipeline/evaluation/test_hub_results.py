@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.evaluation.evaluator import Task
+from raymerge.pipeline.evaluation.evaluators.task_file import TaskFiles
+from raymerge.pipeline.evaluation.hub_results import check_benchmarks, write_hub_result
+from raymerge.pipeline.evaluation.options import EvaluateOptions
+from raymerge.pipeline.evaluation.results import Estimate, Evaluation
+from raymerge.pipeline.evaluation.subjects import Subject
+from raymerge.pipeline.stores.open import Stores
+
+
+def make_task(tmp_path: Path, benchmark: str) -> Task:
+    path = tmp_path / "task.yml"
+    path.write_text(f"items: [{{prompt: a, answer: 1}}]\n{benchmark}")
+    return TaskFiles().prepare(str(path), EvaluateOptions())
+
+
+def make_evaluation(accuracy: float | None) -> Evaluation:
+    estimate = None if accuracy is None else Estimate(accuracy, 0.0, 1.0)
+    return Evaluation(
+        model="a",
+        url="a",
+        digest="",
+        task="t",
+        task_digest="",
+        sampling={},
+        state="failed" if accuracy is None else "complete",
+        error="",
+        num_items=198,
+        num_samples=4,
+        accuracy=estimate,
+        tokens=None,
+        loss=None,
+        thinking=None,
+        cut_off=None,
+        other={},
+        samples="",
+        seconds=0.0,
+    )
+
+
+def test_a_result_is_as_the_hub_reads_it(tmp_path: Path, stores: Stores) -> None:
+    task = make_task(tmp_path, "benchmark: {dataset: Idavidrein/gpqa, task: gpqa_diamond}")
+    subject = Subject("a", str(tmp_path / "a"), "a")
+    write_hub_result(stores, subject, task, make_evaluation(0.4125))
+    written = yaml.safe_load((tmp_path / "a/.eval_results/gpqa_diamond.yaml").read_text())
+    dataset = {"id": "Idavidrein/gpqa", "task_id": "gpqa_diamond"}
+    assert written == [{"dataset": dataset, "value": 41.25, "notes": "mean of 4 samples of each of 198 items"}]
+
+
+def test_nothing_is_written_for_what_failed_or_is_gone(tmp_path: Path, stores: Stores) -> None:
+    task = make_task(tmp_path, "benchmark: {dataset: org/data, task: t}")
+    write_hub_result(stores, Subject("a", str(tmp_path / "a"), "a"), task, make_evaluation(None))
+    write_hub_result(stores, Subject("a", "", "a"), task, make_evaluation(0.5))
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_cannot_be_written_is_told_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no task says which benchmark"):
+        check_benchmarks([make_task(tmp_path, "")], [])
+    task = make_task(tmp_path, "benchmark: {dataset: org/data, task: t}")
+    with pytest.raises(ConfigError, match="hf://org/a: files are written beside models on disk"):
+        check_benchmarks([task], [Subject("a", "hf://org/a", "org/a")])
+    with pytest.raises(ConfigError, match="as the Hub has them"):
+        make_task(tmp_path, "benchmark: gpqa")
+    with pytest.raises(ConfigError, match="as the Hub has them"):
+        make_task(tmp_path, "benchmark: {dataset: org/data, task: ../t}")
+
+
+def test_the_benchmark_is_no_part_of_the_digest(tmp_path: Path) -> None:
+    plain = make_task(tmp_path, "")
+    assert make_task(tmp_path, "benchmark: {dataset: org/data, task: t}").digest == plain.digest
