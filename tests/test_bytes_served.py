@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from raymerge import merge, plan
 from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES
@@ -125,3 +128,44 @@ def test_tokenizers_are_read_once_to_be_compared(
         config = make_config([upload(s3_server, bucket, model.name, model) for model in models])
         assert any("tokenizer_source" in warning for warning in plan(config).warnings)
     assert list(served.values()) == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_scattered_rows_that_do_not_fit_in_memory_take_few_requests(
+    s3_server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request for each row would be 40,000; bytes between rows are read along, and the plan counts them."""
+    models = []
+    for k in range(2):
+        words = [f"t{number}" for number in range(40_000)]
+        random.Random(k).shuffle(words)
+        tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="t0"))
+        models.append(write_tokenized(tmp_path / str(k), k, tokenizer, tied=True, width=32))
+    served: list[int] = []
+
+    def note(request: Request) -> None:
+        if request.operation == "GetObject" and request.path.endswith(".safetensors"):
+            start, _, last = request.headers["range"].removeprefix("bytes=").partition("-")
+            served.append(int(last) + 1 - int(start))
+
+    options: dict[str, Any] = {"memory": "44MiB", "workers": 1}
+    config = linear([str(model) for model in models])
+    merge(config, tmp_path / "here")
+    with FaultProxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        config = linear([upload(s3_server, bucket, model.name, model) for model in models])
+        planned = plan(config, out=tmp_path / "there", **options)
+        proxy.rule = note
+        merge(config, tmp_path / "there", **options)
+    assert (tmp_path / "there/model.safetensors").read_bytes() == (tmp_path / "here/model.safetensors").read_bytes()
+    stored = sum((model / "model.safetensors").stat().st_size for model in models)
+    read = sum(task.read_nbytes for task in planned.tasks)
+    assert 0.9 * read < sum(served) <= read + 2 * FIRST_READ_NBYTES
+    assert 1.5 * stored < read
+    assert len(served) < 100
+
+
+def linear(models: list[str]) -> dict[str, Any]:
+    """Return a merge of models in the vocabulary of the first."""
+    entries = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
+    return {"merge_method": "linear", "models": entries, "tokenizer_source": models[0]}

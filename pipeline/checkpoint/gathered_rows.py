@@ -8,6 +8,7 @@ from raymerge.ops.decoder import Decoder, Plain
 from raymerge.ops.rows import MEAN, PAD, GatherRows, RowMap, lay_out
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
 from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange
+from raymerge.pipeline.urls import scheme_of
 
 _FEW_RUNS, _LONG_RUN = 1000, 32
 """So many runs are worth no word, nor are runs of so many rows."""
@@ -64,6 +65,11 @@ class GatheredRows(Source):
         """Whether neighbouring rows come from all over, so that it is better read as a whole."""
         num_runs = len(self.rows.table)
         return num_runs > _FEW_RUNS and self.shape[0] < num_runs * _LONG_RUN
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether some of its bytes are in stores, where a request costs more than the bytes between two rows."""
+        return any(scheme_of(tensor.file.url) != "file" for tensor in self.origins)
 
     @property
     def plain_dtypes(self) -> frozenset[str]:

@@ -15,6 +15,8 @@ from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.plan.windows import Fetch, Window
 from raymerge.pipeline.stores.files import Buffer, ByteRange, aligned
 from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.ranges import GAP_NBYTES, coalesce
+from raymerge.pipeline.stores.remote import PIECE_NBYTES
 from raymerge.pipeline.stores.seam import Storage
 
 REPORT_NBYTES = 64 * 2**20
@@ -133,8 +135,11 @@ def _fill(
 ) -> list[Filled]:
     ranges = [window.ranges for window in fetch]
     windows = _lay_out(fetch, ranges, buffer)
-    views = [view for filled in windows for views in filled.views for view in views]
-    read_ranges(stores, _flatten(ranges), views, on_read, run_all)
+    for is_gathered in (False, True):
+        own = [filled for filled in windows if filled.window.is_gathered == is_gathered]
+        views = [view for filled in own for views in filled.views for view in views]
+        wanted = _flatten(filled.window.ranges for filled in own)
+        read_ranges(stores, wanted, views, on_read, run_all, max_gap=GAP_NBYTES if is_gathered else 0)
     return windows
 
 
@@ -144,6 +149,8 @@ def read_ranges(
     views: Sequence[memoryview],
     on_read: Callable[[int], None],
     run_all: RunAll = run_in_turn,
+    *,
+    max_gap: int = 0,
 ) -> None:
     """Fill each view with its range.
 
@@ -153,12 +160,17 @@ def read_ranges(
         views: as large as the ranges.
         on_read: told of so many bytes that have arrived, often.
         run_all: reads several pieces at once.
+        max_gap: see `Storage.read_into`; bytes between ranges are told of, too, where requests read them.
 
     Raises:
         FetchError: a range could not be read, or its file has changed.
     """
     for storage, positions in _by_storage(stores, ranges).items():
         for pieces, places in _cut([ranges[k] for k in positions], [views[k] for k in positions], REPORT_NBYTES):
+            if storage.is_remote and max_gap:
+                storage.read_into(pieces, places, max_gap=max_gap)
+                on_read(sum(group.nbytes for group in coalesce(pieces, max_nbytes=PIECE_NBYTES, max_gap=max_gap)))
+                continue
             if storage.is_remote or run_all is run_in_turn:
                 storage.read_into(pieces, places)
             else:

@@ -19,6 +19,7 @@ from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.plan.windows import Fetch, Window
 from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange, aligned
 from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.stores.ranges import GAP_NBYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,8 @@ class GpuStage(Stage):
             if staging.sent is not None:
                 staging.sent.synchronize()
             views = [staging.buffer[place - start : place - start + part.nbytes] for part, place in parts]
-            read_ranges(stores, [part for part, _ in parts], views, on_read)
+            max_gap = GAP_NBYTES if any(window.is_gathered for window in fetch) else 0
+            read_ranges(stores, [part for part, _ in parts], views, on_read, max_gap=max_gap)
             with self._upload:
                 room.there[start:stop].copy_(staging.here[: stop - start], non_blocking=True)
                 staging.sent = self._upload.mark()

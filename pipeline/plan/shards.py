@@ -16,7 +16,7 @@ from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES, Demand, check_fits, 
 from raymerge.pipeline.plan.out_files import Network, SideFile
 from raymerge.pipeline.plan.shares import Limits, Shares, share_out_memory
 from raymerge.pipeline.plan.types import ShardOutput, ShardTask, TensorMerge
-from raymerge.pipeline.plan.windows import is_resident
+from raymerge.pipeline.plan.windows import count_gaps, is_resident
 
 MAX_THREADS = 4
 """Threads that merge one shard: more of them wait for the one that hashes."""
@@ -171,7 +171,7 @@ def _make_task(
     )
     read = {merge.name: sum(source.nbytes for source in merge.sources) for merge in merges}
     output = ShardOutput(f"{network.prefix}{file}", header, len(header) + sum(merge.nbytes for merge in merges))
-    return ShardTask(
+    task = ShardTask(
         own=own_ops,
         outputs=(output,) * transfer.num_outputs,
         positions=tuple(range(transfer.num_outputs)),
@@ -193,3 +193,4 @@ def _make_task(
         projected_mem=projected_mem,
         projected_gpu_mem=projected_gpu_mem,
     )
+    return replace(task, read_nbytes=task.read_nbytes + count_gaps(task))

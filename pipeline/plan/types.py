@@ -166,7 +166,7 @@ class ShardTask:
     merges: tuple[TensorMerge, ...]
     """In the order in which they are written."""
     read_nbytes: int
-    """Bytes read once for each tensor; see `reread_nbytes`."""
+    """Bytes read once for each tensor, and those between scattered rows in stores; see `reread_nbytes`."""
     reread_nbytes: int
     """Bytes read again because a tensor does not fit in memory between its passes."""
     buffer_nbytes: int

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.plan.memory import Demand, measure_demand, measure_kept
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.files import ByteRange, aligned
+from raymerge.pipeline.stores.ranges import GAP_NBYTES, coalesce
+from raymerge.pipeline.stores.remote import PIECE_NBYTES
+from raymerge.pipeline.urls import scheme_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,11 @@ class Window:
         """Return the room for the decoded values of each source, where compiled loops need that."""
         num_elements = self.stop - self.start
         return [source.decoded_nbytes(num_elements) for source in self.merge.sources]
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether a source is gathered from rows, which may lie far from each other."""
+        return any(isinstance(source, GatheredRows) for source in self.merge.sources)
 
 
 Fetch = tuple[Window, ...]
@@ -90,3 +99,20 @@ def make_windows(merge: TensorMerge, demand: Demand, buffer_nbytes: int, fetch_n
 def is_resident(merge: TensorMerge, buffer_nbytes: int) -> bool:
     """Return whether all sources fit in one buffer, so that they are read once for all passes."""
     return measure_kept(merge) <= buffer_nbytes
+
+
+def count_gaps(task: ShardTask) -> int:
+    """Return the bytes between scattered rows of stores that requests read along, in one pass."""
+    gathered = [
+        merge
+        for merge in task.merges
+        if any(isinstance(source, GatheredRows) and source.is_remote for source in merge.sources)
+    ]
+    total = 0
+    for fetch in make_fetches(replace(task, merges=tuple(gathered))):
+        windows = [window for window in fetch if window.passes.start == 0]
+        every = (piece for window in windows for pieces in window.ranges for piece in pieces)
+        ranges = [piece for piece in every if scheme_of(piece.file.url) != "file"]
+        total += sum(group.nbytes for group in coalesce(ranges, max_nbytes=PIECE_NBYTES, max_gap=GAP_NBYTES))
+        total -= sum(group.nbytes for group in coalesce(ranges, max_nbytes=PIECE_NBYTES))
+    return total

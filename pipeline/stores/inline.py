@@ -60,7 +60,7 @@ class InlineStorage(Storage):
     def list(self, url: str) -> Mapping[str, StoredFile]:  # noqa: D102
         return {}
 
-    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:
+    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer], *, max_gap: int = 0) -> None:
         """Copy out of the files."""
         for piece, buffer in zip(ranges, buffers, strict=True):
             assert isinstance(piece.file, InlineFile)

@@ -16,7 +16,7 @@ class ReadGroup:
     start: int
     stop: int
     members: tuple[int, ...]
-    """Positions in the ranges given, by start; neighbours touch or overlap."""
+    """Positions in the ranges given, by start; neighbours touch or overlap, or a gap lies between them."""
 
     @property
     def nbytes(self) -> int:
@@ -24,7 +24,11 @@ class ReadGroup:
         return self.stop - self.start
 
 
-def coalesce(ranges: Sequence[ByteRange], *, max_nbytes: int) -> list[ReadGroup]:
+GAP_NBYTES = 64 * 2**10
+"""Between ranges that may be read together: it takes a connection a millisecond, and a request by itself takes more."""
+
+
+def coalesce(ranges: Sequence[ByteRange], *, max_nbytes: int, max_gap: int = 0) -> list[ReadGroup]:
     """Group ranges that follow each other in the same file; what lies between others is in no group.
 
     Files come in the order of their first range, groups of a file by start. Every range is in exactly one group, and no
@@ -33,6 +37,7 @@ def coalesce(ranges: Sequence[ByteRange], *, max_nbytes: int) -> list[ReadGroup]
     Args:
         ranges: in any order.
         max_nbytes: ranges that do not overlap are joined only up to this size.
+        max_gap: so many bytes may lie between ranges that are joined.
 
     >>> file = StoredFile("a.safetensors", 100, "")
     >>> ranges = [ByteRange(file, 40, 60), ByteRange(file, 0, 10), ByteRange(file, 10, 20)]
@@ -49,7 +54,7 @@ def coalesce(ranges: Sequence[ByteRange], *, max_nbytes: int) -> list[ReadGroup]
         start, stop = ranges[positions[0]].start, ranges[positions[0]].stop
         for position in positions[1:]:
             item = ranges[position]
-            if item.start < stop or (item.start == stop and item.stop - start <= max_nbytes):
+            if item.start < stop or (item.start <= stop + max_gap and item.stop - start <= max_nbytes):
                 members.append(position)
                 stop = max(stop, item.stop)
             else:

@@ -102,14 +102,17 @@ class RemoteStorage(Storage):
     def explain(self, error: Exception, url: str) -> FetchError:
         """Return the message for an error that is final: the request, where, and the next step."""
 
-    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:  # noqa: D102
+    def read_into(  # noqa: D102
+        self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer], *, max_gap: int = 0
+    ) -> None:
         views = [buffer.cast("B") for buffer in buffers]
         for item, view in zip(ranges, views, strict=True):
             if view.nbytes != item.nbytes:
                 raise ValueError(f"a buffer of {view.nbytes} bytes for a range of {item.nbytes}")
             item.check()
-        groups = coalesce(ranges, max_nbytes=PIECE_NBYTES)
-        pieces = [piece for group in groups for piece in _cut(group, ranges, views)]
+        groups = coalesce(ranges, max_nbytes=PIECE_NBYTES, max_gap=max_gap)
+        unwanted = memoryview(bytearray(max_gap))
+        pieces = [piece for group in groups for piece in _cut(group, ranges, views, unwanted)]
         if len(pieces) == 1:
             self._read_piece(pieces[0])
             return
@@ -204,14 +207,17 @@ class _ShortBodyError(Exception):
 class _Piece:
     """Bytes of a file that are still to be read, and where they go."""
 
-    def __init__(self, file: StoredFile, start: int, stop: int, targets: Sequence[tuple[int, Buffer]]) -> None:
+    def __init__(
+        self, file: StoredFile, start: int, stop: int, targets: Sequence[tuple[int, Buffer]], unwanted: Buffer
+    ) -> None:
         """Begin.
 
         Args:
             file: to read from.
             start: first byte.
             stop: after the last.
-            targets: views by their start in the file; they cover the piece, and may overlap.
+            targets: views by their start in the file, which may overlap, and have gaps between them.
+            unwanted: gets what is in gaps; as large as any.
         """
         self.file = file
         self.start = start
@@ -225,9 +231,14 @@ class _Piece:
         for first, view in targets:
             if first < reached:
                 self._doubles.append((first, view[: reached - first]))
+            elif first > reached:
+                self._places.append((reached, unwanted[: first - reached]))
+                reached = first
             if first + view.nbytes > reached:
                 self._places.append((reached, view[reached - first :]))
                 reached = first + view.nbytes
+        if reached < stop:
+            self._places.append((reached, unwanted[: stop - reached]))
 
     def fill(self, body: Body, stop: int) -> bool:
         """Read what comes next, before `stop`, and return False at the end of the body.
@@ -255,7 +266,7 @@ class _Piece:
                     view[begin - first : end - first] = place[begin - start : end - start]
 
 
-def _cut(group: ReadGroup, ranges: Sequence[ByteRange], views: Sequence[Buffer]) -> Iterator[_Piece]:
+def _cut(group: ReadGroup, ranges: Sequence[ByteRange], views: Sequence[Buffer], unwanted: Buffer) -> Iterator[_Piece]:
     """Yield the requests for a group: one, or several of one size for what is longer than a piece."""
     num_pieces = max(1, -(-group.nbytes // PIECE_NBYTES))
     nbytes = max(1, -(-group.nbytes // num_pieces))
@@ -267,7 +278,7 @@ def _cut(group: ReadGroup, ranges: Sequence[ByteRange], views: Sequence[Buffer])
             first, last = max(start, item.start), min(stop, item.stop)
             if first < last:
                 targets.append((first, views[member][first - item.start : last - item.start]))
-        yield _Piece(group.file, start, stop, targets)
+        yield _Piece(group.file, start, stop, targets, unwanted)
 
 
 def _finish(pending: Sequence[Future[None]]) -> None:

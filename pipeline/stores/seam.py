@@ -145,8 +145,13 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:
+    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer], *, max_gap: int = 0) -> None:
         """Fill each buffer with its range; neighbouring ranges are read together.
+
+        Args:
+            ranges: in any order.
+            buffers: as large as the ranges.
+            max_gap: so many bytes may be read, and thrown away, between two ranges where that spares a request.
 
         Raises:
             FetchError: a range could not be read whole, or its file is no longer the one that was planned with.

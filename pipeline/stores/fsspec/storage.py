@@ -80,8 +80,10 @@ class FsspecStorage(FsspecFiles):
 
     # reading
 
-    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:  # noqa: D102
-        super().read_into(ranges, buffers)
+    def read_into(  # noqa: D102
+        self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer], *, max_gap: int = 0
+    ) -> None:
+        super().read_into(ranges, buffers, max_gap=max_gap)
         for file in dict.fromkeys(item.file for item in ranges):
             self.check_unchanged(file)
 

@@ -139,7 +139,7 @@ class HubStorage(HubFiles):
                     files[name] = replace(file, url=f"{base}/{name}")
         return dict(sorted(files.items()))
 
-    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:
+    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer], *, max_gap: int = 0) -> None:
         """Fill each buffer with its range, from this machine where the bytes are here already."""
         sources = {file: self._find_here(file) for file in dict.fromkeys(item.file for item in ranges)}
         pairs = list(zip(ranges, buffers, strict=True))
@@ -150,7 +150,7 @@ class HubStorage(HubFiles):
             self._local.read_into([item for item, _ in here], [view for _, view in here])
         there = [(item, view) for item, view in pairs if sources[item.file] is None]
         if there:
-            super().read_into([item for item, _ in there], [view for _, view in there])
+            super().read_into([item for item, _ in there], [view for _, view in there], max_gap=max_gap)
 
     def check_unchanged(self, file: StoredFile) -> None:
         """Compare a file with what it was when the plan was made; a commit's files stay what they are."""

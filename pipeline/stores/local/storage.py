@@ -105,7 +105,8 @@ class LocalStorage(Storage):
                     )
         return dict(sorted(found.items()))
 
-    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:  # noqa: D102
+    def read_into(self, ranges: Sequence[ByteRange], buffers: Sequence[Buffer], *, max_gap: int = 0) -> None:
+        """Fill each buffer with its range; gaps are skipped, for calls cost less than bytes here."""
         views = [buffer.cast("B") for buffer in buffers]
         for item, view in zip(ranges, views, strict=True):
             if view.nbytes != item.nbytes:

@@ -137,6 +137,17 @@ class StorageContract:
         random.Random(1).shuffle(ranges)
         assert read_ranges(storage, ranges) == [data[item.start : item.stop] for item in ranges]
 
+    @pytest.mark.parametrize("max_gap", [1, 100, 10_000])
+    def test_with_gaps_between(self, storage: Storage, root: str, max_gap: int) -> None:
+        data = make_bytes(5_000)
+        storage.write(f"{root}/a", data)
+        file = storage.stat(f"{root}/a")
+        pieces = [(4_000, 4_001), (10, 20), (21, 30), (15, 25), (130, 140), (241, 300), (1_000, 1_000), (4_102, 4_900)]
+        ranges = [ByteRange(file, *piece) for piece in pieces]
+        buffers = [bytearray(item.nbytes) for item in ranges]
+        storage.read_into(ranges, [memoryview(buffer) for buffer in buffers], max_gap=max_gap)
+        assert [bytes(buffer) for buffer in buffers] == [data[item.start : item.stop] for item in ranges]
+
     def test_nothing_to_read(self, storage: Storage, root: str) -> None:
         storage.write(f"{root}/a", b"")
         file = storage.stat(f"{root}/a")

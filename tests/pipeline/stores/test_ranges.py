@@ -46,6 +46,16 @@ def test_worked_examples(
     assert [(group.start, group.stop, group.members) for group in groups] == expected
 
 
+@pytest.mark.parametrize(
+    ("max_gap", "expected"), [(0, [(0, 10), (12, 20), (23, 30)]), (2, [(0, 20), (23, 30)]), (3, [(0, 30)])]
+)
+def test_small_gaps_are_spanned(max_gap: int, expected: list[tuple[int, int]]) -> None:
+    ranges = [make_range(12, 20), make_range(0, 10), make_range(23, 30)]
+    groups = coalesce(ranges, max_nbytes=100, max_gap=max_gap)
+    assert [(group.start, group.stop) for group in groups] == expected
+    assert len(coalesce(ranges, max_nbytes=20, max_gap=3)) == 2
+
+
 def test_files_are_kept_apart_in_order_of_appearance() -> None:
     ranges = [make_range(0, 10, FILES[1]), make_range(10, 20, FILES[0]), make_range(10, 20, FILES[1])]
     groups = coalesce(ranges, max_nbytes=100)
