@@ -17,6 +17,7 @@ from accuracy import measure_accuracy
 from cluster_faults import measure_faults, measure_straggler
 from cluster_overhead import measure_overhead, measure_per_shard, measure_scheduling
 from cluster_scaling import measure_scaling
+from everyday import measure_adapters, measure_documents, measure_union
 from gpu import measure_gpu
 from memory import measure_big_tensor, measure_many_models
 from merges import DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Bench
@@ -53,6 +54,9 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "methods-memory": measure_methods_memory,
     "training-run": measure_training_run,
     "mixture": measure_mixture,
+    "adapters": measure_adapters,
+    "union": measure_union,
+    "documents": measure_documents,
     "big-tensor": measure_big_tensor,
     "gpu": measure_gpu,
     "accuracy": measure_accuracy,
