@@ -134,12 +134,24 @@ def test_same_tokens_and_rows(kind: str, name: str, find_home: Callable[[str], P
     _check_texts(out, peer)
 
 
+@cache
+def list_lines(number: int) -> list[str]:
+    """Return lines of this project's pages and code, and lines of words, marks and characters at random."""
+    draw = random.Random(0)
+    root = Path(__file__).parents[1]
+    files = sorted([*root.glob("docs/*.md"), *root.glob("pipeline/**/*.py")])
+    written = [line for path in files for line in path.read_text().splitlines()]
+    words = [*" ".join(TEXTS).split(), "<s>", "<pad>", "<|im_start|>", "foo bar", "Größe", "漢字", "😀", "\n", "  "]
+    drawn = [" ".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(number // 4)]
+    letters = [chr(code) for code in range(0x20, 0x3100)]
+    drawn += ["".join(draw.choices(letters, k=draw.randint(1, 40))) for _ in range(number // 4)]
+    return drawn + draw.sample(written, number - len(drawn))
+
+
 def _check_texts(out: Path, peer: Path) -> None:
     """Compare how texts are split, and what is known of each added token."""
     ours, theirs = (Tokenizer.from_file(str(model / "tokenizer.json")) for model in (out, peer))
-    draw = random.Random(0)
-    words = [*" ".join(TEXTS).split(), "<s>", "<pad>", "<|im_start|>", "foo bar", "Größe", "漢字", "😀", "\n", "  "]
-    lines = [" ".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(500)]
+    lines = list_lines(10_000)
     for mine, other in zip(
         ours.encode_batch(lines, add_special_tokens=False),
         theirs.encode_batch(lines, add_special_tokens=False),
