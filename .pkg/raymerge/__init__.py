@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from raymerge.pipeline.progress.events import SweepDone as SweepDone
     from raymerge.pipeline.progress.events import SweepPlanned as SweepPlanned
     from raymerge.pipeline.progress.events import Warned as Warned
+    from raymerge.pipeline.search.options import SearchOptions as SearchOptions
+    from raymerge.pipeline.search.search import SearchReport as SearchReport
+    from raymerge.pipeline.search.search import search as search
     from raymerge.pipeline.spectrum.sweep import SweepReport as SweepReport
     from raymerge.pipeline.spectrum.sweep import sweep as sweep
 
@@ -84,6 +87,8 @@ _HOMES = {
     "pipeline.output.verify": ("VerifyReport", "verify"),
     "pipeline.plan.results": ("MergeReport", "ShardResult"),
     "pipeline.plan.types": ("MergePlan",),
+    "pipeline.search.options": ("SearchOptions",),
+    "pipeline.search.search": ("SearchReport", "search"),
     "pipeline.spectrum.sweep": ("SweepReport", "sweep"),
     "pipeline.progress.events": (
         "Event",

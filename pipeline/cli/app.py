@@ -22,6 +22,7 @@ from raymerge.pipeline.cli.interrupt import watch_for_interrupts
 from raymerge.pipeline.cli.jobs import jobs, submit
 from raymerge.pipeline.cli.manifest import manifest
 from raymerge.pipeline.cli.options import MESSAGES, ConfigFile, Out, PlanOptions, Verbose, takes_options
+from raymerge.pipeline.cli.search import search
 from raymerge.pipeline.cli.sweep import sweep
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.options import SPEED, Help, MergeOptions, StorageOption
@@ -264,5 +265,6 @@ commands.command("extract-lora", epilog="Example: raymerge extract-lora org/tune
 )
 commands.command("eval", epilog="Example: raymerge eval spectrum/ --task arithmetic.yml --samples 8")(evaluate)
 commands.command(epilog="Example: raymerge sweep merge.yml spectrum/ --set t=0.1:0.9:0.1")(sweep)
+commands.command(epilog="Example: raymerge search recipe.yml best --task arithmetic.yml --budget 40")(search)
 commands.add_typer(jobs, name="jobs")
 commands.add_typer(manifest, name="manifest")

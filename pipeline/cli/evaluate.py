@@ -31,6 +31,9 @@ def evaluate(
         list[str] | None,
         Help("Command that prints JSON at its end: 'python eval.py {model}'; may be repeated.", _TASKS, "COMMAND"),
     ] = None,
+    only: Annotated[
+        list[str] | None, Help("A point or parent of the spectrum; may be repeated.", _TASKS, "NAME", default="all")
+    ] = None,
     json: Annotated[bool, Help("Print JSON.", MESSAGES)] = False,
     quiet: Annotated[bool, Help("Print no progress.", MESSAGES, short="q")] = False,
     log_json: Annotated[bool, Help("Print a JSON object for each event, in place of text.", MESSAGES)] = False,
@@ -49,7 +52,7 @@ def evaluate(
     tasks = [*(task or ()), *(f"command:{each}" for each in command or ())]
     with open_json_log(verbose=False) if log_json else nullcontext():
         show = (lambda event: put(format_event(event))) if log_json else EvaluationDisplay(quiet=quiet or json).show
-        found = run(models, tasks, options, on_event=show)
+        found = run(models, tasks, options, only=only, on_event=show)
         if json:
             put(dumps(redact_texts([asdict(each) for each in found]), indent=1, ensure_ascii=False))
         elif not log_json:

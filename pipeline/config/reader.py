@@ -22,6 +22,7 @@ from raymerge.pipeline.config.merge_config import MergeConfig, ModulePart, Outpu
 from raymerge.pipeline.config.methods import Use, check_given, check_statistics, lacks_all_weights, parse_method
 from raymerge.pipeline.config.mixture import is_mixture, read_mixture
 from raymerge.pipeline.config.node import Place
+from raymerge.pipeline.config.search import note_search
 from raymerge.pipeline.config.steps import Part, join_documents
 from raymerge.pipeline.config.sweep import note_sweep
 from raymerge.pipeline.config.tokenizer import check_rows, parse_tokenizer
@@ -93,7 +94,7 @@ class _Reader:
     def read(self, document: Document) -> MergeConfig | None:
         """Return the merge that the config describes; None where something is wrong with it."""
         root, reader = self._root, self._bodies
-        if note_sweep(root):
+        if note_sweep(root) or note_search(root):
             return None
         if is_mixture(root):
             return read_mixture(root, document, reader.parse_model)

@@ -17,6 +17,7 @@ from raymerge.pipeline.config.chat_template import AUTO
 from raymerge.pipeline.config.merge_config import RANDOM_GATES
 from raymerge.pipeline.config.methods import takes_first_as_base
 from raymerge.pipeline.config.mixture import ARCHITECTURES, GATE_MODES, MIXTURE, MIXTURE_KEYS
+from raymerge.pipeline.config.search import SEARCH, SEARCH_SCHEMA
 from raymerge.pipeline.config.sweep import SWEEP, SWEEP_SCHEMA
 from raymerge.pipeline.config.training_run import SCHEDULES
 from raymerge.pipeline.config.values import BOOLS
@@ -117,6 +118,7 @@ def _make_merge(methods: Sequence[Op], statistics: Schema) -> Schema:
                 "tokenizer_source": {"description": _GIVER, "anyOf": [{"type": "null"}, _ref("model")]},
                 "tokenizer": _TOKENIZER,
                 SWEEP: SWEEP_SCHEMA,
+                SEARCH: SEARCH_SCHEMA,
             },
             "merge_method",
         ),
@@ -275,6 +277,7 @@ _MIXTURE = {
             "dtype": _make_dtype("What is written, where `out_dtype` says nothing else."),
             "out_dtype": _make_dtype("What is written."),
             SWEEP: SWEEP_SCHEMA,
+            SEARCH: SEARCH_SCHEMA,
         },
         "base_model",
         "experts",
@@ -303,7 +306,7 @@ def _make_condition(op: Op, keys: Iterable[str]) -> Schema:
     if needed:
         of_models.append({"required": ["parameters"], "properties": {"parameters": {"required": needed}}})
     if of_models:
-        is_alone = {"required": ["models"], "not": {"required": [SWEEP]}}  # what is needed may be swept
+        is_alone = {"required": ["models"], "not": {"anyOf": [{"required": [SWEEP]}, {"required": [SEARCH]}]}}  # varied
         then |= {"if": is_alone, "then": {"allOf": of_models}}
     return {"if": {"properties": {"merge_method": {"const": op.name}}}, "then": then}
 

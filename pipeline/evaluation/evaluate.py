@@ -35,6 +35,7 @@ def evaluate(
     tasks: str | Path | Sequence[str | Path],
     options: EvaluateOptions | None = None,
     *,
+    only: Sequence[str] | None = None,
     on_event: OnEvaluationEvent | None = None,
     **keywords: Unpack[EvaluateKeywords],
 ) -> list[Evaluation]:
@@ -44,6 +45,7 @@ def evaluate(
         models: a spectrum's directory, or directories, URLs or Hub names of models.
         tasks: task files, or what `--task` of the command line takes.
         options: how to evaluate.
+        only: names of points and parents of the spectrum; the others are left out.
         on_event: called with each event, in whatever thread, one after the other.
         **keywords: fields of `EvaluateOptions`; they go before those of `options`.
 
@@ -57,7 +59,7 @@ def evaluate(
     options = replace(options or EvaluateOptions(), **keywords)
     prepared = prepare_tasks(_list(tasks), options)
     with open_stores(StoreSettings(options.storage)) as stores:
-        subjects = find_subjects(stores, _list(models))
+        subjects = find_subjects(stores, _list(models), only)
         out = subjects.out if options.out is None else stores.at(options.out).absolute(options.out)
         if options.eval_results:
             check_benchmarks(prepared, subjects.models)

@@ -13,7 +13,7 @@ from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import parse_model_ref
 from raymerge.pipeline.errors import CheckpointError, ConfigError
-from raymerge.pipeline.messages import listing
+from raymerge.pipeline.messages import find_near, listing
 from raymerge.pipeline.spectrum.record import (
     EVALUATIONS,
     RECORD,
@@ -60,12 +60,13 @@ class Subjects:
     """Points that failed to be made, with the reasons."""
 
 
-def find_subjects(stores: Stores, given: Sequence[str]) -> Subjects:
+def find_subjects(stores: Stores, given: Sequence[str], only: Sequence[str] | None = None) -> Subjects:
     """Return the models that are meant.
 
     Args:
         stores: that have them.
         given: directories, URLs or Hub repositories of models, or of spectra: their points and parents.
+        only: the names of those that are meant; by default all.
 
     Raises:
         RaymergeError: one is not there; nothing is evaluated then.
@@ -79,7 +80,7 @@ def find_subjects(stores: Stores, given: Sequence[str]) -> Subjects:
         url = stores.at(name).absolute(name)
         if _is_spectrum(stores, url):
             spectrum = read_spectrum(stores, url)
-            found, failed = _list_spectrum(stores, url, spectrum)
+            found, failed = _list_spectrum(stores, url, spectrum, only)
             models += found
             skipped += failed
             outs.append(f"{url}/{EVALUATIONS}" if scheme_of(url) not in ("hf", "http", "https") else "")
@@ -99,9 +100,18 @@ def _is_spectrum(stores: Stores, url: str) -> bool:
         return False
 
 
-def _list_spectrum(stores: Stores, url: str, spectrum: Spectrum) -> tuple[list[Subject], list[str]]:
+def _list_spectrum(
+    stores: Stores, url: str, spectrum: Spectrum, only: Sequence[str] | None
+) -> tuple[list[Subject], list[str]]:
     found, failed = [], []
+    names = [point.name for point in spectrum.points] + [parent.name for parent in spectrum.parents]
+    for name in only or ():
+        if name not in names:
+            near = find_near(name, names)
+            raise ConfigError(f"{url} has no model {name}; " + (f"did you mean {near}?" if near else listing(names)))
     for point in spectrum.points:
+        if only is not None and point.name not in only:
+            continue
         where = locate_point(url, point)
         if point.state == "failed":
             failed.append(f"{point.name}: {point.error}")
@@ -109,7 +119,8 @@ def _list_spectrum(stores: Stores, url: str, spectrum: Spectrum) -> tuple[list[S
             found.append(Subject(point.name, "", where, point, url))
         else:
             found.append(Subject(point.name, where, where))
-    found += [_find_model(stores, parent.model, parent.name) for parent in spectrum.parents]
+    parents = [parent for parent in spectrum.parents if only is None or parent.name in only]
+    found += [_find_model(stores, parent.model, parent.name) for parent in parents]
     return found, failed
 
 

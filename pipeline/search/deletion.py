@@ -1,0 +1,25 @@
+"""Deletes models that a search no longer needs."""
+
+from __future__ import annotations
+
+from raymerge.pipeline.checkpoint.files import CONFIG, INDEX
+from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, parse_manifest
+from raymerge.pipeline.stores.open import Stores
+
+
+def delete_model(stores: Stores, directory: str) -> None:
+    """Delete the files that a merge has written to a directory, those without which nothing loads first.
+
+    What is not in its manifest stays, and so does a model without one.
+
+    Raises:
+        OutputError: the store refuses.
+    """
+    storage = stores.at(directory)
+    try:
+        manifest = parse_manifest(storage.read(f"{directory}/{MANIFEST}", MAX_MANIFEST_NBYTES))
+    except (FileNotFoundError, ValueError):
+        return
+    first = [name for name in (CONFIG, INDEX) if name in manifest.files]
+    for name in (*first, *(name for name in manifest.files if name not in first), MANIFEST):
+        storage.delete(f"{directory}/{name}")

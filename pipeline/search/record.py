@@ -1,0 +1,75 @@
+"""search.json: what a search has tried, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from raymerge.pipeline.decoding import decode, parse_json
+from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.redact import redact_texts
+from raymerge.pipeline.stores.open import Stores
+
+RECORD = "search.json"
+_MAX_NBYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One proposal of the sampler."""
+
+    name: str
+    batch: int
+    """Number of the batch that it was proposed with."""
+    settings: Mapping[str, object]
+    """A value for each path; plain JSON."""
+    values: tuple[float, ...] | None
+    """For each objective; None where it failed."""
+    same_as: str
+    """An earlier trial with the same plan, whose values these are; empty where there is none."""
+    error: str
+    """Why it failed; empty otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRecord:
+    """A search as far as it has come; the fields are the keys of the JSON."""
+
+    raymerge: str
+    """Version that made it."""
+    optuna: str
+    recipe: str
+    """Hash of everything that decides what is proposed: recipe, sampler, seed, size of a batch, objectives, tasks."""
+    described: Mapping[str, object]
+    """The same in words."""
+    trials: tuple[Trial, ...]
+    """Those of whole batches, in order."""
+
+    def dump(self) -> str:
+        """Return the text of the file, without credentials."""
+        return json.dumps(redact_texts(asdict(self)), indent=1, ensure_ascii=False) + "\n"
+
+
+def read_record(stores: Stores, directory: str) -> SearchRecord | None:
+    """Read the record of a search; None where there is none.
+
+    Raises:
+        OutputError: it is damaged.
+    """
+    url = f"{directory}/{RECORD}"
+    try:
+        content = stores.at(url).read(url, _MAX_NBYTES)
+    except FileNotFoundError:
+        return None
+    try:
+        record: SearchRecord = decode(parse_json(content), SearchRecord)
+    except (TypeError, KeyError, ValueError) as error:
+        raise OutputError(f"{url} is damaged: {error}; choose another directory for the search") from error
+    return record
+
+
+def write_record(stores: Stores, directory: str, record: SearchRecord) -> None:
+    """Write or replace the record of a search, in one step."""
+    url = f"{directory}/{RECORD}"
+    stores.at(url).write(url, record.dump().encode())

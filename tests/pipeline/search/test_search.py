@@ -1,0 +1,195 @@
+"""Searches of small models, judged by a command that reads a weight of each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import raymerge
+from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.search.options import SearchOptions
+from raymerge.pipeline.search.record import RECORD, Trial
+from raymerge.pipeline.search.search import SearchReport, search
+from raymerge.pipeline.spectrum.record import read_spectrum
+from raymerge.pipeline.stores.open import open_stores
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
+from tests.commands import Cli
+
+JUDGE = """
+import json, pathlib, struct, sys
+directory = pathlib.Path(sys.argv[1])
+with pathlib.Path(sys.argv[0]).with_name("calls").open("a") as log:
+    log.write(directory.name + "\\n")
+[shard] = directory.glob("*.safetensors")
+content = shard.read_bytes()
+(size,) = struct.unpack("<Q", content[:8])
+header = json.loads(content[8 : 8 + size])
+start, _ = header["model.norm.weight"]["data_offsets"]
+(t,) = struct.unpack("<f", content[8 + size + start :][:4])
+print(json.dumps({"accuracy": max(0.0, 1 - (t - 0.7) ** 2), "tokens": 1000 * t}))
+"""
+"""Accuracy is best where the share of the second model is 0.7, and tokens rise with it."""
+
+
+def write_models(root: Path) -> list[Path]:
+    """Write models whose last norm is all 0, all 1, and all 0.4."""
+    made = []
+    for k, value in enumerate((0.0, 1.0, 0.4)):
+        tensors = llama_tensors(k, 1)
+        tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], value, dtype=torch.float32)
+        made.append(write_checkpoint(root / f"model{k}", tensors, llama_config(1)))
+    return made
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_models(tmp_path)
+    (tmp_path / "judge.py").write_text(JUDGE)
+    return tmp_path
+
+
+def make_recipe(root: Path, parameters: Mapping[str, Any] | None = None, num_models: int = 2) -> dict[str, Any]:
+    models = [{"model": str(root / f"model{k}")} for k in range(num_models)]
+    section = {"search": {"parameters": dict(parameters)}} if parameters else {}
+    return {"merge_method": "linear", "models": models, "parameters": {"weight": 1.0}, "dtype": "float32", **section}
+
+
+WEIGHTS = {"weight[0]": {"min": 0.0, "max": 1.0}, "weight[1]": {"min": 0.1, "max": 1.0}}
+
+
+def run(root: Path, recipe: dict[str, Any], options: SearchOptions, out: str = "out", **more: Any) -> SearchReport:
+    task = f"command:judge={sys.executable} {root}/judge.py {{model}}"
+    return search(recipe, root / out, [task], options, **more)
+
+
+def list_calls(root: Path) -> list[str]:
+    return (root / "calls").read_text().split() if (root / "calls").exists() else []
+
+
+@pytest.mark.slow
+def test_the_best_models_are_kept_and_the_others_deleted(root: Path) -> None:
+    told: list[Trial] = []
+    options = SearchOptions(budget=12, batch=4)
+    report = run(root, make_recipe(root, WEIGHTS), options, on_trial=lambda trial, number: told.append(trial))
+    assert [trial.name for trial in report.trials] == [f"trial-{k:04}" for k in range(12)] == [t.name for t in told]
+    values = [trial.values for trial in report.trials]
+    best = {point.name for point in report.best}
+    for trial in report.trials:
+        if trial.same_as:
+            continue
+        assert trial.values is not None
+        beaten = any(
+            v is not None and v != trial.values and v[0] >= trial.values[0] and v[1] <= trial.values[1] for v in values
+        )
+        is_there = (root / "out" / trial.name / "config.json").exists()
+        assert (trial.name in best) == is_there == (not beaten), trial
+    assert [value[0] for value in report.values] == sorted((v[0] for v in report.values), reverse=True)
+    with open_stores() as stores:
+        spectrum = read_spectrum(stores, str(root / "out"))
+    assert {point.name for point in spectrum.points if point.state == "complete"} == best
+    assert {parent.name for parent in spectrum.parents} == {"model0", "model1"}
+    assert sorted(list_calls(root)) == sorted([*(t.name for t in report.trials), "model0", "model1"]), "each once"
+    for point in report.best:
+        raymerge.merge(point.config, root / "alone", overwrite=True)
+        assert (root / "alone" / "model.safetensors").read_bytes() == (
+            root / "out" / point.name / "model.safetensors"
+        ).read_bytes()
+
+
+def test_an_interrupted_search_comes_to_the_same_and_a_larger_budget_goes_on(root: Path) -> None:
+    recipe, options = make_recipe(root, WEIGHTS), SearchOptions(budget=12, batch=4, sampler_seed=3)
+    whole = run(root, recipe, options, out="whole")
+    (root / "calls").unlink()
+
+    def stop(trial: Trial, number: int) -> None:
+        if number == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(root, recipe, options, on_trial=stop)
+    first = run(root, recipe, replace(options, budget=8))
+    assert first.trials == whole.trials[:8]
+    assert run(root, recipe, options).trials == whole.trials
+    calls = list_calls(root)
+    assert len(calls) == len(set(calls)), "nothing was evaluated twice"
+
+
+@pytest.mark.slow
+def test_equal_plans_are_merged_and_evaluated_once(root: Path) -> None:
+    recipe = make_recipe(root, {"weight[0]": [0.5, 1.0], "weight[1]": [0.5, 1.0]})
+    report = run(
+        root,
+        {**recipe, "parameters": {"weight": 1.0, "normalize": False}},
+        SearchOptions(sampler="random", budget=10, batch=5),
+    )
+    settings = [json.dumps(dict(trial.settings)) for trial in report.trials]
+    assert len(set(settings)) < 10
+    for k, trial in enumerate(report.trials):
+        first = settings.index(settings[k])
+        assert trial.values == report.trials[first].values
+        assert (trial.same_as == "") == (first == k)
+    assert len([name for name in list_calls(root) if name.startswith("trial")]) == len(set(settings))
+
+
+@pytest.mark.slow
+def test_a_soup_takes_what_helps(root: Path) -> None:
+    report = run(root, make_recipe(root, num_models=3), SearchOptions(sampler="soup", batch=8))
+    chosen = [[k for k in range(3) if trial.settings[f"weight[{k}]"]] for trial in report.trials]
+    assert chosen == [[0], [1], [2], [1, 2], [0, 1]] or chosen == [[0], [1], [2], [1, 2], [0, 1, 2]]
+    assert report.stopped == "everything was tried"
+    assert report.values[0][0] == max(trial.values[0] for trial in report.trials if trial.values)
+
+
+@pytest.mark.slow
+def test_a_trial_that_cannot_be_merged_is_marked(root: Path) -> None:
+    recipe = make_recipe(root, {"merge_method": ["linear", "nonesuch"], **WEIGHTS})
+    report = run(root, recipe, SearchOptions(sampler="random", budget=6, batch=3))
+    for trial in report.trials:
+        assert ("nonesuch" in trial.error) == (trial.settings["merge_method"] == "nonesuch") == (trial.values is None)
+
+
+@pytest.mark.slow
+def test_a_search_without_progress_stops(root: Path) -> None:
+    recipe = make_recipe(root, {"weight[0]": [0.5, 1.0], "weight[1]": [0.5, 1.0]})
+    report = run(root, recipe, SearchOptions(sampler="random", budget=100, batch=5, patience=2))
+    assert "the last 2 batches" in report.stopped
+    assert len(report.trials) < 100
+
+
+def test_another_search_in_the_directory_is_refused(root: Path) -> None:
+    recipe, options = make_recipe(root, WEIGHTS), SearchOptions(budget=2, batch=2)
+    run(root, recipe, options)
+    with pytest.raises(OutputError, match="sampler_seed 0 there and 1 here"):
+        run(root, recipe, replace(options, sampler_seed=1))
+    record = json.loads((root / "out" / RECORD).read_text())
+    record["trials"][0]["settings"]["weight[0]"] = 0.123
+    (root / "out" / RECORD).write_text(json.dumps(record))
+    with pytest.raises(OutputError, match=r"trial-0000 has .*0\.123.*the sampler proposes"):
+        run(root, recipe, options)
+
+
+def test_what_is_wrong_is_told_before_anything_is_merged(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"weigth\[0\]"):
+        run(root, make_recipe(root, {"weigth[0]": [0.1, 0.2]}), SearchOptions())
+    with pytest.raises(ConfigError, match="did you mean 'tokens'"):
+        SearchOptions(objective=["token"])
+    assert not (root / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_command(root: Path, cli: Cli) -> None:
+    (root / "recipe.yml").write_text(json.dumps(make_recipe(root, WEIGHTS)))
+    judge = f"judge={sys.executable} {root}/judge.py {{model}}"
+    found = cli(
+        "search", str(root / "recipe.yml"), str(root / "out"), "--command", judge, "--budget", "4", "--batch", "2"
+    )
+    assert found.code == 0, found.err
+    assert "[4/4] trial-0003  weight[0]" in found.err
+    assert "that no other is better than:" in found.out
