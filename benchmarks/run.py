@@ -35,6 +35,7 @@ from speed import measure_cold, measure_speed
 from startup import measure_help, measure_plan
 from store_limits import measure_bytes_served, measure_disk, measure_hub, measure_requests, measure_store_memory
 from stores import measure_seam, measure_transfer
+from sweep import measure_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,6 +58,7 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "adapters": measure_adapters,
     "union": measure_union,
     "documents": measure_documents,
+    "sweep": measure_sweep,
     "big-tensor": measure_big_tensor,
     "gpu": measure_gpu,
     "accuracy": measure_accuracy,

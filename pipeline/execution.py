@@ -12,7 +12,7 @@ from raymerge.cluster.runner import Progress, Resources, Runner
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.output.journal import Journal
-from raymerge.pipeline.output.stitch import find_nonfinite, stitch
+from raymerge.pipeline.output.stitch import check_shards, copy_side_files, find_nonfinite, stitch
 from raymerge.pipeline.output.verify import check_shard
 from raymerge.pipeline.plan.results import ShardFile, ShardResult
 from raymerge.pipeline.plan.schedule import measure_cost
@@ -118,8 +118,11 @@ def carry_out(
     for names in nonfinite:
         check_finite(names, strict=strict)
     check_locks()
-    for journal, output, files in zip(journals, plan.outputs, shards, strict=True):
-        stitch(plan, output, files, journal)
+    for journal, files in zip(journals, shards, strict=True):
+        check_shards(plan, files, journal)
+    copied = copy_side_files(plan, journals)
+    for journal, output, files, beside in zip(journals, plan.outputs, shards, copied, strict=True):
+        stitch(plan, output, files, journal, beside)
     return Execution(tuple(results), positions, seconds, runner.num_per_process, nonfinite)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 from raymerge import __version__
@@ -16,11 +16,12 @@ from raymerge.pipeline.output.card import make_card
 from raymerge.pipeline.output.journal import Journal
 from raymerge.pipeline.output.state import read_manifest
 from raymerge.pipeline.output.verify import hash_file
-from raymerge.pipeline.plan.out_files import Copied, Network
+from raymerge.pipeline.plan.out_files import Copied, Network, Written
 from raymerge.pipeline.plan.results import ShardFile
 from raymerge.pipeline.plan.types import MergePlan, PlannedOutput
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.stores.files import Buffer
+from raymerge.pipeline.stores.seam import Writer
 from raymerge.pipeline.urls import revision_of
 
 _OWN_CONFIG = "mergekit_config.yml"
@@ -38,25 +39,12 @@ def find_nonfinite(files: Iterable[ShardFile]) -> tuple[str, ...]:
     return tuple(sorted(name for file in files for name in file.nonfinite))
 
 
-def stitch(plan: MergePlan, output: PlannedOutput, shards: Sequence[ShardFile], journal: Journal) -> None:
-    """Complete an output directory.
-
-    The order matters: the donor's files, the card and the manifest first, then config.json, and last of all the index,
-    without which nothing loads. (A model of one shard, or an adapter, has no index; there its config is the last. Of a
-    pipeline it is model_index.json, after those of the components.) The manifest, which tells any two plans apart, and
-    the last one must not be there already: of two runs that write to one place, only one can finish.
-
-    Args:
-        plan: what was to be done.
-        output: the model of the plan that is made here.
-        shards: its files, one for each task.
-        journal: of the output directory.
+def check_shards(plan: MergePlan, shards: Sequence[ShardFile], journal: Journal) -> None:
+    """Make sure that the shards of an output are what was written; call it before anything else is written there.
 
     Raises:
-        OutputError: a shard is not there, a file could not be written, or another run has finished here.
+        OutputError: a shard is not there, or is another one.
     """
-    from raymerge.pipeline.output.figures import dump_figures, make_figures, summarise  # pyarrow: slow to import
-
     stores, out = journal.stores, journal.out
     storage = stores.at(out)
     by_name = {shard.file: shard for shard in shards}
@@ -74,16 +62,67 @@ def stitch(plan: MergePlan, output: PlannedOutput, shards: Sequence[ShardFile], 
                 f"{out}/{task.file} is no longer what was written: {found.nbytes:,} bytes, etag {found.etag};"
                 f" {made.nbytes:,} bytes, etag {made.etag} are expected; run again when nobody else writes there"
             )
-    files = {shard.file: OutputFile(shard.nbytes, shard.sha256) for shard in shards}
+
+
+def copy_side_files(plan: MergePlan, journals: Sequence[Journal]) -> list[dict[str, OutputFile]]:
+    """Copy the files that outputs take from inputs, each to all of its outputs from one reading; return them by name.
+
+    Args:
+        plan: what was to be done.
+        journals: of the output directories, in the plan's order.
+
+    Raises:
+        FetchError: a file could not be read, or has changed.
+        OutputError: one could not be written.
+    """
+    takers: dict[Copied, list[int]] = {}
+    for position, output in enumerate(plan.outputs):
+        for side_file in output.side_files:
+            if isinstance(side_file, Copied):
+                takers.setdefault(side_file, []).append(position)
+    copied: list[dict[str, OutputFile]] = [{} for _ in journals]
+    for file, positions in takers.items():
+        made = _copy(file, [journals[position] for position in positions])
+        for position in positions:
+            copied[position][file.name] = made
+    return copied
+
+
+def stitch(
+    plan: MergePlan,
+    output: PlannedOutput,
+    shards: Sequence[ShardFile],
+    journal: Journal,
+    copied: Mapping[str, OutputFile],
+) -> None:
+    """Complete an output directory.
+
+    The order matters: the donor's files, the card and the manifest first, then config.json, and last of all the index,
+    without which nothing loads. (A model of one shard, or an adapter, has no index; there its config is the last. Of a
+    pipeline it is model_index.json, after those of the components.) The manifest, which tells any two plans apart, and
+    the last one must not be there already: of two runs that write to one place, only one can finish.
+
+    Args:
+        plan: what was to be done.
+        output: the model of the plan that is made here.
+        shards: its files, one for each task.
+        journal: of the output directory.
+        copied: the files there that were copied from inputs.
+
+    Raises:
+        OutputError: a file could not be written, or another run has finished here.
+    """
+    from raymerge.pipeline.output.figures import dump_figures, make_figures, summarise  # pyarrow: slow to import
+
+    out = journal.out
+    files = {shard.file: OutputFile(shard.nbytes, shard.sha256) for shard in shards} | dict(copied)
     contents = {_OWN_CONFIG: redact(output.config_text).encode(), _CARD: redact(make_card(plan, output)).encode()}
     last = {network.config: output.read(network.config).encode() for network in plan.networks}
     last |= {name: make_index(plan, network).encode() for name, network in plan.indexes.items()}
     if plan.is_pipeline:
         last[PIPELINE] = output.read(PIPELINE).encode()
     for side_file in output.side_files:
-        if isinstance(side_file, Copied):
-            files[side_file.name] = _copy(side_file, journal)
-        elif side_file.name not in last:
+        if isinstance(side_file, Written) and side_file.name not in last:
             contents[side_file.name] = side_file.text.encode()
     figures = make_figures(plan, shards)
     contents[FIGURES] = dump_figures(figures)
@@ -105,7 +144,7 @@ def stitch(plan: MergePlan, output: PlannedOutput, shards: Sequence[ShardFile], 
                 ) from None
             _write([content], name, len(content), journal)
     title = f"{plan.method} of {', '.join(map(str, plan.models))}, made with raymerge {__version__}"
-    storage.publish(out, redact(title), last=[MANIFEST, *last])
+    journal.stores.at(out).publish(out, redact(title), last=[MANIFEST, *last])
 
 
 def make_index(plan: MergePlan, network: Network) -> str:
@@ -171,15 +210,26 @@ def _is_ours(name: str, content: bytes, output: PlannedOutput, journal: Journal)
         return False
 
 
-def _copy(file: Copied, journal: Journal) -> OutputFile:
+def _copy(file: Copied, journals: Sequence[Journal]) -> OutputFile:
     digest = hashlib.sha256()
-
-    def hashed() -> Iterator[Buffer]:
-        for piece in journal.stores.read_pieces(file.source):
+    writers: list[Writer] = []
+    try:
+        writers += (journal.open_file(file.name, file.nbytes) for journal in journals)
+        for piece in journals[0].stores.read_pieces(file.source):
             digest.update(piece)
-            yield piece
-
-    _write(hashed(), file.name, file.nbytes, journal)
+            for writer in writers:
+                writer.write(piece)
+    except BaseException:
+        for writer in writers:
+            writer.abort()
+        raise
+    for position, writer in enumerate(writers):
+        try:
+            writer.commit()
+        except BaseException:
+            for other in writers[position + 1 :]:
+                other.abort()
+            raise
     return OutputFile(file.nbytes, digest.hexdigest())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from raymerge import plan
 from raymerge.pipeline.checkpoint.manifest import FIGURES, MANIFEST, parse_manifest
 from raymerge.pipeline.errors import FetchError, OutputError
 from raymerge.pipeline.output.journal import LOCK, Journal
-from raymerge.pipeline.output.stitch import find_nonfinite, list_outputs, stitch
+from raymerge.pipeline.output.stitch import check_shards, copy_side_files, find_nonfinite, list_outputs, stitch
 from raymerge.pipeline.plan.results import ShardFile
 from raymerge.pipeline.plan.types import MergePlan, PlannedOutput
 from raymerge.pipeline.runners import run_shard
@@ -42,8 +42,11 @@ class Finished:
     def directory(self) -> Path:
         return Path(self.journal.out)
 
-    def stitch(self) -> None:
-        stitch(self.plan, self.output, self.shards, self.journal)
+    def stitch(self, output: PlannedOutput | None = None, shards: Sequence[ShardFile] | None = None) -> None:
+        shards = self.shards if shards is None else shards
+        check_shards(self.plan, shards, self.journal)
+        (copied,) = copy_side_files(self.plan, [self.journal])
+        stitch(self.plan, output or self.output, shards, self.journal, copied)
 
     def loadable(self) -> set[str]:
         return LAST & read_files(self.directory).keys()
@@ -148,7 +151,7 @@ def test_a_damaged_manifest_is_nobodys(finished: Finished) -> None:
 def test_credentials_are_written_nowhere(finished: Finished) -> None:
     text = f"# https://me:hunter2secret@host/{'a' * 8}\n{finished.output.config_text}"
     output = replace(finished.output, config_text=text, warnings=("https://me:hunter2secret@host",))
-    stitch(finished.plan, output, finished.shards, finished.journal)
+    finished.stitch(output)
     files = read_files(finished.directory)
     assert b"//***@host" in files["mergekit_config.yml"]
     assert not [name for name, content in files.items() if b"hunter2secret" in content]
@@ -160,5 +163,5 @@ def test_nonfinite_tensors_are_named_once_and_in_order(finished: Finished) -> No
     ]
     expected = tuple(sorted(name for shard in shards for name in shard.nonfinite))
     assert find_nonfinite(shards) == expected
-    stitch(finished.plan, finished.output, shards, finished.journal)
+    finished.stitch(shards=shards)
     assert tuple(parse_manifest((finished.directory / MANIFEST).read_bytes()).nonfinite) == expected
