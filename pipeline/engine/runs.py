@@ -7,6 +7,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import KernelRun
+from raymerge.pipeline.checkpoint.adapters.updates import APPLY
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.plan.types import TensorMerge
 
@@ -70,6 +72,11 @@ class TensorRuns:
         """Return the error for a source that should equal source 0."""
         merge = self.merge
         first, other = merge.sources[0], merge.sources[source]
+        if DTYPES[merge.out_dtype].is_mergeable:
+            return TensorMismatchError(
+                f"{merge.name}, which updates are added to, differs between {first.model} and {other.model}: the"
+                f" adapters are for different models, or for vocabularies that differ; {APPLY}"
+            )
         return TensorMismatchError(
             f"{merge.name} ({merge.out_dtype}, not floating-point) differs between {first.model} and {other.model};"
             " such tensors are not merged, only copied: to take those of the base, or else of the first model, add"

@@ -214,3 +214,13 @@ def test_other_bases_and_modules_are_a_warning(tmp_path: Path) -> None:
     other, module = plan(config).warnings
     assert f"{models[2]} was trained on 'org/base-8b', and {models[0]} on 'org/base-7b'" in other
     assert f"{models[3]} has no module in common with the other adapters: it changes {UP}, and they" in module
+
+
+def test_rows_that_updates_are_added_to_are_equal(tmp_path: Path) -> None:
+    tensors = {"embed.lora_embedding_A": torch.ones(2, 11), "embed.lora_embedding_B": torch.ones(6, 2)}
+    models = [
+        write_adapter(tmp_path / str(k), {**tensors, "embed.base_layer.weight": torch.full((11, 6), float(k))})
+        for k in range(2)
+    ]
+    with pytest.raises(TensorMismatchError, match=r"embed\.base_layer\.weight, which updates are added to, differs"):
+        merge_adapters(tmp_path, *models, parameters={"weight": 0.5})
