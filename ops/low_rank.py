@@ -147,7 +147,8 @@ class LowRankUpdate(Decoder):
                     own = np.stack([piece[offset : offset + end - row] for piece in x], axis=1)
                 else:
                     own = _view_left(x[0], term, matrix, row, end, offset, last - first)
-                left[: end - row, position : position + term.rank] = _widen(own) * np.float64(term.scale)
+                scaled = np.multiply(_widen(own), term.scale, dtype=np.float64)
+                left[: end - row, position : position + term.rank] = scaled
                 position += term.rank
             views = [
                 _view(y, term.right, matrix, (0, term.rank), self.columns)

@@ -148,7 +148,7 @@ class JoinedTerms(UpdateFactors):
             first = 0
             for (x, y), term in zip(self._pair(raw.pieces), self.terms, strict=True):
                 last = first + term.rank
-                right[first:last] = y.double() * term.scale
+                right[first:last] = y.to(torch.float64, copy=True).mul_(term.scale)
                 left[:, first:last] = x
                 first = last
             return

@@ -292,12 +292,16 @@ def test_adapters_that_do_not_fit(pair: tuple[Path, Path], tmp_path: Path) -> No
     file = tmp_path / "kohya" / "pytorch_lora_weights.safetensors"
     file.parent.mkdir()
     save_file({"lora_unet_blocks_1_conv.lora_down.weight": torch.ones(2, 2)}, file)
+    (tmp_path / "alpha").mkdir()
+    factors = {"unet.a.lora.down.weight": torch.ones(2, 2), "unet.a.lora.up.weight": torch.ones(2, 2)}
+    save_file({**factors, "unet.a.lora.alpha": torch.ones(1)}, tmp_path / "alpha" / file.name)
     (tmp_path / "sd3").mkdir()
     save_file({"transformer.a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "sd3" / file.name)
     for model, adapter, said in (
         (pair[0], tmp_path / "of_peft", "of_peft: an adapter for a single network, and .*/a is a diffusion pipeline"),
         (pair[0] / "unet", lora, "lora: an adapter for a diffusion pipeline, and .*/a/unet is a single network"),
         (pair[0], file.parent, "called as in other programs"),
+        (pair[0], tmp_path / "alpha", r"unet/a\.lora\.alpha belongs to no update"),
         (pair[0], tmp_path / "sd3", "the adapter changes transformer, which .*/a does not have, among text_encoder"),
     ):
         with pytest.raises(CheckpointError, match=said):

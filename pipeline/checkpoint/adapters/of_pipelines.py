@@ -73,7 +73,7 @@ def read_scales(stores: Stores, tensors: Sequence[StoredTensor], *, is_stated: b
         is_stated: whether there is a config.
 
     Raises:
-        CheckpointError: an alpha is no number, or there are a config and alphas.
+        CheckpointError: an alpha is no number or that of no update, or there are a config and alphas.
         FetchError: the file could not be read.
     """
     alphas = [tensor for tensor in tensors if tensor.name.endswith(".alpha")]
@@ -93,6 +93,11 @@ def read_scales(stores: Stores, tensors: Sequence[StoredTensor], *, is_stated: b
     ranks = {
         tensor.name.removesuffix(_A): tensor.shape[0] for tensor in tensors if tensor.name.endswith(_A) and tensor.shape
     }
+    if strange := sorted(values.keys() - ranks.keys()):
+        raise CheckpointError(
+            f"{tensors[0].file.url}: {strange[0]}.alpha belongs to no update, and would scale one; load the adapter in"
+            " diffusers (load_lora_weights, fuse_lora), save the pipeline (save_pretrained), and merge that"
+        )
     return {module: values[module] / rank for module, rank in ranks.items() if rank and module in values}
 
 

@@ -188,7 +188,8 @@ class _Expansion:
         """Return the weighted sum of a tensor that adapters store whole; what updates are added to has to be equal.
 
         Raises:
-            TensorMismatchError: the method is no weighted sum, or the weights leave something of the base.
+            TensorMismatchError: the method is no weighted sum, the weights leave something of the base, or one adapter
+                stores whole what another has an update of.
         """
         found = {each.ref: each.whole[name] for each in self._each if name in each.whole}
         shapes = {source.shape: ref for ref, source in found.items()}
@@ -198,6 +199,7 @@ class _Expansion:
         first = next(iter(found.values()))
         stored = name_whole(name, self._modules)
         if stored.endswith(".base_layer.weight"):
+            self._check_is_base(name, found)
             parts = [Part(ref, name, source.as_bytes(), ()) for ref, source in found.items()]
             copied = make_tensor_merge(stored, parts, self._scope, 0.0, self._seed)
             return replace(copied, shape=first.shape, out_dtype=first.dtype)
@@ -215,6 +217,16 @@ class _Expansion:
         kernel = LinearCombination(tuple(factors[ref] for ref in found))
         variants = (replace(variant, kernel=kernel),)
         return replace(merge, name=stored, sources=tuple(found.values()), variants=variants)
+
+    def _check_is_base(self, name: str, found: Iterable[ModelRef]) -> None:
+        """Refuse a tensor that was trained as a whole (modules_to_save) in place of the base's that updates go with."""
+        module = name.rpartition(".")[0]
+        updating = [each for each in self._each if module in each.modules]
+        if not any(name in each.whole for each in updating):
+            raise TensorMismatchError(
+                f"{name} is stored whole in {listing(found)} (modules_to_save), and {updating[0].ref} has an update of"
+                f" the base's, which no adapter holds; {APPLY}"
+            )
 
     def _resolve(
         self, name: str, dtype: str, shape: tuple[int, ...], find: Callable[[ModelRef], Source | None]

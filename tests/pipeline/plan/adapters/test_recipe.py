@@ -151,6 +151,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], type[Ra
         TensorMismatchError,
         r"norm\.weight is stored whole in .*two .* add up to 0\.5",
     ),
+    "an update of what another adapter stores whole": (
+        {**draw_factors(UP, 20, 8), f"{Q}.weight": torch.ones(12, 8)},
+        {},
+        {},
+        TensorMismatchError,
+        rf"{Q}\.weight is stored whole in .*two \(modules_to_save\), and .*one has an update of the base's",
+    ),
     "a whole tensor and ties": (
         {**FACTORS, "norm.weight": WHOLE},
         {},
