@@ -11,7 +11,9 @@ from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.stores.files import ByteRange
 from raymerge.pipeline.stores.open import Stores
 
-_HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "proj_out.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+_PROJ_OUT = "proj_out.weight"
+"""A head if there is nothing before it: blocks of image models end in one, too."""
 _WITH_PROJ_OUT = ("whisper", "moonshine")
 """Models whose head is called so, by model_type."""
 _EMBEDDINGS = (
@@ -32,8 +34,12 @@ def find_head(names: Iterable[str]) -> str | None:
 
 
 def is_head(name: str) -> bool:
-    """Tell by its name whether a tensor is an output head."""
-    return name.endswith(_HEADS) and split_name(name) is None
+    """Tell by its name whether a tensor is an output head.
+
+    >>> [is_head(name) for name in ("model.lm_head.weight", "proj_out.weight", "vqmodel.mid.attn_1.proj_out.weight")]
+    [True, True, False]
+    """
+    return (name.endswith(_HEADS) and split_name(name) is None) or name == _PROJ_OUT
 
 
 def find_embedding(names: Iterable[str]) -> str | None:
@@ -53,7 +59,7 @@ def name_head(embedding: str, model_type: object = None) -> str:
     ('lm_head.weight', 'embed_out.weight')
     """
     if model_type in _WITH_PROJ_OUT:
-        return "proj_out.weight"
+        return _PROJ_OUT
     if embedding.endswith("embed_in.weight"):
         return "embed_out.weight"
     return "language_model.lm_head.weight" if embedding.startswith("language_model.") else "lm_head.weight"
