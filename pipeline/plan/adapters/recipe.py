@@ -13,7 +13,7 @@ from raymerge.pipeline.checkpoint.adapters.adapter import Adapter
 from raymerge.pipeline.checkpoint.adapters.source import UpdatedTensor
 from raymerge.pipeline.checkpoint.adapters.updates import APPLY, ModuleUpdate, read_updates
 from raymerge.pipeline.checkpoint.adapters.written import PREFIX, dump_adapter_config, name_factors, name_whole
-from raymerge.pipeline.checkpoint.names import Layers, find_layers, natural_key
+from raymerge.pipeline.checkpoint.names import Layers, natural_key, split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import ScaledTensor, Source, StoredTensor, ZeroTensor
 from raymerge.pipeline.config.adapter import AdapterRule
@@ -76,7 +76,7 @@ class _Expansion:
             config.keep_float32,
         )
         self._modules = sorted({module for each in self._each for module in each.modules}, key=natural_key)
-        self._layers: Layers = find_layers(((f"{module}.weight", 1) for module in self._modules), None)
+        self._layers = _find_layers(self._modules)
         self._ranks: dict[str, int] = {}
 
     def expand(self) -> AdapterRecipe:
@@ -250,6 +250,18 @@ class _Expansion:
         ranks = listing([f"rank {rank} for {number:,}" for rank, number in counts], _SHOWN)
         also = f", and stores {counted(len(whole), 'tensor')} whole" if whole else ""
         yield f"the adapter changes {counted(len(self._ranks), 'module')}: {ranks}{also}"
+        levels = [self._config.parameters, *(entry.parameters for entry in self._config.models)]
+        if any(len(rule.values) > 1 for level in levels for setting in level.values() for rule in setting.rules):
+            spans = [f"{stack}0 to {number - 1}" for stack, number in self._layers.stacks.items()]
+            yield f"gradients run over the layers up to the last that an adapter changes: {listing(spans, _SHOWN)}"
+
+
+def _find_layers(modules: Iterable[str]) -> Layers:
+    """Return stacks of layers that end with the last one that is changed: how many a model has, no adapter says."""
+    stacks: dict[str, int] = {}
+    for split in filter(None, (split_name(f"{module}.weight") for module in modules)):
+        stacks[split.stack] = max(stacks.get(split.stack, 0), split.layer + 1)
+    return Layers(stacks, "", 0)
 
 
 def _find_dtype(updates: Iterable[ModuleUpdate]) -> str:

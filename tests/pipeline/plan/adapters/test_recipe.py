@@ -51,6 +51,18 @@ def test_ranks_and_modules_that_differ(tmp_path: Path) -> None:
     assert found["base_model_name_or_path"] == "org/base"
 
 
+def test_gradients_run_up_to_the_last_layer_that_is_changed(tmp_path: Path) -> None:
+    models = [write_adapter(tmp_path / str(layer), draw_factors(f"h.{layer}.q", 12, 8)) for layer in (2, 4)]
+    weights = {"weight": [0, 1]}
+    merged = merge_adapters(tmp_path, *models, merge_method="task_arithmetic", adapter={}, parameters=weights)
+    expected = 2 * update(draw_factors("q", 12, 8), "q")
+    torch.testing.assert_close(update(merged, "h.2.q"), 0.5 * expected)
+    torch.testing.assert_close(update(merged, "h.4.q"), expected)
+    config = {"merge_method": "linear", "models": [{"model": model} for model in models]}
+    assert "gradients" not in format_plan(plan(config))
+    assert "gradients run over the layers up to" in format_plan(plan({**config, "parameters": {"weight": [1, 2]}}))
+
+
 def test_no_more_ranks_than_rows_or_columns(tmp_path: Path) -> None:
     factors = [draw_factors(Q, 12, 5, seed=seed) for seed in range(8)]
     models = [write_adapter(tmp_path / str(k), tensors) for k, tensors in enumerate(factors)]
