@@ -96,7 +96,9 @@ def _counts(name: str) -> bool:
 
 
 def _is_newer(url: str, than: str) -> bool:
-    return local_path(url).stat().st_mtime_ns > local_path(than).stat().st_mtime_ns
+    """Tell whether a file was written, or put in its place, later than another: what is moved keeps its age."""
+    own, other = (local_path(each).stat() for each in (url, than))
+    return max(own.st_mtime_ns, own.st_ctime_ns) > max(other.st_mtime_ns, other.st_ctime_ns)
 
 
 def _hash(pieces: Iterator[memoryview]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Unpack
 
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
-from raymerge.pipeline.errors import MergeError
+from raymerge.pipeline.errors import HeldError, MergeError
 from raymerge.pipeline.evaluation.digests import Digests
 from raymerge.pipeline.evaluation.engines import Engines
 from raymerge.pipeline.evaluation.evaluator import EvaluationError, Model, Place, Task
@@ -28,6 +29,9 @@ from raymerge.pipeline.evaluation.scratch import bring_here
 from raymerge.pipeline.evaluation.subjects import Subject, find_subjects
 from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.settings import StoreSettings
+
+_WAIT_SECONDS = 1.0
+"""Between looks at whether another run has finished an evaluation."""
 
 
 def evaluate(
@@ -189,15 +193,30 @@ def evaluate_unit(
             model = Model(subject.name, directory, digest)
             place = Place(engine, check)
             for task in unit.tasks:
-                if (found := records.find(subject.name, digest, task)) is not None:
-                    done.append(records.copy(found, task, subject.name, subject.url or subject.shown))
-                    tell(Evaluated(done[-1], is_cached=True))
-                else:
-                    finish(_evaluate(stores, records, subject, model, task, place, tell), task)
+                with _alone(stores, f"{out}/{model.name}/{records.samples_name(digest, task)}.lock", check):
+                    if (found := records.find(subject.name, digest, task)) is not None:
+                        done.append(records.copy(found, task, subject.name, subject.url or subject.shown))
+                        tell(Evaluated(done[-1], is_cached=True))
+                    else:
+                        finish(_evaluate(stores, records, subject, model, task, place, tell), task)
     except MergeError as error:  # it cannot be fetched or merged
         for task in unit.tasks[len(done) :]:
             finish(_make(subject, unit.digest, task, error=f"{type(error).__name__}: {error}"), task)
     return subject.name, done
+
+
+@contextmanager
+def _alone(stores: Stores, url: str, check: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock; as long as another run has it, which may find what is wanted here, wait."""
+    with ExitStack() as stack:
+        while True:
+            check()
+            try:
+                stack.enter_context(stores.at(url).lock(url))
+                break
+            except HeldError:
+                time.sleep(_WAIT_SECONDS)
+        yield
 
 
 def _evaluate(
@@ -212,7 +231,7 @@ def _evaluate(
     start = time.perf_counter()
     name = records.samples_name(model.digest, task)
     url = f"{records.directory}/{model.name}/{name}"
-    with stores.at(url).lock(f"{url}.lock"), open_log(stores, url) as log:
+    with open_log(stores, url) as log:
         wanted = {key for key, sample in log.samples.items() if task.is_wanted(sample)}
 
         def keep(sample: Sample) -> None:

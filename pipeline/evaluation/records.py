@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from raymerge.pipeline.evaluation.evaluator import Task
@@ -27,18 +27,26 @@ class Records:
         self.directory = directory
 
     def find(self, model: str, digest: str, task: Task) -> Evaluation | None:
-        """Return a complete evaluation of this model, or of an equal one, if there is one."""
-        name = self.name(digest, task)
-        storage = self._stores.at(self.directory)
-        own = f"{model}/{name}.json"
-        for path in [own, *(path for path in storage.list(self.directory) if path.endswith(f"/{name}.json"))]:
+        """Return a complete evaluation of this model, or of an equal one, if there is one.
+
+        What a file says that belongs elsewhere does not count: its names are used as paths.
+        """
+        samples = ("", self.samples_name(digest, task))
+        for path in self._list_places(model, self.name(digest, task)):
             try:
-                found = parse_evaluation(storage.read(f"{self.directory}/{path}", _MAX_NBYTES))
+                found = parse_evaluation(self._stores.at(self.directory).read(f"{self.directory}/{path}", _MAX_NBYTES))
             except (FileNotFoundError, ValueError):
                 continue
-            if found.state == "complete":
+            is_here = found.digest == digest and path == f"{found.model}/{self.name(digest, task)}.json"
+            if found.state == "complete" and is_here and found.samples in samples:
                 return found
         return None
+
+    def _list_places(self, model: str, name: str) -> Iterator[str]:
+        """Yield where an evaluation may be: first its own place, and all is listed only if it is not there."""
+        yield f"{model}/{name}.json"
+        files = self._stores.at(self.directory).list(self.directory)
+        yield from (path for path in files if path.endswith(f"/{name}.json"))
 
     def write(self, evaluation: Evaluation, task: Task) -> None:
         """Write an evaluation, in one step."""

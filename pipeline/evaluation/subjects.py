@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -145,10 +144,9 @@ def _make_config(ref: ModelRef) -> str:
 
 
 def _make_unique(models: Sequence[Subject]) -> tuple[Subject, ...]:
-    counts: Counter[str] = Counter()
-    unique = []
+    unique: dict[str, Subject] = {}
     for model in models:
-        counts[model.name] += 1
-        number = counts[model.name]
-        unique.append(model if number == 1 else replace(model, name=f"{model.name}-{number}"))
-    return tuple(unique)
+        names = (model.name, *(f"{model.name}-{number}" for number in range(2, len(models) + 2)))
+        name = next(name for name in names if name not in unique)
+        unique[name] = replace(model, name=name)
+    return tuple(unique.values())

@@ -31,16 +31,22 @@ def test_a_merged_models_weights_are_not_read(tmp_path: Path, stores: Stores, me
     found = Digests(stores, str(tmp_path / "out"))
     first = found.measure(str(merged))
     for path in merged.glob("*.safetensors"):
-        time = path.stat().st_mtime_ns
         path.write_bytes(bytes(path.stat().st_size))
-        os.utime(path, ns=(time, time))
+    (merged / MANIFEST).touch()
     assert Digests(stores, str(tmp_path / "out")).measure(str(merged)) == first
 
 
-def test_weights_that_were_changed_after_the_merge_are_hashed(tmp_path: Path, stores: Stores, merged: Path) -> None:
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_weights_that_were_changed_after_the_merge_are_hashed(
+    tmp_path: Path, stores: Stores, merged: Path, *, is_moved: bool
+) -> None:
     first = Digests(stores, str(tmp_path / "out")).measure(str(merged))
     [path] = merged.glob("*.safetensors")
-    path.write_bytes(bytes(path.stat().st_size))
+    other = tmp_path / "other" if is_moved else path
+    other.write_bytes(bytes(path.stat().st_size))
+    if is_moved:  # by which it keeps its age
+        os.utime(other, (1e9, 1e9))
+        other.replace(path)
     assert Digests(stores, str(tmp_path / "out")).measure(str(merged)) != first
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ import raymerge
 from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.evaluation.events import Begun, Evaluated, EvaluationEvent, Sampled
 from raymerge.pipeline.evaluation.results import Evaluation, parse_evaluation
+from raymerge.pipeline.evaluation.subjects import Subject, _make_unique
 from raymerge.pipeline.spectrum.record import Parent, Point, Spectrum
+from raymerge.pipeline.stores.open import open_stores
 from tests.tokenized_models import TEXTS, byte_level, write_tokenized
 
 TASK = """
@@ -54,6 +58,12 @@ def write_spectrum(root: Path) -> Path:
     record = Spectrum("0", "", ("t",), (parent,), tuple(points))
     (spectrum / "spectrum.json").write_text(record.dump())
     return spectrum
+
+
+def write_judge(directory: Path) -> str:
+    """Write a command that finds all models half right; return it as a task."""
+    (directory / "judge.py").write_text("print('{\"accuracy\": 0.5}')")
+    return f"command:{sys.executable} {directory}/judge.py {{model}}"
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +136,36 @@ def test_more_samples_and_fewer_items_share_what_was_generated(finished: Finishe
     assert (found.num_items, found.num_samples, found.samples) == (2, 6, finished.found[0].samples)
     assert sum(isinstance(event, Sampled) for event in events) == 4
     assert sorted(found.other) == ["pass@2", "pass@4", "pass@6"]
+
+
+def test_models_of_one_name_are_told_apart() -> None:
+    named = _make_unique([Subject(name, name, name) for name in ("m", "m", "m-2")])
+    assert [each.name for each in named] == ["m", "m-2", "m-2-2"]
+
+
+def test_an_evaluation_that_another_run_is_doing_is_waited_for(tmp_path: Path, finished: Finished) -> None:
+    out, task = tmp_path / "out", write_judge(tmp_path)
+    found = raymerge.evaluate(finished.spectrum / "t-0", task, out=str(out))
+    [path] = (out / "t-0").glob("*.json")
+    content = path.read_bytes()
+    path.unlink()
+    with open_stores() as stores, ThreadPoolExecutor() as pool:
+        with stores.at(str(out)).lock(f"{path.parent}/{found[0].samples}.lock"):
+            other = pool.submit(raymerge.evaluate, finished.spectrum / "t-0", task, out=str(out))
+            with pytest.raises(TimeoutError):
+                other.result(0.5)
+            path.write_bytes(content)
+        assert other.result() == found
+
+
+def test_results_that_lie_where_they_do_not_belong_do_not_count(tmp_path: Path, finished: Finished) -> None:
+    out, task = tmp_path / "out", write_judge(tmp_path)
+    found = raymerge.evaluate(finished.spectrum / "t-0", task, out=str(out))
+    [path] = (out / "t-0").glob("*.json")
+    for wrong in ({"digest": "0"}, {"model": "../t-0"}, {"samples": "../../x"}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": None} | wrong))
+        again = raymerge.evaluate(finished.spectrum / "t-0", task, out=str(out))
+        assert replace(again[0], seconds=0) == replace(found[0], seconds=0)
 
 
 def test_a_model_that_is_not_there(tmp_path: Path, finished: Finished) -> None:
