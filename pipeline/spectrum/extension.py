@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from raymerge.pipeline.config.document import read_documents
 from raymerge.pipeline.config.sweep import SWEEP
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import shown
-from raymerge.pipeline.spectrum.record import Point, Spectrum
+from raymerge.pipeline.spectrum.names import name_models
+from raymerge.pipeline.spectrum.record import Parent, Point, Spectrum, choose_url
 
 
 def extend(before: Spectrum | None, new: Spectrum, directory: str, *, overwrite: bool) -> Spectrum:
@@ -48,8 +49,29 @@ def extend(before: Spectrum | None, new: Spectrum, directory: str, *, overwrite:
         elif old.fingerprint != point.fingerprint:
             raise OutputError(_explain_other(old, point, directory))
     paths = dict.fromkeys((*before.paths, *new.paths))
-    parents = {parent.model: parent for parent in (*before.parents, *new.parents)}
-    return replace(new, paths=tuple(paths), parents=tuple(parents.values()), points=tuple(points.values()))
+    parents = _join_parents(before.parents, new.parents, points)
+    return replace(new, paths=tuple(paths), parents=parents, points=_part(tuple(points.values()), directory))
+
+
+def _part(points: Sequence[Point], directory: str) -> tuple[Point, ...]:
+    """Return points of which none has the model of an equal one any more that has been replaced by another."""
+    there = {choose_url(directory, point.name): point.fingerprint for point in points}
+    return tuple(
+        point
+        if there.get(point.url, point.fingerprint) == point.fingerprint
+        else replace(point, url=choose_url(directory, point.name), state="planned")
+        for point in points
+    )
+
+
+def _join_parents(before: Sequence[Parent], new: Sequence[Parent], points: Collection[str]) -> tuple[Parent, ...]:
+    """Return all parents, with names that neither points nor other parents have; known ones keep theirs if they can."""
+    are_bases = {parent.model: parent.is_base for parent in (*before, *new)}
+    taken = {name.casefold() for name in points}
+    names = {parent.model: parent.name for parent in before if parent.name.casefold() not in taken}
+    others = [model for model in are_bases if model not in names]
+    names |= dict(zip(others, name_models(others, [*points, *names.values()]), strict=True))
+    return tuple(Parent(names[model], model, is_base=is_base) for model, is_base in are_bases.items())
 
 
 def _explain_other(old: Point, new: Point, directory: str) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from raymerge.pipeline.config.sweep import NAME
 from raymerge.pipeline.decoding import decode, parse_json
 from raymerge.pipeline.errors import HeldError, OutputError
-from raymerge.pipeline.messages import counted
+from raymerge.pipeline.messages import counted, shown
 from raymerge.pipeline.output.journal import LOCK
 from raymerge.pipeline.redact import redact, redact_texts
 from raymerge.pipeline.stores.open import Stores
@@ -84,12 +86,17 @@ def parse_spectrum(content: bytes) -> Spectrum:
     """Return the spectrum that a record describes.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or has a name that leads out of its directory: models are written, and deleted, by
+            these names.
     """
     try:
         spectrum: Spectrum = decode(parse_json(content), Spectrum)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
+    names = [*(point.name for point in spectrum.points), *(parent.name for parent in spectrum.parents)]
+    for name in (*names, *(point.url for point in spectrum.points if not is_url(point.url))):
+        if not re.fullmatch(NAME, name):
+            raise ValueError(f"{shown(name)} is no name of a model")
     return spectrum
 
 

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from raymerge.pipeline.errors import OutputError
-from raymerge.pipeline.spectrum.record import RECORD, Parent, Point, Spectrum, read_spectrum, write_spectrum
+from raymerge.pipeline.spectrum.record import (
+    RECORD,
+    Parent,
+    Point,
+    Spectrum,
+    parse_spectrum,
+    read_spectrum,
+    write_spectrum,
+)
 from raymerge.pipeline.stores.open import open_stores
 
 SPECTRUM = Spectrum(
@@ -36,3 +45,15 @@ def test_what_is_wrong_with_a_record_is_told(content: str | None, said: str, tmp
         (tmp_path / RECORD).write_text(content)
     with open_stores() as stores, pytest.raises(OutputError, match=said):
         read_spectrum(stores, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", "a/b", ".."])
+def test_names_that_lead_out_of_the_directory_are_refused(name: str) -> None:
+    point, parent = SPECTRUM.points[0], SPECTRUM.parents[0]
+    for wrong in (
+        replace(SPECTRUM, points=(replace(point, name=name),)),
+        replace(SPECTRUM, points=(replace(point, url=name),)),
+        replace(SPECTRUM, parents=(replace(parent, name=name),)),
+    ):
+        with pytest.raises(ValueError, match="is no name of a model"):
+            parse_spectrum(wrong.dump().encode())
