@@ -10,7 +10,7 @@ from raymerge.pipeline.stores.open import Stores
 def delete_model(stores: Stores, directory: str) -> None:
     """Delete the files that a merge has written to a directory, those without which nothing loads first.
 
-    What is not in its manifest stays, and so does a model without one.
+    What is not in its manifest stays, and so do a model without one, and what a manifest lists outside the directory.
 
     Raises:
         OutputError: the store refuses.
@@ -20,6 +20,7 @@ def delete_model(stores: Stores, directory: str) -> None:
         manifest = parse_manifest(storage.read(f"{directory}/{MANIFEST}", MAX_MANIFEST_NBYTES))
     except (FileNotFoundError, ValueError):
         return
-    first = [name for name in (CONFIG, INDEX) if name in manifest.files]
-    for name in (*first, *(name for name in manifest.files if name not in first), MANIFEST):
+    names = [name for name in storage.list(directory) if name in manifest.files]
+    first = [name for name in (CONFIG, INDEX) if name in names]
+    for name in (*first, *(name for name in names if name not in first), MANIFEST):
         storage.delete(f"{directory}/{name}")

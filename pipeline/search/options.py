@@ -12,6 +12,8 @@ from raymerge.pipeline.search.study import Direction, Sampler
 
 SEARCH = "Search"
 _MAXIMISED = ("accuracy", "thinking")
+_GENERATION = {"nsga2": 2, "cmaes": 3}
+"""Smallest batches of samplers that learn from generations."""
 OBJECTIVES = (*_MAXIMISED, "tokens", "loss", "cut_off")
 """Figures of evaluations that may become better."""
 
@@ -53,8 +55,8 @@ class SearchOptions:
                 raise ConfigError(f"objective is {name!r}; {suggest(name, OBJECTIVES)}")
         if len(set(names)) < len(names):
             raise ConfigError(f"objective: {', '.join(names)}; give each once")
-        if self.sampler == "nsga2" and self.batch < 2:
-            raise ConfigError("nsga2 takes a batch for a generation; it must be 2 or more")
+        if self.batch < (least := _GENERATION.get(self.sampler, 1)):
+            raise ConfigError(f"{self.sampler} takes a batch for a generation; it must be {least} or more")
         if self.sampler == "soup" and len(names) > 1:
             raise ConfigError(f"a soup has one objective, and {', '.join(names)} are given; leave one")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raymerge import RaymergeError, __version__
-from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge import __version__
+from raymerge.pipeline.errors import CheckpointError, ConfigError, MemoryLimitError, OutputError, TensorMismatchError
 from raymerge.pipeline.evaluation.evaluate import evaluate
 from raymerge.pipeline.evaluation.events import OnEvaluationEvent
 from raymerge.pipeline.evaluation.options import EvaluateOptions
@@ -27,9 +26,10 @@ from raymerge.pipeline.search.grid import Grid
 from raymerge.pipeline.search.options import SearchOptions
 from raymerge.pipeline.search.recipe import Config, read_recipe
 from raymerge.pipeline.search.record import SearchRecord, Trial, read_record, write_record
+from raymerge.pipeline.search.replay import check_replayed, check_same, list_batches
 from raymerge.pipeline.search.soup import Soup
 from raymerge.pipeline.search.study import Settings, Study, load_optuna
-from raymerge.pipeline.search.values import read_values
+from raymerge.pipeline.search.values import explain_failure, read_values
 from raymerge.pipeline.spectrum.record import (
     EVALUATIONS,
     Point,
@@ -46,6 +46,8 @@ from raymerge.pipeline.stores.settings import StoreSettings
 from raymerge.pipeline.urls import scheme_of
 
 LOCK = "search.lock"
+_BY_SETTINGS = (ConfigError, CheckpointError, TensorMismatchError, MemoryLimitError)
+"""Errors of plans that are a trial's own: what else goes wrong ends the search, and is not held against a trial."""
 OnTrial = Callable[[Trial, int], None]
 """Told of each trial, with the number of trials so far."""
 
@@ -101,9 +103,12 @@ def search(
         merging or MergeOptions(),
         evaluating or EvaluateOptions(),
     )
+    if evaluating.eval_results:
+        raise ConfigError("models of a search come and go; `raymerge eval OUT --eval-results` writes those of the best")
     with open_stores(StoreSettings(merging.storage, merging.private)) as stores:
         run = _Search(stores, recipe, locate_output(stores, out), [str(task) for task in tasks], options, merging)
         run.evaluating = replace(evaluating, out=f"{run.out}/{EVALUATIONS}", storage=merging.storage)
+        run.judging = run.evaluating if options.subset is None else replace(run.evaluating, limit=options.subset)
         run.on_trial = on_trial or (lambda trial, number: None)
         run.on_event, run.on_evaluation = on_event, on_evaluation
         with ExitStack() as stack:
@@ -128,6 +133,9 @@ class _Search:
     """One run of a search."""
 
     evaluating: EvaluateOptions
+    """Of the best, at the end."""
+    judging: EvaluateOptions
+    """Of trials."""
     on_trial: OnTrial
     on_event: OnEvent | None
     on_evaluation: OnEvaluationEvent | None
@@ -147,12 +155,15 @@ class _Search:
             raise ConfigError(
                 f"{out}: a search deletes models that are not among the best; search in a directory or bucket"
             )
+        if merging.overwrite:
+            raise ConfigError("a search goes on with what is in its directory; to begin anew, choose another directory")
         self._stores, self.out, self._tasks, self._options, self._merging = stores, out, tasks, options, merging
         self._recipe = read_recipe(recipe, needs_space=options.sampler != "soup")
         self._directions = options.directions
         self.trials: list[Trial] = []
         self._fingerprints: dict[str, str] = {}
         """Of the plans of trials, with the name of the first."""
+        self._lock = Lock()
         self._num_idle = 0
         """Batches since the last that brought a better model."""
 
@@ -161,15 +172,19 @@ class _Search:
         described = self._describe()
         recipe = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         record = read_record(self._stores, self.out)
-        _check_same(record, recipe, described, self.out)
+        check_same(record, recipe, described, self.out)
         if record is not None:
-            self.hold()
+            self._lock = self.hold()
+            record = read_record(self._stores, self.out)  # another run may have gone on until now
         proposer = self._make_proposer()
         version = load_optuna().__version__ if isinstance(proposer, Study) else ""
-        for batch in _list_batches(record):
-            _check_replayed(batch, proposer.ask(len(batch)), record, version, self.out)
+        for batch in list_batches(record):
+            check_replayed(batch, proposer.ask(len(batch)), record, version, self.out)
             self._learn(batch, proposer)
         self._remember()
+        if self.trials:
+            self._clean()  # an earlier run may have been killed before it did
+            self._check_inputs()
         while (left := self._options.budget - len(self.trials)) > 0:
             if self._options.patience is not None and self._num_idle >= self._options.patience:
                 return f"the last {self._num_idle} batches brought no better model"
@@ -177,6 +192,7 @@ class _Search:
             if not proposals:
                 return "everything was tried"
             self._learn(self._try(proposals), proposer)
+            self._lock.check()
             write_record(
                 self._stores, self.out, SearchRecord(__version__, version, recipe, described, tuple(self.trials))
             )
@@ -214,6 +230,16 @@ class _Search:
                 if point.name in tried and point.fingerprint:
                     self._fingerprints.setdefault(point.fingerprint, point.name)
 
+    def _check_inputs(self) -> None:
+        """Make sure that further trials come out as earlier ones did: of the same inputs, ops and version.
+
+        Raises:
+            OutputError: they would not.
+        """
+        first = next((trial for trial in self.trials if trial.values is not None and not trial.same_as), None)
+        if first is not None and len(self.trials) < self._options.budget:
+            self._plan_together({first.name: first.settings})
+
     def _list_best(self) -> list[int]:
         return find_front([trial.values for trial in self.trials], self._directions)
 
@@ -243,14 +269,22 @@ class _Search:
             else:
                 trials[name] = Trial(name, number, own, None, same, "")
         if not self.trials:
-            self.hold()
+            self._lock = self.hold()
+            if read_record(self._stores, self.out) is not None:
+                raise OutputError(f"{self.out}: another search has begun there meanwhile; run again to go on with it")
         if fresh:
             sweep(self._recipe.compose(fresh), self.out, options=self._merging, on_event=self.on_event)
-            found = self._evaluate(list(fresh), replace(self.evaluating, limit=self._options.subset))
+            found = self._evaluate(list(fresh), self.judging)
             for name, own in fresh.items():
                 values = read_values(found[name], self._directions)
-                error = "" if values else _explain(found[name])
+                error = "" if values else explain_failure(found[name])
                 trials[name] = Trial(name, number, own, values, "", error)
+            if not self.trials and len(fresh) > 1 and all(trials[name].values is None for name in fresh):
+                error = next(trials[name].error for name in fresh)
+                raise OutputError(
+                    f"no trial of the first batch could be evaluated; put it right and run again, which finds the"
+                    f" models: {error}"
+                )
         done = {trial.name: trial for trial in self.trials}
         batch = []
         for name in names:
@@ -266,7 +300,7 @@ class _Search:
         """Return the fingerprint of each setting's plan, or why there is none: planned together if they all can be."""
         try:
             return self._plan_together(settings)
-        except RaymergeError as error:
+        except _BY_SETTINGS as error:
             if len(settings) == 1:
                 [name] = settings
                 return {name: _Planned("", str(error))}
@@ -302,7 +336,7 @@ class _Search:
             kept = {point.url for point in spectrum.points if point.name in best or point.name not in tried}
             points = []
             for point in spectrum.points:
-                is_dropped = point.url not in kept and point.state != "failed"
+                is_dropped = point.url not in kept and point.url in tried and point.state != "failed"
                 if is_dropped:
                     dropped.append(point)
                 points.append(replace(point, state="planned") if is_dropped else point)
@@ -315,7 +349,7 @@ class _Search:
     def _describe(self) -> dict[str, object]:
         """Return everything that decides what is proposed and how it is judged."""
         options = self._options
-        digests = {task.name: task.digest for task in prepare_tasks(self._tasks, self.evaluating)}
+        tasks = {task.name: [task.digest, task.sampling] for task in prepare_tasks(self._tasks, self.judging)}
         return {
             "recipe": self._recipe.text,
             "sampler": options.sampler,
@@ -323,42 +357,6 @@ class _Search:
             "batch": options.batch,
             "subset": options.subset,
             "objectives": [direction.name for direction in self._directions],
-            "tasks": digests,
+            "tasks": json.loads(json.dumps(tasks)),
             "seed": self._merging.seed,
-            "sampling": [self.evaluating.samples, self.evaluating.temperature, self.evaluating.max_new_tokens],
         }
-
-
-def _check_same(record: SearchRecord | None, recipe: str, described: Mapping[str, object], out: str) -> None:
-    """Refuse a directory that has another search."""
-    if record is None or record.recipe == recipe:
-        return
-    names = [name for name in described if record.described.get(name) != described[name]]
-    shown_names = ", ".join(
-        name if name == "recipe" else f"{name} {record.described.get(name)} there and {described[name]} here"
-        for name in names
-    )
-    raise OutputError(f"{out} has another search: {shown_names}; choose another directory")
-
-
-def _list_batches(record: SearchRecord | None) -> list[list[Trial]]:
-    trials = record.trials if record else ()
-    return [list(batch) for _, batch in itertools.groupby(trials, key=lambda trial: trial.batch)]
-
-
-def _check_replayed(
-    known: Sequence[Trial], proposals: Sequence[Settings], record: SearchRecord | None, version: str, out: str
-) -> None:
-    """Refuse to go on with a search whose sampler would not have proposed what was tried."""
-    for trial, proposal in zip(known, proposals, strict=True):
-        if dict(trial.settings) != dict(proposal):
-            made_by = record.optuna if record else "another version"
-            raise OutputError(
-                f"{out}: {trial.name} has {dict(trial.settings)}, and the sampler proposes {dict(proposal)} now; it was"
-                f" made with Optuna {made_by}, and this is {version}: use that one, or choose another directory"
-            )
-
-
-def _explain(evaluations: Sequence[Evaluation]) -> str:
-    failed = [f"{evaluation.task}: {evaluation.error}" for evaluation in evaluations if evaluation.error]
-    return "; ".join(failed) or "a task does not measure an objective, or it is no finite number"

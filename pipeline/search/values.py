@@ -33,3 +33,9 @@ def read_figure(evaluation: Evaluation, name: str) -> float | None:
         "cut_off": evaluation.cut_off,
     }
     return figures[name] if name in figures else evaluation.other.get(name)
+
+
+def explain_failure(evaluations: Sequence[Evaluation]) -> str:
+    """Return why evaluations come to no values."""
+    failed = [f"{evaluation.task}: {evaluation.error}" for evaluation in evaluations if evaluation.error]
+    return "; ".join(failed) or "a task does not measure an objective, or it is no finite number"

@@ -95,7 +95,8 @@ def test_the_best_models_are_kept_and_the_others_deleted(root: Path) -> None:
         spectrum = read_spectrum(stores, str(root / "out"))
     assert {point.name for point in spectrum.points if point.state == "complete"} == best
     assert {parent.name for parent in spectrum.parents} == {"model0", "model1"}
-    assert sorted(list_calls(root)) == sorted([*(t.name for t in report.trials), "model0", "model1"]), "each once"
+    judged = [trial.name for trial in report.trials if not trial.same_as]
+    assert sorted(list_calls(root)) == sorted([*judged, "model0", "model1"]), "each once"
     for point in report.best:
         raymerge.merge(point.config, root / "alone", overwrite=True)
         assert (root / "alone" / "model.safetensors").read_bytes() == (
@@ -175,11 +176,37 @@ def test_another_search_in_the_directory_is_refused(root: Path) -> None:
         run(root, recipe, options)
 
 
+@pytest.mark.slow
+def test_what_a_killed_run_has_left_is_deleted_and_other_inputs_are_refused(root: Path) -> None:
+    recipe, options = make_recipe(root, WEIGHTS), SearchOptions(budget=4, batch=2, objective=["accuracy"])
+    run(root, recipe, replace(options, keep_all=True))  # as if it had been killed before it deleted any
+    report = run(root, recipe, options)
+    left = {path.parent.name for path in (root / "out").glob("trial-*/config.json")}
+    assert left == {point.name for point in report.best} != {trial.name for trial in report.trials}
+    write_checkpoint(root / "model1", llama_tensors(9, 1), llama_config(1))
+    assert run(root, recipe, options).trials == report.trials, "nothing is to be done"
+    with pytest.raises(OutputError, match="inputs that have changed"):
+        run(root, recipe, replace(options, budget=6))
+
+
+def test_a_judge_that_fails_ends_the_search_and_costs_no_models(root: Path) -> None:
+    (root / "judge.py").write_text("raise SystemExit('no such module')")
+    recipe, options = make_recipe(root, WEIGHTS), SearchOptions(budget=2, batch=2)
+    with pytest.raises(OutputError, match=r"could be evaluated.*no such module"):
+        run(root, recipe, options)
+    (root / "judge.py").write_text(JUDGE)
+    assert [trial.error for trial in run(root, recipe, options).trials] == ["", ""]
+
+
 def test_what_is_wrong_is_told_before_anything_is_merged(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"weigth\[0\]"):
         run(root, make_recipe(root, {"weigth[0]": [0.1, 0.2]}), SearchOptions())
     with pytest.raises(ConfigError, match="did you mean 'tokens'"):
         SearchOptions(objective=["token"])
+    with pytest.raises(ConfigError, match="has no meaning for a command"):
+        run(root, make_recipe(root, WEIGHTS), SearchOptions(subset=2))
+    with pytest.raises(ConfigError, match="choose another directory"):
+        run(root, make_recipe(root, WEIGHTS), SearchOptions(), merging=raymerge.MergeOptions(overwrite=True))
     assert not (root / "out").exists()
 
 

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from raymerge.pipeline.checkpoint.manifest import MANIFEST
+from raymerge.pipeline.search.deletion import delete_model
+from raymerge.pipeline.stores.open import Stores
+
+
+def test_what_a_manifest_lists_is_deleted_and_nothing_outside(tmp_path: Path, stores: Stores) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in (model / "config.json", model / "notes.txt", tmp_path / "mine", tmp_path / "other"):
+        path.write_text("x")
+    names = ["config.json", "gone.safetensors", "../mine", str(tmp_path / "other")]
+    files = {name: {"nbytes": 1, "sha256": ""} for name in names}
+    (model / MANIFEST).write_text(json.dumps({"fingerprint": "f", "nonfinite": [], "files": files}))
+    delete_model(stores, str(model))
+    delete_model(stores, str(model))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "model", "notes.txt", "other"]
