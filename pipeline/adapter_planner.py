@@ -46,7 +46,9 @@ def find_adapters(
     Raises:
         ConfigError: adapters are mixed with models, or with a base.
     """
-    if config.slices or config.steps or config.mixture or config.vocabulary or config.chat_template:
+    if config.slices or config.modules or config.copy_rest_from or config.steps:
+        return None
+    if config.mixture or config.vocabulary or config.chat_template:
         return None
     listed = [entry.model for entry in config.models]
     try:

@@ -79,7 +79,7 @@ def make_plan(
     """
     _check_alike(configs)
     first = configs[0]
-    if first.adapter is not None:
+    if any(each.adapter is not None for each in (first, *first.steps)):
         return make_adapter_plan(stores, configs, outs, limits, seeds, session)
     try:
         stored = open_inputs(stores, first, limits.allowed_mem, trust_headers=trust_headers)

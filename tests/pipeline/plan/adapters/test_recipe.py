@@ -221,6 +221,17 @@ def test_adapters_among_models(tmp_path: Path) -> None:
         plan({**config, "parameters": {"weight": 1}})
     with pytest.raises(CheckpointError, match="a whole model"):
         plan({"merge_method": "linear", "adapter": {}, "parameters": {"weight": 1}, "models": [{"model": model}]})
+    models: dict[str, Any] = {"models": [{"model": adapter}]}
+    for more in ({**models, "copy_rest_from": model}, {"modules": {"text_decoder": models}}):
+        with pytest.raises(CheckpointError, match=r"as MODEL\+ADAPTER"):
+            plan({"merge_method": "linear", "parameters": {"weight": 1}, **more})
+
+
+def test_documents_of_adapters_are_refused(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", {f"{Q}.weight": torch.ones(12, 8)})
+    models = f"merge_method: passthrough\nmodels: [{{model: {model}}}]"
+    with pytest.raises(ConfigError, match="`adapter` goes with a single document"):
+        plan(f"name: first\nadapter: {{}}\n{models}\n---\nmerge_method: passthrough\nmodels: [{{model: first}}]\n")
 
 
 def test_other_bases_and_modules_are_a_warning(tmp_path: Path) -> None:
