@@ -26,7 +26,9 @@ def evaluate(
         typer.Argument(metavar="MODELS...", help="A spectrum, or directories, URLs or Hub names.", show_default=False),
     ],
     options: EvaluateOptions,
-    task: Annotated[list[str] | None, Help("A task file, or loss:FILE; may be repeated.", _TASKS, "TASK")] = None,
+    task: Annotated[
+        list[str] | None, Help("A task file, loss:FILE or lm-eval:TASK; may be repeated.", _TASKS, "TASK")
+    ] = None,
     command: Annotated[
         list[str] | None,
         Help("Command that prints JSON at its end: 'python eval.py {model}'; may be repeated.", _TASKS, "COMMAND"),
@@ -60,6 +62,6 @@ def evaluate(
         failed = [f"{each.model}, {each.task}: {each.error}" for each in found if each.state == "failed"]
         if failed:
             raise OutputError(
-                f"{len(failed)} of {len(found)} evaluations failed; put it right and run again, which does these"
-                f" only:\n  {listing(failed, 20, separator=_LINE)}"
+                f"{len(failed)} of {len(found)} evaluations failed; fix the cause and run the command again: only"
+                f" these are repeated:\n  {listing(failed, 20, separator=_LINE)}"
             )

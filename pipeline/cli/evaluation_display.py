@@ -30,7 +30,7 @@ class EvaluationDisplay:
             return
         if isinstance(event, Begun):
             self._num = event.num_models * event.num_tasks
-            found = f"; {event.num_cached:,} found" if event.num_cached else ""
+            found = f"; {counted(event.num_cached, 'result')} already there" if event.num_cached else ""
             say(f"{counted(event.num_models, 'model')}, {counted(event.num_tasks, 'task')}{found}")
             for reason in event.skipped:
                 say(redact(f"warning: not evaluated: {reason}"))
@@ -52,7 +52,7 @@ def format_short(done: Evaluation) -> str:
     if done.accuracy is not None:
         parts.append(f"accuracy {_percent(done.accuracy)}")
     if done.tokens is not None:
-        parts.append(f"{done.tokens.mean:,.0f} tokens")
+        parts.append(counted(round(done.tokens.mean), "token"))
     if done.loss is not None:
         parts.append(f"loss {done.loss.mean:.4f}")
     return ", ".join(parts)

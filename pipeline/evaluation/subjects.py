@@ -119,7 +119,14 @@ def _list_spectrum(
         else:
             found.append(Subject(point.name, where, where))
     parents = [parent for parent in spectrum.parents if only is None or parent.name in only]
-    found += [_find_model(stores, parent.model, parent.name) for parent in parents]
+    for parent in parents:
+        try:
+            found.append(_find_model(stores, parent.model, parent.name))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{parent.name}, a parent of {url}: {error}. Local paths of parents start where the sweep was run: run"
+                " this there, or name the models to evaluate with --only"
+            ) from error
     return found, failed
 
 

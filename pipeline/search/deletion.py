@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from raymerge.pipeline.checkpoint.files import CONFIG, INDEX
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, parse_manifest
+from raymerge.pipeline.stores.local.storage import local_path
 from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.urls import scheme_of
 
 
 def delete_model(stores: Stores, directory: str) -> None:
     """Delete the files that a merge has written to a directory, those without which nothing loads first.
 
-    What is not in its manifest stays, and so do a model without one, and what a manifest lists outside the directory.
+    The directory goes with its last file. What is not in its manifest stays, and so do a model without one, and what a
+    manifest lists outside the directory.
 
     Raises:
         OutputError: the store refuses.
@@ -24,3 +29,6 @@ def delete_model(stores: Stores, directory: str) -> None:
     first = [name for name in (CONFIG, INDEX) if name in names]
     for name in (*first, *(name for name in names if name not in first), MANIFEST):
         storage.delete(f"{directory}/{name}")
+    if scheme_of(directory) == "file":
+        with suppress(OSError):  # something else is in it
+            local_path(directory).rmdir()

@@ -29,7 +29,10 @@ class SearchOptions:
     budget: Annotated[int, Help("Trials in all; a later run with more goes on from there.", SEARCH, "N")] = 40
     sampler: Annotated[Sampler, Help("What proposes settings.", SEARCH)] = "nsga2"
     objective: Annotated[
-        list[str] | None, Help("What is to become better; may be repeated.", SEARCH, default="accuracy, tokens")
+        list[str] | None,
+        Help(
+            "accuracy, tokens, thinking, cut_off or loss; may be repeated.", SEARCH, "NAME", default="accuracy, tokens"
+        ),
     ] = None
     batch: Annotated[int, Help("Trials proposed and merged together; what is proposed depends on it.", SEARCH, "N")] = 8
     sampler_seed: Annotated[int, Help("Seed of the sampler.", SEARCH, "N")] = 0

@@ -15,11 +15,17 @@ def check_same(record: SearchRecord | None, recipe: str, described: Mapping[str,
     if record is None or record.recipe == recipe:
         return
     names = [name for name in described if record.described.get(name) != described[name]]
-    shown_names = ", ".join(
-        name if name == "recipe" else f"{name} {record.described.get(name)} there and {described[name]} here"
-        for name in names
-    )
-    raise OutputError(f"{out} has another search: {shown_names}; choose another directory")
+    differences = ", ".join(_explain_difference(name, record.described.get(name), described[name]) for name in names)
+    raise OutputError(f"{out} has another search: {differences}; choose another directory")
+
+
+def _explain_difference(name: str, old: object, new: object) -> str:
+    """Return where two searches differ, in short: of tasks the names, where these tell them apart."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        old, new = (", ".join(each) for each in (old, new))
+        if old == new:
+            return f"{name} of the same names with other content or sampling"
+    return "another recipe" if name == "recipe" else f"{name} {old} there and {new} here"
 
 
 def list_batches(record: SearchRecord | None) -> list[list[Trial]]:

@@ -34,7 +34,8 @@ def extend(before: Spectrum | None, new: Spectrum, directory: str, *, overwrite:
         if overwrite:
             return new
         raise OutputError(
-            f"{directory} has a spectrum of another recipe: {difference}; choose another directory, or give --overwrite"
+            f"{directory} has a spectrum of another recipe: {difference}; choose another directory (`raymerge sweep"
+            " --overwrite` begins a new record in this one, and leaves models of other names where they are)"
         )
     known = {point.name: point for point in before.points}
     points = dict(known)

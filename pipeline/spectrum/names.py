@@ -44,8 +44,8 @@ def check_name(where: str, name: str) -> None:
     """
     if len(name) > MAX_NAME_LENGTH or not re.fullmatch(NAME, name):
         raise ConfigError(
-            f"{where}: {name!r} is no name of a model; one has letters, digits, `-`, `_` and `.`, none of these three"
-            f" at its ends, and {MAX_NAME_LENGTH} signs at most"
+            f"{where}: {name!r} cannot name a model; a name has at most {MAX_NAME_LENGTH} letters, digits, `-`, `_` and"
+            " `.`, and begins and ends with a letter or digit"
         )
     if "--" in name or ".." in name:
         raise ConfigError(f"{where}: {name!r} has `--` or `..`, which the Hub refuses; write one of them")

@@ -33,6 +33,7 @@ _KEYS_BELOW: dict[str, Collection[str]] = {
     "sources[]": ("model", "revision", "layer_range", "parameters"),
     "experts[]": EXPERT_KEYS,
     "shared_experts[]": EXPERT_KEYS,
+    "modules{}": ("models", "slices", "parameters"),
     "tokenizer": ("source", "tokens", "pad_to_multiple_of"),
 }
 """Keys that need not be there to be set, by the key that they stand under."""
@@ -119,7 +120,7 @@ def set_value(
         _set_parameter(content, path, name, rest, value, is_shared=name in shared)
         return
     if isinstance(name, str) and name not in content and name not in _KEYS_BELOW[""]:
-        raise _names_nothing(path, name, "", [*content, *parameters, SEED])
+        raise _names_nothing(path, name, "", [*content, *parameters, SEED], _KEYS_BELOW[""])
     _set_below(content, path, list(path.steps), value, parameters)
 
 
@@ -230,7 +231,10 @@ def _set_below(node: object, path: Path, steps: list[Step], value: object, param
             node = _enter(node, path)
         else:
             node = node[step] if isinstance(node, list) else node.get(step)  # type: ignore[index]
-        place = f"{place.removesuffix('[]')}[]" if isinstance(step, int) else str(step)
+        if place == "modules":
+            place = "modules{}"
+        else:
+            place = f"{place.removesuffix('[]')}[]" if isinstance(step, int) else str(step)
         where = f"{where}[{step}]" if isinstance(step, int) else f"{where}.{step}".removeprefix(".")
 
 
@@ -240,8 +244,10 @@ def _check_key(node: Content, path: Path, key: str, where: str, place: str, para
         raise _names_nothing(path, key, where, [*node, *allowed])
 
 
-def _names_nothing(path: Path, key: str, where: str, known: Collection[str]) -> ConfigError:
-    near = find_near(key, dict.fromkeys(known))
+def _names_nothing(
+    path: Path, key: str, where: str, known: Collection[str], others: Collection[str] = ()
+) -> ConfigError:
+    near = find_near(key, dict.fromkeys(known)) or find_near(key, others)
     hint = (
         f"; did you mean {path.text.replace(key, near, 1)!r}?"
         if near

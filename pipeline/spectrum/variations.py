@@ -76,7 +76,7 @@ def parse_section(section: Place) -> list[Variation]:
     combined = _cross(grid, zipped) if grid or zipped else []
     named = list(_read_points(section.get("points")))
     if not combined and not named:
-        raise section.error("it describes no models; give it a grid, zip or points")
+        raise section.error("nothing is varied; give --set PATH=VALUES, or a section with grid, zip or points")
     return _check_all([*_name(combined), *named])
 
 

@@ -173,6 +173,11 @@ def test_a_model_that_is_not_there(tmp_path: Path, finished: Finished) -> None:
         raymerge.evaluate(finished.spectrum / "t-00", finished.root / "sums.yml")
     with pytest.raises(CheckpointError, match="neither a model nor a spectrum"):
         raymerge.evaluate(tmp_path, finished.root / "sums.yml")
+    record = json.loads((finished.spectrum / "spectrum.json").read_text())
+    record["parents"][0]["model"] = "gone/parent/here"
+    (tmp_path / "spectrum.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"parent, a parent of .*no such directory.*--only"):
+        raymerge.evaluate(tmp_path, finished.root / "sums.yml")
 
 
 def test_tasks_that_are_none(finished: Finished) -> None:

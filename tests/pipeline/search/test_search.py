@@ -90,6 +90,7 @@ def test_the_best_models_are_kept_and_the_others_deleted(root: Path) -> None:
         )
         is_there = (root / "out" / trial.name / "config.json").exists()
         assert (trial.name in best) == is_there == (not beaten), trial
+        assert (root / "out" / trial.name).exists() == is_there, "no empty directory is left"
     assert [value[0] for value in report.values] == sorted((v[0] for v in report.values), reverse=True)
     with open_stores() as stores:
         spectrum = read_spectrum(stores, str(root / "out"))
@@ -169,6 +170,11 @@ def test_another_search_in_the_directory_is_refused(root: Path) -> None:
     run(root, recipe, options)
     with pytest.raises(OutputError, match="sampler_seed 0 there and 1 here"):
         run(root, recipe, replace(options, sampler_seed=1))
+    with pytest.raises(OutputError, match=r"has another search: another recipe; choose"):
+        run(root, make_recipe(root, {"weight[0]": [0.5, 1.0]}), options)
+    raymerge.sweep(make_recipe(root) | {"dtype": "float16"}, root / "swept", {"weight": [1]}, materialize="none")
+    with pytest.raises(OutputError, match=r"swept has a spectrum of another recipe"):
+        run(root, recipe, options, out="swept")
     record = json.loads((root / "out" / RECORD).read_text())
     record["trials"][0]["settings"]["weight[0]"] = 0.123
     (root / "out" / RECORD).write_text(json.dumps(record))

@@ -64,6 +64,9 @@ def test_a_parameter_by_itself_is_set_for_the_whole_merge() -> None:
     changed = set_in(MODULES, "weight", 2)
     assert changed["parameters"] == {"weight": 2}
     assert changed["modules"]["text_decoder"]["parameters"] == {}
+    bare = {"modules": {"text_decoder": {"models": []}}}
+    changed = set_in(bare, "modules.text_decoder.parameters.weight", 3)
+    assert changed["modules"]["text_decoder"]["parameters"]["weight"] == 3
     assert set_in(MODULES, "weight[1]", 2)["modules"]["text_decoder"]["models"][1]["parameters"] == {"weight": 2}
 
 
@@ -105,6 +108,7 @@ def test_a_filter_has_a_value_of_its_own() -> None:
     ("path", "said"),
     [
         ("tt", "the config has no 'tt'; did you mean 't'?"),
+        ("dytpe", "the config has no 'dytpe'; did you mean 'dtype'?"),
         ("wieght[1]", "did you mean 'weight\\[1\\]'"),
         ("parameters.densty", "parameters has no 'densty'; did you mean 'parameters.density'"),
         ("weight[7]", "models has 2 models, counted from 0"),

@@ -169,7 +169,7 @@ def test_nothing_is_made_of_what_cannot_all_be_made(family: tuple[Path, ...], tm
         (["t=0:1:0.001", "normalize=true,false"], "the sweep has 2,002 points|1,001 values"),
         (["t=0:1:0.01", "seed=0:20:1"], "the sweep has 2,121 points; at most 1,000"),
         (["seed=1.5"], "a seed is a whole number"),
-        ([], "it describes no models; give it a grid, zip or points"),
+        ([], "nothing is varied; give --set PATH=VALUES"),
     ],
 )
 def test_a_sweep_that_cannot_be_meant_is_refused(
