@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from raymerge import RaymergeError
+from raymerge.pipeline.checkpoint.files import CONFIG
+from raymerge.pipeline.checkpoint.manifest import MANIFEST
 from raymerge.pipeline.evaluation.digests import Digests
 from raymerge.pipeline.evaluation.results import Evaluation, parse_evaluation
 from raymerge.pipeline.spectrum.record import EVALUATIONS
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
+from raymerge.pipeline.stores.local.storage import local_path
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 
@@ -29,7 +32,7 @@ class Records:
     evaluations: tuple[Evaluation, ...]
     """In the order of their files' names."""
     damaged: tuple[str, ...]
-    """Of each file that is none: its name, and what is wrong with it."""
+    """Of each file that is none, its name and what is wrong with it; and the models of which none count."""
 
 
 def locate_evaluations(stores: Stores, directory: str) -> str:
@@ -47,8 +50,7 @@ def takes_no_files(directory: str) -> bool:
 def read_evaluations(stores: Stores, place: str) -> Records:
     """Read all evaluations below a directory; none where it has none.
 
-    Of a model that was evaluated as several different ones, those of the model that is there now are returned, if there
-    are any.
+    Those of a model that has been replaced by another of its name are left out.
 
     Raises:
         FetchError: the store refuses or is down.
@@ -58,7 +60,7 @@ def read_evaluations(stores: Stores, place: str) -> Records:
         for name, file in stores.at(place).list(place).items()
         if name.endswith(".json") and name.count("/") == 1 and not name.startswith(".")
     }
-    found: list[Evaluation] = []
+    found: dict[str, Evaluation] = {}
     damaged = [
         f"{place}/{name} is damaged: it has {file.nbytes:,} bytes, at most {_MAX_NBYTES:,} are expected"
         for name, file in files.items()
@@ -69,27 +71,44 @@ def read_evaluations(stores: Stores, place: str) -> Records:
         batch = names[first : first + _NUM_AT_ONCE]
         for name, content in zip(batch, _read_all(stores, [files[name] for name in batch]), strict=True):
             try:
-                found.append(parse_evaluation(content))
+                found[name] = parse_evaluation(content)
             except ValueError as error:
                 damaged.append(f"{place}/{name} is damaged: {error}")
-    return Records(_drop_former(stores, place, found), tuple(damaged))
+    kept = _drop_former(stores, place, found)
+    left_out = dict.fromkeys(each.model for each in found.values()).keys() - {each.model for each in kept}
+    notes = [
+        f"{model} has been made anew since it was evaluated; `raymerge eval` evaluates what it is now"
+        for model in sorted(left_out)
+    ]
+    return Records(kept, (*damaged, *notes))
 
 
-def _drop_former(stores: Stores, place: str, evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
+def _drop_former(stores: Stores, place: str, found: Mapping[str, Evaluation]) -> tuple[Evaluation, ...]:
     """Return the evaluations without those of models that have been replaced by others of the same name."""
     digests: dict[str, set[str]] = defaultdict(set)
-    for each in evaluations:
+    for each in found.values():
         digests[each.model].add(each.digest)
-    urls = {each.model: each.url for each in evaluations if len(digests[each.model]) > 1}
+    urls = {
+        each.model: each.url
+        for name, each in found.items()
+        if len(digests[each.model]) > 1 or _is_older(f"{place}/{name}", each.url)
+    }
     current: dict[str, str] = {}
     for model, url in urls.items():
         with suppress(RaymergeError, OSError):  # it may be gone
+            stores.at(url).stat(f"{url}/{CONFIG}")
             current[model] = Digests(stores, place).measure(url)
-    return tuple(
-        each
-        for each in evaluations
-        if current.get(each.model) not in digests[each.model] or each.digest == current[each.model]
-    )
+    return tuple(each for each in found.values() if current.get(each.model, each.digest) == each.digest)
+
+
+def _is_older(evaluation: str, url: str) -> bool:
+    """Tell whether an evaluation was written before the merged model that is there now, as far as files tell."""
+    if scheme_of(evaluation) != "file" or scheme_of(url) != "file":
+        return False
+    try:
+        return local_path(evaluation).stat().st_mtime_ns < local_path(f"{url}/{MANIFEST}").stat().st_mtime_ns
+    except (OSError, ValueError):  # it may be gone
+        return False
 
 
 def _read_all(stores: Stores, files: Sequence[StoredFile]) -> tuple[bytes, ...]:

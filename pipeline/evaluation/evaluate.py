@@ -187,7 +187,12 @@ def evaluate_unit(
     try:
         with bring_here(stores, subject) as directory, engines.lend() as engine:
             digests = Digests(stores, out)
-            digest = unit.digest or digests.measure(directory)
+            digest = unit.digest if unit.digest and subject.url else digests.measure(directory)
+            if unit.digest not in ("", digest):
+                raise EvaluationError(
+                    f"{subject.name} comes out otherwise than when it was first evaluated: its inputs have changed"
+                    " since it was planned; sweep it again with --overwrite"
+                )
             if not unit.digest and (key := _plan_key(subject)):
                 digests.keep(key, digest)
             model = Model(subject.name, directory, digest)

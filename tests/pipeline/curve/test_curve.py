@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 import raymerge
+from raymerge.pipeline.checkpoint.manifest import MANIFEST
 from raymerge.pipeline.curve.curve import make_curve
 from raymerge.pipeline.curve.drawing.pictures import make_pictures
 from raymerge.pipeline.curve.records import Records
@@ -123,6 +125,22 @@ def test_a_model_that_was_made_anew_is_judged_by_its_new_evaluation(tmp_path: Pa
     found = raymerge.curve(tmp_path)
     assert found.views[0].estimate("t-0.1").mean == 0.25
     assert found.warnings == ()
+
+
+def test_a_model_that_was_made_anew_since_has_no_evaluation(tmp_path: Path) -> None:
+    spectrum = make_spectrum({"t": [0.1, 0.2]})
+    made = [replace(make_evaluation(f"t-0.{k}", 0.5), digest="former", url=str(tmp_path / f"t-0.{k}")) for k in (1, 2)]
+    write_spectrum(tmp_path, spectrum, made)
+    (tmp_path / "t-0.1").mkdir()
+    for name in ("config.json", MANIFEST):
+        (tmp_path / "t-0.1" / name).write_text("{}")
+    later = next((tmp_path / "evaluations/t-0.1").iterdir()).stat().st_mtime + 1
+    os.utime(tmp_path / "t-0.1" / MANIFEST, (later, later))
+    found = raymerge.curve(tmp_path)
+    assert list(found.views[0].scores) == ["t-0.2"]
+    assert found.warnings == (
+        "t-0.1 has been made anew since it was evaluated; `raymerge eval` evaluates what it is now",
+    )
 
 
 def test_evaluations_may_be_elsewhere(directory: Path, tmp_path: Path) -> None:

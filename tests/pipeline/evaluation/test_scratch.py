@@ -81,3 +81,15 @@ def test_a_point_that_cannot_be_made_is_marked(place: Path) -> None:
     first, second, parent, _ = evaluate("planned")
     assert [each.state for each in (first, second, parent)] == ["failed", "failed", "complete"]
     assert "CheckpointError" in first.error
+
+
+def test_a_point_whose_inputs_have_changed_is_not_taken_for_the_one_evaluated_before(place: Path) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"weight": 1}}
+    raymerge.sweep(recipe, "planned", {"weight[1]": [0.5]}, materialize="none")
+    before = evaluate("planned")[0]
+    write_tokenized(place / "b", 7, byte_level(TEXTS[0]))
+    assert evaluate("planned")[0] == before
+    Path("sum.py").write_text(f"{SCRIPT}# another task")
+    after = evaluate("planned")[0]
+    assert (after.state, after.other) == ("failed", {})
+    assert "its inputs have changed" in after.error
