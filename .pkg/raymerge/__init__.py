@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from raymerge.pipeline.progress.events import SweepPlanned as SweepPlanned
     from raymerge.pipeline.progress.events import Warned as Warned
     from raymerge.pipeline.search.options import SearchOptions as SearchOptions
-    from raymerge.pipeline.search.search import SearchReport as SearchReport
+    from raymerge.pipeline.search.results import SearchReport as SearchReport
     from raymerge.pipeline.search.search import search as search
     from raymerge.pipeline.spectrum.sweep import SweepReport as SweepReport
     from raymerge.pipeline.spectrum.sweep import sweep as sweep
@@ -88,7 +88,8 @@ _HOMES = {
     "pipeline.plan.results": ("MergeReport", "ShardResult"),
     "pipeline.plan.types": ("MergePlan",),
     "pipeline.search.options": ("SearchOptions",),
-    "pipeline.search.search": ("SearchReport", "search"),
+    "pipeline.search.results": ("SearchReport",),
+    "pipeline.search.search": ("search",),
     "pipeline.spectrum.sweep": ("SweepReport", "sweep"),
     "pipeline.progress.events": (
         "Event",

@@ -14,7 +14,7 @@ from raymerge.pipeline.search.options import SearchOptions
 
 if TYPE_CHECKING:
     from raymerge.pipeline.search.record import Trial
-    from raymerge.pipeline.search.search import SearchReport
+    from raymerge.pipeline.search.results import SearchReport
 
 _TASKS = "Tasks"
 _Merging = Annotated[MergeOptions, Preset("keep_intermediates", "wait", "recheck", "overwrite")]

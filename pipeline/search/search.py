@@ -27,6 +27,7 @@ from raymerge.pipeline.search.options import SearchOptions
 from raymerge.pipeline.search.recipe import Config, read_recipe
 from raymerge.pipeline.search.record import SearchRecord, Trial, read_record, write_record
 from raymerge.pipeline.search.replay import check_replayed, check_same, list_batches
+from raymerge.pipeline.search.results import SearchReport
 from raymerge.pipeline.search.soup import Soup
 from raymerge.pipeline.search.study import Settings, Study, load_optuna
 from raymerge.pipeline.search.values import explain_failure, read_values
@@ -50,23 +51,6 @@ _BY_SETTINGS = (ConfigError, CheckpointError, TensorMismatchError, MemoryLimitEr
 """Errors of plans that are a trial's own: what else goes wrong ends the search, and is not held against a trial."""
 OnTrial = Callable[[Trial, int], None]
 """Told of each trial, with the number of trials so far."""
-
-
-@dataclass(frozen=True, slots=True)
-class SearchReport:
-    """The report of a search."""
-
-    out: str
-    objectives: tuple[str, ...]
-    trials: tuple[Trial, ...]
-    """All trials of the directory, in order."""
-    best: tuple[Point, ...]
-    """The models that no other is better than, best first by the first objective."""
-    values: tuple[tuple[float, ...], ...]
-    """Of each of them, by all items of the tasks."""
-    stopped: str
-    """Why the search ended before its budget was used up; empty otherwise."""
-    seconds: float
 
 
 def search(
@@ -212,6 +196,10 @@ class _Search:
         values = {name: read_values(found[name], self._directions) for name in names}
         front = find_front([values[name] for name in names], self._directions)
         kept = {names[k]: own for k in front if (own := values[names[k]]) is not None}
+        if not kept:
+            raise OutputError(
+                f"the best trials could not be evaluated by all items: {explain_failure(found[names[0]])}"
+            )
         order = sorted(kept, key=lambda name: -kept[name][0] if self._directions[0].is_maximised else kept[name][0])
         return tuple(points[name] for name in order), tuple(kept[name] for name in order)
 
@@ -236,9 +224,10 @@ class _Search:
         Raises:
             OutputError: they would not.
         """
-        first = next((trial for trial in self.trials if trial.values is not None and not trial.same_as), None)
-        if first is not None and len(self.trials) < self._options.budget:
-            self._plan_together({first.name: first.settings})
+        best = [self.trials[k] for k in self._list_best()[:1]]
+        if len(self.trials) < self._options.budget:
+            for trial in best:
+                self._plan_together({trial.name: trial.settings})
 
     def _list_best(self) -> list[int]:
         return find_front([trial.values for trial in self.trials], self._directions)

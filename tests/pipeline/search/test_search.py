@@ -16,7 +16,8 @@ import raymerge
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.search.options import SearchOptions
 from raymerge.pipeline.search.record import RECORD, Trial
-from raymerge.pipeline.search.search import SearchReport, search
+from raymerge.pipeline.search.results import SearchReport
+from raymerge.pipeline.search.search import search
 from raymerge.pipeline.spectrum.record import read_spectrum
 from raymerge.pipeline.stores.open import open_stores
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
