@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from raymerge.pipeline.adapter_planner import find_adapters, make_adapter_plan
@@ -18,11 +19,12 @@ from raymerge.pipeline.checkpoint.tokenizer.tokenizer import TokenizerReader
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import AdapterGivenError, ConfigError
 from raymerge.pipeline.plan.directory import finish_directory, gather_files
+from raymerge.pipeline.plan.filters import warn_of_idle_filters
 from raymerge.pipeline.plan.integers import check_integers
-from raymerge.pipeline.plan.intermediate import Planning, expand_steps
+from raymerge.pipeline.plan.intermediate import MergeInputs, Planning, expand_steps
 from raymerge.pipeline.plan.out_files import Network, Written
 from raymerge.pipeline.plan.places import measure_places
-from raymerge.pipeline.plan.recipe import expand
+from raymerge.pipeline.plan.recipe import Recipe, expand
 from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle
 from raymerge.pipeline.plan.shards import make_fingerprint, make_tasks
@@ -144,6 +146,7 @@ def make_plan(
             for part, recipe, found in zip(parts, of_parts, each, strict=True)
             for warning in (*found.warnings, *recipe.warnings)
         ]
+        told += warn_of_idle_filters(config, partial(_list_names, of_parts, each))
         warnings = (*config.warnings, *doubts, *directory.warnings, *told)
         outputs.append(PlannedOutput(config.text, seeds[position], directory.files, warnings, fingerprint))
     return MergePlan(
@@ -201,6 +204,12 @@ def _advise(
     if limits.gpus is not None and session is None and (faster := explain_gpus(tasks, limits.num_workers)):
         advice.append(faster)
     return tuple(advice)
+
+
+def _list_names(recipes: Sequence[Recipe], inputs: Sequence[MergeInputs]) -> set[str]:
+    """Return all names that filters may see."""
+    outputs = {merge.name for recipe in recipes for merge in recipe.merges}
+    return outputs.union(*(model.view.names() for each in inputs for model in each.models))
 
 
 def _describe_run(config: MergeConfig) -> tuple[str, ...]:
