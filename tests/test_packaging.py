@@ -88,6 +88,8 @@ def test_an_install_brings_what_every_option_needs(needs: list[Requirement]) -> 
 USERS_OF_EXTRAS = {
     "raymerge/pipeline/checkpoint/hidden_states.py": "moe",
     "raymerge/pipeline/evaluation/generation/transformers_worker.py": "eval",
+    "raymerge/pipeline/evaluation/generation/lm_eval_worker.py": "lm-eval",
+    "raymerge/pipeline/search/study.py": "spectrum",
     **{f"raymerge/pipeline/curve/drawing/{name}.py": "spectrum" for name in ("charts", "page", "pictures")},
 }
 """The only files that import what an extra brings."""
