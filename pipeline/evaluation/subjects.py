@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from raymerge.pipeline.checkpoint.checkpoint import locate_model
-from raymerge.pipeline.checkpoint.files import CONFIG
+from raymerge.pipeline.checkpoint.files import CONFIG, PIPELINE
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import parse_model_ref
@@ -56,7 +56,7 @@ class Subjects:
     models: tuple[Subject, ...]
     out: str
     skipped: tuple[str, ...] = ()
-    """Points that failed to be made, with the reasons."""
+    """Points that failed to be made, or are gone, with the reasons."""
 
 
 def find_subjects(stores: Stores, given: Sequence[str], only: Sequence[str] | None = None) -> Subjects:
@@ -116,6 +116,8 @@ def _list_spectrum(
             failed.append(f"{point.name}: {point.error}")
         elif point.state == "planned":
             found.append(Subject(point.name, "", where, point, url))
+        elif not _is_there(stores, where):
+            failed.append(f"{point.name}: its model is no longer in {where}; run the sweep again to make it")
         else:
             found.append(Subject(point.name, where, where))
     parents = [parent for parent in spectrum.parents if only is None or parent.name in only]
@@ -128,6 +130,16 @@ def _list_spectrum(
                 " this there, or name the models to evaluate with --only"
             ) from error
     return found, failed
+
+
+def _is_there(stores: Stores, url: str) -> bool:
+    for name in (CONFIG, PIPELINE):
+        try:
+            stores.at(url).stat(f"{url}/{name}")
+        except FileNotFoundError:
+            continue
+        return True
+    return False
 
 
 def _find_model(stores: Stores, name: str, called: str | None) -> Subject:

@@ -309,6 +309,8 @@ class _Search:
         by_name: dict[str, list[Evaluation]] = {name: [] for name in names}
         for evaluation in found:
             by_name[evaluation.model].append(evaluation)
+        if gone := [name for name in names if not by_name[name]]:
+            raise OutputError(f"{self.out}/{gone[0]}: the model is gone; merge it again, by its YAML in spectrum.json")
         return by_name
 
     def _clean(self) -> None:

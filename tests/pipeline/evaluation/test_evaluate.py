@@ -117,6 +117,16 @@ def test_points_that_failed_are_named(finished: Finished) -> None:
     assert begun.skipped == ("t-2: no such tensor",)
 
 
+def test_a_model_that_is_gone_is_named_and_the_others_go_on(tmp_path: Path, finished: Finished) -> None:
+    spectrum = shutil.copytree(finished.spectrum, tmp_path / "spectrum")
+    shutil.rmtree(spectrum / "t-1")
+    events: list[EvaluationEvent] = []
+    found = raymerge.evaluate(spectrum, write_judge(tmp_path), on_event=events.append)
+    assert [(each.model, each.state) for each in found] == [(n, "complete") for n in ("t-0", "t-3", "parent")]
+    [begun] = [event for event in events if isinstance(event, Begun)]
+    assert f"t-1: its model is no longer in {spectrum}/t-1" in begun.skipped[0]
+
+
 def test_what_is_finished_is_not_done_again(finished: Finished) -> None:
     events: list[EvaluationEvent] = []
     models = [finished.spectrum / "t-0", finished.root / "parent"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -194,6 +195,9 @@ def test_what_a_killed_run_has_left_is_deleted_and_other_inputs_are_refused(root
     assert run(root, recipe, options).trials == report.trials, "nothing is to be done"
     with pytest.raises(OutputError, match="inputs that have changed"):
         run(root, recipe, replace(options, budget=6))
+    shutil.rmtree(root / "out" / report.best[0].name)
+    with pytest.raises(OutputError, match=f"{report.best[0].name}: the model is gone"):
+        run(root, recipe, options)
 
 
 def test_a_judge_that_fails_ends_the_search_and_costs_no_models(root: Path) -> None:
