@@ -14,11 +14,12 @@ PIP := bin/python -m pip --disable-pip-version-check install -qq --progress-bar 
 TYPED := .pkg/raymerge tests $(wildcard docs/demo/*.py) $(wildcard benchmarks/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-mergekit check format bench wheel clean
+.PHONY: help install demo demo-spectrum test test-slow test-mergekit check format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train three small models, merge them in four ways, check and print the losses"
+	@echo "make demo-spectrum  train a model that answers and one that thinks, sweep, evaluate and draw the models between"
 	@echo "make test    run the tests"
 	@echo "make test-slow  run the slow ones: kills, whole merges under faults, other servers and clients"
 	@echo "make test-mergekit  compare every method with mergekit's numbers, in an environment of its own"
@@ -33,6 +34,9 @@ install: $(VENV)/stamp
 
 demo: $(VENV)/stamp
 	$(VENV)/bin/python docs/demo/demo.py build/demo
+
+demo-spectrum: $(VENV)/stamp
+	$(VENV)/bin/python docs/demo/spectrum.py build/demo-spectrum
 
 test: $(VENV)/stamp
 	$(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile $(PYTEST_ARGS)

@@ -22,13 +22,13 @@ def name_settings(settings: Sequence[Mapping[str, object]]) -> list[str]:
 
     >>> name_settings([{"t": 0.1}, {"t": 0.2}]), name_settings([{"density": 0.3, "weight1": -1.0}])
     (['t-0.1', 't-0.2'], ['density-0.3_weight1-neg1'])
-    >>> name_settings([{"t": [0, 0.5, 1]}, {"base_model": "org/a.b"}])
-    ['t-0_0.5_1', 'base_model-a.b']
+    >>> name_settings([{"t": [0, 0.5, 1]}, {"base_model": "org/a.b"}, {"merge_method": "ties", "density": 0.5}])
+    ['t-0_0.5_1', 'base_model-a.b', 'ties_density-0.5']
 
     Args:
         settings: of each point, its value for each path by the path's label.
     """
-    names = ["_".join(f"{_clean(label)}-{_name_value(value)}" for label, value in each.items()) for each in settings]
+    names = ["_".join(_name_setting(label, value) for label, value in each.items()) for each in settings]
     counts = Counter(name.casefold() for name in names)
     return [
         name if counts[name.casefold()] == 1 and len(name) <= MAX_NAME_LENGTH else _shorten(name, each)
@@ -68,6 +68,11 @@ def name_models(models: Sequence[str], taken: Collection[str]) -> list[str]:
         used.add(name.casefold())
         names.append(name)
     return names
+
+
+def _name_setting(label: str, value: object) -> str:
+    name = _name_value(value)
+    return name if label == "merge_method" else f"{_clean(label)}-{name}"
 
 
 def _name_value(value: object) -> str:

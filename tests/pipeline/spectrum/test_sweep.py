@@ -117,7 +117,7 @@ def test_methods_and_seeds_are_swept(family: tuple[Path, ...], tmp_path: Path) -
     sets = ["merge_method=dare_ties,ties", "seed=1,2"]
     raymerge.sweep(config, tmp_path / "s", sets, workers=1)
     points = {point.name: point for point in read_record(tmp_path / "s").points}
-    assert points["merge_method-dare_ties_seed-1"].fingerprint != points["merge_method-dare_ties_seed-2"].fingerprint
+    assert points["dare_ties_seed-1"].fingerprint != points["dare_ties_seed-2"].fingerprint
     assert len(points) == 4
     check_models(tmp_path / "s", tmp_path / "alone")
 
