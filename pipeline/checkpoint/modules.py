@@ -31,6 +31,8 @@ _PROJECTOR = re.compile(
 _AUDIO = re.compile(r"audio|speech")
 _HEADS = ("lm_head", "embed_out", "proj_out", "final_logits_bias")
 """Tensors and modules that turn the last hidden states into logits, and may lie beside the language model."""
+_MAX_DEPTH = 64
+"""Layers that lie deeper are nobody's: names of thousands of words take minutes, and more calls than there may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def find_modules(names: Collection[str], layers: Layers) -> Modules:
         layers: of the same tensors.
     """
     whole = Module("", TEXT, ("",))
-    if not layers.main:
+    if not layers.main or layers.main.count(".") > _MAX_DEPTH:
         return Modules((whole,), names)
     inside = _parent(layers.main)
     foreign = [inside + word for word in _list_words(names, inside) if _is_foreign(word)]

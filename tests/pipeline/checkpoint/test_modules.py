@@ -202,3 +202,8 @@ def test_whatever_the_names_are(names: set[str]) -> None:
 def test_the_innermost_module_matches_best() -> None:
     name = "visual.merger.mlp.0.weight"
     assert Module("visual.merger", "", ("visual.merger",)).match(name) > Module("visual", "", ("visual",)).match(name)
+
+
+def test_names_of_thousands_of_words_are_one_module() -> None:
+    names = [f"{'a.' * 3000}{rest}" for rest in ("layers.0.w", "layers.1.w", "visual.w")]
+    assert find_modules(names, find_layers([(name, 1) for name in names], None)).is_one
