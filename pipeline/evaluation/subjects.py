@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from raymerge.pipeline.checkpoint.checkpoint import locate_model
-from raymerge.pipeline.checkpoint.files import CONFIG, PIPELINE
+from raymerge.pipeline.checkpoint.files import ADAPTER_CONFIG, CONFIG, PIPELINE
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reference import parse_model_ref
@@ -116,7 +116,9 @@ def _list_spectrum(
             failed.append(f"{point.name}: {point.error}")
         elif point.state == "planned":
             found.append(Subject(point.name, "", where, point, url))
-        elif not _is_there(stores, where):
+        elif _has(stores, where, ADAPTER_CONFIG):
+            failed.append(f"{point.name}: {_explain_adapter(where)}")
+        elif not _has(stores, where, CONFIG) and not _has(stores, where, PIPELINE):
             failed.append(f"{point.name}: its model is no longer in {where}; run the sweep again to make it")
         else:
             found.append(Subject(point.name, where, where))
@@ -132,14 +134,16 @@ def _list_spectrum(
     return found, failed
 
 
-def _is_there(stores: Stores, url: str) -> bool:
-    for name in (CONFIG, PIPELINE):
-        try:
-            stores.at(url).stat(f"{url}/{name}")
-        except FileNotFoundError:
-            continue
-        return True
-    return False
+def _has(stores: Stores, url: str, name: str) -> bool:
+    try:
+        stores.at(url).stat(f"{url}/{name}")
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _explain_adapter(name: str) -> str:
+    return f"a LoRA adapter, which is evaluated with its base: `raymerge eval BASE+{name}`"
 
 
 def _find_model(stores: Stores, name: str, called: str | None) -> Subject:
@@ -148,12 +152,10 @@ def _find_model(stores: Stores, name: str, called: str | None) -> Subject:
     if ref.adapter is not None:
         return Subject(called, "", str(ref), Point(called, "", {}, _make_config(ref), "", "planned", ""))
     url = locate_model(stores, ref)
-    try:
-        stores.at(url).stat(f"{url}/{CONFIG}")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{name}: no {CONFIG} and no {RECORD} there; it is neither a model nor a spectrum"
-        ) from None
+    if not _has(stores, url, CONFIG):
+        if _has(stores, url, ADAPTER_CONFIG):
+            raise ConfigError(f"{name}: {_explain_adapter(name)}")
+        raise CheckpointError(f"{name}: no {CONFIG} and no {RECORD} there; it is neither a model nor a spectrum")
     return Subject(called, url, str(ref))
 
 

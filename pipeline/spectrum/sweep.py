@@ -14,6 +14,7 @@ from raymerge import __version__
 from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.find import find_models
+from raymerge.pipeline.config.adapter import NO_UPDATE
 from raymerge.pipeline.driver import check_doubts, check_target, merge_planned
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.options import MergeKeywords, MergeOptions, make_options
@@ -291,7 +292,7 @@ def _needs_measuring(batch: Batch) -> bool:
 
 def _list_parents(recipe: Recipe, names: Sequence[str]) -> tuple[Parent, ...]:
     configs = [point.config for point in recipe.points]
-    models = dict.fromkeys(model for config in configs for model in config.input_models)
+    models = dict.fromkeys(model for config in configs for model in config.input_models if model != NO_UPDATE)
     bases = {config.base_model for config in configs}
     short = name_models([str(model) for model in models], names)
     return tuple(Parent(name, str(model), is_base=model in bases) for name, model in zip(short, models, strict=True))

@@ -209,10 +209,14 @@ class _Expansion:
         factors = dict(zip((each.ref for each in self._each), coefficients or (), strict=coefficients is not None))
         total = sum(factors.get(ref, math.nan) for ref in found)
         if not abs(total - 1) <= _WHOLE_TOLERANCE:
-            how = f"with weights that add up to {total:g}" if coefficients else f"which {self._config.op.name} compares"
+            why = (
+                f"with weights that add up to {total:g}, the rest is the base's"
+                if coefficients
+                else f"{self._config.op.name} needs what it changes in the base's"
+            )
             raise TensorMismatchError(
-                f"{name} is stored whole in {listing(found)} (modules_to_save, bias), {how}: the rest is the base's,"
-                f" which no adapter holds; give weights that add up to 1, by linear, or {APPLY}"
+                f"{name} is stored whole in {listing(found)} (modules_to_save, bias), and {why}, which no adapter"
+                f" holds; take linear with weights that add up to 1, or {APPLY}"
             )
         kernel = LinearCombination(tuple(factors[ref] for ref in found))
         variants = (replace(variant, kernel=kernel),)

@@ -18,6 +18,7 @@ from raymerge.pipeline.evaluation.results import Evaluation, parse_evaluation
 from raymerge.pipeline.evaluation.subjects import Subject, _make_unique
 from raymerge.pipeline.spectrum.record import Parent, Point, Spectrum
 from raymerge.pipeline.stores.open import open_stores
+from tests.adapters import draw_factors, write_adapter
 from tests.tokenized_models import TEXTS, byte_level, write_tokenized
 
 TASK = """
@@ -188,6 +189,20 @@ def test_a_model_that_is_not_there(tmp_path: Path, finished: Finished) -> None:
     (tmp_path / "spectrum.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=r"parent, a parent of .*no such directory.*--only"):
         raymerge.evaluate(tmp_path, finished.root / "sums.yml")
+
+
+def test_adapters_are_evaluated_with_their_base(tmp_path: Path, finished: Finished) -> None:
+    factors = draw_factors("model.layers.0.mlp.up_proj", 32, 16)
+    adapters = [write_adapter(tmp_path / name, factors) for name in "ab"]
+    models = [{"model": each, "parameters": {"weight": 0.5}} for each in adapters]
+    report = raymerge.sweep(
+        {"merge_method": "task_arithmetic", "adapter": {}, "models": models}, tmp_path / "s", ["weight[0]=0.5"]
+    )
+    assert [parent.model for parent in report.spectrum.parents] == adapters
+    with pytest.raises(ConfigError, match="a LoRA adapter, which is evaluated with its base"):
+        raymerge.evaluate(tmp_path / "s", finished.root / "sums.yml")
+    with pytest.raises(ConfigError, match=r"no point could be made: weight0-0\.5: a LoRA adapter, .*BASE\+"):
+        raymerge.evaluate(tmp_path / "s", finished.root / "sums.yml", only=["weight0-0.5"])
 
 
 def test_tasks_that_are_none(finished: Finished) -> None:

@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], type[Ra
         {},
         {"merge_method": "ties", "adapter": {}},
         TensorMismatchError,
-        "which ties compares",
+        "ties needs what it changes in the base's",
     ),
     "a bias of another size": (
         {**FACTORS, f"{Q}.lora_B.bias": torch.ones(3)},
