@@ -20,8 +20,10 @@ from raymerge.ops.own import OwnOps
 from raymerge.pipeline.checkpoint.find import FoundModel
 from raymerge.pipeline.cli.app import commands
 from raymerge.pipeline.config.reader import load_config
+from raymerge.pipeline.config.search import SEARCH
 from raymerge.pipeline.config.sweep import SWEEP
 from raymerge.pipeline.evaluation.tasks.task_file import read_task_file
+from raymerge.pipeline.search.recipe import read_recipe
 from raymerge.pipeline.spectrum.points import make_points
 from raymerge.pipeline.spectrum.record import parse_spectrum
 from raymerge.testing import read_model, write_model
@@ -32,7 +34,11 @@ from tests.servers.hub import HubServer
 from tests.servers.s3 import S3Server
 from tests.spectra import evaluate_all, write_spectrum
 
-COMMANDS = [(page, command) for page in PAGES for command in read_commands(page, "raymerge")]
+COMMANDS = [
+    (page, list(command))
+    for page in PAGES
+    for command in dict.fromkeys(map(tuple, read_commands(page, "raymerge")))  # a page may show one twice
+]
 
 
 @pytest.fixture
@@ -104,6 +110,8 @@ def test_every_config_is_one(page: str, tmp_path: Path) -> None:
             continue
         if f"\n{SWEEP}:" in text:
             assert make_points(text, (), 0, strict=True).points
+        elif f"\n{SEARCH}:" in text:
+            assert read_recipe(text, needs_space=True).space
         else:
             load_config(text, strict=True, own=own, find=lambda pattern: [FoundModel(pattern, 1)])
 
@@ -177,7 +185,7 @@ def test_the_commands_of_the_readme(
     done = []
     with buckets_of(s3_server, "bucket"):
         for command in read_commands("README.md", "raymerge"):
-            if command[0] in ("submit", "eval", "curve"):  # need a cluster, models that generate, or what they gave
+            if command[0] in ("submit", "eval", "search"):  # need a cluster, or models that generate
                 continue
             if command[0] == "curve":
                 spectrum = parse_spectrum(Path("spectrum/spectrum.json").read_bytes())

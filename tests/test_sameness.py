@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from raymerge import merge, plan
-from raymerge.pipeline import planner
-from raymerge.pipeline.plan import shares
+from raymerge.pipeline.plan import places, shares
 from tests.checkpoints import read_files, read_tensors, write_checkpoint, write_family
 from tests.memory_promise import SLACK_NBYTES
 from tests.method_configs import METHODS, make_config
@@ -64,7 +63,7 @@ def test_a_large_tensor_takes_the_memory_of_several_workers_to_be_read_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(planner, "_CACHED", 0)  # as where the page cache does not hold the inputs,
+    monkeypatch.setattr(places, "_CACHED", 0)  # as where the page cache does not hold the inputs,
     monkeypatch.setattr(shares, "_SMALL", 1)  # and other tensors are most of them
     config, files = expected
     the_plan = plan(config, memory="66MiB", workers=workers, shard_size=SHARD_NBYTES)

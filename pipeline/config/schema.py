@@ -306,7 +306,8 @@ def _make_condition(op: Op, keys: Iterable[str]) -> Schema:
     if needed:
         of_models.append({"required": ["parameters"], "properties": {"parameters": {"required": needed}}})
     if of_models:
-        is_alone = {"required": ["models"], "not": {"anyOf": [{"required": [SWEEP]}, {"required": [SEARCH]}]}}  # varied
+        varies = {"anyOf": [{"required": [SWEEP]}, {"required": [SEARCH]}]}  # what is needed may be varied
+        is_alone = {"required": ["models"], "not": varies}
         then |= {"if": is_alone, "then": {"allOf": of_models}}
     return {"if": {"properties": {"merge_method": {"const": op.name}}}, "then": then}
 

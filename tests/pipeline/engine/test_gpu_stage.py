@@ -16,11 +16,12 @@ from raymerge import merge, plan
 from raymerge.cluster.runner import Report
 from raymerge.ops.kernels.random import PAGE_ELEMENTS
 from raymerge.ops.registry import find_op
-from raymerge.pipeline import execution, planner, runners, workers
+from raymerge.pipeline import execution, runners, workers
 from raymerge.pipeline.engine import fetch, gpu_stage
 from raymerge.pipeline.engine import shard as execute
 from raymerge.pipeline.errors import ConfigError, MemoryLimitError
 from raymerge.pipeline.options import MergeOptions
+from raymerge.pipeline.plan import places
 from raymerge.pipeline.plan.memory import Transfer
 from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.plan.types import ShardTask
@@ -76,10 +77,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         with nullcontext() if _get_current_dispatch_mode() is gpu else gpu:  # a thread of its own, or the task's
             return send(*args)
 
-    def read_and_tell(stores: Stores, ranges: Any, views: Any, on_read: Any) -> None:
+    def read_and_tell(stores: Stores, ranges: Any, views: Any, on_read: Any, **more: Any) -> None:
         for view in views:
             gpu.host_writes(view)
-        read(stores, ranges, views, on_read)
+        read(stores, ranges, views, on_read, **more)
 
     for module in (runners, workers):
         monkeypatch.setattr(module, "require_gpus", lambda: ["0"])
@@ -154,7 +155,7 @@ def test_the_same_files(
     config, expected = on_the_cpu
     keep = Keep()
     staging = {"large": 8 * 2**20, "small": 2**16}[limits]
-    monkeypatch.setattr(planner, "_measure_transfer", lambda *_: Transfer(num_buffers, staging_nbytes=staging))
+    monkeypatch.setattr(places, "_measure_transfer", lambda *_: Transfer(num_buffers, staging_nbytes=staging))
     memory, gpu_memory = find_limits(limits, config)
     settings = MergeOptions(workers=1, seed=3, shard_size="2MB", memory=memory, gpu_memory=gpu_memory)
     merge(config, tmp_path / "gpu", settings, on_event=keep)

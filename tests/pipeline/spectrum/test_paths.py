@@ -64,7 +64,7 @@ def test_a_parameter_by_itself_is_set_for_the_whole_merge() -> None:
     changed = set_in(MODULES, "weight", 2)
     assert changed["parameters"] == {"weight": 2}
     assert changed["modules"]["text_decoder"]["parameters"] == {}
-    bare = {"modules": {"text_decoder": {"models": []}}}
+    bare: dict[str, Any] = {"modules": {"text_decoder": {"models": []}}}
     changed = set_in(bare, "modules.text_decoder.parameters.weight", 3)
     assert changed["modules"]["text_decoder"]["parameters"]["weight"] == 3
     assert set_in(MODULES, "weight[1]", 2)["modules"]["text_decoder"]["models"][1]["parameters"] == {"weight": 2}
