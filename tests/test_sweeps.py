@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import signal
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 import yaml
 
 import raymerge
-from raymerge import MergeOptions, Planned
+from raymerge import MergeOptions, Planned, verify
 from raymerge.ops.registry import load_ops
 from raymerge.pipeline.config.schema import make_schema
 from raymerge.pipeline.spectrum.points import make_points
@@ -20,7 +23,7 @@ from raymerge.pipeline.spectrum.record import RECORD, TABLE, Spectrum, locate_po
 from raymerge.pipeline.stores.open import open_stores
 from tests.adapters import draw_factors, write_adapter
 from tests.checkpoints import read_files, write_config, write_family
-from tests.commands import run_command
+from tests.commands import run_command, start_command
 from tests.documents import ROOT
 from tests.servers.hub import HubServer
 from tests.servers.s3 import S3Server
@@ -188,3 +191,30 @@ def test_sweeps_that_are_shipped(file: Path) -> None:
 def find_problems(file: Path) -> list[str]:
     validator = jsonschema.Draft202012Validator(make_schema(load_ops().values()))
     return [error.message for error in validator.iter_errors(yaml.safe_load(file.read_text()))]
+
+
+@pytest.mark.slow
+def test_kill_at_ten_moments(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = write_config(tmp_path / "merge.yml", make_config(family, "ties", parameters={"weight": 1}))
+    out = tmp_path / "s"
+    arguments = ("sweep", config, out, "--set", "density=0.1:0.6:0.1", "--shard-size", "8kB", "--memory", "40MiB")
+    dice = random.Random(3)
+    made: dict[Path, int] = {}
+    num_hits = 0
+    for target in range(10):
+        process = start_command(*arguments, "--workers", "1")
+        while process.poll() is None and sum(1 for _ in out.glob("density-*/*.safetensors")) < target * 7:
+            time.sleep(0.005)
+        time.sleep(dice.random() * 0.05)
+        process.kill()
+        process.communicate()
+        num_hits += process.returncode == -signal.SIGKILL
+        finished = {path: path.stat().st_mtime_ns for path in out.glob("density-*/*.safetensors")}
+        again = [path for path, when in made.items() if finished.get(path) != when]
+        assert len(again) <= 6, "those in flight were committed, and not recorded yet"
+        made = finished
+    assert num_hits >= 8
+    raymerge.sweep(config, out, ["density=0.1:0.6:0.1"], shard_size="8kB", memory="40MiB", workers=1)
+    for point in read_record(str(out)).points:
+        verify(out / point.url)
+    assert check_alone(out, tmp_path / "alone", shard_size="8kB") == 6
