@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,7 @@ from raymerge.pipeline.search.search import search
 from raymerge.pipeline.spectrum.record import read_spectrum
 from raymerge.pipeline.stores.open import open_stores
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
-from tests.commands import Cli
+from tests.commands import Cli, start_command
 
 JUDGE = """
 import json, pathlib, struct, sys
@@ -231,3 +234,32 @@ def test_the_command(root: Path, cli: Cli) -> None:
     assert found.code == 0, found.err
     assert "[4/4] trial-0003  weight[0]" in found.err
     assert "that no other is better than:" in found.out
+
+
+@pytest.mark.slow
+def test_kill_at_ten_moments(root: Path) -> None:
+    recipe, options = make_recipe(root, WEIGHTS), SearchOptions(budget=12, batch=3)
+    whole = run(root, recipe, options, out="whole")
+    (root / "calls").unlink()
+    (root / "recipe.yml").write_text(json.dumps(recipe))
+    judge = f"judge={sys.executable} {root}/judge.py {{model}}"
+    moments = random.Random(1)
+    num_hits = 0
+    for _ in range(10):
+        before = list_calls(root)
+        process = start_command(
+            *("search", root / "recipe.yml", root / "out", "--command", judge, "--budget", "12", "--batch", "3")
+        )
+        while list_calls(root) == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        num_hits += process.returncode == -signal.SIGKILL
+    assert num_hits >= 5
+    report = run(root, recipe, options)
+    assert report.trials == whole.trials
+    assert [point.settings for point in report.best] == [point.settings for point in whole.best]
+    assert len(list_calls(root)) <= len({trial.name for trial in report.trials}) + 2 + num_hits, "once, but in flight"
+    left = {path.parent.name for path in (root / "out").glob("*/config.json")}
+    assert left == {point.name for point in report.best}
