@@ -1,11 +1,12 @@
-"""What merges with adapters, with other vocabularies and of several documents cost, in processor time."""
+"""Processor time of merges with adapters, with unions of vocabularies and of several documents."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ NUM_MANY = 100
 
 
 def measure_adapters(bench: Bench) -> list[Row]:
-    """Return what an adapter of rank 64, and a hundred of rank 16, cost against a copy of their base."""
+    """Compare an adapter of rank 64, and a hundred of rank 16, with a copy of their base."""
     (base,) = bench.make_family(FAMILY, 0)
     _make(bench, "adapters", 1, 64)
     _make(bench, "adapters", NUM_MANY, 16)
@@ -45,7 +46,7 @@ def measure_adapters(bench: Bench) -> list[Row]:
 
 
 def measure_union(bench: Bench) -> list[Row]:
-    """Return what a union of shuffled vocabularies costs against a merge by row numbers."""
+    """Compare a union of shuffled vocabularies with a merge by row numbers."""
     rows = []
     for count in (2, 3):
         _make(bench, "vocabularies", count)
@@ -58,7 +59,7 @@ def measure_union(bench: Bench) -> list[Row]:
 
 
 def measure_documents(bench: Bench) -> list[Row]:
-    """Return what three documents that use each other cost against three merges."""
+    """Compare three documents that use each other with three merges."""
     base, *tunes = map(str, bench.make_family(FAMILY, 3))
     between = [str(bench.workdir / f"document{number}") for number in range(2)]
     steps = [
@@ -103,8 +104,7 @@ def _compare(
         for path in between:
             bench.clear(Path(path))
     bench.clear(bench.raymerge_out)
-    cpu: Callable[[Usage], float] = lambda usage: usage.cpu  # noqa: E731
-    own, other = median(runs["raymerge"], cpu), median(runs["other"], cpu)
+    own, other = (median(runs[who], attrgetter("cpu")) for who in ("raymerge", "other"))
     return Row(
         name,
         f"at most {at_most} : 1",

@@ -1,4 +1,4 @@
-"""What a sweep takes: against as many single merges, and against writing and hashing its outputs."""
+"""Processor time of a sweep, beside as many single merges, and beside writing and hashing its outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from report import Row, gib
 from speed import FAMILY
 
 MAX_SHARE = 0.35
-"""Of the processor time of single merges."""
+"""Largest share of the processor time of single merges."""
 SWEEPS: dict[str, tuple[Merge, str]] = {
     "9 x slerp, 2 models": (SLERP, "t=0.1:0.9:0.1"),
     "9 x linear, 2 models": (Merge("linear", weights=(0.5, 0.5)), "weight[1]=0.1:0.9:0.1"),

@@ -1,4 +1,4 @@
-"""What people put beside a model: LoRA adapters, and tokenizers whose tokens have other numbers.
+"""LoRA adapters, and tokenizers whose tokens have other numbers, to go with the benchmarks' models.
 
 `python benchmarks/variations.py DIRECTORY adapters NAME COUNT RANK` writes adapters for all linear layers of a family;
 `... vocabularies NAME COUNT` gives its fine-tunes tokenizers of one vocabulary, shuffled. What is there is kept.
@@ -16,7 +16,7 @@ from typing import Any
 from checkpoints import LAYOUTS, family_paths, make_family
 
 FACTOR_STD = 0.02
-"""Of both factors of an adapter."""
+"""Standard deviation of both factors of an adapter."""
 NUM_OWN = 500
 """Tokens that each shuffled vocabulary has alone; all others are common."""
 

@@ -31,10 +31,10 @@ METHODS = ("task_arithmetic", "ties")
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model does on the held-out problems."""
+    """Figures of a model on the held-out problems."""
 
     share: float
-    """Of the parent that thinks."""
+    """Weight of the parent that thinks."""
     accuracy: float
     tokens: float
     thinking: float
@@ -85,7 +85,7 @@ def run_raymerge(*arguments: str, cwd: Path) -> None:
 
 
 def read_points(directory: Path, method: str) -> list[Measured]:
-    """Return what the models of a method do, by the parent's share."""
+    """Return the figures of a method's models, by the parent's share."""
     found = [
         Measured(float(row["weight[1]"]), float(row["accuracy"]), float(row["tokens"]), float(row["thinking"]))
         for row in read_rows(directory)
@@ -95,7 +95,7 @@ def read_points(directory: Path, method: str) -> list[Measured]:
 
 
 def read_parents(directory: Path) -> dict[str, Measured]:
-    """Return what the parents do, by name."""
+    """Return the figures of the parents, by name."""
     shares = {"answering": 0.0, "thinking": 1.0}
     return {
         row["model"]: Measured(
