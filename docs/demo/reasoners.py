@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models
+from training import train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -102,22 +104,8 @@ def train_model(recipe: Recipe, directory: Path) -> None:
         model = _make_model(tokenizer)
     else:
         model = LlamaForCausalLM.from_pretrained(directory / BASE.name, dtype=torch.float32)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1, anneal_strategy="linear"
-    )
-    draw = random.Random(recipe.seed)
-    for step in range(1, recipe.steps + 1):
-        tokens, labels = _draw_batch(tokenizer, draw, recipe.styles)
-        loss = model(input_ids=tokens, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(f"  {recipe.name:<9}  step {step} of {recipe.steps}  loss {loss.item():.3f}", flush=True)
+    draw = partial(_draw_batch, tokenizer, random.Random(recipe.seed), recipe.styles)
+    train(model, recipe.name, recipe.steps, recipe.learning_rate, draw)
     model.bfloat16().save_pretrained(directory / recipe.name)
     tokenizer.save_pretrained(directory / recipe.name)
 

@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from training import train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -73,21 +74,12 @@ def train_model(recipe: Recipe, directory: Path) -> None:
         model = _make_model(len(tokenizer))
     else:
         model = LlamaForCausalLM.from_pretrained(directory / BASE.name, dtype=torch.float32)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1, anneal_strategy="linear"
-    )
-    for step in range(1, recipe.steps + 1):
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
         batch = torch.stack([_draw_window(sources[row % len(sources)]) for row in range(8)])
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            print(f"  {recipe.name:<5}  step {step} of {recipe.steps}  loss {loss.item():.2f}", flush=True)
+        return batch, batch
+
+    train(model, recipe.name, recipe.steps, recipe.learning_rate, draw)
     model.bfloat16().save_pretrained(directory / recipe.name)
     tokenizer.save_pretrained(directory / recipe.name)
 
