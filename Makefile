@@ -1,6 +1,6 @@
 # Each target makes or refreshes the environment it needs; nothing is installed again while
 # pyproject.toml and the constraints are unchanged. Another interpreter: make test PYTHON=python3.13
-# Each process of `make test` has servers and a Ray cluster of its own, about 2 GB; one after the other: PROCESSES=0.
+# Each process of the tests has servers and a Ray cluster of its own, about 2 GB; one after the other: PROCESSES=0.
 
 PYTHON ?= python3
 PROCESSES ?= 2
@@ -42,7 +42,7 @@ test: $(VENV)/stamp
 	$(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/stamp
-	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m slow -n $(PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-mergekit: $(VENV)/stamp $(PEER_VENV)/stamp
 	$(VENV)/bin/python -m pytest -m slow tests/test_mergekit.py tests/test_mergekit_moe.py tests/test_mergekit_tokenizers.py tests/test_mergekit_modules.py $(PYTEST_ARGS)
