@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from raymerge import Event, MergePlan, OnEvent, Planned, ShardResult
@@ -31,6 +32,12 @@ def stop_after(number: int, error: BaseException | None = None) -> OnEvent:
             raise error or RuntimeError("the driver broke")
 
     return on(ShardResult, count)
+
+
+def list_recorded(out: Path) -> list[Path]:
+    """Return the shards of an unfinished output that its journal has."""
+    shards = (out / record.stem for record in (out / ".raymerge").glob("*.safetensors.json"))
+    return [shard for shard in shards if shard.exists()]
 
 
 class Keep:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from raymerge.pipeline.checkpoint.names import OTHER_SENSES, Layers, split_name
 
@@ -148,7 +149,10 @@ def find_modules(names: Collection[str], layers: Layers) -> Modules:
     if not path and not foreign:
         return Modules((whole,), names)
     around = [path[: match.end()] for match in re.finditer(r"\.", path)][:-1]
+    if any(start.removesuffix(".") in names for start in around):
+        return Modules((whole,), names)  # no module is a tensor as well: the names are not those of a model
     heads = tuple(start + head for start in ("", *around) for head in _HEADS)
+    heads = tuple(head for head in heads if not path.startswith(f"{head}."))
     main = Module(path.removesuffix("."), TEXT, (path.removesuffix("."), *heads), tuple(foreign))
     if not path:
         main = Module("", TEXT, tuple(word for word in _list_words(names, "") if word not in foreign), ())
@@ -165,10 +169,8 @@ def common_prefix(names: Iterable[str]) -> str:
     parts: list[str] | None = None
     for name in names:
         words = name.split(".")[:-1]
-        shared = words if parts is None else [a for a, b in zip(parts, words, strict=False) if a == b]
-        while parts is not None and shared != parts[: len(shared)]:
-            shared.pop()
-        parts = shared
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(words if parts is None else parts, words, strict=False))
+        parts = [word for word, _ in alike]
     return "".join(f"{part}." for part in parts or ())
 
 

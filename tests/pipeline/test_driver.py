@@ -17,7 +17,7 @@ from raymerge.pipeline.driver import check_output, merge_variants
 from raymerge.pipeline.stores.files import Buffer, ByteRange
 from raymerge.pipeline.stores.local.storage import LocalStorage
 from tests.checkpoints import INDEX, read_files, write_config, write_family, write_llama
-from tests.watchers import stop_after
+from tests.watchers import list_recorded, stop_after
 
 Config = dict[str, Any]
 
@@ -170,7 +170,8 @@ def test_nothing_stays_open_after_a_merge_that_failed(config: Config, tmp_path: 
         merge(config, tmp_path / "out", workers=1, shard_size="10kB", on_event=stop_after(1))
     assert list_open() == []
     assert set(threading.enumerate()) <= threads
-    assert merge(config, tmp_path / "out", workers=1, shard_size="10kB").num_resumed == 1
+    made = len(list_recorded(tmp_path / "out"))
+    assert merge(config, tmp_path / "out", workers=1, shard_size="10kB").num_resumed == made >= 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raymerge.pipeline.checkpoint.modules import Module, Modules, common_prefix, find_modules
@@ -190,6 +190,9 @@ WORDS = st.lists(
 
 
 @settings(max_examples=40)
+@example({"encoder", "shared", "lm_head.model.0.model", "lm_head.visual"})
+@example({"model", "model.model.model.0.model", "model.visual"})
+@example({"encoder.encoder.model", "model.encoder.model"})
 @given(st.sets(WORDS.filter(bool).map(".".join), min_size=1, max_size=12))
 def test_whatever_the_names_are(names: set[str]) -> None:
     ordered = sorted(names)
