@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _TASKS = "Tasks"
 _Merging = Annotated[MergeOptions, Preset("keep_intermediates", "wait", "recheck", "overwrite")]
-_Evaluating = Annotated[EvaluateOptions, Preset("limit", "seed", "workers", "storage", "out", "eval_results")]
+_Evaluating = Annotated[EvaluateOptions, Preset("limit", "seed", "workers", "ops", "storage", "out", "eval_results")]
 
 
 @takes_options

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 
-from raymerge.pipeline.checkpoint.files import CONFIG, is_hidden, is_rewritten, is_side_file, is_weights
+from raymerge.pipeline.checkpoint.files import ADAPTER_CONFIG, CONFIG, is_hidden, is_rewritten, is_side_file, is_weights
 from raymerge.pipeline.checkpoint.manifest import FIGURES, MANIFEST, MAX_MANIFEST_NBYTES, OutputFile, parse_manifest
 from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.stores.files import StoredFile
@@ -92,7 +92,12 @@ class Digests:
 
 def _counts(name: str) -> bool:
     """Tell whether a file decides what a model does: not its card, and not what says how it was made."""
-    return name == CONFIG or is_weights(name) or is_side_file(name) or (is_rewritten(name) and ".index." in name)
+    return (
+        name in (CONFIG, ADAPTER_CONFIG)
+        or is_weights(name)
+        or is_side_file(name)
+        or (is_rewritten(name) and ".index." in name)
+    )
 
 
 def _is_newer(url: str, than: str) -> bool:

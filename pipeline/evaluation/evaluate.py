@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
+from raymerge import __version__
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
 from raymerge.pipeline.errors import HeldError, MergeError
@@ -27,6 +28,7 @@ from raymerge.pipeline.evaluation.results import Evaluation
 from raymerge.pipeline.evaluation.samples import Sample, open_log
 from raymerge.pipeline.evaluation.scratch import bring_here
 from raymerge.pipeline.evaluation.subjects import Subject, find_subjects
+from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.settings import StoreSettings
 
@@ -63,18 +65,20 @@ def evaluate(
     options = replace(options or EvaluateOptions(), **keywords)
     prepared = prepare_tasks(_list(tasks), options)
     with open_stores(StoreSettings(options.storage)) as stores:
-        subjects = find_subjects(stores, _list(models), only)
+        subjects = find_subjects(stores, _list(models), only, options.base)
         out = subjects.out if options.out is None else stores.at(options.out).absolute(options.out)
         if options.eval_results:
             check_benchmarks(prepared, subjects.models)
         run = _Run(stores, out, prepared, on_event or (lambda event: None))
         units = run.plan(subjects.models)
-        run.tell(Begun(len(subjects.models), len(prepared), len(run.found), subjects.skipped))
+        num_cached = sum(each.state == "complete" for each in run.found.values())
+        run.tell(Begun(len(subjects.models), len(prepared), num_cached, subjects.skipped))
         for evaluation in run.found.values():
-            run.tell(Evaluated(evaluation, is_cached=True))
+            run.tell(Evaluated(evaluation, is_cached=evaluation.state == "complete"))
         with Engines(options.backend, options.workers) as engines:
             runner = LocalRunner(min(options.workers, max(len(units), 1)))
-            work = partial(evaluate_unit, stores, out, engines=engines, tell=run.tell)
+            merging = MergeOptions(storage=options.storage, ops=options.ops)
+            work = partial(evaluate_unit, stores, out, merging=merging, engines=engines, tell=run.tell)
             resources = [Resources(mem_nbytes=0, cost=0)] * len(units)
             for name, evaluations in runner.run(work, units, resources, lambda progress: None):
                 run.finish(name, evaluations)
@@ -118,6 +122,10 @@ class _Run:
         """Return what is to be done, and enter what is found."""
         units: dict[str, Unit] = {}
         for subject in subjects:
+            if subject.error:
+                for task in self._tasks:
+                    self.found[subject.name, task.name] = _make(subject, "", task, error=subject.error)
+                continue
             digest = find_digest(self._digests, subject) or ""
             missing = []
             for task in self._tasks:
@@ -152,14 +160,21 @@ class _Run:
 
 def find_digest(digests: Digests, subject: Subject) -> str | None:
     """Return a model's digest; None for one that is not merged yet, and never was."""
-    if subject.url:
-        return digests.measure(subject.url)
-    return digests.find(key) if (key := _plan_key(subject)) else None
+    key = _plan_key(digests, subject)
+    if not subject.url:
+        return digests.find(key) if key else None
+    digest = digests.measure(subject.url)
+    if key and digests.find(key) is None:
+        digests.keep(key, digest)  # a search may delete the model
+    return digest
 
 
-def _plan_key(subject: Subject) -> str:
-    """Return what the digest of a planned point is kept under; empty where its plan is not known."""
-    return f"plan {subject.point.fingerprint}" if subject.point and subject.point.fingerprint else ""
+def _plan_key(digests: Digests, subject: Subject) -> str:
+    """Return what the digest of a merged model is kept under; empty where it is not known how it is merged."""
+    if subject.parts:
+        return " ".join(["sum", __version__, *map(digests.measure, subject.parts)])
+    base = f" {subject.planned.base}" if subject.planned and subject.planned.base else ""
+    return f"plan {subject.fingerprint}{base}" if subject.fingerprint else ""
 
 
 def evaluate_unit(
@@ -168,6 +183,7 @@ def evaluate_unit(
     unit: Unit,
     report: Report,
     *,
+    merging: MergeOptions,
     engines: Engines,
     tell: Callable[[Sampled | Evaluated], None],
 ) -> tuple[str, list[Evaluation]]:
@@ -185,7 +201,7 @@ def evaluate_unit(
         tell(Evaluated(evaluation, is_cached=False))
 
     try:
-        with bring_here(stores, subject) as directory, engines.lend() as engine:
+        with bring_here(stores, subject, merging) as directory, engines.lend() as engine:
             digests = Digests(stores, out)
             digest = unit.digest if unit.digest and subject.url else digests.measure(directory)
             if unit.digest not in ("", digest):
@@ -193,7 +209,7 @@ def evaluate_unit(
                     f"{subject.name} comes out otherwise than when it was first evaluated: its inputs have changed"
                     " since it was planned; sweep it again with --overwrite"
                 )
-            if not unit.digest and (key := _plan_key(subject)):
+            if not unit.digest and (key := _plan_key(digests, subject)):
                 digests.keep(key, digest)
             model = Model(subject.name, directory, digest)
             place = Place(engine, check)

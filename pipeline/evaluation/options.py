@@ -9,6 +9,7 @@ from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.options import SPEED, Help, StorageOption
 from raymerge.pipeline.stores.settings import Library
 
+MODELS = "Models"
 SAMPLING = "Sampling"
 RESULTS = "Results"
 
@@ -42,6 +43,13 @@ class EvaluateOptions:
     window: Annotated[int, Help("Tokens of held-out text that a model sees at once.", SAMPLING, "N")] = 1024
     timeout: Annotated[float, Help("Give up a command after so many seconds.", SPEED, "SECONDS")] = 43200.0
     workers: Annotated[int, Help("Models evaluated at once on this machine.", SPEED, "N")] = 1
+    base: Annotated[
+        str | None,
+        Help("Model that LoRA adapters go with.", MODELS, "MODEL", default="as each of them says"),
+    ] = None
+    ops: Annotated[
+        str | None, Help("Merge methods of your own, for points yet to be merged.", MODELS, "FILE", default="none")
+    ] = None
     storage: StorageOption = "auto"
     out: Annotated[
         str | None,
@@ -82,6 +90,8 @@ class EvaluateKeywords(TypedDict, total=False):
     window: int
     timeout: float
     workers: int
+    base: str | None
+    ops: str | None
     storage: Library
     out: str | None
     eval_results: bool

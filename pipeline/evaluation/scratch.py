@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from raymerge.pipeline.checkpoint.files import is_hidden, is_rewritten, is_side_file, is_weights
+from raymerge.pipeline.checkpoint.files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    is_hidden,
+    is_rewritten,
+    is_side_file,
+    is_weights,
+)
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.evaluation.adapters import find_base, plan_sum
 from raymerge.pipeline.evaluation.subjects import Subject
+from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.spectrum.materialise import materialised
+from raymerge.pipeline.spectrum.places import locate_ref
 from raymerge.pipeline.stores.local.storage import local_path
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 
 
 @contextmanager
-def bring_here(stores: Stores, subject: Subject) -> Iterator[str]:
+def bring_here(stores: Stores, subject: Subject, merging: MergeOptions) -> Iterator[str]:
     """Have a model in a directory of this machine: where it is, or copied or merged for as long as the context lasts.
+
+    Args:
+        stores: that have it.
+        subject: the model.
+        merging: how it is merged, if it is.
 
     Raises:
         RaymergeError: it cannot be read or merged.
@@ -25,8 +41,15 @@ def bring_here(stores: Stores, subject: Subject) -> Iterator[str]:
     if subject.url and scheme_of(subject.url) == "file":
         yield str(local_path(subject.url))
         return
-    if subject.point is not None:
-        with materialised(subject.directory, subject.point) as directory:
+    if (planned := subject.planned) is not None:
+        with ExitStack() as stack:
+            made = materialised(planned.directory, planned.spectrum, planned.point, merging)
+            directory = stack.enter_context(made)
+            if not Path(directory, CONFIG).exists() and Path(directory, ADAPTER_CONFIG).exists():
+                named = find_base(stores, directory, planned.base)
+                base = named if planned.base else locate_ref(planned.spectrum, planned.directory, named)
+                whole = plan_sum(subject.name, base, ModelRef(directory))
+                directory = stack.enter_context(materialised("", *whole, merging))
             yield directory
         return
     with tempfile.TemporaryDirectory(prefix="raymerge-") as scratch:

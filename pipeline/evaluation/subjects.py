@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from raymerge.pipeline.checkpoint.checkpoint import locate_model
 from raymerge.pipeline.checkpoint.files import ADAPTER_CONFIG, CONFIG, PIPELINE
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.config.node import Place
-from raymerge.pipeline.config.reference import parse_model_ref
-from raymerge.pipeline.errors import CheckpointError, ConfigError
+from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError
+from raymerge.pipeline.evaluation.adapters import find_base, plan_sum
 from raymerge.pipeline.messages import find_near, listing
+from raymerge.pipeline.spectrum.places import locate_ref, parse_ref
 from raymerge.pipeline.spectrum.record import (
     EVALUATIONS,
     RECORD,
@@ -29,6 +30,18 @@ _ODD = re.compile(r"[^\w.+-]+")
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """A model that is merged for the evaluation."""
+
+    directory: str
+    """Of the spectrum that has it; empty where none does."""
+    spectrum: Spectrum
+    point: Point
+    base: str | None = None
+    """The model that it is applied to if it comes out as an adapter; by default the one that the adapter names."""
+
+
+@dataclass(frozen=True, slots=True)
 class Subject:
     """A model that is to be evaluated."""
 
@@ -38,15 +51,19 @@ class Subject:
     """Its directory, absolute; empty for a point that is merged for the evaluation and deleted after it."""
     shown: str
     """As the user or the record calls it."""
-    point: Point | None = None
+    planned: Planned | None = None
     """Such a point; also a model with an adapter, which is applied by a merge."""
-    directory: str = ""
-    """Of the spectrum that has it."""
+    fingerprint: str = ""
+    """Of the plan that it was made by, or is to be; empty where that is not known."""
+    parts: tuple[str, ...] = ()
+    """The directories of model and adapter: what they hold tells which model it is."""
+    error: str = ""
+    """Why it cannot be evaluated; empty otherwise."""
 
     @property
     def same(self) -> str:
-        """What tells whether two such points are one model."""
-        return "" if self.point is None else self.point.fingerprint or self.point.config
+        """What tells whether two models that are to be merged are one."""
+        return "" if self.planned is None else self.fingerprint or self.planned.point.config
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +76,19 @@ class Subjects:
     """Points that failed to be made, or are gone, with the reasons."""
 
 
-def find_subjects(stores: Stores, given: Sequence[str], only: Sequence[str] | None = None) -> Subjects:
+def find_subjects(
+    stores: Stores, given: Sequence[str], only: Sequence[str] | None = None, base: str | None = None
+) -> Subjects:
     """Return the models that are meant.
 
     Args:
         stores: that have them.
         given: directories, URLs or Hub repositories of models, or of spectra: their points and parents.
         only: the names of those that are meant; by default all.
+        base: the model that adapters go with; by default the one that each of them names.
 
     Raises:
-        RaymergeError: one is not there; nothing is evaluated then.
+        RaymergeError: one of those given is not there; nothing is evaluated then.
     """
     if not given:
         raise ConfigError("no model is given: a spectrum's directory, or directories, URLs or Hub names of models")
@@ -78,13 +98,12 @@ def find_subjects(stores: Stores, given: Sequence[str], only: Sequence[str] | No
     for name in dict.fromkeys(given):
         url = stores.at(name).absolute(name)
         if _is_spectrum(stores, url):
-            spectrum = read_spectrum(stores, url)
-            found, failed = _list_spectrum(stores, url, spectrum, only)
+            found, failed = _list_spectrum(stores, url, read_spectrum(stores, url), only, base)
             models += found
             skipped += failed
             outs.append(f"{url}/{EVALUATIONS}" if scheme_of(url) not in ("hf", "http", "https") else "")
         else:
-            models.append(_find_model(stores, name, None))
+            models.append(_find_model(stores, parse_ref(name), None, base))
             outs.append("")
     if not models:
         raise ConfigError(f"{', '.join(given)}: no point could be made: {listing(skipped)}")
@@ -100,14 +119,16 @@ def _is_spectrum(stores: Stores, url: str) -> bool:
 
 
 def _list_spectrum(
-    stores: Stores, url: str, spectrum: Spectrum, only: Sequence[str] | None
+    stores: Stores, url: str, spectrum: Spectrum, only: Sequence[str] | None, base: str | None
 ) -> tuple[list[Subject], list[str]]:
-    found, failed = [], []
+    """Return the models of a spectrum, and why others have none."""
     names = [point.name for point in spectrum.points] + [parent.name for parent in spectrum.parents]
     for name in only or ():
         if name not in names:
             near = find_near(name, names)
             raise ConfigError(f"{url} has no model {name}; " + (f"did you mean {near}?" if near else listing(names)))
+    found, failed = [], []
+    locate = partial(locate_ref, spectrum, url)
     for point in spectrum.points:
         if only is not None and point.name not in only:
             continue
@@ -115,22 +136,16 @@ def _list_spectrum(
         if point.state == "failed":
             failed.append(f"{point.name}: {point.error}")
         elif point.state == "planned":
-            found.append(Subject(point.name, "", where, point, url))
+            planned = Planned(url, spectrum, point, base)
+            found.append(Subject(point.name, "", where, planned, point.fingerprint))
+        elif _has(stores, where, CONFIG) or _has(stores, where, PIPELINE):
+            found.append(Subject(point.name, where, where, fingerprint=point.fingerprint))
         elif _has(stores, where, ADAPTER_CONFIG):
-            failed.append(f"{point.name}: {_explain_adapter(where)}")
-        elif not _has(stores, where, CONFIG) and not _has(stores, where, PIPELINE):
-            failed.append(f"{point.name}: its model is no longer in {where}; run the sweep again to make it")
+            found.append(_try_model(stores, ModelRef(where), point.name, base, locate))
         else:
-            found.append(Subject(point.name, where, where))
+            failed.append(f"{point.name}: its model is no longer in {where}; run the sweep again to make it")
     parents = [parent for parent in spectrum.parents if only is None or parent.name in only]
-    for parent in parents:
-        try:
-            found.append(_find_model(stores, parent.model, parent.name))
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{parent.name}, a parent of {url}: {error}. Local paths of parents start where the sweep was run: run"
-                " this there, or name the models to evaluate with --only"
-            ) from error
+    found += [_try_model(stores, locate(parse_ref(each.model)), each.name, base, locate) for each in parents]
     return found, failed
 
 
@@ -142,26 +157,59 @@ def _has(stores: Stores, url: str, name: str) -> bool:
     return True
 
 
-def _explain_adapter(name: str) -> str:
-    return f"a LoRA adapter, which is evaluated with its base: `raymerge eval BASE+{name}`"
+def _try_model(
+    stores: Stores, ref: ModelRef, called: str, base: str | None, locate: Callable[[ModelRef], ModelRef]
+) -> Subject:
+    """Return a model of a spectrum; one that is not there says so, and the others are evaluated."""
+    try:
+        return _find_model(stores, ref, called, base, locate)
+    except (CheckpointError, ConfigError, FetchError) as error:
+        return Subject(called, "", str(ref), error=str(error))
 
 
-def _find_model(stores: Stores, name: str, called: str | None) -> Subject:
-    ref = parse_model_ref(Place(name, "MODEL"))
+def _find_model(
+    stores: Stores,
+    ref: ModelRef,
+    called: str | None,
+    base: str | None,
+    locate: Callable[[ModelRef], ModelRef] = lambda ref: ref,
+) -> Subject:
+    """Return a model, or an adapter with its base.
+
+    Args:
+        stores: that have it.
+        ref: which it is.
+        called: its name; by default the last part of its path.
+        base: see `find_subjects`.
+        locate: returns where a base is that an adapter names.
+
+    Raises:
+        RaymergeError: it is not there.
+    """
     called = called or _ODD.sub("-", re.split(r"[/\\]", str(ref).rstrip("/"))[-1]).strip("-.") or "model"
     if ref.adapter is not None:
-        return Subject(called, "", str(ref), Point(called, "", {}, _make_config(ref), "", "planned", ""))
+        return _apply(stores, ref.without_adapter, ref.adapter, called)
     url = locate_model(stores, ref)
-    if not _has(stores, url, CONFIG):
-        if _has(stores, url, ADAPTER_CONFIG):
-            raise ConfigError(f"{name}: {_explain_adapter(name)}")
-        raise CheckpointError(f"{name}: no {CONFIG} and no {RECORD} there; it is neither a model nor a spectrum")
-    return Subject(called, url, str(ref))
+    if _has(stores, url, CONFIG):
+        return Subject(called, url, str(ref))
+    if not _has(stores, url, ADAPTER_CONFIG):
+        raise CheckpointError(f"{ref}: no {CONFIG} and no {RECORD} there; it is neither a model nor a spectrum")
+    named = find_base(stores, url, base)
+    try:
+        return _apply(stores, named if base else locate(named), ref, called)
+    except CheckpointError as error:
+        if base is not None:
+            raise
+        raise CheckpointError(
+            f"{ref}: a LoRA adapter, and its {ADAPTER_CONFIG} names a base that is not here: {error}; give it as --base"
+        ) from error
 
 
-def _make_config(ref: ModelRef) -> str:
-    """Return the config of a merge that applies an adapter."""
-    return f"merge_method: passthrough\nmodels: [{{model: {str(ref)!r}}}]\n"
+def _apply(stores: Stores, base: ModelRef, adapter: ModelRef, called: str) -> Subject:
+    """Return a model with an adapter."""
+    parts = locate_model(stores, base), locate_model(stores, adapter)
+    planned = Planned("", *plan_sum(called, base, adapter))
+    return Subject(called, "", str(replace(base, adapter=adapter)), planned, parts=parts)
 
 
 def _make_unique(models: Sequence[Subject]) -> tuple[Subject, ...]:

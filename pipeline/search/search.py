@@ -91,7 +91,7 @@ def search(
         raise ConfigError("models of a search come and go; `raymerge eval OUT --eval-results` writes those of the best")
     with open_stores(StoreSettings(merging.storage, merging.private)) as stores:
         run = _Search(stores, recipe, locate_output(stores, out), [str(task) for task in tasks], options, merging)
-        run.evaluating = replace(evaluating, out=f"{run.out}/{EVALUATIONS}", storage=merging.storage)
+        run.evaluating = replace(evaluating, out=f"{run.out}/{EVALUATIONS}", storage=merging.storage, ops=merging.ops)
         run.judging = run.evaluating if options.subset is None else replace(run.evaluating, limit=options.subset)
         run.on_trial = on_trial or (lambda trial, number: None)
         run.on_event, run.on_evaluation = on_event, on_evaluation

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from raymerge.pipeline.config.document import read_documents
 from raymerge.pipeline.config.sweep import SWEEP
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import shown
 from raymerge.pipeline.spectrum.names import name_models
+from raymerge.pipeline.spectrum.places import locate_ref, parse_ref
 from raymerge.pipeline.spectrum.record import Parent, Point, Spectrum, choose_url
 
 
@@ -37,6 +39,8 @@ def extend(before: Spectrum | None, new: Spectrum, directory: str, *, overwrite:
             f"{directory} has a spectrum of another recipe: {difference}; choose another directory (`raymerge sweep"
             " --overwrite` begins a new record in this one, and leaves models of other names where they are)"
         )
+    if not overwrite and (moved := _find_moved(before, new, directory)):
+        raise OutputError(moved)
     known = {point.name: point for point in before.points}
     points = dict(known)
     by_fingerprint = {point.fingerprint: point for point in before.points if point.fingerprint}
@@ -52,6 +56,20 @@ def extend(before: Spectrum | None, new: Spectrum, directory: str, *, overwrite:
     paths = dict.fromkeys((*before.paths, *new.paths))
     parents = _join_parents(before.parents, new.parents, points)
     return replace(new, paths=tuple(paths), parents=parents, points=_part(tuple(points.values()), directory))
+
+
+def _find_moved(before: Spectrum, new: Spectrum, directory: str) -> str:
+    """Tell whether a relative path means one model in the earlier sweep and another in this one; empty if none does."""
+    models = {parent.model for parent in before.parents}
+    for parent in new.parents:
+        ref = parse_ref(parent.model)
+        there, here = (Path(locate_ref(each, directory, ref).path) for each in (before, new))
+        if parent.model in models and there != here and there.exists() and not there.samefile(here):
+            return (
+                f"{directory} has a spectrum of other models: {parent.model} was {there} there, and is {here} where the"
+                " sweep runs now; run it where the first one ran, or choose another directory"
+            )
+    return ""
 
 
 def _part(points: Sequence[Point], directory: str) -> tuple[Point, ...]:

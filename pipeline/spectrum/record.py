@@ -38,7 +38,8 @@ class Parent:
     name: str
     """Short, unlike all other parents' and points' names."""
     model: str
-    """As the config writes it: a path, URL or Hub repository, with its adapter and revision if any."""
+    """As the config writes it: a path, URL or Hub repository, with its adapter and revision if any; `places.locate_ref`
+    returns where that is."""
     is_base: bool
     """Whether it is the recipe's `base_model`."""
 
@@ -62,6 +63,12 @@ class Point:
     """Why it failed; empty otherwise."""
     seed: int = 0
     """Seed of its merge."""
+    shard_size: int | None = None
+    """Largest file of its merge, in bytes; None where the output's size decides."""
+    trust_headers: bool = False
+    """Whether its merge goes by the weight files where an input's index disagrees."""
+    ops: str = ""
+    """SHA-256 of the Python file that declares its merge method; empty where raymerge does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,11 @@ class Spectrum:
     """The paths of the config that are varied, in the order given."""
     parents: tuple[Parent, ...]
     points: tuple[Point, ...]
+    started_in: str = ""
+    """Directory of this machine in which the sweep ran: relative paths of the YAML begin there. Empty where there are
+    none, and on the Hub."""
+    place: str = ""
+    """The spectrum's own directory then, by which it is known what has moved together with it; empty likewise."""
 
     def dump(self) -> str:
         """Return the text of the file, without credentials."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,9 @@ from raymerge import __version__
 from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.find import find_models
+from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.adapter import NO_UPDATE
+from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.driver import check_doubts, check_target, merge_planned
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.options import MergeKeywords, MergeOptions, make_options
@@ -28,6 +30,7 @@ from raymerge.pipeline.progress.narrator import Narrator
 from raymerge.pipeline.spectrum.batches import Batch, make_batches
 from raymerge.pipeline.spectrum.extension import extend
 from raymerge.pipeline.spectrum.names import name_models
+from raymerge.pipeline.spectrum.places import note_places
 from raymerge.pipeline.spectrum.plan import SweepPlan
 from raymerge.pipeline.spectrum.points import Recipe, SweepPoint, make_points
 from raymerge.pipeline.spectrum.record import (
@@ -149,7 +152,8 @@ class _Prepared:
         self.workers: Workers = find_workers(stores, configs, places, options, stack)
         batches = make_batches(recipe.points, self.make, self.workers.limits.num_workers)
         before = read_spectrum(stores, directory) if has_spectrum(stores, directory) else None
-        spectrum = extend(before, _make_spectrum(recipe, batches, directory), directory, overwrite=options.overwrite)
+        made = _make_spectrum(recipe, batches, directory, options)
+        spectrum = extend(before, made, directory, overwrite=options.overwrite)
         self.plan = SweepPlan(recipe, _drop_equal(batches, spectrum), spectrum)
 
     def make(self, points: Sequence[SweepPoint], *, measures: bool = False) -> MergePlan:
@@ -191,7 +195,7 @@ def _check_no_model(stores: Stores, directory: str) -> None:
     raise OutputError(f"{directory} holds a model ({CONFIG}); choose another directory for the sweep's models")
 
 
-def _make_spectrum(recipe: Recipe, batches: Sequence[Batch], directory: str) -> Spectrum:
+def _make_spectrum(recipe: Recipe, batches: Sequence[Batch], directory: str, options: MergeOptions) -> Spectrum:
     """Return the record of a sweep whose models are yet to be made; equal ones are one."""
     fingerprints = {
         point.name: output.fingerprint
@@ -209,11 +213,18 @@ def _make_spectrum(recipe: Recipe, batches: Sequence[Batch], directory: str) -> 
             state="planned",
             error="",
             seed=point.seed,
+            shard_size=options.shard_nbytes,
+            trust_headers=options.trust_headers,
+            ops=point.config.own.identity if point.config.own else "",
         )
         for point in recipe.points
     )
-    parents = _list_parents(recipe, [point.name for point in points])
-    return Spectrum(__version__, recipe.text, recipe.paths, parents, points)
+    configs = [point.config for point in recipe.points]
+    models = dict.fromkeys(model for config in configs for model in config.input_models if model != NO_UPDATE)
+    parents = _list_parents(models, configs, [point.name for point in points])
+    places = dict.fromkeys(place for config in configs for place in config.statistics_places)
+    where = note_places(directory, [*models, *places])
+    return Spectrum(__version__, recipe.text, recipe.paths, parents, points, *where)
 
 
 def _drop_equal(batches: Sequence[Batch], spectrum: Spectrum) -> tuple[Batch, ...]:
@@ -290,9 +301,10 @@ def _needs_measuring(batch: Batch) -> bool:
     return any(point.config.needs_measures for point in batch.points)
 
 
-def _list_parents(recipe: Recipe, names: Sequence[str]) -> tuple[Parent, ...]:
-    configs = [point.config for point in recipe.points]
-    models = dict.fromkeys(model for config in configs for model in config.input_models if model != NO_UPDATE)
+def _list_parents(
+    models: Iterable[ModelRef], configs: Sequence[MergeConfig], names: Sequence[str]
+) -> tuple[Parent, ...]:
     bases = {config.base_model for config in configs}
-    short = name_models([str(model) for model in models], names)
-    return tuple(Parent(name, str(model), is_base=model in bases) for name, model in zip(short, models, strict=True))
+    written = {str(model): model in bases for model in models}
+    short = name_models(list(written), names)
+    return tuple(Parent(name, model, is_base) for name, (model, is_base) in zip(short, written.items(), strict=True))

@@ -18,7 +18,6 @@ from raymerge.pipeline.evaluation.results import Evaluation, parse_evaluation
 from raymerge.pipeline.evaluation.subjects import Subject, _make_unique
 from raymerge.pipeline.spectrum.record import Parent, Point, Spectrum
 from raymerge.pipeline.stores.open import open_stores
-from tests.adapters import draw_factors, write_adapter
 from tests.tokenized_models import TEXTS, byte_level, write_tokenized
 
 TASK = """
@@ -184,25 +183,20 @@ def test_a_model_that_is_not_there(tmp_path: Path, finished: Finished) -> None:
         raymerge.evaluate(finished.spectrum / "t-00", finished.root / "sums.yml")
     with pytest.raises(CheckpointError, match="neither a model nor a spectrum"):
         raymerge.evaluate(tmp_path, finished.root / "sums.yml")
-    record = json.loads((finished.spectrum / "spectrum.json").read_text())
+
+
+def test_a_parent_that_is_gone_is_marked_and_the_others_go_on(tmp_path: Path, finished: Finished) -> None:
+    spectrum = shutil.copytree(finished.spectrum, tmp_path / "spectrum")
+    record = json.loads((spectrum / "spectrum.json").read_text())
     record["parents"][0]["model"] = "gone/parent/here"
-    (tmp_path / "spectrum.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match=r"parent, a parent of .*no such directory.*--only"):
-        raymerge.evaluate(tmp_path, finished.root / "sums.yml")
-
-
-def test_adapters_are_evaluated_with_their_base(tmp_path: Path, finished: Finished) -> None:
-    factors = draw_factors("model.layers.0.mlp.up_proj", 32, 16)
-    adapters = [write_adapter(tmp_path / name, factors) for name in "ab"]
-    models = [{"model": each, "parameters": {"weight": 0.5}} for each in adapters]
-    report = raymerge.sweep(
-        {"merge_method": "task_arithmetic", "adapter": {}, "models": models}, tmp_path / "s", ["weight[0]=0.5"]
-    )
-    assert [parent.model for parent in report.spectrum.parents] == adapters
-    with pytest.raises(ConfigError, match="a LoRA adapter, which is evaluated with its base"):
-        raymerge.evaluate(tmp_path / "s", finished.root / "sums.yml")
-    with pytest.raises(ConfigError, match=r"no point could be made: weight0-0\.5: a LoRA adapter, .*BASE\+"):
-        raymerge.evaluate(tmp_path / "s", finished.root / "sums.yml", only=["weight0-0.5"])
+    (spectrum / "spectrum.json").write_text(json.dumps(record))
+    events: list[EvaluationEvent] = []
+    found = raymerge.evaluate(spectrum, write_judge(tmp_path), on_event=events.append)
+    states = [(each.model, each.state) for each in found]
+    assert states == [("t-0", "complete"), ("t-1", "complete"), ("t-3", "complete"), ("parent", "failed")]
+    assert "gone/parent/here: no such directory" in found[3].error
+    assert next(event.is_cached for event in events if isinstance(event, Evaluated)) is False
+    assert not list((spectrum / "evaluations/parent").glob("judge*")), "it may be there again"
 
 
 def test_tasks_that_are_none(finished: Finished) -> None:

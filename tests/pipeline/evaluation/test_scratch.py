@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -93,3 +94,15 @@ def test_a_point_whose_inputs_have_changed_is_not_taken_for_the_one_evaluated_be
     after = evaluate("planned")[0]
     assert (after.state, after.other) == ("failed", {})
     assert "its inputs have changed" in after.error
+
+
+def test_a_model_that_was_evaluated_and_deleted_is_not_merged_again(place: Path) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"weight": 1}}
+    raymerge.sweep(recipe, "made", {"weight[1]": [0.5]})
+    before = evaluate("made")
+    record = Path("made/spectrum.json")
+    record.write_text(record.read_text().replace('"complete"', '"planned"'))
+    shutil.rmtree("made/weight1-0.5")
+    events: list[EvaluationEvent] = []
+    assert [each.digest for each in evaluate("made", events=events)] == [each.digest for each in before]
+    assert all(event.is_cached for event in events if isinstance(event, Evaluated))

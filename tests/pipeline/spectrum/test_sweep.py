@@ -209,13 +209,13 @@ def test_a_planned_point_is_made_when_it_is_needed(family: tuple[Path, ...], tmp
     config = make_config("dare_ties", family, parameters={"weight": 1, "density": 0.5})
     report = sweep(config, tmp_path / "s", ["seed=1,2"], materialize="none")
     first, second = report.spectrum.points
-    with materialised(report.out, second, scratch=tmp_path / "scratch") as place:
+    with materialised(report.out, report.spectrum, second, scratch=tmp_path / "scratch") as place:
         raymerge.merge(second.config, tmp_path / "alone", seed=2)
         assert read_files(Path(place)) == read_files(tmp_path / "alone")
     assert list((tmp_path / "scratch").iterdir()) == []
-    with materialised(report.out, first, scratch=tmp_path / "scratch") as place:
+    with materialised(report.out, report.spectrum, first, scratch=tmp_path / "scratch") as place:
         assert read_files(Path(place)) != read_files(tmp_path / "alone")
     done = raymerge.sweep(config, tmp_path / "s", ["seed=1,2"])
-    with materialised(done.out, done.spectrum.points[0]) as place:
+    with materialised(done.out, done.spectrum, done.spectrum.points[0]) as place:
         assert place == str(tmp_path / "s" / "seed-1")
     assert (tmp_path / "s" / "seed-1" / "config.json").exists()

@@ -1,0 +1,106 @@
+"""Where the models are that a record names, from whatever directory it is read, and after the spectrum has moved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from raymerge.cluster.home import expand_home
+from raymerge.ops.own import OwnOps
+from raymerge.ops.registry import Op
+from raymerge.pipeline.checkpoint.checkpoint import is_repository
+from raymerge.pipeline.checkpoint.find import FoundModel, find_models
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.config.node import Place
+from raymerge.pipeline.config.reader import load_config
+from raymerge.pipeline.config.reference import parse_model_ref
+from raymerge.pipeline.spectrum.record import Spectrum
+from raymerge.pipeline.stores.local.storage import local_path
+from raymerge.pipeline.stores.open import Stores
+from raymerge.pipeline.urls import scheme_of
+
+
+def note_places(directory: str, models: Sequence[ModelRef]) -> tuple[str, str]:
+    """Return what a record says of where it was made: the directory in which the sweep runs, and the spectrum's own.
+
+    Both are empty where no path depends on them, and on the Hub, which is no place for the paths of a machine.
+    """
+    parts = [part for model in models for part in (model, model.adapter) if part is not None]
+    has_paths = any(scheme_of(part.path) == "file" and not is_repository(part.path) for part in parts)
+    return (str(Path.cwd()), directory) if has_paths and scheme_of(directory) != "hf" else ("", "")
+
+
+def locate_path(spectrum: Spectrum, directory: str, path: str) -> str:
+    """Return a path or URL of a record such that it means the same in every directory.
+
+    A path is looked for where it was when the sweep ran, and else where it is if it has moved together with the
+    spectrum. Where neither is there, it is left as it is.
+
+    Args:
+        spectrum: the record.
+        directory: in which it is.
+        path: as its recipe or YAML has it.
+    """
+    if not spectrum.started_in or scheme_of(path) != "file":
+        return path
+    was = Path(spectrum.started_in, expand_home(local_path(path)))
+    if was.exists():
+        return str(was)
+    if scheme_of(directory) == scheme_of(spectrum.place) == "file":
+        moved = Path(os.path.normpath(Path(directory, os.path.relpath(was, spectrum.place))))
+        if moved.exists():
+            return str(moved)
+    return path
+
+
+def parse_ref(name: str) -> ModelRef:
+    """Return the model that a record, or a user, names.
+
+    Raises:
+        ConfigError: it is no name of a model.
+    """
+    return parse_model_ref(Place(name, "MODEL"))
+
+
+def locate_ref(spectrum: Spectrum, directory: str, ref: ModelRef) -> ModelRef:
+    """Return a model of a record, with its adapter, such that it means the same in every directory."""
+    adapter = ref.adapter and locate_ref(spectrum, directory, ref.adapter)
+    return ModelRef(locate_path(spectrum, directory, ref.path), ref.revision, adapter)
+
+
+def load_point(stores: Stores, spectrum: Spectrum, directory: str, text: str, own: OwnOps | None = None) -> MergeConfig:
+    """Return the config of a point, with its models located.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    start = locate_path(spectrum, directory, ".") if spectrum.started_in else ""
+    config = load_config(text, own=own, find=partial(_find, stores, start))
+    if start in ("", str(Path.cwd())):
+        return config  # as it is written, so that its card is
+    outputs = {step.name for step in config.steps}
+
+    def locate(value: Any) -> Any:
+        if isinstance(value, ModelRef):
+            return value if value.path in outputs else locate_ref(spectrum, directory, value)
+        if is_dataclass(value) and not isinstance(value, type | Op | OwnOps):
+            own_values = {each.name: getattr(value, each.name) for each in fields(value) if each.init}
+            return replace(value, **{name: locate(each) for name, each in own_values.items()})
+        if isinstance(value, tuple):
+            return tuple(locate(each) for each in value)
+        if isinstance(value, Mapping):
+            return {locate(key): locate(each) for key, each in value.items()}
+        return value
+
+    located: MergeConfig = locate(config)
+    return located
+
+
+def _find(stores: Stores, start: str, pattern: str) -> Sequence[FoundModel]:
+    """Return the models that a pattern matches, relative to where the sweep ran."""
+    return find_models(stores, str(Path(start, pattern)) if start and scheme_of(pattern) == "file" else pattern)

@@ -1,0 +1,130 @@
+"""Records that are read elsewhere than where the sweep ran."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import raymerge
+from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.options import MergeOptions
+from raymerge.pipeline.spectrum.materialise import materialised
+from raymerge.pipeline.spectrum.places import locate_path, locate_ref, note_places
+from raymerge.pipeline.spectrum.record import Spectrum, read_spectrum
+from raymerge.pipeline.stores.open import open_stores
+from tests.checkpoints import read_files, write_family
+from tests.documents import ROOT
+
+CONFIG = {
+    "merge_method": "slerp",
+    "base_model": "models/base",
+    "models": [{"model": "models/base"}, {"model": "./models/tuned1"}],
+}
+
+
+@pytest.fixture
+def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write models and a planned spectrum of them, by relative paths; return the directory that has both."""
+    work = tmp_path / "work"
+    write_family(work / "models", 1, num_layers=1, dtype=torch.bfloat16)
+    monkeypatch.chdir(work)
+    raymerge.sweep(CONFIG, "s", ["t=0.2,0.4"], materialize="none")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return work
+
+
+def read_record(directory: Path) -> Spectrum:
+    with open_stores() as stores:
+        return read_spectrum(stores, str(directory))
+
+
+def test_paths_mean_the_same_from_anywhere(swept: Path) -> None:
+    record = read_record(swept / "s")
+    assert (record.started_in, record.place) == (str(swept), str(swept / "s"))
+    assert [parent.model for parent in record.parents] == ["models/base", "./models/tuned1"], "as the recipe has them"
+    assert locate_path(record, record.place, "./models/tuned1") == str(swept / "models/tuned1")
+    for path in ("org/name", "s3://bucket/a", "/no/such/place", "hf://org/name"):
+        assert locate_path(record, record.place, path) == path
+    whole = locate_ref(record, record.place, ModelRef("models/base", None, ModelRef("models/tuned1")))
+    assert str(whole) == f"{swept}/models/base+{swept}/models/tuned1"
+
+
+def test_planned_points_are_made_from_anywhere(swept: Path, tmp_path: Path) -> None:
+    record = read_record(swept / "s")
+    raymerge.merge(
+        yaml.safe_load(record.points[1].config.replace("models/", f"{swept}/models/").replace("./", "")), "alone"
+    )
+    with materialised(record.place, record, record.points[1]) as place:
+        made, alone = read_files(Path(place)), read_files(Path("alone"))
+    assert made["model.safetensors"] == alone["model.safetensors"]
+    shutil.move(swept, tmp_path / "moved")
+    with materialised(str(tmp_path / "moved/s"), record, record.points[1]) as place:
+        assert read_files(Path(place))["model.safetensors"] == alone["model.safetensors"]
+
+
+def test_what_lies_beside_a_spectrum_is_found_after_both_have_moved(swept: Path, tmp_path: Path) -> None:
+    record = read_record(swept / "s")
+    moved = tmp_path / "moved"
+    shutil.copytree(swept, moved)
+    assert locate_path(record, str(moved / "s"), "models/base") == str(swept / "models/base"), "what was swept"
+    shutil.rmtree(swept)
+    assert locate_path(record, str(moved / "s"), "models/base") == str(moved / "models/base")
+    assert locate_path(record, str(moved / "s"), f"{swept}/models/base") == str(moved / "models/base")
+
+
+def test_a_sweep_from_another_directory_does_not_mix_models(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_family(tmp_path / "elsewhere" / "models", 1, num_layers=1, dtype=torch.bfloat16)
+    with pytest.raises(OutputError, match=r"models/base was .*work/models/base there, and is .*elsewhere"):
+        raymerge.sweep(CONFIG, swept / "s", ["t=0.9"], materialize="none")
+    monkeypatch.chdir(swept)
+    raymerge.sweep(CONFIG, swept / "s", ["t=0.9"], materialize="none")
+    assert len(read_record(swept / "s").points) == 3
+
+
+def test_a_record_without_places_is_read_as_before(swept: Path) -> None:
+    record = read_record(swept / "s")
+    old = Spectrum(record.raymerge, record.config, record.paths, record.parents, record.points)
+    assert locate_path(old, record.place, "models/base") == "models/base"
+
+
+def test_places_of_a_machine_are_noted_only_where_paths_need_them(tmp_path: Path) -> None:
+    assert note_places("/s", [ModelRef("org/name"), ModelRef("s3://b/a")]) == ("", "")
+    assert note_places("hf://me/s", [ModelRef("./a")]) == ("", "")
+    assert note_places("s3://b/s", [ModelRef("org/name", None, ModelRef("./a"))]) == (str(Path.cwd()), "s3://b/s")
+
+
+def write_pair(tmp_path: Path, **more: object) -> dict[str, object]:
+    models = write_family(tmp_path / "models", 1, num_layers=1, dtype=torch.bfloat16)
+    return {**CONFIG, "base_model": str(models[0]), "models": [{"model": str(model)} for model in models], **more}
+
+
+def test_planned_points_get_the_shards_of_the_sweep_and_stay_what_they_were(tmp_path: Path) -> None:
+    report = raymerge.sweep(write_pair(tmp_path), tmp_path / "s", ["t=0.2"], materialize="none", shard_size="4kB")
+    with materialised(report.out, report.spectrum, report.spectrum.points[0]) as place:
+        assert len(list(Path(place).glob("*.safetensors"))) > 1
+    models = tmp_path / "models"
+    (models / "tuned1/model.safetensors").write_bytes((models / "base/model.safetensors").read_bytes())
+    made = materialised(report.out, report.spectrum, report.spectrum.points[0])
+    with pytest.raises(OutputError, match=r"t-0\.2 comes out otherwise than planned: its inputs have changed"):
+        made.__enter__()
+
+
+def test_methods_of_the_users_own_are_asked_for(tmp_path: Path) -> None:
+    ops = ROOT / "tests/seams/clipped.py"
+    config = write_pair(tmp_path, merge_method="clipped")
+    report = raymerge.sweep(config, tmp_path / "s", ["limit=0.5"], materialize="none", ops=str(ops))
+    point = report.spectrum.points[0]
+    assert point.ops == hashlib.sha256(ops.read_bytes()).hexdigest()
+    with pytest.raises(ConfigError, match=r"planned with a file of merge methods .*, and none is given; .* as --ops"):
+        materialised(report.out, report.spectrum, point).__enter__()
+    with materialised(report.out, report.spectrum, point, MergeOptions(ops=str(ops))) as place:
+        assert (Path(place) / "model.safetensors").exists()
