@@ -104,9 +104,25 @@ def test_to_repositories_of_the_hub(family: tuple[Path, ...], hub: HubServer, tm
     published = hub.read_files("me/spectrum-t-0.5", "main")
     expected = without_own(read_files(tmp_path / "alone"))
     assert {name: published[name] for name in expected} == expected
-    again = raymerge.sweep(config, "hf://me/spectrum", ["t=0.5,0.8"], workers=1)
+    (slug,) = hub.collections
+    assert (hub.collections[slug].title, hub.collections[slug].private) == ("spectrum", True)
+    watch = Keep()
+    again = raymerge.sweep(config, "hf://me/spectrum", ["t=0.5,0.8"], workers=1, on_event=watch)
+    assert list(hub.collections) == [slug]
+    assert hub.collections[slug].items == [f"me/spectrum-t-{t}" for t in ("0.2", "0.5", "0.8")]
+    assert watch.list(raymerge.SweepDone)[0].collection == f"{hub.url}/collections/{slug}"
     assert [each.was_complete for each in again.reports] == [True, False]
     assert [point.state for point in read_record("hf://me/spectrum").points] == ["complete"] * 3
+
+
+def test_a_token_that_may_make_no_collections_makes_the_models(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add_token("hf_models", user="me", can_write=["me/s", "me/s-t-0.2"])
+    monkeypatch.setenv("HF_TOKEN", "hf_models")
+    watch = Keep()
+    raymerge.sweep(make_config(("org/base", "org/tuned1")), "hf://me/s", ["t=0.2"], workers=1, on_event=watch)
+    assert "not in a collection: " in watch.list(raymerge.Warned)[-1].text
+    assert watch.list(raymerge.SweepDone)[0].num_complete == 1
+    assert not hub.collections
 
 
 @pytest.mark.slow

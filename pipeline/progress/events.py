@@ -60,6 +60,8 @@ class SweepDone:
     num_made: int
     """Models that this sweep made or finished."""
     seconds: float
+    collection: str = ""
+    """Where the Hub shows the models together; empty elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

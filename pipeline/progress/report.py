@@ -119,7 +119,9 @@ def format_briefly(report: MergeReport) -> str:
 def format_swept(event: SweepDone) -> str:
     """Return the end of a sweep as text."""
     done = f"{event.num_complete} of {counted(event.num_points, 'point')} complete, {event.num_made} made now"
-    return redact(f"{event.out}: {done}, in {format_seconds(event.seconds)}\n  record    {event.record}")
+    lines = [f"{event.out}: {done}, in {format_seconds(event.seconds)}", f"  record    {event.record}"]
+    lines += [f"  together  {event.collection}"] if event.collection else []
+    return redact("\n".join(lines))
 
 
 def _list_hosts(report: MergeReport) -> Iterator[str]:

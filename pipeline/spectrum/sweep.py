@@ -25,7 +25,7 @@ from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.plan.types import MergePlan
 from raymerge.pipeline.plan.variants import select_outputs
 from raymerge.pipeline.planner import make_plan
-from raymerge.pipeline.progress.events import OnEvent, SweepDone, SweepPlanned
+from raymerge.pipeline.progress.events import OnEvent, SweepDone, SweepPlanned, Warned
 from raymerge.pipeline.progress.narrator import Narrator
 from raymerge.pipeline.spectrum.batches import Batch, make_batches
 from raymerge.pipeline.spectrum.extension import extend
@@ -116,8 +116,9 @@ def sweep(
                     stores, batch.plan, places, options, narrator, workers, measure=measure, start=began
                 )
                 spectrum = record(completed={output.fingerprint for output in batch.plan.outputs})
+        collection = _gather(stores, directory, spectrum, narrator)
     report = SweepReport(directory, spectrum, tuple(reports), time.perf_counter() - start)
-    narrator.told(_sum_up(report))
+    narrator.told(_sum_up(report, collection))
     return report
 
 
@@ -285,7 +286,19 @@ def _announce(planned: SweepPlan) -> SweepPlanned:
     )
 
 
-def _sum_up(report: SweepReport) -> SweepDone:
+def _gather(stores: Stores, directory: str, spectrum: Spectrum, narrator: Narrator) -> str:
+    """Show the models together where the store has a place for that; return where."""
+    places = dict.fromkeys(locate_point(directory, point) for point in spectrum.points if point.state == "complete")
+    if not places:
+        return ""
+    try:
+        return stores.at(directory).gather(directory, list(places))
+    except OutputError as error:
+        narrator.told(Warned(f"the models are complete, and not in a collection: {error}"))
+        return ""
+
+
+def _sum_up(report: SweepReport, collection: str) -> SweepDone:
     states = [point.state for point in report.spectrum.points]
     return SweepDone(
         out=report.out,
@@ -294,6 +307,7 @@ def _sum_up(report: SweepReport) -> SweepDone:
         num_complete=states.count("complete"),
         num_made=sum(not each.was_complete for each in report.reports),
         seconds=report.seconds,
+        collection=collection,
     )
 
 

@@ -236,6 +236,18 @@ class Storage(ABC):
         """
         return
 
+    def gather(self, url: str, members: Sequence[str]) -> str:
+        """Show directories together, in a store that has a place for that; return where, or nothing.
+
+        Args:
+            url: of the directory that they belong to, after which it is called.
+            members: their URLs; those that are shown there already stay.
+
+        Raises:
+            OutputError: the store refuses.
+        """
+        return ""
+
     def close(self) -> None:
         """Let go of open files and connections; the storage can still be used, and opens them again."""
         return

@@ -22,6 +22,7 @@ from types import TracebackType
 
 from tests.servers.hub_api import HubHandler
 from tests.servers.hub_buckets import Bucket
+from tests.servers.hub_collections import Collection as ModelCollection
 from tests.servers.hub_git import (
     GITATTRIBUTES,
     LFS_ATTRIBUTES,
@@ -88,6 +89,7 @@ class HubServer:
         self.xet = XetStore(directory / "xet")
         self.repos = self.storage.repos
         self.buckets: dict[str, Bucket] = {}
+        self.collections: dict[str, ModelCollection] = {}
         self.tokens: dict[str, Token] = {}
         self.lock = self.storage.lock
         self._listener = HubListener(HubHandler, self)

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, unquote
 
 import yaml
 
-from tests.servers.hub_buckets import BucketHandler
+from tests.servers.hub_collections import CollectionHandler
 from tests.servers.hub_git import Commit, Entry, Repo, check_path, choose_mode, make_commit, make_lfs_entry
 from tests.servers.hub_http import Refusal, get_field, parse_object
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.servers.hub import Token
 
 
-class HubHandler(BucketHandler):
+class HubHandler(CollectionHandler):
     """One connection to the Hub."""
 
     def answer(self) -> None:
@@ -47,6 +47,8 @@ class HubHandler(BucketHandler):
                 self._answer_model(method, f"{owner}/{name}", rest)
             case [_, "api", "buckets", owner, name, *rest]:
                 self.answer_bucket(method, f"{owner}/{name}", rest)
+            case [_, "api", "collections", *rest]:
+                self.answer_collection(method, rest)
             case ["GET", "buckets", owner, name, "resolve", *path]:
                 self.send_bucket_content(f"{owner}/{name}", "/".join(path))
             case ["POST", owner, name, "info", "lfs", "objects", "batch"] if name.endswith(".git"):

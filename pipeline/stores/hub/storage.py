@@ -18,6 +18,7 @@ from raymerge.pipeline.errors import CheckpointError, FetchError, MergeError, Ou
 from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile, check_same
 from raymerge.pipeline.stores.hub.api import is_missing
 from raymerge.pipeline.stores.hub.cache import explain_part, find_cached, find_cached_commit, list_cached, not_cached
+from raymerge.pipeline.stores.hub.collection import gather
 from raymerge.pipeline.stores.hub.commit import ATTRIBUTES, prepare_branch, publish_branch, settle
 from raymerge.pipeline.stores.hub.files import XET_NBYTES, HubFiles
 from raymerge.pipeline.stores.hub.path import HubPath, is_offline, parse_hub_url
@@ -218,6 +219,11 @@ class HubStorage(HubFiles):
         place = parse_hub_url(url)
         with self._explained(place, OutputError):
             publish_branch(self.api, place, PendingChanges(place.root), message, last)
+
+    def gather(self, url: str, members: Sequence[str]) -> str:  # noqa: D102
+        place = parse_hub_url(url)
+        with self._explained(place, OutputError):
+            return gather(self.api, place, [parse_hub_url(each).repo for each in members])
 
     def close(self) -> None:  # noqa: D102
         super().close()
