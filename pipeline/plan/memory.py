@@ -14,11 +14,12 @@ the plan itself, which the process that plans keeps besides; one that would take
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.errors import MemoryLimitError
+from raymerge.pipeline.plan.merged_sources import MergedTensor
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.sizes import format_memory
 from raymerge.pipeline.stores.files import ALIGNMENT
@@ -153,6 +154,16 @@ def measure_demand(merge: TensorMerge) -> Demand:
         out_nbytes=num_elements * DTYPES[merge.written_dtype].num_bits // 8,
         kept_nbytes=measure_kept(merge) if num_passes or _is_scattered(merge) else 0,
     )
+
+
+def forgo_keeping(merge: TensorMerge, demand: Demand) -> Demand:
+    """Return the demand where the page cache keeps the sources: of large ones, merges on the way are made again.
+
+    Keeping them takes fresh memory for the values on the way, too, and fresh memory costs more than the page cache.
+    """
+    is_large = demand.kept_nbytes > MAX_FETCH_NBYTES and demand.num_blocks > 1
+    is_nested = any(isinstance(source, MergedTensor) for source in merge.sources)
+    return replace(demand, kept_nbytes=0) if is_large and is_nested and not _is_scattered(merge) else demand
 
 
 def _is_scattered(merge: TensorMerge) -> bool:

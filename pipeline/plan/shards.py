@@ -12,7 +12,14 @@ from raymerge.ops.own import OwnOps
 from raymerge.pipeline.checkpoint.dtypes import DTYPES, count_nbytes
 from raymerge.pipeline.checkpoint.header import make_header
 from raymerge.pipeline.plan.gpu_memory import check_fits_gpu, project_gpu_mem, project_staged_mem
-from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES, Demand, check_fits, measure_demand, project_mem
+from raymerge.pipeline.plan.memory import (
+    MAX_FETCH_NBYTES,
+    Demand,
+    check_fits,
+    forgo_keeping,
+    measure_demand,
+    project_mem,
+)
 from raymerge.pipeline.plan.out_files import Network, SideFile
 from raymerge.pipeline.plan.shares import Limits, Shares, share_out_memory
 from raymerge.pipeline.plan.types import ShardOutput, ShardTask, TensorMerge
@@ -55,6 +62,8 @@ def make_tasks(
         MemoryLimitError: a tensor does not fit even for one worker.
     """
     demands = {merge.name: measure_demand(merge) for merge in merges}
+    if limits.is_cached and limits.gpus is None:
+        demands = {merge.name: forgo_keeping(merge, demands[merge.name]) for merge in merges}
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
     shards: list[tuple[TensorMerge, ...]] = []
     files: list[tuple[Network, str]] = []

@@ -89,6 +89,7 @@ def make_windows(merge: TensorMerge, demand: Demand, buffer_nbytes: int, fetch_n
     if is_resident(merge, buffer_nbytes):
         yield Window(merge, 0, merge.num_elements, range(demand.num_passes + 1))
         return
+    buffer_nbytes = min(buffer_nbytes, demand.choose_fetch_nbytes(fetch_nbytes))
     window_elements = (buffer_nbytes - demand.fixed_nbytes) // demand.block_nbytes * demand.block_elements
     for index in range(demand.num_passes + 1):
         for start in range(0, merge.num_elements, window_elements):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
 from raymerge.pipeline.plan.memory import Transfer
+from raymerge.pipeline.plan.merged_sources import MergedTensor
 from raymerge.pipeline.plan.shards import make_tasks
 from raymerge.pipeline.plan.shares import Limits, explain_shares
 from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
+from raymerge.pipeline.plan.windows import make_fetches
 from tests.pipeline.plan.layouts import make_merge
 
 GIB = 2**30
 TIES = {"weight": (0.5,) * 3, "density": (0.5,) * 3, "normalize": True, "rescale": False, "lambda": 1.0}
 NUM_SOURCES = {"ties": 4, "slerp": 2, "linear": 4}
+SIZES = {"large": 26, "small": 20}
+"""Of tensors, as powers of two."""
 PARAMETERS: dict[str, dict[str, Any]] = {
     "ties": TIES,
     "slerp": {"t": 0.5},
@@ -86,6 +91,23 @@ def test_workers_are_worth_more_than_reading_again_from_the_page_cache() -> None
     tasks, num_workers, advice = plan("ties", 4 * GIB, 16, num_buffers=1, is_cached=True)
     assert (num_workers, advice) == (16, [])
     assert again(tasks) > 1
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_merges_on_the_way_are_made_again_rather_than_kept_beside_what_the_page_cache_keeps(is_cached: bool) -> None:
+    dtypes = ("BF16",) * 2
+    merges = [make_merge(name, 2**n, op="slerp", parameters={"t": 0.5}, dtypes=dtypes) for name, n in SIZES.items()]
+    sources = [MergedTensor("first", each.name, "BF16", each.shape, each) for each in merges]
+    nested = [replace(each, sources=(early, each.sources[1])) for each, early in zip(merges, sources, strict=True)]
+    limits = Limits(4 * GIB, 1, 10**9, transfer=Transfer(fetch_nbytes=2**23), is_cached=is_cached)
+    for tensors, num_read in ((merges, 2), (nested, 3)):
+        (task,) = make_tasks(tensors, limits)[0]
+        large = 2 * 2 ** SIZES["large"]
+        is_again = is_cached and tensors is nested
+        assert task.reread_nbytes == (2 * num_read * large if is_again else 0)
+        windows = [window for fetch in make_fetches(task) for window in fetch if window.merge.name == "large"]
+        assert all(window.nbytes() <= 2**23 for window in windows) is is_again
+        assert task.projected_mem < 110 * 2**20 if is_again else task.projected_mem > 2 * large
 
 
 def test_what_is_read_once_anyhow_takes_no_more_memory() -> None:
