@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from raymerge import merge
 from tests.checkpoints import read_tensors
-from tests.tokenized_models import KINDS, TEXTS, read_vocab, write_tokenized
+from tests.tokenized_models import KINDS, TEXTS, draw_lines, read_vocab, write_large_pair, write_tokenized
 
 PEER = Path(os.environ.get("RAYMERGE_MERGEKIT", ".venv-mergekit/bin/mergekit-multi"))
 
@@ -96,14 +96,18 @@ def make_home(home: Path, kind: str) -> Path:
     for seed, (name, tokenizer) in enumerate(zip("abcd", (first, second, third, first), strict=True)):
         dtype = torch.bfloat16 if name == "b" else torch.float32
         write_tokenized(home / name, seed, tokenizer, more_rows=7 if name == "d" else 0, dtype=dtype)
-    configs = {name: list_cases(home)[name][0] for other, name in CASES if other == kind}
+    run_peer(home, {name: list_cases(home)[name][0] for other, name in CASES if other == kind})
+    return home
+
+
+def run_peer(home: Path, configs: Mapping[str, dict[str, Any]]) -> None:
+    """Have mergekit make each config's merge, in `merged-NAME`."""
     documents = [{"name": f"merged-{name}", **config} for name, config in configs.items()]
     file = home / "recipe.yml"
     file.write_text("\n---\n".join(map(json.dumps, documents)))
     command = [str(PEER), str(file), "--intermediate-dir", str(home), "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
-    return home
 
 
 def reorder(rows: torch.Tensor, ours: Mapping[str, int], theirs: Mapping[str, int]) -> torch.Tensor:
@@ -120,6 +124,26 @@ def test_same_tokens_and_rows(kind: str, name: str, find_home: Callable[[str], P
     config, bound = list_cases(home)[name]
     out, peer = tmp_path / "out", home / f"merged-{name}"
     merge(config, str(out), workers=1)
+    check_rows(out, peer, bound)
+    check_texts(out, peer, list_lines(10_000))
+
+
+def test_large_vocabularies(tmp_path: Path) -> None:
+    words = write_large_pair(tmp_path)
+    config = list_cases(tmp_path)["linear-union"][0]
+    config["models"] = config["models"][:2]
+    run_peer(tmp_path, {"large": config})
+    out, peer = tmp_path / "out", tmp_path / "merged-large"
+    merge(config, str(out), workers=1)
+    assert len(read_vocab(out)) > 150_000
+    check_rows(out, peer, ROUNDING)
+    check_texts(out, peer, [*draw_lines(10_000, words, 0), *list_lines(2000)])
+    base, merged = (json.loads((model / "tokenizer.json").read_text())["model"] for model in (tmp_path / "a", out))
+    assert merged == base
+
+
+def check_rows(out: Path, peer: Path, bound: float) -> None:
+    """Compare the tokens of two outputs, and each of their tensors, rows by token."""
     vocab, of_peer = read_vocab(out), read_vocab(peer)
     assert vocab.keys() == of_peer.keys()
     ours, theirs = read_tensors(out), read_tensors(peer)
@@ -131,7 +155,6 @@ def test_same_tokens_and_rows(kind: str, name: str, find_home: Callable[[str], P
         assert worst <= bound, (tensor, worst)
     sizes = [json.loads((model / "config.json").read_text())["vocab_size"] for model in (out, peer)]
     assert sizes[0] == sizes[1] == len(ours[ROWS[0]])
-    _check_texts(out, peer)
 
 
 @cache
@@ -148,10 +171,9 @@ def list_lines(number: int) -> list[str]:
     return drawn + draw.sample(written, number - len(drawn))
 
 
-def _check_texts(out: Path, peer: Path) -> None:
+def check_texts(out: Path, peer: Path, lines: list[str]) -> None:
     """Compare how texts are split, and what is known of each added token."""
     ours, theirs = (Tokenizer.from_file(str(model / "tokenizer.json")) for model in (out, peer))
-    lines = list_lines(10_000)
     for mine, other in zip(
         ours.encode_batch(lines, add_special_tokens=False),
         theirs.encode_batch(lines, add_special_tokens=False),

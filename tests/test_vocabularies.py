@@ -16,7 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raymerge import merge, plan
 from raymerge.testing import merge_in_every_way
 from tests.checkpoints import read_tensors
-from tests.tokenized_models import TEXTS, align, byte_level, read_vocab, write_family, write_tokenized, write_tokenizer
+from tests.tokenized_models import (
+    TEXTS,
+    align,
+    byte_level,
+    draw_lines,
+    read_vocab,
+    write_family,
+    write_large_pair,
+    write_tokenized,
+    write_tokenizer,
+)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS = (0.5, 0.25, -0.5)
@@ -203,3 +213,26 @@ def test_plan_says_whose_rows_they_are(family: list[Path]) -> None:
     lines = plan(linear(family, base_model=str(family[0]), tokenizer_source="union")).vocabulary
     assert lines[0] == "334 tokens"
     assert lines[1].startswith(f"{family[0]}: 281 rows of its own, ")
+
+
+@pytest.mark.slow  # two vocabularies of 150,000 tokens, and 10,000 lines
+def test_a_union_of_large_vocabularies(tmp_path: Path) -> None:
+    words = write_large_pair(tmp_path)
+    models = [tmp_path / "a", tmp_path / "b"]
+    out = tmp_path / "out"
+    merge(linear(models, base_model=str(models[0]), tokenizer_source="union"), str(out), workers=1)
+    vocab, first, second = (read_vocab(model) for model in (out, *models))
+    assert min(len(first), len(second)) > 150_000
+    assert vocab.keys() == first.keys() | second.keys()
+    assert sorted(vocab.values()) == list(range(len(vocab)))
+    assert first.items() <= vocab.items()
+    for name in (EMBEDDING, HEAD):
+        torch.testing.assert_close(read_tensors(out)[name], expect(models, vocab, name))
+
+    merged, base = (Tokenizer.from_file(str(model / "tokenizer.json")) for model in (out, models[0]))
+    lines = draw_lines(10_000, words, 0)
+    pairs = zip(merged.encode_batch(lines), base.encode_batch(lines), strict=True)
+    split = [(ours, theirs) for ours, theirs in pairs if max(ours.ids, default=0) < len(first)]
+    assert len(split) > 5000  # the others have tokens that are new
+    assert all(ours.ids == theirs.ids for ours, theirs in split)
+    assert all(merged.decode(ours.ids) == base.decode(ours.ids) for ours, _ in split)

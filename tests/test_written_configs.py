@@ -13,6 +13,7 @@ from raymerge import merge, plan
 from raymerge.ops.errors import OpParameterError
 from raymerge.pipeline.errors import ConfigError
 from tests.checkpoints import read_tensors, write_family
+from tests.tokenized_models import write_family as write_tokenized_family
 
 WHOLE = {"layer_range": [0, 2]}
 SLERP: dict[str, Any] = {
@@ -79,6 +80,17 @@ def test_sources_of_different_lengths(names: list[str]) -> None:
         ConfigError, match=r"\[0\]\.sources\[1\]\.layer_range: \[0, 1\] of tuned1 is 1 layer, but the fir"
     ):
         plan(config)
+
+
+@pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer"])
+def test_a_tokenizer_of_a_model_as_it_was_first_written(tmp_path: Path, key: str) -> None:
+    names = [str(model) for model in write_tokenized_family(tmp_path)]
+
+    def config(source: str) -> dict[str, Any]:
+        models = [{"model": name, "parameters": {"weight": 1.0}} for name in names]
+        return {"merge_method": "linear", "models": models, key: source if key != "tokenizer" else {"source": source}}
+
+    assert plan(config(f"model:{names[1]}")).vocabulary == plan(config(names[1])).vocabulary
 
 
 def test_json_indented_by_tabs(names: list[str]) -> None:

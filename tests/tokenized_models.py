@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,57 @@ def align(
         for matrix, row in zip(aligned, own, strict=True):
             matrix[number] = default if row is None else row
     return aligned
+
+
+SCRIPTS = ("abcdefghijklmnopqrstuvwxyz", "абвгдежзиклмнопрстуфхцчшщыэюя", "αβγδεζηθικλμνξοπρστυφχψω", "कखगघचछजझटठडढणतथदधन")
+DENSE = ((0x4E00, 0x9FA5), (0xAC00, 0xD7A3))
+"""Ranges of characters that are words, or nearly, each."""
+
+
+def draw_words(number: int, seed: int) -> list[str]:
+    """Return different words of several scripts, every other one after a space."""
+    draw = random.Random(seed)
+    parts = [["".join(draw.choices(script, k=draw.randint(1, 3))) for _ in range(300)] for script in SCRIPTS]
+    words: dict[str, None] = {}
+    while len(words) < number:
+        word = "".join(draw.choices(draw.choice(parts), k=draw.randint(1, 4)))
+        dense = "".join(chr(draw.randint(*draw.choice(DENSE))) for _ in range(draw.randint(1, 2)))
+        words |= {f" {word}": None, word: None, dense: None}
+    return list(words)[:number]
+
+
+def large_byte_level(words: Sequence[str], added: Sequence[str]) -> Tokenizer:
+    """Return a byte-level BPE whose tokens are the bytes, the beginnings of words in order, and special ones."""
+    printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    signs = [chr(byte if byte in printed else next(others)) for byte in range(0x100)]
+    vocab = {sign: number for number, sign in enumerate(signs)}
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        encoded = "".join(signs[byte] for byte in word.encode())
+        for stop in range(2, len(encoded) + 1):
+            if encoded[:stop] not in vocab:
+                vocab[encoded[:stop]] = len(vocab)
+                merges.append((encoded[: stop - 1], encoded[stop - 1]))
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(added))
+    return tokenizer
+
+
+def write_large_pair(home: Path) -> list[str]:
+    """Write two models of more than 150,000 tokens, nearly all of which have other numbers; return words of both."""
+    words = draw_words(33_500, 0)
+    first, second = words[:32_500], words[1000:]
+    random.Random(1).shuffle(second)
+    for seed, (name, own, special) in enumerate((("a", first, "<pad>"), ("b", second, "<|im_start|>"))):
+        write_tokenized(home / name, seed, large_byte_level(own, (*SPECIAL, special)), width=8)
+    return words
+
+
+def draw_lines(number: int, words: Sequence[str], seed: int) -> list[str]:
+    """Return lines of words, numbers and marks."""
+    draw = random.Random(seed)
+    marks = [",", ".", "!", "\n", "  ", "(", "12", "3456", "😀", "é", "//", "==", "<s>"]
+    return [" ".join(draw.choice(words if draw.random() < 0.8 else marks) for _ in range(12)) for _ in range(number)]

@@ -129,7 +129,9 @@ def _read_expert(place: Place, parse_model: ParseModel, *, needs_prompts: bool) 
 
 
 def _parse_prompts(place: Place) -> tuple[str, ...]:
-    return tuple(prompt.text() for prompt in place.elements()) if place.value is not None else ()
+    """Return texts; one may be empty, as people leave it where the router is random."""
+    prompts = place.elements() if place.value is not None else ()
+    return tuple(prompt.value if isinstance(prompt.value, str) else prompt.text() for prompt in prompts)
 
 
 def _parse_number(place: Place, default: float) -> float:

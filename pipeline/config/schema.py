@@ -244,7 +244,7 @@ def _make_dtype(description: str) -> Schema:
     return {"description": description, "enum": ["auto", *names, None]}
 
 
-_PROMPTS = {"type": ["array", "null"], "items": _NAME}
+_PROMPTS = {"type": ["array", "null"], "items": {"type": "string"}}
 _NUMBER_OR_TEXT = {"anyOf": [{"type": ["number", "null"]}, {"type": "string", "pattern": _NUMBER}]}
 _EXPERT = _object(
     {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.node import Place
@@ -93,6 +93,8 @@ def check_rows(rule: VocabularyRule, models: Collection[ModelRef], root: Place) 
 def _parse_source(place: Place, parse_model: ParseModel) -> str | ModelRef:
     if place.value in ("union", "base"):
         return str(place.value)
+    if isinstance(place.value, str):  # mergekit's first versions wrote a model as `model:org/name`
+        place = replace(place, value=place.value.removeprefix("model:"))
     return parse_model(place)
 
 

@@ -95,6 +95,12 @@ def test_a_wrong_expert(key: str, value: Any, message: str) -> None:
     assert message in explain(config)
 
 
+def test_a_prompt_may_be_empty() -> None:
+    config = make(experts=[{"source_model": name, "positive_prompts": ["", " "]} for name in ("org/b", "org/c")])
+    assert (mixture := load_config(config | {"gate_mode": "random"}, strict=True).mixture)
+    assert mixture.experts[0].positive_prompts == ("", " ")
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     config = make(gate_mode="x", experts_per_token=9)
     config["experts"][0]["residual_scale"] = "y"
