@@ -152,7 +152,7 @@ def align(
     return aligned
 
 
-SCRIPTS = ("abcdefghijklmnopqrstuvwxyz", "абвгдежзиклмнопрстуфхцчшщыэюя", "αβγδεζηθικλμνξοπρστυφχψω", "कखगघचछजझटठडढणतथदधन")
+SCRIPTS = ("abcdefghijklmnopqrstuvwxyz", "абвгдежзиклмнопрстуфхцчшщыэюя", "αβγδεζηθικλμνξοπρστυφχψω", "कखगघचछजझटठडढणत")
 DENSE = ((0x4E00, 0x9FA5), (0xAC00, 0xD7A3))
 """Ranges of characters that are words, or nearly, each."""
 
