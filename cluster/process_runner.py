@@ -155,7 +155,7 @@ class ProcessRunner(Runner):
                     worker = busy[connection]
                     message = _receive(worker)
                     if isinstance(message, Progress):
-                        worker.reported += message
+                        worker.reported += message.without_notes()
                         on_progress(message)
                         continue
                     del busy[connection]

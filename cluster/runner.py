@@ -35,14 +35,21 @@ class Progress:
     """Bytes read from the inputs."""
     written_nbytes: int = 0
     """Bytes handed to the output."""
+    notes: tuple[object, ...] = ()
+    """Whatever else the work tells, in order: picklable and small. It is not taken back."""
 
     def __add__(self, other: Progress) -> Progress:
         """Return the progress of both."""
-        return Progress(self.read_nbytes + other.read_nbytes, self.written_nbytes + other.written_nbytes)
+        read, written = self.read_nbytes + other.read_nbytes, self.written_nbytes + other.written_nbytes
+        return Progress(read, written, self.notes + other.notes)
 
     def __neg__(self) -> Progress:
         """Return the progress that takes this one back."""
         return Progress(-self.read_nbytes, -self.written_nbytes)
+
+    def without_notes(self) -> Progress:
+        """Return the bytes alone."""
+        return Progress(self.read_nbytes, self.written_nbytes)
 
 
 Report = Callable[[Progress], None]

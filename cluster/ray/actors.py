@@ -46,8 +46,8 @@ class ActorRunner(RayRunner):
             host: the only one to run on; any by default.
             options: those of `RayRunner`.
         """
-        super().__init__(num_slots, host=host, **options)
-        self._num_gpus = math.floor(10_000 / num_sharing) / 10_000  # Ray counts in such steps
+        num_gpus = math.floor(10_000 / num_sharing) / 10_000  # Ray counts in such steps
+        super().__init__(num_slots, host=host, num_gpus=num_gpus, **options)
         self._most_slots = num_slots
         self._idle: list[_Hired] = []
         self._busy: dict[Any, _Hired] = {}

@@ -19,7 +19,13 @@ class Ledger:
     """
 
     def __init__(
-        self, attempts: Sequence[Attempt], resources: Sequence[Resources], num_slots: int, on_progress: Report
+        self,
+        attempts: Sequence[Attempt],
+        resources: Sequence[Resources],
+        num_slots: int,
+        on_progress: Report,
+        *,
+        has_twins: bool = True,
     ) -> None:
         """Have all items wait.
 
@@ -28,7 +34,9 @@ class Ledger:
             resources: of each item.
             num_slots: of the runner.
             on_progress: told of the progress that counts.
+            has_twins: whether an item that takes far longer than its like is begun once more.
         """
+        self._has_twins = has_twins
         self.running: dict[Any, Attempt] = {}
         self.is_ending = False
         """Whether nothing is to begin any more."""
@@ -51,7 +59,7 @@ class Ledger:
     @property
     def has_spare(self) -> bool:
         """Whether there is a slot for a twin."""
-        return self._waiting.has_spare and not self.is_ending
+        return self._has_twins and self._waiting.has_spare and not self.is_ending
 
     def take(self) -> Attempt | None:
         """Return the attempt that starts next; None where there is no slot for one."""
@@ -60,7 +68,7 @@ class Ledger:
 
     def count(self, attempt: Attempt, progress: Progress) -> None:
         """Add to what an attempt has told."""
-        attempt.told += progress
+        attempt.told += progress.without_notes()
         self._on_progress(progress if attempt.is_counted else Progress())
 
     def finish(self, stream: Any) -> Attempt | None:

@@ -37,7 +37,8 @@ LOST = tuple(_REASONS)
 """Losses of workers."""
 
 _NEEDED = (
-    "every machine of the cluster needs the same versions of Python and Ray, and what `pip install raymerge` installs"
+    "every machine of the cluster needs the same versions of Python and Ray, and what `pip install raymerge` installs,"
+    " with the extras that are used"
 )
 
 

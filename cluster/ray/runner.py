@@ -51,9 +51,12 @@ class RayRunner(Runner):
         num_slots: int,
         *,
         num_cpus: int = 1,
+        num_gpus: float = 0.0,
         host: str | None = None,
         retry_on: tuple[type[Exception], ...] = (),
         on_retry: Callable[[str], None] = lambda reason: None,
+        on_giving_up: Callable[[int, Exception], Any] | None = None,
+        has_twins: bool = True,
         advice: str = "make items smaller, or add a larger node",
     ) -> None:
         """Begin.
@@ -61,22 +64,29 @@ class RayRunner(Runner):
         Args:
             num_slots: items in work at once.
             num_cpus: that an item takes up, which limits how many one node has.
+            num_gpus: that an item takes up: a part of one, or whole ones.
             host: the only one to run on; any by default.
             retry_on: errors of the work that may not come again on another node.
             on_retry: told why an item is done again.
+            on_giving_up: returns the result of an item that was tried in vain, by its position; else the run ends.
+            has_twins: whether an item that takes far longer than its like is begun once more elsewhere.
             advice: what to do about an item that needs more memory than any node has.
         """
         if num_slots < 1:
             raise ValueError(f"{num_slots} slots are given, at least 1 is needed")
         self.num_slots = num_slots
         self._num_cpus = num_cpus
-        self._num_gpus = 0.0
+        self._num_gpus = num_gpus
         self._host = host
         self._retry_on = retry_on
         self._on_retry = on_retry
+        self._on_giving_up = on_giving_up
+        self._given_up: list[tuple[int, Exception]] = []
+        self._has_twins = has_twins
         self._advice = advice
         self._task = ray.remote(
             num_cpus=num_cpus,
+            num_gpus=num_gpus,
             max_retries=0,
             num_returns="streaming",
             resources={f"node:{host}": 0.001} if host else {},
@@ -99,7 +109,7 @@ class RayRunner(Runner):
         """
         nodes = list_nodes() if items else ()
         first = [self._ask(item, each, nodes) for item, each in enumerate(resources)]
-        ledger = Ledger(first, resources, self.num_slots, on_progress)
+        ledger = Ledger(first, resources, self.num_slots, on_progress, has_twins=self._has_twins)
         running = ledger.running
         error: BaseException | None = None
         packed, run_key = pack(work), uuid4().hex.encode()
@@ -121,7 +131,7 @@ class RayRunner(Runner):
                         continue
                     attempt.heard_at = time.monotonic()
                     try:
-                        message = _receive(stream)
+                        message: Message = ray.get(next(stream))
                     except LOST as lost:
                         more = 2 * attempt.mem_nbytes if isinstance(lost, OutOfMemoryError) else None
                         self._lose(ledger, stream, explain_loss(lost), more)
@@ -143,7 +153,9 @@ class RayRunner(Runner):
                     else:
                         ledger.drop(stream)
                         self._release(stream, is_needed=False)
-                        if error is None:
+                        if self._on_giving_up is not None and isinstance(message.error, self._retry_on):
+                            self._given_up.append((attempt.item, message.error))
+                        elif error is None:
                             error = explain_missing(message.error)
                             ledger.end()
                             _stop_all(running)
@@ -155,6 +167,11 @@ class RayRunner(Runner):
                     else:
                         attempt.elsewhere = False
                         start(running.pop(stream))
+                while self._given_up:
+                    item, why = self._given_up.pop()
+                    if self._on_giving_up is None:
+                        raise why
+                    yield self._on_giving_up(item, why)
                 for stream in ledger.find_stragglers(heard):
                     if head.check() and ledger.take_twin(stream):
                         start(self._make_twin(running[stream]))
@@ -209,8 +226,7 @@ class RayRunner(Runner):
 
     def _check(self, mem_nbytes: int, nodes: Sequence[Node]) -> None:
         """Refuse what would wait for ever."""
-        largest = self._find_largest(nodes)
-        if mem_nbytes > largest:
+        if mem_nbytes > (largest := self._find_largest(nodes)):
             raise ResourceError(
                 f"an item needs {mem_nbytes:,} bytes of memory, and no node of the cluster"
                 f"{' with a GPU' if self._num_gpus else ''} has more than {largest:,} to offer; {self._advice}"
@@ -263,7 +279,10 @@ class RayRunner(Runner):
         if twin is not None:
             twin.number += 1
         elif not attempt.is_beaten and not ledger.is_ending:
-            ledger.repeat(self._again(attempt, reason, mem_nbytes, elsewhere=elsewhere))
+            try:
+                ledger.repeat(self._again(attempt, reason, mem_nbytes, elsewhere=elsewhere))
+            except WorkerLostError as error:
+                self._given_up.append((attempt.item, error))
 
     def _again(self, attempt: Attempt, reason: str, mem_nbytes: int | None, *, elsewhere: bool) -> Attempt:
         """Return the next attempt at an item, with more memory where it is given, up to what a node has.
@@ -306,11 +325,6 @@ class RayRunner(Runner):
         """Tell whether a node has room on which the item was not tried."""
         others = [node for node in list_nodes() if self._is_fit(node) and node.node_id not in attempt.avoided]
         return bool(attempt.avoided) and any(has_room(node, attempt) for node in others)
-
-
-def _receive(stream: Any) -> Message:
-    message: Message = ray.get(next(stream))
-    return message
 
 
 def _stop_all(running: Mapping[Any, Attempt]) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from raymerge.pipeline.cli.console import say
-from raymerge.pipeline.evaluation.events import Begun, Evaluated, EvaluationEvent, Sampled
+from raymerge.pipeline.evaluation.events import Begun, Evaluated, EvaluationEvent, Repeated, Sampled
 from raymerge.pipeline.evaluation.results import Estimate, Evaluation
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.redact import redact
@@ -40,6 +40,8 @@ class EvaluationDisplay:
                 done = event.evaluation
                 what = format_short(done) if done.state == "complete" else f"failed: {done.error}"
                 say(f"[{self._num_done}/{self._num}] {done.model}  {done.task}  {what}  {format_seconds(done.seconds)}")
+        elif isinstance(event, Repeated):
+            say(redact(f"warning: an evaluation is begun again: {event.reason}"))
         elif isinstance(event, Sampled) and time.monotonic() - self._told_at > _LINE_SECONDS:
             self._told_at = time.monotonic()
             of = f" of {event.num_samples:,}" if event.num_samples else ""

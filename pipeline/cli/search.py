@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 _TASKS = "Tasks"
 _Merging = Annotated[MergeOptions, Preset("keep_intermediates", "wait", "recheck", "overwrite")]
-_Evaluating = Annotated[EvaluateOptions, Preset("limit", "seed", "workers", "ops", "storage", "out", "eval_results")]
+_Evaluating = Annotated[
+    EvaluateOptions,
+    Preset("limit", "seed", "workers", "ops", "storage", "out", "eval_results", "address", "shared_filesystem"),
+]
 
 
 @takes_options

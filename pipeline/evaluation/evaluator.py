@@ -48,6 +48,9 @@ class Task(ABC):
     digest: str
     """Of all that decides the samples but the model and the sampling."""
 
+    libraries: tuple[str, ...] = ()
+    """Modules of extras that it needs where it is run."""
+
     benchmark: tuple[str, str] | None = None
     """Data set and task id of the Hub's leaderboard that its results belong to."""
 

@@ -43,10 +43,22 @@ class Evaluated:
     is_cached: bool
 
 
-EvaluationEvent = Begun | Sampled | Evaluated
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """What a worker of a cluster had in work is done again."""
+
+    reason: str
+
+
+EvaluationEvent = Begun | Sampled | Evaluated | Repeated
 OnEvaluationEvent = Callable[[EvaluationEvent], None]
 
-_NAMES: dict[type[EvaluationEvent], str] = {Begun: "begun", Sampled: "sampled", Evaluated: "evaluated"}
+_NAMES: dict[type[EvaluationEvent], str] = {
+    Begun: "begun",
+    Sampled: "sampled",
+    Evaluated: "evaluated",
+    Repeated: "repeated",
+}
 
 
 def format_event(event: EvaluationEvent) -> str:

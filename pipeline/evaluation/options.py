@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
 
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.options import SPEED, Help, StorageOption
+from raymerge.pipeline.options import CLUSTER, SPEED, Help, StorageOption
 from raymerge.pipeline.stores.settings import Library
 
 MODELS = "Models"
@@ -41,8 +41,22 @@ class EvaluateOptions:
         str | None, Help("Directory with lm-eval tasks of your own.", SAMPLING, "DIR", default="none")
     ] = None
     window: Annotated[int, Help("Tokens of held-out text that a model sees at once.", SAMPLING, "N")] = 1024
-    timeout: Annotated[float, Help("Give up a command after so many seconds.", SPEED, "SECONDS")] = 43200.0
-    workers: Annotated[int, Help("Models evaluated at once on this machine.", SPEED, "N")] = 1
+    timeout: Annotated[
+        float, Help("Give up a command, or a model that answers nothing, after so many seconds.", SPEED, "SECONDS")
+    ] = 43200.0
+    workers: Annotated[
+        int | None,
+        Help("Models evaluated at once on a machine.", SPEED, "N", default="1, or what --gpus-per-model has room for"),
+    ] = None
+    gpus_per_model: Annotated[
+        float | None,
+        Help(
+            "GPUs of each model, or a share of one such as 0.5; 0 for the CPU.",
+            SPEED,
+            "N",
+            default="all, shared by --workers; on a cluster with GPUs, 1",
+        ),
+    ] = None
     base: Annotated[
         str | None,
         Help("Model that LoRA adapters go with.", MODELS, "MODEL", default="as each of them says"),
@@ -55,10 +69,16 @@ class EvaluateOptions:
         str | None,
         Help("Directory or URL of the results.", RESULTS, "DIR", default="evaluations, in the spectrum if it is one"),
     ] = None
-
     eval_results: Annotated[
         bool, Help("Write .eval_results/*.yaml beside each model, for the Hub's leaderboards.", RESULTS)
     ] = False
+    address: Annotated[
+        str | None,
+        Help("Evaluate on the Ray cluster whose head is there; `auto`: that of this machine.", CLUSTER, "HOST:PORT"),
+    ] = None
+    shared_filesystem: Annotated[bool, Help("Paths mean the same files on all machines of the cluster.", CLUSTER)] = (
+        False
+    )
 
     def __post_init__(self) -> None:
         for name in ("samples", "limit", "max_new_tokens", "batch_size", "workers"):
@@ -67,6 +87,10 @@ class EvaluateOptions:
                 raise ConfigError(f"{name} is {value}; it must be 1 or more")
         if self.window < 2:
             raise ConfigError(f"window is {self.window}; it must be 2 or more: a token is predicted from another")
+        if (gpus := self.gpus_per_model) is not None and not (0 <= gpus <= 1 or (1 < gpus < 1e6 and gpus == int(gpus))):
+            raise ConfigError(f"gpus_per_model is {gpus:g}; it must be whole, or a share of one GPU such as 0.5")
+        if self.shared_filesystem and self.address is None:
+            raise ConfigError("shared_filesystem says something about the machines of a cluster; give its address too")
         if not self.timeout > 0:
             raise ConfigError(f"timeout is {self.timeout:g}; it must be above 0")
         if self.seed is not None and not 0 <= self.seed < 2**63:
@@ -89,9 +113,12 @@ class EvaluateKeywords(TypedDict, total=False):
     include_path: str | None
     window: int
     timeout: float
-    workers: int
+    workers: int | None
+    gpus_per_model: float | None
     base: str | None
     ops: str | None
     storage: Library
     out: str | None
     eval_results: bool
+    address: str | None
+    shared_filesystem: bool

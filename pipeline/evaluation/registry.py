@@ -6,6 +6,7 @@ import pkgutil
 import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.evaluation import evaluators
@@ -47,6 +48,9 @@ def prepare_tasks(names: Sequence[str], options: EvaluateOptions) -> list[Task]:
             hint = f"did you mean {near}{match[2]}? " if near else ""
             raise ConfigError(f"--task {name}: {hint}A task is a .yml file, or begins with {_list(known)}")
         task = evaluator.prepare(rest, options)
+        missing = [library for library in task.libraries if find_spec(library) is None]
+        if missing and options.address is None:
+            raise ConfigError(f"--task {name}: {missing[0]} is not installed; pip install 'raymerge[eval]'")
         if other := next((other for other in tasks if other.name == task.name), None):
             same = "twice the same" if other.digest == task.digest else "two tasks of one name"
             raise ConfigError(f"--task {name}: {task.name} is {same}; give one another `name:`, or leave it out")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from raymerge.pipeline.checkpoint.files import (
@@ -27,13 +28,16 @@ from raymerge.pipeline.urls import scheme_of
 
 
 @contextmanager
-def bring_here(stores: Stores, subject: Subject, merging: MergeOptions) -> Iterator[str]:
+def bring_here(
+    stores: Stores, subject: Subject, merging: MergeOptions, check: Callable[[], None] = lambda: None
+) -> Iterator[str]:
     """Have a model in a directory of this machine: where it is, or copied or merged for as long as the context lasts.
 
     Args:
         stores: that have it.
         subject: the model.
         merging: how it is merged, if it is.
+        check: called while it is copied or merged; raises when the run is to end.
 
     Raises:
         RaymergeError: it cannot be read or merged.
@@ -43,22 +47,23 @@ def bring_here(stores: Stores, subject: Subject, merging: MergeOptions) -> Itera
         return
     if (planned := subject.planned) is not None:
         with ExitStack() as stack:
-            made = materialised(planned.directory, planned.spectrum, planned.point, merging)
+            make = partial(materialised, options=merging, on_event=lambda event: check())
+            made = make(planned.directory, planned.spectrum, planned.point)
             directory = stack.enter_context(made)
             if not Path(directory, CONFIG).exists() and Path(directory, ADAPTER_CONFIG).exists():
                 named = find_base(stores, directory, planned.base)
                 base = named if planned.base else locate_ref(planned.spectrum, planned.directory, named)
                 whole = plan_sum(subject.name, base, ModelRef(directory))
-                directory = stack.enter_context(materialised("", *whole, merging))
+                directory = stack.enter_context(make("", *whole))
             yield directory
         return
     with tempfile.TemporaryDirectory(prefix="raymerge-") as scratch:
         directory = f"{scratch}/{subject.name}"
-        _fetch(stores, subject.url, directory)
+        _fetch(stores, subject.url, directory, check)
         yield directory
 
 
-def _fetch(stores: Stores, url: str, directory: str) -> None:
+def _fetch(stores: Stores, url: str, directory: str, check: Callable[[], None]) -> None:
     files = stores.at(url).list(url)
     has_safetensors = any(name.endswith(".safetensors") and "/" not in name for name in files)
     wanted = {
@@ -75,3 +80,4 @@ def _fetch(stores: Stores, url: str, directory: str) -> None:
         with path.open("wb") as copy:
             for piece in stores.read_pieces(file):
                 copy.write(piece)
+                check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ _MAX_FILE_NBYTES, _MAX_FILES = 64 * 2**20, 2000
 @dataclass(frozen=True)
 class LmEvalTask(Task):
     """A task or group of lm-eval, with the metric that counts."""
+
+    libraries = ("lm_eval",)
 
     name: str
     digest: str
@@ -74,7 +77,7 @@ class LmEvalTask(Task):
             "batch_size": self.batch_size,
         }
         try:
-            with _lm_eval(place.engine.environment) as engine:
+            with _lm_eval(place.engine.environment, place.engine.timeout) as engine:
                 answers = list(engine.ask(request, place.check))
         except EngineError as error:
             raise EvaluationError(f"{model.name} with lm-eval: {error}") from error
@@ -196,9 +199,9 @@ def _choose(results: Mapping[str, Mapping[str, float]], task: str, metric: str) 
 
 
 @contextmanager
-def _lm_eval(environment: Mapping[str, str]) -> Iterator[Engine]:
+def _lm_eval(environment: Mapping[str, str], timeout: float = math.inf) -> Iterator[Engine]:
     """Have lm-eval in a process of its own, which may load data sets from the Hub."""
-    engine = Engine(_BACKEND, {**environment, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")})
+    engine = Engine(_BACKEND, {**environment, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}, timeout)
     try:
         yield engine
     finally:

@@ -23,6 +23,8 @@ _MAX_NBYTES = 2**30
 class LossTask(Task):
     """Texts, cut into windows."""
 
+    libraries = ("transformers",)
+
     name: str
     digest: str
     texts: Mapping[str, str] = field(repr=False)

@@ -19,6 +19,8 @@ from raymerge.pipeline.evaluation.tasks.task_file import Sampling, TaskFile, rea
 class FileTask(Task):
     """A task file with its sampling."""
 
+    libraries = ("transformers",)
+
     name: str
     digest: str
     file: TaskFile

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import wait
 from typing import IO, Any
 
 from raymerge.pipeline.decoding import parse_json
@@ -18,6 +21,8 @@ _MODULES = {
     "lm-eval": "raymerge.pipeline.evaluation.generation.lm_eval_worker",
 }
 """The modules that are such a process, by backend."""
+_LOOK_SECONDS = 0.5
+"""Between calls of `check` while a process has nothing to tell."""
 _TAIL_LINES = 3
 _TAIL_CHARS = 600
 
@@ -29,14 +34,17 @@ class EngineError(MergeError):
 class Engine:
     """Such a process; started when it is first asked, and again after it has died."""
 
-    def __init__(self, backend: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, backend: str, environment: Mapping[str, str] | None = None, timeout: float = math.inf) -> None:
         """Begin.
 
         Args:
             backend: which library it uses.
             environment: variables that it has besides.
+            timeout: seconds after which it is given up if it tells nothing.
         """
         self._module = _MODULES[backend]
+        self.timeout = timeout
+        """Seconds after which it is given up if it tells nothing."""
         self.environment = dict(environment or {})
         """Variables that it has besides; a command gets them, too."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,7 +55,7 @@ class Engine:
 
         Args:
             request: JSON.
-            check: called after each answer; raises when the run is to end.
+            check: called after each answer, and now and then while there is none; raises when the run is to end.
 
         Raises:
             EngineError: the request has failed; the next one may not.
@@ -58,7 +66,7 @@ class Engine:
         try:
             process.stdin.write((json.dumps(request) + "\n").encode())
             process.stdin.flush()
-            for line in process.stdout:
+            for line in self._read_lines(process.stdout, check):
                 answer: dict[str, Any] = parse_json(line)
                 if answer.get("done"):
                     return
@@ -80,6 +88,28 @@ class Engine:
         self.close()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise EngineError(f"the process that had the model {how}{': ' if tail else ''}{tail}")
+
+    def _read_lines(self, pipe: IO[bytes], check: Callable[[], None]) -> Iterator[bytes]:
+        """Yield what the process prints, line by line.
+
+        Raises:
+            EngineError: it has printed nothing for too long.
+        """
+        begun = b""
+        heard_at = time.monotonic()
+        while True:
+            if not wait([pipe.fileno()], _LOOK_SECONDS):
+                check()
+                if time.monotonic() - heard_at > self.timeout:
+                    self.close()
+                    raise EngineError(f"the model's process has told nothing for {self.timeout:g} s (--timeout)")
+                continue
+            heard_at = time.monotonic()
+            piece = os.read(pipe.fileno(), 2**20)
+            if not piece:
+                return
+            *lines, begun = (begun + piece).split(b"\n")
+            yield from lines
 
     def close(self) -> None:
         """End the process."""

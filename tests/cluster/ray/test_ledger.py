@@ -78,3 +78,23 @@ def test_progress_of_both_is_taken_back_where_both_fail(run: Run) -> None:
     assert not run.ledger
     run.ledger.repeat(Attempt(1, 1, number=2))
     assert run.ledger.take() == Attempt(1, 1, number=2, heard_at=run.ledger._attempts[1].heard_at)
+
+
+def test_no_twins_where_none_are_wanted() -> None:
+    attempts, resources = [Attempt(0, 1), Attempt(1, 1)], [Resources(1, cost=1)] * 2
+    for has_twins in (True, False):
+        ledger = Ledger(attempts, resources, 3, lambda progress: None, has_twins=has_twins)
+        assert [ledger.take(), ledger.take()] == attempts
+        assert ledger.has_spare == has_twins
+
+
+def test_notes_are_told_once_and_not_kept() -> None:
+    told: list[object] = []
+    ledger = Ledger([Attempt(0, 1)], [Resources(1, cost=1)], 1, lambda progress: told.extend(progress.notes))
+    attempt = ledger.take()
+    assert attempt
+    ledger.running["first"] = attempt
+    ledger.count(attempt, Progress(notes=("a",)) + Progress(read_nbytes=2, notes=("b",)))
+    ledger.drop("first")
+    assert told == ["a", "b"]
+    assert attempt.told == Progress(read_nbytes=2)

@@ -65,6 +65,13 @@ def test_items_of_dead_workers_are_done_again(session: RaySession, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_what_is_tried_in_vain_may_have_a_result(session: RaySession, tmp_path: Path) -> None:
+    runner = RayRunner(2, on_giving_up=lambda item, error: (item, str(error).partition(",")[0]))
+    found = list(runner.run(partial(die_at_first, directory=tmp_path), [0, 2, 3], even("abc"), nothing))
+    assert sorted(found, key=str) == [(1, f"gave up an item after {NUM_ATTEMPTS} attempts"), 0, 3]
+
+
+@pytest.mark.slow
 def test_an_item_that_hangs_is_done_again(session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raymerge.cluster.ray.runner.HANG_SECONDS", 3.0)
     reasons: list[str] = []
