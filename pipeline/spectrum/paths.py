@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raymerge.pipeline.config.mixture import EXPERT_KEYS, MIXTURE_KEYS
 from raymerge.pipeline.config.reader import KEYS
 from raymerge.pipeline.config.training_run import RUN_KEYS
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.messages import counted, find_near, shown
+from raymerge.pipeline.messages import counted, find_near, listing, shown
 
 SEED = "seed"
 """The one path that is no place of the config, but an option of the merge."""
@@ -35,6 +35,7 @@ _KEYS_BELOW: dict[str, Collection[str]] = {
     "shared_experts[]": EXPERT_KEYS,
     "modules{}": ("models", "slices", "parameters"),
     "tokenizer": ("source", "tokens", "pad_to_multiple_of"),
+    "adapter": ("rank", "merge"),
 }
 """Keys that need not be there to be set, by the key that they stand under."""
 
@@ -55,6 +56,8 @@ class Path:
 
     text: str
     steps: tuple[Step, ...]
+    line: int | None = field(default=None, compare=False)
+    """Of the YAML that names it, from 1; None where none does."""
 
     @property
     def label(self) -> str:
@@ -73,8 +76,8 @@ class Path:
         return label
 
 
-def parse_path(text: str) -> Path:
-    """Return the path that a text writes.
+def parse_path(text: str, line: int | None = None) -> Path:
+    """Return the path that a text writes, on a line of the YAML if that is known.
 
     Raises:
         ConfigError: it is none.
@@ -94,12 +97,26 @@ def parse_path(text: str) -> Path:
             f"{text!r} is no path of a config; write t, weight[1] for that of models[1], t[mlp] for tensors with mlp in"
             " their names, or a path such as slices[0].parameters.t"
         )
-    return Path(text, tuple(steps))
+    return Path(text, tuple(steps), line)
 
 
-def set_value(
-    content: Content, path: Path, value: object, parameters: Collection[str], shared: Collection[str]
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Methods:
+    """The methods that points of a sweep may have, and what may be set of them."""
+
+    names: tuple[str, ...]
+    parameters: Collection[str]
+    """Of all of them."""
+    shared: Collection[str]
+    """Those that have one value for all models."""
+
+    def describe(self) -> str:
+        """Return what they take."""
+        takes = "takes" if len(self.names) == 1 else "take"
+        return f"{listing(self.names, separator=' and ')} {takes} {listing(self.parameters, 12) or 'no parameters'}"
+
+
+def set_value(content: Content, path: Path, value: object, methods: Methods) -> None:
     """Set the value at a path of a config.
 
     A parameter by itself is set for the whole merge: what models and slices give of their own is removed. With a number
@@ -109,34 +126,33 @@ def set_value(
         content: the config; changed.
         path: where.
         value: what is to be there.
-        parameters: the names of the parameters of all methods that are swept.
-        shared: those of them that have one value for all models.
+        methods: that are swept.
 
     Raises:
         ConfigError: the path names nothing.
     """
     name, *rest = path.steps
-    if isinstance(name, str) and name not in content and name in parameters:
-        _set_parameter(content, path, name, rest, value, is_shared=name in shared)
+    if isinstance(name, str) and name not in content and name in methods.parameters:
+        _set_parameter(content, path, name, rest, value, methods)
         return
     if isinstance(name, str) and name not in content and name not in _KEYS_BELOW[""]:
-        raise _names_nothing(path, name, "", [*content, *parameters, SEED], _KEYS_BELOW[""])
-    _set_below(content, path, list(path.steps), value, parameters)
+        raise _names_nothing(path, name, "", methods, [*content, *methods.parameters, SEED], _KEYS_BELOW[""])
+    _set_below(content, path, list(path.steps), value, methods)
 
 
-def _set_parameter(
-    content: Content, path: Path, name: str, rest: list[Step], value: object, *, is_shared: bool
-) -> None:
+def _set_parameter(content: Content, path: Path, name: str, rest: list[Step], value: object, methods: Methods) -> None:
     own = list(_list_own(content))
-    if rest and isinstance(rest[0], int) and not is_shared:
+    if rest and isinstance(rest[0], int) and name not in methods.shared:
         index, *rest = rest
-        for where, entries in _list_entries(content, path):
+        lists = _list_entries(content, path)
+        merged = [each for each in lists if len(each[1]) > 1] or lists  # one model alone may be copied
+        for where, entries in merged if index else lists:
             if not isinstance(index, int) or index >= len(entries):
                 raise ConfigError(f"{path.text}: {where} has {counted(len(entries), 'model')}, counted from 0")
             entry = entries[index]
             if not isinstance(entry, dict):
                 raise ConfigError(f"{path.text}: {where}[{index}] is no mapping with a `model`")
-            _set_below(_enter(entry, path), path, [name, *rest], value, [name])
+            _set_below(_enter(entry, path), path, [name, *rest], value, methods)
         return
     if rest:
         others = [where for where, settings in own if name in settings]
@@ -145,7 +161,7 @@ def _set_parameter(
     else:
         for _, settings in own:
             settings.pop(name, None)
-    _set_below(_enter(content, path), path, [name, *rest], value, [name])
+    _set_below(_enter(content, path), path, [name, *rest], value, methods)
 
 
 def _enter(entry: Content, path: Path) -> Content:
@@ -201,7 +217,7 @@ def _list_entries(content: Content, path: Path) -> list[tuple[str, list[object]]
     raise ConfigError(f"{path.text}: the config lists no models that have numbers; leave the number out")
 
 
-def _set_below(node: object, path: Path, steps: list[Step], value: object, parameters: Collection[str]) -> None:
+def _set_below(node: object, path: Path, steps: list[Step], value: object, methods: Methods) -> None:
     """Go down from a node by some steps, and set what is there."""
     place = ""
     where = ""
@@ -212,7 +228,7 @@ def _set_below(node: object, path: Path, steps: list[Step], value: object, param
                 raise ConfigError(f"{path.text}: a filter belongs after a parameter, at the end, such as t[mlp]")
             rule = steps[position + 1]
             assert isinstance(rule, Filter)
-            _check_key(node, path, str(step), where, place, parameters)
+            _check_key(node, path, str(step), where, place, methods)
             node[str(step)] = _set_rule(node.get(str(step)), path, rule.pattern, value)
             return
         if isinstance(step, int):
@@ -223,7 +239,7 @@ def _set_below(node: object, path: Path, steps: list[Step], value: object, param
         else:
             if node is None or not isinstance(node, dict):
                 raise ConfigError(f"{path.text}: {where} is {shown(node)}, and has no {step!r}")
-            _check_key(node, path, step, where, place, parameters)
+            _check_key(node, path, step, where, place, methods)
         if is_last:
             node[step] = value  # type: ignore[index]
             return
@@ -238,22 +254,25 @@ def _set_below(node: object, path: Path, steps: list[Step], value: object, param
         where = f"{where}[{step}]" if isinstance(step, int) else f"{where}.{step}".removeprefix(".")
 
 
-def _check_key(node: Content, path: Path, key: str, where: str, place: str, parameters: Collection[str]) -> None:
-    allowed: Collection[str] = parameters if place == "parameters" else _KEYS_BELOW.get(place, ())
-    if key not in node and key not in allowed and not (not where and key in parameters):
-        raise _names_nothing(path, key, where, [*node, *allowed])
+def _check_key(node: Content, path: Path, key: str, where: str, place: str, methods: Methods) -> None:
+    of_method = place == "parameters"
+    allowed: Collection[str] = methods.parameters if of_method else _KEYS_BELOW.get(place, ())
+    if key not in node and key not in allowed and not (not where and key in methods.parameters):
+        raise _names_nothing(path, key, where, methods if of_method else None, [*node, *allowed])
 
 
 def _names_nothing(
-    path: Path, key: str, where: str, known: Collection[str], others: Collection[str] = ()
+    path: Path, key: str, where: str, methods: Methods | None, known: Collection[str], others: Collection[str] = ()
 ) -> ConfigError:
     near = find_near(key, dict.fromkeys(known)) or find_near(key, others)
-    hint = (
-        f"; did you mean {path.text.replace(key, near, 1)!r}?"
-        if near
-        else f"; there are {', '.join(dict.fromkeys(known))}"
-    )
-    return ConfigError(f"{path.text}: {where or 'the config'} has no {key!r}{hint}")
+    said = f"{path.text}: {where or 'the config'} has no {key!r}"
+    if near:
+        said += f"; did you mean {path.text.replace(key, near, 1)!r}?"
+    elif methods is None or not methods.names:
+        said += f"; there are {listing(dict.fromkeys(known), 12)}" if known else ", and nothing else can be set there"
+    if methods is not None and methods.names:
+        said += f"{'' if near else ';'} {methods.describe()}"
+    return ConfigError(said)
 
 
 def _set_rule(written: object, path: Path, pattern: str, value: object) -> object:

@@ -20,7 +20,7 @@ from raymerge.pipeline.config.sweep import SWEEP
 from raymerge.pipeline.config.training_run import FindModels
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import counted
-from raymerge.pipeline.spectrum.paths import SEED, Content, set_value
+from raymerge.pipeline.spectrum.paths import SEED, Content, Methods, set_value
 from raymerge.pipeline.spectrum.variations import Variation, describe, parse_section, parse_sets
 
 _SHOWN = 3
@@ -73,32 +73,34 @@ def make_points(
     """
     documents = read_documents(config)
     position, section = _find_section(documents)
+    document = documents[position]
     try:
         variations = parse_sets(sets) if sets else parse_section(section)
     except PlaceError as error:
-        raise ConfigError(documents[position].show(str(error), error.line)) from None
+        raise ConfigError(document.show(str(error), error.line)) from None
     contents = [{key: value for key, value in document.content.items() if key != SWEEP} for document in documents]
-    ops = {**load_ops(), **(own.ops if own else {})}
-    methods = _list_methods(contents[position], variations, ops)
-    parameters = {parameter.name: parameter for op in methods for parameter in op.parameters}
-    shared = {name for name, parameter in parameters.items() if not parameter.per_model}
+    methods = _list_methods(contents[position], variations, {**load_ops(), **(own.ops if own else {})})
     load = partial(load_config, strict=strict, own=own, find=find)
     points, problems = [], []
     for variation in variations:
         own_contents = [_copy(content) for content in contents]
         own_seed = seed
         for path, value in variation.settings.items():
-            if path.text == SEED and SEED not in parameters:
-                own_seed = _check_seed(value)
-            else:
-                set_value(own_contents[position], path, value, parameters.keys(), shared)
+            try:
+                if path.text == SEED and SEED not in methods.parameters:
+                    own_seed = _check_seed(value)
+                else:
+                    set_value(own_contents[position], path, value, methods)
+            except ConfigError as error:
+                raise ConfigError(document.show(str(error), path.line) if path.line else str(error)) from None
         settings = {path.text: value for path, value in variation.settings.items()}
         try:
             loaded = load(
                 own_contents[0] if len(own_contents) == 1 else yaml.safe_dump_all(own_contents, sort_keys=False)
             )
         except ConfigError as error:
-            problems.append(f"{variation.name} ({describe(variation)}): {error}")
+            where = document.where(variation.line, is_short=True) if variation.line else ""
+            problems.append(f"{where}{variation.name} ({describe(variation)}): {error}")
             continue
         points.append(SweepPoint(variation.name, settings, loaded, own_seed))
     if problems:
@@ -128,11 +130,14 @@ def _find_section(documents: Sequence[Document]) -> tuple[int, Place]:
     return position, roots[position].get(SWEEP)
 
 
-def _list_methods(content: Content, variations: Sequence[Variation], ops: Mapping[str, Op]) -> list[Op]:
+def _list_methods(content: Content, variations: Sequence[Variation], ops: Mapping[str, Op]) -> Methods:
     """Return the methods that points may have."""
     names = {content.get("merge_method")}
     names |= {value for each in variations for path, value in each.settings.items() if path.text == "merge_method"}
-    return [op for name, op in ops.items() if name in names]
+    found = [op for name, op in ops.items() if name in names]
+    parameters = {parameter.name: parameter for op in found for parameter in op.parameters}
+    shared = {name for name, parameter in parameters.items() if not parameter.per_model}
+    return Methods(tuple(op.name for op in found), parameters.keys(), shared)
 
 
 def _check_seed(value: object) -> int:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import yaml
 
-from raymerge.pipeline.config.node import Place
+from raymerge.pipeline.config.node import Place, PlaceError
 from raymerge.pipeline.config.sweep import PARTS
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import counted, listing, shown
 from raymerge.pipeline.spectrum.names import check_name, name_settings
 from raymerge.pipeline.spectrum.paths import Path, parse_path
 from raymerge.pipeline.spectrum.ranges import MAX_POINTS, expand_range, is_range, parse_values, to_number
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class Variation:
     name: str
     settings: Mapping[Path, object]
     """In the order given."""
+    line: int | None = None
+    """Of the YAML that names it, from 1; None where none does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +74,18 @@ def parse_section(section: Place) -> list[Variation]:
     unknown = [key for key in section.names() if key not in PARTS]
     if unknown:
         raise section.get(unknown[0]).error(f"unknown key; a sweep has {', '.join(PARTS)}")
-    grid = [_read_axis(section.get("grid").get(key)) for key in section.get("grid").names()]
-    zipped = [_read_axis(section.get("zip").get(key)) for key in section.get("zip").names()]
+    grid, zipped = (
+        [_attempt(place, partial(_read_axis, place)) for place in map(part.get, part.names())]
+        for part in (section.get("grid"), section.get("zip"))
+    )
     if len({len(axis.values) for axis in zipped}) > 1:
         lengths = ", ".join(f"{axis.path.text} {len(axis.values)}" for axis in zipped)
         raise section.get("zip").error(f"lists that are zipped are of one length: {lengths}")
-    combined = _cross(grid, zipped) if grid or zipped else []
+    combined = _attempt(section, partial(_cross, grid, zipped)) if grid or zipped else []
     named = list(_read_points(section.get("points")))
     if not combined and not named:
         raise section.error("nothing is varied; give --set PATH=VALUES, or a section with grid, zip or points")
-    return _check_all([*_name(combined), *named])
+    return _attempt(section, partial(_check_all, [*_name(combined), *named]))
 
 
 def _split(option: str) -> tuple[str, str, str]:
@@ -90,9 +98,9 @@ def _split(option: str) -> tuple[str, str, str]:
     return option, "", ""
 
 
-def _make_axis(where: str, text: str, values: Sequence[object]) -> _Axis:
+def _make_axis(where: str, text: str, values: Sequence[object], line: int | None = None) -> _Axis:
     try:
-        path = parse_path(text)
+        path = parse_path(text, line)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     keys = [_key(value) for value in values]
@@ -125,22 +133,38 @@ def _read_axis(place: Place) -> _Axis:
     text = place.path.partition(".")[2].partition(".")[2]
     raw = place.node.value if isinstance(place.node, yaml.ScalarNode) else place.value
     if isinstance(raw, str) and is_range(raw):  # YAML 1.1 takes 1:9:1 for a time of day
-        return _make_axis(place.path, text, expand_range(place.path, raw))
+        return _make_axis(place.path, text, expand_range(place.path, raw), place.line)
     if isinstance(place.value, str):
-        return _make_axis(place.path, text, parse_values(place.path, place.value))
+        return _make_axis(place.path, text, parse_values(place.path, place.value), place.line)
     if not isinstance(place.value, list) or not place.value:
         raise place.error(f"{shown(place.value)} is given; write a list such as [0.3, 0.5], or a range as 0.1:0.9:0.1")
-    return _make_axis(place.path, text, [to_number(value) for value in place.value])
+    return _make_axis(place.path, text, [to_number(value) for value in place.value], place.line)
 
 
 def _read_points(place: Place) -> Iterator[Variation]:
     for name in place.names():
         point = place.get(name)
-        check_name(point.path, name)
+        _attempt(point, partial(check_name, point.path, name))
         if not point.names():
             raise point.error("it sets nothing; give it paths and values, such as {t: 0.5}")
-        settings = {_make_axis(point.path, text, []).path: to_number(point.get(text).value) for text in point.names()}
-        yield Variation(name, settings)
+        settings: dict[Path, object] = {}
+        for text in point.names():
+            value = point.get(text)
+            axis = _attempt(value, partial(_make_axis, point.path, text, [], value.line))
+            settings[axis.path] = to_number(value.value)
+        yield Variation(name, settings, point.line)
+
+
+def _attempt(place: Place, read: Callable[[], T]) -> T:
+    """Return what is read at a place; a mistake gets its line."""
+    try:
+        return read()
+    except PlaceError:
+        raise
+    except ConfigError as error:
+        found = PlaceError(str(error))
+        found.line = place.line
+        raise found from None
 
 
 def _cross(axes: Sequence[_Axis], zipped: Sequence[_Axis] = ()) -> list[dict[Path, object]]:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.spectrum.paths import parse_path, set_value
+from raymerge.pipeline.spectrum.paths import Methods, parse_path, set_value
 
 TIES = yaml.safe_load("""
 merge_method: ties
@@ -37,9 +37,12 @@ modules:
 """)
 
 
+METHODS = Methods(("ties", "slerp"), ("t", "weight", "density", "normalize"), {"t", "normalize"})
+
+
 def set_in(config: dict[str, Any], path: str, value: object) -> Any:
     changed = copy.deepcopy(config)
-    set_value(changed, parse_path(path), value, {"t", "weight", "density", "normalize"}, {"t", "normalize"})
+    set_value(changed, parse_path(path), value, METHODS)
     return changed
 
 
@@ -68,6 +71,16 @@ def test_a_parameter_by_itself_is_set_for_the_whole_merge() -> None:
     changed = set_in(bare, "modules.text_decoder.parameters.weight", 3)
     assert changed["modules"]["text_decoder"]["parameters"]["weight"] == 3
     assert set_in(MODULES, "weight[1]", 2)["modules"]["text_decoder"]["models"][1]["parameters"] == {"weight": 2}
+
+
+def test_modules_and_slices_of_a_single_model_are_left_alone() -> None:
+    copied = copy.deepcopy(MODULES)
+    copied["modules"]["vision_tower"] = {"models": [{"model": "org/a"}]}
+    changed = set_in(copied, "weight[1]", 2)["modules"]
+    assert changed["text_decoder"]["models"][1]["parameters"] == {"weight": 2}
+    assert changed["vision_tower"] == {"models": [{"model": "org/a"}]}
+    with pytest.raises(ConfigError, match=r"modules.text_decoder.models has 2 models, counted from 0"):
+        set_in(copied, "weight[2]", 2)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +121,8 @@ def test_a_filter_has_a_value_of_its_own() -> None:
     ("path", "said"),
     [
         ("tt", "the config has no 'tt'; did you mean 't'?"),
+        ("warmth", "the config has no 'warmth'; ties and slerp take t, weight, density, normalize"),
+        ("parameters.warmth", "parameters has no 'warmth'; ties and slerp take t, weight"),
         ("dytpe", "the config has no 'dytpe'; did you mean 'dtype'?"),
         ("wieght[1]", "did you mean 'weight\\[1\\]'"),
         ("parameters.densty", "parameters has no 'densty'; did you mean 'parameters.density'"),

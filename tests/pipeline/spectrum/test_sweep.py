@@ -179,6 +179,27 @@ def test_a_sweep_that_cannot_be_meant_is_refused(
         plan_sweep(make_config("slerp", family), tmp_path / "s", sets)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "line", "said"),
+    [
+        ("grid: {t: 0:1}", 5, "sweep.grid.t"),
+        ("points:\n    half: {t: 0.5}\n    odd: {warmth: 1}", 7, "warmth: the config has no 'warmth'; slerp takes t"),
+        ("points:\n    half: {t: 0.5}\n    'o d': {t: 1}", 7, "'o d' cannot name a model"),
+        ("points:\n    half: {t: 0.5}\n    odd:\n      t: high", 7, r"odd \(t \"high\"\): parameters.t: "),
+        ("points:\n    half: {t: 0.5}\n    odd:\n      t t: 1", 8, "'t t' is no path"),
+        ("grid: {t: [0.5]}\n  points: {half: {t: 0.5}}", 4, "half sets the same as t-0.5"),
+    ],
+)
+def test_mistakes_in_a_section_have_their_lines(
+    wrong: str, line: int, said: str, family: tuple[Path, ...], tmp_path: Path
+) -> None:
+    config = tmp_path / "merge.yml"
+    models = f"models: [{{model: {family[0]}}}, {{model: {family[1]}}}]"
+    config.write_text(f"merge_method: slerp\nbase_model: {family[0]}\n{models}\nsweep:\n  {wrong}\n")
+    with pytest.raises(ConfigError, match=rf"merge.yml:{line}: .*{said}"):
+        plan_sweep(config, tmp_path / "s")
+
+
 def test_planned_points_are_not_made(family: tuple[Path, ...], tmp_path: Path) -> None:
     config = make_config("slerp", family)
     report = sweep(config, tmp_path / "s", ["t=0.2,0.4"], materialize="none")
