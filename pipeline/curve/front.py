@@ -1,39 +1,40 @@
-"""The Pareto front: models that no other one matches with fewer tokens."""
+"""The Pareto front: what nothing else matches in one objective without losing in another."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-Costs = Mapping[str, tuple[float, float]]
-"""(tokens, quality) by model: fewer tokens are better, and more quality."""
+Costs = tuple[float, ...]
+"""A number for each objective, such as (tokens, -accuracy): smaller ones are better."""
 
 
-def find_front(costs: Costs) -> tuple[str, ...]:
-    """Return the models that none dominates, by tokens; equal ones are all there.
+def find_front(costs: Mapping[str, Costs]) -> tuple[str, ...]:
+    """Return the models that none dominates, in the order of their costs; equal ones are all there.
 
-    >>> find_front({"a": (10, 0.5), "b": (20, 0.5), "c": (30, 0.9), "d": (10, 0.5)})
+    >>> find_front({"a": (10, -0.5), "b": (20, -0.5), "c": (30, -0.9), "d": (10, -0.5)})
     ('a', 'd', 'c')
     """
     front: list[str] = []
-    best = (float("inf"), float("-inf"))
-    for name in sorted(costs, key=lambda name: (costs[name][0], -costs[name][1])):
-        if costs[name][1] > best[1]:
-            best = costs[name]
-        if costs[name] == best:
+    for name in sorted(costs, key=costs.__getitem__):  # one that dominates comes before what it dominates
+        if not any(dominates(costs[other], costs[name]) for other in front):
             front.append(name)
     return tuple(front)
 
 
-def find_dominators(name: str, costs: Costs) -> tuple[str, ...]:
-    """Return the models that are at least as good as this one in both, and better in one, by tokens.
+def find_dominators(name: str, costs: Mapping[str, Costs]) -> tuple[str, ...]:
+    """Return the models that dominate this one, in the order of their costs.
 
-    >>> find_dominators("b", {"a": (10, 0.5), "b": (20, 0.5), "c": (15, 0.9)})
+    >>> find_dominators("b", {"a": (10, -0.5), "b": (20, -0.5), "c": (15, -0.9)})
     ('a', 'c')
     """
-    tokens, quality = costs[name]
-    better = [
-        other
-        for other, (its_tokens, its_quality) in costs.items()
-        if its_tokens <= tokens and its_quality >= quality and (its_tokens, its_quality) != (tokens, quality)
-    ]
-    return tuple(sorted(better, key=lambda other: (costs[other][0], -costs[other][1])))
+    better = [other for other in costs if dominates(costs[other], costs[name])]
+    return tuple(sorted(better, key=costs.__getitem__))
+
+
+def dominates(one: Costs, other: Costs) -> bool:
+    """Tell whether one is at least as good in each objective, and better in one.
+
+    >>> dominates((10, -0.5), (20, -0.5)), dominates((10, -0.5), (20, -0.6)), dominates((10, -0.5), (10, -0.5))
+    (True, False, False)
+    """
+    return one != other and all(mine <= its for mine, its in zip(one, other, strict=True))

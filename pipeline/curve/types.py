@@ -81,9 +81,9 @@ class View:
         return mean if self.measure == "accuracy" else -mean
 
     def costs(self) -> dict[str, tuple[float, float]]:
-        """Return (tokens, quality) of each model that has both."""
+        """Return (tokens, -quality) of each model that has both."""
         return {
-            name: (score.tokens, self.quality(name)) for name, score in self.scores.items() if score.tokens is not None
+            name: (score.tokens, -self.quality(name)) for name, score in self.scores.items() if score.tokens is not None
         }
 
 

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from raymerge.pipeline.evaluation.results import Evaluation
 from raymerge.pipeline.search.study import Direction
 
+Values = tuple[float, ...]
+"""A number for each objective."""
 
-def read_values(evaluations: Sequence[Evaluation], directions: Sequence[Direction]) -> tuple[float, ...] | None:
+
+def read_values(evaluations: Sequence[Evaluation], directions: Sequence[Direction]) -> Values | None:
     """Return a value for each objective, the mean over tasks; None where a task failed or does not measure it."""
     values = []
     for direction in directions:

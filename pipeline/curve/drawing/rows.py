@@ -116,7 +116,7 @@ def _list_words(view: View, model: Model) -> Row:
 def _label_models(curve: Curve, view: View, front: tuple[str, ...], chosen: str) -> dict[str, Label]:
     """Return where names are written: of the choice and what is no point, and of a single line's front and ends."""
     costs = view.costs()
-    spots = {name: Spot(tokens, quality) for name, (tokens, quality) in costs.items()}
+    spots = {name: Spot(tokens, -cost) for name, (tokens, cost) in costs.items()}
     others = [model.name for model in curve.models if model.kind != "point"]
     ends = [name for series in curve.series if series.is_line for name in (series.points[0], series.points[-1])]
     points = (*front, *ends) if len(curve.series) == 1 else ()

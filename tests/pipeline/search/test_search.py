@@ -101,6 +101,7 @@ def test_the_best_models_are_kept_and_the_others_deleted(root: Path) -> None:
         spectrum = read_spectrum(stores, str(root / "out"))
     assert {point.name for point in spectrum.points if point.state == "complete"} == best
     assert {parent.name for parent in spectrum.parents} == {"model0", "model1"}
+    assert set(list_calls(root)[:6]) == {"trial-0000", "trial-0001", "trial-0002", "trial-0003", "model0", "model1"}
     judged = [trial.name for trial in report.trials if not trial.same_as]
     assert sorted(list_calls(root)) == sorted([*judged, "model0", "model1"]), "each once"
     for point in report.best:
@@ -152,6 +153,24 @@ def test_a_soup_takes_what_helps(root: Path) -> None:
     assert chosen == [[0], [1], [2], [1, 2], [0, 1]] or chosen == [[0], [1], [2], [1, 2], [0, 1, 2]]
     assert report.stopped == "everything was tried"
     assert report.values[0][0] == max(trial.values[0] for trial in report.trials if trial.values)
+
+
+@pytest.mark.slow
+def test_trials_and_parents_are_compared(root: Path) -> None:
+    shutil.rmtree(root / "model0")  # which had no tokens
+    (root / "model2").rename(root / "model0")
+    report = run(root, make_recipe(root, {"weight[0]": [1.0, 0.5], "weight[1]": [1.0, 0.2]}), SearchOptions(budget=6))
+    assert report.parents["model0"] == pytest.approx((0.91, 400))
+    assert report.parents["model1"] == pytest.approx((0.91, 1000))
+    best = {point.name: own for point, own in zip(report.best, report.values, strict=True)}
+    assert set(report.beating) == set(report.parents)
+    for parent, own in report.parents.items():
+        assert own is not None
+        better = [name for name, v in best.items() if v[0] >= own[0] and v[1] <= own[1]]
+        assert sorted(report.beating[parent]) == sorted(better)
+    assert report.beating["model1"]
+    assert report.beating_all == ()
+    assert not any("model1" in names for names in report.beaten.values())
 
 
 @pytest.mark.slow
@@ -232,8 +251,11 @@ def test_the_command(root: Path, cli: Cli) -> None:
         "search", str(root / "recipe.yml"), str(root / "out"), "--command", judge, "--budget", "4", "--batch", "2"
     )
     assert found.code == 0, found.err
+    assert "trials 1 to 2 of 4: merging\nevaluating 4 models\n[1/4] trial-0000  weight[0]" in found.err
     assert "[4/4] trial-0003  weight[0]" in found.err
     assert "that no other is better than:" in found.out
+    assert "\n  model1  accuracy 91.0%, tokens 1,000.0; " in found.out
+    assert "\nBetter than every parent: none." in found.out, "model0 has no tokens"
 
 
 @pytest.mark.slow

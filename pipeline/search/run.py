@@ -1,0 +1,261 @@
+"""One run of a search: batches of trials, each merged from one reading of the inputs, and evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from raymerge import __version__
+from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.evaluation.options import EvaluateOptions
+from raymerge.pipeline.evaluation.registry import prepare_tasks
+from raymerge.pipeline.search.best import find_best, judge_best
+from raymerge.pipeline.search.grid import Grid
+from raymerge.pipeline.search.models import Models
+from raymerge.pipeline.search.options import SearchOptions
+from raymerge.pipeline.search.record import SearchRecord, Trial, read_record, write_record
+from raymerge.pipeline.search.replay import check_replayed, check_same, list_batches
+from raymerge.pipeline.search.soup import Soup
+from raymerge.pipeline.search.study import Settings, Study, load_optuna
+from raymerge.pipeline.search.values import Values, explain_failure, read_values
+from raymerge.pipeline.spectrum.record import has_spectrum
+from raymerge.pipeline.stores.seam import Lock
+
+OnBatch = Callable[[int, int], None]
+"""Told of each batch before it is merged: the half-open range of its trials, counted from 0."""
+OnTrial = Callable[[Trial, int], None]
+"""Told of each trial, with the number of trials so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """Whoever watches a search."""
+
+    batch: OnBatch
+    trial: OnTrial
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a search has come to, by all items of the tasks."""
+
+    best: Mapping[str, Values]
+    """The models that no other is better than, best first by the first objective."""
+    parents: Mapping[str, Values | None]
+    """None where one could not be evaluated."""
+
+
+class Run:
+    """One run of a search."""
+
+    def __init__(
+        self,
+        models: Models,
+        options: SearchOptions,
+        evaluating: EvaluateOptions,
+        telling: Telling,
+        hold: Callable[[], Lock],
+    ) -> None:
+        """Begin.
+
+        Args:
+            models: of the search.
+            options: how to search.
+            evaluating: how the best are evaluated; trials may be by fewer items.
+            telling: told of batches and trials.
+            hold: takes the directory for this run: not before it is known that something can be merged.
+        """
+        self._models, self._options, self._telling, self._hold = models, options, telling, hold
+        self._evaluating = evaluating
+        self._judging = evaluating if options.subset is None else replace(evaluating, limit=options.subset)
+        self._directions = options.directions
+        self.trials: list[Trial] = []
+        self._fingerprints: dict[str, str] = {}
+        """Of the plans of trials, with the name of the first."""
+        self._lock = Lock()
+        self._num_idle = 0
+        """Batches since the last that brought a better model."""
+
+    def run(self) -> str:
+        """Try settings until the budget is used up; return why it ended before, if so."""
+        stores, out = self._models.stores, self._models.out
+        described = self._describe()
+        recipe = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        record = read_record(stores, out)
+        check_same(record, recipe, described, out)
+        if record is not None:
+            self._lock = self._hold()
+            record = read_record(stores, out)  # another run may have gone on until now
+        proposer = self._make_proposer()
+        version = load_optuna().__version__ if isinstance(proposer, Study) else ""
+        for batch in list_batches(record):
+            check_replayed(batch, proposer.ask(len(batch)), record, version, out)
+            self._learn(batch, proposer)
+        self._remember()
+        if self.trials:
+            self._clean(self._list_best())  # an earlier run may have been killed before it did
+            self._check_inputs()
+        while (left := self._options.budget - len(self.trials)) > 0:
+            if self._options.patience is not None and self._num_idle >= self._options.patience:
+                return f"the last {self._num_idle} batches brought no better model"
+            proposals = proposer.ask(min(self._options.batch, left))
+            if not proposals:
+                return "everything was tried"
+            self._learn(self._try(proposals), proposer)
+            self._lock.check()
+            write_record(stores, out, SearchRecord(__version__, version, recipe, described, tuple(self.trials)))
+            self._clean(self._list_best())
+        return ""
+
+    def finish(self) -> Outcome:
+        """Judge the best by all items, and the parents; see `judge_best`."""
+        values = {trial.name: trial.values for trial in self.trials}
+        if not any(values.values()):
+            errors = next((trial.error for trial in self.trials if trial.error), "")
+            raise OutputError(f"none of {len(self.trials)} trials came to anything; the first error: {errors}")
+        names = self._models.list_parents()
+        found = self._models.evaluate([*self._list_best(), *names], self._evaluating)
+        parents = {name: read_values(found[name], self._directions) for name in names}
+        failures: list[str] = []
+
+        def judge(names: Sequence[str]) -> dict[str, Values | None]:
+            lacking = [name for name in names if name not in found]
+            found.update(self._models.evaluate(lacking, self._evaluating) if lacking else {})
+            judged = {name: read_values(found[name], self._directions) for name in names}
+            failures.extend(explain_failure(found[name]) for name in names if judged[name] is None)
+            return judged
+
+        best = judge_best(values, self._directions, judge)
+        if not best:
+            raise OutputError(f"the best trials could not be evaluated by all items: {failures[0]}")
+        self._restore(list(best))
+        self._clean(list(best))
+        sign = -1 if self._directions[0].is_maximised else 1
+        return Outcome({name: best[name] for name in sorted(best, key=lambda name: sign * best[name][0])}, parents)
+
+    def _learn(self, batch: Sequence[Trial], proposer: Study | Grid | Soup) -> None:
+        """Take note of what a batch has come to."""
+        before = self._list_best()
+        self.trials += batch
+        proposer.tell([trial.values for trial in batch])
+        self._num_idle = 0 if self._list_best() != before else self._num_idle + 1
+
+    def _remember(self) -> None:
+        """Take note of the plans of trials of an earlier run."""
+        if self.trials and has_spectrum(self._models.stores, self._models.out):
+            tried = {trial.name for trial in self.trials}
+            for point in self._models.read().points:
+                if point.name in tried and point.fingerprint:
+                    self._fingerprints.setdefault(point.fingerprint, point.name)
+
+    def _check_inputs(self) -> None:
+        """Make sure that further trials come out as earlier ones did: of the same inputs, ops and version.
+
+        Raises:
+            OutputError: they would not.
+        """
+        if len(self.trials) < self._options.budget:
+            for name in self._list_best()[:1]:
+                self._models.plan_together({name: self._settings[name]})
+
+    def _list_best(self) -> list[str]:
+        return find_best({trial.name: trial.values for trial in self.trials}, self._directions)
+
+    @property
+    def _settings(self) -> dict[str, Settings]:
+        return {trial.name: trial.settings for trial in self.trials}
+
+    def _clean(self, best: Sequence[str]) -> None:
+        """Delete the models that are not among the best."""
+        if not self._options.keep_all:
+            self._models.keep_only(best, [trial.name for trial in self.trials])
+
+    def _restore(self, best: Sequence[str]) -> None:
+        """Merge those of the best again that were deleted when they seemed not to be."""
+        gone = {point.name for point in self._models.read().points if point.state == "planned"}
+        if lacking := {name: self._settings[name] for name in best if name in gone}:
+            self._models.merge(lacking)
+
+    def _make_proposer(self) -> Study | Grid | Soup:
+        options, recipe = self._options, self._models.recipe
+        if options.sampler == "soup":
+            return Soup(recipe.num_models, is_maximised=self._directions[0].is_maximised)
+        if options.sampler == "grid":
+            return Grid(recipe.space, options.sampler_seed)
+        return Study(recipe.space, options.sampler, self._directions, options.batch, options.sampler_seed)
+
+    def _try(self, proposals: Sequence[Settings]) -> list[Trial]:
+        """Merge and evaluate a batch of settings."""
+        first = len(self.trials)
+        number = self.trials[-1].batch + 1 if self.trials else 0
+        names = [f"trial-{first + k:04}" for k in range(len(proposals))]
+        settings = dict(zip(names, proposals, strict=True))
+        trials: dict[str, Trial] = {}
+        fresh: dict[str, Settings] = {}
+        self._telling.batch(first, first + len(names))
+        planned = self._models.plan(settings)
+        if not self.trials and len(names) > 1 and all(each.error for each in planned.values()):
+            raise ConfigError(f"no trial of the first batch can be merged: {planned[names[0]].error}")
+        for name, own in settings.items():
+            fingerprint, error = planned[name].fingerprint, planned[name].error
+            same = self._fingerprints.setdefault(fingerprint, name) if fingerprint else name
+            if error:
+                trials[name] = Trial(name, number, own, None, "", error)
+            elif same == name:
+                fresh[name] = own
+            else:
+                trials[name] = Trial(name, number, own, None, same, "")
+        if not self.trials:
+            self._lock = self._hold()
+            if read_record(self._models.stores, self._models.out) is not None:
+                raise OutputError(
+                    f"{self._models.out}: another search has begun there meanwhile; run again to go on with it"
+                )
+        for name, (values, error) in self._judge(fresh).items():
+            trials[name] = Trial(name, number, fresh[name], values, "", error)
+        done = {trial.name: trial for trial in self.trials}
+        batch = []
+        for name in names:
+            trial = trials[name]
+            if trial.same_as:
+                original = trials.get(trial.same_as) or done[trial.same_as]
+                trial = replace(trial, values=original.values, error=original.error)
+            batch.append(trial)
+            self._telling.trial(trial, first + len(batch))
+        return batch
+
+    def _judge(self, settings: Mapping[str, Settings]) -> dict[str, tuple[Values | None, str]]:
+        """Merge and evaluate, with the first batch the parents as well; return values, or why there are none."""
+        if not settings:
+            return {}
+        self._models.merge(settings)
+        parents = [] if self.trials else self._models.list_parents()
+        found = self._models.evaluate([*settings, *parents], self._judging)
+        judged: dict[str, tuple[Values | None, str]] = {}
+        for name in settings:
+            values = read_values(found[name], self._directions)
+            judged[name] = (values, "" if values else explain_failure(found[name]))
+        errors = [error for values, error in judged.values() if values is None]
+        if not self.trials and len(errors) == len(judged) > 1:
+            raise OutputError(
+                f"no trial of the first batch could be evaluated; put it right and run again, which finds the models:"
+                f" {errors[0]}"
+            )
+        return judged
+
+    def _describe(self) -> dict[str, object]:
+        """Return everything that decides what is proposed and how it is judged."""
+        options = self._options
+        tasks = {task.name: [task.digest, task.sampling] for task in prepare_tasks(self._models.tasks, self._judging)}
+        return {
+            "recipe": self._models.recipe.text,
+            "sampler": options.sampler,
+            "sampler_seed": options.sampler_seed,
+            "batch": options.batch,
+            "subset": options.subset,
+            "objectives": [direction.name for direction in self._directions],
+            "tasks": json.loads(json.dumps(tasks)),
+            "seed": self._models.merging.seed,
+        }
