@@ -195,8 +195,8 @@ def test_the_commands_of_the_readme(
             done.append(command[0])
         assert "models/merged/model.safetensors" in s3_server.keys_of("bucket")
     assert done == [
-        *("plan", "merge", "merge", "merge", "sweep"),
-        *("verify", "inspect", "extract-lora", "curve", "methods", "schema"),
+        *("plan", "merge", "merge", "merge"),
+        *("verify", "inspect", "extract-lora", "methods", "schema", "sweep", "curve"),
     ]
     assert Path("merged/model.safetensors").read_bytes() == hub.read_files("me/merged", "main")["model.safetensors"]
     assert f"base_model:\n- {names[0]}\n- {names[1]}\n" in Path("merged/README.md").read_text()

@@ -186,16 +186,16 @@ class VerifyOptions:
 @commands.command(epilog="Example: raymerge verify s3://bucket/merged --workers 8")
 @takes_options
 def verify(out: Out, options: VerifyOptions) -> None:
-    """Compare every file of a merged model with its checksum, and the index with the shards."""
+    """Compare every file of a model, or of a spectrum's models, with its checksum, and the index with the shards."""
     from raymerge.pipeline.messages import counted
-    from raymerge.pipeline.output.verify import verify as check
     from raymerge.pipeline.sizes import format_nbytes
+    from raymerge.pipeline.spectrum.verify import verify_all
 
-    report = check(out, workers=options.workers, storage=options.storage)
-    put(
-        f"{out} is sound: {counted(report.num_files, 'file')}, {counted(report.num_tensors, 'tensor')},"
-        f" {format_nbytes(report.nbytes)}"
-    )
+    for place, report in verify_all(out, workers=options.workers, storage=options.storage):
+        put(
+            f"{place} is sound: {counted(report.num_files, 'file')}, {counted(report.num_tensors, 'tensor')},"
+            f" {format_nbytes(report.nbytes)}"
+        )
 
 
 OwnOpsFile = Annotated[str | None, Help("Python file that declares methods of your own.", MESSAGES, "FILE")]

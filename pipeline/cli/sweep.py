@@ -50,7 +50,7 @@ def sweep(
     if dry_run:
         planned = driver.plan_sweep(config, out, set or (), options)
         if not quiet:
-            put(format_sweep(planned, verbose=verbose))
+            put(format_sweep(planned, makes_models=materialize == "all", verbose=verbose))
             for warning in planned.warnings:
                 say(redact(f"warning: {warning}"))
         return

@@ -119,6 +119,8 @@ def format_briefly(report: MergeReport) -> str:
 def format_swept(event: SweepDone) -> str:
     """Return the end of a sweep as text."""
     done = f"{event.num_complete} of {counted(event.num_points, 'point')} complete, {event.num_made} made now"
+    if event.num_complete + event.num_made == 0:
+        done = f"{counted(event.num_points, 'point')} planned, no models made"
     lines = [f"{event.out}: {done}, in {format_seconds(event.seconds)}", f"  record    {event.record}"]
     lines += [f"  together  {event.collection}"] if event.collection else []
     return redact("\n".join(lines))

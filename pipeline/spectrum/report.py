@@ -12,24 +12,40 @@ _SHOWN = 12
 """Points that a plan names unless it is verbose."""
 
 
-def format_sweep(plan: SweepPlan, *, verbose: bool = False) -> str:
-    """Return a plan as text; with `verbose` all points and their settings."""
+def format_sweep(plan: SweepPlan, *, makes_models: bool = True, verbose: bool = False) -> str:
+    """Return a plan as text.
+
+    Args:
+        plan: what is to be done.
+        makes_models: whether the models are made, or the points only recorded.
+        verbose: whether all points and their settings are listed.
+    """
     points = plan.recipe.points
     names = [point.name for point in points]
     equal = (
         f", {counted(len(points) - plan.num_models, 'point')} equal to others" if plan.num_models < len(points) else ""
     )
     times = "once" if len(plan.batches) == 1 else f"{len(plan.batches)} times"
+    batches = plan.batches if makes_models else ()
     lines = [
         f"sweep of {', '.join(plan.recipe.paths)}: {counted(len(points), 'point')}{equal}",
         f"  points   {listing(names, len(names) if verbose else _SHOWN)}",
-        f"  read     {format_nbytes(plan.read_nbytes)}: the inputs {times}",
-        f"  write    {format_nbytes(plan.write_nbytes)} in {counted(plan.num_models, 'model')}",
     ]
-    if len(plan.batches) == 1:
-        lines += _describe(plan.batches[0])
-    for number, batch in enumerate(plan.batches, start=1):
-        if len(plan.batches) > 1:
+    if makes_models:
+        lines += [
+            f"  read     {format_nbytes(plan.read_nbytes)}: the inputs {times}",
+            f"  write    {format_nbytes(plan.write_nbytes)} in {counted(plan.num_models, 'model')}",
+        ]
+    else:
+        most = max((batch.write_nbytes // len(batch.points) for batch in plan.batches), default=0)
+        lines.append(
+            f"  models   none are made now: `raymerge eval` makes one at a time, of up to {format_nbytes(most)}, and"
+            " deletes it"
+        )
+    if len(batches) == 1:
+        lines += _describe(batches[0])
+    for number, batch in enumerate(batches, start=1):
+        if len(batches) > 1:
             lines.append(f"  batch {number}: {listing([point.name for point in batch.points], _SHOWN)}")
             lines += [f"  {line}" for line in _describe(batch)]
     if verbose:

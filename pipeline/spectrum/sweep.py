@@ -104,7 +104,7 @@ def sweep(
         targets = [_check_targets(stores, directory, planned.spectrum, batch, options) for batch in planned.batches]
         record = partial(_record, stores, directory, planned, options)
         spectrum = record()
-        narrator.told(_announce(planned))
+        narrator.told(_announce(planned, materialize))
         reports: list[MergeReport] = []
         if materialize == "all":
             plans, urls = [batch.plan for batch in planned.batches], [url for batch in targets for url in batch]
@@ -275,14 +275,14 @@ def _record(
     return update_spectrum(stores, directory, change, overwrite=options.overwrite)
 
 
-def _announce(planned: SweepPlan) -> SweepPlanned:
+def _announce(planned: SweepPlan, materialize: Materialize) -> SweepPlanned:
     return SweepPlanned(
         num_points=len(planned.recipe.points),
         num_models=planned.num_models,
         num_batches=len(planned.batches),
         read_nbytes=planned.read_nbytes,
         write_nbytes=planned.write_nbytes,
-        text=format_sweep(planned),
+        text=format_sweep(planned, makes_models=materialize == "all"),
     )
 
 

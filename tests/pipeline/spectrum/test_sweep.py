@@ -16,6 +16,7 @@ from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.spectrum.materialise import materialised
 from raymerge.pipeline.spectrum.record import RECORD, TABLE, Spectrum, locate_point, read_spectrum
 from raymerge.pipeline.spectrum.sweep import plan_sweep, sweep
+from raymerge.pipeline.spectrum.verify import verify_all
 from raymerge.pipeline.stores.open import open_stores
 from tests.checkpoints import read_files, write_family
 from tests.commands import Cli
@@ -205,6 +206,8 @@ def test_planned_points_are_not_made(family: tuple[Path, ...], tmp_path: Path) -
     report = sweep(config, tmp_path / "s", ["t=0.2,0.4"], materialize="none")
     assert [point.state for point in report.spectrum.points] == ["planned"] * 2
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [RECORD, TABLE]
+    with pytest.raises(OutputError, match="none of 2 points is complete; there is no model to check"):
+        list(verify_all(str(tmp_path / "s")))
     raymerge.sweep(config, tmp_path / "s", ["t=0.2,0.4"])
     check_models(tmp_path / "s", tmp_path / "alone")
 
@@ -218,11 +221,23 @@ def test_the_command(family: tuple[Path, ...], tmp_path: Path, cli: Cli) -> None
     assert "3 points" in planned.out
     assert "the inputs once" in planned.out
     assert not out.exists()
+    for more in (["--dry-run"], []):
+        planned = cli("sweep", config, out, "--set", "t=0.2:0.8:0.3", "--materialize", "none", *more)
+        assert "models   none are made now" in planned.out + planned.err
+        assert "write " not in planned.out + planned.err
+    assert f"{out}: 3 points planned, no models made" in planned.out
     done = cli("sweep", config, out, "--set", "t=0.2:0.8:0.3")
     assert done.code == 0
     assert f"{out}: 3 of 3 points complete, 3 made now" in done.out
     assert f"{out}/t-0.5: " in done.err
     assert cli("verify", out / "t-0.5").code == 0
+    assert cli("verify", out).out.count(" is sound: ") == 3
+    (out / "t-0.5" / "config.json").write_text("{}")
+    (out / "t-0.8" / "model.safetensors").unlink()
+    found = cli("verify", out)
+    assert (found.code, found.out.count(" is sound: ")) == (2, 1)
+    assert f"2 of 3 models of {out} cannot be used" in found.err
+    assert "t-0.8 is not what was written:\n  model.safetensors: missing" in found.err
     assert cli("sweep", config, out / "t-0.5", "--set", "t=0.2").err.startswith(f"Error: {out}/t-0.5 holds a model")
 
 
