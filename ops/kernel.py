@@ -63,7 +63,7 @@ class Block(ABC):
 class KernelRun(ABC):
     """The state of one kernel on one tensor; called for all blocks, in order, and never from two threads.
 
-    But `combine_stored` of the runs that `fork` returns is called from several threads at once, in any order.
+    But `combine_outputs` of the runs that `fork` returns is called from several threads at once, in any order.
     """
 
     def measure(self, index: int, block: Block) -> None:
@@ -97,6 +97,13 @@ class KernelRun(ABC):
         """
         raise AssertionError("this kernel has no loops")
 
+    def combine_outputs(self, runs: Sequence[KernelRun], stored: Stored, outs: Sequence[Slot]) -> Sequence[float]:
+        """Do as `combine_stored` of each of some runs, the first of which this is; return what these return.
+
+        The default does so one after the other. Override it where one look at the sources is enough for all of them.
+        """
+        return [run.combine_stored(stored, out) for run, out in zip(runs, outs, strict=True)]
+
     def figures(self) -> Mapping[str, float]:
         """Return figures measured on the way, after the last block; per model as `name[0]`, `name[1]`, ..."""
         return {}
@@ -126,8 +133,8 @@ class Kernel(ABC):
         for block in blocks: run.combine(block, out)
         run.figures()
 
-    By loops it calls `measure_stored` in place of `measure`. In place of `combine` it calls either `combine_stored`, or
-    `fork` and `combine_stored` of each run that this returns.
+    By loops it calls `measure_stored` in place of `measure`. In place of `combine` it calls `combine_outputs` of the
+    first of the runs that make outputs of one tensor; or `fork` of each, and `combine_outputs` of what this returns.
 
     Kernels whose `measuring` is equal measure once: after the last pass, every other one gets its run by
     `run.share(other)`, and then each combines the block that is at hand in turn.

@@ -111,6 +111,31 @@ class Slot:
         return np.frombuffer(self.buffer, self.dtype).astype(np.float32)
 
 
+def find_slots(slots: Sequence[Slot]) -> tuple[Any, ...]:
+    """Return the arguments by which loops find slots of one dtype: words, longs, places, form."""
+    if len(slots) == 1:
+        words, longs, form, _ = slots[0].arguments()
+        return words, longs, np.zeros(1, np.int64), form
+    dtype, unused = slots[0].dtype, bytearray()
+    is_wide, item = dtype == "float32", item_nbytes(dtype)
+    addresses = [np.frombuffer(slot.buffer, np.uint8).ctypes.data for slot in slots]
+    start = min(addresses)
+    stop = max(address + len(slot.buffer) for address, slot in zip(addresses, slots, strict=True))
+    span = np.asarray(_Span(slots, start, (stop - start) // item, "u4" if is_wide else "u2"))
+    words = np.frombuffer(unused, np.uint16) if is_wide else span
+    longs = span if is_wide else np.frombuffer(unused, np.uint32)
+    return words, longs, (np.array(addresses, np.int64) - start) // item, LOOP_DTYPES.index(dtype)
+
+
+class _Span:
+    """Memory from the first of some slots to the last, as numpy sees it; what is between them is never touched."""
+
+    def __init__(self, slots: Sequence[Slot], address: int, num_items: int, kind: str) -> None:
+        self._slots = slots  # live as long as the array does
+        data = address, False
+        self.__array_interface__ = {"data": data, "shape": (num_items,), "typestr": f"={kind}", "version": 3}
+
+
 def item_nbytes(dtype: str) -> int:
     """Return the size of a value of one of `LOOP_DTYPES`, or of a byte, uint8."""
     return _ITEM_NBYTES[dtype]

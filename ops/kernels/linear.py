@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.lazy import loops, np, torch
-from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
+from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored, find_slots
 
 SMALLEST_SHARE = 1e-4
 """Weights that cancel to less than this share of their absolute sum would make values ten thousand times as large."""
@@ -65,7 +65,15 @@ class _LinearRun(KernelRun):
             out.div_(torch.full((), self.kernel.divisor, dtype=out.dtype, device=out.device))
 
     def combine_stored(self, stored: Stored, out: Slot) -> float:
-        return combine_stored(stored, self.kernel.coefficients, out, self.kernel.divisor)
+        [finished] = self.combine_outputs([self], stored, [out])
+        return finished
+
+    def combine_outputs(self, runs: Sequence[KernelRun], stored: Stored, outs: Sequence[Slot]) -> Sequence[float]:
+        kernels = [run.kernel for run in runs if isinstance(run, _LinearRun)]
+        if len(kernels) < len(runs) or len({len(kernel.coefficients) for kernel in kernels}) > 1:
+            return super().combine_outputs(runs, stored, outs)
+        rows = [kernel.coefficients for kernel in kernels]
+        return combine_stored(stored, rows, outs, [kernel.divisor for kernel in kernels])
 
 
 def combine_linearly(block: Block, coefficients: tuple[float, ...], out: torch.Tensor) -> None:
@@ -83,13 +91,19 @@ def combine_linearly(block: Block, coefficients: tuple[float, ...], out: torch.T
         out.add_(x)
 
 
-def combine_stored(stored: Stored, coefficients: tuple[float, ...], out: Slot, divisor: float = 1.0) -> float:
-    """Round sum(coefficients_i * x_i) / divisor to `out`, of the first sources; see `KernelRun`."""
+def combine_stored(
+    stored: Stored, coefficients: Sequence[tuple[float, ...]], outs: Sequence[Slot], divisors: Sequence[float]
+) -> Sequence[float]:
+    """Round sum(coefficients_i * x_i) / divisor to each slot, of the first sources; see `KernelRun.combine_outputs`."""
     words, longs, places, forms = stored.sources()
     factors = np.array(coefficients, np.float32)
-    used = len(factors)
-    where = np.float32(divisor), stored.start, stored.num_elements
-    finished: float = loops.combine(
-        words, longs, places[:used], forms[:used], factors, *where, *out.arguments(), loops.make_scratch(2)
-    )
-    return finished
+    num_outputs, used = factors.shape
+    squares = outs[0].squares[None] if num_outputs == 1 else np.array([out.squares for out in outs])
+    finished = np.zeros(num_outputs)
+    scratch = loops.make_scratch(loops.NUM_DECODED + (num_outputs if used > loops.NUM_DECODED else 1))
+    where = np.array(divisors, np.float32), stored.start, stored.num_elements
+    sums = squares, finished, scratch
+    loops.combine(words, longs, places[:used], forms[:used], factors, *where, *find_slots(outs), *sums)
+    for out, left in zip(outs, squares, strict=True) if num_outputs > 1 else ():
+        out.squares[:] = left
+    return finished.tolist()

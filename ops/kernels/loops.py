@@ -18,18 +18,21 @@ from raymerge.ops.kernels.compiler import loop
 from raymerge.ops.kernels.strips import (
     NUM_FOLDED_ROWS,
     TILE_ELEMENTS,
-    add_squares,
     add_wide,
     count_columns,
+    finish,
     load,
     load_rows,
-    store,
 )
 from raymerge.ops.stored import STRIP
 from raymerge.ops.sums import NUM_COLUMNS
 
 if TYPE_CHECKING:
     from raymerge.ops.kernels.compiler import Array1, Array2
+
+
+NUM_DECODED = 4
+"""Sources that `combine` decodes at once."""
 
 
 def make_scratch(num_strips: int) -> Array2[np.uint32]:
@@ -45,33 +48,58 @@ def make_product_scratch(num_vectors: int) -> Array2[np.uint32]:
 @loop
 def combine(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
-    coefficients: Array1[np.float32], divisor: np.float32, position: int, count: int, out_words: Array1[np.uint16],
-    out_longs: Array1[np.uint32], out_form: int, squares: Array1[np.float32], scratch: Array2[np.uint32],
-) -> float:  # fmt: skip
-    """Write sum(coefficients_i * x_i) / divisor; see `add_squares` for what is returned."""
-    bits, other_bits = scratch[0], scratch[1]
-    total, other = bits.view(np.float32), other_bits.view(np.float32)
-    finished = 0.0
+    coefficients: Array2[np.float32], divisors: Array1[np.float32], position: int, count: int,
+    out_words: Array1[np.uint16], out_longs: Array1[np.uint32], out_places: Array1[np.int64], out_form: int,
+    squares: Array2[np.float32], finished: Array1[np.float64], scratch: Array2[np.uint32],
+) -> None:  # fmt: skip
+    """Write sum(coefficients_i * x_i) / divisor for each output, of sources that are decoded once for all of them.
+
+    Outputs have a row of `coefficients` and `squares` each, and `finish` tells of them in `finished`. The scratch has
+    strips for `NUM_DECODED` sources, and for each output where there are more of them.
+    """
     start = 0
     while start < count:
         size = min(count - start, STRIP - (position + start) % STRIP)
-        load(words, longs, places[0] + start, forms[0], size, bits, total)
-        factor = coefficients[0]
-        if factor != 1:
-            for k in range(size):
-                total[k] *= factor
-        for source in range(1, len(places)):
-            load(words, longs, places[source] + start, forms[source], size, other_bits, other)
-            factor = coefficients[source]
-            for k in range(size):
-                total[k] += other[k] * factor
-        if divisor != 1:
-            for k in range(size):
-                total[k] /= divisor
-        finished += add_squares(total, position + start, size, squares)
-        store(bits, total, size, out_words, out_longs, start, out_form)
+        for first in range(0, len(places), NUM_DECODED):
+            stop = min(first + NUM_DECODED, len(places))
+            for source in range(first, stop):
+                bits = scratch[source - first]
+                load(words, longs, places[source] + start, forms[source], size, bits, bits.view(np.float32))
+            for output in range(len(divisors)):
+                bits = scratch[NUM_DECODED + (output if len(places) > NUM_DECODED else 0)]
+                total, divisor = bits.view(np.float32), divisors[output]
+                _add_products(scratch.view(np.float32), coefficients[output], first, stop, size, total)
+                if stop < len(places):
+                    continue
+                if divisor != 1:
+                    for k in range(size):
+                        total[k] /= divisor
+                where = position + start, size, squares[output], out_words, out_longs, out_places[output] + start
+                finished[output] += finish(bits, total, *where, out_form)
         start += size
-    return finished
+
+
+def _add_products(decoded, factors, first, stop, count, total):
+    """Add the products of sources [first, stop) to a strip, one after the other; those of the first ones to nothing."""
+    source = first
+    if not first:
+        factor = factors[0]
+        x = decoded[0]
+        if stop > 1:
+            other_factor = factors[1]
+            other = decoded[1]
+            for k in range(count):
+                total[k] = x[k] * factor + other[k] * other_factor
+        else:
+            for k in range(count):
+                total[k] = x[k] * factor
+        source = 2
+    while source < stop:
+        factor = factors[source]
+        x = decoded[source - first]
+        for k in range(count):
+            total[k] += x[k] * factor
+        source += 1
 
 
 @loop

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raymerge.ops.kernels.compiler import loop
-from raymerge.ops.kernels.strips import add_squares, load, store
+from raymerge.ops.kernels.strips import finish, load
 from raymerge.ops.stored import STRIP
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def approach(
             weight = zero if weight < zero else weight
             weight = one if weight > one else weight
             base[k] = (one - weight) * base[k] + model[k] * weight
-        finished += add_squares(base, position + start, size, squares)
-        store(scratch[0], base, size, out_words, out_longs, start, out_form)
+        finished += finish(scratch[0], base, position + start, size, squares, out_words, out_longs, start, out_form)
         start += size
     return finished
 
@@ -97,8 +96,7 @@ def share_changes(
                 total[k] += delta[k] * (growth if changes[k] == one else one) / changes[k]
         for k in range(size):
             base[k] = total[k] + base[k]
-        finished += add_squares(base, position + start, size, squares)
-        store(scratch[0], base, size, out_words, out_longs, start, out_form)
+        finished += finish(scratch[0], base, position + start, size, squares, out_words, out_longs, start, out_form)
         start += size
     return finished
 
@@ -160,8 +158,7 @@ def add_largest(
             largest, spare = spare, largest
         for k in range(size):
             base[k] = chosen[k] * scale + base[k]
-        finished += add_squares(base, position + start, size, squares)
-        store(scratch[0], base, size, out_words, out_longs, start, out_form)
+        finished += finish(scratch[0], base, position + start, size, squares, out_words, out_longs, start, out_form)
         start += size
     return finished
 
@@ -196,8 +193,7 @@ def add_agreed(
         for k in range(size):
             agreed = one if votes[k] >= least else zero
             base[k] = total[k] * agreed * scale + base[k]
-        finished += add_squares(base, position + start, size, squares)
-        store(scratch[0], base, size, out_words, out_longs, start, out_form)
+        finished += finish(scratch[0], base, position + start, size, squares, out_words, out_longs, start, out_form)
         start += size
     return finished
 
@@ -234,7 +230,6 @@ def add_elected(
                 largest[k] = along if along > largest[k] or along != along else largest[k]
         for k in range(size):
             base[k] = signs[k] * largest[k] * scale + zero + base[k]
-        finished += add_squares(base, position + start, size, squares)
-        store(scratch[0], base, size, out_words, out_longs, start, out_form)
+        finished += finish(scratch[0], base, position + start, size, squares, out_words, out_longs, start, out_form)
         start += size
     return finished

@@ -297,17 +297,18 @@ class _SparseDeltasRun(KernelRun):
 
     def combine_stored(self, stored: Stored, out: Slot) -> float:
         if not self._models:
-            return combine_stored(stored, (1.0,), out)
+            [finished] = combine_stored(stored, [(1.0,)], [out], [1.0])
+            return finished
         sources = np.array([model.source for model in self._models], np.int64)
         trims = Trims([model.sparsifier for model in self._models], stored)
         rule = self._make_rule()
         count = stored.num_elements
         scratch = loops.make_scratch(4 + len(sources))
-        finished: float = delta_loops.combine_deltas(
+        found: float = delta_loops.combine_deltas(
             *stored.sources(), sources, *rule, stored.start, count, *trims.arguments(), *out.arguments(), scratch
         )
         trims.end()
-        return finished
+        return found
 
     def _make_rule(self) -> tuple[Any, ...]:
         """Return arguments by which `delta_loops.combine_deltas` does as `_combine_all` or `_combine_agreeing`."""

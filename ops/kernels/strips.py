@@ -52,25 +52,41 @@ def load_rows(words, longs, place, step, form, bits, values) -> None:
             load(words, longs, start, form, NUM_COLUMNS, strip, values[row * NUM_COLUMNS : (row + 1) * NUM_COLUMNS])
 
 
-def store(bits, values, count, words, longs, place, form) -> None:
-    """Round a strip to the nearest stored values, of two equally near ones to the even one; overwrites the strip.
+def finish(bits, values, position, count, squares, words, longs, place, form) -> float:
+    """Round a strip to the nearest stored values, and return the sum of the squares of a block that ends with it.
 
-    There is one NaN only.
+    Of two equally near values it takes the even one; there is one NaN only. Squares are added to `squares` by their
+    place in a strip, so that whole blocks are added up in the same order wherever results are cut. Overwrites the
+    strip, of which `bits` and `values` are two views.
     """
-    if form == 2:
-        stored = longs[place : place + count]
-        for k in range(count):
-            is_nan = (bits[k] & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-            stored[k] = np.uint32(0x7FC00000) if is_nan else bits[k]
-        return
-    halves = words[place : place + count]
+    lanes = squares[position % STRIP : position % STRIP + count]
     if form == 0:
-        for k in range(count):
-            word = bits[k]
+        halves = words[place : place + count]
+        for k in range(count):  # all at once: a value stays in a register
+            value = np.float32(values[k])
+            lanes[k] += value * value
+            word = value.view(np.uint32)
             rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
             is_nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
             halves[k] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
-        return
+    else:
+        for k in range(count):
+            lanes[k] += values[k] * values[k]
+        if form == 2:
+            stored = longs[place : place + count]
+            for k in range(count):
+                is_nan = (bits[k] & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+                stored[k] = np.uint32(0x7FC00000) if is_nan else bits[k]
+        else:
+            _store_float16(bits, values, count, words[place : place + count])
+    if (position + count) % BLOCK_ELEMENTS:
+        return 0.0
+    finished = sum_up(squares)
+    squares[:] = 0
+    return finished
+
+
+def _store_float16(bits, values, count, halves):
     for k in range(count):
         size = bits[k] & np.uint32(0x7FFFFFFF)
         sign = (bits[k] >> np.uint32(16)) & np.uint32(0x8000)
@@ -110,21 +126,6 @@ def add_wide(columns, wide):
     for k in range(half // 4):
         total += wide[k]
     return total
-
-
-def add_squares(values, position, count, squares):
-    """Add the squares of a strip's values to `squares`, by their place in a strip; return the sum of a finished block.
-
-    Whole blocks are added up in the same order wherever results are cut.
-    """
-    lanes = squares[position % STRIP : position % STRIP + count]
-    for k in range(count):
-        lanes[k] += values[k] * values[k]
-    if (position + count) % BLOCK_ELEMENTS:
-        return 0.0
-    finished = sum_up(squares)
-    squares[:] = 0
-    return finished
 
 
 def count_columns(length):

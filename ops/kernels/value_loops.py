@@ -16,12 +16,11 @@ from raymerge.ops.kernels.delta_loops import take_delta
 from raymerge.ops.kernels.divergence import BITS_OF_ROOT, FRACTION_BITS, LOWEST_EXPONENT, SMALLEST_SHARE
 from raymerge.ops.kernels.strips import (
     NUM_FOLDED_ROWS,
-    add_squares,
     add_wide,
     count_columns,
+    finish,
     load,
     load_rows,
-    store,
 )
 from raymerge.ops.stored import STRIP
 from raymerge.ops.sums import NUM_COLUMNS
@@ -162,7 +161,7 @@ def combine_varying(
     out_words: Array1[np.uint16], out_longs: Array1[np.uint32], out_form: int, squares: Array1[np.float32],
     scratch: Array2[np.uint32],
 ) -> float:  # fmt: skip
-    """Write base + the average of the kept deltas that agree with the sign of their sum; see `add_squares`."""
+    """Write base + the average of the kept deltas that agree with the sign of their sum; see `finish`."""
     values = scratch.view(np.float32)
     num_models = len(weights)
     base, signs, divisor, total = values[0], values[1 + num_models], values[2 + num_models], values[3 + num_models]
@@ -196,8 +195,8 @@ def combine_varying(
                 divisor[k] += weight if agreeing > 0 else zero
         for k in range(size):
             total[k] = total[k] / (smallest if divisor[k] < smallest else divisor[k]) * signs[k] + base[k]
-        finished += add_squares(total, position + start, size, squares)
-        store(scratch[3 + num_models], total, size, out_words, out_longs, start, out_form)
+        total_bits = scratch[3 + num_models]
+        finished += finish(total_bits, total, position + start, size, squares, out_words, out_longs, start, out_form)
         start += size
     return finished
 
@@ -324,7 +323,7 @@ def choose_important(
     out_words: Array1[np.uint16], out_longs: Array1[np.uint32], out_form: int, squares: Array1[np.float32],
     scratch: Array2[np.uint32],
 ) -> float:  # fmt: skip
-    """Write source 1 where it is important, or its importance is NaN, and source 0 elsewhere; see `add_squares`."""
+    """Write source 1 where it is important, or its importance is NaN, and source 0 elsewhere; see `finish`."""
     values = scratch.view(np.float32)
     importance, chosen = values[2], values[3]
     finished = 0.0
@@ -336,7 +335,6 @@ def choose_important(
         for k in range(size):
             is_taken = np.uint32(importance[k] < threshold) - np.uint32(1)  # all bits or none
             chosen_bits[k] = base_bits[k] ^ ((base_bits[k] ^ model_bits[k]) & np.uint32(is_taken))
-        finished += add_squares(chosen, position + start, size, squares)
-        store(scratch[3], chosen, size, out_words, out_longs, start, out_form)
+        finished += finish(scratch[3], chosen, position + start, size, squares, out_words, out_longs, start, out_form)
         start += size
     return finished

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import repeat
 
 from raymerge.ops.decoder import Plain
 from raymerge.ops.errors import SourceMismatchError
-from raymerge.ops.kernel import BLOCK_ELEMENTS
+from raymerge.ops.kernel import BLOCK_ELEMENTS, KernelRun
 from raymerge.ops.lazy import np
 from raymerge.ops.stored import PIECE_ELEMENTS, STRIP, RunAll, Slot, Stored, item_nbytes
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
@@ -45,7 +46,7 @@ class LoopMerger:
         self._tallies = tallies
         self._figures = figures
         self._run_all = run_all
-        self._squares = [np.zeros(STRIP, np.float32) for _ in shards]
+        self._squares = np.zeros((len(shards), STRIP), np.float32)
         self._pending = [0.0] * len(shards)
         """Sums of the squares that are not entered yet."""
         self._tensor: TensorRuns | None = None
@@ -87,8 +88,7 @@ class LoopMerger:
                     self._tensor.end_pass(index)
                 continue
             for stored in self._cut(filled):
-                for output in range(len(self._shards)):
-                    self._combine(self._tensor, output, stored)
+                self._combine(self._tensor, stored)
             if is_last:
                 self._tensor.note_figures(self._figures)
 
@@ -117,37 +117,43 @@ class LoopMerger:
             return self._gatherer.cut(filled)
         return [Stored(filled.window.start, filled.window.stop, filled.buffer, filled.offsets, _list_dtypes(merge))]
 
-    def _combine(self, tensor: TensorRuns, output: int, stored: Stored) -> None:
-        """Append the results of a window to one output, as many at once as its buffer has room for."""
-        shard = self._shards[output]
+    def _combine(self, tensor: TensorRuns, stored: Stored) -> None:
+        """Append the results of a window to all outputs, as many at once as their buffers have room for."""
         dtype = DTYPES[tensor.merge.written_dtype]
         item = item_nbytes(dtype.torch_name)
+        runs = tensor.combining_runs()
         start = stored.start
         while start < stored.stop:
-            room = shard.reserve()
-            stop = min(stored.stop, start + len(room) // item)
+            rooms = [shard.reserve() for shard in self._shards]
+            stop = min(stored.stop, start + min(map(len, rooms)) // item)
             pieces = stored.cut(start, stop).split(PIECE_ELEMENTS)
-            slots: list[Slot] = []
+            slots: list[list[Slot]] = []
+            squares = self._squares
             for piece in pieces:
-                squares = np.zeros(STRIP, np.float32) if slots else self._squares[output]
-                place = room[(piece.start - start) * item : (piece.stop - start) * item]
-                slots.append(Slot(place, dtype.torch_name, squares))
-            before = self._pending[output]
-            run = tensor.combining_runs()[output]
-            is_alone = self._run_all is run_in_turn or len(pieces) == 1
-            runs = [run] * len(pieces) if is_alone else run.fork(pieces, self._run_all)
+                squares = np.zeros_like(squares) if slots else squares
+                span = slice((piece.start - start) * item, (piece.stop - start) * item)
+                places = [room[span] for room in rooms]
+                slots.append([Slot(*each) for each in zip(places, repeat(dtype.torch_name), squares, strict=False)])
+            before = self._pending.copy()
+            forks: list[Sequence[KernelRun]] = [runs] * len(pieces)
+            if self._run_all is not run_in_turn and len(pieces) > 1:
+                forks = list(zip(*(run.fork(pieces, self._run_all) for run in runs), strict=True))
             calls = [
-                partial(each.combine_stored, piece, slot) for each, piece, slot in zip(runs, pieces, slots, strict=True)
+                partial(each[0].combine_outputs, each, piece, outs)
+                for each, piece, outs in zip(forks, pieces, slots, strict=True)
             ]
             try:
                 finished = self._run_all(calls)
             except SourceMismatchError as error:
                 raise tensor.explain_difference(error.source) from error
             if dtype.is_mergeable:
-                for piece, slot, squares in zip(pieces, slots, finished, strict=True):
-                    self._note(tensor.merge, output, piece, slot, squares, before if slot is slots[0] else 0.0)
-            self._squares[output] = slots[-1].squares
-            shard.advance((stop - start) * item)
+                for piece, outs, sums in zip(pieces, slots, finished, strict=True):
+                    for output, (slot, total) in enumerate(zip(outs, sums, strict=True)):
+                        self._note(tensor.merge, output, piece, slot, total, before[output])
+                    before = [0.0] * len(before)
+            self._squares = squares
+            for shard in self._shards:
+                shard.advance((stop - start) * item)
             start = stop
 
     def _note(self, merge: TensorMerge, output: int, piece: Stored, slot: Slot, finished: float, before: float) -> None:

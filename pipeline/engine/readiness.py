@@ -127,4 +127,4 @@ def _try_kernel(kernel: Kernel, site: Site) -> None:
         run.measure_stored(index, stored, run_in_turn)
         run.end_pass(index)
     [run] = run.fork([stored], run_in_turn)
-    run.combine_stored(stored, Slot(memoryview(bytearray(8)), "float32", np.zeros(STRIP, np.float32)))
+    run.combine_outputs([run], stored, [Slot(memoryview(bytearray(8)), "float32", np.zeros(STRIP, np.float32))])

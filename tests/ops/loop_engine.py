@@ -69,20 +69,19 @@ class LoopEngine:
         squares = [0.0] * len(kernels)
         lanes = [np.zeros(STRIP, np.float32) for _ in kernels]
         pieces = [self._stored().cut(start, stop) for start, stop in _cut(count, cuts)]
+        ordered = [runs[position] for position in range(len(kernels))]
+        forks: list[Sequence[KernelRun]] = [ordered] * len(pieces)
         if is_forked and pieces:
-            for position, out in enumerate(outs):
-                forks = runs[position].fork(pieces, run_in_turn)
-                for run, piece in reversed(list(zip(forks, pieces, strict=True))):
-                    place = memoryview(out)[piece.start * out_dtype.itemsize : piece.stop * out_dtype.itemsize]
-                    run.combine_stored(piece, Slot(place, name, np.zeros(STRIP, np.float32)))
-            pieces = []
-        for piece in pieces:
-            start, stop = piece.start, piece.stop
-            for position, out in enumerate(outs):
-                slot = Slot(
-                    memoryview(out)[start * out_dtype.itemsize : stop * out_dtype.itemsize], name, lanes[position]
-                )
-                squares[position] += runs[position].combine_stored(piece, slot)
+            forks = list(zip(*(run.fork(pieces, run_in_turn) for run in ordered), strict=True))[::-1]
+            pieces.reverse()
+        for piece, each in zip(pieces, forks, strict=True):
+            span = slice(piece.start * out_dtype.itemsize, piece.stop * out_dtype.itemsize)
+            slots = [
+                Slot(memoryview(out)[span], name, np.zeros(STRIP, np.float32) if is_forked else sums)
+                for out, sums in zip(outs, lanes, strict=True)
+            ]
+            for position, finished in enumerate(each[0].combine_outputs(each, piece, slots)):
+                squares[position] += finished
         self.figures = [dict(runs[position].figures()) for position in range(len(kernels))]
         self.norms = [(total + float(rest.sum())) ** 0.5 for total, rest in zip(squares, lanes, strict=True)]
         return [_tensor(out, out_dtype).reshape(self._site.shape) for out in outs]

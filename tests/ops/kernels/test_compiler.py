@@ -13,12 +13,13 @@ RUN = """
 import sys
 import numpy as np
 from raymerge.ops.kernels import loops
-from raymerge.ops.stored import STRIP, Slot, Stored
+from raymerge.ops.stored import STRIP, Slot, Stored, find_slots
 out = bytearray(8)
 stored = Stored(0, 2, memoryview(bytearray(np.array([1, 2, 30, 40], np.float32))), (0, 8), ("float32",) * 2)
 slot = Slot(memoryview(out), "float32", np.zeros(STRIP, np.float32))
-factors = np.array([1, 0.5], np.float32)
-loops.combine(*stored.sources(), factors, np.float32(1), 0, 2, *slot.arguments(), loops.make_scratch(2))
+factors, divisors = np.array([[1, 0.5]], np.float32), np.ones(1, np.float32)
+sums = np.zeros((1, STRIP), np.float32), np.zeros(1), loops.make_scratch(loops.NUM_DECODED + 1)
+loops.combine(*stored.sources(), factors, divisors, 0, 2, *find_slots([slot]), *sums)
 print(*np.frombuffer(out, np.float32), "numba" in sys.modules, "torch" in sys.modules)
 """
 
