@@ -69,8 +69,8 @@ class LoopEngine:
         squares = [0.0] * len(kernels)
         lanes = [np.zeros(STRIP, np.float32) for _ in kernels]
         pieces = [self._stored().cut(start, stop) for start, stop in _cut(count, cuts)]
-        ordered = [runs[position] for position in range(len(kernels))]
-        forks: list[Sequence[KernelRun]] = [ordered] * len(pieces)
+        ordered: Sequence[KernelRun] = [runs[position] for position in range(len(kernels))]
+        forks: Sequence[Sequence[KernelRun]] = [ordered] * len(pieces)
         if is_forked and pieces:
             forks = list(zip(*(run.fork(pieces, run_in_turn) for run in ordered), strict=True))[::-1]
             pieces.reverse()
