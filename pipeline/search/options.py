@@ -12,8 +12,7 @@ from raymerge.pipeline.search.study import Direction, Sampler
 
 SEARCH = "Search"
 _MAXIMISED = ("accuracy", "thinking")
-_GENERATION = {"nsga2": 2, "cmaes": 3}
-"""Smallest batches of samplers that learn from generations."""
+_MIN_CMAES_BATCH = 3
 OBJECTIVES = (*_MAXIMISED, "tokens", "loss", "cut_off")
 """Figures of evaluations that may become better."""
 
@@ -27,7 +26,7 @@ class SearchOptions:
     """
 
     budget: Annotated[int, Help("Trials in all; a later run with more goes on from there.", SEARCH, "N")] = 40
-    sampler: Annotated[Sampler, Help("What proposes settings.", SEARCH)] = "nsga2"
+    sampler: Annotated[Sampler, Help("What proposes settings.", SEARCH)] = "tpe"
     objective: Annotated[
         list[str] | None,
         Help(
@@ -58,8 +57,8 @@ class SearchOptions:
                 raise ConfigError(f"objective is {name!r}; {suggest(name, OBJECTIVES)}")
         if len(set(names)) < len(names):
             raise ConfigError(f"objective: {', '.join(names)}; give each once")
-        if self.batch < (least := _GENERATION.get(self.sampler, 1)):
-            raise ConfigError(f"{self.sampler} takes a batch for a generation; it must be {least} or more")
+        if self.sampler == "cmaes" and self.batch < _MIN_CMAES_BATCH:
+            raise ConfigError(f"cmaes takes a batch for a generation; it must be {_MIN_CMAES_BATCH} or more")
         if self.sampler == "soup" and len(names) > 1:
             raise ConfigError(f"a soup has one objective, and {', '.join(names)} are given; leave one")
 

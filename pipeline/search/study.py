@@ -20,6 +20,8 @@ Sampler = Literal["nsga2", "tpe", "cmaes", "grid", "random", "soup"]
 Settings = Mapping[str, object]
 """A value for each path of the config."""
 
+_MIN_GENERATION = 8
+"""Fewest trials of a generation, and fewest random ones before values are modelled: smaller batches make up several."""
 _DIGITS = 6
 """Of a proposed number: settings that differ less make models which nobody can tell apart."""
 
@@ -89,10 +91,11 @@ def _make_sampler(
     optuna: ModuleType, space: Space, sampler: Sampler, num_objectives: int, batch_size: int, seed: int
 ) -> Any:
     samplers = optuna.samplers
+    generation = max(batch_size, _MIN_GENERATION)
     if sampler == "nsga2":
-        return samplers.NSGAIISampler(population_size=batch_size, seed=seed)
+        return samplers.NSGAIISampler(population_size=generation, seed=seed)
     if sampler == "tpe":
-        return samplers.TPESampler(n_startup_trials=batch_size, multivariate=True, constant_liar=True, seed=seed)
+        return samplers.TPESampler(n_startup_trials=generation, multivariate=True, constant_liar=True, seed=seed)
     if sampler == "cmaes":
         if num_objectives > 1:
             raise ConfigError("the sampler cmaes has one objective; give --objective once, or take nsga2 or tpe")

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 import pytest
 
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.search.options import SearchOptions
 from raymerge.pipeline.search.space import Choices, Interval, Space
 from raymerge.pipeline.search.study import Direction, Sampler, Study
 
@@ -62,3 +65,36 @@ def test_a_sampler_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         Study(space, sampler, [ACCURACY, TOKENS][:num_objectives], 4, 0)
+
+
+def count_area(values: Sequence[Sequence[float]]) -> float:
+    """Return the area between accuracy 0 with 10 tokens and what some values reach."""
+    area, reached = 0.0, 0.0
+    for accuracy, tokens in sorted(values, key=lambda found: (found[1], -found[0])):
+        if tokens < 10 and accuracy > reached:
+            area += (accuracy - reached) * (10 - tokens)
+            reached = accuracy
+    return area
+
+
+@pytest.mark.slow
+def test_the_default_sampler_is_better_than_random_with_few_trials() -> None:
+    space: Space = {f"weight[{k}]": Interval(0, 1, None, is_log=False, is_whole=False) for k in range(5)}
+
+    def judge(settings: Mapping[str, object]) -> tuple[float, float]:
+        weights = [float(str(value)) for value in settings.values()]
+        share = sum(weights) / len(weights)
+        spread = sum((weight - 0.15 * k) ** 2 for k, weight in enumerate(weights))
+        return share * math.exp(-spread), 10 * share**2 + 2 * spread
+
+    areas: dict[Sampler, list[float]] = {SearchOptions().sampler: [], "random": []}
+    for sampler, found in areas.items():
+        for seed in range(5):
+            study, values = Study(space, sampler, [ACCURACY, TOKENS], 8, seed), []
+            for _ in range(5):
+                came = [judge(settings) for settings in study.ask(8)]
+                study.tell(came)
+                values += came
+            found.append(count_area(values))
+    best, plain = (statistics.median(found) for found in areas.values())
+    assert best > 1.05 * plain, areas
