@@ -192,19 +192,22 @@ def merge_planned(
     narrator.planned(the_plan)
     on_held = narrator.held if options.wait else None
     with ExitStack() as stack:
-        opened = [
-            stack.enter_context(
+        held = {  # in one order, so that no two runs wait for each other
+            target: stack.enter_context(
                 open_output(
                     stores,
                     target,
-                    output.fingerprint,
+                    fingerprint,
                     list_outputs(the_plan),
                     overwrite=options.overwrite,
                     on_held=on_held,
                 )
             )
-            for target, output in zip(targets, the_plan.outputs, strict=True)
-        ]
+            for target, fingerprint in sorted(
+                zip(targets, (output.fingerprint for output in the_plan.outputs), strict=True)
+            )
+        }
+        opened = [held[target] for target in targets]
         unfinished = [k for k, (state, _) in enumerate(opened) if state is not OutputState.COMPLETE]
         complete = [k for k in range(len(targets)) if k not in unfinished]
         if options.recheck:
@@ -310,12 +313,16 @@ def check_target(stores: Stores, plan: MergePlan, position: int, out: str | Path
         RaymergeError: it overlaps with an input, holds something else, or has no room.
     """
     target = locate_output(stores, out)
-    output = plan.outputs[position]
     check_apart(stores, target, plan.directories)
-    check_state(stores, target, output.fingerprint, overwrite=overwrite)
-    needed = sum(task.outputs[position].nbytes for task in plan.tasks) + sum(file.nbytes for file in output.side_files)
-    stores.at(target).check_space(target, needed - measure_nbytes(stores, target))
+    check_state(stores, target, plan.outputs[position].fingerprint, overwrite=overwrite)
+    stores.at(target).check_space(target, count_nbytes(plan, position) - measure_nbytes(stores, target))
     return target
+
+
+def count_nbytes(plan: MergePlan, position: int) -> int:
+    """Return the bytes of an output of a plan."""
+    side_files = plan.outputs[position].side_files
+    return sum(task.outputs[position].nbytes for task in plan.tasks) + sum(file.nbytes for file in side_files)
 
 
 def _recheck(stores: Stores, out: str, num_workers: int) -> None:

@@ -43,8 +43,8 @@ def write_rows(tmp_path: Path) -> tuple[Any, list[str]]:
 
 def write_documents(tmp_path: Path) -> tuple[Any, list[str]]:
     a, b, c = (str(model) for model in write_family(tmp_path))
-    first = {"name": "first", "merge_method": "linear", "models": entries(a, b), "tokenizer_source": "union"}
-    first["parameters"] = {"weight": 0.5}
+    first: dict[str, Any] = {"name": "first", "merge_method": "linear", "models": entries(a, b)}
+    first |= {"tokenizer_source": "union", "parameters": {"weight": 0.5}}
     last = {"merge_method": "slerp", "base_model": "first", "models": entries(c), "tokenizer_source": "union"}
     return yaml.safe_dump_all([first, last]), ["t=0.2:0.8:0.3"]
 

@@ -126,7 +126,23 @@ def read_spectrum(stores: Stores, directory: str) -> Spectrum:
             f"{directory} has no {RECORD}; `raymerge sweep CONFIG {directory} --set ...` makes one"
         ) from None
     except ValueError as error:
-        raise OutputError(f"{url} is damaged: {error}; run the sweep again, which writes it anew") from error
+        raise OutputError(
+            f"{url} is damaged: {error}; `raymerge sweep` with --overwrite writes it anew, or move it away"
+        ) from error
+
+
+def read_before(stores: Stores, directory: str, *, overwrite: bool) -> Spectrum | None:
+    """Return the record that is there; None where there is none, or it is damaged and is to be overwritten.
+
+    Raises:
+        OutputError: it is damaged.
+    """
+    try:
+        return read_spectrum(stores, directory) if has_spectrum(stores, directory) else None
+    except OutputError:
+        if not overwrite:
+            raise
+        return None
 
 
 def write_spectrum(stores: Stores, directory: str, spectrum: Spectrum) -> None:
@@ -160,12 +176,7 @@ def update_spectrum(
                 if not left:
                     raise
                 time.sleep(_LOCK_SECONDS)
-        try:
-            before = read_spectrum(stores, directory) if has_spectrum(stores, directory) else None
-        except OutputError:
-            if not overwrite:
-                raise
-            before = None
+        before = read_before(stores, directory, overwrite=overwrite)
         after = change(before)
         if after != before:
             write_spectrum(stores, directory, after)

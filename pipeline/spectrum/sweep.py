@@ -12,12 +12,11 @@ from typing import Any, Literal, Unpack
 
 from raymerge import __version__
 from raymerge.ops.own import read_own_ops
-from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.find import find_models
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.adapter import NO_UPDATE
 from raymerge.pipeline.config.merge_config import MergeConfig
-from raymerge.pipeline.driver import check_doubts, check_target, merge_planned
+from raymerge.pipeline.driver import check_doubts, merge_planned
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.options import MergeKeywords, MergeOptions, make_options
 from raymerge.pipeline.output.state import locate_output
@@ -39,12 +38,12 @@ from raymerge.pipeline.spectrum.record import (
     Point,
     Spectrum,
     choose_url,
-    has_spectrum,
     locate_point,
-    read_spectrum,
+    read_before,
     update_spectrum,
 )
 from raymerge.pipeline.spectrum.report import format_sweep
+from raymerge.pipeline.spectrum.targets import check_no_model, check_targets
 from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.settings import StoreSettings
 from raymerge.pipeline.workers import Workers, find_workers, start_workers
@@ -101,7 +100,7 @@ def sweep(
     narrator = Narrator(on_event or (lambda event: None))
     with _prepare(config, str(out), set, options) as prepared:
         stores, directory, planned = prepared.stores, prepared.directory, prepared.plan
-        targets = [_check_targets(stores, directory, planned.spectrum, batch, options) for batch in planned.batches]
+        targets = prepared.check_targets()
         record = partial(_record, stores, directory, planned, options)
         spectrum = record()
         narrator.told(_announce(planned, materialize))
@@ -137,8 +136,7 @@ def plan_sweep(
     """
     options = make_options(options, keywords)
     with _prepare(config, str(out), set, options) as prepared:
-        for batch in prepared.plan.batches:
-            _check_targets(prepared.stores, prepared.directory, prepared.plan.spectrum, batch, options)
+        prepared.check_targets()
         return prepared.plan
 
 
@@ -152,7 +150,7 @@ class _Prepared:
         places = [f"{directory}/{point.name}" for point in recipe.points[:1]]
         self.workers: Workers = find_workers(stores, configs, places, options, stack)
         batches = make_batches(recipe.points, self.make, self.workers.limits.num_workers)
-        before = read_spectrum(stores, directory) if has_spectrum(stores, directory) else None
+        before = read_before(stores, directory, overwrite=options.overwrite)
         made = _make_spectrum(recipe, batches, directory, options)
         spectrum = extend(before, made, directory, overwrite=options.overwrite)
         self.plan = SweepPlan(recipe, _drop_equal(batches, spectrum), spectrum)
@@ -172,6 +170,11 @@ class _Prepared:
         check_doubts(plan, strict=self._options.strict)
         return plan
 
+    def check_targets(self) -> list[list[str]]:
+        """Return where the models of each batch go, once nothing is in the way there."""
+        overwrite = self._options.overwrite
+        return check_targets(self.stores, self.directory, self.plan.spectrum, self.plan.batches, overwrite=overwrite)
+
 
 @contextmanager
 def _prepare(config: Config, out: str, sets: Sets, options: MergeOptions) -> Iterator[_Prepared]:
@@ -181,19 +184,10 @@ def _prepare(config: Config, out: str, sets: Sets, options: MergeOptions) -> Ite
     own = None if options.ops is None else read_own_ops(options.ops)
     with open_stores(StoreSettings(options.storage, options.private)) as stores, ExitStack() as stack:
         directory = locate_output(stores, out)
-        _check_no_model(stores, directory)
+        check_no_model(stores, directory)
         find = partial(find_models, stores)
         recipe = make_points(config, sets, options.seed, strict=options.strict, own=own, find=find)
         yield _Prepared(stores, recipe, directory, options, stack)
-
-
-def _check_no_model(stores: Stores, directory: str) -> None:
-    url = f"{directory}/{CONFIG}"
-    try:
-        stores.at(url).stat(url)
-    except FileNotFoundError:
-        return
-    raise OutputError(f"{directory} holds a model ({CONFIG}); choose another directory for the sweep's models")
 
 
 def _make_spectrum(recipe: Recipe, batches: Sequence[Batch], directory: str, options: MergeOptions) -> Spectrum:
@@ -242,17 +236,6 @@ def _drop_equal(batches: Sequence[Batch], spectrum: Spectrum) -> tuple[Batch, ..
         if positions:
             kept.append(Batch(tuple(batch.points[k] for k in positions), select_outputs(batch.plan, positions)))
     return tuple(kept)
-
-
-def _check_targets(
-    stores: Stores, directory: str, spectrum: Spectrum, batch: Batch, options: MergeOptions
-) -> list[str]:
-    """Return where the models of a batch go, once nothing is in the way there."""
-    by_name = {point.name: point for point in spectrum.points}
-    return [
-        check_target(stores, batch.plan, k, locate_point(directory, by_name[point.name]), overwrite=options.overwrite)
-        for k, point in enumerate(batch.points)
-    ]
 
 
 def _record(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,50 @@ def test_nothing_is_made_of_what_cannot_all_be_made(family: tuple[Path, ...], tm
     with pytest.raises(TensorMismatchError, match=r"1 of 2 points cannot be made:\nmodel1-tuned1: "):
         raymerge.sweep(other, tmp_path / "s", {"models[1].model": [str(family[2]), str(lone)]})
     assert not (tmp_path / "s").exists()
+
+
+def test_what_is_in_the_way_is_found_before_anything_is_made(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("slerp", family)
+    for name, said in (
+        ("t-0.4", "t-0.4 is a file, and the model t-0.4 goes there"),
+        ("t-0.4/mine.txt", "is not empty"),
+    ):
+        out = tmp_path / name.replace("/", "-")
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+        with pytest.raises(OutputError, match=said):
+            raymerge.sweep(config, out, ["t=0.2,0.4"])
+        assert [path.name for path in out.iterdir()] == ["t-0.4"]
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / RECORD).write_text("mine")
+    with pytest.raises(OutputError, match=r"spectrum.json is damaged: .*; `raymerge sweep` with --overwrite writes it"):
+        raymerge.sweep(config, tmp_path / "s", ["t=0.2"])
+    raymerge.sweep(config, tmp_path / "s", ["t=0.2"], overwrite=True)
+    check_models(tmp_path / "s", tmp_path / "alone")
+
+
+def test_all_models_need_room_together(family: tuple[Path, ...], tmp_path: Path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place], check=False).returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        raymerge.sweep(make_config("slerp", family), place / "one", ["t=0.5"])
+        with pytest.raises(OutputError, match=r"s: [\d,]+ bytes are still to be written, [\d,]+ are free in"):
+            raymerge.sweep(make_config("slerp", family), place / "s", ["t=0.1:0.9:0.1"])
+        assert not (place / "s").exists()
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_sweeps_that_wait_for_each_other_end(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("slerp", family)
+    with ThreadPoolExecutor() as pool:
+        sets = [["t=0.2,0.4,0.6"], ["t=0.6,0.4,0.2"]] * 2
+        runs = [pool.submit(raymerge.sweep, config, tmp_path / "s", each, wait=True, workers=1) for each in sets]
+        reports = [run.result(60) for run in runs]
+    assert sum(not each.was_complete for report in reports for each in report.reports) == 3, "each was made once"
+    check_models(tmp_path / "s", tmp_path / "alone")
 
 
 @pytest.mark.parametrize(
