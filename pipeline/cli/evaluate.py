@@ -27,7 +27,7 @@ def evaluate(
     ],
     options: EvaluateOptions,
     task: Annotated[
-        list[str] | None, Help("A task file, loss:FILE or lm-eval:TASK; may be repeated.", _TASKS, "TASK")
+        list[str] | None, Help("A task file, loss:FILE, lm-eval:TASK or inspect:TASK; may be repeated.", _TASKS, "TASK")
     ] = None,
     command: Annotated[
         list[str] | None,

@@ -19,6 +19,7 @@ from raymerge.pipeline.errors import MergeError
 _MODULES = {
     "transformers": "raymerge.pipeline.evaluation.generation.transformers_worker",
     "lm-eval": "raymerge.pipeline.evaluation.generation.lm_eval_worker",
+    "inspect": "raymerge.pipeline.evaluation.generation.inspect_worker",
 }
 """The modules that are such a process, by backend."""
 _LOOK_SECONDS = 0.5

@@ -1,0 +1,170 @@
+"""Tasks of Inspect, by the library."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.evaluation.evaluator import EvaluationError, Evaluator, Model, Place, Task
+from raymerge.pipeline.evaluation.figures import Figures, summarise
+from raymerge.pipeline.evaluation.generation.engine import Engine, EngineError
+from raymerge.pipeline.evaluation.options import EvaluateOptions
+from raymerge.pipeline.evaluation.samples import Sample
+from raymerge.pipeline.messages import suggest
+
+_RESULTS = "results"
+"""Item of the sample that holds Inspect's own figures, written last."""
+
+
+@dataclass(frozen=True)
+class InspectTask(Task):
+    """A task of Inspect, with the scorer that counts."""
+
+    libraries = ("inspect_ai", "transformers", "accelerate")
+
+    name: str
+    digest: str
+    task: str
+    scorer: str
+    """Empty for the first."""
+    arguments: Mapping[str, object]
+    """Of the generation, in place of the task's own; None where the task says."""
+    limit: int | None
+    dtype: str
+    batch_size: int
+
+    @property
+    def sampling(self) -> Mapping[str, object]:
+        """What goes before the task's own sampling, and which items."""
+        shown = {"scorer": self.scorer, "arguments": dict(self.arguments), "dtype": self.dtype}
+        return shown if self.limit is None else {**shown, "items": self.limit}
+
+    @property
+    def num_samples(self) -> int:
+        """Unknown before Inspect has read its data."""
+        return 0
+
+    def run(
+        self, model: Model, place: Place, finished: Collection[tuple[str, int]], keep: Callable[[Sample], None]
+    ) -> None:
+        """Have Inspect do the whole task, unless it is done."""
+        if (_RESULTS, 0) in finished:
+            return
+        place.engine.close()  # its model would share the GPU
+        request = {
+            "kind": "evaluate",
+            "model": model.directory,
+            "task": self.task,
+            "limit": self.limit,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+            **self.arguments,
+        }
+        try:
+            with _inspect(place.engine.environment, place.engine.timeout) as engine:
+                answers = list(engine.ask(request, place.check))
+        except EngineError as error:
+            raise EvaluationError(f"{model.name} with Inspect: {error}") from error
+        results = answers.pop()["results"]
+        for answer in answers:
+            keep(make_sample(answer["sample"], self.scorer))
+        keep(Sample(_RESULTS, 0, None, measures=results))
+
+    def summarise(self, samples: Collection[Sample]) -> Figures:
+        """Return the figures of the samples; those of Inspect are among the others."""
+        [results] = [sample for sample in samples if sample.item == _RESULTS]
+        answers = [sample for sample in samples if sample.item != _RESULTS]
+        found = summarise(answers)
+        reasoning = [sample.measures["reasoning_tokens"] for sample in answers]
+        mean = {"reasoning_tokens": fmean(reasoning)} if reasoning else {}
+        return replace(found, other={**found.other, **mean, **results.measures})
+
+
+class InspectTasks(Evaluator):
+    """`inspect:TASK`: a task of Inspect, by its name or as `FILE.py@TASK`."""
+
+    prefix = "inspect:"
+
+    def prepare(self, name: str, options: EvaluateOptions) -> Task:
+        """Make sure that Inspect is there, and has the task and the scorer."""
+        try:
+            version = metadata.version("inspect-ai")
+        except metadata.PackageNotFoundError:
+            raise ConfigError(
+                f"--task inspect:{name}: Inspect is not installed; pip install 'raymerge[inspect]'"
+            ) from None
+        task, _, scorer = name.partition(":")
+        file = Path(task.partition("@")[0])
+        if file.suffix != ".py":
+            decides = [task, *_find_version(task.partition("/")[0])]
+        elif file.is_file():
+            decides = [task.partition("@")[2], hashlib.sha256(file.read_bytes()).hexdigest()]
+        else:
+            raise ConfigError(f"--task inspect:{name}: there is no file {file}")
+        with _inspect({}, options.timeout) as engine:
+            try:
+                [answer] = engine.ask({"kind": "list", "task": task}, lambda: None)
+            except EngineError as error:
+                raise ConfigError(f"--task inspect:{name}: Inspect cannot load the task: {error}") from error
+        known = answer["scorers"]
+        if scorer and scorer.partition("/")[0] not in known:
+            raise ConfigError(f"--task inspect:{name}: the task has no scorer {scorer!r}; {suggest(scorer, known)}")
+        arguments = {
+            "epochs": options.samples,
+            "temperature": options.temperature,
+            "max_tokens": options.max_new_tokens,
+            "seed": options.seed,
+        }
+        return InspectTask(
+            name=f"inspect:{answer['task']}{':' if scorer else ''}{scorer}",
+            digest=hashlib.sha256("\0".join([version, *decides]).encode()).hexdigest(),
+            task=task,
+            scorer=scorer,
+            arguments=arguments,
+            limit=options.limit,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+        )
+
+
+def make_sample(found: Mapping[str, Any], scorer: str) -> Sample:
+    """Return the sample that the worker describes, scored by one of its scorers, or by the first."""
+    scores: Mapping[str, float] = found["scores"]
+    chosen = scorer or next(iter(scores), "")
+    chosen = next((name for name in scores if name == chosen or name.startswith(f"{chosen}/")), chosen)
+    return Sample(
+        found["item"],
+        found["number"],
+        scores.get(chosen),
+        tokens=found["tokens"],
+        thinking=found["thinking"],
+        cut_off=found["cut_off"],
+        measures={**scores, "reasoning_tokens": found["reasoning_tokens"]},
+        detail={key: found[key] for key in ("prompt", "thoughts", "texts", "expected")},
+    )
+
+
+def _find_version(package: str) -> list[str]:
+    try:
+        return [metadata.version(package)]
+    except metadata.PackageNotFoundError:
+        return []
+
+
+@contextmanager
+def _inspect(environment: Mapping[str, str], timeout: float = math.inf) -> Iterator[Engine]:
+    """Have Inspect in a process of its own, which may load data sets from the Hub."""
+    engine = Engine("inspect", {**environment, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}, timeout)
+    try:
+        yield engine
+    finally:
+        engine.close()

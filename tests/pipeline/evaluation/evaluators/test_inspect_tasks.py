@@ -1,0 +1,69 @@
+"""Tasks of Inspect, where it is installed, with a model that is real and tiny."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import raymerge
+from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.evaluation.evaluators.inspect_tasks import make_sample
+from tests.tokenized_models import TEXTS, byte_level, write_tokenized
+
+TASK = """
+from inspect_ai import Task, task
+from inspect_ai.dataset import Sample
+from inspect_ai.scorer import includes, match
+from inspect_ai.solver import generate
+
+@task
+def letters():
+    data = [Sample(id="a", input="the quick", target="q"), Sample(id="b", input="lazy dog, and more of it", target="z")]
+    return Task(dataset=data, solver=generate(), scorer=[includes(), match()])
+"""
+
+
+def test_a_sample_is_scored_by_the_scorer_that_counts() -> None:
+    found = {"scores": {"includes": 1.0, "graded/style": 0.5}, "tokens": 9, "reasoning_tokens": 4}
+    found |= {"item": "a", "number": 1, "thinking": True, "cut_off": False}
+    found |= dict.fromkeys(("prompt", "thoughts", "texts", "expected"), "x")
+    assert [make_sample(found, scorer).score for scorer in ("", "graded", "graded/style", "other")] == [
+        1,
+        0.5,
+        0.5,
+        None,
+    ]
+    sample = make_sample(found, "")
+    assert (sample.key, sample.tokens, sample.measures["reasoning_tokens"]) == (("a", 1), 9, 4)
+
+
+@pytest.mark.skipif(find_spec("inspect_ai") is not None, reason="Inspect is installed")
+def test_without_inspect_it_is_said_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not installed; pip install 'raymerge\[inspect\]'"):
+        raymerge.evaluate(tmp_path, "inspect:letters.py")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("inspect_ai") is None, reason="it is an extra of many packages")
+def test_a_task_of_ones_own(tmp_path: Path) -> None:
+    model = write_tokenized(tmp_path / "model", 1, byte_level(TEXTS[0]))
+    (tmp_path / "letters.py").write_text(TASK)
+    task, out = f"inspect:{tmp_path / 'letters.py'}", tmp_path / "out"
+    [found] = raymerge.evaluate(model, f"{task}@letters:match", out=str(out), samples=2, max_new_tokens=8, seed=1)
+    assert (found.state, found.task) == ("complete", "inspect:letters:match")
+    assert (found.num_items, found.num_samples) == (2, 2)
+    lines = (out / "model" / found.samples).read_text().splitlines()
+    samples = [json.loads(line) for line in lines][:-1]
+    assert found.accuracy
+    assert found.accuracy.mean == pytest.approx(found.other["match/accuracy"])
+    assert found.tokens
+    assert found.tokens.mean == sum(each["tokens"] for each in samples) / 4
+    assert all(0 < each["tokens"] <= 8 for each in samples)
+    assert found.cut_off == sum(each["tokens"] == 8 for each in samples) / 4
+    with pytest.raises(ConfigError, match="the task has no scorer 'mtch'; did you mean"):
+        raymerge.evaluate(model, f"{task}:mtch", out=str(out))
+    with pytest.raises(ConfigError, match=r"Inspect cannot load the task: .*No inspect tasks"):
+        raymerge.evaluate(model, "inspect:nonesuch", out=str(out))
