@@ -53,8 +53,11 @@ def read_mixture(root: Place, document: Document, parse_model: ParseModel) -> Me
         parse_model: returns the model that is named at a place.
     """
     if (method := root.get("merge_method")).value not in (None, MIXTURE):
-        root.note(method.error(f"{shown(method.value)} is given, and experts make a mixture; write {MIXTURE!r}"))
-        return None
+        problem = f"{shown(method.value)} is given, and experts make a mixture"
+        if root.get("models") or root.get("slices") or root.get("modules"):
+            root.note(method.error(f"{problem}; write {MIXTURE!r}, and leave out what else is merged"))
+            return None
+        method.warn(f"{problem}: ignored, as mergekit-moe does; write {MIXTURE!r}")
     root.check_keys(KEYS)
     base = root.attempt(partial(_read_base, parse_model=parse_model))
     dtypes = [root.get(key).attempt(parse_dtype) for key in ("dtype", "out_dtype")]

@@ -8,7 +8,17 @@ from dataclasses import dataclass, replace
 
 from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.model_config import Json, compare_configs, count_layers
-from raymerge.pipeline.checkpoint.modules import TEXT, VISION, Module, Modules, common_prefix, find_modules
+from raymerge.pipeline.checkpoint.modules import (
+    AUDIO,
+    PROJECTOR,
+    ROLES,
+    TEXT,
+    VISION,
+    Module,
+    Modules,
+    common_prefix,
+    find_modules,
+)
 from raymerge.pipeline.checkpoint.names import find_layers, natural_key
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source
@@ -26,6 +36,8 @@ _SHOWN = 6
 _TAKEN_OUT = "deepstack_visual_indexes"
 _CHOSEN_LAYERS = ("vision_feature_layer", "mm_vision_select_layer", "select_layer")
 """Fields for the layer whose output is what a vision tower gives."""
+_BESIDE_TEXT = frozenset((VISION, AUDIO, PROJECTOR))
+"""Roles that no name of a whole language model stands for."""
 _LANGUAGE_MODEL = "text_decoder"
 """The module whose layers the top-level `slices` stack where the rest is copied."""
 
@@ -211,6 +223,8 @@ def settle_modules(config: MergeConfig, models: Mapping[ModelRef, Model]) -> Mer
     donor, *others = known
     (first, *more) = config.modules
     if known[donor].is_one and all(each.is_one for each in known.values()) and not more:
+        if not _BESIDE_TEXT.isdisjoint(ROLES.get(first.name, ())):
+            _choose(known[donor], first, models[donor])
         note = f"{first.place}: {donor} has no modules, so {first.name} stands for the whole model"
         return replace(
             config,

@@ -204,6 +204,11 @@ def test_one_module_of_models_without_modules_is_the_whole() -> None:
     assert settle(config).notes == ("modules.llm: text has no modules, so llm stands for the whole model",)
 
 
+def test_a_language_model_is_no_vision_tower() -> None:
+    with pytest.raises(ConfigError, match=r"modules\.vision_tower: text has no module of this name; It is one module"):
+        settle(linear(vision_tower=models("text", "text2")))
+
+
 def test_the_first_model_with_all_modules_gives_the_rest() -> None:
     named = {"text_decoder": models("text2"), "vision_tower": models("vl2")}
     config = settle({**TASKS, "modules": named})
