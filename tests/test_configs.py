@@ -1,4 +1,7 @@
-"""Every config that is shipped: planned on models of the real shapes, and run on small ones of the same depth."""
+"""Every config that is shipped: planned on models of the real shapes, and run on small ones of the same depth.
+
+Adapters, pipelines and sweeps have tests of their own.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from raymerge import merge, plan, verify
 from tests.checkpoints import add_noise, read_tensors, write_checkpoint, write_sparse
+from tests.tokenized_models import TEXTS, byte_level, write_tokenizer
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.y*ml"))
+ROOT = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(ROOT.glob("*.y*ml"))
+KINDS = ("documents", "mixtures", "multimodal", "statistics", "tokenizers")
+"""Directories of configs whose models need more than weights."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ ARCHITECTURES = [
     (r"Qwen/Qwen2\.5-VL-7B", Architecture("qwen2_5_vl", 28, 3584, 18_944, 28, 4, 152_064, num_blocks=32), 1e6),
     (r"deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", Architecture("qwen2", 28, 3584, 18_944, 28, 4, 152_064), 1e4),
     (
-        r"mistralai/Mistral-7B|HuggingFaceH4/zephyr-7b|Intel/neural-chat-7b",
+        r"mistralai/Mistral-7B|HuggingFaceH4/zephyr-7b|Intel/neural-chat-7b|teknium/OpenHermes|WizardLM/WizardMath-7B",
         Architecture("mistral", 32, 4096, 14_336, 32, 8, 32_000),
         1e4,
     ),
@@ -99,7 +107,7 @@ def find_models(node: object) -> set[str]:
         return {model for element in node for model in find_models(element)}
     if not isinstance(node, Mapping):
         return set()
-    own = {node[key] for key in ("model", "base_model") if isinstance(node.get(key), str)}
+    own = {node[key] for key in ("model", "base_model", "source_model") if isinstance(node.get(key), str)}
     return own.union(*(find_models(value) for value in node.values()))
 
 
@@ -156,6 +164,39 @@ def test_small_models_of_the_same_depth_are_merged(config: Path, tmp_path: Path)
     num_layers = json.loads((tmp_path / "merged" / "config.json").read_text())["num_hidden_layers"]
     layers = {int(name.split(".")[2]) for name in merged if ".layers." in name}
     assert layers == set(range(num_layers))
+
+
+@pytest.mark.parametrize(
+    "path", [p for kind in KINDS for p in sorted(ROOT.glob(f"{kind}/*.yml"))], ids=lambda p: p.stem
+)
+def test_configs_of_every_kind(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    documents = list(yaml.safe_load_all(path.read_text()))
+    for number, model in enumerate(sorted(find_models(documents) - {each.get("name") for each in documents})):
+        write_stand_in(model, number)
+    for entry in documents[-1].get("models", []):
+        if file := entry.get("fisher"):
+            Path(file).parent.mkdir(exist_ok=True)
+            save_file({name: x.float().abs() for name, x in read_tensors(Path(entry["model"])).items()}, file)
+    assert not [warning for warning in plan(path).warnings if "unknown" in warning or "ignored" in warning]
+    merge(path, "merged", workers=1)
+    verify(str(tmp_path / "merged"))
+    assert all(bool(x.isfinite().all()) for x in read_tensors(tmp_path / "merged").values())
+
+
+def write_stand_in(model: str, number: int) -> None:
+    """Write a small model of the same depth with a tokenizer; OpenHermes has tokens more than the others."""
+    architecture, config_json = describe(model)
+    tokenizer = byte_level(TEXTS[0], 300)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"] * ("OpenHermes" in model))
+    shapes = architecture.shapes(small=True)
+    for name in shapes.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+        shapes[name] = (tokenizer.get_vocab_size(), *shapes[name][1:])
+    generator = torch.Generator().manual_seed(number)
+    tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
+    write_checkpoint(Path(model), tensors, config_json | sizes | {"vocab_size": tokenizer.get_vocab_size()})
+    write_tokenizer(Path(model), tokenizer)
 
 
 def test_rope_theta_of_qwen_and_deepseek(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_every_key() -> None:
         ({"experts_per_token": 3}, "each token passes through 3, and there are 2 experts"),
         ({"experts_per_token": 0}, "experts_per_token: 0 is given"),
         ({"experts_per_token": True}, "experts_per_token: true is given"),
-        ({"merge_method": "ties", "models": [{"model": "org/b"}]}, "merge_method: \"ties\" is given, and experts make"),
+        ({"merge_method": "ties", "models": [{"model": "org/b"}]}, 'merge_method: "ties" is given, and experts make'),
     ],
 )
 def test_what_cannot_be_meant(changes: dict[str, Any], message: str) -> None:
@@ -116,7 +116,7 @@ def test_doubts() -> None:
     [warning] = load_config(make(experts=[{"source_model": "org/b"}] * 3, gate_mode="random")).warnings
     assert "all 3 experts are org/b" in warning
     [warning] = load_config(make(merge_method="linear")).warnings
-    assert "merge_method: \"linear\" is given, and experts make a mixture: ignored" in warning
+    assert 'merge_method: "linear" is given, and experts make a mixture: ignored' in warning
     [warning] = load_config(make(parameters={"t": 1})).warnings
     assert "parameters: unknown key" in warning
 
