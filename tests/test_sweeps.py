@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import raymerge
 from raymerge import MergeOptions, Planned, verify
 from raymerge.ops.registry import load_ops
 from raymerge.pipeline.config.schema import make_schema
+from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.spectrum.points import make_points
 from raymerge.pipeline.spectrum.record import RECORD, TABLE, Spectrum, locate_point, read_spectrum
 from raymerge.pipeline.stores.open import open_stores
@@ -113,6 +115,24 @@ def test_to_repositories_of_the_hub(family: tuple[Path, ...], hub: HubServer, tm
     assert watch.list(raymerge.SweepDone)[0].collection == f"{hub.url}/collections/{slug}"
     assert [each.was_complete for each in again.reports] == [True, False]
     assert [point.state for point in read_record("hf://me/spectrum").points] == ["complete"] * 3
+
+
+@pytest.mark.slow
+def test_a_spectrum_of_the_hub_is_evaluated_and_drawn(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("judge.py").write_text('print(\'{"accuracy": 0.5, "tokens": 3}\')')
+    raymerge.sweep(make_config(("org/base", "org/tuned1")), "hf://me/s", ["t=0.2,0.5"], workers=1)
+    found = raymerge.evaluate("hf://me/s", f"command:{sys.executable} judge.py {{model}}")
+    names = ["t-0.2", "t-0.5", "base", "tuned1"]
+    assert [(each.model, each.state) for each in found] == [(name, "complete") for name in names]
+    assert sorted(path.name for path in Path("evaluations").glob("[!.]*")) == sorted(names)
+    with pytest.raises(ConfigError, match=r"curve.html cannot be written to hf://me/s; name another directory"):
+        raymerge.curve("hf://me/s")
+    drawn = raymerge.curve("hf://me/s", out="drawn")
+    assert sorted(drawn.views[0].scores) == sorted(names)
+    assert Path("drawn/curve.html").exists()
 
 
 def test_a_token_that_may_make_no_collections_makes_the_models(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

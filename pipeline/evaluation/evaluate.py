@@ -55,7 +55,7 @@ def evaluate(
         subjects = find_subjects(stores, _list(models), only, options.base)
         out = subjects.out if options.out is None else stores.at(options.out).absolute(options.out)
         if options.eval_results:
-            check_benchmarks(prepared, subjects.models)
+            check_benchmarks(stores, prepared, subjects.models)
         run = _Run(stores, out, prepared, on_event or (lambda event: None))
         units = run.plan(subjects.models)
         num_cached = sum(each.state == "complete" for each in run.found.values())

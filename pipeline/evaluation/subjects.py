@@ -59,6 +59,8 @@ class Subject:
     """The directories of model and adapter: what they hold tells which model it is."""
     error: str = ""
     """Why it cannot be evaluated; empty otherwise."""
+    is_parent: bool = False
+    """Whether it is one of a spectrum."""
 
     @property
     def same(self) -> str:
@@ -145,7 +147,9 @@ def _list_spectrum(
         else:
             failed.append(f"{point.name}: its model is no longer in {where}; run the sweep again to make it")
     parents = [parent for parent in spectrum.parents if only is None or parent.name in only]
-    found += [_try_model(stores, locate(parse_ref(each.model)), each.name, base, locate) for each in parents]
+    for each in parents:
+        parent = _try_model(stores, locate(parse_ref(each.model)), each.name, base, locate)
+        found.append(replace(parent, is_parent=True))
     return found, failed
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.evaluation.evaluator import Task
 from raymerge.pipeline.evaluation.evaluators.task_file import TaskFiles
 from raymerge.pipeline.evaluation.hub_results import check_benchmarks, write_hub_result
@@ -13,6 +13,7 @@ from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.evaluation.results import Estimate, Evaluation
 from raymerge.pipeline.evaluation.subjects import Subject
 from raymerge.pipeline.stores.open import Stores
+from tests.servers.hub import HubServer
 
 
 def make_task(tmp_path: Path, benchmark: str) -> Task:
@@ -61,16 +62,43 @@ def test_nothing_is_written_for_what_failed_or_is_gone(tmp_path: Path, stores: S
     assert not (tmp_path / "a").exists()
 
 
-def test_what_cannot_be_written_is_told_before_anything_runs(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_told_before_anything_runs(tmp_path: Path, stores: Stores) -> None:
     with pytest.raises(ConfigError, match="no task says which benchmark"):
-        check_benchmarks([make_task(tmp_path, "")], [])
+        check_benchmarks(stores, [make_task(tmp_path, "")], [])
     task = make_task(tmp_path, "benchmark: {dataset: org/data, task: t}")
-    with pytest.raises(ConfigError, match="hf://org/a: files are written beside models on disk"):
-        check_benchmarks([task], [Subject("a", "hf://org/a", "org/a")])
+    with pytest.raises(ConfigError, match="https://host/a: no file can be added there"):
+        check_benchmarks(stores, [task], [Subject("a", "https://host/a", "https://host/a")])
+    parent = Subject("a", "hf://org/a@1a2b", "org/a", is_parent=True)
+    check_benchmarks(stores, [task], [parent])
+    write_hub_result(stores, parent, task, make_evaluation(0.5))
     with pytest.raises(ConfigError, match="as the Hub has them"):
         make_task(tmp_path, "benchmark: gpqa")
     with pytest.raises(ConfigError, match="as the Hub has them"):
         make_task(tmp_path, "benchmark: {dataset: org/data, task: ../t}")
+
+
+def test_results_are_commits_to_repositories_of_the_hub(
+    tmp_path: Path, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tmp_path, "benchmark: {dataset: org/data, task: t}")
+    with HubServer(tmp_path / "hub") as hub:
+        for name, value in hub.environment(tmp_path).items():
+            monkeypatch.setenv(name, value)
+        hub.add_token("hf_writer", user="me", can_write=["me"])
+        for name in ("me/a", "me/b", "org/a"):
+            hub.create_repo(name)
+        point, given = Subject("a", "hf://me/a", "hf://me/a"), Subject("b", f"hf://me/b@{hub.get_head('me/b')}", "me/b")
+        check_benchmarks(stores, [task], [point, given])
+        for subject in (point, given, point):
+            write_hub_result(stores, subject, task, make_evaluation(0.5))
+        for name in ("me/a", "me/b"):
+            assert yaml.safe_load(hub.read_files(name)[".eval_results/t.yaml"])[0]["value"] == 50
+            assert [each.title for each in hub.repos[name].get_head("main").iter_history()][:2] == [
+                "Result of t",
+                "initial commit",
+            ]
+        with pytest.raises(OutputError, match="org/a"):
+            check_benchmarks(stores, [task], [Subject("a", "hf://org/a", "org/a")])
 
 
 def test_the_benchmark_is_no_part_of_the_digest(tmp_path: Path) -> None:
