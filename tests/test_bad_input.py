@@ -278,7 +278,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB, "aliases"),
         ("a: &a [*a]\n", "an alias refers to what contains it"),
         ("[" * 1000, "nested too deeply"),
-        ("merge_method: linear\nmerge_method: slerp\n", "'merge_method' is there already"),
+        ("merge_method: linear\nmerge_method: slerp\n", "merge_method: is there already, on line 1"),
         ("merge_method: [\n", "merge.yml:2:1: "),
         ("", "empty"),
         ("just text", "mapping"),

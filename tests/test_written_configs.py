@@ -93,6 +93,30 @@ def test_a_tokenizer_of_a_model_as_it_was_first_written(tmp_path: Path, key: str
     assert plan(config(f"model:{names[1]}")).vocabulary == plan(config(names[1])).vocabulary
 
 
+def test_of_a_key_given_twice_the_last_counts(names: list[str]) -> None:
+    text = f"""merge_method: ties
+models:
+  - model: {names[0]}
+    parameters: {{weight: 0.5, weight: 0.25}}
+  - model: {names[1]}
+merge_method: linear
+parameters:
+  t: 0.5
+parameters:
+  weight: 1.0
+"""
+    models = [{"model": names[0], "parameters": {"weight": 0.25}}, {"model": names[1]}]
+    expected = {"merge_method": "linear", "models": models, "parameters": {"weight": 1.0}}
+    assert plan(text).fingerprint == plan(expected).fingerprint
+    assert plan(text).warnings == (
+        "line 4: weight: is there already, on line 4; the last one counts",
+        "line 6: merge_method: is there already, on line 1; the last one counts",
+        "line 9: parameters: is there already, on line 7; the last one counts",
+    )
+    with pytest.raises(ConfigError, match="refused because of strict"):
+        plan(text, strict=True)
+
+
 def test_json_indented_by_tabs(names: list[str]) -> None:
     config = {**SLERP, "base_model": names[0], "models": [{"model": name} for name in names[:2]]}
     Path("merge.json").write_text(json.dumps(config, indent="\t"))

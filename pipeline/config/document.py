@@ -56,6 +56,8 @@ class Document:
     content: dict[str, object] = field(default_factory=dict)
     node: yaml.Node | None = None
     """The content as YAML has it, with the lines; None where a parsed config was given, whose lines nobody knows."""
+    repeated: tuple[tuple[str, int], ...] = ()
+    """Warnings of keys that are given more than once, each with its line."""
 
     @property
     def first_line(self) -> int | None:
@@ -88,23 +90,24 @@ class Document:
         return "\n".join([self.show(*each) for each in problems[:_MAX_PROBLEMS]] + [f"and {rest:,} more"] * (rest > 0))
 
 
-def read_documents(source: Path | str | Mapping[str, object]) -> list[Document]:
+def read_documents(source: Path | str | Mapping[str, object], *, last_counts: bool = False) -> list[Document]:
     """Return the text and content of each document of a config: dicts with string keys, lists and plain values.
 
     Ordinary anchors, aliases and `<<` merges are resolved.
 
     Args:
         source: a file, or its name; YAML text; or an already parsed config (whose text is then written here).
+        last_counts: whether the last value of a key that is given twice counts, as in mergekit, with a warning.
 
     Raises:
         ConfigError: the file cannot be read; syntax errors, tags, duplicate keys, aliases that contain themselves or
             grow too large; or anything but mappings of plain data.
     """
     if isinstance(source, Path) or (isinstance(source, str) and _names_file(source)):
-        return _parse(Document(_read_text(Path(source)), Path(source)))
+        return _parse(Document(_read_text(Path(source)), Path(source)), last_counts)
     if isinstance(source, str):
-        return _parse(Document(source))
-    return [replace(document, node=None) for document in _parse(Document(_dump(source)))]
+        return _parse(Document(source), last_counts)
+    return [replace(document, node=None) for document in _parse(Document(_dump(source)), last_counts)]
 
 
 def _names_file(text: str) -> bool:
@@ -119,12 +122,12 @@ def _names_file(text: str) -> bool:
         return False
 
 
-def _parse(document: Document) -> list[Document]:
+def _parse(document: Document, last_counts: bool) -> list[Document]:
     """Return a document for each that its text has, with its content."""
     if len(document.text) > MAX_NBYTES:
         raise _refusal(document, f"the YAML is longer than {MAX_NBYTES} bytes; this is not a merge config")
     try:
-        return _construct(document)
+        return _construct(document, last_counts)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(part for part in (error.context, error.problem, error.note) if part)
@@ -170,14 +173,14 @@ def _dump(config: Mapping[str, object]) -> str:
         raise ConfigError("the config contains itself, or is nested too deeply") from error
 
 
-def _construct(document: Document) -> list[Document]:
+def _construct(document: Document, last_counts: bool) -> list[Document]:
     loader = _Loader(_without_tabs(document.text))
     try:
         found = []
         while loader.check_node():
             root = loader.get_node()
             if root is not None and not _is_empty(root):
-                found.append(_construct_one(document, loader, root))
+                found.append(_construct_one(document, loader, root, last_counts))
         if not found:
             raise _refusal(document, "the config is empty; it needs at least merge_method and models")
         return found
@@ -190,17 +193,37 @@ def _is_empty(root: yaml.Node) -> bool:
     return isinstance(root, yaml.ScalarNode) and root.tag == _TAG + "null" and not root.value
 
 
-def _construct_one(document: Document, loader: _Loader, root: yaml.Node) -> Document:
+def _construct_one(document: Document, loader: _Loader, root: yaml.Node, last_counts: bool) -> Document:
     if not isinstance(root, yaml.MappingNode):
         is_name = document.file is None and isinstance(root, yaml.ScalarNode) and "\n" not in document.text
         hint = "; there is no file of this name either" if is_name else ""
         raise _problem(root, f"a config is a mapping such as `merge_method: linear`, not {_kind(root)}{hint}")
+    repeated = _drop_repeated(root, set()) if last_counts else []
     problems: list[yaml.MarkedYAMLError] = []
     _check(root, loader, {}, set(), problems)
     if problems:
         shown = [(str(error.problem), error.problem_mark.line + 1) for error in problems if error.problem_mark]
         raise ConfigError(document.show_all(shown)) from problems[0]
-    return replace(document, content=loader.construct_document(root), node=root)
+    return replace(document, content=loader.construct_document(root), node=root, repeated=tuple(repeated))
+
+
+def _drop_repeated(node: yaml.Node, done: set[int]) -> list[tuple[str, int]]:
+    """Leave the last of the pairs of a mapping that have one key, from here on; return warnings with their lines."""
+    if id(node) in done or isinstance(node, yaml.ScalarNode):
+        return []
+    done.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        return [found for child in node.value for found in _drop_repeated(child, done)]
+    last: dict[str, yaml.Node] = {}
+    dropped, warnings = set(), []
+    for key in (key for key, _ in node.value if key.tag == _TAG + "str"):
+        if (first := last.get(key.value)) is not None:
+            dropped.add(id(first))
+            before, line = (each.start_mark.line + 1 for each in (first, key))
+            warnings.append((f"{key.value}: is there already, on line {before}; the last one counts", line))
+        last[key.value] = key
+    node.value = [pair for pair in node.value if id(pair[0]) not in dropped]
+    return warnings + [found for _, child in node.value for found in _drop_repeated(child, done)]
 
 
 def _without_tabs(text: str) -> str:

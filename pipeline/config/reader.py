@@ -16,7 +16,7 @@ from raymerge.pipeline.config.bodies import Body, BodyReader
 from raymerge.pipeline.config.chat_template import parse_chat_template
 from raymerge.pipeline.config.document import Document, read_documents
 from raymerge.pipeline.config.fields import parse_dtype, parse_integers, parse_name, parse_patterns
-from raymerge.pipeline.config.findings import TooManyError
+from raymerge.pipeline.config.findings import Finding, TooManyError
 from raymerge.pipeline.config.forms import WHOLE, find_bodies
 from raymerge.pipeline.config.merge_config import MergeConfig, ModulePart, OutputSlice
 from raymerge.pipeline.config.methods import Use, check_given, check_statistics, lacks_all_weights, parse_method
@@ -55,7 +55,7 @@ def load_config(
         ConfigError: the config cannot be read or cannot be meant; the message names every mistake that was found, with
             its line and YAML path.
     """
-    documents = read_documents(source)
+    documents = read_documents(source, last_counts=True)
     ops = {**load_ops(), **(own.ops if own else {})}
     roots = [
         Place(document.content, node=document.node, line=document.first_line if len(documents) > 1 else None)
@@ -63,6 +63,7 @@ def load_config(
     ]
     parts = []
     for root, document in zip(roots, documents, strict=True):
+        root.findings.warnings.extend(Finding(*each) for each in document.repeated)
         reader = _Reader(root, ops, find)
         with suppress(TooManyError):
             if (config := reader.read(document)) is not None:
