@@ -32,7 +32,7 @@ class Help:
     opposite: str | None = None
     """Name of the flag that turns off what is on by default."""
     former: str | None = None
-    """The option's earlier name, still accepted."""
+    """Another name of the option, accepted as well: an earlier one, or that of another command."""
     short: str | None = None
     """One letter that stands for the option."""
 

@@ -46,7 +46,7 @@ def parse_chat_template(place: Place) -> TemplateChoice | None:
         return TemplateChoice(AUTO, None)
     if name in BUILTIN:
         return TemplateChoice(name, BUILTIN[name])
-    if name.endswith(_SUFFIXES) and "\n" not in name and "{" not in name:
+    if names_template_file(name):
         return TemplateChoice(name, _read(place, Path(name)))
     if "{" not in written or len(written) < _MIN_LENGTH:
         advice = suggest(name[:80], (AUTO, *BUILTIN))
@@ -54,6 +54,15 @@ def parse_chat_template(place: Place) -> TemplateChoice | None:
             f"{name[:80]!r} is no chat template; {advice}, a file ({', '.join(_SUFFIXES)}), or Jinja text"
         )
     return TemplateChoice("", written)
+
+
+def names_template_file(text: str) -> bool:
+    """Tell whether a value of the key is the name of a file.
+
+    >>> names_template_file("templates/mine.jinja"), names_template_file("chatml"), names_template_file("{{ x }}.j2")
+    (True, False, False)
+    """
+    return text.endswith(_SUFFIXES) and "\n" not in text and "{" not in text
 
 
 def _read(place: Place, path: Path) -> str:

@@ -67,7 +67,13 @@ class EvaluateOptions:
     storage: StorageOption = "auto"
     out: Annotated[
         str | None,
-        Help("Directory or URL of the results.", RESULTS, "DIR", default="evaluations, in the spectrum if it is one"),
+        Help(
+            "Directory or URL of the results.",
+            RESULTS,
+            "DIR",
+            default="evaluations, in the spectrum if it is one",
+            former="evaluations",
+        ),
     ] = None
     eval_results: Annotated[
         bool, Help("Write .eval_results/*.yaml beside each model, for the Hub's leaderboards.", RESULTS)

@@ -9,12 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from raymerge.cluster.home import expand_home
 from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Op
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
 from raymerge.pipeline.checkpoint.find import FoundModel, find_models
 from raymerge.pipeline.checkpoint.reference import ModelRef
+from raymerge.pipeline.config.chat_template import names_template_file
+from raymerge.pipeline.config.document import read_documents
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reader import load_config
@@ -80,9 +84,9 @@ def load_point(stores: Stores, spectrum: Spectrum, directory: str, text: str, ow
         ConfigError: it cannot be read.
     """
     start = locate_path(spectrum, directory, ".") if spectrum.started_in else ""
-    config = load_config(text, own=own, find=partial(_find, stores, start))
     if start in ("", str(Path.cwd())):
-        return config  # as it is written, so that its card is
+        return load_config(text, own=own, find=partial(find_models, stores))  # as it is written, so that its card is
+    config = load_config(_locate_templates(spectrum, directory, text), own=own, find=partial(_find, stores, start))
     outputs = {step.name for step in config.steps}
 
     def locate(value: Any) -> Any:
@@ -103,4 +107,16 @@ def load_point(stores: Stores, spectrum: Spectrum, directory: str, text: str, ow
 
 def _find(stores: Stores, start: str, pattern: str) -> Sequence[FoundModel]:
     """Return the models that a pattern matches, relative to where the sweep ran."""
-    return find_models(stores, str(Path(start, pattern)) if start and scheme_of(pattern) == "file" else pattern)
+    return find_models(stores, str(Path(start, pattern)) if scheme_of(pattern) == "file" else pattern)
+
+
+def _locate_templates(spectrum: Spectrum, directory: str, text: str) -> str:
+    """Return a config's text with its files of chat templates located."""
+    contents = [document.content for document in read_documents(text)]
+    has_files = False
+    for content in contents:
+        name = content.get("chat_template")
+        if isinstance(name, str) and names_template_file(name.strip()):
+            content["chat_template"] = locate_path(spectrum, directory, name.strip())
+            has_files = True
+    return str(yaml.safe_dump_all(contents, sort_keys=False)) if has_files else text

@@ -109,6 +109,9 @@ def test_the_best_models_are_kept_and_the_others_deleted(root: Path) -> None:
         assert (root / "alone" / "model.safetensors").read_bytes() == (
             root / "out" / point.name / "model.safetensors"
         ).read_bytes()
+    begun: list[Any] = []
+    raymerge.evaluate(root / "out", f"command:judge={sys.executable} {root}/judge.py {{model}}", on_event=begun.append)
+    assert begun[0].num_cached == begun[0].num_models == 14, "what was deleted is not merged again"
 
 
 def test_an_interrupted_search_comes_to_the_same_and_a_larger_budget_goes_on(root: Path) -> None:

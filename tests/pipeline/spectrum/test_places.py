@@ -69,6 +69,16 @@ def test_planned_points_are_made_from_anywhere(swept: Path, tmp_path: Path) -> N
         assert read_files(Path(place))["model.safetensors"] == alone["model.safetensors"]
 
 
+def test_runs_and_templates_are_found_from_anywhere(swept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {"merge_method": "linear", "models": {"glob": "models/*"}, "chat_template": "mine.jinja"}
+    (swept / "mine.jinja").write_text("{{ messages }}")
+    monkeypatch.chdir(swept)
+    report = raymerge.sweep(run, "run", ["dtype=bfloat16"], materialize="none")
+    monkeypatch.chdir(swept / "s")
+    with materialised(report.out, report.spectrum, report.spectrum.points[0]) as place:
+        assert read_files(Path(place))["chat_template.jinja"] == b"{{ messages }}"
+
+
 def test_what_lies_beside_a_spectrum_is_found_after_both_have_moved(swept: Path, tmp_path: Path) -> None:
     record = read_record(swept / "s")
     moved = tmp_path / "moved"
