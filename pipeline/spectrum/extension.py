@@ -11,7 +11,7 @@ from raymerge.pipeline.config.sweep import SWEEP
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import shown
 from raymerge.pipeline.spectrum.names import name_models
-from raymerge.pipeline.spectrum.places import locate_ref, parse_ref
+from raymerge.pipeline.spectrum.places import locate_path
 from raymerge.pipeline.spectrum.record import Parent, Point, Spectrum, choose_url
 
 
@@ -55,19 +55,27 @@ def extend(before: Spectrum | None, new: Spectrum, directory: str, *, overwrite:
             raise OutputError(_explain_other(old, point, directory))
     paths = dict.fromkeys((*before.paths, *new.paths))
     parents = _join_parents(before.parents, new.parents, points)
-    return replace(new, paths=tuple(paths), parents=parents, points=_part(tuple(points.values()), directory))
+    local = tuple(dict.fromkeys((*before.local, *new.local)))
+    return replace(
+        new,
+        paths=tuple(paths),
+        parents=parents,
+        points=_part(tuple(points.values()), directory),
+        started_in=new.started_in or before.started_in,
+        place=new.place or before.place,
+        local=local,
+    )
 
 
 def _find_moved(before: Spectrum, new: Spectrum, directory: str) -> str:
-    """Tell whether a relative path means one model in the earlier sweep and another in this one; empty if none does."""
-    models = {parent.model for parent in before.parents}
-    for parent in new.parents:
-        ref = parse_ref(parent.model)
-        there, here = (Path(locate_ref(each, directory, ref).path) for each in (before, new))
-        if parent.model in models and there != here and there.exists() and not there.samefile(here):
+    """Tell whether a path of the earlier sweep means another model in this one, or none; empty if none does."""
+    for path in before.local if new.started_in else ():
+        there, here = (Path(locate_path(each, directory, path)) for each in (before, new))
+        if there.exists() and not (here.exists() and there.samefile(here)):
             return (
-                f"{directory} has a spectrum of other models: {parent.model} was {there} there, and is {here} where the"
-                " sweep runs now; run it where the first one ran, or choose another directory"
+                f"{directory} has a spectrum of other models: {path} was {there} there, and is"
+                f" {Path(new.started_in, path)} where the sweep runs now; run it where the first one ran, or choose"
+                " another directory"
             )
     return ""
 

@@ -29,21 +29,28 @@ from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 
 
-def note_places(directory: str, models: Sequence[ModelRef]) -> tuple[str, str]:
-    """Return what a record says of where it was made: the directory in which the sweep runs, and the spectrum's own.
+def note_places(spectrum: Spectrum, directory: str, models: Sequence[ModelRef]) -> Spectrum:
+    """Return a record that says where it was made, unless no path depends on that.
 
-    Both are empty where no path depends on them, and on the Hub, which is no place for the paths of a machine.
+    A record on the Hub does not say it, which is no place for the paths of a machine.
+
+    Args:
+        spectrum: the record.
+        directory: in which it is.
+        models: all that it names.
     """
-    parts = [part for model in models for part in (model, model.adapter) if part is not None]
-    has_paths = any(scheme_of(part.path) == "file" and not is_repository(part.path) for part in parts)
-    return (str(Path.cwd()), directory) if has_paths and scheme_of(directory) != "hf" else ("", "")
+    parts = dict.fromkeys(part.path for model in models for part in (model, model.adapter) if part is not None)
+    local = tuple(path for path in parts if scheme_of(path) == "file" and not is_repository(path))
+    if not local or scheme_of(directory) == "hf":
+        return spectrum
+    return replace(spectrum, started_in=str(Path.cwd()), place=directory, local=local)
 
 
 def locate_path(spectrum: Spectrum, directory: str, path: str) -> str:
     """Return a path or URL of a record such that it means the same in every directory.
 
     A path is looked for where it was when the sweep ran, and else where it is if it has moved together with the
-    spectrum. Where neither is there, it is left as it is.
+    spectrum. Where neither is there, it is where it was, unless it may be something else than a path.
 
     Args:
         spectrum: the record.
@@ -59,7 +66,7 @@ def locate_path(spectrum: Spectrum, directory: str, path: str) -> str:
         moved = Path(os.path.normpath(Path(directory, os.path.relpath(was, spectrum.place))))
         if moved.exists():
             return str(moved)
-    return path
+    return str(was) if path in spectrum.local else path
 
 
 def parse_ref(name: str) -> ModelRef:

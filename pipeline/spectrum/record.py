@@ -88,6 +88,8 @@ class Spectrum:
     none, and on the Hub."""
     place: str = ""
     """The spectrum's own directory then, by which it is known what has moved together with it; empty likewise."""
+    local: tuple[str, ...] = ()
+    """What the YAML names that was a directory of this machine, and no repository of the Hub; none likewise."""
 
     def dump(self) -> str:
         """Return the text of the file, without credentials."""

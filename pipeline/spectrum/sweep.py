@@ -218,8 +218,8 @@ def _make_spectrum(recipe: Recipe, batches: Sequence[Batch], directory: str, opt
     models = dict.fromkeys(model for config in configs for model in config.input_models if model != NO_UPDATE)
     parents = _list_parents(models, configs, [point.name for point in points])
     places = dict.fromkeys(place for config in configs for place in config.statistics_places)
-    where = note_places(directory, [*models, *places])
-    return Spectrum(__version__, recipe.text, recipe.paths, parents, points, *where)
+    made = Spectrum(__version__, recipe.text, recipe.paths, parents, points)
+    return note_places(made, directory, [*models, *places])
 
 
 def _drop_equal(batches: Sequence[Batch], spectrum: Spectrum) -> tuple[Batch, ...]:

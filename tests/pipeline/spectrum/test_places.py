@@ -52,6 +52,9 @@ def test_paths_mean_the_same_from_anywhere(swept: Path) -> None:
     assert locate_path(record, record.place, "./models/tuned1") == str(swept / "models/tuned1")
     for path in ("org/name", "s3://bucket/a", "/no/such/place", "hf://org/name"):
         assert locate_path(record, record.place, path) == path
+    (swept / "models/base").rename(swept / "gone")
+    assert locate_path(record, record.place, "models/base") == str(swept / "models/base"), "and no repository"
+    (swept / "gone").rename(swept / "models/base")
     whole = locate_ref(record, record.place, ModelRef("models/base", None, ModelRef("models/tuned1")))
     assert str(whole) == f"{swept}/models/base+{swept}/models/tuned1"
 
@@ -106,10 +109,12 @@ def test_a_record_without_places_is_read_as_before(swept: Path) -> None:
     assert locate_path(old, record.place, "models/base") == "models/base"
 
 
-def test_places_of_a_machine_are_noted_only_where_paths_need_them(tmp_path: Path) -> None:
-    assert note_places("/s", [ModelRef("org/name"), ModelRef("s3://b/a")]) == ("", "")
-    assert note_places("hf://me/s", [ModelRef("./a")]) == ("", "")
-    assert note_places("s3://b/s", [ModelRef("org/name", None, ModelRef("./a"))]) == (str(Path.cwd()), "s3://b/s")
+def test_places_of_a_machine_are_noted_only_where_paths_need_them() -> None:
+    made = Spectrum("1", "", (), (), ())
+    assert note_places(made, "/s", [ModelRef("org/name"), ModelRef("s3://b/a")]) == made
+    assert note_places(made, "hf://me/s", [ModelRef("./a")]) == made
+    noted = note_places(made, "s3://b/s", [ModelRef("org/name", None, ModelRef("./a"))])
+    assert (noted.started_in, noted.place, noted.local) == (str(Path.cwd()), "s3://b/s", ("./a",))
 
 
 def write_pair(tmp_path: Path, **more: object) -> dict[str, object]:
