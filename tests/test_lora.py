@@ -29,6 +29,7 @@ from transformers import (
 from raymerge import merge
 from raymerge.pipeline.extraction.extract import extract_lora
 from raymerge.testing import read_model
+from tests.modular_models import make_gemma, make_qwen
 
 peft = pytest.importorskip("peft")
 
@@ -129,6 +130,26 @@ def test_square_weights_lie_as_the_others_do(tmp_path: Path) -> None:
     merge({"merge_method": "passthrough", "models": [{"model": model}]}, tmp_path / "out")
     for tensor, values in read_model(tmp_path / "out").items():
         torch.testing.assert_close(values, expected[tensor], rtol=1e-6, atol=1e-6 * float(expected[tensor].abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "tower"), [(make_qwen, "qkv"), (make_gemma, "fc1")])
+def test_every_module_of_a_model_with_published_names(make: Callable[[], Any], tower: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = make()
+    model.save_pretrained(tmp_path / "base")  # under the names of transformers 4, which the adapter does not have
+    with quiet():
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", tower], init_lora_weights=False)
+        tuned = peft.get_peft_model(model, lora)
+        tuned.save_pretrained(tmp_path / "adapter")
+        tuned.merge_and_unload().save_pretrained(tmp_path / "expected")
+    merge(
+        {"merge_method": "passthrough", "models": [{"model": f"{tmp_path}/base+{tmp_path}/adapter"}]}, tmp_path / "out"
+    )
+    merged, expected = read_model(tmp_path / "out"), read_model(tmp_path / "expected")
+    assert merged.keys() == expected.keys()
+    for name, values in merged.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from raymerge.pipeline.checkpoint.adapters.adapter import Adapter
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
+from raymerge.pipeline.checkpoint.names import OTHER_SENSES
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.messages import counted, listing
@@ -112,33 +113,47 @@ def names_other_model(first: str, second: str) -> bool:
     return len({_STORAGE.sub("", name) for name in names}) == 2
 
 
-def find_renaming(wanted: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
-    """Return how names begin in an adapter, and in the model instead; None where no beginning makes all of them fit.
+def find_renaming(wanted: Collection[str], known: Collection[str]) -> dict[str, str] | None:
+    """Return how names begin in an adapter, and in the model instead; None where no beginnings make all of them fit.
 
-    Versions of transformers say `model.language_model.` for `model.`, and a model without a head has no `model.`.
+    Versions of transformers say `model.language_model.` for `model.` and `model.visual.` for `visual.`, and a model
+    without a head has no `model.`.
 
     Args:
         wanted: modules and tensors, as the adapter calls them.
         known: those of the model.
     """
     missing = [name for name in wanted if name not in known]
-    if not missing:
-        return "", ""
-    first = missing[0]
-    parts = first.split(".")
-    for start in range(len(parts)):
+    beginnings: dict[str, str] = {}
+    while missing:
+        found = _find_beginning(missing, known)
+        if found is None:
+            return None
+        beginnings |= [found]
+        missing = [name for name in missing if not name.startswith(found[0])]
+    renamed = [rename(name, beginnings, known) for name in wanted]
+    return beginnings if len({*renamed}) == len(renamed) else None
+
+
+def _find_beginning(missing: list[str], known: Collection[str]) -> tuple[str, str] | None:
+    """Return a beginning of the first name, and another with which all names that have it are known."""
+    parts = missing[0].split(".")
+    for start in range(next((k for k, part in enumerate(parts) if part.isdigit()), len(parts) - 1) + 1):
         suffix = ".".join(parts[start:])
-        old = first.removesuffix(suffix)
+        old = missing[0].removesuffix(suffix)
+        alike = [name for name in missing if name.startswith(old)]
         found = {name.removesuffix(suffix) for name in known if name == suffix or name.endswith(f".{suffix}")}
-        fitting = [new for new in sorted(found) if all(rename(name, old, new) in known for name in missing)]
+        found = {new for new in found if bool(OTHER_SENSES.search(new)) == bool(OTHER_SENSES.search(old))} or found
+        fitting = [new for new in sorted(found) if all(new + name.removeprefix(old) in known for name in alike)]
         if len(fitting) == 1:
             return old, fitting[0]
     return None
 
 
-def rename(name: str, old: str, new: str) -> str:
-    """Return a name with another beginning, if it has that one."""
-    return new + name.removeprefix(old) if name.startswith(old) else name
+def rename(name: str, beginnings: Mapping[str, str], known: Collection[str]) -> str:
+    """Return what a model calls a module or tensor: the same, or the name with another beginning, if it has that one."""
+    old = max((old for old in beginnings if name.startswith(old)), key=len, default="")
+    return name if name in known or old not in beginnings else beginnings[old] + name.removeprefix(old)
 
 
 def list_modules(names: Iterable[str]) -> set[str]:

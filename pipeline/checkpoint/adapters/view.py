@@ -74,12 +74,12 @@ class AdapterView(View):
             raise self._explain_strangers([name for name in wanted if name not in known])
         self._changed: dict[str, Source] = {}
         for name, stored in content.whole.items():
-            self._replace(rename(name, *beginnings), stored)
+            self._replace(rename(name, beginnings, known), stored)
         self._num_replaced = len(self._changed)
         self._ranks: list[int] = []
         self._layouts: set[bool] = set()
         """Whether weights are inputs x outputs, as far as those say that are not square."""
-        updates = [(module, rename(module, *beginnings), several) for module, several in content.updates.items()]
+        updates = [(module, rename(module, beginnings, known), several) for module, several in content.updates.items()]
         for update in sorted(updates, key=lambda update: self._is_square(update[1])):
             self._update(*update)
 

@@ -111,12 +111,23 @@ def test_a_dtype_stays_that_of_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "known", "expected"),
     [
-        (["a.0.q"], {"a.0.q"}, ("", "")),
-        (["model.layers.0.q"], {"model.language_model.layers.0.q"}, ("model.", "model.language_model.")),
-        (["layers.0.q", "layers.1.q"], {"model.layers.0.q", "model.layers.1.q"}, ("", "model.")),
+        (["a.0.q"], {"a.0.q"}, {}),
+        (["model.layers.0.q"], {"model.language_model.layers.0.q"}, {"model.": "model.language_model."}),
+        (["layers.0.q", "layers.1.q"], {"model.layers.0.q", "model.layers.1.q"}, {"": "model."}),
         (["layers.0.q", "layers.1.q"], {"model.layers.0.q"}, None),
+        (["layers.0.q", "layers.1.q"], {"model.layers.0.q", "model.layers.2.q"}, None),
         (["q"], {"a.q", "b.q"}, None),
+        (
+            ["model.language_model.layers.0.q", "model.language_model.layers.1.q", "model.visual.blocks.0.qkv"],
+            {"model.layers.0.q", "model.layers.1.q", "visual.blocks.0.qkv", "visual.blocks.0.q"},
+            {"model.language_model.": "model.", "model.": ""},
+        ),
+        (
+            ["model.language_model.layers.0.q", "model.language_model.embed"],
+            {"language_model.model.layers.0.q", "language_model.model.embed", "vision_tower.layers.0.q"},
+            {"model.language_model.": "language_model.model."},
+        ),
     ],
 )
-def test_names_may_begin_in_another_way(wanted: list[str], known: set[str], expected: tuple[str, str] | None) -> None:
+def test_names_may_begin_in_another_way(wanted: list[str], known: set[str], expected: dict[str, str] | None) -> None:
     assert find_renaming(wanted, known) == expected
