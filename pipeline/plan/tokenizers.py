@@ -137,7 +137,7 @@ def finish_files(
 
 def finish_config(planned: PlannedVocabulary, config: Json) -> list[str]:
     """State the vocabulary in the output's config.json; return warnings."""
-    set_vocab_size(config, planned.vocabulary.num_rows)
+    set_vocab_size(config, planned.vocabulary.num_rows, planned.vocabulary.aligned_names())
     return [] if planned.is_donor else _translate(planned, config, planned.giver_config, CONFIG)
 
 

@@ -166,6 +166,10 @@ class Vocabulary:
             self._aligned.setdefault(name, {})[ref] = origins, [part for part, _ in parts]
         return [aligned[ref] for ref in refs]
 
+    def aligned_names(self) -> list[str]:
+        """Return the output tensors that have a row for each token."""
+        return list(self._aligned)
+
     def describe(self) -> list[str]:
         """Return lines on how many rows of the first aligned tensor come from whom."""
         num_pad = self.num_rows - self.num_tokens

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from raymerge.pipeline.checkpoint.model_config import Json, list_sections, text_part
 
+_OF_LAYERS = re.compile(r"(?:^|\.)embed_tokens_per_layer\.weight$")
+_ROWS_OF_LAYERS = "vocab_size_per_layer_input"
 _FIELD = re.compile(r"(?:.*_)?token_(?:ids?|index)")
 
 
-def set_vocab_size(config: Json, num_rows: int) -> None:
-    """Set `vocab_size` to the rows of the embedding wherever the config states it: at the top and for the text part."""
+def set_vocab_size(config: Json, num_rows: int, names: Iterable[str] = ()) -> None:
+    """Set `vocab_size` to the rows of the embedding wherever the config states it: at the top and for the text part.
+
+    Args:
+        config: changed in place.
+        num_rows: of the embedding.
+        names: of tensors with as many rows; Gemma 3n states the rows of its embeddings of layers, too.
+    """
+    if any(_OF_LAYERS.search(name) for name in names):
+        for section in list_sections(config):
+            if _ROWS_OF_LAYERS in section:
+                section[_ROWS_OF_LAYERS] = num_rows
     part = text_part(config)
     before = part.get("vocab_size", config.get("vocab_size"))
     for section in list_sections(config):

@@ -43,3 +43,11 @@ def test_the_vocabulary_s_size_is_stated_where_it_was() -> None:
     config: dict[str, Any] = {"vocab_size": 4, "text_config": {"vocab_size": 4}, "audio_config": {"vocab_size": 9}}
     set_vocab_size(config, 10)
     assert config == {"vocab_size": 10, "text_config": {"vocab_size": 10}, "audio_config": {"vocab_size": 9}}
+
+
+def test_the_rows_of_embeddings_of_layers_are_stated_if_they_are_those_of_tokens() -> None:
+    config: dict[str, Any] = {"vocab_size": 4, "vocab_size_per_layer_input": 4}
+    set_vocab_size(config, 9, ["lm_head.weight"])
+    assert config == {"vocab_size": 9, "vocab_size_per_layer_input": 4}
+    set_vocab_size(config, 10, ["model.language_model.embed_tokens_per_layer.weight"])
+    assert config == {"vocab_size": 10, "vocab_size_per_layer_input": 10}
