@@ -28,7 +28,8 @@ class SearchDisplay:
 
     def show_batch(self, start: int, stop: int) -> None:
         """Show that a batch is begun."""
-        self._say(f"trials {start + 1} to {stop} of {self._budget}: merging")
+        trials = f"trials {start + 1} to {stop}" if stop - start > 1 else f"trial {stop}"
+        self._say(f"{trials} of {self._budget}: merging")
 
     def show_trial(self, trial: Trial, number: int) -> None:
         """Show what a trial has come to."""
@@ -76,7 +77,9 @@ def format_report(report: SearchReport) -> str:
     lines.append("Parents:")
     for name, own in report.parents.items():
         if own is None:
-            lines.append(f"  {name}  could not be evaluated")
+            lines.append(
+                f"  {name}  could not be evaluated; `raymerge eval {report.out} --only {name}` with the task says why"
+            )
             continue
         better = report.beating[name]
         found = f"{_join(better)} better" if better else "no model is better"

@@ -125,7 +125,7 @@ def open_output(
                 break
             except HeldError as error:
                 if on_held is None:
-                    raise
+                    raise HeldError(f"{error}; --wait waits for it") from error
                 if not is_told:
                     on_held(error)
                     is_told = True

@@ -99,7 +99,8 @@ class Run:
             self._check_inputs()
         while (left := self._options.budget - len(self.trials)) > 0:
             if self._options.patience is not None and self._num_idle >= self._options.patience:
-                return f"the last {self._num_idle} batches brought no better model"
+                batches = "batch" if self._num_idle == 1 else f"{self._num_idle} batches"
+                return f"the last {batches} brought no better model"
             proposals = proposer.ask(min(self._options.batch, left))
             if not proposals:
                 return "everything was tried"

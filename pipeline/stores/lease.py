@@ -242,7 +242,7 @@ def _explain_loss(is_there: bool, other: Holder | None) -> str:
 def _refusal(url: str, holder: Holder | None, age: float) -> str:
     return (
         f"another raymerge run ({holder or 'just started'}) is writing to {_target_of(url)};"
-        f" wait for it to end (--wait does), or choose another directory; if it was killed,"
+        f" wait for it to end, or choose another directory; if it was killed,"
         f" try again in {max(1.0, TTL_SECONDS - age):.0f} s"
     )
 

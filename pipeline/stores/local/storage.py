@@ -309,8 +309,7 @@ def _lock(path: Path) -> int:
             os.close(descriptor)
             raise HeldError(
                 f"another raymerge run ({holder or 'just started'}) is writing to"
-                f" {str(path.parent).removesuffix('/.raymerge')}; wait for it to end (--wait does), or choose another"
-                " directory"
+                f" {str(path.parent).removesuffix('/.raymerge')}; wait for it to end, or choose another directory"
             ) from error
         except OSError as error:
             os.close(descriptor)
