@@ -94,7 +94,7 @@ class Run:
             check_replayed(batch, proposer.ask(len(batch)), record, version, out)
             self._learn(batch, proposer)
         self._remember()
-        if self.trials:
+        if 0 < len(self.trials) < self._options.budget:
             self._clean(self._list_best())  # an earlier run may have been killed before it did
             self._check_inputs()
         while (left := self._options.budget - len(self.trials)) > 0:
@@ -157,9 +157,8 @@ class Run:
         Raises:
             OutputError: they would not.
         """
-        if len(self.trials) < self._options.budget:
-            for name in self._list_best()[:1]:
-                self._models.plan_together({name: self._settings[name]})
+        for name in self._list_best()[:1]:
+            self._models.plan_together({name: self._settings[name]})
 
     def _list_best(self) -> list[str]:
         return find_best({trial.name: trial.values for trial in self.trials}, self._directions)
