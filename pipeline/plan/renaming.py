@@ -12,7 +12,7 @@ from raymerge.pipeline.checkpoint.names import OTHER_SENSES, find_layers, split_
 from raymerge.pipeline.checkpoint.tying import is_head
 from raymerge.pipeline.checkpoint.views import PartView, RenamedView, View
 from raymerge.pipeline.plan.accounts import count_tensors
-from raymerge.pipeline.plan.forms.form import Model
+from raymerge.pipeline.plan.forms.form import Model, say_architectures
 
 _LAYOUTS = (
     ("experts", re.compile(r"\.experts\.\d+\."), re.compile(r"\.experts\.(?!\d)")),
@@ -104,7 +104,7 @@ def explain_names(models: Sequence[Model]) -> str:
         if names != wanted and model.layers.main != donor.layers.main:
             one, rest = next(side for side in sides if side[1])
             return f"{model.ref}: {_say_change(model, donor)}; even so, {count_tensors(rest)} are in {one.ref} alone."
-    return ""
+    return next(filter(None, (say_architectures(donor, model) for model in others)), "")
 
 
 def _find_change(model: Model, donor: Model) -> tuple[str, str]:

@@ -71,7 +71,8 @@ def sort_tensors(adapter: Adapter) -> Content:
                     f"{adapter.url}: tensor {tensor.name} has no known meaning; apply the adapter by peft"
                     " (model.merge_and_unload()), and merge the result"
                 )
-            whole[_WRAPPERS.sub("", name)] = tensor
+            if (other := whole.setdefault(_WRAPPERS.sub("", name), tensor)) is not tensor:
+                raise CheckpointError(f"{adapter.url}: {other.name} and {tensor.name} are of one tensor; delete one")
             continue
         module = _WRAPPERS.sub("", f"{match['module']}.")[:-1]
         depth = match["module"].count(".base_layer")

@@ -57,6 +57,15 @@ class Model:
         return width if isinstance(width, int) else None
 
 
+def say_architectures(first: Model, other: Model) -> str:
+    """Return that two models are of different architectures, if their configs say so; empty otherwise."""
+    types = [model.config.get("model_type") for model in (first, other)]
+    if not all(isinstance(each, str) for each in types) or types[0] == types[1]:
+        return ""
+    one, two = (f"{model.ref} is {kind!s:.40}" for model, kind in zip((first, other), types, strict=True))
+    return f"{one}, {two} (model_type in config.json): merge models of one architecture."
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
     """One input of an output tensor."""

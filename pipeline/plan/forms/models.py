@@ -12,7 +12,7 @@ from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.accounts import count_tensors
-from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor
+from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor, say_architectures
 from raymerge.pipeline.plan.resolve import Scope
 
 
@@ -86,7 +86,8 @@ def _check_depths(models: Sequence[Model]) -> None:
     first = models[0]
     for model in models[1:]:
         if model.layers.num_layers != first.layers.num_layers:
+            advice = say_architectures(first, model) or "name the layers to merge with `slices`"
             raise TensorMismatchError(
                 f"{first.ref} has {counted(first.layers.num_layers, 'layer')} and {model.ref} has"
-                f" {model.layers.num_layers}; name the layers to merge with `slices`"
+                f" {model.layers.num_layers}; {advice}"
             )

@@ -157,6 +157,16 @@ def test_shapes_and_dtypes_that_do_not_fit() -> None:
         expand_layouts(linear("a", "b"), {"a": llama(), "b": whole})
 
 
+def test_models_of_other_architectures_are_told_by_these() -> None:
+    first, second = llama(model_type="llama"), llama(model_type="qwen2")
+    biased = Layout({**second.shapes, "model.layers.0.bias": (4,)}, second.config)
+    said = r"a is llama, b is qwen2 \(model_type in config\.json\): merge models of one architecture"
+    with pytest.raises(TensorMismatchError, match=rf"but not in a\n{said}"):
+        expand_layouts(linear("a", "b"), {"a": first, "b": biased})
+    with pytest.raises(TensorMismatchError, match=rf"a has 2 layers and b has 3; {said}"):
+        expand_layouts(linear("a", "b"), {"a": first, "b": llama(3, model_type="qwen2")})
+
+
 def test_models_of_different_depth_are_told_to_use_slices() -> None:
     with pytest.raises(TensorMismatchError, match=r"a has 2 layers and b has 3.*`slices`"):
         expand_layouts(linear("a", "b"), {"a": llama(2), "b": llama(3)})

@@ -58,6 +58,12 @@ def test_patterns_choose_rank_and_alpha(tmp_path: Path) -> None:
     ("tensors", "config", "error", "message"),
     [
         ({f"{Q}.lora_A.weight": torch.ones(2, 6)}, {}, CheckpointError, r"q_proj has .*lora_A\.weight, and no lora_B"),
+        (
+            {"lm_head.weight": torch.ones(11, 6), "lm_head.modules_to_save.weight": torch.ones(11, 6)},
+            {},
+            CheckpointError,
+            r"lm_head\.modules_to_save\.weight and .*lm_head\.weight are of one tensor",
+        ),
         (draw_factors(Q, 8, 7), {}, TensorMismatchError, r"lora_A\.weight \[2, 7\] .*q_proj\.weight \[8, 6\]"),
         (draw_factors(Q, 8, 6, rank=3), {}, CheckpointError, r"factors of rank 3, and adapter_config\.json says 2"),
         (draw_factors("other.layers.0.k_proj", 8, 6), {}, TensorMismatchError, r"k_proj; the adapter .*'org/base'"),
