@@ -29,8 +29,8 @@ cache, and of a chunk in its second."""
 _GROUP = 4
 """Ranks whose products are added to each other first; ranks and rows are filled up with zeros to a multiple of it."""
 
-_LEFT_ELEMENTS = 2**19
-"""Of the left factors that are at hand at once, in float32."""
+_LEFT_ELEMENTS = 2**21
+"""Of the left factors that are at hand at once, in float32; right ones are converted again for each lot of them."""
 _MOST_ROWS = 1024
 """Of the left factors at hand: what is added up of a product stays near a core."""
 _TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}
@@ -154,35 +154,19 @@ class LowRankUpdate(Decoder):
                 _view(y, term.right, matrix, (0, term.rank), self.columns)
                 for y, (_, _, term) in zip(rights, factors, strict=True)
             ]
+            chunks = _cut(views, bounds)
             totals = _zeros(len(left) * COLUMNS if len(bounds) > 2 else 0)
             for column in range(0, self.columns, COLUMNS):
                 totals[:] = 0
                 width = min(COLUMNS, self.columns - column)
                 place = (matrix * self.rows + row) * self.columns + column - start
-                for start_rank, stop_rank in pairwise(bounds):
-                    self._pack(views, start_rank, stop_rank, column, panel.reshape(-1, COLUMNS))
+                for (start_rank, stop_rank), parts in zip(pairwise(bounds), chunks, strict=True):
+                    _pack(parts, column, panel.reshape(-1, COLUMNS)[: _fill(stop_rank - start_rank)])
                     low_rank_loops.add_products(
                         left.ravel(), panel, start_rank, _fill(stop_rank - start_rank), left.shape[1],
                         int(stop_rank == self.ranks), end - row, width, self.columns, place, *stored, out, totals,
                         products,
                     )  # fmt: skip
-
-    def _pack(
-        self, views: Sequence[NDArray[Any]], start: int, stop: int, column: int, panel: NDArray[np.float32]
-    ) -> None:
-        """Write some ranks of the right factors, for some columns, as float32; zeros to what fills them up."""
-        position = 0
-        for view in views:
-            low, high = max(start, position), min(stop, position + len(view))
-            if low < high:
-                part = view[low - position : high - position, column : column + COLUMNS]
-                rows = panel[low - start : high - start, : part.shape[1]]
-                if part.dtype == np.uint16:
-                    np.left_shift(part, np.uint32(16), out=rows.view(np.uint32))
-                else:
-                    rows[:] = part
-            position += len(view)
-        panel[stop - start : _fill(stop - start)] = 0
 
     def compile_loops(self) -> None:
         """Add an update of rank 1 to two ones.
@@ -224,6 +208,35 @@ class LowRankUpdate(Decoder):
             end = min(row + step, last, (matrix + 1) * self.rows)
             yield matrix, row - matrix * self.rows, end - matrix * self.rows
             row = end
+
+
+def _cut(views: Sequence[NDArray[Any]], bounds: Sequence[int]) -> list[list[tuple[int, NDArray[Any]]]]:
+    """Return for each chunk of ranks the parts of right factors that are in it, each with its first row there."""
+    chunks: list[list[tuple[int, NDArray[Any]]]] = [[] for _ in bounds[1:]]
+    start = 0
+    for view in views:
+        stop = start + len(view)
+        for number in range(start // CHUNK, -(-stop // CHUNK)):
+            low, high = max(start, bounds[number]), min(stop, bounds[number + 1])
+            chunks[number].append((low - bounds[number], view[low - start : high - start]))
+        start = stop
+    return chunks
+
+
+def _pack(parts: Sequence[tuple[int, NDArray[Any]]], column: int, panel: NDArray[np.float32]) -> None:
+    """Write a chunk of right factors, for some columns, as float32; zeros to the ranks that fill it up."""
+    stop = 0
+    for first, view in parts:
+        part = view[:, column : column + COLUMNS]
+        stop = first + len(part)
+        rows = panel[first:stop, : part.shape[1]]
+        if part.dtype == np.uint16:
+            bits = rows.view(np.uint32)
+            bits[:] = part
+            np.left_shift(bits, np.uint32(16), out=bits)
+        else:
+            rows[:] = part
+    panel[stop:] = 0
 
 
 def _zeros(num_elements: int) -> NDArray[np.float32]:
