@@ -131,6 +131,21 @@ def lay_out(rows: RowMap, start: int, stop: int) -> Layout:
     return Layout(start, parts, spans, span, index, {k: [next(rest) for _ in mean] for k, mean in means.items()})
 
 
+def lay_out_by_row(rows: RowMap, start: int, stop: int) -> Layout:
+    """Return how rows [start, stop), of which none is a mean, are read by themselves: a span has all rows of a part.
+
+    They are in it in the order of the result; the first row of a span means nothing.
+    """
+    parts, _ = rows.spread(start, stop)
+    spans = []
+    span, index = np.zeros((2, len(parts)), np.int64)
+    for number, part in enumerate(np.unique(parts[parts >= 0]).tolist()):
+        places = np.flatnonzero(parts == part)
+        span[places], index[places] = number, np.arange(len(places))
+        spans.append((part, 0, len(places)))
+    return Layout(start, parts, spans, span, index, {})
+
+
 def _rank(keys: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the distinct numbers in order, and the place of each among them."""
     if (keys[1:] > keys[:-1]).all():
@@ -153,6 +168,13 @@ class GatherRows(Decoder):
     columns: int
     padding: bytes = field(repr=False)
     """The mean of all rows, as float32; empty where there is no padding."""
+    is_by_row: bool = False
+    """Whether rows have been read as `lay_out_by_row` says; all parts are plain then."""
+
+    def lay_out(self, start: int, stop: int) -> Layout:
+        """Return how the rows that elements [start, stop) are in were read."""
+        find = lay_out_by_row if self.is_by_row else lay_out
+        return find(self.rows, start // self.columns, -(-stop // self.columns))
 
     def temporary_nbytes(self, num_elements: int) -> int:
         """Return the size of a row for a mean, and of stored values that are put together."""
@@ -164,7 +186,7 @@ class GatherRows(Decoder):
         columns = self.columns
         layout = raw.memo.get("rows")
         if layout is None:
-            layout = raw.memo["rows"] = lay_out(self.rows, raw.start // columns, -(-raw.stop // columns))
+            layout = raw.memo["rows"] = self.lay_out(raw.start, raw.stop)
         pieces = _Pieces(self, layout, raw.pieces)
         plain = _Plain()
         first_row = start // columns

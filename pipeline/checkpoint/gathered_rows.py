@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from raymerge.ops.decoder import Decoder, Plain
+from raymerge.ops.lazy import np
 from raymerge.ops.rows import MEAN, PAD, GatherRows, RowMap, lay_out
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
-from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange
+from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange, ByteRows
 from raymerge.pipeline.urls import scheme_of
 
 _FEW_RUNS, _LONG_RUN = 1000, 32
@@ -30,6 +31,8 @@ class GatheredRows(Source):
     rows: RowMap = field(repr=False)
     padding: bytes = field(default=b"", repr=False)
     """The mean of all rows before the padding, as float32; empty until it is known, and where there is no padding."""
+    is_by_row: bool = False
+    """Whether rows are read by themselves, to where the result has them."""
 
     @property
     def columns(self) -> int:
@@ -40,7 +43,8 @@ class GatheredRows(Source):
     def decoder(self) -> GatherRows:
         """Decoder that gathers them."""
         num_pieces = tuple(len(part.ranges(0, 1)) for part in self.parts)
-        return GatherRows(tuple(part.decoder for part in self.parts), num_pieces, self.rows, self.columns, self.padding)
+        parts = tuple(part.decoder for part in self.parts)
+        return GatherRows(parts, num_pieces, self.rows, self.columns, self.padding, self.is_by_row)
 
     @property
     def origins(self) -> tuple[StoredTensor, ...]:
@@ -67,6 +71,18 @@ class GatheredRows(Source):
         return num_runs > _FEW_RUNS and self.shape[0] < num_runs * _LONG_RUN
 
     @property
+    def has_means(self) -> bool:
+        """Whether some rows are means of others."""
+        kinds = self.rows.table[:, 1]
+        return bool(((kinds == MEAN) | (kinds == PAD)).any())
+
+    @property
+    def can_be_by_row(self) -> bool:
+        """Whether rows may be read by themselves: all are stored, alike, in files of this machine."""
+        is_stored = all(isinstance(part, StoredTensor) for part in self.parts)
+        return is_stored and not self.has_means and len(self.plain_dtypes) == 1 and not self.is_remote
+
+    @property
     def is_remote(self) -> bool:
         """Whether some of its bytes are in stores, where a request costs more than the bytes between two rows."""
         return any(scheme_of(tensor.file.url) != "file" for tensor in self.origins)
@@ -78,8 +94,7 @@ class GatheredRows(Source):
         found = {decoder.dtype for decoder in decoders if isinstance(decoder, Plain)}
         if not all(isinstance(decoder, Plain) for decoder in decoders):
             return frozenset()
-        kinds = set(self.rows.table[:, 1].tolist())
-        return frozenset({*found, "float32"} if len(found) > 1 or not kinds.isdisjoint((MEAN, PAD)) else found)
+        return frozenset({*found, "float32"} if len(found) > 1 or self.has_means else found)
 
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
         """Return the ranges of whole rows, each once, in the order of the parts."""
@@ -90,6 +105,17 @@ class GatheredRows(Source):
             for part, row, count in layout.spans
             for piece in self.parts[part].ranges(row * columns, (row + count) * columns)
         )
+
+    def find_rows(self, start: int, stop: int) -> tuple[ByteRows, ...]:
+        """Return the rows of each part that has some of elements [start, stop), in the order of the result."""
+        columns = self.columns
+        parts, there = self.rows.spread(start // columns, -(-stop // columns))
+        found = []
+        for part in np.unique(parts[parts >= 0]).tolist():
+            (first,) = self.parts[part].ranges(0, columns)
+            starts = first.start + there[parts == part].astype(np.int64) * first.nbytes
+            found.append(ByteRows(first.file, starts, first.nbytes))
+        return tuple(found)
 
     def max_nbytes(self, num_elements: int) -> int:
         """Return the room of as many rows, each by itself, of those that means take besides, and of where all lie."""

@@ -133,14 +133,31 @@ def _fill_in_turn(
 def _fill(
     stores: Stores, fetch: Fetch, buffer: Buffer, on_read: Callable[[int], None], run_all: RunAll
 ) -> list[Filled]:
-    ranges = [window.ranges for window in fetch]
-    windows = _lay_out(fetch, ranges, buffer)
+    windows = _lay_out(fetch, buffer)
     for is_gathered in (False, True):
         own = [filled for filled in windows if filled.window.is_gathered == is_gathered]
-        views = [view for filled in own for views in filled.views for view in views]
+        pairs = (pair for filled in own for pair in zip(filled.window.ranges, filled.views, strict=True))
+        views = [view for pieces, views in pairs if pieces for view in views]
         wanted = _flatten(filled.window.ranges for filled in own)
         read_ranges(stores, wanted, views, on_read, run_all, max_gap=GAP_NBYTES if is_gathered else 0)
+    for filled in windows:
+        _read_rows(stores, filled, on_read)
     return windows
+
+
+def _read_rows(stores: Stores, filled: Filled, on_read: Callable[[int], None]) -> None:
+    """Fill the places of sources that are read by row; the first window has their files read ahead as a whole."""
+    window = filled.window
+    for source, all_rows, views in zip(window.merge.sources, window.rows, filled.views, strict=True):
+        if not all_rows:
+            continue
+        if not window.start:
+            for tensor in source.origins:
+                whole = tensor.ranges(0, tensor.num_elements)
+                stores.at(tensor.file.url).will_read(whole)
+        for rows, view in zip(all_rows, views, strict=True):
+            stores.at(rows.file.url).read_rows(rows, view)
+            on_read(rows.nbytes)
 
 
 def read_ranges(
@@ -216,19 +233,19 @@ def _flatten(ranges: Iterable[Ranges]) -> list[ByteRange]:
     return [piece for window in ranges for pieces in window for piece in pieces]
 
 
-def _lay_out(fetch: Fetch, ranges: Iterable[Ranges], buffer: memoryview) -> list[Filled]:
+def _lay_out(fetch: Fetch, buffer: memoryview) -> list[Filled]:
     """Give each source of each window its place in a buffer."""
     windows = []
     offset = 0
-    for window, own in zip(fetch, ranges, strict=True):
+    for window in fetch:
         views, offsets = [], []
-        for pieces, decoded_nbytes in zip(own, window.decoded_nbytes(), strict=True):
+        for ranges, rows, decoded_nbytes in zip(window.ranges, window.rows, window.decoded_nbytes(), strict=True):
             places = []
             offsets.append(offset)
             offset += decoded_nbytes
-            for piece in pieces:
-                places.append(buffer[offset : offset + piece.nbytes])
-                offset += aligned(piece.nbytes)
+            for nbytes in (*(piece.nbytes for piece in ranges), *(part.nbytes for part in rows)):
+                places.append(buffer[offset : offset + nbytes])
+                offset += aligned(nbytes)
             views.append(tuple(places))
         windows.append(Filled(window, tuple(views), buffer, tuple(offsets)))
     return windows

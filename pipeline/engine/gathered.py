@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.decoder import Plain
 from raymerge.ops.lazy import np
-from raymerge.ops.rows import MEAN, PAD, lay_out
+from raymerge.ops.rows import MEAN, PAD
 from raymerge.ops.stored import Stored, item_nbytes, widen
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
@@ -101,7 +101,7 @@ class _Rows(_Source):
         self._dtype = DTYPES[source.dtype].torch_name
         self._columns = source.columns
         self._padding = np.frombuffer(source.padding, np.float32)
-        self._layout = layout = lay_out(source.rows, window.start // self._columns, -(-window.stop // self._columns))
+        self._layout = layout = source.decoder.lay_out(window.start, window.stop)
         self._dtypes = [DTYPES[part.dtype].torch_name for part in source.parts]
         self._nbytes = np.array([item_nbytes(dtype) * self._columns for dtype in self._dtypes] or [0], np.int64)
         sizes = [aligned(len(view)) for view in filled.views[number]]

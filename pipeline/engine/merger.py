@@ -12,6 +12,7 @@ from raymerge.pipeline.engine.readiness import takes_loops
 from raymerge.pipeline.engine.runs import Figures
 from raymerge.pipeline.engine.tally import Tally
 from raymerge.pipeline.engine.writer import ShardWriter
+from raymerge.pipeline.plan.types import TensorMerge
 
 if TYPE_CHECKING:
     from raymerge.pipeline.engine.torch_merger import TorchMerger
@@ -40,6 +41,10 @@ class HostMerger:
         self._loops = LoopMerger(shards, tallies, figures, run_all)
         self._make_torch_merger = make_torch_merger
         self._torch: TorchMerger | None = None
+        self._tensor: TensorMerge | None = None
+        """The tensor of the last window."""
+        self._takes_loops = False
+        """Whether loops merge it."""
 
     def add(self, filled: Filled) -> None:
         """Work off one window.
@@ -47,7 +52,10 @@ class HostMerger:
         Raises:
             TensorMismatchError: tensors that are copied differ between the inputs.
         """
-        if takes_loops(filled.window.merge):
+        merge = filled.window.merge
+        if merge is not self._tensor:
+            self._tensor, self._takes_loops = merge, takes_loops(merge)
+        if self._takes_loops:
             self._loops.add(filled)
             return
         if self._torch is None:

@@ -166,9 +166,24 @@ def forgo_keeping(merge: TensorMerge, demand: Demand) -> Demand:
     return replace(demand, kept_nbytes=0) if is_large and is_nested and not _is_scattered(merge) else demand
 
 
+def read_by_row(merge: TensorMerge) -> TensorMerge:
+    """Return a tensor with sources whose rows come from all over read by row, where the page cache keeps them.
+
+    A call for each row costs less than the fresh memory that the whole source takes.
+    """
+    sources = tuple(
+        replace(source, is_by_row=True)
+        if isinstance(source, GatheredRows) and source.is_scattered and source.can_be_by_row
+        else source
+        for source in merge.sources[: merge.num_cut]
+    )
+    return replace(merge, sources=(*sources, *merge.sources[merge.num_cut :]))
+
+
 def _is_scattered(merge: TensorMerge) -> bool:
     """Return whether a source is better read as a whole, even if once."""
-    return any(isinstance(source, GatheredRows) and source.is_scattered for source in merge.sources)
+    gathered = (source for source in merge.sources if isinstance(source, GatheredRows))
+    return any(source.is_scattered and not source.is_by_row for source in gathered)
 
 
 def _measure_gathered(merge: TensorMerge, grid: int) -> int:

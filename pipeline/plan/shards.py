@@ -19,6 +19,7 @@ from raymerge.pipeline.plan.memory import (
     forgo_keeping,
     measure_demand,
     project_mem,
+    read_by_row,
 )
 from raymerge.pipeline.plan.out_files import Network, SideFile
 from raymerge.pipeline.plan.shares import Limits, Shares, share_out_memory
@@ -61,8 +62,11 @@ def make_tasks(
     Raises:
         MemoryLimitError: a tensor does not fit even for one worker.
     """
+    is_cached = limits.is_cached and limits.gpus is None
+    if is_cached:
+        merges = [read_by_row(merge) for merge in merges]
     demands = {merge.name: measure_demand(merge) for merge in merges}
-    if limits.is_cached and limits.gpus is None:
+    if is_cached:
         demands = {merge.name: forgo_keeping(merge, demands[merge.name]) for merge in merges}
     shard_nbytes = limits.shard_nbytes or default_shard_nbytes(sum(merge.nbytes for merge in merges))
     shards: list[tuple[TensorMerge, ...]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.lazy import np
@@ -241,7 +242,7 @@ class Vocabulary:
             count = len(self.tokens.vocab)
             numbers = np.fromiter(self.tokens.vocab.values(), np.int64, count)
             get = tokenizer.vocab.get
-            own = np.fromiter((get(token, -1) for token in self.tokens.vocab), np.int64, count)
+            own = np.fromiter(map(get, self.tokens.vocab, repeat(-1)), np.int64, count)
             found[numbers] = np.where(own < num_rows, own, -1)
             self._ids[key] = found
         return self._ids[key]

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
+from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.plan.memory import Demand, measure_demand, measure_kept
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
-from raymerge.pipeline.stores.files import ByteRange, aligned
+from raymerge.pipeline.stores.files import ByteRange, ByteRows, aligned
 from raymerge.pipeline.stores.ranges import GAP_NBYTES, coalesce
 from raymerge.pipeline.stores.remote import PIECE_NBYTES
 from raymerge.pipeline.urls import scheme_of
@@ -24,19 +25,25 @@ class Window:
     passes: range
     """Which of the kernel's passes run over it; the one after the last measuring pass combines."""
     ranges: Sequence[tuple[ByteRange, ...]] = field(init=False, repr=False)
-    """The bytes to fetch, for each source."""
+    """The bytes to fetch, for each source that is not read by row."""
+    rows: Sequence[tuple[ByteRows, ...]] = field(init=False, repr=False)
+    """Likewise, for each source that is."""
 
     def __post_init__(self) -> None:
         """Look the ranges up, once."""
         sources, num_cut = self.merge.sources, self.merge.num_cut
         whole = [source.ranges(0, source.num_elements) for source in sources[num_cut:]]
-        ranges = [*(source.ranges(self.start, self.stop) for source in sources[:num_cut]), *whole]
-        object.__setattr__(self, "ranges", ranges)
+        rows = [_find_rows(source, self.start, self.stop) for source in sources]
+        pairs = zip(sources[:num_cut], rows, strict=False)
+        cut = [() if by_row else source.ranges(self.start, self.stop) for source, by_row in pairs]
+        object.__setattr__(self, "ranges", [*cut, *whole])
+        object.__setattr__(self, "rows", rows)
 
     def nbytes(self) -> int:
         """Return the room that it takes in a buffer."""
         read = sum(aligned(piece.nbytes) for pieces in self.ranges for piece in pieces)
-        return read + sum(self.decoded_nbytes())
+        by_row = sum(aligned(rows.nbytes) for parts in self.rows for rows in parts)
+        return read + by_row + sum(self.decoded_nbytes())
 
     def decoded_nbytes(self) -> list[int]:
         """Return the room for the decoded values of each source, where compiled loops need that."""
@@ -47,6 +54,10 @@ class Window:
     def is_gathered(self) -> bool:
         """Whether a source is gathered from rows, which may lie far from each other."""
         return any(isinstance(source, GatheredRows) for source in self.merge.sources)
+
+
+def _find_rows(source: Source, start: int, stop: int) -> tuple[ByteRows, ...]:
+    return source.find_rows(start, stop) if isinstance(source, GatheredRows) and source.is_by_row else ()
 
 
 Fetch = tuple[Window, ...]

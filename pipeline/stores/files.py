@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from raymerge.pipeline.errors import FetchError
 from raymerge.pipeline.urls import scheme_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Buffer = memoryview
 """A writable, contiguous view of bytes."""
@@ -52,6 +58,28 @@ class ByteRange:
                 f"{self.file.url}: bytes {self.start:,} to {self.stop:,} were asked for,"
                 f" and the file has {self.file.nbytes:,}"
             )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ByteRows:
+    """Stretches of a file that are all of one length, in any order: rows of a matrix."""
+
+    file: StoredFile
+    starts: NDArray[np.int64]
+    """Of each its first byte."""
+    row_nbytes: int
+    """Length of each, in bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes all are together."""
+        return len(self.starts) * self.row_nbytes
+
+    def list_runs(self) -> tuple[list[int], list[int]]:
+        """Return, of rows that follow each other both here and in the file, the first byte, and how many they are."""
+        steps = self.starts[1:] - self.starts[:-1]
+        bounds = [0, *((steps != self.row_nbytes).nonzero()[0] + 1).tolist(), len(self.starts)]
+        return self.starts[bounds[:-1]].tolist(), [stop - start for start, stop in pairwise(bounds)]
 
 
 def aligned(nbytes: int) -> int:

@@ -15,7 +15,7 @@ from enum import Enum
 from mmap import mmap
 
 from raymerge.pipeline.errors import CheckpointError, FetchError
-from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile
+from raymerge.pipeline.stores.files import Buffer, ByteRange, ByteRows, StoredFile
 
 OUTPUT_BUFFER_NBYTES = 4 * 2**20
 """Merged values on their way out; two such buffers are in use, one being filled and one being written."""
@@ -156,6 +156,16 @@ class Storage(ABC):
         Raises:
             FetchError: a range could not be read whole, or its file is no longer the one that was planned with.
         """
+
+    def read_rows(self, rows: ByteRows, buffer: Buffer) -> None:
+        """Fill a buffer with rows, one after the other.
+
+        Raises:
+            FetchError: as for `read_into`.
+        """
+        nbytes = rows.row_nbytes
+        ranges = [ByteRange(rows.file, start, start + nbytes) for start in rows.starts.tolist()]
+        self.read_into(ranges, [buffer[k * nbytes : (k + 1) * nbytes] for k in range(len(ranges))])
 
     def will_read(self, ranges: Sequence[ByteRange]) -> None:
         """Take a hint: these ranges are read next. Never fails."""

@@ -84,8 +84,7 @@ def unite(base: OutTokenizer, others: Sequence[tuple[Tokenizer, int]]) -> OutTok
     made = _Growing(base)
     distinct = list({(other.digest, num_rows): (other, num_rows) for other, num_rows in others}.values())
     for other, num_rows in distinct:
-        words = ((number, token) for token, number in other.vocab.items() if token not in made.vocab)
-        for number, token in sorted(words):
+        for number, token in sorted((other.vocab[token], token) for token in other.vocab.keys() - made.vocab.keys()):
             if token not in other.added and number < num_rows:
                 made.add(token)
     for other, num_rows in distinct:

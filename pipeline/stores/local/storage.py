@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from raymerge.cluster.home import expand_home
 from raymerge.pipeline.errors import ConfigError, FetchError, HeldError, OutputError
-from raymerge.pipeline.stores.files import Buffer, ByteRange, StoredFile, check_same
+from raymerge.pipeline.stores.files import Buffer, ByteRange, ByteRows, StoredFile, check_same
 from raymerge.pipeline.stores.local.writer import LocalWriter, file_etag, is_at, make_parents, output_error
 from raymerge.pipeline.stores.ranges import coalesce
 from raymerge.pipeline.stores.seam import Lock, Storage, Writer
@@ -123,6 +123,27 @@ class LocalStorage(Storage):
                     stop = ranges[member].stop
                 _read_run(descriptor, group.file, start, run)
                 _check_same(group.file, os.fstat(descriptor))
+
+    def read_rows(self, rows: ByteRows, buffer: Buffer) -> None:
+        """Fill a buffer with rows, one after the other; neighbours in both are read together.
+
+        Raises:
+            FetchError: a row could not be read whole, or the file is no longer the one that was planned with.
+        """
+        file, nbytes = rows.file, rows.row_nbytes
+        with self._files.opened(file) as descriptor:
+            place = 0
+            for start, count in zip(*rows.list_runs(), strict=True):
+                stop = place + count * nbytes
+                run = buffer[place:stop]
+                try:
+                    is_read = os.preadv(descriptor, (run,), start) == run.nbytes
+                except OSError:
+                    is_read = False
+                if not is_read:  # hardly ever
+                    _read_run(descriptor, file, start, [run])
+                place = stop
+            _check_same(file, os.fstat(descriptor))
 
     def will_read(self, ranges: Sequence[ByteRange]) -> None:
         """Have the kernel read ahead into the page cache, where it can be told to."""

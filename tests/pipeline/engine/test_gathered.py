@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,49 @@ def test_values_are_those_of_the_decoder(kind: str, columns: int, dtypes: tuple[
                 assert reached == window.stop
     is_one = kind == "same" or (kind == "appended" and dtypes[0] == dtypes[1] and columns == 96)
     assert num_pieces == (2 if is_one else 1 + -(-merge.num_elements // SEGMENT_ELEMENTS))
+
+
+@pytest.mark.parametrize("kind", ["scattered", "zeros", "appended"])
+@pytest.mark.parametrize("columns", [96, 101])
+def test_rows_read_by_themselves_are_the_same(kind: str, columns: int, tmp_path: Path) -> None:
+    stored = tuple(store(tmp_path / str(k), "embed", columns, "bfloat16", k) for k in range(2))
+    usual = GatheredRows("m", "embed", "BF16", (ROWS, columns), stored, make_row_map(*make_maps(kind)))
+    by_row = replace(usual, is_by_row=True)
+    assert by_row.can_be_by_row
+    kernel = find_op("linear").kernel({"weight": (1.0, 1.0), "normalize": False})
+    variants = (Variant((), kernel, 0),)
+    merge = TensorMerge("embed", (ROWS, columns), "F32", "F32", "linear", (by_row, usual), variants)
+    windows = [Window(merge, start, min(start + 2**17, merge.num_elements), range(1)) for start in (0, 2**17)]
+    num_read = num_wanted = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal num_read
+        num_read += nbytes
+
+    with open_stores() as stores, stores.pool.lend(sum(w.nbytes() for w in windows), 1, keep=False) as buffers:
+        filled: Filled
+        for filled in fetch_windows(stores, [tuple(windows)], buffers, count):
+            start, stop = filled.window.start, filled.window.stop
+            one, other = (
+                source.decoder.decode(
+                    Raw([torch.frombuffer(view, dtype=torch.uint8) for view in views], start, stop),
+                    start, stop, torch.empty(stop - start),
+                )
+                for source, views in zip((by_row, usual), filled.views, strict=True)
+            )  # fmt: skip
+            assert torch.equal(one, other)
+            for piece in Gatherer().cut(filled):
+                at = slice(piece.start - start, piece.stop - start)
+                assert torch.equal(read(piece, 0), other[at])
+                assert torch.equal(read(piece, 1), other[at])
+            num_wanted += sum(len(view) for views in filled.views for view in views)
+    assert num_read == num_wanted
+
+
+@pytest.mark.parametrize(("kind", "dtypes"), [("means", ("bfloat16",) * 2), ("same", ("bfloat16", "float32"))])
+def test_what_is_no_stored_row_is_not_read_as_one(kind: str, dtypes: tuple[str, str], tmp_path: Path) -> None:
+    stored = tuple(store(tmp_path / str(k), "embed", 8, dtype, k) for k, dtype in enumerate(dtypes))
+    assert not GatheredRows("m", "embed", "BF16", (ROWS, 8), stored, make_row_map(*make_maps(kind))).can_be_by_row
 
 
 def test_widths_are_read_once_each(tmp_path: Path) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from raymerge.ops.rows import make_row_map
+from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
+from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
 from raymerge.pipeline.plan.memory import Transfer
 from raymerge.pipeline.plan.merged_sources import MergedTensor
@@ -108,6 +112,25 @@ def test_merges_on_the_way_are_made_again_rather_than_kept_beside_what_the_page_
         windows = [window for fetch in make_fetches(task) for window in fetch if window.merge.name == "large"]
         assert all(window.nbytes() <= 2**23 for window in windows) is is_again
         assert task.projected_mem < 110 * 2**20 if is_again else task.projected_mem > 2 * large
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_rows_from_all_over_are_read_by_themselves_where_the_page_cache_keeps_them(is_cached: bool) -> None:
+    merge = make_merge("embed", 2**26)
+    num_rows = 2**26 // 512
+    parts = tuple(
+        replace(source, shape=(num_rows, 512)) for source in merge.sources if isinstance(source, StoredTensor)
+    )
+    rows = make_row_map(np.zeros(num_rows, np.int64), np.random.default_rng(0).permutation(num_rows), [])
+    gathered = GatheredRows("m0", "embed", "BF16", (num_rows, 512), parts[:1], rows)
+    merge = replace(merge, shape=(num_rows, 512), sources=(gathered, parts[1]))
+    limits = Limits(4 * GIB, 1, 10**9, transfer=Transfer(fetch_nbytes=2**23), is_cached=is_cached)
+    (task,) = make_tasks([merge], limits)[0]
+    (source, _) = task.merges[0].sources
+    assert isinstance(source, GatheredRows)
+    assert (source.is_by_row, source.identity) == (is_cached, gathered.identity)
+    assert task.reread_nbytes == 0
+    assert task.projected_mem < 60 * 2**20 if is_cached else task.projected_mem > 2**28
 
 
 def test_what_is_read_once_anyhow_takes_no_more_memory() -> None:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from raymerge.pipeline.errors import CheckpointError, FetchError, OutputError
 from raymerge.pipeline.stores import lease
-from raymerge.pipeline.stores.files import ByteRange, StoredFile
+from raymerge.pipeline.stores.files import ByteRange, ByteRows, StoredFile
 from raymerge.pipeline.stores.seam import Storage, Writer
 
 MIB = 2**20
@@ -147,6 +148,18 @@ class StorageContract:
         buffers = [bytearray(item.nbytes) for item in ranges]
         storage.read_into(ranges, [memoryview(buffer) for buffer in buffers], max_gap=max_gap)
         assert [bytes(buffer) for buffer in buffers] == [data[item.start : item.stop] for item in ranges]
+
+    def test_rows_of_one_length(self, storage: Storage, root: str) -> None:
+        data = make_bytes(10_240)
+        storage.write(f"{root}/a", data)
+        file = storage.stat(f"{root}/a")
+        starts = [300, 310, 320, 7, 10_230, 7, 0]
+        buffer = bytearray(10 * len(starts))
+        storage.read_rows(ByteRows(file, np.array(starts, np.int64), 10), memoryview(buffer))
+        assert bytes(buffer) == b"".join(data[start : start + 10] for start in starts)
+        beyond = ByteRows(file, np.array([0, 10_235], np.int64), 10)
+        with pytest.raises(FetchError, match="bytes 10,235 to 10,245"):
+            storage.read_rows(beyond, memoryview(bytearray(20)))
 
     def test_nothing_to_read(self, storage: Storage, root: str) -> None:
         storage.write(f"{root}/a", b"")
