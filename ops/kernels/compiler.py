@@ -80,7 +80,8 @@ class Loop:
             if num_dimensions:
                 assert (argument.dtype, argument.ndim) == (dtype, num_dimensions)
                 assert argument.flags.c_contiguous
-                flat += [_Place.from_buffer(argument), *argument.shape]
+                is_writable = argument.flags.writeable  # bytes, and factors that are views of them, are not
+                flat += [_Place.from_buffer(argument) if is_writable else argument.ctypes.data, *argument.shape]
             else:
                 flat.append(argument)
         return entry(*flat)
