@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -41,9 +42,12 @@ def find_base(stores: Stores, adapter: str, wanted: str | None) -> ModelRef:
 
 
 def plan_sum(name: str, base: ModelRef, adapter: ModelRef) -> tuple[Spectrum, Point]:
-    """Return a record with the model that an adapter and its base come to, as a point that is planned."""
+    """Return a record with the model that an adapter and its base come to, as a point that is planned.
+
+    Paths count from the current directory, also for a worker that runs in another one.
+    """
     point = Point(name, "", {}, _make_config(base, adapter), "", "planned", "")
-    return Spectrum(__version__, "", (), (), (point,)), point
+    return Spectrum(__version__, "", (), (), (point,), started_in=str(Path.cwd())), point
 
 
 def _make_config(base: ModelRef, adapter: ModelRef) -> str:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from raymerge import RaymergeError
 from raymerge.pipeline.checkpoint.checkpoint import locate_model
 from raymerge.pipeline.checkpoint.files import ADAPTER_CONFIG, CONFIG, PIPELINE
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError
 from raymerge.pipeline.evaluation.adapters import find_base, plan_sum
 from raymerge.pipeline.messages import find_near, listing
+from raymerge.pipeline.output.state import OutputState, check_state
 from raymerge.pipeline.spectrum.places import locate_ref, parse_ref
 from raymerge.pipeline.spectrum.record import (
     EVALUATIONS,
@@ -137,7 +139,7 @@ def _list_spectrum(
         where = locate_point(url, point)
         if point.state == "failed":
             failed.append(f"{point.name}: {point.error}")
-        elif point.state == "planned":
+        elif point.state == "planned" and not _is_made(stores, where, point.fingerprint):
             planned = Planned(url, spectrum, point, base)
             found.append(Subject(point.name, "", where, planned, point.fingerprint))
         elif _has(stores, where, CONFIG) or _has(stores, where, PIPELINE):
@@ -159,6 +161,14 @@ def _has(stores: Stores, url: str, name: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def _is_made(stores: Stores, url: str, fingerprint: str) -> bool:
+    """Tell whether the model of a plan is complete: a sweep may have been interrupted before it noted that."""
+    try:
+        return check_state(stores, url, fingerprint, overwrite=False) is OutputState.COMPLETE
+    except RaymergeError:
+        return False
 
 
 def _try_model(

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 import raymerge
+from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import CheckpointError, ConfigError
+from raymerge.pipeline.evaluation.adapters import plan_sum
 from raymerge.pipeline.evaluation.events import Evaluated, EvaluationEvent
 from raymerge.pipeline.evaluation.results import Evaluation
+from raymerge.pipeline.spectrum.materialise import materialised
 from tests.adapters import draw_factors, write_adapter
 from tests.checkpoints import read_files
 from tests.tokenized_models import TEXTS, byte_level, write_tokenized
@@ -71,6 +74,13 @@ def test_a_spectrum_of_adapters_is_evaluated_and_drawn(place: Path, monkeypatch:
     assert all(event.is_cached for event in events if isinstance(event, Evaluated))
     curve = raymerge.curve(place / "s")
     assert [model.name for model in curve.models if model.name in curve.views[0].scores] == list(found)
+
+
+def test_a_worker_elsewhere_finds_base_and_adapter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, point = plan_sum("x", ModelRef("base"), ModelRef("a"))
+    monkeypatch.chdir(place / "a")
+    with materialised("", record, point) as directory:
+        assert (Path(directory) / "model.safetensors").exists()
 
 
 def test_planned_adapters(place: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import raymerge
 from raymerge.pipeline.evaluation.events import Evaluated, EvaluationEvent
 from raymerge.pipeline.evaluation.results import Evaluation
+from raymerge.pipeline.evaluation.subjects import find_subjects
 from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import read_files
 from tests.tokenized_models import TEXTS, byte_level, write_tokenized
@@ -96,13 +97,15 @@ def test_a_point_whose_inputs_have_changed_is_not_taken_for_the_one_evaluated_be
     assert "its inputs have changed" in after.error
 
 
-def test_a_model_that_was_evaluated_and_deleted_is_not_merged_again(place: Path) -> None:
+def test_a_model_that_was_evaluated_and_deleted_is_not_merged_again(place: Path, stores: Stores) -> None:
     recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"weight": 1}}
     raymerge.sweep(recipe, "made", {"weight[1]": [0.5]})
     before = evaluate("made")
     record = Path("made/spectrum.json")
     record.write_text(record.read_text().replace('"complete"', '"planned"'))
+    assert find_subjects(stores, ["made"]).models[0].planned is None, "a sweep may be interrupted before it says so"
     shutil.rmtree("made/weight1-0.5")
+    assert find_subjects(stores, ["made"]).models[0].planned is not None
     events: list[EvaluationEvent] = []
     assert [each.digest for each in evaluate("made", events=events)] == [each.digest for each in before]
     assert all(event.is_cached for event in events if isinstance(event, Evaluated))
