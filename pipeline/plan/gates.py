@@ -171,6 +171,9 @@ def _aim(experts: Sequence[Expert], texts: Sequence[str], vectors: Doubles, *, i
         texts: all of their prompts.
         vectors: of shape [layers, prompts, hidden size].
         is_sum: whether the vectors of an expert's prompts are added up, to one of length 1, or averaged.
+
+    Raises:
+        CheckpointError: a row is not finite.
     """
 
     def look(prompts: Sequence[str]) -> Doubles:
@@ -182,6 +185,12 @@ def _aim(experts: Sequence[Expert], texts: Sequence[str], vectors: Doubles, *, i
 
     rows = [normalize(look(e.positive_prompts) - look(e.negative_prompts)) for e in experts]
     found: Floats = np.stack(rows, axis=1).astype(np.float32)
+    for number, expert in enumerate(experts):
+        if not np.isfinite(found[:, number]).all():
+            raise CheckpointError(
+                f"the base makes NaN or infinity of the prompts of {expert.model}, and so would its router; mend the"
+                " base's weights, or write `gate_mode: random`"
+            )
     return found
 
 
