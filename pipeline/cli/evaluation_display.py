@@ -89,13 +89,14 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _percent(estimate: Estimate) -> str:
-    """Return an accuracy with the larger half of its interval.
+    """Return an accuracy with its interval.
 
-    >>> _percent(Estimate(0.8, 0.5, 0.95))
-    '80.0 ±30.0'
+    >>> _percent(Estimate(0.8, 0.5, 0.95)), _percent(Estimate(0.5, 0.5, 0.5))
+    ('80.0 (50.0 to 95.0)', '50.0')
     """
-    half = max(estimate.high - estimate.mean, estimate.mean - estimate.low)
-    return f"{100 * estimate.mean:.1f} ±{100 * half:.1f}"
+    if estimate.low == estimate.high:
+        return f"{100 * estimate.mean:.1f}"
+    return f"{100 * estimate.mean:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
 
 
 def _share(share: float | None) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from raymerge.pipeline.curve.pairs import Pairs
 from raymerge.pipeline.curve.types import View
+from raymerge.pipeline.evaluation.pairs import Comparison
 from raymerge.pipeline.evaluation.results import Estimate
 
 RuleName = Literal["within", "best_under_tokens", "best"]
@@ -40,16 +42,20 @@ class Choice:
     has_parents: bool
     """Whether any parent was evaluated."""
     is_told_apart: bool
-    """Whether its interval and the reference's do not overlap."""
+    """Whether the interval of the difference to the reference has no 0, or else their two intervals do not overlap."""
     is_sure: bool
-    """For `within`: whether its whole interval is above the limit."""
+    """For `within`: whether all of that interval, or else of its own, is above the limit."""
     contenders: tuple[str, ...]
     """Points that more samples could show to be the better choice."""
     parents: tuple[str, ...]
     """Parents that do at least as well by the same rule, without a merge."""
+    comparison: Comparison | None = None
+    """With the reference, on the same items; None where it is the reference, or where their samples are not kept."""
 
 
-def choose(view: View, points: Sequence[str], parents: Sequence[str], rule: Rule) -> Choice | None:
+def choose(
+    view: View, points: Sequence[str], parents: Sequence[str], rule: Rule, pairs: Pairs | None = None
+) -> Choice | None:
     """Return the choice among the points that have all the figures that the rule needs; None if none has.
 
     Args:
@@ -57,15 +63,17 @@ def choose(view: View, points: Sequence[str], parents: Sequence[str], rule: Rule
         points: names of the spectrum's points.
         parents: names of its parents.
         rule: how to choose; one with tokens needs a view of accuracy.
+        pairs: compares models on the same items.
     """
+    pairs = pairs or Pairs()
     points, parents = (_list_candidates(view, names, rule) for names in (points, parents))
     if not points:
         return None
     if rule.name == "within":
-        return _choose_within(view, points, parents, rule)
+        return _choose_within(view, points, parents, rule, pairs)
     if rule.name == "best_under_tokens":
-        return _choose_under(view, points, parents, rule)
-    return _choose_best(view, points, parents, rule, is_met=True)
+        return _choose_under(view, points, parents, rule, pairs)
+    return _choose_best(view, points, parents, rule, pairs)
 
 
 def overlaps(one: Estimate, other: Estimate) -> bool:
@@ -79,19 +87,21 @@ def _list_candidates(view: View, names: Sequence[str], rule: Rule) -> list[str]:
     ]
 
 
-def _choose_within(view: View, points: list[str], parents: list[str], rule: Rule) -> Choice:
+def _choose_within(view: View, points: list[str], parents: list[str], rule: Rule, pairs: Pairs) -> Choice:
     reference = _most_accurate(view, parents or points)
     limit = lowest_accuracy(view.estimate(reference), rule)
     near = [name for name in points if view.estimate(name).mean >= limit]
     is_met = bool(near)
     model = _fewest_tokens(view, near) if near else _most_accurate(view, points)
-    mine = view.estimate(model)
+    mine, allowed = view.estimate(model), (rule.limit or 0.0) / 100 + 1e-12
+    comparison = pairs.compare(view, model, reference) if model != reference else None
     contenders = [
         name
         for name in points
         if name != model
         and view.estimate(name).high >= limit > view.estimate(name).mean
         and (not is_met or _tokens(view, name) < _tokens(view, model))
+        and ((found := pairs.compare(view, name, reference)) is None or found.accuracy.high >= -allowed)
     ]
     matching = [
         name
@@ -104,10 +114,11 @@ def _choose_within(view: View, points: list[str], parents: list[str], rule: Rule
         is_met,
         reference,
         bool(parents),
-        is_told_apart=not overlaps(mine, view.estimate(reference)),
-        is_sure=mine.low >= limit,
+        is_told_apart=comparison.is_told_apart if comparison else not overlaps(mine, view.estimate(reference)),
+        is_sure=comparison.accuracy.low >= -allowed if comparison else mine.low >= limit,
         contenders=tuple(contenders),
         parents=tuple(matching),
+        comparison=comparison,
     )
 
 
@@ -116,11 +127,11 @@ def lowest_accuracy(reference: Estimate, rule: Rule) -> float:
     return reference.mean - (rule.limit or 0.0) / 100 - 1e-12  # 0.80 - 0.01 is above 0.79
 
 
-def _choose_under(view: View, points: list[str], parents: list[str], rule: Rule) -> Choice:
+def _choose_under(view: View, points: list[str], parents: list[str], rule: Rule, pairs: Pairs) -> Choice:
     limit = rule.limit or 0.0
     cheap = [name for name in points if _tokens(view, name) <= limit]
     if cheap:
-        return _choose_best(view, cheap, [name for name in parents if _tokens(view, name) <= limit], rule, is_met=True)
+        return _choose_best(view, cheap, [name for name in parents if _tokens(view, name) <= limit], rule, pairs)
     model = _fewest_tokens(view, points)
     matching = tuple(name for name in parents if _tokens(view, name) <= limit)
     return Choice(
@@ -128,21 +139,30 @@ def _choose_under(view: View, points: list[str], parents: list[str], rule: Rule)
     )
 
 
-def _choose_best(view: View, points: list[str], parents: list[str], rule: Rule, *, is_met: bool) -> Choice:
+def _choose_best(view: View, points: list[str], parents: list[str], rule: Rule, pairs: Pairs) -> Choice:
     model = _most_accurate(view, points)
     mine = view.estimate(model)
-    contenders = tuple(name for name in points if name != model and overlaps(mine, view.estimate(name)))
+    contenders = tuple(
+        name
+        for name in points
+        if name != model
+        and overlaps(mine, view.estimate(name))
+        and ((found := pairs.compare(view, model, name)) is None or not found.is_told_apart)
+    )
     reference = _most_accurate(view, parents) if parents else ""
+    comparison = pairs.compare(view, model, reference) if reference else None
+    is_apart = bool(reference) and not overlaps(mine, view.estimate(reference))
     return Choice(
         rule,
         model,
-        is_met,
+        True,
         reference,
         bool(parents),
-        is_told_apart=bool(reference) and not overlaps(mine, view.estimate(reference)),
+        is_told_apart=comparison.is_told_apart if comparison else is_apart,
         is_sure=not contenders,
         contenders=contenders,
         parents=tuple(name for name in parents if view.quality(name) >= view.quality(model)),
+        comparison=comparison,
     )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from raymerge import __version__
 from raymerge.pipeline.curve.choice import DEFAULT_POINTS, Rule, choose
 from raymerge.pipeline.curve.findings import find
+from raymerge.pipeline.curve.pairs import Pairs, SamplePairs
 from raymerge.pipeline.curve.records import Records, locate_evaluations, read_evaluations, takes_no_files
 from raymerge.pipeline.curve.results import Curve
 from raymerge.pipeline.curve.series import make_series
-from raymerge.pipeline.curve.tasks import choose_tasks, sort_evaluations
+from raymerge.pipeline.curve.tasks import Task, choose_tasks, sort_evaluations
 from raymerge.pipeline.curve.types import View
 from raymerge.pipeline.curve.views import list_models, make_views
 from raymerge.pipeline.errors import ConfigError, OutputError
@@ -65,15 +66,31 @@ def curve(
             raise ConfigError(f"{FILES[0]} cannot be written to {directory}; name another directory as `out`")
         record = read_spectrum(stores, directory)
         place = stores.at(str(evaluations)).absolute(str(evaluations)) if evaluations else ""
-        records = read_evaluations(stores, place or locate_evaluations(stores, directory))
-        found = make_curve(directory, record, records, task, wanted)
+        place = place or locate_evaluations(stores, directory)
+        records = read_evaluations(stores, place)
+        found = make_curve(directory, record, records, task, wanted, lambda tasks: SamplePairs(stores, place, tasks))
         target = directory if out is None else stores.at(str(out)).absolute(str(out))
         _write(stores, target, found)
     return found
 
 
-def make_curve(directory: str, spectrum: Spectrum, records: Records, task: Sequence[str], rule: Rule | None) -> Curve:
+def make_curve(
+    directory: str,
+    spectrum: Spectrum,
+    records: Records,
+    task: Sequence[str],
+    rule: Rule | None,
+    make_pairs: Callable[[Sequence[Task]], Pairs] = lambda tasks: Pairs(),
+) -> Curve:
     """Return the curve of a spectrum and its evaluations.
+
+    Args:
+        directory: the spectrum's.
+        spectrum: its record.
+        records: its evaluations.
+        task: the tasks that count; all by default.
+        rule: by which a model is chosen.
+        make_pairs: returns what compares models on the same items of tasks.
 
     Raises:
         ConfigError: there is no such task, or the rule needs figures that were not measured.
@@ -91,7 +108,7 @@ def make_curve(directory: str, spectrum: Spectrum, records: Records, task: Seque
     series = make_series(spectrum.paths, {model.name: model.settings for model in models if model.kind == "point"})
     views = make_views(models, chosen.chosen)
     view = views[0]
-    rule = _fit_rule(view, rule)
+    rule, pairs = _fit_rule(view, rule), make_pairs(chosen.chosen)
     return Curve(
         __version__,
         directory,
@@ -99,13 +116,14 @@ def make_curve(directory: str, spectrum: Spectrum, records: Records, task: Seque
         spectrum.paths,
         series,
         views,
-        tuple(find(each, models, series) for each in views),
+        tuple(find(each, models, series, pairs) for each in views),
         rule,
         choose(
             view,
             [model.name for model in models if model.kind == "point"],
             [model.name for model in models if model.kind == "parent"],
             rule,
+            pairs,
         ),
         (*notes, *chosen.notes, *records.damaged),
     )

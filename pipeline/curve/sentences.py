@@ -9,6 +9,7 @@ from raymerge.pipeline.curve.choice import Choice, Rule, lowest_accuracy, overla
 from raymerge.pipeline.curve.findings import Findings
 from raymerge.pipeline.curve.phases import Jump
 from raymerge.pipeline.curve.types import Measure, Model, Score, View
+from raymerge.pipeline.evaluation.pairs import Comparison
 from raymerge.pipeline.evaluation.results import Estimate
 from raymerge.pipeline.messages import counted, escaped, listing
 
@@ -23,7 +24,11 @@ def describe_findings(view: View, found: Findings, models: Sequence[Model]) -> t
     """Return a sentence for each parent, jump and doubt."""
     points = [model.name for model in models if model.kind == "point" and model.name in view.scores]
     return (
-        *(_describe_dominance(view, parent, names) for parent, names in found.dominators.items() if points),
+        *(
+            _describe_dominance(view, parent, names, found.comparisons.get(parent))
+            for parent, names in found.dominators.items()
+            if points
+        ),
         *_describe_jumps(view, found.jumps),
         *_describe_cut_off(view),
     )
@@ -128,14 +133,18 @@ def format_setting(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _describe_dominance(view: View, parent: str, dominators: Sequence[str]) -> str:
+def _describe_dominance(view: View, parent: str, dominators: Sequence[str], comparison: Comparison | None) -> str:
     if not dominators:
         return f"No point is as accurate as {escaped(parent)} with fewer tokens."
     first = dominators[0]
     text = f"{escaped(first)} is {_compare(view, first, parent)}"
     others = len(dominators) - 1
     besides = f" {counted(others, 'further point')} {'does' if others == 1 else 'do'} as well." if others else ""
-    return f"{text}{_overlap_note(view, first, parent)}.{besides}"
+    if comparison is None:
+        return f"{text}{_overlap_note(view, first, parent)}.{besides}"
+    if comparison.is_told_apart:
+        return f"{text}.{besides}"
+    return f"{text}; {_describe_interval(comparison.accuracy)}, on the same items.{besides}"
 
 
 def _compare(view: View, name: str, parent: str) -> str:
@@ -238,10 +247,15 @@ def _explain(view: View, choice: Choice) -> str:
 
 def _doubt(view: View, choice: Choice) -> Iterator[str]:
     """Yield what the intervals leave open."""
-    if choice.reference and choice.reference != choice.model:
+    comparison = choice.comparison
+    if comparison is not None:
+        yield _describe_comparison(choice, comparison)
+    elif choice.reference and choice.reference != choice.model:
         verb = "do not overlap" if choice.is_told_apart else "overlap: the evaluation does not tell the two apart"
         yield f"The 95% intervals of {escaped(choice.model)} and {escaped(choice.reference)} {verb}."
-    if choice.rule.name == "within" and choice.is_met and not choice.is_sure:
+    if comparison is not None and choice.rule.name == "within" and choice.is_met and not choice.is_sure:
+        yield f"The difference may be more than the {choice.rule.limit or 0:g} that the rule allows."
+    elif choice.rule.name == "within" and choice.is_met and not choice.is_sure:
         limit = lowest_accuracy(view.estimate(choice.reference), choice.rule)
         low = format_share(view.estimate(choice.model).low)
         yield f"Its interval reaches down to {low}, below the limit of {format_share(limit)}: it may miss the rule."
@@ -254,6 +268,33 @@ def _doubt(view: View, choice: Choice) -> Iterator[str]:
             yield f"More samples may show that others satisfy the rule{better}: {each}."
         else:
             yield f"Its interval overlaps those of {each}: more samples may show one of them to be better."
+
+
+def _describe_comparison(choice: Choice, comparison: Comparison) -> str:
+    """Return how the chosen model and the reference compare on the same items."""
+    model, reference = escaped(choice.model), escaped(choice.reference)
+    gain = 100 * comparison.accuracy.mean
+    verb = f"{_format_points(abs(gain))} {'more' if gain > 0 else 'less'}" if abs(gain) >= 0.05 else "as"
+    than = "as" if verb == "as" else "than"
+    text = f"On the same {counted(comparison.num_items, 'item')}, {model} is {verb} accurate {than} {reference}"
+    text += f" ({_describe_interval(comparison.accuracy)})"
+    if not choice.is_told_apart:
+        text += ", which the evaluation does not tell apart"
+    if (ratio := comparison.tokens) is not None and ratio.mean != 1:
+        saved = [100 * (1 - each) for each in (ratio.mean, ratio.high, ratio.low)]
+        sign, word = (1, "fewer") if saved[0] > 0 else (-1, "more")
+        low, high = sorted(sign * each for each in saved[1:])
+        text += f", and takes {sign * saved[0]:.0f}% {word} tokens ({low:.0f} to {high:.0f}%)"
+    return f"{text}."
+
+
+def _describe_interval(difference: Estimate) -> str:
+    """Return the interval of a difference of accuracies, in points.
+
+    >>> _describe_interval(Estimate(-0.007, -0.024, 0.011))
+    '95% interval of the difference -2.4 to +1.1 points'
+    """
+    return f"95% interval of the difference {100 * difference.low:+.1f} to {100 * difference.high:+.1f} points"
 
 
 def _format_points(points: float) -> str:

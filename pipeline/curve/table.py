@@ -13,7 +13,7 @@ from raymerge.pipeline.messages import counted, escaped
 
 _FIGURES = (
     *("accuracy", "accuracy_low", "accuracy_high", "loss", "loss_low", "loss_high"),
-    *("tokens", "median_tokens", "p95_tokens", "thinking", "cut_off", "num_items"),
+    *("tokens", "tokens_low", "tokens_high", "median_tokens", "p95_tokens", "thinking", "cut_off", "num_items"),
 )
 _FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
 """Text that begins with one of these is a formula to spreadsheets."""
@@ -53,8 +53,8 @@ def _list_figures(score: Score | None) -> list[object]:
     intervals = [
         ("", "", "") if each is None else (each.mean, each.low, each.high) for each in (score.accuracy, score.loss)
     ]
-    counts = (score.tokens, score.median_tokens, score.p95_tokens, score.thinking, score.cut_off)
-    return [*intervals[0], *intervals[1], *counts, score.num_items]
+    counts = (score.tokens, score.tokens_low, score.tokens_high, score.median_tokens, score.p95_tokens)
+    return [*intervals[0], *intervals[1], *counts, score.thinking, score.cut_off, score.num_items]
 
 
 def format_table(curve: Curve) -> str:
@@ -96,6 +96,7 @@ def _list_columns(curve: Curve, models: Sequence[Model]) -> Iterator[list[str]]:
         yield ["95% interval", *(f"{each.low:.4f} to {each.high:.4f}" for each in estimates)]
     for title, texts in (
         ("tokens", [format_count(score.tokens) for score in scores]),
+        ("95% interval", [_format_interval(score) for score in scores]),
         ("p95", [format_count(score.p95_tokens) for score in scores]),
         ("thinking", ["" if score.thinking is None else f"{100 * score.thinking:.0f}%" for score in scores]),
         ("cut off", ["" if score.cut_off is None else f"{100 * score.cut_off:.0f}%" for score in scores]),
@@ -115,6 +116,13 @@ def _list_columns(curve: Curve, models: Sequence[Model]) -> Iterator[list[str]]:
             for model in models
         ),
     ]
+
+
+def _format_interval(score: Score) -> str:
+    """Return the interval of the mean tokens; empty where there is none."""
+    if score.tokens_low is None or score.tokens_high is None:
+        return ""
+    return f"{format_count(score.tokens_low)} to {format_count(score.tokens_high)}"
 
 
 def _guard(text: str) -> str:

@@ -38,6 +38,9 @@ class Score:
     loss: Estimate | None = None
     tokens: float | None = None
     """Mean number of generated tokens of an answer."""
+    tokens_low: float | None = None
+    """Of the interval of 95% of that mean."""
+    tokens_high: float | None = None
     median_tokens: float | None = None
     p95_tokens: float | None = None
     thinking: float | None = None

@@ -40,6 +40,8 @@ def make_score(evaluation: Evaluation) -> Score:
         accuracy=_check(evaluation.accuracy),
         loss=_check(evaluation.loss),
         tokens=number(tokens.mean) if tokens else None,
+        tokens_low=number(tokens.low) if tokens else None,
+        tokens_high=number(tokens.high) if tokens else None,
         median_tokens=number(tokens.median) if tokens else None,
         p95_tokens=number(tokens.p95) if tokens else None,
         thinking=number(evaluation.thinking),

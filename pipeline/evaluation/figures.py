@@ -36,13 +36,16 @@ def summarise(samples: Collection[Sample]) -> Figures:
         if sample.score is not None:
             by_item.setdefault(sample.item, []).append(sample.score)
     scores = list(by_item.values())
-    counts = [sample.tokens for sample in samples if sample.tokens is not None]
+    counts: dict[str, list[int]] = {}
+    for sample in samples:
+        if sample.tokens is not None:
+            counts.setdefault(sample.item, []).append(sample.tokens)
     num_samples = max((len(each) for each in scores), default=0)
     return Figures(
         num_items=len({sample.item for sample in samples}),
         num_samples=num_samples,
         accuracy=estimate_accuracy(scores) if scores else None,
-        tokens=measure_tokens(counts) if counts else None,
+        tokens=measure_tokens(list(counts.values())) if counts else None,
         thinking=_share(sample.thinking for sample in samples),
         cut_off=_share(sample.cut_off for sample in samples),
         other=measure_pass(scores),
@@ -100,14 +103,26 @@ def measure_pass(scores: Sequence[Sequence[float]]) -> dict[str, float]:
     }
 
 
-def measure_tokens(counts: Sequence[int]) -> Tokens:
-    """Return mean, median and 95th percentile, interpolated linearly.
+def measure_tokens(counts: Sequence[Sequence[int]]) -> Tokens:
+    """Return mean, median and 95th percentile, interpolated linearly, and the interval of the mean.
 
-    >>> measure_tokens([1, 2, 3, 10])
-    Tokens(mean=4.0, median=2.5, p95=8.95)
+    The mean is that of all samples. The standard error is clustered by item, as in `estimate_accuracy`; there is no
+    interval with one item.
+
+    Args:
+        counts: of each item, those of its samples.
+
+    >>> measure_tokens([[1, 2], [3, 10]])
+    Tokens(mean=4.0, median=2.5, p95=8.95, low=0.0, high=8.9)
     """
-    ordered = sorted(counts)
-    return Tokens(fmean(ordered), _quantile(ordered, 0.5), round(_quantile(ordered, 0.95), 9))
+    ordered = sorted(count for each in counts for count in each)
+    mean, num = fmean(ordered), len(counts)
+    low = high = None
+    if num > 1:  # a ratio of sums over items, linearised
+        squares = math.fsum((sum(each) - mean * len(each)) ** 2 for each in counts)
+        half = Z * math.sqrt(squares * num / (num - 1)) / len(ordered)
+        low, high = round(max(0.0, mean - half), 3), round(mean + half, 3)
+    return Tokens(mean, _quantile(ordered, 0.5), round(_quantile(ordered, 0.95), 9), low, high)
 
 
 def estimate_loss(sums: Sequence[float], counts: Sequence[int]) -> Estimate:

@@ -27,6 +27,9 @@ class Tokens:
     mean: float
     median: float
     p95: float
+    low: float | None = None
+    """Of the interval of 95% of the mean; None where the samples are not known."""
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,9 +159,8 @@ def parse_output(text: str) -> Printed:
                 raise EvaluationError(f"the command has printed {key}: {shown(value)}; a number is needed")
         else:
             measures[key if key in _FIGURES else f"other.{key}"] = _number(key, value)
-    for key in ("accuracy", "thinking", "cut_off"):
-        value = measures.get(key, measures.get(f"{key}.mean", 0.0))
-        if not 0 <= value <= 1:
+    for key in ("accuracy", "accuracy.mean", "accuracy.low", "accuracy.high", "thinking", "cut_off"):
+        if not 0 <= (value := measures.get(key, 0.0)) <= 1:
             raise EvaluationError(f"the command has printed {key}: {value:g}; a share from 0 to 1 is needed")
     if not measures and not samples:
         raise EvaluationError(

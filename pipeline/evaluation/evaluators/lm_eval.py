@@ -25,6 +25,8 @@ from raymerge.pipeline.messages import suggest
 _BACKEND = "lm-eval"
 _RESULTS = "results"
 """Item of the sample that holds lm-eval's own figures, written last."""
+_VALUE = "value"
+"""Measure of that sample: lm-eval's value of the metric that counts."""
 _MAX_FILE_NBYTES, _MAX_FILES = 64 * 2**20, 2000
 
 
@@ -91,18 +93,19 @@ class LmEvalTask(Task):
             for name, figure in figures.items()
             if "," in name
         }
-        keep(Sample(_RESULTS, 0, value, measures=others))
+        keep(Sample(_RESULTS, 0, None, measures=others if value is None else {**others, _VALUE: value}))
 
     def summarise(self, samples: Collection[Sample]) -> Figures:
         """Return the figures of the samples; the accuracy is lm-eval's own."""
         [results] = [sample for sample in samples if sample.item == _RESULTS]
         found = summarise([sample for sample in samples if sample.item != _RESULTS])
-        accuracy, value = found.accuracy, results.score
+        accuracy, value = found.accuracy, results.measures.get(_VALUE, results.score)
         if value is None or not 0 <= value <= 1:
             accuracy = None
         elif accuracy is None or abs(accuracy.mean - value) > 1e-9:  # it is no mean over items
             accuracy = Estimate(value, value, value)
-        return replace(found, accuracy=accuracy, other={**found.other, **results.measures})
+        others = {name: figure for name, figure in results.measures.items() if name != _VALUE}
+        return replace(found, accuracy=accuracy, other={**found.other, **others})
 
 
 class LmEvalTasks(Evaluator):

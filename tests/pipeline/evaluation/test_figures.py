@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import numpy as np
@@ -61,9 +62,14 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer() -> None:
 
 def test_quantiles_are_numpys() -> None:
     counts = np.random.default_rng(1).integers(0, 4000, 77).tolist()
-    found = measure_tokens(counts)
+    found = measure_tokens([[count] for count in counts])
     expected = [np.mean(counts), np.median(counts), np.quantile(counts, 0.95)]
     assert [found.mean, found.median, found.p95] == pytest.approx(expected)
+    half = 1.96 * np.std(counts, ddof=1) / math.sqrt(77)
+    assert [found.low, found.high] == pytest.approx([found.mean - half, found.mean + half], abs=0.1)
+    alike = measure_tokens([[count] * 4 for count in counts])
+    assert [alike.low, alike.high] == pytest.approx([found.low, found.high], abs=0.01), "equal samples tell nothing"
+    assert measure_tokens([[3, 5]]).low is None
 
 
 def test_loss_is_per_token_whatever_the_windows() -> None:
