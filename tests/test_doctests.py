@@ -11,7 +11,10 @@ import pytest
 
 import raymerge
 
-ABSENT = () if find_spec("inspect_ai") else ("raymerge.pipeline.evaluation.generation.inspect_worker",)
+EXTRAS = {"inspect_worker": "inspect_ai", "vllm_worker": "vllm"}
+ABSENT = [
+    f"raymerge.pipeline.evaluation.generation.{name}" for name, library in EXTRAS.items() if find_spec(library) is None
+]
 """Modules that import an extra which need not be installed for tests."""
 MODULES = [
     module.name

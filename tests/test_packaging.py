@@ -90,6 +90,7 @@ USERS_OF_EXTRAS = {
     "raymerge/pipeline/evaluation/generation/transformers_worker.py": "eval",
     "raymerge/pipeline/evaluation/generation/inspect_worker.py": "inspect",
     "raymerge/pipeline/evaluation/generation/lm_eval_worker.py": "lm-eval",
+    "raymerge/pipeline/evaluation/generation/vllm_worker.py": "vllm",
     "raymerge/pipeline/search/study.py": "spectrum",
     **{f"raymerge/pipeline/curve/drawing/{name}.py": "spectrum" for name in ("charts", "page", "pictures")},
 }

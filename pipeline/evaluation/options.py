@@ -13,7 +13,7 @@ MODELS = "Models"
 SAMPLING = "Sampling"
 RESULTS = "Results"
 
-Backend = Literal["transformers"]
+Backend = Literal["transformers", "vllm"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -95,6 +95,8 @@ class EvaluateOptions:
             raise ConfigError(f"window is {self.window}; it must be 2 or more: a token is predicted from another")
         if (gpus := self.gpus_per_model) is not None and not (0 <= gpus <= 1 or (1 < gpus < 1e6 and gpus == int(gpus))):
             raise ConfigError(f"gpus_per_model is {gpus:g}; it must be whole, or a share of one GPU such as 0.5")
+        if self.backend == "vllm" and gpus is not None and gpus != int(gpus):
+            raise ConfigError(f"gpus_per_model is {gpus:g}; vLLM takes whole GPUs")
         if self.shared_filesystem and self.address is None:
             raise ConfigError("shared_filesystem says something about the machines of a cluster; give its address too")
         if not self.timeout > 0:

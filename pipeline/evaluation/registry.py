@@ -50,7 +50,8 @@ def prepare_tasks(names: Sequence[str], options: EvaluateOptions) -> list[Task]:
         task = evaluator.prepare(rest, options)
         missing = [library for library in task.libraries if find_spec(library) is None]
         if missing and options.address is None:
-            raise ConfigError(f"--task {name}: {missing[0]} is not installed; pip install 'raymerge[eval]'")
+            extra = "vllm" if missing[0] == "vllm" else "eval"
+            raise ConfigError(f"--task {name}: {missing[0]} is not installed; pip install 'raymerge[{extra}]'")
         if other := next((other for other in tasks if other.name == task.name), None):
             same = "twice the same" if other.digest == task.digest else "two tasks of one name"
             raise ConfigError(f"--task {name}: {task.name} is {same}; give one another `name:`, or leave it out")

@@ -93,6 +93,10 @@ class Losses(Evaluator):
         """Read the texts; windows never reach from one file into another."""
         if options.samples is not None or options.temperature is not None:
             raise ConfigError(f"--task loss:{name}: nothing is sampled; leave --samples and --temperature out")
+        if options.backend != "transformers":
+            raise ConfigError(
+                f"--task loss:{name}: {options.backend} only generates; leave --backend out for this task"
+            )
         paths = sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).exists() else [name]  # noqa: PTH207
         if not paths:
             raise ConfigError(f"--task loss:{name}: no file matches")

@@ -19,8 +19,6 @@ from raymerge.pipeline.evaluation.tasks.task_file import Sampling, TaskFile, rea
 class FileTask(Task):
     """A task file with its sampling."""
 
-    libraries = ("transformers",)
-
     name: str
     digest: str
     file: TaskFile
@@ -30,6 +28,11 @@ class FileTask(Task):
     backend: str
     dtype: str
     batch_size: int
+
+    @property
+    def libraries(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What generates."""
+        return (self.backend,)
 
     @property
     def benchmark(self) -> tuple[str, str] | None:  # type: ignore[override]

@@ -18,6 +18,7 @@ from raymerge.pipeline.errors import MergeError
 
 _MODULES = {
     "transformers": "raymerge.pipeline.evaluation.generation.transformers_worker",
+    "vllm": "raymerge.pipeline.evaluation.generation.vllm_worker",
     "lm-eval": "raymerge.pipeline.evaluation.generation.lm_eval_worker",
     "inspect": "raymerge.pipeline.evaluation.generation.inspect_worker",
 }
@@ -44,6 +45,8 @@ class Engine:
             timeout: seconds after which it is given up if it tells nothing.
         """
         self._module = _MODULES[backend]
+        self._is_fresh_for_each = backend == "vllm"  # which does not let go of a model's memory
+        self._digest = ""
         self.timeout = timeout
         """Seconds after which it is given up if it tells nothing."""
         self.environment = dict(environment or {})
@@ -61,6 +64,9 @@ class Engine:
         Raises:
             EngineError: the request has failed; the next one may not.
         """
+        if self._is_fresh_for_each and self._digest != request["digest"]:
+            self.close()
+            self._digest = request["digest"]
         process = self._start()
         assert process.stdin is not None
         assert process.stdout is not None

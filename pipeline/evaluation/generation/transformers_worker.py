@@ -45,11 +45,16 @@ class Loaded:
         self.model: Any = model if spread else model.to(self.device)
         self.model.eval()
         self.max_positions: int = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-        ends = [self.model.generation_config.eos_token_id, self.model.config.eos_token_id, self.tokenizer.eos_token_id]
-        lists = [end if isinstance(end, list) else [end] for end in ends if end is not None]
-        self.ends = sorted({int(token) for each in lists for token in each})
+        self.ends = list_ends(self.model.generation_config, self.model.config, self.tokenizer)
         pad = self.tokenizer.pad_token_id
         self.pad: int = pad if pad is not None else (self.ends or [0])[0]
+
+
+def list_ends(*sources: Any) -> list[int]:
+    """Return the tokens that end a text, as a model's generation config, config and tokenizer name them."""
+    ends = [source.eos_token_id for source in sources]
+    lists = [end if isinstance(end, list) else [end] for end in ends if end is not None]
+    return sorted({int(token) for each in lists for token in each})
 
 
 class Server:
@@ -95,7 +100,7 @@ def generate(loaded: Loaded, request: Mapping[str, Any]) -> Iterator[dict[str, A
             }
 
 
-def encode(loaded: Loaded, messages: list[dict[str, str]], request: Mapping[str, Any]) -> tuple[str, list[int]]:
+def encode(loaded: Any, messages: list[dict[str, str]], request: Mapping[str, Any]) -> tuple[str, list[int]]:
     """Return a prompt as text and as tokens: by the chat template, or where there is none, the messages' plain text."""
     if loaded.tokenizer.chat_template:
         text = loaded.tokenizer.apply_chat_template(
