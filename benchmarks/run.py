@@ -31,6 +31,7 @@ from proportions import measure_small_tensors, measure_twenty_models
 from reads import measure_bytes_read
 from report import Row, describe_machine, to_markdown, write_json
 from sameness import measure_sameness
+from search import measure_search
 from speed import measure_cold, measure_speed
 from startup import measure_help, measure_plan
 from store_limits import measure_bytes_served, measure_disk, measure_hub, measure_requests, measure_store_memory
@@ -59,6 +60,7 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "union": measure_union,
     "documents": measure_documents,
     "sweep": measure_sweep,
+    "search": measure_search,
     "big-tensor": measure_big_tensor,
     "gpu": measure_gpu,
     "accuracy": measure_accuracy,
