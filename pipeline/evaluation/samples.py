@@ -92,6 +92,7 @@ class _LocalLog(SampleLog):
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
@@ -99,8 +100,12 @@ class _LocalLog(SampleLog):
         super().__init__(content[:whole])
 
     def _write(self, line: bytes) -> None:
-        while line:
-            line = line[os.write(self._file, line) :]
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            error.filename = str(self._path)  # such as of a full disk, which is no fault of the model
+            raise
 
     def close(self) -> None:
         os.fsync(self._file)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,16 @@ def test_a_store_that_cannot_append_has_all_lines_at_the_end(stores: Stores) -> 
         with open_log(stores, url) as log:
             log.add(sample)
     assert stores.at(url).read(url, 2**20) == FIRST.dump() + SECOND.dump()
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path, stores: Stores) -> None:
+    path = tmp_path / "task.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_log(stores, str(path)) as log:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        try:
+            with pytest.raises(OSError, match=r"task\.jsonl"):
+                log.add(FIRST)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not log.samples
