@@ -82,6 +82,14 @@ class KernelRun(ABC):
         """Do as `measure` does, by loops, with one or several neighbouring blocks; see `Kernel.loop_dtypes`."""
         raise AssertionError("this kernel has no loops")
 
+    def measure_outputs(self, index: int, runs: Sequence[KernelRun], stored: Stored, run_all: RunAll) -> None:
+        """Do as `measure_stored` of each of some runs, the first of which this is.
+
+        The default does so one after the other. Override it where they count the same in part.
+        """
+        for run in runs:
+            run.measure_stored(index, stored, run_all)
+
     def fork(self, pieces: Sequence[Stored], run_all: RunAll) -> Sequence[KernelRun]:
         """Return a run for each of some neighbouring pieces, in order, to combine them all at once by loops.
 
@@ -133,8 +141,9 @@ class Kernel(ABC):
         for block in blocks: run.combine(block, out)
         run.figures()
 
-    By loops it calls `measure_stored` in place of `measure`. In place of `combine` it calls `combine_outputs` of the
-    first of the runs that make outputs of one tensor; or `fork` of each, and `combine_outputs` of what this returns.
+    By loops it calls, in place of `measure`, `measure_outputs` of the first of the runs that measure one tensor; and in
+    place of `combine`, `combine_outputs` of the first of those that make its outputs, or `fork` of each of them and
+    `combine_outputs` of what this returns.
 
     Kernels whose `measuring` is equal measure once: after the last pass, every other one gets its run by
     `run.share(other)`, and then each combines the block that is at hand in turn.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,10 @@ def test_torch_gives_the_same_bytes(
     config = make_config(method, family)
     merge(config, tmp_path / "loops", workers=1, seed=3)
 
-    def fail(kernel: Kernel, site: Site) -> None:
+    def fail(kernels: Sequence[Kernel], site: Site) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(readiness, "_try_kernel", fail)
+    monkeypatch.setattr(readiness, "_try_kernels", fail)
     monkeypatch.setattr(readiness, "_TRIED", {})
     told = Keep()
     merge(config, tmp_path / "torch", workers=1, seed=3, on_event=told)

@@ -1,4 +1,4 @@
-"""One model's delta while a tensor is merged: its figures, and how it is trimmed."""
+"""Deltas while a tensor is merged: their figures, how they are trimmed, and what they come to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raymerge.ops.kernel import count_blocks
 from raymerge.ops.kernels.random import numpy_table
 from raymerge.ops.kernels.sparsifier import Sparsifier, Trim
 from raymerge.ops.lazy import delta_loops, loops, np
-from raymerge.ops.stored import RunAll, Stored
+from raymerge.ops.stored import RunAll, Slot, Stored, find_slots
 
 SMALLEST_SUM = 1e-7
 """A delta with a smaller sum of absolute values is not rescaled."""
@@ -107,3 +107,48 @@ class Trims:
         for sparsifier, (lower, upper) in zip(self._sparsifiers, self._left.tolist(), strict=True):
             if sparsifier is not None:
                 sparsifier.end_trim((lower, upper))
+
+
+def combine_deltas(
+    models: Sequence[Sequence[Delta]],
+    rules: Sequence[tuple[Sequence[float], Sequence[float], float]],
+    consensus: int,
+    normalize: bool,
+    stored: Stored,
+    outs: Sequence[Slot],
+) -> Sequence[float]:
+    """Round the base and what comes of trimmed deltas to each slot, by loops; see `KernelRun.combine_outputs`.
+
+    Args:
+        models: for each slot, of the same sources.
+        rules: factors and weights of the models, and the scale of what they come to, for each slot.
+        consensus: see `delta_loops.combine_deltas`.
+        normalize: whether what agrees is averaged.
+        stored: sources.
+        outs: slots.
+    """
+    factors, weights, scales = zip(*rules, strict=True)
+    trims = Trims([model.sparsifier for each in models for model in each], stored)
+    squares = outs[0].squares[None] if len(outs) == 1 else np.array([out.squares for out in outs])
+    finished = np.zeros(len(outs))
+    delta_loops.combine_deltas(
+        *stored.sources(),
+        np.array([model.source for model in models[0]], np.int64),
+        np.array(factors, np.float32),
+        np.array(weights, np.float32),
+        consensus,
+        normalize,
+        np.array(scales, np.float32),
+        np.array([min(each) for each in weights], np.float32),
+        stored.start,
+        stored.num_elements,
+        *trims.arguments(),
+        *find_slots(outs),
+        squares,
+        finished,
+        loops.make_scratch(4 + 2 * len(models[0])),
+    )
+    trims.end()
+    for out, left in zip(outs, squares, strict=True) if len(outs) > 1 else ():
+        out.squares[:] = left
+    return [float(each) for each in finished]

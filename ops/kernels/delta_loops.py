@@ -89,6 +89,25 @@ def count_low(
 
 
 @loop
+def count_bins(
+    words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
+    source: int, count: int, starts: Array1[np.int32], counts: Array1[np.int64], scratch: Array2[np.uint32],
+) -> None:  # fmt: skip
+    """Count the magnitudes of a delta by their low bits, from where `starts` has the table of their high bits.
+
+    Those that have none, -1 there, are counted at the beginning: that takes no branch. Many bins hold many elements.
+    """
+    bits = scratch[1]
+    for start in range(0, count, STRIP):
+        size = min(STRIP, count - start)
+        _load_delta(words, longs, places, forms, source, start, size, scratch)
+        for k in range(size):
+            table = starts[(bits[k] >> np.uint32(16)) & np.uint32(0x7FFF)]
+            low = np.int64(bits[k] & np.uint32(0xFFFF))
+            counts[table + low if table >= 0 else k % 64] += 1
+
+
+@loop
 def count_equal(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
     source: int, count: int, magnitude: int, scratch: Array2[np.uint32],
@@ -111,8 +130,8 @@ def _count_at(magnitude, count, bits):
     return num_equal
 
 
-def take_delta(base, kind, limits, word_limit, left, table, keys, kept, position, count, bits, delta):
-    """Subtract the base from a strip, and set what is not kept to zero.
+def take_delta(delta, kind, limits, word_limit, left, table, keys, kept, position, count, bits, taken):
+    """Write what is kept of a strip of a delta to another one, of which `bits` and `taken` are views; zeros elsewhere.
 
     A strip is inside of one page. `limits` and `left`, which counts down, are those of `sparsifier.Trim`: the bits of
     floats order as their magnitudes do.
@@ -122,17 +141,17 @@ def take_delta(base, kind, limits, word_limit, left, table, keys, kept, position
         lower, upper = sizes[1 if left[0] == 0 else 0], sizes[3 if left[1] == 0 else 2]
         if left[0] > 0 or left[1] > 0:
             for k in range(count):
-                delta[k] -= base[k]
+                taken[k] = delta[k]
             for side in range(2):
                 if left[side] > 0:
                     left[side] = _drop_ties(limits[1 + side], left[side], count, bits)
             for k in range(count):  # not `0 if ... else ...`, which compiles to slow stores under a mask
-                is_dropped = (abs(delta[k]) <= lower) | (abs(delta[k]) > upper)
+                is_dropped = (abs(taken[k]) <= lower) | (abs(taken[k]) > upper)
                 bits[k] &= np.uint32(np.uint32(is_dropped) - np.uint32(1))
         else:
             for k in range(count):
-                value = delta[k] - base[k]
-                delta[k] = np.float32(0) if (abs(value) <= lower) | (abs(value) > upper) else value
+                value = delta[k]
+                taken[k] = np.float32(0) if (abs(value) <= lower) | (abs(value) > upper) else value
     elif kind == RANDOM:
         place = position % PAGE_ELEMENTS
         page = table[place : place + count]
@@ -140,13 +159,13 @@ def take_delta(base, kind, limits, word_limit, left, table, keys, kept, position
         for k in range(count):
             word = np.uint32((page[k] ^ key) * factor)
             word = np.uint32((word ^ (word >> np.uint32(HASH_SHIFT))) * np.uint32(HASH_FACTOR))
-            delta[k] = (delta[k] - base[k]) * (np.float32(1) if word < word_limit else np.float32(0))
+            taken[k] = delta[k] * (np.float32(1) if word < word_limit else np.float32(0))
     elif kind == MASKED:
         for k in range(count):
-            delta[k] = (delta[k] - base[k]) * np.float32(kept[k])
+            taken[k] = delta[k] * np.float32(kept[k])
     else:
         for k in range(count):
-            delta[k] -= base[k]
+            taken[k] = delta[k]
 
 
 def _drop_ties(threshold, left, count, bits):
@@ -172,7 +191,8 @@ def sum_delta(
 ) -> None:  # fmt: skip
     """Write the sums of a delta's magnitudes over each block, all of them and the kept ones, to a row of `sums`."""
     base_bits, bits, strips = scratch[0], scratch[1], scratch.view(np.float32)
-    base, delta, full = strips[0], strips[1], strips[2 + 4 * NUM_ROW_STRIPS]
+    base, taken, delta = strips[0], strips[1], strips[2 + 4 * NUM_ROW_STRIPS]
+    delta_bits = scratch[2 + 4 * NUM_ROW_STRIPS]
     for number in range(len(sums)):
         first = number * BLOCK_ELEMENTS
         length = min(BLOCK_ELEMENTS, count - first)
@@ -188,22 +208,22 @@ def sum_delta(
             room = min(STRIP - column % STRIP, columns - column) if is_folded else min(STRIP, length - offset)
             size = min(room, PAGE_ELEMENTS - (position + start) % PAGE_ELEMENTS)
             load(words, longs, places[0] + start, forms[0], size, base_bits, base)
-            load(words, longs, places[source] + start, forms[source], size, bits, delta)
+            load(words, longs, places[source] + start, forms[source], size, delta_bits, delta)
             for k in range(size):
-                full[k] = abs(delta[k] - base[k])
+                delta[k] -= base[k]
             page = (position + start) // PAGE_ELEMENTS - position // PAGE_ELEMENTS
             where = kept[0, start : start + size], position + start, size
-            take_delta(base, kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], *where, bits, delta)
+            take_delta(delta, kinds[0], limits[0], word_limits[0], left[0], table, keys[0, page], *where, bits, taken)
             if is_folded:
                 strip = find_strip(row, column, 2)
                 whole, rest = strips[strip, column % STRIP :], strips[strip + NUM_ROW_STRIPS, column % STRIP :]
                 for k in range(size):
-                    whole[k] += full[k]
-                    rest[k] += abs(delta[k])
+                    whole[k] += abs(delta[k])
+                    rest[k] += abs(taken[k])
             else:
                 for k in range(size):
-                    sums[number, 0] += np.float64(full[k])
-                    sums[number, 1] += np.float64(abs(delta[k]))
+                    sums[number, 0] += np.float64(abs(delta[k]))
+                    sums[number, 1] += np.float64(abs(taken[k]))
             offset += size
         for figure in range(2):
             sums[number, figure] += add_columns(strips, figure, 2, columns)
@@ -212,73 +232,118 @@ def sum_delta(
 @loop
 def combine_deltas(
     words: Array1[np.uint16], longs: Array1[np.uint32], places: Array1[np.int64], forms: Array1[np.int64],
-    models: Array1[np.int64], factors: Array1[np.float32], weights: Array1[np.float32], agree: int, normalize: int,
-    scale: np.float32, smallest_weight: np.float32, position: int, count: int, kinds: Array1[np.int64],
-    limits: Array2[np.uint32], word_limits: Array1[np.uint32], left: Array2[np.int64], table: Array1[np.uint32],
-    keys: Array3[np.uint32], kept: Array2[np.uint8], out_words: Array1[np.uint16], out_longs: Array1[np.uint32],
-    out_form: int, squares: Array1[np.float32], scratch: Array2[np.uint32],
-) -> float:  # fmt: skip
-    """Write base + scale * consensus(factors_i * trimmed delta_i); see `finish`.
+    models: Array1[np.int64], factors: Array2[np.float32], weights: Array2[np.float32], agree: int, normalize: int,
+    scales: Array1[np.float32], smallest_weights: Array1[np.float32], position: int, count: int,
+    kinds: Array1[np.int64], limits: Array2[np.uint32], word_limits: Array1[np.uint32], left: Array2[np.int64],
+    table: Array1[np.uint32], keys: Array3[np.uint32], kept: Array2[np.uint8], out_words: Array1[np.uint16],
+    out_longs: Array1[np.uint32], out_places: Array1[np.int64], out_form: int, squares: Array2[np.float32],
+    finished: Array1[np.float64], scratch: Array2[np.uint32],
+) -> None:  # fmt: skip
+    """Write base + scale * consensus(factors_i * trimmed delta_i) for each output, of deltas that are decoded once.
 
-    `agree` is the index of the consensus: none, sum or overlap; see `SparseDeltas`.
+    `agree` is the index of the consensus: none, sum or overlap; see `SparseDeltas`. Rules of trimming are those of the
+    first output's models, then those of the next one's. `finish` tells of each output in `finished`. The scratch has
+    four strips, and two for each model.
     """
-    base_bits, total_bits = scratch[0], scratch[1]
-    base, total, signs = base_bits.view(np.float32), total_bits.view(np.float32), scratch[2].view(np.float32)
-    divisor, all_bits = scratch[3].view(np.float32), scratch[4:]
-    finished = 0.0
+    num_models = len(models)
+    strips = scratch.view(np.float32)
+    base, total, signs, divisor = strips[0], strips[1], strips[2], strips[3]
+    deltas, taken, taken_bits = strips[4:], strips[4 + num_models :], scratch[4 + num_models :]
     start = 0
     while start < count:
         size = min(count - start, STRIP - (position + start) % STRIP)
         page = (position + start) // PAGE_ELEMENTS - position // PAGE_ELEMENTS
-        load(words, longs, places[0] + start, forms[0], size, base_bits, base)
-        for m in range(len(models)):
-            bits = all_bits[m]
-            delta = bits.view(np.float32)
-            load(words, longs, places[models[m]] + start, forms[models[m]], size, bits, delta)
-            where = kept[m, start : start + size], position + start, size
-            take_delta(base, kinds[m], limits[m], word_limits[m], left[m], table, keys[m, page], *where, bits, delta)
-            factor = factors[m]
-            if m == 0:
-                for k in range(size):
-                    delta[k] *= factor
-                    total[k] = delta[k]
-            else:
-                for k in range(size):
-                    delta[k] *= factor
-                    total[k] += delta[k]
-        if agree == 2:
+        load(words, longs, places[0] + start, forms[0], size, scratch[0], base)
+        for m in range(num_models):
+            delta = deltas[m]
+            load(words, longs, places[models[m]] + start, forms[models[m]], size, scratch[4 + m], delta)
             for k in range(size):
-                divisor[k] = 0
-            for m in range(len(models)):
-                delta = all_bits[m].view(np.float32)
-                weight = weights[m]
-                for k in range(size):
-                    divisor[k] += weight if delta[k] != 0 else np.float32(0)
-            for k in range(size):
-                total[k] /= divisor[k] + (np.float32(1) if divisor[k] == 0 else np.float32(0))
-        elif agree:
-            for k in range(size):
-                signs[k] = np.float32(1) if total[k] >= 0 else np.float32(-1)
-                total[k] = 0
-                divisor[k] = 0
-            for m in range(len(models)):
-                delta = all_bits[m].view(np.float32)
-                weight = weights[m]
-                for k in range(size):
-                    agreeing = delta[k] * signs[k]
-                    total[k] += np.float32(0) if agreeing <= 0 else agreeing
-                    divisor[k] += weight if agreeing > 0 else np.float32(0)
-            if normalize:
-                if smallest_weight > 0:
-                    for k in range(size):
-                        total[k] /= divisor[k] if divisor[k] > smallest_weight else smallest_weight
+                delta[k] -= base[k]
+        for output in range(len(scales)):
+            for m in range(num_models):
+                row, factor = output * num_models + m, factors[output, m]
+                is_whole = kinds[row] == ALL and agree == 0
+                if not is_whole:
+                    rule = kinds[row], limits[row], word_limits[row], left[row], table, keys[row, page]
+                    where = kept[row, start : start + size], position + start, size
+                    take_delta(deltas[m], *rule, *where, taken_bits[m], taken[m])
+                if agree:
+                    _scale_and_add(taken[m], factor, m, size, total)
                 else:
-                    for k in range(size):
-                        total[k] /= divisor[k] + (np.float32(1) if divisor[k] == 0 else np.float32(0))
+                    _add_scaled(deltas[m] if is_whole else taken[m], factor, m, size, total)
+            smallest, scale = smallest_weights[output], scales[output]
+            _find_consensus(taken, weights[output], agree, normalize, smallest, size, signs, divisor, total)
             for k in range(size):
-                total[k] *= signs[k]
-        for k in range(size):
-            total[k] = total[k] * scale + base[k]
-        finished += finish(total_bits, total, position + start, size, squares, out_words, out_longs, start, out_form)
+                total[k] = total[k] * scale + base[k]
+            where = position + start, size, squares[output], out_words, out_longs, out_places[output] + start
+            finished[output] += finish(scratch[1], total, *where, out_form)
         start += size
-    return finished
+
+
+def _scale_and_add(values, factor, position, count, total):
+    """Multiply values with a factor, and add them to a strip; those at position 0 to nothing."""
+    if position:
+        for k in range(count):
+            values[k] *= factor
+            total[k] += values[k]
+    else:
+        for k in range(count):
+            values[k] *= factor
+            total[k] = values[k]
+
+
+def _add_scaled(values, factor, position, count, total):
+    """Add the products of values and a factor to a strip; those at position 0 to nothing."""
+    if position:
+        for k in range(count):
+            total[k] += values[k] * factor
+    else:
+        for k in range(count):
+            total[k] = values[k] * factor
+
+
+def _find_consensus(deltas, weights, agree, normalize, smallest_weight, count, signs, divisor, total):
+    """Turn the sum of deltas into what is added to the base."""
+    if agree == 2:
+        for m in range(len(weights)):
+            _add_weight(deltas[m], weights[m], m, count, divisor)
+        for k in range(count):
+            total[k] /= divisor[k] + (np.float32(1) if divisor[k] == 0 else np.float32(0))
+    elif agree:
+        for m in range(len(weights)):
+            _add_agreeing(deltas[m], weights[m], m, count, signs, divisor, total)
+        if not normalize:
+            for k in range(count):
+                total[k] *= signs[k]
+        elif smallest_weight > 0:
+            for k in range(count):
+                total[k] = total[k] / (divisor[k] if divisor[k] > smallest_weight else smallest_weight) * signs[k]
+        else:
+            for k in range(count):
+                total[k] = total[k] / (divisor[k] + (np.float32(1) if divisor[k] == 0 else np.float32(0))) * signs[k]
+
+
+def _add_weight(delta, weight, position, count, divisor):
+    """Add the weight of a model where its delta is not zero."""
+    if position:
+        for k in range(count):
+            divisor[k] += weight if delta[k] != 0 else np.float32(0)
+    else:
+        for k in range(count):
+            divisor[k] = weight if delta[k] != 0 else np.float32(0)
+
+
+def _add_agreeing(delta, weight, position, count, signs, divisor, total):
+    """Add what has the sign of the sum of all deltas, which the first one finds in `total`, and the model's weight."""
+    if position:
+        for k in range(count):
+            agreeing = delta[k] * signs[k]
+            total[k] += np.float32(0) if agreeing <= 0 else agreeing
+            divisor[k] += weight if agreeing > 0 else np.float32(0)
+    else:
+        for k in range(count):
+            sign = np.float32(1) if total[k] >= 0 else np.float32(-1)
+            agreeing = delta[k] * sign
+            signs[k] = sign
+            total[k] = np.float32(0) if agreeing <= 0 else agreeing
+            divisor[k] = weight if agreeing > 0 else np.float32(0)

@@ -81,7 +81,7 @@ class _ImportantElementsRun(KernelRun):
     def end_pass(self, index: int) -> None:
         outer, median = self._quartiles
         if index == 0:
-            median.copy_counts(outer)
+            median.share_counts(outer)
         for quartile in self._quartiles:
             quartile.end_pass(index)
         if index == 1:

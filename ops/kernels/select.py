@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from raymerge.ops.kernels.counts import NUM_HIGH, NUM_LOW, HighCounts, LowCounts, find_bin, read_table, take_table
 from raymerge.ops.kernels.sparsifier import Sparsifier, Trim
 from raymerge.ops.lazy import delta_loops, loops, np, torch
 from raymerge.ops.stored import RunAll, Stored
@@ -17,26 +18,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _HALF = 16
-_NUM_LOW = 2**16
-_NUM_HIGH = 2**15
-"""Without the sign, 15 high bits are left."""
-
 _MAX_TABLES = 32
 """Tables of counts on a GPU."""
-
-_PART = 256
-"""Bins that are added up together before one is looked for among them."""
-
-_NUM_KEPT_TABLES = 4
-_TABLES: list[NDArray[Any]] = []
-"""Tables to count the next tensors in: fresh pages cost as much as counting a small one does."""
 
 _INFINITY = 0x7F800000
 """Bits of the largest float."""
 
-CUT_NBYTES = _NUM_LOW * 8 + 3 * _NUM_LOW * 4
+CUT_NBYTES = NUM_LOW * 8 + 3 * NUM_LOW * 4
 """Memory of a threshold that is looked for: a table of counts, and low bits waiting to be counted."""
-SELECTION_TEMPORARY_NBYTES = 6 * _NUM_LOW * 8
+SELECTION_TEMPORARY_NBYTES = 6 * NUM_LOW * 8
 """Besides, while a block is counted: a second table, indices, and copies."""
 
 
@@ -62,7 +52,9 @@ class MagnitudeSparsifier(Sparsifier):
         self._num_outliers = num_outliers
         self._lower = _Cut(num_kept + num_outliers)
         self._upper = _Cut(num_outliers + 1) if num_outliers else None
-        self._counts: torch.Tensor | NDArray[Any] | None = None
+        self._high = HighCounts()
+        self._low: LowCounts | None = None
+        """Counts of low bits that other sparsifiers of the delta use, too."""
         self._quotas = self._left = (-1, -1)
         """How many elements on the lower and the upper threshold may be kept; -1 where all may."""
 
@@ -83,8 +75,8 @@ class MagnitudeSparsifier(Sparsifier):
             raise TypeError(f"selection by magnitude works on float32, not on {delta.dtype}")
         bits = delta.abs_().view(torch.int32)
         if index == 0:
-            counts = _count(bits.bitwise_right_shift_(_HALF), _NUM_HIGH)
-            self._counts = counts if self._counts is None else self._counts + counts
+            counts = _count(bits.bitwise_right_shift_(_HALF), NUM_HIGH)
+            self._high.table = counts if self._high.table is None else self._high.table + counts
             return
         offset = 0
         for cut in self._list_bins():
@@ -94,34 +86,48 @@ class MagnitudeSparsifier(Sparsifier):
     def measure_stored(self, index: int, stored: Stored, source: int) -> None:
         """Count what is there at once, by high bits or by low ones."""
         if index == 0:
-            if self._counts is None:
-                self._counts = _take_table().reshape(2, _NUM_HIGH)
-            delta_loops.count_high(*stored.sources(), source, stored.num_elements, self._counts, loops.make_scratch(2))
+            if self._high.table is None:
+                self._high.table = take_table(1).reshape(2, NUM_HIGH)
+            table, scratch = self._high.table, loops.make_scratch(2)
+            delta_loops.count_high(*stored.sources(), source, stored.num_elements, table, scratch)
             return
         cuts = self._list_bins()
         for cut in cuts:
             if cut.counts is None:
-                cut.counts = _take_table()
+                cut.counts = take_table(1)
         bins = cuts[0].bin, cuts[-1].bin, cuts[0].counts, cuts[-1].counts
         delta_loops.count_low(*stored.sources(), source, stored.num_elements, *bins, loops.make_scratch(3))
 
-    def copy_counts(self, other: MagnitudeSparsifier) -> None:
-        """Take what another one has counted of the same elements in the first pass, before it ends."""
-        counts = other._counts
-        self._counts = counts.copy() if isinstance(counts, np.ndarray) else counts
+    def share_counts(self, other: MagnitudeSparsifier) -> None:
+        """Take what another one counts of the same elements in the first pass, before it ends."""
+        self._high = other._high
+
+    def share_low_counts(self, others: Sequence[MagnitudeSparsifier], stored: Stored, source: int) -> None:
+        """Count by low bits what is there at once, for this one and others that have shared its counts."""
+        low = self._low
+        if low is None:
+            sparsifiers = [self, *others]
+            low = LowCounts([cut.bin for each in sparsifiers for cut in each._list_bins()], len(sparsifiers))
+            for each in sparsifiers:
+                each._low = low
+        low.count(stored, source)
 
     def end_pass(self, index: int) -> None:
         """Find the bins that hold the thresholds, or the thresholds."""
         if index == 0:
-            if self._counts is not None:
-                counts = _read(self._counts)
+            counts = self._high.read()
+            if counts is not None:
                 for cut in self._list_cuts():
                     cut.find_bin(counts)
-            self._counts = None
+            self._high = HighCounts()
             return
-        found = {cut.bin: cut.read_counts() for cut in self._list_bins()}
+        low = self._low
+        found = {cut.bin: low.read(cut.bin) if low else cut.read_counts() for cut in self._list_bins()}
         for cut in self._list_cuts():
             cut.find_value(found[cut.bin])
+        if low:
+            low.leave()
+            self._low = None
         lower, upper = self._lower, self._upper
         if math.isnan(lower.value):  # NaN are the largest, and always kept: so is all
             return
@@ -209,6 +215,17 @@ class MagnitudeSparsifier(Sparsifier):
         return max(0, low - 1), low, high, max(0, high - 1)
 
 
+def measure_together(index: int, sparsifiers: Sequence[MagnitudeSparsifier], stored: Stored, source: int) -> None:
+    """Do as `measure_stored` of each of some sparsifiers of one delta, which is looked at once for all of them."""
+    first, *others = sparsifiers
+    if others and index:
+        first.share_low_counts(others, stored, source)
+        return
+    first.measure_stored(index, stored, source)
+    for other in others:
+        other.share_counts(first)
+
+
 class _Cut:
     """One threshold while it is looked for."""
 
@@ -225,13 +242,13 @@ class _Cut:
     def collect(self, offsets: torch.Tensor, spare: torch.Tensor) -> None:
         """Take the low bits of a block, which come with the bin's bits subtracted."""
         found = _low_bits(offsets, spare)
-        if self._num_pending + len(found) > _NUM_LOW:
+        if self._num_pending + len(found) > NUM_LOW:
             self._count_pending()
-        if len(found) > _NUM_LOW:
+        if len(found) > NUM_LOW:
             self._count(found)
             return
         if self._pending is None:
-            self._pending = torch.empty(_NUM_LOW, dtype=found.dtype, device=found.device)
+            self._pending = torch.empty(NUM_LOW, dtype=found.dtype, device=found.device)
         self._pending[self._num_pending : self._num_pending + len(found)] = found
         self._num_pending += len(found)
 
@@ -240,17 +257,17 @@ class _Cut:
         self._count_pending()
         self._pending = None
         counts, self.counts = self.counts, None
-        return np.zeros(_NUM_LOW, np.int64) if counts is None else _read(counts)
+        return np.zeros(NUM_LOW, np.int64) if counts is None else read_table(counts)
 
     def find_bin(self, counts: NDArray[Any]) -> None:
         """Find the bin among high bits."""
-        self.bin, self.num_above, _ = _find_bin(counts, self.rank)
+        self.bin, self.num_above, _ = find_bin(counts, self.rank)
 
     def find_value(self, counts: NDArray[Any]) -> None:
         """Find the threshold among the low bits in the bin."""
         if not counts.any():  # an empty tensor
             return
-        low, num_above, self.num_equal = _find_bin(counts, self.rank - self.num_above)
+        low, num_above, self.num_equal = find_bin(counts, self.rank - self.num_above)
         self.num_above += num_above
         self.value = _float_of_bits(self.bin << _HALF | low)
 
@@ -261,23 +278,13 @@ class _Cut:
         self._num_pending = 0
 
     def _count(self, low_bits: torch.Tensor) -> None:
-        counts = _count(low_bits, _NUM_LOW)
+        counts = _count(low_bits, NUM_LOW)
         self.counts = counts if self.counts is None else self.counts + counts
 
 
 def _count(values: torch.Tensor, num_values: int) -> torch.Tensor:
     """Return how often each number occurs in `values`; overwrites them."""
     return values.bincount(minlength=num_values) if values.device.type == "cpu" else _count_apart(values, num_values)
-
-
-def _read(counts: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
-    """Return counts where they can be looked at, and keep their table for others."""
-    if not isinstance(counts, np.ndarray):
-        return counts.cpu().numpy()
-    read = counts.copy() if counts.ndim == 1 else counts.sum(0)
-    if len(_TABLES) < _NUM_KEPT_TABLES:  # last: another thread may take it at once
-        _TABLES.append(counts.reshape(-1))
-    return read
 
 
 def _drop_ties(delta: torch.Tensor, threshold: float, left: int, spare: torch.Tensor) -> int:
@@ -292,10 +299,10 @@ def _drop_ties(delta: torch.Tensor, threshold: float, left: int, spare: torch.Te
 def _low_bits(bits: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
     """Return the numbers that have no high bits, in a tensor of their own; overwrites `spare`."""
     if bits.device.type != "cpu":
-        return bits[(bits >= 0) & (bits < _NUM_LOW)]
+        return bits[(bits >= 0) & (bits < NUM_LOW)]
     unsigned = bits.numpy().view(np.uint32)
     is_inside = spare.view(torch.uint8)[: bits.numel()].numpy().view(np.bool_)
-    np.less(unsigned, np.uint32(_NUM_LOW), out=is_inside)
+    np.less(unsigned, np.uint32(NUM_LOW), out=is_inside)
     return torch.from_numpy(bits.numpy()[np.flatnonzero(is_inside)])
 
 
@@ -317,33 +324,6 @@ def _count_apart(values: torch.Tensor, num_values: int) -> torch.Tensor:
     counts = torch.zeros(num_tables * num_values, dtype=torch.int32, device=values.device)
     ones = torch.full((), 1, dtype=torch.int32, device=values.device).expand(len(values))
     return counts.index_add_(0, values, ones).view(num_tables, num_values).sum(0)
-
-
-def _find_bin(counts: NDArray[Any], rank: int) -> tuple[int, int, int]:
-    """Return the bin that holds the element of this rank (1 is the largest), the number above it, and in it."""
-    parts = counts.reshape(-1, _PART)
-    part, num_above = _find_place(parts.sum(1), rank)
-    place, num_also_above = _find_place(parts[part], rank - num_above)
-    chosen = part * _PART + place
-    return chosen, num_above + num_also_above, int(counts[chosen])
-
-
-def _find_place(counts: NDArray[Any], rank: int) -> tuple[int, int]:
-    """Return where the element of this rank is counted, and the number above it."""
-    from_top = np.cumsum(counts[::-1])
-    place = int(np.searchsorted(from_top, rank))
-    index = len(counts) - 1 - place
-    return index, int(from_top[place] - counts[index])
-
-
-def _take_table() -> NDArray[Any]:
-    """Return zeros to count in."""
-    try:
-        table = _TABLES.pop()
-    except IndexError:
-        return np.zeros(_NUM_LOW, np.int64)
-    table.fill(0)
-    return table
 
 
 def _float_of_bits(bits: int) -> float:

@@ -6,17 +6,17 @@ import copy
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Block, Kernel, KernelRun, Site
-from raymerge.ops.kernels.delta import Delta, Trims
+from raymerge.ops.kernels.delta import Delta, combine_deltas
 from raymerge.ops.kernels.linear import combine_stored
 from raymerge.ops.kernels.random import RandomSparsifier
 from raymerge.ops.kernels.ranks import RankSparsifier, count_row_block, measure_ranking
-from raymerge.ops.kernels.select import CUT_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
+from raymerge.ops.kernels.select import CUT_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier, measure_together
 from raymerge.ops.kernels.sparsifier import Sparsifier
-from raymerge.ops.lazy import delta_loops, loops, np, torch
+from raymerge.ops.lazy import torch
 from raymerge.ops.stored import LOOP_DTYPES, RunAll, Slot, Stored
 from raymerge.ops.sums import add_blocks
 
@@ -288,6 +288,17 @@ class _SparseDeltasRun(KernelRun):
     def measure_stored(self, index: int, stored: Stored, run_all: RunAll) -> None:
         run_all([partial(model.measure_stored, index, stored) for model in self._models])
 
+    def measure_outputs(self, index: int, runs: Sequence[KernelRun], stored: Stored, run_all: RunAll) -> None:
+        own = [run for run in runs if isinstance(run, _SparseDeltasRun)]
+        selections: dict[int, list[MagnitudeSparsifier]] = {}
+        for model in (model for run in own for model in run._models):
+            if isinstance(model.sparsifier, MagnitudeSparsifier) and index < model.sparsifier.num_passes:
+                selections.setdefault(model.source, []).append(model.sparsifier)
+        if len(own) < len(runs) or not selections:
+            super().measure_outputs(index, runs, stored, run_all)
+            return
+        run_all([partial(measure_together, index, found, stored, source) for source, found in selections.items()])
+
     def fork(self, pieces: Sequence[Stored], run_all: RunAll) -> Sequence[KernelRun]:
         forks = [model.fork(pieces, run_all) for model in self._models]
         runs = [copy.copy(self) for _ in pieces]
@@ -296,35 +307,36 @@ class _SparseDeltasRun(KernelRun):
         return runs
 
     def combine_stored(self, stored: Stored, out: Slot) -> float:
-        if not self._models:
-            [finished] = combine_stored(stored, [(1.0,)], [out], [1.0])
-            return finished
-        sources = np.array([model.source for model in self._models], np.int64)
-        trims = Trims([model.sparsifier for model in self._models], stored)
-        rule = self._make_rule()
-        count = stored.num_elements
-        scratch = loops.make_scratch(4 + len(sources))
-        found: float = delta_loops.combine_deltas(
-            *stored.sources(), sources, *rule, stored.start, count, *trims.arguments(), *out.arguments(), scratch
-        )
-        trims.end()
-        return found
+        [finished] = self._combine_alike([self], stored, [out])
+        return finished
 
-    def _make_rule(self) -> tuple[Any, ...]:
-        """Return arguments by which `delta_loops.combine_deltas` does as `_combine_all` or `_combine_agreeing`."""
-        consensus = self._kernel.consensus
-        is_agreeing = consensus == "sum"
+    def combine_outputs(self, runs: Sequence[KernelRun], stored: Stored, outs: Sequence[Slot]) -> Sequence[float]:
+        own = [run for run in runs if isinstance(run, _SparseDeltasRun)]
+        if len(own) < len(runs) or self._kernel.sparsifier == "ranks":  # each makes masks as large as the tensor
+            return super().combine_outputs(runs, stored, outs)
+        groups: dict[Hashable, list[int]] = {}
+        for position, run in enumerate(own):
+            groups.setdefault((*(model.source for model in run._models), run._kernel.normalize), []).append(position)
+        finished = [0.0] * len(runs)
+        for group in groups.values():
+            found = self._combine_alike([own[k] for k in group], stored, [outs[k] for k in group])
+            for position, each in zip(group, found, strict=True):
+                finished[position] = each
+        return finished
+
+    def _combine_alike(self, runs: Sequence[_SparseDeltasRun], stored: Stored, outs: Sequence[Slot]) -> Sequence[float]:
+        """Do so for runs that differ in neither sources nor `normalize`."""
+        models = [run._models for run in runs]
+        if not models[0]:
+            return combine_stored(stored, [(1.0,)] * len(outs), outs, [1.0] * len(outs))
+        consensus = ("none", "sum", "overlap").index(self._kernel.consensus)
+        rules = [run._make_rule() for run in runs]
+        return combine_deltas(models, rules, consensus, runs[0]._kernel.normalize, stored, outs)
+
+    def _make_rule(self) -> tuple[list[float], list[float], float]:
+        """Return factors, weights and scale by which loops do as `_combine_all` or `_combine_agreeing`."""
         factors, common, scale = self._weigh()
-        weights = [model.weight / common for model in self._models]
-        is_normal = is_agreeing and self._kernel.normalize
-        return (
-            np.array(factors, np.float32),
-            np.array(weights, np.float32),
-            ("none", "sum", "overlap").index(consensus),
-            is_normal,
-            np.float32(scale),
-            np.float32(min(weights)),
-        )
+        return factors, [model.weight / common for model in self._models], scale
 
     def _load_delta(self, model: Delta, block: Block, delta: torch.Tensor) -> torch.Tensor:
         """Write one model's thinned delta to `delta`, with the base in the first scratch block."""

@@ -90,16 +90,15 @@ def find_kept(
 ) -> None:  # fmt: skip
     """Write 1 for each element of source 0 that is kept and not zero, and 0 for the others."""
     bits = scratch[1]
-    base, values = scratch[0].view(np.float32), bits.view(np.float32)
-    base[:] = 0
+    values, taken = scratch[0].view(np.float32), bits.view(np.float32)
     for start in range(0, count, STRIP):
         size = min(STRIP, count - start)
-        load(words, longs, places[0] + start, forms[0], size, bits, values)
+        load(words, longs, places[0] + start, forms[0], size, scratch[0], values)
         where = kept[0, start : start + size], position + start, size
-        take_delta(base, kinds[0], limits[0], word_limits[0], left[0], table, keys[0, 0], *where, bits, values)
+        take_delta(values, kinds[0], limits[0], word_limits[0], left[0], table, keys[0, 0], *where, bits, taken)
         marks = out[start : start + size]
         for k in range(size):
-            marks[k] = values[k] != 0
+            marks[k] = taken[k] != 0
 
 
 @loop

@@ -81,9 +81,9 @@ class LoopMerger:
             for source in self._early.values():
                 source.make()
             if index < self._tensor.num_passes:
+                runs = [run for _, run in self._tensor.measuring_runs(index)]
                 for stored in self._cut(filled):
-                    for _, run in self._tensor.measuring_runs(index):
-                        run.measure_stored(index, stored, self._run_all)
+                    runs[0].measure_outputs(index, runs, stored, self._run_all)
                 if is_last:
                     self._tensor.end_pass(index)
                 continue

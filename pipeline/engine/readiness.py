@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -65,7 +65,7 @@ def list_loops(kernels: Iterable[tuple[Kernel, int]]) -> Collection[Loop]:
         for kernel, num_sources in kernels:
             if kernel.loop_dtypes == LOOP_DTYPES:
                 # Python checks indexes that compiled loops never use; what is called before is known all the same
-                _explain_failure(partial(_try_kernel, kernel, Site("", (2,), num_sources, 0)))
+                _explain_failure(partial(_try_kernels, [kernel], Site("", (2,), num_sources, 0)))
     return dict.fromkeys(called)
 
 
@@ -97,14 +97,17 @@ def _try_loops(merge: TensorMerge) -> Iterable[str]:
             if key not in _TRIED:
                 _TRIED[key] = _explain_failure(source.decoder.compile_loops)
             yield _TRIED[key]
+    kernels: dict[Hashable, Kernel] = {}
     for variant in merge.variants:
-        kernel = variant.kernel
-        if kernel.loop_dtypes == LOOP_DTYPES:
-            site = merge.site(variant)
-            key = kernel.measuring(site)
-            if key not in _TRIED:
-                _TRIED[key] = _explain_failure(partial(_try_kernel, kernel, replace(site, shape=(2,))))
-            yield _TRIED[key]
+        if variant.kernel.loop_dtypes == LOOP_DTYPES:
+            kernels.setdefault(variant.kernel.measuring(merge.site(variant)), variant.kernel)
+    tried: Iterable[Hashable] = [*kernels, tuple(kernels)] if len(kernels) > 1 else kernels
+    for key in tried:
+        if key not in _TRIED:
+            together = [kernels[key]] if key in kernels else list(kernels.values())
+            site = replace(merge.site(merge.variants[0]), shape=(2,))
+            _TRIED[key] = _explain_failure(partial(_try_kernels, together, site))
+        yield _TRIED[key]
 
 
 def _explain_failure(function: Callable[[], None]) -> str:
@@ -116,15 +119,18 @@ def _explain_failure(function: Callable[[], None]) -> str:
     return ""
 
 
-def _try_kernel(kernel: Kernel, site: Site) -> None:
-    """Merge two elements with the same delta, as several threads would."""
+def _try_kernels(kernels: Sequence[Kernel], site: Site) -> None:
+    """Merge two elements with the same delta, for an output of each kernel, as several threads would."""
     values = np.ones(2 * site.num_sources, np.float32)
     values[:2] = 0
     dtypes = ("float32",) * site.num_sources
     stored = Stored(0, 2, values.data.cast("B"), tuple(range(0, values.nbytes, 8)), dtypes)
-    run = kernel.start(site)
-    for index in range(kernel.num_passes(site)):
-        run.measure_stored(index, stored, run_in_turn)
-        run.end_pass(index)
-    [run] = run.fork([stored], run_in_turn)
-    run.combine_outputs([run], stored, [Slot(memoryview(bytearray(8)), "float32", np.zeros(STRIP, np.float32))])
+    runs = [kernel.start(site) for kernel in kernels]
+    for index in range(max(kernel.num_passes(site) for kernel in kernels)):
+        measuring = [run for run, kernel in zip(runs, kernels, strict=True) if index < kernel.num_passes(site)]
+        measuring[0].measure_outputs(index, measuring, stored, run_in_turn)
+        for run in measuring:
+            run.end_pass(index)
+    forks = [fork for run in runs for fork in run.fork([stored], run_in_turn)]
+    slots = [Slot(memoryview(bytearray(8)), "float32", np.zeros(STRIP, np.float32)) for _ in forks]
+    forks[0].combine_outputs(forks, stored, slots)

@@ -55,15 +55,18 @@ class LoopEngine:
         for position, kernel in enumerate(kernels):
             assert kernel.loop_dtypes
             groups.setdefault(kernel.measuring(self._site), []).append(position)
-        runs: dict[int, KernelRun] = {}
-        for first, *others in groups.values():
-            run = runs[first] = kernels[first].start(self._site)
-            step = window_blocks * kernels[first].grid(self._site)
-            for index in range(kernels[first].num_passes(self._site)):
-                for start, stop in _cut(count, range(0, count, step)):
-                    run.measure_stored(index, self._stored().cut(start, stop), run_in_turn)
+        leaders = {group[0]: kernels[group[0]].start(self._site) for group in groups.values()}
+        num_passes = {first: kernels[first].num_passes(self._site) for first in leaders}
+        step = window_blocks * kernels[0].grid(self._site)
+        for index in range(max(num_passes.values())):
+            measuring = [run for first, run in leaders.items() if index < num_passes[first]]
+            for start, stop in _cut(count, range(0, count, step)):
+                measuring[0].measure_outputs(index, measuring, self._stored().cut(start, stop), run_in_turn)
+            for run in measuring:
                 run.end_pass(index)
-            runs |= {position: run.share(kernels[position]) for position in others}
+        runs = dict(leaders)
+        for first, *others in groups.values():
+            runs |= {position: leaders[first].share(kernels[position]) for position in others}
         name = str(out_dtype).removeprefix("torch.")
         outs = [bytearray(count * out_dtype.itemsize) for _ in kernels]
         squares = [0.0] * len(kernels)

@@ -11,6 +11,7 @@ from raymerge.ops.kernel import Site
 from raymerge.ops.registry import find_op
 from tests.ops.engine import NAME, Engine, run_kernel
 from tests.ops.kernel_contract import assert_close, assert_rounded_once
+from tests.ops.loop_engine import LoopEngine
 from tests.ops.samples import make_fine_tunes
 from tests.references import find_exact
 
@@ -97,3 +98,26 @@ def test_reports_what_was_kept() -> None:
     assert engine.figures[0] == {"kept_sum[0]": pytest.approx(0.2, abs=0.01)}
     engine.run(find_op("ties").kernel({"weight": (1.0, 1.0)}))
     assert engine.figures[0] == {}
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs_ties", "dare_ties", "task_arithmetic"])
+def test_outputs_made_at_once_are_those_of_single_merges(method: str) -> None:
+    """Thresholds in the same bins, and in several; models left out of some outputs, and kept whole in others."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(300_001, generator=generator)
+    noise = [torch.randn(300_001, generator=generator) * 0.01 for _ in range(2)]
+    sources = [base.bfloat16(), *((base + each).bfloat16() for each in noise)]
+    op = find_op(method)
+    has_density = any(parameter.name == "density" for parameter in op.parameters)
+    kernels = [
+        op.kernel({"weight": weights} | ({"density": densities} if has_density else {}))
+        for densities in [(0.1, 0.1), (0.101, 0.5), (0.5, 1.0), (0.9, 0.3), (0.0, 0.7)]
+        for weights in [(1.0, 1.0), (0.3, -0.2), (0.5, 0.0)]
+    ]
+    engine = LoopEngine(sources, "w")
+    together = engine.run(kernels, torch.bfloat16, cuts=(5, 131_072, 200_000))
+    figures, norms = engine.figures, engine.norms
+    for number, (kernel, merged) in enumerate(zip(kernels, together, strict=True)):
+        assert torch.equal(merged, engine.run([kernel], torch.bfloat16)[0]), kernel
+        assert figures[number] == engine.figures[0]
+        assert norms[number] == pytest.approx(engine.norms[0], rel=1e-12)
