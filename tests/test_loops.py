@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,16 @@ def test_all_loops_of_ties_are_loaded_before_a_shard_begins(monkeypatch: pytest.
         monkeypatch.setattr(loop, "_entry", None)
         monkeypatch.setattr(loop, "_engine", None)
     monkeypatch.setattr(readiness, "_TRIED", {})
-    parameters = {"weight": (1.0,), "density": (0.5,), "rescale": True}
-    assert not readiness.prepare(
-        [make_merge(num_elements=9, op="ties", parameters=parameters, dtypes=("BF16", "BF16"))]
+    one, other = (
+        make_merge(
+            num_elements=9,
+            op="ties",
+            parameters={"weight": (1.0,), "density": (density,), "rescale": True},
+            dtypes=("BF16", "BF16"),
+        )
+        for density in (0.5, 0.3)
     )
+    assert not readiness.prepare([one])
+    assert [name for name, loop in loops.items() if loop._entry is None] == ["count_bins"]
+    assert not readiness.prepare([replace(one, variants=one.variants + other.variants)])
     assert not [name for name, loop in loops.items() if loop._entry is None]
