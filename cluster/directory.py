@@ -1,4 +1,4 @@
-"""Directories for the sockets and files of processes that a run starts, and what is left of those of killed runs."""
+"""Directories that a run needs for a while, such as for its sockets, and what is left of those of killed runs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ _LOCK = "lock"
 
 
 @contextmanager
-def make_directory() -> Iterator[Path]:
+def make_directory(parent: Path | None = None) -> Iterator[Path]:
     """Make a directory that is deleted at the end; delete first those of runs that were killed.
 
+    Args:
+        parent: in which it is made; /tmp by default.
+
     Raises:
-        OSError: /tmp cannot be written to.
+        OSError: the parent cannot be written to.
     """
-    _sweep()
+    parent = parent or _PARENT
+    _sweep(parent)
     owner = os.getpid()
-    directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_PARENT))
+    directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     lock = os.open(directory / "new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -40,9 +44,9 @@ def make_directory() -> Iterator[Path]:
         os.close(lock)
 
 
-def _sweep() -> None:
+def _sweep(parent: Path) -> None:
     """Delete this user's directories that no run holds."""
-    for lock in _PARENT.glob(f"{_PREFIX}*/{_LOCK}"):
+    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
         with suppress(OSError):  # another user's, or gone, or held
             descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:

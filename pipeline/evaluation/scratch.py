@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+from raymerge.cluster.directory import make_directory
 from raymerge.pipeline.checkpoint.files import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -57,7 +58,7 @@ def bring_here(
                 directory = stack.enter_context(make("", *whole))
             yield directory
         return
-    with tempfile.TemporaryDirectory(prefix="raymerge-") as scratch:
+    with make_directory(Path(tempfile.gettempdir())) as scratch:
         directory = f"{scratch}/{subject.name}"
         _fetch(stores, subject.url, directory, check)
         yield directory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from raymerge import __version__
+from raymerge.cluster.directory import make_directory
 from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.driver import merge_variants
 from raymerge.pipeline.errors import ConfigError, OutputError
@@ -38,7 +38,8 @@ def materialised(
         spectrum: its record, or one of the point alone.
         point: one of its points.
         options: how to merge; seed, shard size and whether to trust headers are those of the sweep.
-        scratch: directory in which the model is made, and deleted at the end; that for temporary files by default.
+        scratch: directory in which the model is made, and deleted at the end, or by a later run if this one is killed;
+            that for temporary files by default.
         on_event: called with each event of the merge, in the caller's thread.
 
     Raises:
@@ -72,14 +73,11 @@ def materialised(
         )
     with open_stores(StoreSettings(options.storage)) as stores:
         config = load_point(stores, spectrum, directory, point.config, own)
-    if scratch is not None:
-        Path(scratch).mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f"raymerge-{point.name}-", dir=scratch))
-    try:
+    root = Path(scratch or tempfile.gettempdir())
+    root.mkdir(parents=True, exist_ok=True)
+    with make_directory(root) as place:
         merge_variants([config], [place / point.name], options, on_event=watch)
         yield str(place / point.name)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _check_version(spectrum: Spectrum, point: Point) -> None:

@@ -64,6 +64,16 @@ def test_planned_points_are_merged_evaluated_and_deleted(place: Path) -> None:
     assert len(read_calls()) == num_calls
 
 
+def test_what_a_killed_run_has_left_is_deleted(place: Path) -> None:
+    for name in ("raymerge-killed", "raymerge-mine", "other"):
+        (place / "scratch" / name / "model").mkdir(parents=True)
+        (place / "scratch" / name / ("lock" if name != "raymerge-mine" else "notes")).touch()
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"weight": 1}}
+    raymerge.sweep(recipe, "planned", {"weight[1]": [0.5]}, materialize="none")
+    evaluate("planned")
+    assert sorted(path.name for path in (place / "scratch").iterdir()) == ["other", "raymerge-mine"]
+
+
 def test_a_model_of_another_store_is_fetched_and_deleted(place: Path, stores: Stores) -> None:
     for name, content in {**read_files(place / "a"), "pytorch_model.bin": b"x", ".git/config": b"x"}.items():
         stores.at("memory://evaluated/a").write(f"memory://evaluated/a/{name}", content)
