@@ -80,7 +80,7 @@ def measure(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env={**_find_environment(), **(env or {})},
         )
         sampler = _Sampler(process.pid) if is_sampled else None
         _, status, usage = os.wait4(process.pid, 0)
@@ -101,6 +101,11 @@ def measure(
         tree_anon=sampler.anon if sampler else 0,
         disk_nbytes=usage.ru_inblock * 512,
     )
+
+
+def _find_environment() -> dict[str, str]:
+    """Return the variables of this process, but for one that has modules compiled each time: pip compiles them once."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def median(usages: Iterable[Usage], what: Callable[[Usage], float]) -> float:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.checkpoints import write_family
 
 HEAVY = {"torch", "ray", "pyarrow", "transformers", "numpy"}
 OF_THE_COMMAND_LINE = {"typer", "rich", "pydantic", "yaml"}
@@ -53,3 +57,18 @@ def test_the_package_itself_imports_next_to_nothing() -> None:
 )
 def test_importing_the_package_leaves_torch_out(code: str) -> None:
     assert not run_and_list_imports("-c", code)[1] & {"torch", "ray", "transformers"}
+
+
+def test_a_plain_merge_imports_neither_torch_nor_pandas(tmp_path: Path) -> None:
+    """Where pandas is installed, Arrow imports it for many of its functions."""
+    models = [{"model": str(path)} for path in write_family(tmp_path, 1)]
+    (tmp_path / "pandas").mkdir()
+    (tmp_path / "pandas" / "__init__.py").write_text("__version__ = '3.0.0'")
+    config = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import raymerge;"
+        " raymerge.merge(json.loads(sys.argv[2]), sys.argv[3])"
+    )
+    _, imported = run_and_list_imports("-c", code, str(tmp_path), json.dumps(config), str(tmp_path / "out"))
+    assert "pyarrow" in imported
+    assert not imported & {"torch", "ray", "pandas", "transformers"}

@@ -11,6 +11,14 @@ from typing import Any
 import pyarrow as pa
 
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
+from raymerge.pipeline.checkpoint.columns import (
+    make_coded,
+    make_lists,
+    make_numbers,
+    make_texts,
+    read_numbers,
+    read_texts,
+)
 from raymerge.pipeline.checkpoint.files import INDEX
 from raymerge.pipeline.checkpoint.header import read_header
 from raymerge.pipeline.checkpoint.source import StoredTensor
@@ -75,7 +83,7 @@ def read_table(
         columns["stop"] += [entry.stop for entry in entries]
         columns["file_nbytes"] += [file.nbytes] * len(entries)
         columns["etag"] += [file.etag] * len(entries)
-    return pa.Table.from_pydict(columns, schema=SCHEMA)
+    return pa.Table.from_arrays([_make_column(columns[column.name], column.type) for column in SCHEMA], schema=SCHEMA)
 
 
 def list_tensors(table: pa.Table) -> dict[str, list[StoredTensor]]:
@@ -83,18 +91,17 @@ def list_tensors(table: pa.Table) -> dict[str, list[StoredTensor]]:
     files: dict[tuple[str, int, str], StoredFile] = {}
     result: dict[str, list[StoredTensor]] = {}
     for batch in table.to_batches():
-        models, dtypes = _texts(batch["model"]), _texts(batch["dtype"])
-        places = zip(
-            _texts(batch["file"]), batch["file_nbytes"].to_numpy().tolist(), _texts(batch["etag"]), strict=True
-        )
+        models, dtypes = read_texts(batch["model"]), read_texts(batch["dtype"])
+        sizes = read_numbers(batch["file_nbytes"]).tolist()
+        places = zip(read_texts(batch["file"]), sizes, read_texts(batch["etag"]), strict=True)
         rows = zip(
             models,
             batch["name"].to_pylist(),
             dtypes,
             _shapes(batch["shape"]),
             places,
-            batch["start"].to_numpy().tolist(),
-            batch["stop"].to_numpy().tolist(),
+            read_numbers(batch["start"]).tolist(),
+            read_numbers(batch["stop"]).tolist(),
             strict=True,
         )
         for model, name, dtype, shape, place, start, stop in rows:
@@ -161,15 +168,14 @@ def find_index_faults(
             yield f"tensor {name!r} is in {stored}, but {index} says {stated}"
 
 
-def _texts(column: pa.Array) -> list[str]:
-    """Return a dictionary-encoded column with each text held once."""
-    if not isinstance(column, pa.DictionaryArray):
-        texts: list[str] = column.to_pylist()
-        return texts
-    dictionary = column.dictionary.to_pylist()
-    return [dictionary[code] for code in column.indices.to_numpy().tolist()]
+def _make_column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_integer(kind):
+        return make_numbers(values, kind)
+    if pa.types.is_list(kind):
+        return make_lists(values, kind)
+    return make_coded(values) if pa.types.is_dictionary(kind) else make_texts(values)
 
 
 def _shapes(column: pa.ListArray) -> list[tuple[int, ...]]:
-    offsets, sizes = column.offsets.to_numpy().tolist(), column.values.to_numpy().tolist()
+    offsets, sizes = read_numbers(column.offsets).tolist(), read_numbers(column.values).tolist()
     return [tuple(sizes[start:stop]) for start, stop in pairwise(offsets)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raymerge.pipeline.checkpoint.columns import make_numbers, make_texts
 from raymerge.pipeline.plan.results import ShardFile
 from raymerge.pipeline.plan.types import MergePlan
 
@@ -29,8 +30,8 @@ def make_figures(plan: MergePlan, files: Sequence[ShardFile]) -> pa.Table:
         places += [task.file] * len(task.merges)
         found += [own.get(merge.name, {}) for merge in task.merges]
     measured = sorted({key for figures in found for key in figures} - {"norm"})
-    columns = {key: pa.array([figures.get(key) for figures in found], pa.float32()) for key in ("norm", *measured)}
-    return pa.table({"name": pa.array(names, pa.string()), "file": pa.array(places, pa.string()), **columns})
+    columns = {key: make_numbers([figures.get(key) for figures in found], pa.float32()) for key in ("norm", *measured)}
+    return pa.table({"name": make_texts(names), "file": make_texts(places), **columns})
 
 
 def summarise(figures: pa.Table) -> Mapping[str, Mapping[str, float]]:
