@@ -27,7 +27,8 @@ def make_numbers(values: Sequence[float | None], kind: pa.DataType) -> pa.Array:
     [1.0, None]
     """
     is_there = np.array([value is not None for value in values], bool)
-    numbers = np.array([0 if value is None else value for value in values], kind.to_pandas_dtype())
+    with np.errstate(over="ignore"):  # what is beyond the width is infinite, as pyarrow has it
+        numbers = np.array([0 if value is None else value for value in values], kind.to_pandas_dtype())
     validity = None if is_there.all() else pa.py_buffer(np.packbits(is_there, bitorder="little"))
     return pa.Array.from_buffers(kind, len(values), [validity, pa.py_buffer(numbers)])
 

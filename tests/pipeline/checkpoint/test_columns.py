@@ -24,6 +24,7 @@ LISTS = pa.list_(pa.field("item", pa.int64(), nullable=False))
     [
         (make_numbers([1, -(2**63), 2**63 - 1], pa.int64()), pa.array([1, -(2**63), 2**63 - 1], pa.int64())),
         (make_numbers([0.1, None, 3.0] * 7, pa.float32()), pa.array([0.1, None, 3.0] * 7, pa.float32())),
+        (make_numbers([1e300, -1e300], pa.float32()), pa.array([1e300, -1e300], pa.float32())),
         (make_numbers([None], pa.float32()), pa.array([None], pa.float32())),
         (make_numbers([], pa.float32()), pa.array([], pa.float32())),
         (make_texts(TEXTS), pa.array(TEXTS, pa.string())),
