@@ -6,11 +6,7 @@ import sys
 import time
 from collections import Counter
 from types import TracebackType
-from typing import Self
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.text import Text
+from typing import TYPE_CHECKING, Self
 
 from raymerge.pipeline.cli.console import paint, say
 from raymerge.pipeline.messages import counted
@@ -32,7 +28,8 @@ from raymerge.pipeline.progress.report import format_briefly, format_planned, fo
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_nbytes, format_seconds, format_speed
 
-_BAR_WIDTH = 16
+if TYPE_CHECKING:
+    from raymerge.pipeline.cli.bar import Bar
 
 _LINE_SECONDS = 10.0
 """Between lines of progress where there is no terminal."""
@@ -44,27 +41,21 @@ class Display:
     def __init__(self, *, verbose: bool, quiet: bool) -> None:
         self._verbose = verbose
         self._quiet = quiet
-        self._is_terminal = sys.stderr.isatty()
-        self._bar = Progress(
-            BarColumn(_BAR_WIDTH, complete_style="cyan", finished_style="green"),
-            TextColumn("{task.description}", markup=False),
-            console=Console(stderr=True),
-            disable=quiet or not self._is_terminal,
-        )
-        self._task = self._bar.add_task("", total=None, visible=False)
+        self._bar = _make_bar() if sys.stderr.isatty() and not quiet else None
         self._num_planned = 0
         self._is_sweep = False
         self._retries: Counter[str] = Counter()
         self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._stop()
 
     def show_line(self, line: str) -> None:
         """Show what a line of a log tells; as it is where it is no event."""
@@ -105,25 +96,20 @@ class Display:
                 self._is_sweep = True
                 self._print(event.text)
             case SweepDone():
-                self._bar.stop()
+                self._stop()
                 if not self._quiet:
                     say(format_swept(event), stream=sys.stdout)
             case MergeFailed():
-                self._bar.stop()
+                self._stop()
                 say(event.text)
 
     def _show_progress(self, event: Progressed) -> None:
-        text = format_progress(event, self._bar.console.width - _BAR_WIDTH - 1 if self._is_terminal else None)
-        self._bar.update(
-            self._task,
-            description=text,
-            total=event.to_read_nbytes + event.to_write_nbytes,
-            completed=event.read_nbytes + event.written_nbytes,
-            visible=True,
-        )
-        if not self._is_terminal and time.monotonic() - self._last_line > _LINE_SECONDS:
+        if self._bar is not None:
+            completed, total = event.read_nbytes + event.written_nbytes, event.to_read_nbytes + event.to_write_nbytes
+            self._bar.show(format_progress(event, self._bar.text_width), completed, total)
+        elif time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()
-            self._print(text)
+            self._print(format_progress(event))
 
     def _show_retry(self, event: Retried) -> None:
         """Print why something is done again: the first, second, fourth, eighth time, and so on."""
@@ -134,7 +120,7 @@ class Display:
 
     def _show_report(self, report: MergeReport) -> None:
         if not self._is_sweep:
-            self._bar.stop()
+            self._stop()
         for name in report.nonfinite:
             say(f"warning: {name}: the output has NaN or infinite values")
         if self._is_sweep and not self._verbose:
@@ -142,9 +128,21 @@ class Display:
         elif not self._quiet:
             say(format_report(report), stream=sys.stdout)
 
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
     def _print(self, text: str) -> None:
-        if not self._quiet:
-            self._bar.console.print(Text.from_ansi(paint(redact(text), sys.stderr)), soft_wrap=True)
+        if self._bar is not None:
+            self._bar.print(paint(redact(text), sys.stderr))
+        elif not self._quiet:
+            say(redact(text))
+
+
+def _make_bar() -> Bar:
+    from raymerge.pipeline.cli.bar import Bar  # rich: slow to import
+
+    return Bar()
 
 
 def format_progress(event: Progressed, max_width: int | None = None) -> str:
