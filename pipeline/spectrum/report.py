@@ -38,9 +38,10 @@ def format_sweep(plan: SweepPlan, *, makes_models: bool = True, verbose: bool = 
         ]
     else:
         most = max((batch.write_nbytes // len(batch.points) for batch in plan.batches), default=0)
+        reads = max((sum(task.read_nbytes for task in batch.plan.tasks) for batch in plan.batches), default=0)
         lines.append(
-            f"  models   none are made now: `raymerge eval` makes one at a time, of up to {format_nbytes(most)}, and"
-            " deletes it"
+            f"  models   none are made now: `raymerge eval` makes one at a time, of up to {format_nbytes(most)},"
+            f" reads up to {format_nbytes(reads)} for it, and deletes it"
         )
     if len(batches) == 1:
         lines += _describe(batches[0])
