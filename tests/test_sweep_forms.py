@@ -1,7 +1,8 @@
-"""Sweeps of every form of merge: each point has the bytes of its own merge, or is refused while planning."""
+"""Sweeps of every form of merge: each point has the bytes of its own merge, wherever that is made."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 import raymerge
 from raymerge.pipeline.options import MergeOptions
+from raymerge.pipeline.spectrum.materialise import materialised
 from raymerge.pipeline.spectrum.record import locate_point
 from tests import mixtures
 from tests.adapters import draw_factors, write_adapter
@@ -114,11 +116,17 @@ FORMS = [
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__.removeprefix("write_"))
-def test_points_have_the_bytes_of_their_own_merges(form: Any, tmp_path: Path) -> None:
-    config, sets = form(tmp_path)
-    report = raymerge.sweep(config, tmp_path / "s", sets, workers=1)
+def test_points_have_the_bytes_of_their_own_merges(form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, sets = form(Path("models"))
+    report = raymerge.sweep(config, "s", sets, workers=1)
     assert len(report.spectrum.points) >= 2
     for point in report.spectrum.points:
         alone = tmp_path / "alone" / point.name
         raymerge.merge(point.config, alone, MergeOptions(seed=point.seed, workers=1))
         assert read_files(alone) == read_files(Path(locate_point(report.out, point))), point.name
+    monkeypatch.chdir(tmp_path / "alone")
+    with materialised(report.out, report.spectrum, replace(point, state="planned")) as made:
+        found, expected = read_files(Path(made)), read_files(alone)
+    assert found.keys() == expected.keys()
+    assert all(found[name] == content for name, content in expected.items() if name.endswith(".safetensors"))
