@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from raymerge.pipeline.cli.console import say
-from raymerge.pipeline.evaluation.events import Begun, Evaluated, EvaluationEvent, Sampled
+from raymerge.pipeline.evaluation.events import Begun, Evaluated, EvaluationEvent, Repeated, Sampled
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.search.display import format_settings, format_values
@@ -48,6 +48,8 @@ class SearchDisplay:
             self._num_done += 1
             if not event.is_cached:
                 self._show_now_and_then(f"  {self._num_done} of {self._num} done")
+        elif isinstance(event, Repeated):
+            self._say(f"warning: an evaluation is begun again: {event.reason}")
         elif isinstance(event, Sampled):
             of = f" of {event.num_samples:,}" if event.num_samples else ""
             self._show_now_and_then(f"  {event.model}  {event.task}  {event.num_finished:,}{of} samples")
