@@ -52,3 +52,17 @@ def is_writable(path: Path) -> bool:
     """Tell whether a directory may be written to, or made if it is not there."""
     there = next(parent for parent in (path, *path.parents) if os.access(parent, os.F_OK))
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def make_private_cache(*names: str) -> Path | None:
+    """Make a directory in the user's cache; None where there is none that nobody else may write to."""
+    home, given = find_home(), Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if home is None and not given.is_absolute():
+        return None
+    directory = Path(given if given.is_absolute() else f"{home}/.cache", "raymerge", *names)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
+    except OSError:
+        return None
+    return directory if status.st_uid == os.geteuid() and not status.st_mode & 0o022 else None

@@ -96,6 +96,8 @@ class InspectTasks(Evaluator):
 
     def prepare(self, name: str, options: EvaluateOptions) -> Task:
         """Make sure that Inspect is there, and has the task and the scorer."""
+        if options.backend != "transformers":
+            raise ConfigError(f"--task inspect:{name}: only with transformers; leave --backend out for this task")
         try:
             version = metadata.version("inspect-ai")
         except metadata.PackageNotFoundError:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from raymerge.cluster.home import make_private_cache
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.evaluation.evaluator import EvaluationError, Evaluator, Model, Place, Task
 from raymerge.pipeline.evaluation.figures import Figures, summarise
@@ -67,6 +71,11 @@ class LmEvalTask(Task):
         if (_RESULTS, 0) in finished:
             return
         place.engine.close()  # its model would share the GPU
+        with self._keep_answers(model) as answers:
+            keep(self._ask(model, place, answers, keep))
+
+    def _ask(self, model: Model, place: Place, kept: str | None, keep: Callable[[Sample], None]) -> Sample:
+        """Keep the samples of the whole task; return that of lm-eval's own figures."""
         request = {
             "kind": "evaluate",
             "model": model.directory,
@@ -77,6 +86,7 @@ class LmEvalTask(Task):
             "limit": self.limit,
             "dtype": self.dtype,
             "batch_size": self.batch_size,
+            "cache": kept,
         }
         try:
             with _lm_eval(place.engine.environment, place.engine.timeout) as engine:
@@ -93,7 +103,24 @@ class LmEvalTask(Task):
             for name, figure in figures.items()
             if "," in name
         }
-        keep(Sample(_RESULTS, 0, None, measures=others if value is None else {**others, _VALUE: value}))
+        return Sample(_RESULTS, 0, None, measures=others if value is None else {**others, _VALUE: value})
+
+    @contextmanager
+    def _keep_answers(self, model: Model) -> Iterator[str | None]:
+        """Have a place where lm-eval keeps the answers of an unfinished task: pickles, in the user's own cache."""
+        text = json.dumps([model.digest, self.digest, self.sampling], sort_keys=True)
+        directory = make_private_cache("lm-eval", hashlib.sha256(text.encode()).hexdigest()[:24])
+        if directory is None:
+            yield None
+            return
+        with (directory / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # another run is at it
+                yield None
+                return
+            yield str(directory / "answers")
+            shutil.rmtree(directory, ignore_errors=True)
 
     def summarise(self, samples: Collection[Sample]) -> Figures:
         """Return the figures of the samples; the accuracy is lm-eval's own."""
@@ -115,6 +142,8 @@ class LmEvalTasks(Evaluator):
 
     def prepare(self, name: str, options: EvaluateOptions) -> Task:
         """Make sure that lm-eval is there, and has the task."""
+        if options.backend != "transformers":
+            raise ConfigError(f"--task lm-eval:{name}: only with transformers; leave --backend out for this task")
         if options.samples is not None:
             raise ConfigError(f"--task lm-eval:{name}: --samples is not lm-eval's; write `repeats:` into the task")
         try:

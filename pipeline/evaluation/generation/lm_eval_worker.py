@@ -37,6 +37,7 @@ def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         gen_kwargs=request["arguments"] or None,
         task_manager=manager,
         bootstrap_iters=0,
+        use_cache=request["cache"],
         **({} if request["seed"] is None else dict.fromkeys(seeds, request["seed"])),
     )
     assert found is not None

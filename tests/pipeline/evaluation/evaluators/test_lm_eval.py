@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 import raymerge
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.evaluation.evaluator import Model, Place
 from raymerge.pipeline.evaluation.evaluators.lm_eval import LmEvalTasks, make_samples
+from raymerge.pipeline.evaluation.generation.engine import Engine
 from raymerge.pipeline.evaluation.generation.transformers_worker import Loaded
 from raymerge.pipeline.evaluation.options import EvaluateOptions
+from raymerge.pipeline.evaluation.samples import Sample
 from tests.tokenized_models import TEXTS, byte_level, write_tokenized
 
 TASK = r"""
@@ -77,6 +84,52 @@ def test_accuracy_is_that_of_its_own_command(tmp_path: Path, monkeypatch: pytest
         LmEvalTasks().prepare("local_leters", EvaluateOptions(include_path=str(tasks)))
 
 
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.slow  # imports lm-eval three times
+def test_a_killed_task_goes_on_after_the_answers_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are replaced by others, which shows that they are used."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    model = write_tokenized(tmp_path / "model", 0, byte_level(TEXTS[0]))
+    tasks = write_task(tmp_path / "tasks", model)
+    rows = [{"question": f"{k} + 1 =", "answer": "none"} for k in range(300)]
+    (tasks / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = LmEvalTasks().prepare("local_letters", EvaluateOptions(include_path=str(tasks), batch_size=1))
+    samples: list[Sample] = []
+
+    def kill() -> None:
+        if replace_answers(tmp_path / "XDG_CACHE_HOME", "") > 4:
+            raise KilledError
+
+    def run(check: Callable[[], None]) -> None:
+        task.run(Model("model", str(model), "digest"), Place(Engine("transformers"), check), (), samples.append)
+
+    with pytest.raises(KilledError):
+        run(kill)
+    assert samples == []
+    num_finished = replace_answers(tmp_path / "XDG_CACHE_HOME", "another answer")
+    run(lambda: None)
+    assert len(samples) == 301
+    assert sum(each.detail.get("texts") == ["another answer"] for each in samples) == num_finished < 300
+    assert not list((tmp_path / "XDG_CACHE_HOME").rglob("*.db"))
+
+
+def replace_answers(directory: Path, answer: str) -> int:
+    """Replace the answers that lm-eval has kept, if another is given; return how many there are."""
+    count = 0
+    for path in directory.rglob("*.db"):
+        with closing(sqlite3.connect(path)) as answers, suppress(sqlite3.OperationalError):  # it is being made
+            count += answers.execute("select count(*) from unnamed").fetchone()[0]
+            if answer:
+                answers.execute("update unnamed set value = ?", (pickle.dumps(answer),))
+                answers.commit()
+    return count
+
+
 def test_filters_of_a_document_are_one_sample() -> None:
     texts = {"texts": ["<think>b</think>a"], "tokens": [5], "max_tokens": 5, "prompt": "?"}
     common = {"task": "t", "item": "7", "expected": "a", "answer": "a"}
@@ -96,5 +149,7 @@ def test_filters_of_a_document_are_one_sample() -> None:
 def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="write `repeats:` into the task"):
         LmEvalTasks().prepare("gsm8k", EvaluateOptions(samples=2))
+    with pytest.raises(ConfigError, match="only with transformers"):
+        LmEvalTasks().prepare("gsm8k", EvaluateOptions(backend="vllm"))
     with pytest.raises(ConfigError, match="no such directory"):
         LmEvalTasks().prepare("gsm8k", EvaluateOptions(include_path=str(tmp_path / "none")))
