@@ -284,7 +284,8 @@ def _describe_comparison(choice: Choice, comparison: Comparison) -> str:
         saved = [100 * (1 - each) for each in (ratio.mean, ratio.high, ratio.low)]
         sign, word = (1, "fewer") if saved[0] > 0 else (-1, "more")
         low, high = sorted(sign * each for each in saved[1:])
-        text += f", and takes {sign * saved[0]:.0f}% {word} tokens ({low:.0f} to {high:.0f}%)"
+        digits = 0 if abs(saved[0]) >= 9.95 else 1
+        text += f", and takes {sign * saved[0]:.{digits}f}% {word} tokens ({low:.{digits}f} to {high:.{digits}f}%)"
     return f"{text}."
 
 
