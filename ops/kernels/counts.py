@@ -20,7 +20,9 @@ NUM_HIGH = 2**15
 _PART = 256
 """Bins that are added up together before one is looked for among them."""
 
-_NUM_KEPT = 4
+_NUM_KEPT, _KEPT_NBYTES = 4, 16 * 2**20
+"""Most tables of one size that are kept, and most bytes of all sizes together: sweeps have tables of many sizes."""
+
 _TABLES: dict[int, list[NDArray[Any]]] = defaultdict(list)
 """Tables to count the next tensors in, by their size: fresh pages cost as much as counting a small one does."""
 
@@ -43,7 +45,7 @@ class LowCounts:
     """How often each number occurs among the low bits of the magnitudes in some bins."""
 
     def __init__(self, bins: Sequence[int], num_users: int) -> None:
-        """Count for so many sparsifiers, each of which leaves in the end."""
+        """Count in the bin of each threshold, of which some may be one, for sparsifiers that leave in the end."""
         self._rows = {each: row for row, each in enumerate(dict.fromkeys(bins), start=1)}
         self._num_users = num_users
         self._table = take_table(1 + len(bins))  # as large for each tensor; the first row counts what is in no bin
@@ -80,9 +82,10 @@ def take_table(num_rows: int) -> NDArray[Any]:
 
 def _keep_table(table: NDArray[Any]) -> None:
     """Keep a table that is no longer looked at for others."""
+    kept_nbytes = sum(8 * size * len(tables) for size, tables in list(_TABLES.items()))
     kept = _TABLES[table.size]
-    if len(kept) < _NUM_KEPT:  # last: another thread may take it at once
-        kept.append(table.reshape(-1))
+    if len(kept) < _NUM_KEPT and kept_nbytes + table.nbytes <= _KEPT_NBYTES:
+        kept.append(table.reshape(-1))  # last: another thread may take it at once
 
 
 def read_table(counts: torch.Tensor | NDArray[Any]) -> NDArray[Any]:

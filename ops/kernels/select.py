@@ -107,7 +107,7 @@ class MagnitudeSparsifier(Sparsifier):
         low = self._low
         if low is None:
             sparsifiers = [self, *others]
-            low = LowCounts([cut.bin for each in sparsifiers for cut in each._list_bins()], len(sparsifiers))
+            low = LowCounts([cut.bin for each in sparsifiers for cut in each._list_cuts()], len(sparsifiers))
             for each in sparsifiers:
                 each._low = low
         low.count(stored, source)

@@ -58,7 +58,9 @@ class GatheredRows(Source):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are read: of each row once, and once more for the mean that padding is."""
+        """Bytes that are read: of each row once, or wherever the result has it; and for the mean that padding is."""
+        if self.is_by_row:
+            return sum(rows.nbytes for rows in self.find_rows(0, self.num_elements))
         spans = lay_out(self.rows, 0, self.shape[0]).spans
         row_nbytes = [sum(piece.nbytes for piece in part.ranges(0, self.columns)) for part in self.parts]
         total = sum(count * row_nbytes[part] for part, _, count in spans)

@@ -214,15 +214,17 @@ def _drop_repeated(node: yaml.Node, done: set[int]) -> list[tuple[str, int]]:
     done.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         return [found for child in node.value for found in _drop_repeated(child, done)]
-    last: dict[str, yaml.Node] = {}
+    last: dict[str, int] = {}
     dropped, warnings = set(), []
-    for key in (key for key, _ in node.value if key.tag == _TAG + "str"):
+    for position, (key, _) in enumerate(node.value):
+        if not isinstance(key, yaml.ScalarNode) or key.tag != _TAG + "str":
+            continue
         if (first := last.get(key.value)) is not None:
-            dropped.add(id(first))
-            before, line = (each.start_mark.line + 1 for each in (first, key))
+            dropped.add(first)
+            before, line = (each.start_mark.line + 1 for each in (node.value[first][0], key))
             warnings.append((f"{key.value}: is there already, on line {before}; the last one counts", line))
-        last[key.value] = key
-    node.value = [pair for pair in node.value if id(pair[0]) not in dropped]
+        last[key.value] = position
+    node.value = [pair for position, pair in enumerate(node.value) if position not in dropped]
     return warnings + [found for _, child in node.value for found in _drop_repeated(child, done)]
 
 

@@ -144,7 +144,7 @@ def _find_beginning(missing: list[str], known: Collection[str]) -> tuple[str, st
         old = missing[0].removesuffix(suffix)
         alike = [name for name in missing if name.startswith(old)]
         found = {name.removesuffix(suffix) for name in known if name == suffix or name.endswith(f".{suffix}")}
-        found = {new for new in found if bool(OTHER_SENSES.search(new)) == bool(OTHER_SENSES.search(old))} or found
+        found = {new for new in found if bool(OTHER_SENSES.search(new)) == bool(OTHER_SENSES.search(old))}
         fitting = [new for new in sorted(found) if all(new + name.removeprefix(old) in known for name in alike)]
         if len(fitting) == 1:
             return old, fitting[0]

@@ -187,3 +187,13 @@ def test_all_of_what_yaml_itself_does_not_mind_is_told_at_once() -> None:
         "line 4",
         "line 4",
     ]
+
+
+def test_of_a_key_given_twice_the_last_one_is_left_whatever_keys_are() -> None:
+    (found,) = read_documents("a: {&k weight: 1, b: 2, *k : 3}\n", last_counts=True)
+    assert found.content == {"a": {"weight": 3, "b": 2}}
+    assert found.repeated == (("weight: is there already, on line 1; the last one counts", 1),)
+    with pytest.raises(ConfigError, match="line 1: a key must be a string"):
+        read_documents("? !!str [a]\n: 1\n", last_counts=True)
+    with pytest.raises(ConfigError, match="the key '<<' is there already, on line 1; keep one"):
+        read_documents("<<: {a: 1}\n<<: {a: 2}\n", last_counts=True)

@@ -146,6 +146,13 @@ def test_what_is_no_stored_row_is_not_read_as_one(kind: str, dtypes: tuple[str, 
     assert not GatheredRows("m", "embed", "BF16", (ROWS, 8), stored, make_row_map(*make_maps(kind))).can_be_by_row
 
 
+def test_bytes_of_rows_read_by_themselves_are_stated_for_each_place(tmp_path: Path) -> None:
+    stored = store(tmp_path / "0", "embed", 8, "bfloat16", 0)
+    rows = make_row_map(np.zeros(ROWS, np.int64), np.repeat(np.arange(ROWS // 3), 3), [])
+    gathered = GatheredRows("m", "embed", "BF16", (ROWS, 8), (stored,), rows, is_by_row=True)
+    assert gathered.nbytes == sum(each.nbytes for each in gathered.find_rows(0, ROWS * 8)) == stored.nbytes
+
+
 def test_widths_are_read_once_each(tmp_path: Path) -> None:
     """A row that several rows of the output show is read once."""
     stored = store(tmp_path / "0", "embed", 8, "bfloat16", 0)

@@ -133,6 +133,8 @@ def test_a_dtype_stays_that_of_the_model(tmp_path: Path) -> None:
             {"language_model.model.layers.0.q", "language_model.model.embed", "vision_tower.layers.0.q"},
             {"model.language_model.": "language_model.model."},
         ),
+        (["model.vision_tower.layers.0.q"], {"model.layers.0.q"}, None),
+        (["transformer.h.0.qkv"], {"model.layers.0.q", "visual.blocks.0.qkv"}, None),
     ],
 )
 def test_names_may_begin_in_another_way(wanted: list[str], known: set[str], expected: dict[str, str] | None) -> None:
