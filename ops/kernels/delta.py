@@ -6,10 +6,10 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from raymerge.ops.kernel import count_blocks
+from raymerge.ops.kernel import Block, count_blocks
 from raymerge.ops.kernels.random import numpy_table
 from raymerge.ops.kernels.sparsifier import Sparsifier, Trim
-from raymerge.ops.lazy import delta_loops, loops, np
+from raymerge.ops.lazy import delta_loops, loops, np, torch
 from raymerge.ops.stored import RunAll, Slot, Stored, find_slots
 
 SMALLEST_SUM = 1e-7
@@ -152,3 +152,115 @@ def combine_deltas(
     for out, left in zip(outs, squares, strict=True) if len(outs) > 1 else ():
         out.squares[:] = left
     return [float(each) for each in finished]
+
+
+def combine_block(
+    models: Sequence[Delta],
+    rule: tuple[Sequence[float], Sequence[float], float],
+    consensus: str,
+    normalize: bool,
+    block: Block,
+    out: torch.Tensor,
+) -> None:
+    """Write the base and what comes of trimmed deltas to `out`, by torch.
+
+    Args:
+        models: at least one.
+        rule: their factors and weights, and the scale of what they come to.
+        consensus: of `SparseDeltas`.
+        normalize: whether what agrees is averaged.
+        block: sources, and scratch.
+        out: one value for each element of the block.
+    """
+    base = block.load(0, block.scratch[0])
+    if consensus == "sum":
+        _add_agreeing(models, rule, normalize, block, out)
+    else:
+        _add_all(models, rule, consensus == "overlap", block, out)
+    if (scale := rule[2]) != 1:
+        out.mul_(scale)
+    out.add_(base)
+
+
+def _add_all(
+    models: Sequence[Delta],
+    rule: tuple[Sequence[float], Sequence[float], float],
+    is_averaged: bool,
+    block: Block,
+    out: torch.Tensor,
+) -> None:
+    """Source: Ilharco et al. 2023, "Editing Models with Task Arithmetic", section 2."""
+    factors, weights, _ = rule
+    for position, (model, factor, weight) in enumerate(zip(models, factors, weights, strict=True)):
+        delta = _load_delta(model, block, block.scratch[3] if position else out)
+        if factor != 1:
+            delta.mul_(factor)
+        if position:
+            out.add_(delta)
+        if is_averaged:
+            took_part = torch.ne(delta, 0, out=block.scratch[1 if position else 4]).mul_(weight)
+            if position:
+                block.scratch[4].add_(took_part)
+    if is_averaged:
+        divisor = block.scratch[4]
+        out.div_(divisor.add_(torch.eq(divisor, 0, out=block.scratch[1])))
+
+
+def _add_agreeing(
+    models: Sequence[Delta],
+    rule: tuple[Sequence[float], Sequence[float], float],
+    normalize: bool,
+    block: Block,
+    out: torch.Tensor,
+) -> None:
+    """Source: Yadav et al. 2023, "TIES-Merging", algorithm 1, steps 2 and 3."""
+    factors, weights, _ = rule
+    deltas = []
+    for model, factor, delta in zip(models, factors, block.scratch[3:], strict=False):
+        _load_delta(model, block, delta)
+        if factor != 1:
+            delta.mul_(factor)
+        deltas.append(delta)
+    signs, spare = block.scratch[1:3]
+    total = deltas[0]
+    for delta in deltas[1:]:
+        total = torch.add(total, delta, out=signs)
+    torch.ge(total, 0, out=signs).mul_(2).sub_(1)
+    torch.threshold_(torch.mul(deltas[0], signs, out=out), 0, 0)
+    if normalize:
+        torch.sign(out, out=deltas[0])
+    for delta in deltas[1:]:
+        out.add_(torch.threshold_(delta.mul_(signs), 0, 0))
+        if normalize:
+            delta.sign_()
+    if normalize:
+        out.div_(_sum_weights(deltas, weights, spare))
+    out.mul_(signs)
+
+
+def _load_delta(model: Delta, block: Block, delta: torch.Tensor) -> torch.Tensor:
+    """Write one model's thinned delta to `delta`; the base is in the first scratch block already."""
+    base, first, second = block.scratch[:3]
+    block.load(model.source, delta).sub_(base)
+    if model.sparsifier is not None:
+        model.sparsifier.trim(block.start, delta, (first, second))
+    return delta
+
+
+def _sum_weights(took_part: list[torch.Tensor], weights: Sequence[float], spare: torch.Tensor) -> torch.Tensor:
+    """Return the weights of the models that took part in each element, 1 where they sum to 0; overwrites its arguments.
+
+    Args:
+        took_part: for each model, 1 where it took part and 0 elsewhere.
+        weights: one for each model.
+        spare: a block of scratch.
+    """
+    for ones, weight in zip(took_part, weights, strict=True):
+        if weight != 1:
+            ones.mul_(weight)
+    total = took_part[0]
+    for ones in took_part[1:]:
+        total.add_(ones)
+    if min(weights) > 0:
+        return total.clamp_(min=min(weights))
+    return total.add_(torch.eq(total, 0, out=spare))

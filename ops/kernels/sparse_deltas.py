@@ -10,7 +10,7 @@ from typing import Literal
 
 from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Block, Kernel, KernelRun, Site
-from raymerge.ops.kernels.delta import Delta, combine_deltas
+from raymerge.ops.kernels.delta import Delta, combine_block, combine_deltas
 from raymerge.ops.kernels.linear import combine_stored
 from raymerge.ops.kernels.random import RandomSparsifier
 from raymerge.ops.kernels.ranks import RankSparsifier, count_row_block, measure_ranking
@@ -209,64 +209,8 @@ class _SparseDeltasRun(KernelRun):
     def combine(self, block: Block, out: torch.Tensor) -> None:
         if not self._models:
             block.load(0, out)
-        elif self._kernel.consensus == "sum":
-            self._combine_agreeing(block, out)
         else:
-            self._combine_all(block, out)
-
-    def _combine_all(self, block: Block, out: torch.Tensor) -> None:
-        """Source: Ilharco et al. 2023, "Editing Models with Task Arithmetic", section 2."""
-        base = block.load(0, block.scratch[0])
-        factors, _, scale = self._weigh()
-        for model, factor in zip(self._models, factors, strict=True):
-            is_first = model is self._models[0]
-            delta = self._load_delta(model, block, out if is_first else block.scratch[3])
-            if factor != 1:
-                delta.mul_(factor)
-            if not is_first:
-                out.add_(delta)
-            if self._kernel.consensus == "overlap":
-                took_part = torch.ne(delta, 0, out=block.scratch[4] if is_first else block.scratch[1]).mul_(
-                    model.weight
-                )
-                if not is_first:
-                    block.scratch[4].add_(took_part)
-        if self._kernel.consensus == "overlap":
-            divisor = block.scratch[4]
-            out.div_(divisor.add_(torch.eq(divisor, 0, out=block.scratch[1])))
-        if scale != 1:
-            out.mul_(scale)
-        out.add_(base)
-
-    def _combine_agreeing(self, block: Block, out: torch.Tensor) -> None:
-        """Source: Yadav et al. 2023, "TIES-Merging", algorithm 1, steps 2 and 3."""
-        base = block.load(0, block.scratch[0])
-        factors, common, scale = self._weigh()
-        deltas = []
-        for model, factor, delta in zip(self._models, factors, block.scratch[3:], strict=False):
-            self._load_delta(model, block, delta)
-            if factor != 1:
-                delta.mul_(factor)
-            deltas.append(delta)
-        normalize = self._kernel.normalize
-        signs, spare = block.scratch[1:3]
-        total = deltas[0]
-        for delta in deltas[1:]:
-            total = torch.add(total, delta, out=signs)
-        torch.ge(total, 0, out=signs).mul_(2).sub_(1)
-        torch.threshold_(torch.mul(deltas[0], signs, out=out), 0, 0)
-        if normalize:
-            torch.sign(out, out=deltas[0])
-        for delta in deltas[1:]:
-            out.add_(torch.threshold_(delta.mul_(signs), 0, 0))
-            if normalize:
-                delta.sign_()
-        if normalize:
-            out.div_(_sum_weights(deltas, [model.weight / common for model in self._models], spare))
-        out.mul_(signs)
-        if scale != 1:
-            out.mul_(scale)
-        out.add_(base)
+            combine_block(self._models, self._make_rule(), self._kernel.consensus, self._kernel.normalize, block, out)
 
     def _weigh(self) -> tuple[list[float], float, float]:
         """Return the factor of each delta, the weight they have in common, and the scale of their sum.
@@ -289,15 +233,21 @@ class _SparseDeltasRun(KernelRun):
         run_all([partial(model.measure_stored, index, stored) for model in self._models])
 
     def measure_outputs(self, index: int, runs: Sequence[KernelRun], stored: Stored, run_all: RunAll) -> None:
-        own = [run for run in runs if isinstance(run, _SparseDeltasRun)]
         selections: dict[int, list[MagnitudeSparsifier]] = {}
-        for model in (model for run in own for model in run._models):
+        for model in (model for run in self._find_alike(runs) for model in run._models):
             if isinstance(model.sparsifier, MagnitudeSparsifier) and index < model.sparsifier.num_passes:
                 selections.setdefault(model.source, []).append(model.sparsifier)
-        if len(own) < len(runs) or not selections:
+        if not selections:
             super().measure_outputs(index, runs, stored, run_all)
             return
         run_all([partial(measure_together, index, found, stored, source) for source, found in selections.items()])
+
+    def _find_alike(self, runs: Sequence[KernelRun]) -> list[_SparseDeltasRun]:
+        """Return runs as they are if all differ from this one in numbers alone, and else none."""
+        rule = self._kernel.sparsifier, self._kernel.consensus
+        own = [run for run in runs if isinstance(run, _SparseDeltasRun)]
+        alike = [run for run in own if (run._kernel.sparsifier, run._kernel.consensus) == rule]
+        return alike if len(alike) == len(runs) else []
 
     def fork(self, pieces: Sequence[Stored], run_all: RunAll) -> Sequence[KernelRun]:
         forks = [model.fork(pieces, run_all) for model in self._models]
@@ -311,8 +261,8 @@ class _SparseDeltasRun(KernelRun):
         return finished
 
     def combine_outputs(self, runs: Sequence[KernelRun], stored: Stored, outs: Sequence[Slot]) -> Sequence[float]:
-        own = [run for run in runs if isinstance(run, _SparseDeltasRun)]
-        if len(own) < len(runs) or self._kernel.sparsifier == "ranks":  # each makes masks as large as the tensor
+        own = self._find_alike(runs)
+        if not own or self._kernel.sparsifier == "ranks":  # each makes masks as large as the tensor
             return super().combine_outputs(runs, stored, outs)
         groups: dict[Hashable, list[int]] = {}
         for position, run in enumerate(own):
@@ -325,7 +275,7 @@ class _SparseDeltasRun(KernelRun):
         return finished
 
     def _combine_alike(self, runs: Sequence[_SparseDeltasRun], stored: Stored, outs: Sequence[Slot]) -> Sequence[float]:
-        """Do so for runs that differ in neither sources nor `normalize`."""
+        """Do so for runs that are alike, and differ in neither sources nor `normalize`."""
         models = [run._models for run in runs]
         if not models[0]:
             return combine_stored(stored, [(1.0,)] * len(outs), outs, [1.0] * len(outs))
@@ -334,33 +284,6 @@ class _SparseDeltasRun(KernelRun):
         return combine_deltas(models, rules, consensus, runs[0]._kernel.normalize, stored, outs)
 
     def _make_rule(self) -> tuple[list[float], list[float], float]:
-        """Return factors, weights and scale by which loops do as `_combine_all` or `_combine_agreeing`."""
+        """Return the factor of each delta, the weights of the models, and the scale of the sum."""
         factors, common, scale = self._weigh()
         return factors, [model.weight / common for model in self._models], scale
-
-    def _load_delta(self, model: Delta, block: Block, delta: torch.Tensor) -> torch.Tensor:
-        """Write one model's thinned delta to `delta`, with the base in the first scratch block."""
-        base, first, second = block.scratch[:3]
-        block.load(model.source, delta).sub_(base)
-        if model.sparsifier is not None:
-            model.sparsifier.trim(block.start, delta, (first, second))
-        return delta
-
-
-def _sum_weights(took_part: list[torch.Tensor], weights: list[float], spare: torch.Tensor) -> torch.Tensor:
-    """Return the weights of the models that took part in each element, 1 where they sum to 0; overwrites its arguments.
-
-    Args:
-        took_part: for each model, 1 where it took part and 0 elsewhere.
-        weights: one for each model.
-        spare: a block of scratch.
-    """
-    for ones, weight in zip(took_part, weights, strict=True):
-        if weight != 1:
-            ones.mul_(weight)
-    total = took_part[0]
-    for ones in took_part[1:]:
-        total.add_(ones)
-    if min(weights) > 0:
-        return total.clamp_(min=min(weights))
-    return total.add_(torch.eq(total, 0, out=spare))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from raymerge.ops.kernel import Site
+from raymerge.ops.kernels.sparse_deltas import SparseDeltas
 from raymerge.ops.registry import find_op
 from tests.ops.engine import NAME, Engine, run_kernel
 from tests.ops.kernel_contract import assert_close, assert_rounded_once
@@ -121,3 +122,18 @@ def test_outputs_made_at_once_are_those_of_single_merges(method: str) -> None:
         assert torch.equal(merged, engine.run([kernel], torch.bfloat16)[0]), kernel
         assert figures[number] == engine.figures[0]
         assert norms[number] == pytest.approx(engine.norms[0], rel=1e-12)
+
+
+def test_outputs_that_differ_in_rules_are_those_of_single_merges() -> None:
+    """An op of somebody's own may choose the rule by a parameter, which a sweep may vary."""
+    generator = torch.Generator().manual_seed(0)
+    sources = [torch.randn(200_001, generator=generator) for _ in range(3)]
+    common: dict[str, Any] = {"weights": (0.7, 0.4), "densities": (0.3,), "normalize": True, "scale": 1.0}
+    rules = [("magnitude", "none"), ("magnitude", "sum"), ("random", "sum"), ("none", "overlap"), ("magnitude", "sum")]
+    kernels = [SparseDeltas(sparsifier=s, consensus=c, rescale="l1", **common) for s, c in rules]  # type: ignore[arg-type]
+    for ordered in (kernels, kernels[::-1]):
+        engine = LoopEngine(sources, "w")
+        together, figures = engine.run(ordered, torch.float32), engine.figures
+        for kernel, merged, found in zip(ordered, together, figures, strict=True):
+            assert torch.equal(merged, engine.run([kernel], torch.float32)[0]), kernel
+            assert found == engine.figures[0]
