@@ -12,6 +12,7 @@ from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.manifest import MANIFEST
 from raymerge.pipeline.evaluation.digests import Digests
 from raymerge.pipeline.evaluation.results import Evaluation, parse_evaluation
+from raymerge.pipeline.messages import shown
 from raymerge.pipeline.spectrum.record import EVALUATIONS
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.local.storage import local_path
@@ -71,7 +72,10 @@ def read_evaluations(stores: Stores, place: str) -> Records:
         batch = names[first : first + _NUM_AT_ONCE]
         for name, content in zip(batch, _read_all(stores, [files[name] for name in batch]), strict=True):
             try:
-                found[name] = parse_evaluation(content)
+                evaluation = parse_evaluation(content)
+                if evaluation.model != name.partition("/")[0]:
+                    raise ValueError(f"it is of {shown(evaluation.model)}, in the directory of another model")
+                found[name] = evaluation
             except ValueError as error:
                 damaged.append(f"{place}/{name} is damaged: {error}")
     kept = _drop_former(stores, place, found)

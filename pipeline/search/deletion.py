@@ -14,12 +14,14 @@ from raymerge.pipeline.urls import scheme_of
 def delete_model(stores: Stores, directory: str) -> None:
     """Delete the files that a merge has written to a directory, those without which nothing loads first.
 
-    The directory goes with its last file. What is not in its manifest stays, and so do a model without one, and what a
-    manifest lists outside the directory.
+    The directory goes with its last file. What is not in its manifest stays, and so do a model without one, what a
+    manifest lists outside the directory, and a model elsewhere that the directory is a link to.
 
     Raises:
         OutputError: the store refuses.
     """
+    if scheme_of(directory) == "file" and local_path(directory).is_symlink():
+        return
     storage = stores.at(directory)
     try:
         manifest = parse_manifest(storage.read(f"{directory}/{MANIFEST}", MAX_MANIFEST_NBYTES))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from raymerge.pipeline.decoding import decode, parse_json
 from raymerge.pipeline.errors import OutputError
+from raymerge.pipeline.messages import shown
 from raymerge.pipeline.redact import redact_texts
 from raymerge.pipeline.stores.open import Stores
 
 RECORD = "search.json"
 _MAX_NBYTES = 64 * 2**20
+_NAME = r"trial-\d{4,}"
+"""Regular expression of a trial's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ def read_record(stores: Stores, directory: str) -> SearchRecord | None:
     """Read the record of a search; None where there is none.
 
     Raises:
-        OutputError: it is damaged.
+        OutputError: it is damaged, or has a trial of another name than searches give: models are deleted by these.
     """
     url = f"{directory}/{RECORD}"
     try:
@@ -64,6 +68,8 @@ def read_record(stores: Stores, directory: str) -> SearchRecord | None:
         return None
     try:
         record: SearchRecord = decode(parse_json(content), SearchRecord)
+        if odd := next((trial.name for trial in record.trials if not re.fullmatch(_NAME, trial.name)), ""):
+            raise ValueError(f"{shown(odd)} is no name of a trial")
     except (TypeError, KeyError, ValueError) as error:
         raise OutputError(f"{url} is damaged: {error}; choose another directory for the search") from error
     return record

@@ -17,7 +17,7 @@ from raymerge.pipeline.messages import counted, shown
 from raymerge.pipeline.output.journal import LOCK
 from raymerge.pipeline.redact import redact, redact_texts
 from raymerge.pipeline.stores.open import Stores
-from raymerge.pipeline.urls import is_url, repository_of
+from raymerge.pipeline.urls import is_url, repository_of, scheme_of
 
 RECORD = "spectrum.json"
 TABLE = "spectrum.parquet"
@@ -51,7 +51,7 @@ class Point:
     name: str
     """Unique; valid as a directory, an S3 key and a part of a Hub repository's name, such as `t-0.1`."""
     url: str
-    """Where its model is: a name beside the record, or a URL."""
+    """Where its model is: a name beside the record, or a repository of the Hub as a URL."""
     settings: Mapping[str, object]
     """The value at each path of the config that was varied, such as `{"t": 0.1, "weight[1]": 0.4}`; plain JSON."""
     config: str
@@ -100,15 +100,15 @@ def parse_spectrum(content: bytes) -> Spectrum:
     """Return the spectrum that a record describes.
 
     Raises:
-        ValueError: it is damaged, or has a name that leads out of its directory: models are written, and deleted, by
-            these names.
+        ValueError: it is damaged, or has a name or URL that leads out of its directory, but to the Hub: models are
+            written, and deleted, by these.
     """
     try:
         spectrum: Spectrum = decode(parse_json(content), Spectrum)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     names = [*(point.name for point in spectrum.points), *(parent.name for parent in spectrum.parents)]
-    for name in (*names, *(point.url for point in spectrum.points if not is_url(point.url))):
+    for name in (*names, *(point.url for point in spectrum.points if scheme_of(point.url) != "hf")):
         if not re.fullmatch(NAME, name):
             raise ValueError(f"{shown(name)} is no name of a model")
     return spectrum
@@ -208,7 +208,7 @@ def choose_url(directory: str, name: str) -> str:
 
 def locate_point(directory: str, point: Point) -> str:
     """Return the path or URL of a point's model."""
-    return point.url if is_url(point.url) or point.url.startswith("/") else f"{directory.rstrip('/')}/{point.url}"
+    return point.url if is_url(point.url) else f"{directory.rstrip('/')}/{point.url}"
 
 
 def dump_table(spectrum: Spectrum) -> bytes:

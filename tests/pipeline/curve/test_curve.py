@@ -143,6 +143,16 @@ def test_a_model_that_was_made_anew_since_has_no_evaluation(tmp_path: Path) -> N
     )
 
 
+def test_an_evaluation_in_the_directory_of_another_model_does_not_count(tmp_path: Path) -> None:
+    made = [make_evaluation("t-0.1", 0.5), make_evaluation("t-0.2", 0.5)]
+    write_spectrum(tmp_path, make_spectrum({"t": [0.1, 0.2]}), made)
+    path = next((tmp_path / "evaluations/t-0.2").iterdir())
+    path.write_text(path.read_text().replace('"t-0.2"', '"../../t-0.1"'))
+    found = raymerge.curve(tmp_path)
+    assert list(found.views[0].scores) == ["t-0.1"]
+    assert 'is damaged: it is of "../../t-0.1", in the directory of another model' in found.warnings[-1]
+
+
 def test_evaluations_may_be_elsewhere(directory: Path, tmp_path: Path) -> None:
     (directory / "evaluations").rename(tmp_path / "results")
     found = raymerge.curve(directory, evaluations=tmp_path / "results", out=tmp_path)

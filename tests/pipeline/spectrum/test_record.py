@@ -25,7 +25,7 @@ SPECTRUM = Spectrum(
     parents=(Parent("think", "org/think", is_base=True), Parent("answer", "org/answer", is_base=False)),
     points=(
         Point("t-0.1", "t-0.1", {"t": 0.1}, "merge_method: slerp", "abc", "complete", ""),
-        Point("t-0.2", "s3://b/t-0.2", {"t": [0, 0.2]}, "merge_method: slerp", "", "failed", "no such tensor"),
+        Point("t-0.2", "hf://me/s-t-0.2", {"t": [0, 0.2]}, "merge_method: slerp", "", "failed", "no such tensor"),
     ),
 )
 
@@ -47,7 +47,7 @@ def test_what_is_wrong_with_a_record_is_told(content: str | None, said: str, tmp
         read_spectrum(stores, str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc", "a/b", ".."])
+@pytest.mark.parametrize("name", ["../x", "/etc", "a/b", "..", "file:///etc", "s3://bucket/x"])
 def test_names_that_lead_out_of_the_directory_are_refused(name: str) -> None:
     point, parent = SPECTRUM.points[0], SPECTRUM.parents[0]
     for wrong in (
