@@ -43,6 +43,11 @@ def is_deep(value: Any) -> bool:
     return True
 
 
+def is_decodable(number: float) -> bool:
+    """Tell whether `decode` takes a number: it is finite, and not out of reason."""
+    return abs(number) < _MAX_NUMBER
+
+
 def decode(value: Any, kind: Any) -> Any:
     """Return a parsed JSON value as one of a type: a dataclass, tuple, mapping, literal, optional or plain one, or any.
 
@@ -66,7 +71,7 @@ def decode(value: Any, kind: Any) -> Any:
         return tuple(decode(item, wanted) for item, wanted in zip(value, kinds, strict=True))
     if get_origin(kind) is Mapping and type(value) is dict:
         return {decode(name, get_args(kind)[0]): decode(item, get_args(kind)[1]) for name, item in value.items()}
-    if type(value) in (int, float) and not abs(value) < _MAX_NUMBER:
+    if type(value) in (int, float) and not is_decodable(value):
         raise TypeError("out of reason")
     if kind is float and type(value) is int:
         return float(value)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from raymerge.pipeline.decoding import decode, parse_json
+from raymerge.pipeline.decoding import decode, is_decodable, parse_json
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.evaluation.evaluator import EvaluationError, Evaluator, Model, Place, Task
 from raymerge.pipeline.evaluation.figures import Figures, summarise
@@ -239,8 +239,10 @@ def _as_list(value: object) -> list[object]:
 
 
 def _number(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) > 1e300:
-        raise EvaluationError(f"the command has printed {key}: {shown(value)}; a finite number is needed")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_decodable(value):
+        raise EvaluationError(
+            f"the command has printed {key}: {shown(value)}; a finite number is needed, below 2^63 in size"
+        )
     return float(value)
 
 

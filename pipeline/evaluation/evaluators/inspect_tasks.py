@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from raymerge.pipeline.decoding import is_decodable
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.evaluation.evaluator import EvaluationError, Evaluator, Model, Place, Task
 from raymerge.pipeline.evaluation.figures import Figures, summarise
@@ -77,7 +78,7 @@ class InspectTask(Task):
         results = answers.pop()["results"]
         for answer in answers:
             keep(make_sample(answer["sample"], self.scorer))
-        keep(Sample(_RESULTS, 0, None, measures=results))
+        keep(Sample(_RESULTS, 0, None, measures=_list_known(results)))
 
     def summarise(self, samples: Collection[Sample]) -> Figures:
         """Return the figures of the samples; those of Inspect are among the others."""
@@ -146,13 +147,18 @@ def make_sample(found: Mapping[str, Any], scorer: str) -> Sample:
     return Sample(
         found["item"],
         found["number"],
-        scores.get(chosen),
+        _list_known(scores).get(chosen),
         tokens=found["tokens"],
         thinking=found["thinking"],
         cut_off=found["cut_off"],
-        measures={**scores, "reasoning_tokens": found["reasoning_tokens"]},
+        measures={**_list_known(scores), "reasoning_tokens": found["reasoning_tokens"]},
         detail={key: found[key] for key in ("prompt", "thoughts", "texts", "expected")},
     )
+
+
+def _list_known(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return the figures that are numbers: Inspect has NaN for what is not scored."""
+    return {name: value for name, value in figures.items() if is_decodable(value)}
 
 
 def _find_version(package: str) -> list[str]:

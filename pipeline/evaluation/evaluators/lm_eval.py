@@ -9,13 +9,14 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from raymerge.cluster.home import make_private_cache
+from raymerge.pipeline.decoding import is_decodable
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.evaluation.evaluator import EvaluationError, Evaluator, Model, Place, Task
 from raymerge.pipeline.evaluation.figures import Figures, summarise
@@ -101,9 +102,10 @@ class LmEvalTask(Task):
             name if task == self.task else f"{task}:{name}": figure
             for task, figures in results.items()
             for name, figure in figures.items()
-            if "," in name
+            if "," in name and is_decodable(figure)
         }
-        return Sample(_RESULTS, 0, None, measures=others if value is None else {**others, _VALUE: value})
+        is_known = value is not None and is_decodable(value)
+        return Sample(_RESULTS, 0, None, measures={**others, _VALUE: value} if is_known else others)
 
     @contextmanager
     def _keep_answers(self, model: Model) -> Iterator[str | None]:
@@ -113,10 +115,11 @@ class LmEvalTask(Task):
         if directory is None:
             yield None
             return
-        with (directory / "lock").open("w") as lock:
+        with ExitStack() as stack:
             try:
+                lock = stack.enter_context((directory / "lock").open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # another run is at it
+            except OSError:  # another run is at it, or has just deleted it
                 yield None
                 return
             yield str(directory / "answers")
@@ -208,8 +211,8 @@ def make_samples(logged: Collection[Mapping[str, Any]], chosen: str) -> list[Sam
                 cut_off=any(count >= each["max_tokens"] for count in counts) if counts else None,
                 detail={key: each[key] for key in ("prompt", "texts", "answer", "expected") if key in each},
             )
-        measures = {f"{name},{each['filter']}": value for name, value in each["metrics"].items()}
-        measures = {**sample.measures, **measures}
+        known = {name: value for name, value in each["metrics"].items() if is_decodable(value)}
+        measures = {**sample.measures, **{f"{name},{each['filter']}": value for name, value in known.items()}}
         found[item] = replace(sample, measures=measures, score=measures.get(chosen))
     return list(found.values())
 

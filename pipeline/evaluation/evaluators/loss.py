@@ -17,6 +17,8 @@ from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.evaluation.samples import Sample
 
 _MAX_NBYTES = 2**30
+_MAX_NATS = 43.0
+"""Per token, for a perplexity that can be read again."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class LossTask(Task):
             raise EvaluationError(f"{self.name} has fewer than two tokens: there is nothing to predict")
         if not all(map(math.isfinite, sums)):
             raise EvaluationError(f"{self.name}: the loss is not finite; look for NaN in the weights, or try float32")
-        other = {"tokens": float(sum(counts)), "perplexity": math.exp(min(math.fsum(sums) / sum(counts), 700))}
+        other = {"tokens": float(sum(counts)), "perplexity": math.exp(min(math.fsum(sums) / sum(counts), _MAX_NATS))}
         if nbytes := sum(each.get("bytes", 0) for each in measures):
             other["bits_per_byte"] = math.fsum(sums) / math.log(2) / nbytes
         return Figures(num_items=len(counts), num_samples=1, loss=estimate_loss(sums, counts), other=other)

@@ -74,6 +74,7 @@ print('{"loss": {"mean": 2.5, "low": 2, "high": 3}, "tokens": {"mean": 3, "p95":
         ("print('{}')", "with some of accuracy, tokens"),
         ("print('{\"accuracy\": 56.3}')", "accuracy: 56.3; a share from 0 to 1"),
         ("print('{\"accuracy\": NaN}')", "accuracy: NaN; a finite number"),
+        ("print('{\"perplexity\": 1e30}')", r"perplexity: 1e\+30; a finite number is needed, below 2\^63 in size"),
         ('print(\'{"accuracy": "high"}\')', 'accuracy: "high"; a number is needed'),
         ('print(\'{"samples": [{"score": "x"}]}\')', "the sample"),
         ("print('{\"samples\": 5}')", "a list is needed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def test_a_sample_is_scored_by_the_scorer_that_counts() -> None:
     ]
     sample = make_sample(found, "")
     assert (sample.key, sample.tokens, sample.measures["reasoning_tokens"]) == (("a", 1), 9, 4)
+    unscored = make_sample({**found, "scores": {"includes": math.nan, "match": 1.0}}, "")
+    assert (unscored.score, unscored.measures) == (None, {"match": 1.0, "reasoning_tokens": 4})
 
 
 @pytest.mark.skipif(find_spec("inspect_ai") is not None, reason="Inspect is installed")

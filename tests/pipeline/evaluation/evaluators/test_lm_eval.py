@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import sqlite3
 import subprocess
@@ -144,6 +145,9 @@ def test_filters_of_a_document_are_one_sample() -> None:
     first, second = make_samples([logged[0], other], "acc,none")
     assert (first.item, second.item) == ("t/7", "u/7")
     assert (first.score, second.score, second.tokens, second.cut_off) == (None, 1.0, None, None)
+    for value in (math.nan, math.inf, 1e30):
+        [unknown] = make_samples([{**other, "metrics": {"acc": value, "bytes": 3.0}}], "acc,none")
+        assert (unknown.score, unknown.measures) == (None, {"bytes,none": 3.0}), "no more than can be read again"
 
 
 def test_mistakes(tmp_path: Path) -> None:

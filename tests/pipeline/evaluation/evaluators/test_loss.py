@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from raymerge.pipeline.decoding import is_decodable
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.evaluation.evaluator import EvaluationError
 from raymerge.pipeline.evaluation.evaluators.loss import Losses
@@ -122,3 +123,11 @@ def test_no_loss(tmp_path: Path, samples: list[float], problem: str) -> None:
     task = Losses().prepare(str(write_text(tmp_path)), EvaluateOptions())
     with pytest.raises(EvaluationError, match=problem):
         task.summarise([Sample("a", 0, None, measures={"nats": nats, "tokens": 3}) for nats in samples])
+
+
+def test_a_loss_beyond_all_reason_is_read_again(tmp_path: Path) -> None:
+    task = Losses().prepare(str(write_text(tmp_path)), EvaluateOptions())
+    found = task.summarise([Sample("a", 0, None, measures={"nats": 3e3, "tokens": 3})])
+    assert is_decodable(found.other["perplexity"])
+    assert found.loss
+    assert found.loss.mean == 1000
