@@ -192,16 +192,19 @@ def share_gpus(options: EvaluateOptions) -> list[str]:
         return []
     if each == 0:
         return [""] * (num_workers or 1)
-    return divide_gpus(list_gpus(), each, num_workers)
+    return divide_gpus(list_gpus(), each, num_workers, can_share=options.backend != "vllm")
 
 
-def divide_gpus(gpus: Sequence[str], each: float | None, num_workers: int | None) -> list[str]:
+def divide_gpus(
+    gpus: Sequence[str], each: float | None, num_workers: int | None, *, can_share: bool = True
+) -> list[str]:
     """Return the GPUs of each worker, separated by commas.
 
     Args:
         gpus: all that there are.
         each: GPUs of a worker, or a share of one; by default as many as all can have.
         num_workers: by default as many as there are GPUs for.
+        can_share: whether several workers may have one GPU where there are fewer than workers.
 
     Raises:
         ConfigError: there are not enough.
@@ -212,6 +215,11 @@ def divide_gpus(gpus: Sequence[str], each: float | None, num_workers: int | None
     if each is None:
         num = num_workers or 1
         if num > len(gpus):
+            if gpus and not can_share:
+                raise ConfigError(
+                    f"--workers {num}: vLLM takes whole GPUs, and this machine has {len(gpus)}; ask for {len(gpus)} or"
+                    " fewer"
+                )
             return [gpus[k % len(gpus)] for k in range(num)] if gpus else []
         each = float(len(gpus) // num)
     room = count_shares(len(gpus), each)

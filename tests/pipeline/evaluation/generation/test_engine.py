@@ -12,5 +12,5 @@ def test_a_process_that_tells_nothing_is_waited_for_and_given_up() -> None:
     checks: list[None] = []
     with pytest.raises(EngineError, match=r"told nothing for 0\.6 s \(--timeout\)"):
         list(engine.ask({"kind": "loss"}, lambda: checks.append(None)))
-    assert len(checks) == 2
+    assert checks
     assert engine._process is None

@@ -11,6 +11,7 @@ import pytest
 import raymerge
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.evaluation.results import Evaluation
+from raymerge.pipeline.evaluation.workers import divide_gpus
 from tests.tokenized_models import TEXTS, byte_level, write_tokenized
 
 TASK = """
@@ -40,6 +41,10 @@ def test_what_vllm_does_not_do(tmp_path: Path) -> None:
         raymerge.evaluate(tmp_path, f"loss:{tmp_path / 'text.txt'}", backend="vllm")
     with pytest.raises(ConfigError, match="vLLM takes whole GPUs"):
         raymerge.EvaluateOptions(backend="vllm", gpus_per_model=0.5)
+    with pytest.raises(ConfigError, match="--workers 3: vLLM takes whole GPUs, and this machine has 2; ask for 2"):
+        divide_gpus(["0", "1"], None, 3, can_share=False)
+    assert divide_gpus(["0", "1"], None, 2, can_share=False) == ["0", "1"]
+    assert divide_gpus([], None, 3, can_share=False) == [], "on the CPU"
 
 
 @pytest.mark.slow
