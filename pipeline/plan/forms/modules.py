@@ -257,9 +257,9 @@ def _choose(known: Modules, part: ModulePart, donor: Model) -> Module:
     module = known.choose(part.name)
     if module is None:
         near = find_near(part.name, known.list_names())
-        question = f"did you mean {near!r}? " if near else ""
-        there = f"There are: {known.describe()}" if not known.is_one else "It is one module, called `default`"
-        raise ConfigError(f"{part.place}: {donor.ref} has no module of this name; {question}{there}")
+        question = f"; did you mean {near!r}?" if near else ""
+        there = f"it has {known.describe()}" if not known.is_one else "it is one module, called `default`"
+        raise ConfigError(f"{part.place}: {donor.ref} has no module of this name; {there}{question}")
     return module
 
 

@@ -205,7 +205,7 @@ def test_one_module_of_models_without_modules_is_the_whole() -> None:
 
 
 def test_a_language_model_is_no_vision_tower() -> None:
-    with pytest.raises(ConfigError, match=r"modules\.vision_tower: text has no module of this name; It is one module"):
+    with pytest.raises(ConfigError, match=r"modules\.vision_tower: text has no module of this name; it is one module"):
         settle(linear(vision_tower=models("text", "text2")))
 
 
@@ -232,8 +232,8 @@ def test_a_field_that_differs_in_a_module() -> None:
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ({"vision_towr": models("vl")}, "merge.yml:5: modules.vision_towr: vl has no module of this name; did you mean"
-         r" 'vision_tower'\? There are: language_model \(text_decoder\), vision_tower, multi_modal_projector"),
+        ({"vision_towr": models("vl")}, "merge.yml:5: modules.vision_towr: vl has no module of this name; it has"
+         r" language_model \(text_decoder\), vision_tower, multi_modal_projector; did you mean 'vision_tower'\?"),
         ({"audio_tower": models("vl")}, "audio_tower: vl has no module of this name"),
         ({"vision_tower": models("vl", "text")}, r"modules.vision_tower: text has no tensors of this module"),
         ({"text_decoder": slices(("vl", 0, 9))}, r"merge.yml:5: modules.text_decoder: slices\[0\]\.sources\[0\]\."
