@@ -126,7 +126,8 @@ def _fill_in_turn(
             ranges = _flatten(window.ranges for window in fetch)
             for storage, positions in _by_storage(stores, ranges).items():
                 storage.will_read([ranges[k] for k in positions])
-            coming.append((fetch, sum(item.nbytes for item in ranges)))
+            by_row = [rows for window in fetch for parts in window.rows for rows in parts]
+            coming.append((fetch, sum(item.nbytes for item in ranges) + sum(rows.nbytes for rows in by_row)))
         yield from windows
 
 

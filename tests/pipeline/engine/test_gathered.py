@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from raymerge.ops.rows import MEAN, PAD, ZERO, make_row_map
 from raymerge.ops.stored import Stored
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.engine import fetch
 from raymerge.pipeline.engine.fetch import Filled, fetch_windows
 from raymerge.pipeline.engine.gathered import Gatherer
 from raymerge.pipeline.engine.readiness import takes_loops
@@ -144,6 +146,32 @@ def test_rows_read_by_themselves_are_the_same(kind: str, columns: int, tmp_path:
 def test_what_is_no_stored_row_is_not_read_as_one(kind: str, dtypes: tuple[str, str], tmp_path: Path) -> None:
     stored = tuple(store(tmp_path / str(k), "embed", 8, dtype, k) for k, dtype in enumerate(dtypes))
     assert not GatheredRows("m", "embed", "BF16", (ROWS, 8), stored, make_row_map(*make_maps(kind))).can_be_by_row
+
+
+def test_rows_read_by_themselves_count_among_what_is_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = store(tmp_path / "0", "embed", 128, "bfloat16", 0)
+    rows = make_row_map(*make_maps("scattered")[:2], [])
+    gathered = GatheredRows("m", "embed", "BF16", (ROWS, 128), (stored, stored), rows, is_by_row=True)
+    kernel = find_op("linear").kernel({"weight": (1.0,), "normalize": False})
+    variants = (Variant((), kernel, 0),)
+    merge = TensorMerge("embed", (ROWS, 128), "F32", "F32", "linear", (gathered,), variants)
+    block = 100 * 128
+    windows = [Window(merge, start, start + block, range(1)) for start in range(0, merge.num_elements, block)]
+    monkeypatch.setattr(fetch, "_AHEAD_NBYTES", 2 * windows[0].nbytes())
+    begun = []
+
+    def list_fetches() -> Iterator[tuple[Window]]:
+        for window in windows:
+            begun.append(window.start)
+            yield (window,)
+
+    with open_stores() as stores, stores.pool.lend(windows[0].nbytes(), 1, keep=False) as buffers:
+        filled = fetch_windows(stores, list_fetches(), buffers, lambda nbytes: None)
+        next(iter(filled))
+        assert len(begun) < 5
+        assert sum(1 for _ in filled) == len(windows) - 1 == len(begun) - 1
 
 
 def test_bytes_of_rows_read_by_themselves_are_stated_for_each_place(tmp_path: Path) -> None:
