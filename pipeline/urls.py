@@ -6,7 +6,6 @@ Names after `scheme://` are taken as they are, not decoded, but in file:// and h
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -138,9 +137,9 @@ def suggest_directory(path: Path) -> str:
 def _check_path(path: str) -> None:
     """Refuse what is a path by its form only: nothing would be found there, or an output would end up there."""
     try:
-        data = os.fsencode(path)
+        data = path.encode()  # as tables and records hold it
     except UnicodeEncodeError:
-        raise ConfigError(f"{path!a}: no file can have this name; use other characters") from None
+        raise ConfigError(f"{path!a}: the name is not UTF-8; rename it, or give a link with another name") from None
     if b"\0" in data:
         raise ConfigError(f"{path!a}: no file can have a NUL character in its name; leave that out")
     if len(data) > _MAX_PATH_NBYTES or any(len(name) > _MAX_NAME_NBYTES for name in data.split(b"/")):

@@ -88,6 +88,7 @@ def test_well_formed(url: str) -> None:
         ("abfss://container@account.dfs.core.windows.net/a", "write az://container/a"),
         ("s3://bucket/../a", "`.` and `..` have no meaning"),
         ("https://host/./a", "`.` and `..` have no meaning"),
+        ("models/\udcff", "'models/\\udcff': the name is not UTF-8; rename it, or give a link"),
         ("hf://org/..", "`.` and `..` have no meaning"),
     ],
 )
