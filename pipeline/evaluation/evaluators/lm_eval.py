@@ -104,8 +104,8 @@ class LmEvalTask(Task):
             for name, figure in figures.items()
             if "," in name and is_decodable(figure)
         }
-        is_known = value is not None and is_decodable(value)
-        return Sample(_RESULTS, 0, None, measures={**others, _VALUE: value} if is_known else others)
+        known = {} if value is None or not is_decodable(value) else {_VALUE: value}
+        return Sample(_RESULTS, 0, None, measures={**others, **known})
 
     @contextmanager
     def _keep_answers(self, model: Model) -> Iterator[str | None]:
