@@ -61,7 +61,7 @@ def write_hub_result(stores: Stores, subject: Subject, task: Task, evaluation: E
     storage = stores.at(place)
     with storage.lock(f"{place}/{LOCK}") if scheme_of(place) == "hf" else nullcontext():
         storage.write(f"{place}/{_DIRECTORY}/{task_id}.yaml", text.encode())
-        storage.publish(place, f"Result of {task_id}")
+        storage.publish(f"{place}/{_DIRECTORY}", f"Result of {task_id}")  # not what a killed merge has not published yet
 
 
 def _find_place(subject: Subject) -> str:

@@ -12,6 +12,7 @@ from raymerge.pipeline.evaluation.hub_results import check_benchmarks, write_hub
 from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.evaluation.results import Estimate, Evaluation
 from raymerge.pipeline.evaluation.subjects import Subject
+from raymerge.pipeline.output.journal import LOCK, Journal
 from raymerge.pipeline.stores.open import Stores
 from tests.servers.hub import HubServer
 
@@ -97,6 +98,15 @@ def test_results_are_commits_to_repositories_of_the_hub(
                 "Result of t",
                 "initial commit",
             ]
+        storage = stores.at("hf://me/a")
+        with storage.lock(f"hf://me/a/{LOCK}"):  # of a merge that is killed
+            Journal(stores, "hf://me/a", "fingerprint").begin(["config.json"])
+            storage.write("hf://me/a/config.json", b"half of a model")
+        write_hub_result(stores, point, task, make_evaluation(0.75))
+        assert yaml.safe_load(hub.read_files("me/a")[".eval_results/t.yaml"])[0]["value"] == 75
+        assert "config.json" not in hub.read_files("me/a")
+        storage.publish("hf://me/a", "Merge")
+        assert hub.read_files("me/a")["config.json"] == b"half of a model", "the merge goes on"
         with pytest.raises(OutputError, match="org/a"):
             check_benchmarks(stores, [task], [Subject("a", "hf://org/a", "org/a")])
 
