@@ -61,7 +61,7 @@ def write_hub_result(stores: Stores, subject: Subject, task: Task, evaluation: E
     storage = stores.at(place)
     with storage.lock(f"{place}/{LOCK}") if scheme_of(place) == "hf" else nullcontext():
         storage.write(f"{place}/{_DIRECTORY}/{task_id}.yaml", text.encode())
-        storage.publish(f"{place}/{_DIRECTORY}", f"Result of {task_id}")  # not what a killed merge has not published yet
+        storage.publish(f"{place}/{_DIRECTORY}", f"Result of {task_id}")  # nothing of a killed merge
 
 
 def _find_place(subject: Subject) -> str:
