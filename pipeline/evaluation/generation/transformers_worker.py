@@ -78,26 +78,27 @@ class Server:
 
 def generate(loaded: Loaded, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what the model answers to each prompt."""
+    encoded = encode_all(loaded, request)
+    jobs = [(item, number) for item, number in request["jobs"]]
+    while jobs:
+        batch, jobs = jobs[: request["batch_size"]], jobs[request["batch_size"] :]
+        for (item, number), (ids, is_cut) in zip(batch, generate_batch(loaded, batch, encoded, request), strict=True):
+            yield describe(loaded, request, item, number, encoded[item][0], ids, is_cut=is_cut)
+
+
+def encode_all(loaded: Any, request: Mapping[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    """Return the prompt of each item; see `encode`.
+
+    Raises:
+        ValueError: one is longer than the model takes.
+    """
     encoded = {item: encode(loaded, messages, request) for item, messages in request["items"].items()}
     for item, (_, ids) in encoded.items():
         if len(ids) >= loaded.max_positions:
             raise ValueError(
                 f"the prompt of item {item} has {len(ids):,} tokens, and the model takes {loaded.max_positions:,}"
             )
-    jobs = [(item, number) for item, number in request["jobs"]]
-    while jobs:
-        batch, jobs = jobs[: request["batch_size"]], jobs[request["batch_size"] :]
-        for (item, number), (ids, is_cut) in zip(batch, generate_batch(loaded, batch, encoded, request), strict=True):
-            text = loaded.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            yield {
-                "item": item,
-                "number": number,
-                "prompt": encoded[item][0],
-                "text": cut_at(text, request["stop"]),
-                "tokens": len(ids),
-                "cut_off": is_cut,
-                "is_chat": bool(loaded.tokenizer.chat_template),
-            }
+    return encoded
 
 
 def encode(loaded: Any, messages: list[dict[str, str]], request: Mapping[str, Any]) -> tuple[str, list[int]]:
@@ -112,6 +113,22 @@ def encode(loaded: Any, messages: list[dict[str, str]], request: Mapping[str, An
     if len(ids) > 1 and ids[-1] in loaded.ends:  # some tokenizers end what they are given
         ids = ids[:-1]
     return text, ids or [loaded.pad]
+
+
+def describe(
+    loaded: Any, request: Mapping[str, Any], item: str, number: int, prompt: str, ids: list[int], *, is_cut: bool
+) -> dict[str, Any]:
+    """Return an answer with what counts of it, from its tokens without the one that ends the text."""
+    text = loaded.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return {
+        "item": item,
+        "number": number,
+        "prompt": prompt,
+        "text": cut_at(text, request["stop"]),
+        "tokens": len(ids),
+        "cut_off": is_cut,
+        "is_chat": bool(loaded.tokenizer.chat_template),
+    }
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from vllm import LLM, SamplingParams
 
 from raymerge.pipeline.evaluation.generation.protocol import serve_requests
-from raymerge.pipeline.evaluation.generation.transformers_worker import cut_at, encode, list_ends
+from raymerge.pipeline.evaluation.generation.transformers_worker import describe, encode_all, list_ends
 
 
 class Loaded:
@@ -57,12 +57,7 @@ class Server:
 
 def generate(loaded: Loaded, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what the model answers to each prompt."""
-    encoded = {item: encode(loaded, messages, request) for item, messages in request["items"].items()}
-    for item, (_, ids) in encoded.items():
-        if len(ids) >= loaded.max_positions:
-            raise ValueError(
-                f"the prompt of item {item} has {len(ids):,} tokens, and the model takes {loaded.max_positions:,}"
-            )
+    encoded = encode_all(loaded, request)
     engine = loaded.llm.llm_engine
     jobs = [(item, number) for item, number in request["jobs"]]
     for index, (item, number) in enumerate(jobs):
@@ -78,16 +73,8 @@ def generate(loaded: Loaded, request: Mapping[str, Any]) -> Iterator[dict[str, A
                 ids = list(answer.token_ids)
                 if ids and ids[-1] in loaded.ends:
                     ids.pop()
-                text = loaded.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-                yield {
-                    "item": item,
-                    "number": number,
-                    "prompt": encoded[item][0],
-                    "text": cut_at(text, request["stop"]),
-                    "tokens": len(ids),
-                    "cut_off": answer.finish_reason == "length",
-                    "is_chat": bool(loaded.tokenizer.chat_template),
-                }
+                is_cut = answer.finish_reason == "length"
+                yield describe(loaded, request, item, number, encoded[item][0], ids, is_cut=is_cut)
 
 
 def make_params(loaded: Loaded, request: Mapping[str, Any], limit: int, seed: int) -> SamplingParams:

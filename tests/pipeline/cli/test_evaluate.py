@@ -46,6 +46,14 @@ def test_a_table_and_an_exit_code(place: Path, cli: Cli) -> None:
     assert cli("eval", "good", "bad", "other", "--command", COMMAND, "-q").code == 0
 
 
+def test_what_a_command_prints_shows_no_credentials(place: Path, cli: Cli) -> None:
+    (place / "score.py").write_text("import sys; sys.exit('no way to https://me:pw-of-mine@host/a')")
+    outcome = cli("eval", "good", "--command", COMMAND)
+    assert outcome.err.count("https://***@host/a") == 2, "while it runs, and at the end"
+    assert "pw-of-mine" not in outcome.err
+    assert not [path for path in (place / "evaluations").rglob("*.json") if b"pw-of-mine" in path.read_bytes()]
+
+
 def test_only_what_failed_is_done_again(place: Path, cli: Cli) -> None:
     cli("eval", "good", "bad", "--command", COMMAND)
     outcome = cli("eval", "good", "bad", "--command", COMMAND, "--log-json")
