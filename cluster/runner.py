@@ -36,7 +36,7 @@ class Progress:
     written_nbytes: int = 0
     """Bytes handed to the output."""
     notes: tuple[object, ...] = ()
-    """Whatever else the work tells, in order: picklable and small. It is not taken back."""
+    """Other messages of the work, in order: picklable and small. They are not taken back."""
 
     def __add__(self, other: Progress) -> Progress:
         """Return the progress of both."""

@@ -30,7 +30,7 @@ _GROUP = 4
 """Ranks whose products are added to each other first; ranks and rows are filled up with zeros to a multiple of it."""
 
 _LEFT_ELEMENTS = 2**21
-"""Of the left factors that are at hand at once, in float32; right ones are converted again for each lot of them."""
+"""Most elements of left factors held at once, in float32; right ones are converted again for each lot."""
 _MOST_ROWS = 1024
 """Of the left factors at hand: what is added up of a product stays near a core."""
 _TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}

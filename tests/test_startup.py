@@ -60,7 +60,7 @@ def test_importing_the_package_leaves_torch_out(code: str) -> None:
 
 
 def test_a_plain_merge_imports_neither_torch_nor_pandas(tmp_path: Path) -> None:
-    """Where pandas is installed, Arrow imports it for many of its functions."""
+    """Many functions of Arrow import pandas if it is installed."""
     models = [{"model": str(path)} for path in write_family(tmp_path, 1)]
     (tmp_path / "pandas").mkdir()
     (tmp_path / "pandas" / "__init__.py").write_text("__version__ = '3.0.0'")

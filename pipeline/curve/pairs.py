@@ -15,9 +15,9 @@ from raymerge.pipeline.evaluation.samples import Sample, parse_samples
 from raymerge.pipeline.stores.open import Stores
 
 _MAX_NBYTES = 256 * 2**20
-"""Of a file of samples that is read for it."""
+"""Largest file of samples that is read for a comparison."""
 _TOLERANCE = 1e-6
-"""Of an accuracy; one that is no mean over items is not compared item by item."""
+"""Largest difference between an accuracy and the mean of its items; beyond it, items are not compared."""
 
 
 class Pairs:
@@ -34,7 +34,7 @@ class SamplePairs(Pairs):
 
     stores: Stores
     place: str
-    """Of the evaluations."""
+    """Directory of the evaluations."""
     tasks: Sequence[Task]
     _read: dict[str, list[Sample]] = field(default_factory=dict)
 

@@ -39,7 +39,7 @@ class Score:
     tokens: float | None = None
     """Mean number of generated tokens of an answer."""
     tokens_low: float | None = None
-    """Of the interval of 95% of that mean."""
+    """Lower bound of the 95% interval of that mean."""
     tokens_high: float | None = None
     median_tokens: float | None = None
     p95_tokens: float | None = None

@@ -45,7 +45,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """What a worker of a cluster had in work is done again."""
+    """An evaluation begins again, because the worker that had it was lost."""
 
     reason: str
 

@@ -14,7 +14,7 @@ from raymerge.pipeline.evaluation.samples import Sample
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What one model reaches compared with another on the items that both have answered."""
+    """One model compared with another on the items that both have answered."""
 
     accuracy: Estimate
     """Difference of their accuracies (mean@k), from -1 to 1; above 0 where the first is better."""

@@ -28,7 +28,7 @@ class Tokens:
     median: float
     p95: float
     low: float | None = None
-    """Of the interval of 95% of the mean; None where the samples are not known."""
+    """Lower bound of the 95% interval of the mean; None if the samples are not known."""
     high: float | None = None
 
 

@@ -36,7 +36,7 @@ class Planned:
     """A model that is merged for the evaluation."""
 
     directory: str
-    """Of the spectrum that has it; empty where none does."""
+    """Directory of the spectrum that has it; empty if none does."""
     spectrum: Spectrum
     point: Point
     base: str | None = None
@@ -56,7 +56,7 @@ class Subject:
     planned: Planned | None = None
     """Such a point; also a model with an adapter, which is applied by a merge."""
     fingerprint: str = ""
-    """Of the plan that it was made by, or is to be; empty where that is not known."""
+    """Fingerprint of the plan that makes it; empty if that is not known."""
     parts: tuple[str, ...] = ()
     """The directories of model and adapter: what they hold tells which model it is."""
     error: str = ""
@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def same(self) -> str:
-        """What tells whether two models that are to be merged are one."""
+        """The identity of a model that is to be merged: equal for two that are one."""
         return "" if self.planned is None else self.fingerprint or self.planned.point.config
 
 

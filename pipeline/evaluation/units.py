@@ -49,7 +49,7 @@ def find_digest(digests: Digests, subject: Subject) -> str | None:
 
 
 def _plan_key(digests: Digests, subject: Subject) -> str:
-    """Return what the digest of a merged model is kept under; empty where it is not known how it is merged."""
+    """Return the key of a merged model's digest; empty if it is not known how it is merged."""
     if subject.parts:
         return " ".join(["sum", __version__, *map(digests.measure, subject.parts)])
     base = f" {subject.planned.base}" if subject.planned and subject.planned.base else ""

@@ -61,7 +61,7 @@ class SweepDone:
     """Models that this sweep made or finished."""
     seconds: float
     collection: str = ""
-    """Where the Hub shows the models together; empty elsewhere."""
+    """URL of the Hub's collection of the models; empty elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

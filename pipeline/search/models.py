@@ -25,7 +25,7 @@ _BY_SETTINGS = (ConfigError, CheckpointError, TensorMismatchError, MemoryLimitEr
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What planning a trial has come to."""
+    """A trial's plan, or the reason that it has none."""
 
     fingerprint: str
     error: str

@@ -31,7 +31,7 @@ OnTrial = Callable[[Trial, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Telling:
-    """Whoever watches a search."""
+    """The callbacks of those who watch a search."""
 
     batch: OnBatch
     trial: OnTrial
@@ -39,7 +39,7 @@ class Telling:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a search has come to, by all items of the tasks."""
+    """The trials that a search ends with, judged by all items of the tasks."""
 
     best: Mapping[str, Values]
     """The models that no other is better than, best first by the first objective."""
@@ -73,7 +73,7 @@ class Run:
         self._directions = options.directions
         self.trials: list[Trial] = []
         self._fingerprints: dict[str, str] = {}
-        """Of the plans of trials, with the name of the first."""
+        """Name of the first trial by the fingerprint of its plan."""
         self._lock = Lock()
         self._num_idle = 0
         """Batches since the last that brought a better model."""

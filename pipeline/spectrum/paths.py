@@ -57,7 +57,7 @@ class Path:
     text: str
     steps: tuple[Step, ...]
     line: int | None = field(default=None, compare=False)
-    """Of the YAML that names it, from 1; None where none does."""
+    """Line of the YAML that names it, from 1; None if none does."""
 
     @property
     def label(self) -> str:
@@ -106,12 +106,12 @@ class Methods:
 
     names: tuple[str, ...]
     parameters: Collection[str]
-    """Of all of them."""
+    """All names that the methods' parameters have."""
     shared: Collection[str]
     """Those that have one value for all models."""
 
     def describe(self) -> str:
-        """Return what they take."""
+        """Name the methods with their parameters, for messages."""
         takes = "takes" if len(self.names) == 1 else "take"
         return f"{listing(self.names, separator=' and ')} {takes} {listing(self.parameters, 12) or 'no parameters'}"
 

@@ -1,4 +1,4 @@
-"""Where the models are that a record names, from whatever directory it is read, and after the spectrum has moved."""
+"""The places of models that a record names: found from any directory, and after the spectrum has moved."""
 
 from __future__ import annotations
 

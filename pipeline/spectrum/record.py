@@ -89,7 +89,7 @@ class Spectrum:
     place: str = ""
     """The spectrum's own directory then, by which it is known what has moved together with it; empty likewise."""
     local: tuple[str, ...] = ()
-    """What the YAML names that was a directory of this machine, and no repository of the Hub; none likewise."""
+    """Names in the YAML that were directories of this machine, not repositories of the Hub; none likewise."""
 
     def dump(self) -> str:
         """Return the text of the file, without credentials."""

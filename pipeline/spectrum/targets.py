@@ -1,4 +1,4 @@
-"""Where the models of a sweep go, looked at before the first is made."""
+"""The places that a sweep's models go to, checked before the first is made."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Variation:
     settings: Mapping[Path, object]
     """In the order given."""
     line: int | None = None
-    """Of the YAML that names it, from 1; None where none does."""
+    """Line of the YAML that names it, from 1; None if none does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def _read_points(place: Place) -> Iterator[Variation]:
 
 
 def _attempt(place: Place, read: Callable[[], T]) -> T:
-    """Return what is read at a place; a mistake gets its line."""
+    """Read a value of the YAML; a mistake in it names its line."""
     try:
         return read()
     except PlaceError:

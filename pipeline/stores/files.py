@@ -66,7 +66,7 @@ class ByteRows:
 
     file: StoredFile
     starts: NDArray[np.int64]
-    """Of each its first byte."""
+    """First byte of each."""
     row_nbytes: int
     """Length of each, in bytes."""
 

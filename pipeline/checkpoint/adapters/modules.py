@@ -152,7 +152,7 @@ def _find_beginning(missing: list[str], known: Collection[str]) -> tuple[str, st
 
 
 def rename(name: str, beginnings: Mapping[str, str], known: Collection[str]) -> str:
-    """Return what a model calls a module or tensor: the same, or the name with one of these beginnings exchanged."""
+    """Return a model's name for a module or tensor: the same, or with one of these beginnings exchanged."""
     old = max((old for old in beginnings if name.startswith(old)), key=len, default="")
     return name if name in known or old not in beginnings else beginnings[old] + name.removeprefix(old)
 

@@ -36,16 +36,16 @@ class InspectTask(Task):
     digest: str
     task: str
     scorer: str
-    """Empty for the first."""
+    """Name of the scorer that counts; empty for the first."""
     arguments: Mapping[str, object]
-    """Of the generation, in place of the task's own; None where the task says."""
+    """Settings of the generation that replace the task's own; None leaves one to the task."""
     limit: int | None
     dtype: str
     batch_size: int
 
     @property
     def sampling(self) -> Mapping[str, object]:
-        """What goes before the task's own sampling, and which items."""
+        """The sampling that replaces the task's own, and the items."""
         shown = {"scorer": self.scorer, "arguments": dict(self.arguments), "dtype": self.dtype}
         return shown if self.limit is None else {**shown, "items": self.limit}
 

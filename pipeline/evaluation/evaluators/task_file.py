@@ -31,7 +31,7 @@ class FileTask(Task):
 
     @property
     def libraries(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What generates."""
+        """The libraries that generate."""
         return (self.backend,)
 
     @property

@@ -18,7 +18,7 @@ from raymerge.pipeline.evaluation.generation.protocol import serve_requests
 
 _END = "</think>"
 _DEFAULT_MAX_TOKENS = 2048
-"""Of Inspect's `hf` provider, where a task says nothing."""
+"""Tokens of an answer by Inspect's `hf` provider, unless the task sets another limit."""
 
 
 def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -80,7 +80,7 @@ def _evaluate(task: str, logs: str, **options: Any) -> EvalLog:
 
 
 def describe(sample: EvalSample, tokenizer: Any, limit: int) -> dict[str, Any]:
-    """Return what counts of a sample; tokens are those of the model's messages, as its tokenizer splits them.
+    """Return the figures of a sample; tokens are those of the model's messages, as its tokenizer splits them.
 
     In Inspect's own usage, an answer of the `hf` provider has as many tokens as the longest of its batch, and none is
     cut off: it is no more than an upper bound.

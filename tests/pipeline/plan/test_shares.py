@@ -24,7 +24,7 @@ GIB = 2**30
 TIES = {"weight": (0.5,) * 3, "density": (0.5,) * 3, "normalize": True, "rescale": False, "lambda": 1.0}
 NUM_SOURCES = {"ties": 4, "slerp": 2, "linear": 4}
 SIZES = {"large": 26, "small": 20}
-"""Of tensors, as powers of two."""
+"""Sizes of tensors, as powers of two."""
 PARAMETERS: dict[str, dict[str, Any]] = {
     "ties": TIES,
     "slerp": {"t": 0.5},

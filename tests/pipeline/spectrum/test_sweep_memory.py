@@ -1,4 +1,4 @@
-"""What plans say a sweep takes, against what it takes: one fresh process for each."""
+"""The memory that sweeps take against what their plans say: one fresh process for each."""
 
 from __future__ import annotations
 
