@@ -23,7 +23,7 @@ class Findings:
     """For each parent with accuracy and tokens the points that are as good or better in both, by tokens."""
     jumps: tuple[Jump, ...]
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)
-    """By parent, its comparison with the first point that dominates it, on the same items; none without their samples."""
+    """By parent: the first point that dominates it, compared with it on the same items if their samples are kept."""
 
 
 def find(view: View, models: Sequence[Model], series: Sequence[Series], pairs: Pairs | None = None) -> Findings:
