@@ -196,9 +196,9 @@ class Commands(Evaluator):
 
     def prepare(self, name: str, options: EvaluateOptions) -> Task:
         """Split a command as a shell does; `NAME=` before it is the task's name."""
-        given = {key for key in ("samples", "limit", "temperature", "max_new_tokens", "seed") if getattr(options, key)}
-        if given:
-            raise ConfigError(f"--{sorted(given)[0]} has no meaning for a command; write it into the command")
+        keys = ("limit", "max_new_tokens", "samples", "seed", "temperature")
+        if given := [key for key in keys if getattr(options, key) is not None]:
+            raise ConfigError(f"--{given[0].replace('_', '-')} has no meaning for a command; write it into the command")
         match = _NAME.fullmatch(name)
         called, text = (match[1], match[2]) if match and "/" not in match[1] else ("", name)
         try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import IO, Any
 
@@ -90,9 +92,10 @@ class Engine:
             if not isinstance(error, EngineError):
                 self.close()
             raise
-        code = process.wait()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its number stays its own until all is ended
         tail = self._read_tail()
         self.close()
+        code = process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise EngineError(f"the process that had the model {how}{': ' if tail else ''}{tail}")
 
@@ -119,9 +122,10 @@ class Engine:
             yield from lines
 
     def close(self) -> None:
-        """End the process."""
+        """End the process and those that it has started: vLLM's hold a GPU's memory."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             for pipe in (self._process.stdin, self._process.stdout):
                 if pipe is not None:
@@ -140,6 +144,7 @@ class Engine:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **self.environment},
+                start_new_session=True,
             )
         return self._process
 

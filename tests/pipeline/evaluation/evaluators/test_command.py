@@ -146,3 +146,5 @@ def test_commands_that_cannot_be_meant(text: str, problem: str) -> None:
         Commands().prepare(text, EvaluateOptions())
     with pytest.raises(ConfigError, match="--samples has no meaning for a command"):
         Commands().prepare("eval {model}", EvaluateOptions(samples=3))
+    with pytest.raises(ConfigError, match="--seed has no meaning for a command"):
+        Commands().prepare("eval {model}", EvaluateOptions(seed=0))
