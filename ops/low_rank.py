@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.decoder import Decoder, Plain, Raw, find_dtype
+from raymerge.ops.kernels.tiles import TILE_COLUMNS
 from raymerge.ops.lazy import low_rank_loops, np, torch
 from raymerge.ops.stored import LOOP_DTYPES, widen
 
@@ -25,6 +26,9 @@ CHUNK = 64
 COLUMNS = 512
 """Columns of a product that loops make at once: of as many rows and ranks as they work on they stay in a core's first
 cache, and of a chunk in its second."""
+
+_ROWS = 8
+"""Rows of a product that loops make at once: each strip of columns comes into a core's first cache for all of them."""
 
 _GROUP = 4
 """Ranks whose products are added to each other first; ranks and rows are filled up with zeros to a multiple of it."""
@@ -136,10 +140,12 @@ class LowRankUpdate(Decoder):
         first, last = self._span(*span)
         lefts = [[_view_numpy(piece, term.left) for piece in left] for left, _, term in factors]
         rights = [_view_numpy(right, term.right) for _, right, term in factors]
-        bounds = [*range(0, self.ranks, CHUNK), self.ranks]
-        panel, products = _zeros(CHUNK * COLUMNS), _zeros(_GROUP * COLUMNS)
+        ranks = self.ranks
+        bounds = [*range(0, ranks, CHUNK), ranks]
+        room, panel = _zeros(CHUNK * COLUMNS).reshape(CHUNK, COLUMNS), _zeros(CHUNK * COLUMNS)
+        products = _zeros(_ROWS * COLUMNS)
         for matrix, row, end in self._tiles(start, stop, self._step()):
-            left = _zeros(_fill(end - row) * _fill(self.ranks)).reshape(-1, _fill(self.ranks))
+            left = _zeros(_fill(end - row) * _fill(ranks)).reshape(-1, _fill(ranks))
             position = 0
             for x, (_, _, term) in zip(lefts, factors, strict=True):
                 offset = matrix * self.rows + row - first
@@ -161,10 +167,10 @@ class LowRankUpdate(Decoder):
                 width = min(COLUMNS, self.columns - column)
                 place = (matrix * self.rows + row) * self.columns + column - start
                 for (start_rank, stop_rank), parts in zip(pairwise(bounds), chunks, strict=True):
-                    _pack(parts, column, panel.reshape(-1, COLUMNS)[: _fill(stop_rank - start_rank)])
+                    _pack(parts, column, room[: _fill(stop_rank - start_rank)], panel)
                     low_rank_loops.add_products(
                         left.ravel(), panel, start_rank, _fill(stop_rank - start_rank), left.shape[1],
-                        int(stop_rank == self.ranks), end - row, width, self.columns, place, *stored, out, totals,
+                        int(stop_rank == ranks), end - row, width, self.columns, place, *stored, out, totals,
                         products,
                     )  # fmt: skip
 
@@ -223,20 +229,31 @@ def _cut(views: Sequence[NDArray[Any]], bounds: Sequence[int]) -> list[list[tupl
     return chunks
 
 
-def _pack(parts: Sequence[tuple[int, NDArray[Any]]], column: int, panel: NDArray[np.float32]) -> None:
-    """Write a chunk of right factors, for some columns, as float32; zeros to the ranks that fill it up."""
+def _pack(
+    parts: Sequence[tuple[int, NDArray[Any]]], column: int, room: NDArray[np.float32], panel: NDArray[np.float32]
+) -> None:
+    """Write a chunk of right factors, for some columns, as float32; zeros to the ranks that fill it up.
+
+    Args:
+        parts: each with its first rank in the chunk.
+        column: the first one.
+        room: ranks x `COLUMNS`, for the values in the order of rows.
+        panel: gets strips of columns, each of `CHUNK` x `TILE_COLUMNS`, as far as the chunk has ranks.
+    """
     stop = 0
     for first, view in parts:
         part = view[:, column : column + COLUMNS]
         stop = first + len(part)
-        rows = panel[first:stop, : part.shape[1]]
+        rows = room[first:stop, : part.shape[1]]
         if part.dtype == np.uint16:
             bits = rows.view(np.uint32)
             bits[:] = part
             np.left_shift(bits, np.uint32(16), out=bits)
         else:
             rows[:] = part
-    panel[stop:] = 0
+    room[stop:] = 0
+    strip = f"V{4 * TILE_COLUMNS}"  # numpy copies one at a time, several times faster than their elements
+    panel.view(strip).reshape(-1, CHUNK)[:, : len(room)] = room.view(strip).T
 
 
 def _zeros(num_elements: int) -> NDArray[np.float32]:

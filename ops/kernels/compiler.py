@@ -54,7 +54,8 @@ class Loop:
 
     Its parameters are annotated with `int`, `np.float32`, `np.uint32`, or a contiguous array of so many dimensions,
     such as `Array2[np.int64]`; it returns a number or nothing, allocates no memory and raises nothing. It may call
-    functions of its own module, and of those that this imports from.
+    functions of its own module, and of those that this imports from. Of a function with an attribute `write`, as
+    `tiles.multiply_tile` has one, what that returns is compiled.
     """
 
     def __init__(self, function: FunctionType) -> None:
@@ -222,6 +223,8 @@ def _is_own(item: object, module: ModuleType) -> bool:
 def _declare(function: FunctionType, space: dict[str, Any]) -> Any:
     """Return a function that numba compiles, without the wrappers by which Python would call it."""
     numba: Any = importlib.import_module("numba")
+    if hasattr(function, "write"):
+        return function.write(numba)
     body = FunctionType(function.__code__, space, function.__name__)
     options: dict[str, Any] = {
         "error_model": "numpy",

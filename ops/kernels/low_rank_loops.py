@@ -8,7 +8,8 @@ import numpy as np
 
 from raymerge.ops.kernels.compiler import loop
 from raymerge.ops.kernels.strips import load
-from raymerge.ops.low_rank import COLUMNS
+from raymerge.ops.kernels.tiles import TILE_COLUMNS, TILE_ROWS, multiply_tile
+from raymerge.ops.low_rank import CHUNK, COLUMNS
 
 if TYPE_CHECKING:
     from raymerge.ops.kernels.compiler import Array1
@@ -30,7 +31,7 @@ def add_products(
 
     Args:
         left: rows x ranks; a multiple of four rows, of which some may be there to fill it up.
-        right: ranks of the chunk x `COLUMNS`.
+        right: strips of columns, each of `CHUNK` x `TILE_COLUMNS`, of which the ranks of this chunk count.
         start: first rank of the chunk.
         count: ranks of the chunk; a multiple of four.
         ranks: that `left` has.
@@ -43,46 +44,33 @@ def add_products(
         longs: the same where they have 32.
         form: of the stored values, as in `convert`; 3 where `out` has the values already.
         out: gets the values plus the sum of all chunks.
-        totals: the sum of the chunks before, for all rows, zeros at first; unused where there is one chunk.
-        products: scratch for four rows of the product.
+        totals: the sum of the chunks before, tile after tile, zeros at first; unused where there is one chunk.
+        products: scratch for some rows of the product, a multiple of four.
     """
-    for row in range(0, rows, 4):
-        products[:] = np.float32(0)
-        for k in range(0, count, 4):
-            four = right[k * COLUMNS : (k + 4) * COLUMNS]
-            _add_four(left, row * ranks + start + k, ranks, four, width, products)
+    filled = (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+    for first in range(0, filled, len(products) // COLUMNS):
+        end = min(filled, first + len(products) // COLUMNS)
+        for j in range(0, width, TILE_COLUMNS):  # a strip stays in the first cache for all of these rows
+            for row in range(first, end, TILE_ROWS):
+                at, begin = row * ranks + start, j * CHUNK
+                tile = first * COLUMNS + j * (end - first) + (row - first) * TILE_COLUMNS
+                if is_last == 0:
+                    multiply_tile(left, at, ranks, right, begin, count, totals, tile, totals, tile, TILE_COLUMNS)
+                else:
+                    origin, to = tile if start > 0 else -1, (row - first) * COLUMNS + j
+                    multiply_tile(left, at, ranks, right, begin, count, totals, origin, products, to, COLUMNS)
         if is_last == 0:
-            _add(products, totals[row * COLUMNS : (row + 4) * COLUMNS])
             continue
-        if start > 0:
-            _add(totals[row * COLUMNS : (row + 4) * COLUMNS], products)
-        for i in range(min(4, rows - row)):
-            begin = place + (row + i) * columns
+        for row in range(first, min(end, rows)):
+            begin = place + row * columns
             skipped, stop = max(0, -begin), min(width, len(out) - begin)
             if skipped < stop:
                 part = out[begin + skipped : begin + stop]
                 if form < 3:
                     load(words, longs, begin + skipped, form, stop - skipped, part.view(np.uint32), part)
-                _add(products[i * COLUMNS + skipped : i * COLUMNS + stop], part)
+                _add(products[(row - first) * COLUMNS + skipped : (row - first) * COLUMNS + stop], part)
 
 
 def _add(values, out):
     for j in range(len(out)):
         out[j] += values[j]
-
-
-def _add_four(left, at, ranks, right, width, total):
-    """Add the products of four rows with four ranks, which are added to each other first."""
-    a0, a1, a2, a3 = left[at], left[at + 1], left[at + 2], left[at + 3]
-    at += ranks
-    b0, b1, b2, b3 = left[at], left[at + 1], left[at + 2], left[at + 3]
-    at += ranks
-    c0, c1, c2, c3 = left[at], left[at + 1], left[at + 2], left[at + 3]
-    at += ranks
-    d0, d1, d2, d3 = left[at], left[at + 1], left[at + 2], left[at + 3]
-    for j in range(width):
-        x0, x1, x2, x3 = right[j], right[j + COLUMNS], right[j + 2 * COLUMNS], right[j + 3 * COLUMNS]
-        total[j] += (a0 * x0 + a1 * x1) + (a2 * x2 + a3 * x3)
-        total[j + COLUMNS] += (b0 * x0 + b1 * x1) + (b2 * x2 + b3 * x3)
-        total[j + 2 * COLUMNS] += (c0 * x0 + c1 * x1) + (c2 * x2 + c3 * x3)
-        total[j + 3 * COLUMNS] += (d0 * x0 + d1 * x1) + (d2 * x2 + d3 * x3)
