@@ -25,6 +25,9 @@ _UNKNOWN = re.compile(
     r"\.(?:lora_\w+|trainable_tokens\w*|token_adapter|hada_\w+|lokr_\w+|ia3_\w+|oft_\w+|vera_\w+|original_module)(?:\.|$)"
 )
 
+_MAX_BEGINNINGS = 16
+"""Beginnings of names that are exchanged at most, and words in each: every one takes a look at all names."""
+
 
 @dataclass(slots=True)
 class Parts:
@@ -128,7 +131,7 @@ def find_renaming(wanted: Collection[str], known: Collection[str]) -> dict[str, 
     beginnings: dict[str, str] = {}
     while missing:
         found = _find_beginning(missing, known)
-        if found is None:
+        if found is None or len(beginnings) == _MAX_BEGINNINGS:
             return None
         beginnings |= [found]
         missing = [name for name in missing if not name.startswith(found[0])]
@@ -139,7 +142,8 @@ def find_renaming(wanted: Collection[str], known: Collection[str]) -> dict[str, 
 def _find_beginning(missing: list[str], known: Collection[str]) -> tuple[str, str] | None:
     """Return a beginning of the first name, and another with which all names that have it are known."""
     parts = missing[0].split(".")
-    for start in range(next((k for k, part in enumerate(parts) if part.isdigit()), len(parts) - 1) + 1):
+    first = next((k for k, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    for start in range(min(first, _MAX_BEGINNINGS) + 1):
         suffix = ".".join(parts[start:])
         old = missing[0].removesuffix(suffix)
         alike = [name for name in missing if name.startswith(old)]

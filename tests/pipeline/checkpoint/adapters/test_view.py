@@ -135,6 +135,8 @@ def test_a_dtype_stays_that_of_the_model(tmp_path: Path) -> None:
         ),
         (["model.vision_tower.layers.0.q"], {"model.layers.0.q"}, None),
         (["transformer.h.0.qkv"], {"model.layers.0.q", "visual.blocks.0.qkv"}, None),
+        ([f"a{k}.q{k}" for k in range(16)], {f"b{k}.q{k}" for k in range(16)}, {f"a{k}.": f"b{k}." for k in range(16)}),
+        ([f"a{k}.q{k}" for k in range(17)], {f"b{k}.q{k}" for k in range(17)}, None),
     ],
 )
 def test_names_may_begin_in_another_way(wanted: list[str], known: set[str], expected: dict[str, str] | None) -> None:
