@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.decoder import Decoder, Plain, Raw, find_dtype
-from raymerge.ops.kernels.tiles import TILE_COLUMNS
 from raymerge.ops.lazy import low_rank_loops, np, torch
 from raymerge.ops.stored import LOOP_DTYPES, widen
 
@@ -26,6 +25,9 @@ CHUNK = 64
 COLUMNS = 512
 """Columns of a product that loops make at once: of as many rows and ranks as they work on they stay in a core's first
 cache, and of a chunk in its second."""
+
+TILE_COLUMNS = 16
+"""Columns of the tiles that loops make products of: a register of 512 bits, or several that are shorter."""
 
 _ROWS = 8
 """Rows of a product that loops make at once: each strip of columns comes into a core's first cache for all of them."""

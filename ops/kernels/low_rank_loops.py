@@ -8,8 +8,8 @@ import numpy as np
 
 from raymerge.ops.kernels.compiler import loop
 from raymerge.ops.kernels.strips import load
-from raymerge.ops.kernels.tiles import TILE_COLUMNS, TILE_ROWS, multiply_tile
-from raymerge.ops.low_rank import CHUNK, COLUMNS
+from raymerge.ops.kernels.tiles import TILE_ROWS, multiply_tile
+from raymerge.ops.low_rank import CHUNK, COLUMNS, TILE_COLUMNS
 
 if TYPE_CHECKING:
     from raymerge.ops.kernels.compiler import Array1

@@ -6,13 +6,12 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.lazy import np
+from raymerge.ops.low_rank import TILE_COLUMNS
 
 if TYPE_CHECKING:
     from raymerge.ops.kernels.compiler import Array1
 
 TILE_ROWS = 4
-TILE_COLUMNS = 16
-"""Columns of a tile: a register of 512 bits, or several that are shorter."""
 
 
 def multiply_tile(

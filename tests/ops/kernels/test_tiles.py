@@ -8,7 +8,8 @@ import numba
 import numpy as np
 import pytest
 
-from raymerge.ops.kernels.tiles import TILE_COLUMNS, TILE_ROWS, multiply_tile, write_tile
+from raymerge.ops.kernels.tiles import TILE_ROWS, multiply_tile, write_tile
+from raymerge.ops.low_rank import TILE_COLUMNS
 
 RANKS = 20
 
