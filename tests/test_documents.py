@@ -138,3 +138,23 @@ def test_tensors_of_many_blocks_that_are_read_once_for_each_pass(
     assert sum(task.reread_nbytes for task in plan("merge.yml", memory="38MiB", workers=1).tasks) > 0
     merge("merge.yml", "resident", workers=2)
     assert read_files(Path("resident")) == read_files(Path("fused"))
+
+
+def test_passes_before_the_values_on_the_way_read_what_they_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five models: those of the first document, then those of the second, then all."""
+    monkeypatch.chdir(tmp_path)
+    write_family(tmp_path, 4, dtype=torch.bfloat16, num_layers=1, hidden=264, vocab=3000)
+    slerp: dict[str, Any] = {"merge_method": "slerp", "parameters": {"t": 0.4}}
+    documents = {
+        "one": {**slerp, "base_model": "base", "models": entries("tuned1")},
+        "two": {**slerp, "base_model": "one", "models": entries("tuned2")},
+        "three": {"merge_method": "linear", "models": entries("two", "tuned3", weight=[1, 2])},
+        "last": {**slerp, "base_model": "three", "models": entries("tuned4")},
+    }
+    check_same(documents, memory="34MiB", workers=1)
+    tasks = plan("merge.yml", memory="34MiB", workers=1).tasks
+    assert all(task.reread_nbytes for task in tasks)
+    report = merge("merge.yml", "again", memory="34MiB", workers=1)
+    assert report.read_nbytes == sum(task.read_nbytes + task.reread_nbytes for task in tasks)

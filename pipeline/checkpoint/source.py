@@ -55,6 +55,13 @@ class Source(ABC):
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
         """Return the bytes that elements [start, stop) are decoded from, in the order in which they are decoded."""
 
+    def find_early(self, index: int, start: int, stop: int) -> tuple[bool, ...]:
+        """Tell which of the ranges of elements [start, stop) its decoder measures in a pass, before it decodes.
+
+        The default is all of them, or none after the decoder's last pass.
+        """
+        return (index < self.decoder.num_passes,) * len(self.ranges(start, stop))
+
     @abstractmethod
     def max_nbytes(self, num_elements: int) -> int:
         """Return the most room that the ranges of so many neighbouring elements take in a buffer, in bytes.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from queue import SimpleQueue
 
 from raymerge.ops.stored import RunAll
@@ -32,21 +32,26 @@ _REPORT_SECONDS = 1.0
 """Between reports of what a thread reads ahead, while nothing can be merged."""
 
 
-Ranges = Sequence[tuple[ByteRange, ...]]
-"""The byte ranges of a window, for each source."""
-
-
 @dataclass(frozen=True, slots=True)
 class Filled:
     """A window whose bytes have arrived."""
 
     window: Window
     views: tuple[tuple[memoryview, ...], ...]
-    """For each source the bytes of its ranges, in order; valid until the next window is asked for."""
+    """For each source the bytes of its ranges, in order; valid until the next window is asked for.
+
+    What the window's passes do not need has a place without these bytes.
+    """
     buffer: Buffer
     """Holds all of them."""
     offsets: tuple[int, ...]
     """Where the first range of each source begins in it; or where its decoded values go, if there is room for them."""
+
+    def list_places(self) -> Iterator[memoryview]:
+        """Yield where the ranges that are read belong, one after the other."""
+        for ranges, views, needed in zip(self.window.ranges, self.views, self.window.needed, strict=True):
+            if ranges:
+                yield from compress(views, needed)
 
 
 def fetch_windows(
@@ -123,7 +128,7 @@ def _fill_in_turn(
     while coming:
         windows = _fill(stores, coming.popleft()[0], buffer, on_read, run_all)
         while sum(nbytes for _, nbytes in coming) < _AHEAD_NBYTES and (fetch := next(rest, None)) is not None:
-            ranges = _flatten(window.ranges for window in fetch)
+            ranges = [piece for window in fetch for piece in window.wanted]
             for storage, positions in _by_storage(stores, ranges).items():
                 storage.will_read([ranges[k] for k in positions])
             by_row = [rows for window in fetch for parts in window.rows for rows in parts]
@@ -137,9 +142,8 @@ def _fill(
     windows = _lay_out(fetch, buffer)
     for is_gathered in (False, True):
         own = [filled for filled in windows if filled.window.is_gathered == is_gathered]
-        pairs = (pair for filled in own for pair in zip(filled.window.ranges, filled.views, strict=True))
-        views = [view for pieces, views in pairs if pieces for view in views]
-        wanted = _flatten(filled.window.ranges for filled in own)
+        views = [view for filled in own for view in filled.list_places()]
+        wanted = [piece for filled in own for piece in filled.window.wanted]
         read_ranges(stores, wanted, views, on_read, run_all, max_gap=GAP_NBYTES if is_gathered else 0)
     for filled in windows:
         _read_rows(stores, filled, on_read)
@@ -149,8 +153,10 @@ def _fill(
 def _read_rows(stores: Stores, filled: Filled, on_read: Callable[[int], None]) -> None:
     """Fill the places of sources that are read by row; the first window has their files read ahead as a whole."""
     window = filled.window
-    for source, all_rows, views in zip(window.merge.sources, window.rows, filled.views, strict=True):
-        if not all_rows:
+    for source, all_rows, views, needed in zip(
+        window.merge.sources, window.rows, filled.views, window.needed, strict=True
+    ):
+        if not all_rows or not any(needed):
             continue
         if not window.start:
             for tensor in source.origins:
@@ -228,10 +234,6 @@ def _by_storage(stores: Stores, ranges: Iterable[ByteRange]) -> dict[Storage, li
     for position, item in enumerate(ranges):
         found.setdefault(stores.at(item.file.url), []).append(position)
     return found
-
-
-def _flatten(ranges: Iterable[Ranges]) -> list[ByteRange]:
-    return [piece for window in ranges for pieces in window for piece in pieces]
 
 
 def _lay_out(fetch: Fetch, buffer: memoryview) -> list[Filled]:

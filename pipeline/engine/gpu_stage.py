@@ -81,11 +81,12 @@ class GpuStage(Stage):
         offset = 0
         for window in fetch:
             sources = []
-            for pieces in window.ranges:
+            for pieces, needed in zip(window.ranges, window.needed, strict=True):
                 places = []
-                for piece in pieces:
+                for piece, is_needed in zip(pieces, needed, strict=True):
                     places.append(room.there[offset : offset + piece.nbytes])
-                    ranges.append((piece, offset))
+                    if is_needed:
+                        ranges.append((piece, offset))
                     offset += aligned(piece.nbytes)
                 sources.append(places)
             windows.append((window, sources))

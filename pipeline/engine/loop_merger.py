@@ -94,12 +94,13 @@ class LoopMerger:
 
     def _decode(self, filled: Filled) -> None:
         """Decode what is not stored as loops know it; merges that are sources find the places of their values."""
-        span = filled.window.start, filled.window.stop
-        sources = zip(filled.window.merge.sources, filled.views, filled.offsets, strict=True)
-        for position, (source, views, offset) in enumerate(sources):
+        window = filled.window
+        span = window.start, window.stop
+        sources = zip(window.merge.sources, filled.views, filled.offsets, window.needed, strict=True)
+        for position, (source, views, offset, needed) in enumerate(sources):
             if position in self._early:
                 self._early[position].place(*span, filled.buffer, offset)
-            elif not isinstance(source.decoder, Plain) and source.decoder.has_loops:
+            elif all(needed) and not isinstance(source.decoder, Plain) and source.decoder.has_loops:
                 decode_stored(source.decoder, views, span, filled.buffer, offset, self._run_all)
 
     def _measure_early(self, number: int, *, is_last: bool) -> None:

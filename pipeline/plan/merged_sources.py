@@ -48,12 +48,23 @@ class MergedTensor(Source):
 
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
         """Return what the sources need for the whole blocks that hold the elements, source by source."""
-        decoder = self.decoder
-        bounds = cover(start, stop, decoder.grid, self.num_elements)
-        spans = [decoder.find_span(position, *bounds) for position in range(len(self.merge.sources))]
         return tuple(
-            piece for source, span in zip(self.merge.sources, spans, strict=True) for piece in source.ranges(*span)
+            piece for source, *span in self._find_spans(self.decoder, start, stop) for piece in source.ranges(*span)
         )
+
+    def find_early(self, index: int, start: int, stop: int) -> tuple[bool, ...]:
+        """Tell of each source's ranges: those that sources measure themselves come before those of the merge."""
+        decoder = self.decoder
+        if decoder.num_part_passes <= index < decoder.num_passes:
+            return (True,) * len(self.ranges(start, stop))
+        spans = self._find_spans(decoder, start, stop)
+        return tuple(needed for source, *span in spans for needed in source.find_early(index, *span))
+
+    def _find_spans(self, decoder: Intermediate, start: int, stop: int) -> Iterator[tuple[Source, int, int]]:
+        """Yield each source with its elements that are needed for some."""
+        bounds = cover(start, stop, decoder.grid, self.num_elements)
+        for position, source in enumerate(self.merge.sources):
+            yield source, *decoder.find_span(position, *bounds)
 
     @property
     def fixed_nbytes(self) -> int:

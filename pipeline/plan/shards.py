@@ -24,7 +24,7 @@ from raymerge.pipeline.plan.memory import (
 from raymerge.pipeline.plan.out_files import Network, SideFile
 from raymerge.pipeline.plan.shares import Limits, Shares, share_out_memory
 from raymerge.pipeline.plan.types import ShardOutput, ShardTask, TensorMerge
-from raymerge.pipeline.plan.windows import count_gaps, is_resident
+from raymerge.pipeline.plan.windows import count_again, count_gaps, is_resident
 
 MAX_THREADS = 4
 """Threads that merge one shard: more of them wait for the one that hashes."""
@@ -190,11 +190,7 @@ def _make_task(
         positions=tuple(range(transfer.num_outputs)),
         merges=ordered,
         read_nbytes=sum(read.values()),
-        reread_nbytes=sum(
-            read[merge.name] * demand.num_passes
-            for merge, demand in zip(merges, own, strict=True)
-            if not is_resident(merge, buffer_nbytes)
-        ),
+        reread_nbytes=sum(count_again(merge) for merge in merges if not is_resident(merge, buffer_nbytes)),
         buffer_nbytes=buffer_nbytes,
         fetch_nbytes=fetch_nbytes,
         piece_nbytes=piece,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, compress
 
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import Source
@@ -23,21 +24,38 @@ class Window:
     start: int
     stop: int
     passes: range
-    """Which of the kernel's passes run over it; the one after the last measuring pass combines."""
+    """Which passes run over it: one of them, or all; the one after the last measuring pass combines."""
     ranges: Sequence[tuple[ByteRange, ...]] = field(init=False, repr=False)
     """The bytes to fetch, for each source that is not read by row."""
     rows: Sequence[tuple[ByteRows, ...]] = field(init=False, repr=False)
     """Likewise, for each source that is."""
+    needed: Sequence[tuple[bool, ...]] = field(init=False, repr=False)
+    """For each source, which of its ranges or rows are read: all, but for passes before kernels see any values.
+
+    What is not read has its place in a buffer all the same.
+    """
 
     def __post_init__(self) -> None:
         """Look the ranges up, once."""
         sources, num_cut = self.merge.sources, self.merge.num_cut
-        whole = [source.ranges(0, source.num_elements) for source in sources[num_cut:]]
+        spans = [(self.start, self.stop) if k < num_cut else (0, s.num_elements) for k, s in enumerate(sources)]
         rows = [_find_rows(source, self.start, self.stop) for source in sources]
-        pairs = zip(sources[:num_cut], rows, strict=False)
-        cut = [() if by_row else source.ranges(self.start, self.stop) for source, by_row in pairs]
-        object.__setattr__(self, "ranges", [*cut, *whole])
+        each = list(zip(sources, spans, rows, strict=True))
+        ranges = [() if by_row else source.ranges(*span) for source, span, by_row in each]
+        needed = [(True,) * len(pieces or by_row) for pieces, by_row in zip(ranges, rows, strict=True)]
+        if self.passes.stop <= self.merge.num_early_passes:
+            needed = [
+                (False,) * len(by_row) if by_row else source.find_early(self.passes.start, *span)
+                for source, span, by_row in each
+            ]
+        object.__setattr__(self, "ranges", ranges)
         object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "needed", needed)
+
+    @property
+    def wanted(self) -> list[ByteRange]:
+        """The ranges that are read, one after the other."""
+        return list(chain.from_iterable(map(compress, self.ranges, self.needed)))
 
     def nbytes(self) -> int:
         """Return the room that it takes in a buffer."""
@@ -111,6 +129,18 @@ def make_windows(merge: TensorMerge, demand: Demand, buffer_nbytes: int, fetch_n
 def is_resident(merge: TensorMerge, buffer_nbytes: int) -> bool:
     """Return whether all sources fit in one buffer, so that they are read once for all passes."""
     return measure_kept(merge) <= buffer_nbytes
+
+
+def count_again(merge: TensorMerge) -> int:
+    """Return the bytes that are read again where a tensor's sources are not kept between its passes."""
+    num_early, sources = merge.num_early_passes, [(source, source.num_elements) for source in merge.sources]
+    early = (
+        piece.nbytes
+        for index in range(num_early)
+        for source, stop in sources
+        for piece in compress(source.ranges(0, stop), source.find_early(index, 0, stop))
+    )
+    return sum(early) + (merge.num_passes - num_early) * sum(source.nbytes for source, _ in sources)
 
 
 def count_gaps(task: ShardTask) -> int:

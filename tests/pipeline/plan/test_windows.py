@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymerge.pipeline.plan.memory import measure_demand
+from raymerge.pipeline.checkpoint.source import Source
+from raymerge.pipeline.plan.memory import Transfer, measure_demand
+from raymerge.pipeline.plan.merged_sources import MergedTensor
 from raymerge.pipeline.plan.shards import make_tasks
 from raymerge.pipeline.plan.shares import Limits
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
@@ -106,6 +108,32 @@ def test_a_tensor_that_just_fits_is_read_once(room: int) -> None:
         assert len(windows) == 2 * math.ceil(10**6 / (blocks * measure_demand(merge).block_elements))
     else:
         assert [(w.start, w.stop, w.passes) for w in windows] == [(0, 10**6, range(2))]
+
+
+@pytest.mark.parametrize("is_last_measured", [False, True])
+def test_passes_of_merges_on_the_way_read_what_they_measure(is_last_measured: bool) -> None:
+    sources = make_merge("w", 2**26, dtypes=("BF16",) * 6).sources
+    slerp = make_merge("w", 2**26, op="slerp", parameters={"t": 0.5}, dtypes=("BF16",) * 2)
+    linear = make_merge("w", 2**26, dtypes=("BF16",) * 2)
+
+    def nest(merge: TensorMerge, *sources: Source) -> MergedTensor:
+        return MergedTensor("m", "w", "BF16", merge.shape, dataclasses.replace(merge, sources=sources))
+
+    below = nest(slerp, nest(linear, nest(slerp, *sources[:2]), sources[2]), sources[3])  # measured in two passes
+    beside = nest(slerp, *sources[4:])
+    merge = nest(slerp if is_last_measured else linear, beside, below).merge
+    limits = Limits(2**30, 1, 2**60, transfer=Transfer(fetch_nbytes=2**24), is_cached=True)
+    (task,) = make_tasks([merge], limits)[0]
+    windows = [window for fetch in make_fetches(task) for window in fetch]
+    expected = [sources[:2] + sources[4:], sources[:4], sources, sources][: 3 + is_last_measured]
+    for index, measured in enumerate(expected):
+        found: dict[str, int] = defaultdict(int)
+        for window in windows:
+            for piece in window.wanted if index in window.passes else ():
+                found[piece.file.url] += piece.nbytes
+        assert found == {f"/{source.model}/model.safetensors": source.nbytes for source in measured}
+    assert windows[-1].passes == range(len(expected) - 1, len(expected))
+    assert sum(piece.nbytes for window in windows for piece in window.wanted) == task.read_nbytes + task.reread_nbytes
 
 
 def test_ranges_of_a_window_lie_in_its_sources() -> None:
