@@ -111,7 +111,7 @@ def test_every_config_is_one(page: str, tmp_path: Path) -> None:
         if f"\n{SWEEP}:" in text:
             assert make_points(text, (), 0, strict=True).points
         elif f"\n{SEARCH}:" in text:
-            assert read_recipe(text, needs_space=True).space
+            assert read_recipe(text, is_soup=False).space
         else:
             load_config(text, strict=True, own=own, find=lambda pattern: [FoundModel(pattern, 1)])
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from raymerge.pipeline.config.document import read_documents
+from raymerge.ops.own import OwnOps
+from raymerge.pipeline.config.document import Document, read_documents
 from raymerge.pipeline.config.node import Place, PlaceError
+from raymerge.pipeline.config.reader import KEYS
 from raymerge.pipeline.config.search import SEARCH
 from raymerge.pipeline.config.sweep import SWEEP
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.search.space import Space, parse_space
+from raymerge.pipeline.messages import find_near
+from raymerge.pipeline.search.space import Space, first_values, parse_space
 from raymerge.pipeline.search.study import Settings
+from raymerge.pipeline.spectrum.points import check_paths, find_methods
 
 Config = Path | str | Mapping[str, Any]
 
@@ -45,33 +49,35 @@ class Recipe:
             raise ConfigError("a soup is made of the `models` that the recipe lists; list two or more")
         return len(models)
 
-    def compose(self, points: Mapping[str, Settings]) -> str:
-        """Return the config of a sweep over some settings, by their names."""
+    def compose(self, points: Mapping[str, Settings]) -> str | Mapping[str, object]:
+        """Return the config of a sweep over some settings, by their names; as YAML if it has several documents.
+
+        One document stays without lines, which messages would name, and the user's file has other ones.
+        """
         contents = [dict(content) for content in self.contents]
         contents[self.position][SWEEP] = {"points": {name: dict(own) for name, own in points.items()}}
-        return str(yaml.safe_dump_all(contents, sort_keys=False))
+        return contents[0] if len(contents) == 1 else str(yaml.safe_dump_all(contents, sort_keys=False))
 
 
-def read_recipe(config: Config, *, needs_space: bool) -> Recipe:
+def read_recipe(config: Config, *, is_soup: bool, own: OwnOps | None = None) -> Recipe:
     """Read a recipe.
 
     Args:
         config: a mergekit YAML file or its name, YAML text, or what it holds.
-        needs_space: whether a recipe without a `search:` section is refused.
+        is_soup: whether models are averaged, which needs no `search:` section, and a method with weights.
+        own: ops besides those that are installed.
 
     Raises:
-        ConfigError: it is malformed; what is wrong with the config itself shows when it is merged.
+        ConfigError: the section is malformed, or names paths that the config does not have; what else is wrong with
+            the config shows when it is merged.
     """
     documents = read_documents(config)
     places = [Place(document.content, node=document.node) for document in documents]
     found = [k for k, place in enumerate(places) if place.get(SEARCH).value is not None]
     if len(found) > 1:
         raise ConfigError(f"{SEARCH}: {len(found)} documents have one; put all into one of them")
-    if not found and needs_space:
-        raise ConfigError(
-            f"the recipe has no `{SEARCH}:` section; say what may vary, such as"
-            f" {SEARCH}: {{parameters: {{t: {{min: 0, max: 1}}}}}}"
-        )
+    if not found and not is_soup:
+        raise _explain_missing(documents)
     position = found[0] if found else len(documents) - 1
     try:
         space = parse_space(places[position].get(SEARCH)) if found else {}
@@ -80,4 +86,31 @@ def read_recipe(config: Config, *, needs_space: bool) -> Recipe:
     if any(SWEEP in document.content for document in documents):
         raise ConfigError(f"the recipe has a `{SWEEP}:` section as well as `{SEARCH}:`; leave one")
     contents = tuple({key: value for key, value in document.content.items() if key != SEARCH} for document in documents)
+    if is_soup:
+        _check_soup(contents[position], own)
+    parameters = places[position].get(SEARCH).get("parameters")
+    lines = {path: parameters.get(path).line for path in space}
+    values = {path: first_values(dimension) for path, dimension in space.items()}
+    check_paths(documents[position], contents[position], values, lines, own)
     return Recipe(contents, position, space)
+
+
+def _explain_missing(documents: Sequence[Document]) -> ConfigError:
+    for document in documents:
+        unknown = [key for key in document.content if key not in KEYS]
+        if near := find_near(SEARCH, unknown):
+            line = Place(document.content, node=document.node).get(near).line
+            return ConfigError(document.show(f"{near}: unknown key; did you mean {SEARCH!r}?", line))
+    return ConfigError(
+        f"the recipe has no `{SEARCH}:` section; say what may vary, such as"
+        f" {SEARCH}: {{parameters: {{t: {{min: 0, max: 1}}}}}}"
+    )
+
+
+def _check_soup(content: Mapping[str, object], own: OwnOps | None) -> None:
+    methods = find_methods([content.get("merge_method")], own)
+    if methods.names and "weight" not in {*methods.parameters} - {*methods.shared}:
+        raise ConfigError(
+            f"a soup averages models by a weight for each, and {methods.describe()}; write merge_method: linear, or"
+            " take another sampler"
+        )

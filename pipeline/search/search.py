@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.curve.front import find_dominators
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.evaluation.events import OnEvaluationEvent
@@ -74,7 +75,8 @@ def search(
             raise ConfigError(
                 f"{place}: a search deletes models that are not among the best; search in a directory or bucket"
             )
-        read = read_recipe(recipe, needs_space=options.sampler != "soup")
+        own = read_own_ops(merging.ops) if merging.ops else None
+        read = read_recipe(recipe, is_soup=options.sampler == "soup", own=own)
         models = Models(stores, place, read, [str(task) for task in tasks], merging, on_event, on_evaluation)
         evaluating = replace(
             evaluating,

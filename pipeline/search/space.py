@@ -56,6 +56,13 @@ def parse_space(section: Place) -> Space:
     return {name: _parse_dimension(parameters.get(name)) for name in parameters.names()}
 
 
+def first_values(dimension: Dimension) -> list[object]:
+    """Return all values of a list, or the lowest of a range: enough to see whether a path can be set."""
+    if isinstance(dimension, Choices):
+        return [json.loads(value) for value in dimension.values]
+    return [dimension.low]
+
+
 def _parse_dimension(place: Place) -> Dimension:
     value = place.value
     if isinstance(value, list):

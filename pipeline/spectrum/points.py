@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as FilePath
@@ -19,10 +19,11 @@ from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.sweep import SWEEP
 from raymerge.pipeline.config.training_run import FindModels
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.messages import counted
-from raymerge.pipeline.spectrum.paths import SEED, Content, Methods, set_value
-from raymerge.pipeline.spectrum.variations import Variation, describe, parse_section, parse_sets
+from raymerge.pipeline.messages import counted, find_near, shown
+from raymerge.pipeline.spectrum.paths import SEED, Methods, parse_path, set_value
+from raymerge.pipeline.spectrum.variations import describe, parse_section, parse_sets
 
+_METHOD = "merge_method"
 _SHOWN = 3
 """Points whose mistakes a message shows."""
 
@@ -79,7 +80,8 @@ def make_points(
     except PlaceError as error:
         raise ConfigError(document.show(str(error), error.line)) from None
     contents = [{key: value for key, value in document.content.items() if key != SWEEP} for document in documents]
-    methods = _list_methods(contents[position], variations, {**load_ops(), **(own.ops if own else {})})
+    chosen = [value for each in variations for path, value in each.settings.items() if path.text == _METHOD]
+    methods = find_methods([contents[position].get(_METHOD), *chosen], own)
     load = partial(load_config, strict=strict, own=own, find=find)
     points, problems = [], []
     for variation in variations:
@@ -130,14 +132,60 @@ def _find_section(documents: Sequence[Document]) -> tuple[int, Place]:
     return position, roots[position].get(SWEEP)
 
 
-def _list_methods(content: Content, variations: Sequence[Variation], ops: Mapping[str, Op]) -> Methods:
-    """Return the methods that points may have."""
-    names = {content.get("merge_method")}
-    names |= {value for each in variations for path, value in each.settings.items() if path.text == "merge_method"}
-    found = [op for name, op in ops.items() if name in names]
+def find_methods(names: Collection[object], own: OwnOps | None) -> Methods:
+    """Return the methods with some names, those that are known.
+
+    Args:
+        names: as the config has them.
+        own: ops besides those that are installed.
+    """
+    found = [op for name, op in _list_ops(own).items() if name in names]
     parameters = {parameter.name: parameter for op in found for parameter in op.parameters}
     shared = {name for name, parameter in parameters.items() if not parameter.per_model}
     return Methods(tuple(op.name for op in found), parameters.keys(), shared)
+
+
+def _list_ops(own: OwnOps | None) -> dict[str, Op]:
+    return {**load_ops(), **(own.ops if own else {})}
+
+
+def check_paths(
+    document: Document,
+    content: Mapping[str, object],
+    values: Mapping[str, Sequence[object]],
+    lines: Mapping[str, int | None],
+    own: OwnOps | None,
+) -> None:
+    """Make sure that a config has all the paths that are to be set.
+
+    Args:
+        document: that messages show.
+        content: the config.
+        values: some that each path is to have; of `merge_method` all.
+        lines: of the document, for each path.
+        own: ops besides those that are installed.
+
+    Raises:
+        ConfigError: paths name nothing, or methods are unknown; it names all of them.
+    """
+    chosen = values.get(_METHOD, ())
+    methods = find_methods([content.get(_METHOD), *chosen], own)
+    problems = []
+    for name in chosen:
+        if name not in methods.names:
+            near = find_near(str(name), list(_list_ops(own)))
+            hint = f"did you mean {near!r}?" if near else "`raymerge methods` lists those that are known"
+            problems.append((f"{_METHOD}: there is no method {shown(name)}; {hint}", lines[_METHOD]))
+    trial = _copy(content)
+    for text, own_values in values.items():
+        if text == SEED and SEED not in methods.parameters:
+            continue
+        try:
+            set_value(trial, parse_path(text), own_values[0], methods)  # in order: one may make the place of the next
+        except ConfigError as error:
+            problems.append((str(error), lines[text]))
+    if problems:
+        raise ConfigError(document.show_all(problems))
 
 
 def _check_seed(value: object) -> int:
