@@ -6,13 +6,11 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-
-import re2
 
 from raymerge.ops.registry import Parameter, Value
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.messages import shown, suggest
+from raymerge.pipeline.patterns import compile_pattern
 
 BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 """What YAML and people write for true and false, in lower case."""
@@ -38,7 +36,7 @@ class Rule:
             return True
         kind, _, pattern = self.filter.partition(":")
         if kind == "regex":
-            return _compile(pattern).search(tensor) is not None
+            return compile_pattern(pattern).search(tensor) is not None
         if kind == "glob":
             return fnmatch.fnmatchcase(tensor, pattern)
         return self.filter in tensor
@@ -159,11 +157,10 @@ def _parse_rule(place: Place, parameter: Parameter) -> Rule:
 def _check_filter(place: Place, pattern: str) -> None:
     if pattern.startswith("regex:"):
         try:
-            _compile(pattern.removeprefix("regex:"))
-        except re2.error as error:
-            reason = error.args[0].decode(errors="replace") if error.args else "too large"
+            compile_pattern(pattern.removeprefix("regex:"))
+        except ValueError as error:
             raise place.error(
-                f"{pattern!r} is not a valid regular expression: {reason}; the syntax is that of RE2, which has neither"
+                f"{pattern!r} is not a valid regular expression: {error}; the syntax is that of RE2, which has neither"
                 " look-around nor back-references, and so never hangs"
             ) from error
     elif pattern != "*" and not pattern.startswith("glob:") and _PATTERN_SIGNS.intersection(pattern):
@@ -171,14 +168,6 @@ def _check_filter(place: Place, pattern: str) -> None:
             f"{pattern!r} is looked for in tensor names as it is, and will not be found; for a pattern write "
             f"'glob:{pattern}' or 'regex:...'"
         )
-
-
-@lru_cache(maxsize=64)
-def _compile(pattern: str) -> re2._Regexp:
-    """Return a regular expression whose search takes time in proportion to the name, whatever it says."""
-    options = re2.Options()
-    options.log_errors = False
-    return re2.compile(pattern, options)
 
 
 def _parse_gradient(place: Place, parameter: Parameter) -> tuple[Value, ...]:

@@ -26,6 +26,7 @@ from raymerge.pipeline.errors import CheckpointError, ConfigError, OutputError
 from raymerge.pipeline.extraction.differences import Kind, Pair, is_changed, pair_tensors, read_differences, read_values
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.output.journal import LOCK
+from raymerge.pipeline.patterns import compile_pattern
 from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.recipe import open_model
 from raymerge.pipeline.stores.open import Stores, open_stores
@@ -260,6 +261,6 @@ def _write(stores: Stores, target: str, writer: _Writer, config: str, lock: Lock
 
 def _compile(pattern: str) -> re2.Pattern:
     try:
-        return re2.compile(pattern)
-    except re2.error as error:
+        return compile_pattern(pattern)
+    except ValueError as error:
         raise ConfigError(f"--exclude {pattern!r}: {error}") from error

@@ -10,6 +10,7 @@ import re2
 
 from raymerge.pipeline.checkpoint.adapters.adapter import Adapter
 from raymerge.pipeline.errors import CheckpointError
+from raymerge.pipeline.patterns import compile_pattern
 
 T = TypeVar("T")
 
@@ -47,8 +48,8 @@ def _compile(key: str, url: str) -> re2.Pattern:
         CheckpointError: it is no regular expression, or one that looks around.
     """
     try:
-        return re2.compile(rf"(?:.*\.)?(?:{key})")
-    except re2.error as error:
+        return compile_pattern(rf"(?:.*\.)?(?:{key})")
+    except ValueError as error:
         raise CheckpointError(f"{url}: {key!r:.200} is no pattern that is supported: {error}") from error
 
 

@@ -9,6 +9,7 @@ import re2
 
 from raymerge.pipeline.evaluation.tasks.answers import Check, letter_of, parse_number
 from raymerge.pipeline.messages import listing, shown
+from raymerge.pipeline.patterns import compile_pattern
 
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 """Of choices."""
@@ -41,8 +42,8 @@ def explain_answer(expected: object, fields: Mapping[str, Any], check: Check) ->
             return f"the answer {shown(each)} is no number, and `check` is numeric"
         if check.how == "regex":
             try:
-                re2.compile(str(each))
-            except re2.error as error:
+                compile_pattern(str(each))
+            except ValueError as error:
                 return f"the answer {shown(each)} is no regular expression: {error}"
     if check.how == "choice":
         choices = fields.get("choices", LETTERS)

@@ -11,9 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import re2
-
-from raymerge.pipeline.config.document import read_documents
+from raymerge.pipeline.config.document import Document, read_documents
 from raymerge.pipeline.config.findings import TooManyError
 from raymerge.pipeline.config.node import Place, PlaceError
 from raymerge.pipeline.decoding import parse_json
@@ -27,7 +25,8 @@ from raymerge.pipeline.evaluation.tasks.answers import (
     letter_of,
 )
 from raymerge.pipeline.evaluation.tasks.fields import LETTERS, explain_answer, fill_prompt, is_number
-from raymerge.pipeline.messages import shown, suggest
+from raymerge.pipeline.messages import counted, shown, suggest
+from raymerge.pipeline.patterns import compile_pattern
 
 KEYS = (
     "name", "system", "prompt", "answer", "items", "shots", "extract", "check", "tolerance", "case_sensitive",
@@ -99,22 +98,26 @@ def read_task_file(path: Path) -> TaskFile:
         hint = f"; there are {', '.join(near)}" if near else ""
         raise ConfigError(f"{path}: no such file{hint}")
     if path.suffix in (".jsonl", ".ndjson"):
-        return _Reader(Place({"items": path.name}), path).read()
+        return _read(Place({"items": path.name}), path, Document(""))
     if path.suffix.lower() not in (".yml", ".yaml"):
         raise ConfigError(f"{path}: a task is a .yml file, or a .jsonl file with a prompt and an answer on each line")
     document, *others = read_documents(path)
     _refuse_other_formats(path, document.content)
     if others:
         raise ConfigError(f"{path}: a task file has one document, and this one has {len(others) + 1}")
-    root = Place(document.content, node=document.node)
+    return _read(Place(document.content, node=document.node), path, document)
+
+
+def _read(root: Place, path: Path, document: Document) -> TaskFile:
+    """Read a task from its mapping; raises ConfigError with every mistake."""
     task = None
     with suppress(TooManyError):
         try:
             task = _Reader(root, path).read()
         except PlaceError as error:
             root.note(error)
-    if root.findings.errors or root.findings.warnings or task is None:
-        raise ConfigError(root.findings.explain(document).replace(": unknown key, ignored; ", ": unknown key; "))
+    if root.findings.errors or task is None:
+        raise ConfigError(root.findings.explain(document))
     return task
 
 
@@ -137,12 +140,14 @@ class _Reader:
 
     def read(self) -> TaskFile:
         root = self._root
-        root.check_keys(KEYS)
+        root.findings.unknown.update(key for key in root.names() if key not in KEYS)
         name = root.get("name").attempt(lambda place: place.text()) if root.get("name") else None
-        rows = self._read_rows(root.get("items"))
+        rows = root.get("items").attempt(self._read_rows) or []
         check = root.get("check").attempt(lambda place: self._read_check(place, rows)) or Check("exact")
         extraction = root.get("extract").attempt(lambda place: self._read_extraction(place, check))
         items = self._make_items(rows, check)
+        sampling = self._read_sampling()
+        self._note_unknown()
         return TaskFile(
             name=name or self._path.stem,
             items=tuple(items),
@@ -150,9 +155,16 @@ class _Reader:
             check=check,
             markers=root.get("thinking").attempt(_read_markers),
             template=root.get("template").attempt(_read_mapping) or {},
-            sampling=self._read_sampling(),
+            sampling=sampling,
             benchmark=root.get("benchmark").attempt(_read_benchmark),
         )
+
+    def _note_unknown(self) -> None:
+        """Note the keys that have no meaning, but for those that were meant for one that is missed."""
+        noted = {finding.message.partition(": ")[0] for finding in self._root.findings.errors}
+        for key in sorted(self._root.findings.unknown - noted):
+            place = self._root.get(key)
+            place.note(place.error(f"unknown key; {suggest(key, KEYS)}"))
 
     def _read_rows(self, place: Place) -> list[tuple[Place, dict[str, Any]]]:
         """Return the fields of each item, with the place that messages name."""
@@ -208,6 +220,7 @@ class _Reader:
                 shot.note(shot.error(f"{error.args[0]!r} is missing"))
         items: list[Item] = []
         names: set[str] = set()
+        mistakes: dict[tuple[str, str], list[Place]] = {}
         for number, (place, fields) in enumerate(rows):
             name = str(fields.get("id", number))
             if name in names:
@@ -216,11 +229,13 @@ class _Reader:
             try:
                 prompt = fill_prompt(template or "{prompt}", fields)
             except KeyError as error:
-                place.note(place.error(f"{error.args[0]!r} is missing; {suggest(str(error.args[0]), list(fields))}"))
+                lacking = f"{error.args[0]!r} is missing", suggest(str(error.args[0]), list(fields))
+                mistakes.setdefault(lacking, []).append(place)
                 continue
             expected = fields.get(field_name)
             if expected is None or expected == []:
-                place.note(place.error(f"no answer: {field_name!r} is missing; {suggest(field_name, list(fields))}"))
+                lacking = f"no answer: {field_name!r} is missing", suggest(field_name, list(fields))
+                mistakes.setdefault(lacking, []).append(place)
                 continue
             if why := explain_answer(expected, fields, check):
                 place.note(place.error(why))
@@ -228,6 +243,9 @@ class _Reader:
             if check.how == "choice":
                 expected = letter_of(expected, fields.get("choices", LETTERS))
             items.append(Item(name, (*start, ("user", prompt)), expected))
+        for (problem, hint), places in mistakes.items():
+            others = f", and so in {counted(len(places) - 1, 'other item')}" if len(places) > 1 else ""
+            places[0].note(places[0].error(f"{problem}{others}; {hint}"))
         return items
 
     def _read_check(self, place: Place, rows: Sequence[tuple[Place, dict[str, Any]]]) -> Check:
@@ -295,8 +313,8 @@ class _Reader:
 
 def _compile(place: Place, pattern: str) -> None:
     try:
-        re2.compile(pattern)
-    except re2.error as error:
+        compile_pattern(pattern)
+    except ValueError as error:
         raise place.error(
             f"{shown(pattern)} is no regular expression of RE2, which has no look-around or back-references: {error}"
         ) from error

@@ -92,7 +92,7 @@ def test_the_digest_is_of_what_decides_a_score(tmp_path: Path) -> None:
         ("prompt: x", "items: missing"),
         ("itmes: []", "itmes: unknown key; did you mean 'items'"),
         (f"sampels: 4\n{ITEMS}", "task.yml:1: sampels: unknown key; did you mean 'samples'"),
-        (f"extract: {{regex: '('}}\n{ITEMS}", "no regular expression"),
+        (f"extract: {{regex: 'a(b'}}\n{ITEMS}", r"no regular expression .*: missing \): a\(b\n"),
         (f"extract: {{regex: '(?=a)'}}\n{ITEMS}", "no look-around"),
         (f"extract: numbr\n{ITEMS}", "did you mean 'number'"),
         (f"check: numerc\n{ITEMS}", "did you mean 'numeric'"),
@@ -122,6 +122,37 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as told:
         read(tmp_path, "samples: no\nextract: x\nitems: [{prompt: a}]")
     assert str(told.value).count("task.yml:") == 3
+
+
+def test_mistakes_are_told_with_items_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as told:
+        read(tmp_path, "items: summs.jsonl\nmax_new_tokens: lots\ntemperature: -1\nsampels: 2\n")
+    lines = [line for line in str(told.value).splitlines() if "task.yml:" in line]
+    assert [line.split(": ")[1] for line in lines] == ["items", "max_new_tokens", "temperature", "sampels"]
+    assert "warning" not in str(told.value)
+
+
+def test_a_mistake_of_many_items_is_told_once(tmp_path: Path) -> None:
+    rows = '{"prompt": "1+1", "answer": 2}\n' * 5000
+    with pytest.raises(ConfigError) as told:
+        read(tmp_path, "items: sums.jsonl\nprompt: '{promt}'", sums=rows)
+    said = str(told.value)
+    assert "sums.jsonl:1: 'promt' is missing, and so in 4,999 other items; did you mean 'prompt'?" in said
+    assert said.count("promt") == 1
+
+
+def test_mistakes_of_a_file_of_json_lines_alone_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"prompt": "1+1", "answer": 2}\n{"prompt": "1+2"}\n')
+    with pytest.raises(ConfigError, match=r"sums\.jsonl:2: no answer: 'answer' is missing"):
+        read_task_file(path)
+
+
+def test_a_bad_regular_expression_writes_nothing_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for text in (f"extract: {{regex: 'a(b'}}\n{ITEMS}", "check: regex\nitems: [{prompt: a, answer: 'c(d'}]"):
+        with pytest.raises(ConfigError):
+            read(tmp_path, text)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
