@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.decoder import Decoder, Plain, Raw, find_dtype
 from raymerge.ops.lazy import low_rank_loops, np, torch
-from raymerge.ops.stored import LOOP_DTYPES, widen
+from raymerge.ops.stored import LOOP_DTYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -155,8 +155,7 @@ class LowRankUpdate(Decoder):
                     own = np.stack([piece[offset : offset + end - row] for piece in x], axis=1)
                 else:
                     own = _view_left(x[0], term, matrix, row, end, offset, last - first)
-                scaled = np.multiply(_widen(own), term.scale, dtype=np.float64)
-                left[: end - row, position : position + term.rank] = scaled
+                _scale(own, term.scale, left, position)
                 position += term.rank
             views = [
                 _view(y, term.right, matrix, (0, term.rank), self.columns)
@@ -300,9 +299,20 @@ def _view_numpy(piece: memoryview, factor: Factor) -> NDArray[Any]:
     return np.frombuffer(piece, np.uint16 if factor.dtype == "bfloat16" else factor.dtype)
 
 
-def _widen(values: NDArray[Any]) -> NDArray[Any]:
-    """Return bfloat16 values, which come as words, as float32, and others as they are."""
-    return widen(values) if values.dtype == np.uint16 else values
+def _scale(values: NDArray[Any], scale: float, left: NDArray[np.float32], position: int) -> None:
+    """Write a left factor, scaled, beside the others, from a position; bfloat16 values come as words."""
+    rows, rank = values.shape
+    if values.dtype == np.float64:
+        left[:rows, position : position + rank] = values * scale
+        return
+    form = {np.dtype(np.uint16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}[values.dtype]
+    stored = np.ascontiguousarray(values).ravel()
+    words = stored.view(np.uint16) if form < 2 else np.empty(0, np.uint16)
+    longs = stored.view(np.uint32) if form == 2 else np.empty(0, np.uint32)
+    low_rank_loops.scale_factor(
+        words, longs, form, np.array([scale]), rank, np.empty(rows * rank, np.float32), position, left.shape[1],
+        left.ravel(),
+    )  # fmt: skip
 
 
 def _read_torch(piece: torch.Tensor, factor: Factor) -> torch.Tensor:

@@ -22,6 +22,33 @@ def convert(words: Array1[np.uint16], longs: Array1[np.uint32], form: int, count
 
 
 @loop
+def scale_factor(
+    words: Array1[np.uint16], longs: Array1[np.uint32], form: int, scale: Array1[np.float64], rank: int,
+    values: Array1[np.float32], position: int, ranks: int, left: Array1[np.float32],
+) -> None:  # fmt: skip
+    """Write a left factor, scaled, to its place among all of them.
+
+    Args:
+        words: stored values, rows x rank, where they have 16 bits.
+        longs: the same where they have 32.
+        form: of the stored values, as in `convert`.
+        scale: one number, by which values are multiplied before they are rounded.
+        rank: of this factor.
+        values: scratch for as many values.
+        position: of the first rank in `left`.
+        ranks: that `left` has.
+        left: rows x ranks.
+    """
+    load(words, longs, 0, form, len(values), values.view(np.uint32), values)
+    by = scale[0]
+    for row in range(len(values) // rank):
+        own = values[row * rank : (row + 1) * rank]
+        to = left[row * ranks + position : row * ranks + position + rank]
+        for k in range(rank):
+            to[k] = np.float32(np.float64(own[k]) * by)
+
+
+@loop
 def add_products(
     left: Array1[np.float32], right: Array1[np.float32], start: int, count: int, ranks: int, is_last: int, rows: int,
     width: int, columns: int, place: int, words: Array1[np.uint16], longs: Array1[np.uint32], form: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 _NUMBER = re.compile(r"(?:^|\.)(0|[1-9][0-9]{0,5})\.")
 """A layer's number as checkpoints write it; with leading zeros it is a name like any other."""
@@ -64,6 +65,7 @@ def layer_position(layer: int, num_layers: int) -> float:
     return 1.0 if num_layers <= 1 else min(1.0, layer / (num_layers - 1))
 
 
+@lru_cache(maxsize=2**14)  # models of one kind share their names, and each is asked for several times
 def split_name(name: str) -> LayerName | None:
     """Split a tensor's name at its first number; None where it has none.
 

@@ -76,6 +76,7 @@ CASES = {
     "one": make_case(),
     "half precision": make_case((8,), "float16", "float32"),
     "bfloat16": make_case((5,), "bfloat16", "float16"),
+    "double precision": make_case((5,), "float64"),
     "more than a chunk": make_case((130,)),
     "several": make_case((1, 64, 4)),
     "turned": make_turned(),
