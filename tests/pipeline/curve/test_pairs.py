@@ -69,6 +69,25 @@ def test_without_all_samples_intervals_are_compared(directory: Path) -> None:
         assert "intervals of t-0.5 and thinking overlap" in format_curve(found)
 
 
+def test_an_evaluation_of_more_items_leaves_the_comparison_on_fewer(directory: Path) -> None:
+    before = raymerge.curve(directory, within=1.0).choice
+    for model in ("t-0.5", "thinking"):
+        path = directory / f"evaluations/{model}/arithmetic-1.jsonl"
+        more = [Sample(f"more-{item}", 0, float(model == "thinking"), tokens=90) for item in range(50)]
+        path.write_bytes(b"".join(each.dump() for each in more) + path.read_bytes())
+    after = raymerge.curve(directory, within=1.0).choice
+    assert before is not None
+    assert before.comparison is not None
+    assert after == before, "t-0.2 and t-0.8 tell which items count"
+
+
+def test_where_all_files_have_more_items_the_first_ones_count(directory: Path) -> None:
+    before = raymerge.curve(directory, within=1.0).choice
+    for path in directory.glob("evaluations/*/arithmetic-1.jsonl"):
+        path.write_bytes(path.read_bytes() + Sample("more", 0, 1.0, tokens=90).dump())
+    assert raymerge.curve(directory, within=1.0).choice == before
+
+
 def test_tokens_have_an_interval(directory: Path) -> None:
     path = next((directory / "evaluations/t-0.5").glob("*.json"))
     content = json.loads(path.read_text())
