@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from raymerge.pipeline.curve.pairs import Pairs
@@ -44,13 +44,15 @@ class Choice:
     is_told_apart: bool
     """Whether the interval of the difference to the reference has no 0, or else their two intervals do not overlap."""
     is_sure: bool
-    """For `within`: whether all of that interval, or else of its own, is above the limit."""
+    """For `within`: whether all of that interval, or else of its own, is above the limit, or it is the reference."""
     contenders: tuple[str, ...]
     """Points that more samples could show to be the better choice."""
     parents: tuple[str, ...]
     """Parents that do at least as well by the same rule, without a merge."""
     comparison: Comparison | None = None
     """With the reference, on the same items; None where it is the reference, or where their samples are not kept."""
+    ties: tuple[str, ...] = ()
+    """Other points with the same accuracy or loss, and the same tokens."""
 
 
 def choose(
@@ -69,11 +71,9 @@ def choose(
     points, parents = (_list_candidates(view, names, rule) for names in (points, parents))
     if not points:
         return None
-    if rule.name == "within":
-        return _choose_within(view, points, parents, rule, pairs)
-    if rule.name == "best_under_tokens":
-        return _choose_under(view, points, parents, rule, pairs)
-    return _choose_best(view, points, parents, rule, pairs)
+    choose_by = {"within": _choose_within, "best_under_tokens": _choose_under, "best": _choose_best}[rule.name]
+    choice = choose_by(view, points, parents, rule, pairs)
+    return replace(choice, ties=tuple(name for name in points if _is_tie(view, name, choice.model)))
 
 
 def overlaps(one: Estimate, other: Estimate) -> bool:
@@ -115,7 +115,7 @@ def _choose_within(view: View, points: list[str], parents: list[str], rule: Rule
         reference,
         bool(parents),
         is_told_apart=comparison.is_told_apart if comparison else not overlaps(mine, view.estimate(reference)),
-        is_sure=comparison.accuracy.low >= -allowed if comparison else mine.low >= limit,
+        is_sure=comparison.accuracy.low >= -allowed if comparison else model == reference or mine.low >= limit,
         contenders=tuple(contenders),
         parents=tuple(matching),
         comparison=comparison,
@@ -164,6 +164,12 @@ def _choose_best(view: View, points: list[str], parents: list[str], rule: Rule, 
         parents=tuple(name for name in parents if view.quality(name) >= view.quality(model)),
         comparison=comparison,
     )
+
+
+def _is_tie(view: View, name: str, other: str) -> bool:
+    """Tell whether two models have the same figures, of those that choices go by."""
+    figures = [(view.quality(each), _tokens(view, each)) for each in (name, other)]
+    return name != other and figures[0] == figures[1]
 
 
 def _tokens(view: View, name: str) -> float:

@@ -50,9 +50,9 @@ def describe_rule(rule: Rule, measure: Measure) -> str:
     """
     if rule.name == "within":
         limit = rule.limit or 0.0
-        return f"the fewest tokens within {limit:g} point{'' if limit == 1 else 's'} of the better parent"
+        return f"the fewest tokens within {_format_limit(limit)} of the better parent"
     if rule.name == "best_under_tokens":
-        return f"the highest accuracy with at most {format_count(rule.limit)} tokens"
+        return f"the highest accuracy with at most {format_tokens(rule.limit or 0.0)}"
     return "the lowest loss" if measure == "loss" else "the highest accuracy"
 
 
@@ -61,7 +61,12 @@ def describe_choice(view: View, choice: Choice) -> tuple[str, ...]:
     name = escaped(choice.model)
     where = f"in the {view.title.lower()}" if len(view.tasks) > 1 else f"in {escaped(view.title)}"
     head = f"{name}: {describe_score(view.scores[choice.model], view.measure)}, {where}."
-    lines = [head, _explain(view, choice)]
+    lines = [head]
+    if choice.ties:
+        ties = listing(map(escaped, choice.ties))
+        is_one = len(choice.ties) == 1
+        lines.append(f"{ties} has the same figures." if is_one else f"Other points with the same figures: {ties}.")
+    lines.append(_explain(view, choice))
     lines += _doubt(view, choice)
     if choice.parents:
         each = listing(
@@ -79,7 +84,7 @@ def describe_score(score: Score, measure: Measure) -> str:
     """
     estimate = score.get(measure)
     value = format_estimate(estimate, measure) if estimate else f"no {measure}"
-    return value if score.tokens is None else f"{value} at {format_count(score.tokens)} tokens"
+    return value if score.tokens is None else f"{value} at {format_tokens(score.tokens)}"
 
 
 def format_estimate(estimate: Estimate, measure: Measure) -> str:
@@ -113,6 +118,16 @@ def format_count(tokens: float | None) -> str:
     if tokens is None:
         return ""
     return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.1f}".removesuffix(".0")
+
+
+def format_tokens(tokens: float) -> str:
+    """Return a number of tokens with its unit.
+
+    >>> format_tokens(1.0), format_tokens(1.04), format_tokens(16.5)
+    ('1 token', '1 token', '16.5 tokens')
+    """
+    text = format_count(tokens)
+    return f"{text} token{'' if text == '1' else 's'}"
 
 
 def format_settings(settings: Mapping[str, object]) -> str:
@@ -162,6 +177,13 @@ def _compare(view: View, name: str, parent: str) -> str:
 
 
 def _fewer(mine: float, its: float) -> str:
+    """Return how a number of tokens compares with another.
+
+    >>> _fewer(5, 10), _fewer(15, 10), _fewer(33, 2)
+    ('50% fewer tokens', '50% more tokens', '16.5 times as many tokens')
+    """
+    if its and mine >= 2 * its:
+        return f"{format_count(mine / its)} times as many tokens"
     share = 100 * (1 - mine / its) if its else 0.0
     change = f"{abs(share):.0f}%" if abs(share) >= 0.95 else f"{abs(share):.1f}%"
     return f"{change} {'fewer' if share >= 0 else 'more'} tokens"
@@ -254,7 +276,7 @@ def _doubt(view: View, choice: Choice) -> Iterator[str]:
         verb = "do not overlap" if choice.is_told_apart else "overlap: the evaluation does not tell the two apart"
         yield f"The 95% intervals of {escaped(choice.model)} and {escaped(choice.reference)} {verb}."
     if comparison is not None and choice.rule.name == "within" and choice.is_met and not choice.is_sure:
-        yield f"The difference may be more than the {choice.rule.limit or 0:g} that the rule allows."
+        yield f"The difference may be more than the {_format_limit(choice.rule.limit or 0.0)} that the rule allows."
     elif choice.rule.name == "within" and choice.is_met and not choice.is_sure:
         limit = lowest_accuracy(view.estimate(choice.reference), choice.rule)
         low = format_share(view.estimate(choice.model).low)
@@ -281,12 +303,24 @@ def _describe_comparison(choice: Choice, comparison: Comparison) -> str:
     if not choice.is_told_apart:
         text += ", which the evaluation does not tell apart"
     if (ratio := comparison.tokens) is not None and ratio.mean != 1:
-        saved = [100 * (1 - each) for each in (ratio.mean, ratio.high, ratio.low)]
-        sign, word = (1, "fewer") if saved[0] > 0 else (-1, "more")
-        low, high = sorted(sign * each for each in saved[1:])
-        digits = 0 if abs(saved[0]) >= 9.95 else 1
-        text += f", and takes {sign * saved[0]:.{digits}f}% {word} tokens ({low:.{digits}f} to {high:.{digits}f}%)"
+        text += f", and takes {_describe_ratio(ratio)}"
     return f"{text}."
+
+
+def _describe_ratio(ratio: Estimate) -> str:
+    """Return a ratio of tokens with its interval.
+
+    >>> _describe_ratio(Estimate(0.52, 0.5, 0.54)), _describe_ratio(Estimate(16.5, 14.75, 18.25))
+    ('48% fewer tokens (46 to 50%)', '16.5 times as many tokens (14.8 to 18.2 times)')
+    """
+    if ratio.mean >= 2:
+        texts = [format_count(each) for each in (ratio.mean, ratio.low, ratio.high)]
+        return f"{texts[0]} times as many tokens ({texts[1]} to {texts[2]} times)"
+    saved = [100 * (1 - each) for each in (ratio.mean, ratio.high, ratio.low)]
+    sign, word = (1, "fewer") if saved[0] > 0 else (-1, "more")
+    low, high = sorted(sign * each for each in saved[1:])
+    digits = 0 if abs(saved[0]) >= 9.95 else 1
+    return f"{sign * saved[0]:.{digits}f}% {word} tokens ({low:.{digits}f} to {high:.{digits}f}%)"
 
 
 def _describe_interval(difference: Estimate) -> str:
@@ -305,3 +339,12 @@ def _format_points(points: float) -> str:
     ('1.0 points', '0.04 points')
     """
     return f"{points:.1f} points" if points >= 0.05 else f"{points:.2g} points"
+
+
+def _format_limit(points: float) -> str:
+    """Return what a rule allows.
+
+    >>> _format_limit(1.0), _format_limit(0.5)
+    ('1 point', '0.5 points')
+    """
+    return f"{points:g} point{'' if points == 1 else 's'}"

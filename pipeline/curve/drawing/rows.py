@@ -12,6 +12,7 @@ from raymerge.pipeline.curve.sentences import (
     format_estimate,
     format_settings,
     format_share,
+    format_tokens,
 )
 from raymerge.pipeline.curve.series import Series
 from raymerge.pipeline.curve.types import Kind, Model, View
@@ -103,7 +104,7 @@ def _list_words(view: View, model: Model) -> Row:
         "settings": settings or {"parent": "a parent", "other": "not of the spectrum", "point": ""}[model.kind],
         view.measure: format_estimate(view.estimate(model.name), view.measure).removeprefix("loss "),
         "tokens": format_count(score.tokens),
-        "95% of answers": "" if score.p95_tokens is None else f"at most {format_count(score.p95_tokens)} tokens",
+        "95% of answers": "" if score.p95_tokens is None else f"at most {format_tokens(score.p95_tokens)}",
         "thinking": "" if score.thinking is None else f"{format_share(score.thinking)} of answers",
         "cut off": "" if score.cut_off is None else f"{format_share(score.cut_off)} of answers",
     }

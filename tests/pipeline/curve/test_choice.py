@@ -64,6 +64,27 @@ def test_within_goes_by_the_best_point_without_parents() -> None:
     assert "within 1 point of the most accurate point (no parent was evaluated), b with 80.0%" in said
 
 
+def test_the_best_point_of_all_cannot_miss_a_rule_that_goes_by_itself() -> None:
+    figures: dict[str, Figures] = {"a": (60.0, 10), "b": (80.0, 20)}
+    choice = pick(figures, Rule("within", 1.0))
+    assert (choice.model, choice.reference, choice.is_sure) == ("b", "b", True)
+    assert "may miss the rule" not in " ".join(describe_choice(make_view(figures), choice))
+
+
+def test_points_with_the_same_figures_are_named() -> None:
+    figures: dict[str, Figures] = {"a": (80.0, 1), "b": (80.0, 1), "c": (80.0, 2), "d": (80.0, 1), "B": (80.0, 1)}
+    choice = pick(figures, Rule("within", 1.0))
+    assert (choice.model, choice.ties) == ("a", ("b", "d"))
+    said = " ".join(describe_choice(make_view(figures), choice))
+    assert "a: 80.0% (78.0 to 82.0) at 1 token, in task. Other points with the same figures: b, d." in said
+
+
+def test_many_more_tokens_are_said_as_a_multiple() -> None:
+    figures: dict[str, Figures] = {"a": (80.0, 33), "B": (80.0, 2)}
+    said = " ".join(describe_choice(make_view(figures), pick(figures, Rule("within", 1.0))))
+    assert "; a takes 16.5 times as many tokens." in said
+
+
 def test_a_parent_that_does_as_well_is_named() -> None:
     choice = pick({"a": (81.0, 10), "A": (80.5, 10), "B": (80.0, 90)}, Rule("within", 1.0))
     assert (choice.model, choice.reference, choice.parents) == ("a", "A", ("A",))

@@ -54,7 +54,7 @@ def test_the_choice_is_compared_with_the_parent_on_the_same_items(directory: Pat
         "On the same 200 items, t-0.5 is 0.5 points less accurate than thinking (95% interval of the difference" in said
     )
     assert "which the evaluation does not tell apart, and takes 48% fewer tokens (47 to 48%)." in said
-    assert "The difference may be more than the 1 that the rule allows." in said
+    assert "The difference may be more than the 1 point that the rule allows." in said
     assert "on the same items" in said, "of the dominated parent"
 
 
