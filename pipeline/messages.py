@@ -46,6 +46,15 @@ def escaped(text: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
+def flag(name: str) -> str:
+    """Return an option as the command line has it, by its name in the API.
+
+    >>> flag("best_under_tokens")
+    '--best-under-tokens'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number of things.
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypedDict
 
 from raymerge.cluster.host import count_cores
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.messages import flag
 from raymerge.pipeline.sizes import parse_nbytes
 from raymerge.pipeline.stores.settings import Library
 
@@ -92,17 +93,17 @@ class MergeOptions:
         for name in ("memory", "shard_size", "gpu_memory"):
             _parse(name, getattr(self, name))
         if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; it must be 1 or more")
+            raise ConfigError(f"--workers is {self.workers}; it must be 1 or more")
         if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must be 0 or more")
+            raise ConfigError(f"--seed is {self.seed}; it must be 0 or more")
         if self.storage not in ("auto", "fsspec"):
-            raise ConfigError(f"storage is {self.storage!r}; it must be 'auto' or 'fsspec'")
+            raise ConfigError(f"--storage is {self.storage!r}; it must be 'auto' or 'fsspec'")
         if self.ray and self.address is not None:
             raise ConfigError(
-                "both ray, which starts Ray here, and the address of a running cluster are given; leave one"
+                "both --ray, which starts Ray here, and --address, of a running cluster, are given; leave one"
             )
         if self.shared_filesystem and self.address is None:
-            raise ConfigError("shared_filesystem says something about the machines of a cluster; give its address too")
+            raise ConfigError("--shared-filesystem is about the machines of a cluster; give its --address too")
 
     @property
     def allowed_mem(self) -> int:
@@ -167,5 +168,5 @@ def _parse(name: str, size: Size | None) -> int | None:
     if isinstance(size, str):
         return parse_nbytes(size)
     if size is not None and size < 1:
-        raise ConfigError(f"{name} is {size}; it must be 1 byte or more")
+        raise ConfigError(f"{flag(name)} is {size}; it must be 1 byte or more")
     return size

@@ -246,7 +246,7 @@ def _describe_adapter(stores: Stores, url: str, files: Mapping[str, StoredFile])
         return ""
     with suppress(CheckpointError):
         what = describe_adapter(open_adapter(stores, ModelRef(url)))
-        return f"{what}; not a whole model: name it after its base, as MODEL+ADAPTER"
+        return f"{what}; merge it with other adapters, or name it after its base, as MODEL+ADAPTER"
     return ""
 
 

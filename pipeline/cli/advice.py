@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from raymerge.pipeline.messages import find_near
+
 _INSTEAD = {
     "cuda": "write `--gpu-memory 16GiB` to merge on GPUs",
     "device": "write `--gpu-memory 16GiB` to merge on GPUs",
@@ -31,6 +33,20 @@ _INSTEAD = {
 )
 """By mergekit's option, what does the same; docs/mergekit.md says why most need nothing."""
 _CONFIGS = (".yml", ".yaml", ".json")
+
+
+def describe_mistake(error: typer.TyperException) -> str:
+    """Return what is wrong with the command line, with the nearest option or value in place of all that are alike."""
+    message = error.format_message()
+    if possibilities := getattr(error, "possibilities", None):  # the nearest first
+        option = getattr(error, "option_name", None)
+        if option is not None:
+            return f"No such option: {option}; did you mean {possibilities[0]}?"
+    message = message.replace(": Value error, ", ": ", 1)
+    value = re.search(r": '(.*)' is not one of (.+)\.$", message, re.DOTALL)
+    if value is not None and (near := find_near(value[1], re.findall("'([^']+)'", value[2]))):
+        return f"{message.removesuffix('.')}; did you mean {near!r}?"
+    return message
 
 
 def advise(error: typer.TyperException) -> str | None:

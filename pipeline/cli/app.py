@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from raymerge import __version__
-from raymerge.pipeline.cli.advice import advise, is_in_other_order
+from raymerge.pipeline.cli.advice import advise, describe_mistake, is_in_other_order
 from raymerge.pipeline.cli.console import put, say, say_hint
 from raymerge.pipeline.cli.curve import curve
 from raymerge.pipeline.cli.evaluate import evaluate
@@ -76,7 +76,7 @@ def _drop_unwritten() -> None:
 
 def _show_usage(error: typer.TyperException) -> None:
     """Explain a mistake in the command line, and how to get help."""
-    message = error.format_message()
+    message = describe_mistake(error)
     if not message:  # the help itself has been printed
         return
     context: typer.Context | None = getattr(error, "ctx", None)
@@ -84,7 +84,7 @@ def _show_usage(error: typer.TyperException) -> None:
         say(context.get_usage())
         say_hint(f"Try '{context.command_path} -h' for help.\n")
     advice = advise(error)
-    say(f"Error: {message.removesuffix('.')}; {advice}" if advice else f"Error: {message}")
+    say(f"Error: {error.format_message().removesuffix('.')}; {advice}" if advice else f"Error: {message}")
 
 
 def _show_version(is_asked: bool) -> None:

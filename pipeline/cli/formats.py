@@ -32,7 +32,8 @@ def format_inspection(found: Inspection, *, with_tensors: bool = False) -> str:
         ]
     lines += _format_files(found)
     if found.obstacle:
-        lines.append(f"  cannot be merged: {escaped(found.obstacle)}")
+        alone = " by itself" if found.weights_format == "LoRA adapter" else ""
+        lines.append(f"  cannot be merged{alone}: {escaped(found.obstacle)}")
     total = f"{format_nbytes(found.read_nbytes)} of {format_nbytes(found.nbytes)}"
     lines.append(f"read {total} in {counted(found.num_reads, 'read')}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
+from raymerge.pipeline.messages import flag
 from raymerge.pipeline.options import CLUSTER, Help, MergeOptions
 
 _T = TypeVar("_T")
@@ -100,7 +101,7 @@ def list_arguments(options: MergeOptions) -> list[str]:
         if value is False:
             arguments.append(f"--{note.opposite}")
         else:
-            arguments += [_flag(name), *([] if value is True else [str(value)])]
+            arguments += [flag(name), *([] if value is True else [str(value)])]
     return arguments
 
 
@@ -127,9 +128,9 @@ def _make_parameter(name: str, hint: Any, default: Any) -> Parameter:
         kind = _kind(hint)
         if {str, int} <= set(get_args(kind)):  # a size
             kind = str if default is not None else str | None
-        flag = f"{_flag(name)}/--{note.opposite}" if note.opposite else _flag(name)
+        flags = f"{flag(name)}/--{note.opposite}" if note.opposite else flag(name)
         option = typer.Option(
-            flag,
+            flags,
             *([f"-{note.short}"] if note.short else []),
             metavar="" if kind is bool else note.metavar,
             help=note.text,
@@ -138,10 +139,6 @@ def _make_parameter(name: str, hint: Any, default: Any) -> Parameter:
         )
         hint = Annotated[kind, option]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _kind(hint: Any) -> Any:

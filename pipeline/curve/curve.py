@@ -132,14 +132,14 @@ def make_curve(
 def _make_rule(within: float | None, best_under_tokens: float | None) -> Rule | None:
     """Return the rule that is asked for, if any; raises ConfigError."""
     if within is not None and best_under_tokens is not None:
-        raise ConfigError("`within` and `best_under_tokens` are two rules; choose one")
+        raise ConfigError("--within and --best-under-tokens are two rules; choose one")
     if within is not None:
         if not (math.isfinite(within) and within >= 0):
-            raise ConfigError(f"within is {within:g}; a number of percentage points from 0 is needed")
+            raise ConfigError(f"--within is {within:g}; a number of percentage points from 0 is needed")
         return Rule("within", within)
     if best_under_tokens is not None:
         if not (math.isfinite(best_under_tokens) and best_under_tokens > 0):
-            raise ConfigError(f"best_under_tokens is {best_under_tokens:g}; a number of tokens above 0 is needed")
+            raise ConfigError(f"--best-under-tokens is {best_under_tokens:g}; a number of tokens above 0 is needed")
         return Rule("best_under_tokens", best_under_tokens)
     return None
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
 
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.messages import flag
 from raymerge.pipeline.options import CLUSTER, SPEED, Help, StorageOption
 from raymerge.pipeline.stores.settings import Library
 
@@ -90,21 +91,21 @@ class EvaluateOptions:
         for name in ("samples", "limit", "max_new_tokens", "batch_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be 1 or more")
+                raise ConfigError(f"{flag(name)} is {value}; it must be 1 or more")
         if self.window < 2:
-            raise ConfigError(f"window is {self.window}; it must be 2 or more: a token is predicted from another")
+            raise ConfigError(f"--window is {self.window}; it must be 2 or more: a token is predicted from another")
         if (gpus := self.gpus_per_model) is not None and not (0 <= gpus <= 1 or (1 < gpus < 1e6 and gpus == int(gpus))):
-            raise ConfigError(f"gpus_per_model is {gpus:g}; it must be whole, or a share of one GPU such as 0.5")
+            raise ConfigError(f"--gpus-per-model is {gpus:g}; it must be whole, or a share of one GPU such as 0.5")
         if self.backend == "vllm" and gpus is not None and gpus != int(gpus):
-            raise ConfigError(f"gpus_per_model is {gpus:g}; vLLM takes whole GPUs")
+            raise ConfigError(f"--gpus-per-model is {gpus:g}; vLLM takes whole GPUs")
         if self.shared_filesystem and self.address is None:
-            raise ConfigError("shared_filesystem says something about the machines of a cluster; give its address too")
+            raise ConfigError("--shared-filesystem is about the machines of a cluster; give its --address too")
         if not self.timeout > 0:
-            raise ConfigError(f"timeout is {self.timeout:g}; it must be above 0")
+            raise ConfigError(f"--timeout is {self.timeout:g}; it must be above 0")
         if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed is {self.seed}; it must be 0 or more, and below 2^63")
+            raise ConfigError(f"--seed is {self.seed}; it must be 0 or more, and below 2^63")
         if self.temperature is not None and not 0 <= self.temperature <= 100:
-            raise ConfigError(f"temperature is {self.temperature:g}; it must be from 0 to 100")
+            raise ConfigError(f"--temperature is {self.temperature:g}; it must be from 0 to 100")
 
 
 class EvaluateKeywords(TypedDict, total=False):

@@ -46,7 +46,7 @@ def prepare_tasks(names: Sequence[str], options: EvaluateOptions) -> list[Task]:
         else:
             near = find_near(match[1], list(filter(None, known)))
             hint = f"did you mean {near}{match[2]}? " if near else ""
-            raise ConfigError(f"--task {name}: {hint}A task is a .yml file, or begins with {_list(known)}")
+            raise ConfigError(f"--task {name}: {hint}A task is a .yml or .jsonl file, or begins with {_list(known)}")
         task = evaluator.prepare(rest, options)
         missing = [library for library in task.libraries if find_spec(library) is None]
         if missing and options.address is None:

@@ -143,12 +143,12 @@ def extract_lora(
 
 
 def _check_settings(rank: int, energy: float, dtype: str) -> None:
-    if rank < 1 or not 0 < energy <= 1:
-        raise ConfigError(
-            f"rank is {rank} and energy {energy:g}; a rank from 1, and a share above 0 and up to 1, are needed"
-        )
+    if rank < 1:
+        raise ConfigError(f"--rank is {rank}; it must be 1 or more")
+    if not 0 < energy <= 1:
+        raise ConfigError(f"--energy is {energy:g}; it must be a share above 0, and at most 1")
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"dtype is {dtype!r}; float32, bfloat16 or float16 is needed")
+        raise ConfigError(f"--dtype is {dtype!r}; float32, bfloat16 or float16 is needed")
 
 
 def _open_models(stores: Stores, names: Sequence[str]) -> list[Model]:

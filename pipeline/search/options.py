@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.messages import suggest
+from raymerge.pipeline.messages import flag, suggest
 from raymerge.pipeline.options import Help
 from raymerge.pipeline.search.study import Direction, Sampler
 
@@ -48,17 +48,19 @@ class SearchOptions:
         for name in ("budget", "batch", "subset", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be 1 or more")
+                raise ConfigError(f"{flag(name)} is {value}; it must be 1 or more")
         if not 0 <= self.sampler_seed < 2**32:
-            raise ConfigError(f"sampler_seed is {self.sampler_seed}; it must be 0 or more, and below 2^32")
+            raise ConfigError(f"--sampler-seed is {self.sampler_seed}; it must be 0 or more, and below 2^32")
         names = self.objective or []
         for name in names:
             if name not in OBJECTIVES:
-                raise ConfigError(f"objective is {name!r}; {suggest(name, OBJECTIVES)}")
+                raise ConfigError(f"--objective is {name!r}; {suggest(name, OBJECTIVES)}")
         if len(set(names)) < len(names):
-            raise ConfigError(f"objective: {', '.join(names)}; give each once")
+            raise ConfigError(f"--objective: {', '.join(names)}; give each once")
         if self.sampler == "cmaes" and self.batch < _MIN_CMAES_BATCH:
-            raise ConfigError(f"cmaes takes a batch for a generation; it must be {_MIN_CMAES_BATCH} or more")
+            raise ConfigError(
+                f"--sampler cmaes takes a batch for a generation: --batch must be {_MIN_CMAES_BATCH} or more"
+            )
         if self.sampler == "soup" and len(names) > 1:
             raise ConfigError(f"a soup has one objective, and {', '.join(names)} are given; leave one")
 

@@ -38,15 +38,15 @@ def test_workers_are_the_cores_by_default() -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"workers": 0}, "workers is 0; it must be 1 or more"),
-        ({"seed": -1}, "seed is -1; it must be 0 or more"),
-        ({"memory": 0}, "memory is 0; it must be 1 byte or more"),
+        ({"workers": 0}, "--workers is 0; it must be 1 or more"),
+        ({"seed": -1}, "--seed is -1; it must be 0 or more"),
+        ({"memory": 0}, "--memory is 0; it must be 1 byte or more"),
         ({"memory": "4 apples"}, "'4 apples' is not a size"),
         ({"gpu_memory": "0"}, "not a size above zero"),
-        ({"shard_size": -5}, "shard_size is -5"),
+        ({"shard_size": -5}, "--shard-size is -5"),
         ({"storage": "s3fs"}, "storage is 's3fs'; it must be 'auto' or 'fsspec'"),
         ({"ray": True, "address": "auto"}, "leave one"),
-        ({"shared_filesystem": True}, "give its address too"),
+        ({"shared_filesystem": True}, "give its --address too"),
     ],
 )
 def test_values_that_cannot_be(values: dict[str, Any], says: str) -> None:
@@ -95,4 +95,4 @@ def test_commands_offer_what_they_take(command: str, cli: Cli, monkeypatch: pyte
 
 def test_the_former_word_for_workers(cli: Cli) -> None:
     outcome = cli("plan", "a.yml", "--threads", "0")
-    assert outcome.err == "Error: workers is 0; it must be 1 or more\n"
+    assert outcome.err == "Error: --workers is 0; it must be 1 or more\n"

@@ -59,6 +59,27 @@ def test_advice_for_who_comes_from_mergekit(line: str, advice: str, config: Path
 
 
 @pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("search a.yml out --tasks b.yml", "No such option: --tasks; did you mean --task?"),
+        (
+            "search a.yml out --sampler tpee",
+            "Invalid value for '--sampler': 'tpee' is not one of 'nsga2', 'tpe', 'cmaes', 'grid', 'random', 'soup';"
+            " did you mean 'tpe'?",
+        ),
+        ("search a.yml out --budget 0", "--budget is 0; it must be 1 or more"),
+        ("eval m --task a.yml --limit 0", "--limit is 0; it must be 1 or more"),
+        ("curve s --within 1 --best-under-tokens 3", "--within and --best-under-tokens are two rules; choose one"),
+        ("extract-lora a b c --rank 0", "--rank is 0; it must be 1 or more"),
+        ("extract-lora a b c --energy 2", "--energy is 2; it must be a share above 0, and at most 1"),
+    ],
+)
+def test_options_are_called_as_they_are_typed(line: str, says: str, cli: Cli) -> None:
+    outcome = cli(*line.split())
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (2, f"Error: {says}")
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("raymerge me", {"merge", "methods"}),

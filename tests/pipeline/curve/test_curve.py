@@ -101,10 +101,10 @@ def test_from_and_to_s3(directory: Path, bucket: str, s3_server: S3Server) -> No
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"within": -1.0}, "within is -1; a number of percentage points from 0 is needed"),
-        ({"within": float("nan")}, "within is nan"),
-        ({"best_under_tokens": 0.0}, "best_under_tokens is 0; a number of tokens above 0 is needed"),
-        ({"within": 1.0, "best_under_tokens": 10.0}, "choose one"),
+        ({"within": -1.0}, "--within is -1; a number of percentage points from 0 is needed"),
+        ({"within": float("nan")}, "--within is nan"),
+        ({"best_under_tokens": 0.0}, "--best-under-tokens is 0; a number of tokens above 0 is needed"),
+        ({"within": 1.0, "best_under_tokens": 10.0}, "--within and --best-under-tokens are two rules; choose one"),
         ({"task": ["gsm"]}, "no model was evaluated in the task 'gsm'; did you mean 'gsm8k'"),
     ],
 )

@@ -202,7 +202,7 @@ def test_a_parent_that_is_gone_is_marked_and_the_others_go_on(tmp_path: Path, fi
 def test_tasks_that_are_none(finished: Finished) -> None:
     with pytest.raises(ConfigError, match="no task is given"):
         raymerge.evaluate(finished.spectrum, [])
-    with pytest.raises(ConfigError, match=r"A task is a \.yml file"):
+    with pytest.raises(ConfigError, match=r"A task is a \.yml or \.jsonl file"):
         raymerge.evaluate(finished.spectrum, "nonesuch:x")
     with pytest.raises(ConfigError, match="twice the same"):
         raymerge.evaluate(

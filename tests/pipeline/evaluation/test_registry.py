@@ -22,5 +22,5 @@ def test_each_file_is_a_kind_of_task_with_a_test_and_a_row_in_the_docs() -> None
 
 
 def test_a_prefix_that_is_misspelt() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean loss:a.txt\? A task is a .yml file, or begins with command:"):
+    with pytest.raises(ConfigError, match=r"did you mean loss:a.txt\? A task is a .yml or .jsonl file, or"):
         prepare_tasks(["los:a.txt"], EvaluateOptions())
