@@ -134,6 +134,16 @@ def suggest_directory(path: Path) -> str:
     return f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
 
 
+def suggest_file(path: Path) -> str:
+    """Return a question after the file that is most like one that is not there; empty where none is like it."""
+    names: list[str] = []
+    with suppress(OSError, ValueError):
+        if not path.exists():
+            names = sorted(other.name for other in path.parent.iterdir() if other.is_file())
+    nearest = difflib.get_close_matches(path.name, names, 1)
+    return f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+
+
 def _check_path(path: str) -> None:
     """Refuse what is a path by its form only: nothing would be found there, or an output would end up there."""
     try:

@@ -377,7 +377,7 @@ def test_a_password_in_what_the_cluster_is_told(
 
 def test_options_for_a_cluster_that_is_not_named(config: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
     file = write_config(tmp_path / "merge.yml", config)
-    assert "give its address too" in cli("merge", file, tmp_path / "out", "--shared-filesystem").err
+    assert "give its --address too" in cli("merge", file, tmp_path / "out", "--shared-filesystem").err
     outcome = cli("merge", file, tmp_path / "out", "--ray", "--dry-run")
     assert outcome.code == 2
     assert "leave the options for Ray out" in outcome.err

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.urls import suggest_file
 
 MAX_NBYTES = 2**20
 """Largest document that is read."""
@@ -154,7 +155,7 @@ def _read_text(path: Path) -> str:
         hint = "; the config must be on this machine" if re.match("[a-z0-9]{2,}:", str(path)) else ""
         why = getattr(error, "strerror", None) or "no file can have this name"
         name = str(path).encode(errors="backslashreplace").decode()
-        raise ConfigError(f"cannot read the config {name}: {why}{hint}") from error
+        raise ConfigError(f"cannot read the config {name}: {why}{hint or suggest_file(path)}") from error
     if len(data) > MAX_NBYTES:
         raise ConfigError(f"{path} is larger than {MAX_NBYTES} bytes; this is not a merge config")
     try:

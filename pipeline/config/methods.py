@@ -282,7 +282,7 @@ def _check_range(place: Place, setting: Setting, parameter: Parameter) -> None:
     values = [value for rule in setting.rules for value in rule.values if isinstance(value, int | float)]
     outside = [value for value in values if limits and not limits.low <= value <= limits.high]
     if limits and outside:
-        percent = f"; did you mean {outside[0] / 100:g}?" if limits.high == 1 and 2 <= outside[0] <= 100 else ""
+        percent = f"; did you mean {outside[0] / 100:g}?" if limits.high == 1 and 10 <= outside[0] <= 100 else ""
         place.warn(f"{outside[0]:g} is not {limits}{percent}")
     if parameter.name in _SHARES_KEPT and values and not any(values):
         place.warn(f"0 keeps nothing, so that what {'the model' if parameter.per_model else 'models'} changed is lost")

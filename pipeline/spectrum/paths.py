@@ -155,6 +155,8 @@ def _set_parameter(content: Content, path: Path, name: str, rest: list[Step], va
             _set_below(_enter(entry, path), path, [name, *rest], value, methods)
         return
     if rest:
+        if isinstance(rest[0], int) and not _is_list(content, name):
+            raise ConfigError(f"{path.text}: {_explain_number(name, methods)}")
         others = [where for where, settings in own if name in settings]
         if others:
             raise ConfigError(f"{path.text}: {others[0]} has a {name} of its own; write {others[0]}.{path.text}")
@@ -162,6 +164,18 @@ def _set_parameter(content: Content, path: Path, name: str, rest: list[Step], va
         for _, settings in own:
             settings.pop(name, None)
     _set_below(_enter(content, path), path, [name, *rest], value, methods)
+
+
+def _is_list(content: Content, name: str) -> bool:
+    """Tell whether a parameter has several values in the config, which have numbers."""
+    settings = content.get("parameters")
+    return isinstance(settings, dict) and isinstance(settings.get(name), list)
+
+
+def _explain_number(name: str, methods: Methods) -> str:
+    each = next((other for other in methods.parameters if other not in methods.shared), None)
+    example = f"; {each}[1] is for a parameter of each model" if each else ""
+    return f"{name} is one value for all models{example}: leave the number out"
 
 
 def _enter(entry: Content, path: Path) -> Content:

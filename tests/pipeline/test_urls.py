@@ -7,7 +7,7 @@ import pytest
 
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.stores.open import Stores
-from raymerge.pipeline.urls import check_url, is_url, scheme_of, split_url
+from raymerge.pipeline.urls import check_url, is_url, scheme_of, split_url, suggest_file
 
 
 @pytest.mark.parametrize(
@@ -104,3 +104,11 @@ def test_a_mistyped_url_makes_no_directory(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(ConfigError):
             Stores().at(url)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_nearest_file_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "slerp.yml").touch()
+    (tmp_path / "slrp").mkdir()
+    assert suggest_file(tmp_path / "slrp.yml") == f"; did you mean {tmp_path / 'slerp.yml'}?"
+    assert suggest_file(tmp_path / "slerp.yml") == suggest_file(tmp_path / "gone" / "slerp.yml") == ""
+    assert suggest_file(tmp_path / "other") == suggest_file(Path("a\0b")) == ""

@@ -15,6 +15,7 @@ from raymerge.pipeline.evaluation.figures import Figures, estimate_loss
 from raymerge.pipeline.evaluation.generation.engine import EngineError
 from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.evaluation.samples import Sample
+from raymerge.pipeline.urls import suggest_file
 
 _MAX_NBYTES = 2**30
 _MAX_NATS = 43.0
@@ -114,7 +115,7 @@ def _read(path: str) -> str:
             raise ConfigError(f"--task loss:{path}: more than {_MAX_NBYTES:,} bytes; give a part of it")
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--task loss:{path}: {error.strerror}") from error
+        raise ConfigError(f"--task loss:{path}: {error.strerror}{suggest_file(Path(path))}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--task loss:{path}: it is not UTF-8 text: {error}") from error
     if not text.strip():

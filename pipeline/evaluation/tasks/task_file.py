@@ -27,6 +27,7 @@ from raymerge.pipeline.evaluation.tasks.answers import (
 from raymerge.pipeline.evaluation.tasks.fields import LETTERS, explain_answer, fill_prompt, is_number
 from raymerge.pipeline.messages import counted, shown, suggest
 from raymerge.pipeline.patterns import compile_pattern
+from raymerge.pipeline.urls import suggest_file
 
 KEYS = (
     "name", "system", "prompt", "answer", "items", "shots", "extract", "check", "tolerance", "case_sensitive",
@@ -94,9 +95,7 @@ def read_task_file(path: Path) -> TaskFile:
         ConfigError: it is none; every mistake that was found, with its line.
     """
     if not path.is_file():
-        near = sorted(other.name for other in path.parent.glob("*.y*ml"))[:5] if path.parent.is_dir() else []
-        hint = f"; there are {', '.join(near)}" if near else ""
-        raise ConfigError(f"{path}: no such file{hint}")
+        raise ConfigError(f"{path}: no such file{suggest_file(path)}")
     if path.suffix in (".jsonl", ".ndjson"):
         return _read(Place({"items": path.name}), path, Document(""))
     if path.suffix.lower() not in (".yml", ".yaml"):
@@ -190,7 +189,7 @@ class _Reader:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise place.error(f"{path} cannot be read: {why}") from error
+            raise place.error(f"{path} cannot be read: {why}{suggest_file(path)}") from error
         rows = []
         for number, line in enumerate(content.split("\n"), 1):
             if not line.strip():

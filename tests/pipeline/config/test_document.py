@@ -146,6 +146,9 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, data: bytes, message:
 def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the config .*missing\.yml: No such file"):
         read_one(tmp_path / "missing.yml")
+    (tmp_path / "slerp.yml").touch()
+    with pytest.raises(ConfigError, match=r"slrp\.yml: No such file or directory; did you mean .*/slerp\.yml\?"):
+        read_one(tmp_path / "slrp.yml")
     with pytest.raises(ConfigError, match="cannot read the config"):
         read_one(tmp_path)
 

@@ -304,9 +304,10 @@ def test_what_is_missing_or_not_there_yet_is_told_once(form: str, change: tuple[
     assert told.startswith(message)
 
 
-def test_an_interpolation_outside_of_0_to_1_is_doubtful() -> None:
-    (warning,) = load_config(changed("slerp", ("parameters.t", 50))).warnings
-    assert warning == ("parameters.t: 50 is not from 0 to 1; did you mean 0.5?")
+@pytest.mark.parametrize(("value", "hint"), [(50, "; did you mean 0.5?"), (2, ""), (-0.5, "")])
+def test_an_interpolation_outside_of_0_to_1_is_doubtful(value: float, hint: str) -> None:
+    (warning,) = load_config(changed("slerp", ("parameters.t", value))).warnings
+    assert warning == f"parameters.t: {value:g} is not from 0 to 1{hint}"
 
 
 def test_warnings_name_the_file_and_the_line(tmp_path: Path) -> None:

@@ -131,3 +131,9 @@ def test_a_loss_beyond_all_reason_is_read_again(tmp_path: Path) -> None:
     assert is_decodable(found.other["perplexity"])
     assert found.loss
     assert found.loss.mean == 1000
+
+
+def test_a_text_that_is_not_there_has_a_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "there.txt").write_text(TEXT)
+    with pytest.raises(ConfigError, match=r"nothere\.txt: No such file or directory; did you mean .*/there\.txt\?"):
+        Losses().prepare(str(tmp_path / "nothere.txt"), EvaluateOptions())

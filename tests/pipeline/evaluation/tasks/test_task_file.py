@@ -126,9 +126,11 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 
 def test_mistakes_are_told_with_items_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as told:
-        read(tmp_path, "items: summs.jsonl\nmax_new_tokens: lots\ntemperature: -1\nsampels: 2\n")
+        read(tmp_path, "items: summs.jsonl\nmax_new_tokens: lots\ntemperature: -1\nsampels: 2\n", sums="{}")
     lines = [line for line in str(told.value).splitlines() if "task.yml:" in line]
     assert [line.split(": ")[1] for line in lines] == ["items", "max_new_tokens", "temperature", "sampels"]
+    assert "No such file or directory; did you mean " in lines[0]
+    assert lines[0].endswith("sums.jsonl?")
     assert "warning" not in str(told.value)
 
 
@@ -172,5 +174,5 @@ def test_other_files(tmp_path: Path, name: str, content: str, problem: str) -> N
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "sums.yml").write_text("")
-    with pytest.raises(ConfigError, match=r"no such file; there are sums\.yml"):
+    with pytest.raises(ConfigError, match=r"no such file; did you mean .*sums\.yml\?"):
         read_task_file(tmp_path / "sum.yml")
