@@ -264,7 +264,8 @@ def locate_model(stores: Stores, model: ModelRef) -> str:
         return stores.at(f"hf://{model.path}").pin(f"hf://{model.path}", model.revision)
     is_path = model.path.startswith((".", "/", "~"))
     hint = "" if is_path else "; and no repository of the Hub: those are called owner/name, as Qwen/Qwen2.5-0.5B is"
-    raise CheckpointError(f"{model}: no such directory ({path}){suggest_directory(path) or hint}")
+    where = "" if str(path) == model.path else f" ({path})"
+    raise CheckpointError(f"{model}: no such directory{where}{suggest_directory(path) or hint}")
 
 
 def check_links(directory: Path, names: Iterable[str]) -> None:

@@ -6,12 +6,15 @@ import time
 from collections.abc import Sequence
 
 from raymerge.pipeline.cli.console import say
+from raymerge.pipeline.curve.sentences import format_count, format_tokens
+from raymerge.pipeline.evaluation.evaluators.loss import BITS
 from raymerge.pipeline.evaluation.events import Begun, Evaluated, EvaluationEvent, Repeated, Sampled
 from raymerge.pipeline.evaluation.results import Estimate, Evaluation
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_seconds
 
+_LINE = "\n"
 _LINE_SECONDS = 10.0
 """Between lines of progress."""
 
@@ -22,7 +25,7 @@ class EvaluationDisplay:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._told_at = time.monotonic()
-        self._num_done = self._num = 0
+        self._num_done = self._num = self._num_found = 0
 
     def show(self, event: EvaluationEvent) -> None:
         """Show one event."""
@@ -30,16 +33,20 @@ class EvaluationDisplay:
             return
         if isinstance(event, Begun):
             self._num = event.num_models * event.num_tasks
+            self._num_found = event.num_cached
             found = f"; {counted(event.num_cached, 'result')} already there" if event.num_cached else ""
             say(f"{counted(event.num_models, 'model')}, {counted(event.num_tasks, 'task')}{found}")
             for reason in event.skipped:
                 say(redact(f"warning: not evaluated: {reason}"))
         elif isinstance(event, Evaluated):
             self._num_done += 1
-            if not event.is_cached:
-                done = event.evaluation
-                what = format_short(done) if done.state == "complete" else f"failed: {done.error}"
-                say(f"[{self._num_done}/{self._num}] {done.model}  {done.task}  {what}  {format_seconds(done.seconds)}")
+            if event.is_cached and self._num_found:  # told of in one line at the start
+                self._num_found -= 1
+                return
+            done = event.evaluation
+            what = format_short(done) if done.state == "complete" else f"failed: {done.error.partition(_LINE)[0]}"
+            how = "the same model was evaluated before" if event.is_cached else format_seconds(done.seconds)
+            say(f"[{self._num_done}/{self._num}] {done.model}  {done.task}  {what}  {how}")
         elif isinstance(event, Repeated):
             say(redact(f"warning: an evaluation is begun again: {event.reason}"))
         elif isinstance(event, Sampled) and time.monotonic() - self._told_at > _LINE_SECONDS:
@@ -54,16 +61,20 @@ def format_short(done: Evaluation) -> str:
     if done.accuracy is not None:
         parts.append(f"accuracy {_percent(done.accuracy)}")
     if done.tokens is not None:
-        parts.append(counted(round(done.tokens.mean), "token"))
+        parts.append(format_tokens(done.tokens.mean))
     if done.loss is not None:
         parts.append(f"loss {done.loss.mean:.4f}")
+    if BITS in done.other:
+        parts.append(f"{done.other[BITS]:.4f} bits per byte")
     return ", ".join(parts)
 
 
 def format_table(found: Sequence[Evaluation]) -> str:
     """Return results as a table: a line for each model and task."""
     has_loss = any(each.loss is not None for each in found)
-    head = ["model", "task", "accuracy %", "tokens", "p95", "thinking", "cut off", *(["loss"] if has_loss else [])]
+    has_bits = any(BITS in each.other for each in found)
+    head = ["model", "task", "accuracy %", "tokens", "p95", "thinking", "cut off"]
+    head += [*(["loss"] if has_loss else []), *(["bits/byte"] if has_bits else [])]
     rows = [head]
     for each in found:
         if each.state == "failed":
@@ -71,10 +82,12 @@ def format_table(found: Sequence[Evaluation]) -> str:
             continue
         tokens = each.tokens
         row = [each.model, each.task, _percent(each.accuracy) if each.accuracy else ""]
-        row += [f"{tokens.mean:,.0f}", f"{tokens.p95:,.0f}"] if tokens else ["", ""]
+        row += [format_count(tokens.mean), format_count(tokens.p95)] if tokens else ["", ""]
         row += [_share(each.thinking), _share(each.cut_off)]
         if has_loss:
             row.append(f"{each.loss.mean:.4f}" if each.loss else "")
+        if has_bits:
+            row.append(f"{each.other[BITS]:.4f}" if BITS in each.other else "")
         rows.append(row)
     return _align(rows)
 

@@ -11,14 +11,15 @@ from raymerge.pipeline.evaluation.results import Estimate, Evaluation
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.spectrum.record import Spectrum, locate_point
 
+_LINE = "\n"
 _NOT_EVALUATED = "not evaluated"
 
 
 def list_models(directory: str, spectrum: Spectrum, evaluations: Sequence[Evaluation]) -> tuple[Model, ...]:
-    """Return the points in their order, the parents, and whatever else was evaluated beside them."""
+    """Return the points by their values, the parents, and whatever else was evaluated beside them."""
     points = [
         Model(point.name, "point", locate_point(directory, point), point.settings, point.config, point.error)
-        for point in spectrum.points
+        for point in spectrum.sorted_points
     ]
     parents = [Model(parent.name, "parent", parent.model, {}, "", "") for parent in spectrum.parents]
     known = {model.name for model in (*points, *parents)}
@@ -60,7 +61,7 @@ def _view_task(models: Sequence[Model], task: Task) -> View:
         if result is None:
             gaps[model.name] = f"could not be made: {model.error}" if model.error else _NOT_EVALUATED
         elif result.state == "failed":
-            gaps[model.name] = f"failed: {result.error}"
+            gaps[model.name] = f"failed: {result.error.partition(_LINE)[0]}"
         elif found[model.name].get(measure) is None:
             gaps[model.name] = f"its {measure} is missing or not finite"
         else:

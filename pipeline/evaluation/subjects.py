@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from raymerge import RaymergeError
 from raymerge.pipeline.checkpoint.checkpoint import locate_model
@@ -15,7 +16,7 @@ from raymerge.pipeline.errors import CheckpointError, ConfigError, FetchError
 from raymerge.pipeline.evaluation.adapters import find_base, plan_sum
 from raymerge.pipeline.messages import find_near, listing
 from raymerge.pipeline.output.state import OutputState, check_state
-from raymerge.pipeline.spectrum.places import locate_ref, parse_ref
+from raymerge.pipeline.spectrum.places import list_places, locate_ref, parse_ref
 from raymerge.pipeline.spectrum.record import (
     EVALUATIONS,
     RECORD,
@@ -133,7 +134,7 @@ def _list_spectrum(
             raise ConfigError(f"{url} has no model {name}; " + (f"did you mean {near}?" if near else listing(names)))
     found, failed = [], []
     locate = partial(locate_ref, spectrum, url)
-    for point in spectrum.points:
+    for point in spectrum.sorted_points:
         if only is not None and point.name not in only:
             continue
         where = locate_point(url, point)
@@ -150,9 +151,21 @@ def _list_spectrum(
             failed.append(f"{point.name}: its model is no longer in {where}; run the sweep again to make it")
     parents = [parent for parent in spectrum.parents if only is None or parent.name in only]
     for each in parents:
-        parent = _try_model(stores, locate(parse_ref(each.model)), each.name, base, locate)
-        found.append(replace(parent, is_parent=True))
+        ref = parse_ref(each.model)
+        parent = _try_model(stores, locate(ref), each.name, base, locate)
+        error = parent.error and f"{parent.error}{_tell_move(spectrum, url, ref)}"
+        found.append(replace(parent, is_parent=True, error=error))
     return found, failed
+
+
+def _tell_move(spectrum: Spectrum, url: str, ref: ModelRef) -> str:
+    """Return where else a parent was looked for that is not there; empty where there is no other place."""
+    paths = [part.path for part in (ref, ref.adapter) if part is not None and part.path in spectrum.local]
+    tried = [list_places(spectrum, url, path) for path in paths]
+    places = [place for each in tried if not any(Path(one).exists() for one in each) for place in each[1:]]
+    if not places:
+        return ""
+    return f"; the spectrum has moved, and {listing(places)} is not there either: move the parents along with it"
 
 
 def _has(stores: Stores, url: str, name: str) -> bool:

@@ -59,14 +59,20 @@ def locate_path(spectrum: Spectrum, directory: str, path: str) -> str:
     """
     if not spectrum.started_in or scheme_of(path) != "file":
         return path
+    was, *others = list_places(spectrum, directory, path)
+    for place in (was, *others):
+        if Path(place).exists():
+            return place
+    return was if path in spectrum.local else path
+
+
+def list_places(spectrum: Spectrum, directory: str, path: str) -> list[str]:
+    """Return where a local path of a record may be: where it was, and beside the spectrum where that has moved."""
     was = Path(spectrum.started_in, expand_home(local_path(path)))
-    if was.exists():
-        return str(was)
+    places = [str(was)]
     if scheme_of(directory) == scheme_of(spectrum.place) == "file":
-        moved = Path(os.path.normpath(Path(directory, os.path.relpath(was, spectrum.place))))
-        if moved.exists():
-            return str(moved)
-    return str(was) if path in spectrum.local else path
+        places.append(os.path.normpath(Path(directory, os.path.relpath(was, spectrum.place))))
+    return list(dict.fromkeys(places))
 
 
 def parse_ref(name: str) -> ModelRef:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -91,9 +91,33 @@ class Spectrum:
     local: tuple[str, ...] = ()
     """Names in the YAML that were directories of this machine, not repositories of the Hub; none likewise."""
 
+    @property
+    def sorted_points(self) -> tuple[Point, ...]:
+        """The points as tables show them: by their values at the paths, though a sweep was extended by some in between.
+
+        Values at a path that are not all numbers go by where they first appear.
+        """
+        ranks = [_rank_values([point.settings.get(path) for point in self.points]) for path in self.paths]
+        order = sorted(range(len(self.points)), key=lambda place: [each[place] for each in ranks])
+        return tuple(self.points[place] for place in order)
+
     def dump(self) -> str:
         """Return the text of the file, without credentials."""
         return json.dumps(redact_texts(asdict(self)), indent=1, ensure_ascii=False) + "\n"
+
+
+def _rank_values(values: Sequence[object]) -> list[float]:
+    """Return for each value what it is sorted by.
+
+    >>> _rank_values([0.5, 1, 0.2]), _rank_values(["ties", 2, "ties"])
+    ([0.5, 1, 0.2], [0, 1, 0])
+    """
+    numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
+    if len(numbers) == len(values):
+        return numbers
+    texts = [json.dumps(each, sort_keys=True) for each in values]
+    first = list(dict.fromkeys(texts))
+    return [first.index(text) for text in texts]
 
 
 def parse_spectrum(content: bytes) -> Spectrum:

@@ -36,7 +36,7 @@ def verify_all(out: str, *, workers: int = 2, storage: Library = "auto") -> Iter
         if not is_spectrum:
             yield out, check_model(stores, directory, workers)
             return
-        points = read_spectrum(stores, directory).points
+        points = read_spectrum(stores, directory).sorted_points
         places = dict.fromkeys(locate_point(directory, point) for point in points if point.state == "complete")
         problems = []
         for place in places:

@@ -30,6 +30,7 @@ _NAME = re.compile(r"([\w.-]+)=(.*)", re.DOTALL)
 _LOOK_SECONDS = 0.2
 _OUTPUT_NBYTES = 64 * 2**20
 _TAIL_CHARS = 600
+_TAIL_LINES = 12
 _MAX_SCRIPT_NBYTES = 16 * 2**20
 _WHOLE = "command"
 """Item of the one sample that a command is."""
@@ -85,16 +86,17 @@ class CommandTask(Task):
                     words, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment, start_new_session=True
                 )
             except OSError as error:
-                raise EvaluationError(f"{model.name}: {words[0]} cannot be run: {error.strerror}") from error
+                raise EvaluationError(
+                    f"{words[0]} cannot be run: {error.strerror}; no shell runs the command: for a shell's own"
+                    " commands, && and pipes write sh -c '...'"
+                ) from error
             try:
                 begun = time.monotonic()
                 while process.poll() is None:
                     place.check()
                     if time.monotonic() - begun > self.timeout:
-                        tail = _tail(errors, out)
-                        raise EvaluationError(
-                            f"{model.name}: the command has not ended after {self.timeout:g} s (--timeout){tail}"
-                        )
+                        tail = _tail(stderr=errors, stdout=out)
+                        raise EvaluationError(f"the command has not ended after {self.timeout:g} s (--timeout){tail}")
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(_LOOK_SECONDS)
             finally:
@@ -103,12 +105,12 @@ class CommandTask(Task):
                 process.wait()
             if code := process.returncode:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                raise EvaluationError(f"{model.name}: the command {how}{_tail(errors, out)}")
+                raise EvaluationError(f"the command {how}{_tail(stderr=errors, stdout=out)}")
             text = _read(out)
             if find_json(text) is None:
                 raise EvaluationError(
-                    f"{model.name}: the command has printed no JSON object at its end, such as"
-                    f' {{"accuracy": 0.5}}{_tail(out, errors)}'
+                    'the command has printed no JSON object at its end, such as {"accuracy": 0.5}'
+                    f"{_tail(stdout=out, stderr=errors)}"
                 )
             return text
 
@@ -266,9 +268,18 @@ def _read(file: IO[bytes]) -> str:
     return file.read().decode(errors="replace")
 
 
-def _tail(*files: IO[bytes]) -> str:
-    """Return the last lines of the first file that has any, as they end a message."""
-    for file in files:
-        if lines := [line.strip() for line in _read(file).splitlines() if line.strip()]:
-            return f": {' | '.join(lines[-5:])[-_TAIL_CHARS:]}"
-    return "; it has printed nothing"
+def _tail(**files: IO[bytes]) -> str:
+    """Return what a command has printed last, as it ends a message: the last line, then more on lines of their own."""
+    printed = {name: _list_last(file) for name, file in files.items()}
+    lasts = [lines[-1].strip() for lines in printed.values() if lines]
+    if not lasts:
+        return "; it has printed nothing"
+    parts = [f": {lasts[0][-_TAIL_CHARS:]}"]
+    for name, lines in printed.items():
+        if len(lines) > 1 or (lines and len(lasts) > 1):
+            parts += [f"    the end of its {name}:", *(f"      {line[-_TAIL_CHARS:]}" for line in lines)]
+    return "\n".join(parts)
+
+
+def _list_last(file: IO[bytes]) -> list[str]:
+    return [line.rstrip() for line in _read(file).splitlines() if line.strip()][-_TAIL_LINES:]

@@ -74,7 +74,7 @@ class InspectTask(Task):
             with _inspect(place.engine.environment, place.engine.timeout) as engine:
                 answers = list(engine.ask(request, place.check))
         except EngineError as error:
-            raise EvaluationError(f"{model.name} with Inspect: {error}") from error
+            raise EvaluationError(f"Inspect: {error}") from error
         results = answers.pop()["results"]
         for answer in answers:
             keep(make_sample(answer["sample"], self.scorer))

@@ -93,7 +93,7 @@ class LmEvalTask(Task):
             with _lm_eval(place.engine.environment, place.engine.timeout) as engine:
                 answers = list(engine.ask(request, place.check))
         except EngineError as error:
-            raise EvaluationError(f"{model.name} with lm-eval: {error}") from error
+            raise EvaluationError(f"lm-eval: {error}") from error
         results = answers.pop()["results"]
         chosen, value = _choose(results, self.task, self.metric)
         for sample in make_samples([answer["sample"] for answer in answers], chosen):

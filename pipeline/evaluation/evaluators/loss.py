@@ -15,9 +15,12 @@ from raymerge.pipeline.evaluation.figures import Figures, estimate_loss
 from raymerge.pipeline.evaluation.generation.engine import EngineError
 from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.evaluation.samples import Sample
+from raymerge.pipeline.messages import counted
 from raymerge.pipeline.urls import suggest_file
 
 _MAX_NBYTES = 2**30
+BITS = "bits_per_byte"
+"""Name of a figure."""
 _MAX_NATS = 43.0
 """Per token, for a perplexity that can be read again."""
 
@@ -71,19 +74,23 @@ class LossTask(Task):
             for answer in place.engine.ask(request, place.check):
                 keep(Sample(answer["item"], answer["number"], None, measures=answer["measures"]))
         except EngineError as error:
-            raise EvaluationError(f"{model.name}: {error}") from error
+            raise EvaluationError(str(error)) from error
 
     def summarise(self, samples: Collection[Sample]) -> Figures:
         """Return nats per token, bits per byte, and the number of tokens."""
         measures = [sample.measures for sample in samples]
         sums, counts = [each["nats"] for each in measures], [int(each["tokens"]) for each in measures]
         if not counts:
-            raise EvaluationError(f"{self.name} has fewer than two tokens: there is nothing to predict")
+            num_signs = sum(map(len, self.texts.values()))
+            raise EvaluationError(
+                f"the model's tokenizer makes fewer than two tokens of the {counted(num_signs, 'character')} of"
+                f" {self.name}: there is nothing to predict; it is too short, or the tokenizer lacks its characters"
+            )
         if not all(map(math.isfinite, sums)):
             raise EvaluationError(f"{self.name}: the loss is not finite; look for NaN in the weights, or try float32")
         other = {"tokens": float(sum(counts)), "perplexity": math.exp(min(math.fsum(sums) / sum(counts), _MAX_NATS))}
         if nbytes := sum(each.get("bytes", 0) for each in measures):
-            other["bits_per_byte"] = math.fsum(sums) / math.log(2) / nbytes
+            other[BITS] = math.fsum(sums) / math.log(2) / nbytes
         return Figures(num_items=len(counts), num_samples=1, loss=estimate_loss(sums, counts), other=other)
 
 

@@ -80,7 +80,7 @@ class FileTask(Task):
             for answer in place.engine.ask(request, place.check) if jobs else ():
                 keep(self.score(items[answer["item"]].expected, answer))
         except EngineError as error:
-            raise EvaluationError(f"{model.name} with {self.backend}: {error}") from error
+            raise EvaluationError(f"{self.backend}: {error}") from error
 
     def score(self, expected: object, answer: Mapping[str, Any]) -> Sample:
         """Return the sample that an answer of the engine comes to."""

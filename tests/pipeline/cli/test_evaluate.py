@@ -41,7 +41,8 @@ def test_a_table_and_an_exit_code(place: Path, cli: Cli) -> None:
     assert lines[2] == ["bad", "score", "failed"]
     assert lines[3][:3] == ["other", "score", "75.0"]
     assert "1 of 3 evaluations failed" in outcome.err
-    assert "bad, score: bad: the command ended with exit code 1: no such layer" in outcome.err
+    assert "bad, score: the command ended with exit code 1: no such layer" in outcome.err
+    assert "the end of its stderr" not in outcome.err, "one line is told of once"
     (place / "score.py").write_text(SCRIPT.replace('"bad"', '"none"'))
     assert cli("eval", "good", "bad", "other", "--command", COMMAND, "-q").code == 0
 
@@ -61,6 +62,15 @@ def test_only_what_failed_is_done_again(place: Path, cli: Cli) -> None:
     assert [event["event"] for event in events] == ["begun", "evaluated", "evaluated", "error"]
     assert [event["is_cached"] for event in events[1:3]] == [True, False]
     assert events[3]["exit_code"] == 2
+
+
+def test_equal_models_are_counted_where_they_are_done(place: Path, cli: Cli) -> None:
+    for name in ("good", "equal"):
+        write_tokenized(place / name, 0, byte_level(TEXTS[0]))
+    outcome = cli("eval", "good", "equal", "other", "--command", COMMAND)
+    lines = [line for line in outcome.err.splitlines() if line.startswith("[")]
+    assert [line.split()[:2] for line in lines] == [["[1/3]", "good"], ["[2/3]", "equal"], ["[3/3]", "other"]]
+    assert lines[1].endswith("the same model was evaluated before")
 
 
 def test_json_is_the_evaluations(place: Path, cli: Cli) -> None:

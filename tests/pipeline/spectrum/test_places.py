@@ -13,6 +13,7 @@ import yaml
 import raymerge
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.evaluation.subjects import find_subjects
 from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.spectrum.materialise import materialised
 from raymerge.pipeline.spectrum.places import locate_path, locate_ref, note_places
@@ -90,6 +91,17 @@ def test_what_lies_beside_a_spectrum_is_found_after_both_have_moved(swept: Path,
     shutil.rmtree(swept)
     assert locate_path(record, str(moved / "s"), "models/base") == str(moved / "models/base")
     assert locate_path(record, str(moved / "s"), f"{swept}/models/base") == str(moved / "models/base")
+
+
+def test_a_parent_that_was_left_behind_is_told_with_both_places(swept: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(swept / "s", moved / "s")
+    shutil.rmtree(swept)
+    with open_stores() as stores:
+        subjects = find_subjects(stores, [str(moved / "s")], only=["base", "t-0.2"])
+    [error] = [each.error for each in subjects.models if each.is_parent]
+    assert error.startswith(f"{swept}/models/base: no such directory;")
+    assert error.endswith(f"and {moved}/models/base is not there either: move the parents along with it")
 
 
 def test_a_sweep_from_another_directory_does_not_mix_models(

@@ -47,6 +47,17 @@ def test_what_is_wrong_with_a_record_is_told(content: str | None, said: str, tmp
         read_spectrum(stores, str(tmp_path))
 
 
+def test_points_are_sorted_by_their_values_and_by_appearance_where_these_are_no_numbers() -> None:
+    def sort(*settings: dict[str, object]) -> list[str]:
+        points = [replace(SPECTRUM.points[0], name=str(place), settings=each) for place, each in enumerate(settings)]
+        found = replace(SPECTRUM, paths=tuple(settings[0]), points=tuple(points)).sorted_points
+        return [point.name for point in found]
+
+    assert sort({"t": 0.2}, {"t": 0.6}, {"t": 0.1}, {"t": 1}) == ["2", "0", "1", "3"]
+    assert sort({"t": 0.2}, {"t": [0, 1]}, {"t": 0.1}, {"t": 0.2}) == ["0", "3", "1", "2"]
+    assert sort({"m": "ties", "t": 2}, {"m": "dare", "t": 1}, {"m": "ties", "t": 1}) == ["2", "0", "1"]
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc", "a/b", "..", "file:///etc", "s3://bucket/x"])
 def test_names_that_lead_out_of_the_directory_are_refused(name: str) -> None:
     point, parent = SPECTRUM.points[0], SPECTRUM.parents[0]

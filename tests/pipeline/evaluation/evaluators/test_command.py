@@ -66,7 +66,7 @@ print('{"loss": {"mean": 2.5, "low": 2, "high": 3}, "tokens": {"mean": 3, "p95":
 @pytest.mark.parametrize(
     ("script", "problem"),
     [
-        ("import sys; print('out of memory', file=sys.stderr); sys.exit(3)", r"t-0.5: .* exit code 3: out of memory"),
+        ("import sys; print('out of memory', file=sys.stderr); sys.exit(3)", "ended with exit code 3: out of memory"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "killed by signal 11; it has printed nothing"),
         ("print('accuracy: 0.5')", "no JSON object at its end.*: accuracy: 0.5"),
         ("print('[1]')", "no JSON object"),
@@ -83,6 +83,21 @@ print('{"loss": {"mean": 2.5, "low": 2, "high": 3}, "tokens": {"mean": 3, "p95":
 def test_what_goes_wrong_is_told_with_the_tail_of_the_output(tmp_path: Path, script: str, problem: str) -> None:
     with pytest.raises(EvaluationError, match=problem):
         run(prepare(tmp_path, script))
+
+
+def test_all_of_a_traceback_is_told_on_its_own_lines_with_stdout(tmp_path: Path) -> None:
+    script = "print('at step 3'); print('at step 4', flush=True)\ndef load():\n    raise ValueError('no layer')\nload()"
+    with pytest.raises(EvaluationError) as caught:
+        run(prepare(tmp_path, script))
+    first, *lines = str(caught.value).split("\n")
+    assert first == "the command ended with exit code 1: ValueError: no layer"
+    assert lines[:2] == ["    the end of its stderr:", "      Traceback (most recent call last):"]
+    assert lines[-4:] == [
+        "      ValueError: no layer",
+        "    the end of its stdout:",
+        "      at step 3",
+        "      at step 4",
+    ]
 
 
 def test_a_command_that_hangs_ends_with_what_it_has_started(tmp_path: Path) -> None:
@@ -116,7 +131,7 @@ def test_a_command_ends_with_the_run(tmp_path: Path) -> None:
 def test_a_program_that_is_not_there() -> None:
     task = Commands().prepare("nonesuch-program {model}", EvaluateOptions())
     assert task.name == "nonesuch-program"
-    with pytest.raises(EvaluationError, match="nonesuch-program cannot be run: No such file"):
+    with pytest.raises(EvaluationError, match=r"nonesuch-program cannot be run: No such file.*; no shell runs"):
         run(task)
 
 

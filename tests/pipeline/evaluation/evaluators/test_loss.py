@@ -90,6 +90,12 @@ def test_figures_are_per_token_and_per_byte(directory: Path, tmp_path: Path) -> 
     assert found.other["bits_per_byte"] == pytest.approx(nats / math.log(2) / nbytes)
 
 
+def test_a_text_of_too_few_tokens_says_whose_they_are(tmp_path: Path) -> None:
+    task = Losses().prepare(str(write_text(tmp_path)), EvaluateOptions())
+    with pytest.raises(EvaluationError, match=f"of the {len(TEXT):,} characters of loss:held_out.txt.* lacks its"):
+        task.summarise([])
+
+
 def write_text(tmp_path: Path) -> Path:
     path = tmp_path / "held_out.txt"
     path.write_text(TEXT)
