@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import altair as alt
 
@@ -15,6 +15,8 @@ from raymerge.pipeline.curve.types import Kind, Measure
 SHAPES = ("circle", "square", "triangle-up", "cross", "triangle-down", "triangle-right")
 DASHES = ([1, 0], [7, 3], [2, 3], [9, 3, 2, 3], [4, 2], [12, 4])
 """Series differ in colour, shape and dashes at once."""
+_NAME_LIMIT = 260
+"""Of names beside a chart and in its key, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,27 +84,30 @@ class Look:
 
 def draw(look: Look, panel: Panel) -> alt.LayerChart:
     """Return a chart."""
+    scales = {name: alt.Scale(domain=list(domain), nice=True, zero=False) for name, domain in panel.domains}
     y = {
-        "mean": alt.Y("mean:Q", title=look.title, scale=alt.Scale(zero=False, padding=12)),
+        "mean": alt.Y("mean:Q", title=look.title, scale=scales.get("mean", alt.Undefined)),
         "thinking": alt.Y("thinking:Q", title="Answers that think (%)", scale=alt.Scale(domain=[0, 100])),
         "tokens": alt.Y("tokens:Q", title="Tokens, mean", scale=alt.Scale(zero=True)),
     }[panel.y]
     if panel.x == "tokens":
-        layers = _draw_tradeoff(look, y)
+        layers = _draw_tradeoff(look, y, scales.get("tokens", alt.Undefined))
     elif panel.x == "value":
         x = alt.X("value:Q", title=panel.path, scale=alt.Scale(zero=False, padding=12, nice=False))
         layers = [_draw_jumps(look), *_draw_levels(look, y, panel.y), *_draw_models(look, x, y, ["value", panel.y])]
     else:
-        layers = _draw_models(look, alt.X("name:N", title=None, sort=None), y, [panel.y])
+        layers = _draw_models(
+            look, alt.X("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=_NAME_LIMIT)), y, [panel.y]
+        )
     return alt.LayerChart(layer=layers, width=look.width, height=look.height)
 
 
-def _draw_tradeoff(look: Look, y: alt.Y) -> list[alt.Chart]:
+def _draw_tradeoff(look: Look, y: alt.Y, scale: Any) -> list[alt.Chart]:
     """Return the measure against tokens, with the Pareto front and the names of points."""
     x = alt.X(
         "tokens:Q",
         title="Tokens of an answer, mean",
-        scale=alt.Scale(zero=False, padding=24),
+        scale=scale,
         axis=alt.Axis(tickCount=8),
     )
     corners = alt.Chart(alt.NamedData(FRONT)).encode(x=x, y=y)
@@ -120,7 +125,8 @@ def _draw_levels(look: Look, y: alt.Y, field: str) -> list[alt.Chart]:
     """Return lines for the models that have no value of the parameter."""
     levels = alt.Chart(alt.NamedData(MODELS)).transform_filter(f"datum.kind != 'point' && isValid(datum.{field})")
     lines = levels.mark_rule(strokeDash=[3, 3], color=look.paint.muted, aria=False)
-    names = levels.mark_text(align="left", dx=6, limit=80, color=look.paint.muted, aria=False)
+    limit = 100 if look.width == "container" else _NAME_LIMIT  # a page may be narrow, and its table has the names
+    names = levels.mark_text(align="left", dx=6, limit=limit, color=look.paint.muted, aria=False)
     return [lines.encode(y=y), names.encode(x=alt.value("width"), y=y, text="name:N")]
 
 
@@ -154,13 +160,15 @@ def finish(chart: alt.LayerChart | alt.VConcatChart, paint: Paint, *, columns: i
             title=None,
             labelColor=paint.ink,
             labelFontSize=12,
-            labelLimit=260,
+            labelLimit=_NAME_LIMIT,
             symbolSize=90,
             symbolStrokeWidth=2,
             padding=8,
         )
         .configure_text(color=paint.ink, fontSize=12)
-        .configure_title(color=paint.ink, fontSize=14, anchor="start", fontWeight="bold")
+        .configure_title(
+            color=paint.ink, fontSize=14, anchor="start", fontWeight="bold", offset=16, subtitleColor=paint.muted
+        )
     )
     spec: dict[str, object] = configured.to_dict(format="vega-lite")
     return spec

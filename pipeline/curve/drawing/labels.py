@@ -18,7 +18,7 @@ _DISTANCE = 10
 """From the centre of a point to its name, in pixels."""
 _POINT = 5
 """Half the size of a point, in pixels."""
-_MAX_SIGNS = 28
+_MAX_SIGNS = 40
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""

@@ -52,8 +52,8 @@ class Section:
     """What the page shows of one view."""
 
     title: str
-    charts: tuple[str, ...]
-    """Titles; their specifications are in the page's data."""
+    charts: tuple[Panel, ...]
+    """Titles and notes; their specifications are in the page's data."""
     sentences: tuple[str, ...]
     gaps: tuple[str, ...]
     columns: tuple[str, ...]
@@ -96,7 +96,7 @@ def _make_section(curve: Curve, index: int) -> Section:
     shown = [0, *(number for number in range(1, len(columns)) if any(line.cells[number - 1].text for line in lines))]
     return Section(
         view.title,
-        tuple(panel.title for panel in list_panels(curve, index)),
+        list_panels(curve, index),
         describe_findings(view, found, curve.models),
         describe_gaps(view),
         tuple(columns[number] for number in shown),
@@ -153,7 +153,7 @@ def _make_data(curve: Curve) -> dict[str, object]:
     views = []
     config: object = {}
     for index, view in enumerate(curve.views):
-        panels = list_panels(curve, index)
+        panels = tuple(replace(panel, note="") for panel in list_panels(curve, index))
         look = Look(IN_PAGE, series, view.measure, "container", _HEIGHTS[0], list_kinds(curve, index))
         if (look, panels) not in known:
             known[look, panels] = len(known)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from raymerge.pipeline.curve.drawing.rows import KEY, Row, make_rows
@@ -11,6 +13,12 @@ from raymerge.pipeline.curve.types import Kind
 
 MODELS, FRONT, JUMPS = "models", "front", "jumps"
 """Names of the data: a row for each model, the front's corners, and where the share of thinking answers jumps."""
+
+
+Domain = tuple[float, float]
+"""First and last value of an axis."""
+_MARGIN = 0.06
+"""Of an axis beyond the values, as a share of what they cover."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,10 @@ class Panel:
     y: Literal["mean", "thinking", "tokens"]
     path: str
     """The parameter on the x axis, if `value` is there."""
+    note: str = ""
+    """What the marks are that the key does not name; empty where there are none."""
+    domains: tuple[tuple[str, Domain], ...] = ()
+    """What the axes of `tokens` and `mean` cover, by name."""
 
 
 def list_panels(curve: Curve, index: int) -> tuple[Panel, ...]:
@@ -39,7 +51,47 @@ def list_panels(curve: Curve, index: int) -> tuple[Panel, ...]:
         panels.append(Panel(f"Thinking answers {against}", x, "thinking", path))
     if path and view.has_tokens:
         panels.append(Panel(f"Tokens {against}", x, "tokens", path))
-    return tuple(panels)
+    domains = tuple(_list_domains(curve, index))
+    return tuple(
+        replace(panel, note=_describe_marks(curve, index, panel, is_first=not number), domains=domains)
+        for number, panel in enumerate(panels)
+    )
+
+
+def find_domain(values: Sequence[float], lowest: float, highest: float) -> Domain:
+    """Return what an axis covers: the values with a margin, which reaches over no bound that the values keep.
+
+    >>> find_domain([5, 45, 100], 0, 100), find_domain([50], 0, 100)
+    ((0, 100), (47.0, 53.0))
+    """
+    low, high = min(values), max(values)
+    margin = _MARGIN * ((high - low) or abs(high) or 1.0)
+    return max(low - margin, min(low, lowest)), min(high + margin, max(high, highest))
+
+
+def _list_domains(curve: Curve, index: int) -> Iterator[tuple[str, Domain]]:
+    view = curve.views[index]
+    is_accuracy = view.measure == "accuracy"
+    estimates = [view.estimate(name) for name in view.scores]
+    means = [(100 if is_accuracy else 1) * end for each in estimates for end in (each.low, each.high)]
+    tokens = [score.tokens for score in view.scores.values() if score.tokens is not None]
+    if means:
+        yield "mean", find_domain(means, 0, 100 if is_accuracy else math.inf)
+    if tokens:
+        yield "tokens", find_domain(tokens, 0, math.inf)
+
+
+def _describe_marks(curve: Curve, index: int, panel: Panel, *, is_first: bool) -> str:
+    """Return what the marks of a chart are; the ring is told of in the first one."""
+    found = curve.findings[index]
+    parts = [
+        *(["bars are 95% intervals"] if panel.y == "mean" else []),
+        *(["grey steps are the Pareto front"] if panel.x == "tokens" and found.front else []),
+        *(["the ring is the choice"] if is_first and curve.choice else []),
+        *(["in the yellow band the share of answers that think jumps"] if panel.x == "value" and found.jumps else []),
+    ]
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def make_data(curve: Curve, index: int) -> dict[str, list[Row]]:

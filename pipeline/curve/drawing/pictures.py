@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from raymerge.pipeline.curve.drawing.panels import list_kinds, list_panels, make_data
+from raymerge.pipeline.curve.drawing.panels import Panel, list_kinds, list_panels, make_data
 from raymerge.pipeline.curve.drawing.rows import list_names
 from raymerge.pipeline.curve.results import Curve
 
@@ -37,7 +37,12 @@ def make_picture(curve: Curve) -> dict[str, Any]:
     first, *others = list_panels(curve, 0)
     width = (_WIDTH - _GAP) // 2 if len(others) > 1 else _WIDTH
     small = replace(look, width=width, height=_HEIGHTS[1], has_key=False)
-    main = draw(look, first).properties(title=first.title)
-    below = [draw(small, panel).properties(title=panel.title) for panel in others]
+    main = draw(look, first).properties(title=_make_title(first))
+    below = [draw(small, panel).properties(title=_make_title(panel)) for panel in others]
     chart = alt.vconcat(main, *([alt.hconcat(*below)] if below else []))
     return {**finish(chart, IN_PRINT, columns=4), "datasets": make_data(curve, 0)}
+
+
+def _make_title(panel: Panel) -> dict[str, str]:
+    """Return the title of a chart, below it what its marks are."""
+    return {"text": panel.title, **({"subtitle": panel.note} if panel.note else {})}

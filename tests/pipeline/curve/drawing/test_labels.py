@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from raymerge.pipeline.curve.drawing.labels import Spot, place_labels
 
 SPOTS = st.dictionaries(
-    st.text("abcdefgh", min_size=1, max_size=40), st.builds(Spot, st.floats(0, 1), st.floats(0, 1)), max_size=20
+    st.text("abcdefgh", min_size=1, max_size=60), st.builds(Spot, st.floats(0, 1), st.floats(0, 1)), max_size=20
 )
 
 
@@ -15,7 +15,7 @@ def test_major_names_are_all_there_and_others_where_there_is_room(spots: dict[st
     names = list(spots)
     labels = place_labels(spots, names, major=names[:2])
     assert set(names[:2]) <= labels.keys() <= set(names)
-    assert all(len(label.text) <= 28 for label in labels.values())
+    assert all(len(label.text) <= 40 for label in labels.values())
 
 
 def test_names_keep_clear_of_each_other() -> None:

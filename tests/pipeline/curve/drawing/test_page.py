@@ -15,6 +15,8 @@ import pytest
 
 from raymerge.pipeline.curve.curve import make_curve
 from raymerge.pipeline.curve.drawing.page import make_page
+from raymerge.pipeline.curve.drawing.panels import list_panels
+from raymerge.pipeline.curve.drawing.pictures import make_picture
 from raymerge.pipeline.curve.records import Records
 from raymerge.pipeline.curve.results import Curve
 from raymerge.pipeline.evaluation.results import Evaluation
@@ -66,6 +68,19 @@ def test_the_page_has_the_charts_and_tables_of_each_task() -> None:
     assert "t-0.2: could not be made: no such tensor" in text
     assert "evaluations/a is damaged" in text
     assert "Choice: t-0.6" in text
+
+
+def test_axes_stay_within_what_can_be_and_marks_are_explained() -> None:
+    spectrum = make_spectrum({"t": STRENGTHS})
+    evaluations = [make_evaluation(each.name, 1 - each.settings["t"], 1, half=0) for each in spectrum.points]  # type: ignore[operator]
+    curve = make(spectrum, [*evaluations, make_evaluation("thinking", 1.0, 30, half=0)])
+    for panel in list_panels(curve, 0):
+        assert dict(panel.domains)["mean"] == pytest.approx((4.6, 100))
+        assert dict(panel.domains)["tokens"] == pytest.approx((0, 31.74))
+    spectrum = make_spectrum({"t": STRENGTHS})
+    picture = json.dumps(make_picture(make(spectrum, evaluate_all(spectrum))))
+    assert "Bars are 95% intervals; grey steps are the Pareto front; the ring is the choice." in picture
+    assert picture.count("In the yellow band the share of answers that think jumps.") == 2
 
 
 def test_text_from_outside_is_text() -> None:
