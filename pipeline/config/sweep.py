@@ -46,7 +46,8 @@ def note_sweep(root: Place) -> bool:
         return False
     section.note(
         section.error(
-            "this config describes many models; `raymerge sweep CONFIG OUT` makes them. To make one, remove the section"
+            "this config describes many models; `raymerge sweep CONFIG OUT` makes them, and with --dry-run plans them"
+            " alone. To make one, remove the section"
         )
     )
     return True

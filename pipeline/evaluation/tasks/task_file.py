@@ -163,7 +163,8 @@ class _Reader:
         noted = {finding.message.partition(": ")[0] for finding in self._root.findings.errors}
         for key in sorted(self._root.findings.unknown - noted):
             place = self._root.get(key)
-            place.note(place.error(f"unknown key; {suggest(key, KEYS)}"))
+            hint = "give the option --limit in its place" if key == "limit" else suggest(key, KEYS)
+            place.note(place.error(f"unknown key; {hint}"))
 
     def _read_rows(self, place: Place) -> list[tuple[Place, dict[str, Any]]]:
         """Return the fields of each item, with the place that messages name."""

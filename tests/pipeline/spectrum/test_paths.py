@@ -133,7 +133,7 @@ def test_a_filter_has_a_value_of_its_own() -> None:
         ("t[self_atn]", "no filter 'self_atn'; did you mean 'self_attn'"),
         (
             "normalize[0]",
-            "normalize is one value for all models; weight\\[1\\] is for a parameter of each model: leave",
+            "normalize is one value for all models; weight\\[1\\] is for a parameter of each model:",
         ),
         ("base_model[0]", "base_model is no list"),
         ("models[0][mlp]", "a filter belongs after a parameter"),

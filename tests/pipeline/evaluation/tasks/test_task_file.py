@@ -92,6 +92,7 @@ def test_the_digest_is_of_what_decides_a_score(tmp_path: Path) -> None:
         ("prompt: x", "items: missing"),
         ("itmes: []", "itmes: unknown key; did you mean 'items'"),
         (f"sampels: 4\n{ITEMS}", "task.yml:1: sampels: unknown key; did you mean 'samples'"),
+        (f"limit: 4\n{ITEMS}", "limit: unknown key; give the option --limit in its place"),
         (f"extract: {{regex: 'a(b'}}\n{ITEMS}", r"no regular expression .*: missing \): a\(b\n"),
         (f"extract: {{regex: '(?=a)'}}\n{ITEMS}", "no look-around"),
         (f"extract: numbr\n{ITEMS}", "did you mean 'number'"),
