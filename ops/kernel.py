@@ -169,6 +169,11 @@ class Kernel(ABC):
     share of what the merge changed in source 0, besides rounding to the compute dtype. 0 if bits are the same, as they
     are for all but decompositions of matrices."""
 
+    @property
+    def is_random(self) -> bool:
+        """Whether runs draw random numbers, which follow from the seed of the site."""
+        return False
+
     def grid(self, site: Site) -> int:
         """Return how many elements a block has; `site.num_elements` where a kernel needs the whole tensor at once.
 

@@ -33,6 +33,11 @@ class AlignedDeltas(Kernel):
     family = "matrices"
     tolerance = 1e-5
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the inner kernel draws."""
+        return self.inner.is_random
+
     def grid(self, site: Site) -> int:
         """Some rows of a long matrix, or a whole one; the inner kernel's blocks of what is none."""
         if not is_matrix(site):

@@ -84,6 +84,11 @@ class SparseDeltas(Kernel):
         """There are none yet for the reciprocals of probabilities that follow from ranks."""
         return () if self.sparsifier == "ranks" and self.rescale == "inverse_density" else LOOP_DTYPES
 
+    @property
+    def is_random(self) -> bool:
+        """Whether deltas are thinned out at random."""
+        return self.sparsifier in ("random", "ranks") and any(self._thinned())
+
     def grid(self, site: Site) -> int:
         """Return the usual block, or whole rows where elements are ranked in them."""
         return count_row_block(site) if self.sparsifier == "ranks" else BLOCK_ELEMENTS

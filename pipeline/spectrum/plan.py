@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from raymerge.pipeline.spectrum.batches import Batch
 from raymerge.pipeline.spectrum.points import Recipe
 from raymerge.pipeline.spectrum.record import Spectrum
+from raymerge.pipeline.spectrum.seeds import warn_of_equal_seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,5 +37,11 @@ class SweepPlan:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The warnings of all models, each once."""
-        return tuple(dict.fromkeys(warning for batch in self.batches for warning in batch.plan.warnings))
+        """The warnings of all models, each once, and those of the sweep."""
+        of_models = dict.fromkeys(warning for batch in self.batches for warning in batch.plan.warnings)
+        return (*of_models, *self.seed_warnings)
+
+    @property
+    def seed_warnings(self) -> tuple[str, ...]:
+        """Warnings of points that differ in their seeds alone, and come out equal."""
+        return warn_of_equal_seeds(self.batches)

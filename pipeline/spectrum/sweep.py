@@ -104,6 +104,8 @@ def sweep(
         record = partial(_record, stores, directory, planned, options)
         spectrum = record()
         narrator.told(_announce(planned, materialize))
+        for warning in planned.seed_warnings:
+            narrator.told(Warned(warning))
         reports: list[MergeReport] = []
         if materialize == "all":
             plans, urls = [batch.plan for batch in planned.batches], [url for batch in targets for url in batch]
@@ -154,6 +156,8 @@ class _Prepared:
         made = _make_spectrum(recipe, batches, directory, options)
         spectrum = extend(before, made, directory, overwrite=options.overwrite)
         self.plan = SweepPlan(recipe, _drop_equal(batches, spectrum), spectrum)
+        if options.strict and self.plan.seed_warnings:
+            raise ConfigError(f"refused because of strict: {self.plan.seed_warnings[0]}, or leave strict out")
 
     def make(self, points: Sequence[SweepPoint], *, measures: bool = False) -> MergePlan:
         """Plan some points together."""

@@ -16,12 +16,13 @@ import yaml
 import raymerge
 from raymerge.pipeline.errors import ConfigError, OutputError, TensorMismatchError
 from raymerge.pipeline.options import MergeOptions
+from raymerge.pipeline.progress.events import Warned
 from raymerge.pipeline.spectrum.materialise import materialised
 from raymerge.pipeline.spectrum.record import RECORD, TABLE, Spectrum, locate_point, read_spectrum
 from raymerge.pipeline.spectrum.sweep import plan_sweep, sweep
 from raymerge.pipeline.spectrum.verify import verify_all
 from raymerge.pipeline.stores.open import open_stores
-from tests.checkpoints import read_files, write_family
+from tests.checkpoints import read_files, read_tensors, write_family
 from tests.commands import Cli
 from tests.watchers import Keep
 
@@ -112,7 +113,9 @@ sweep:
         "ramp",
     ]
     check_models(tmp_path / "s", tmp_path / "alone")
-    with pytest.raises(ConfigError, match=r"sweep.yml:\d+: sweep: this config describes many models; `raymerge sweep"):
+    with pytest.raises(
+        ConfigError, match=r"sweep.yml:\d+: sweep: this config describes many models; .* with --dry-run plans"
+    ):
         raymerge.merge(config, tmp_path / "one")
 
 
@@ -124,6 +127,26 @@ def test_methods_and_seeds_are_swept(family: tuple[Path, ...], tmp_path: Path) -
     assert points["dare_ties_seed-1"].fingerprint != points["dare_ties_seed-2"].fingerprint
     assert len(points) == 4
     check_models(tmp_path / "s", tmp_path / "alone")
+
+
+def test_seeds_that_make_no_difference_are_warned_of(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("ties", family, parameters={"weight": 1, "density": 0.5})
+    told: list[str] = []
+
+    def note(event: object) -> None:
+        told.extend([event.text] if isinstance(event, Warned) else [])
+
+    raymerge.sweep(config, tmp_path / "s", ["seed=1,2"], workers=1, on_event=note)
+    assert told == [
+        "seed: no random numbers are drawn here by ties; seed-1, seed-2 get equal bytes. Leave the seed out"
+    ]
+    first, second = (read_tensors(tmp_path / "s" / name) for name in ("seed-1", "seed-2"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(ConfigError, match=r"refused because of strict: seed: no random numbers"):
+        plan_sweep(config, tmp_path / "t", ["seed=1,2"], strict=True)
+    for sets, num_warnings in ((["seed=1,2", "merge_method=dare_ties,della"], 0), (["density=1", "seed=1,2"], 1)):
+        dare = {**config, "merge_method": "dare_ties"}
+        assert len(plan_sweep(dare, tmp_path / "t", sets).seed_warnings) == num_warnings
 
 
 def test_equal_points_are_one_model(family: tuple[Path, ...], tmp_path: Path) -> None:
