@@ -268,7 +268,7 @@ def test_mistyped_urls(family: list[Path], bucket: str, url: str, tmp_path: Path
 def test_a_mistyped_directory(family: list[Path], tmp_path: Path, cli: Cli) -> None:
     typo = family[0].with_name("bsae")
     config = write_config(tmp_path / "merge.yml", make_config([str(typo), str(family[1])]))
-    refuse(cli, ["plan", config], f"no such directory ({typo}); did you mean {family[0]}?")
+    refuse(cli, ["plan", config], f"{typo}: no such directory; did you mean {family[0]}?")
     refuse(cli, ["verify", typo], f"{typo}: no such directory", f"did you mean {family[0]}?")
     refuse(cli, ["verify", "some-org/some-name"], "write hf://some-org/some-name")
 

@@ -212,5 +212,5 @@ def test_tasks_that_are_none(finished: Finished) -> None:
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"seed": -1}, {"temperature": -1.0}, {"batch_size": 0}])
 def test_options_out_of_range(wrong: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is"):
+    with pytest.raises(ConfigError, match=f"--{next(iter(wrong)).replace('_', '-')} is"):
         raymerge.EvaluateOptions(**wrong)  # type: ignore[arg-type]
