@@ -130,5 +130,5 @@ def test_gpus_that_are_not_there_and_options_for_no_cluster(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"gpus-per-model 1: 1 at once take more GPUs than this machine has \(0\)"):
         raymerge.evaluate(write_models(tmp_path, "a"), f"command:{sys.executable} -V {{model}}", gpus_per_model=1)
     for wrong in ({"gpus_per_model": 1.5}, {"gpus_per_model": -1.0}, {"shared_filesystem": True}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
+        with pytest.raises(ConfigError, match="--" + next(iter(wrong)).replace("_", "-")):
             raymerge.EvaluateOptions(**wrong)
