@@ -143,7 +143,7 @@ def test_tensors_of_many_blocks_that_are_read_once_for_each_pass(
 def test_passes_before_the_values_on_the_way_read_what_they_measure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of five models: those of the first document, then those of the second, then all."""
+    """Passes over five models: those of the first document, then those of the second, then all."""
     monkeypatch.chdir(tmp_path)
     write_family(tmp_path, 4, dtype=torch.bfloat16, num_layers=1, hidden=264, vocab=3000)
     slerp: dict[str, Any] = {"merge_method": "slerp", "parameters": {"t": 0.4}}

@@ -36,7 +36,7 @@ _CONFIGS = (".yml", ".yaml", ".json")
 
 
 def describe_mistake(error: typer.TyperException) -> str:
-    """Return what is wrong with the command line, with the nearest option or value in place of all that are alike."""
+    """Explain a mistake in the command line, with the nearest option or value in place of all similar ones."""
     message = error.format_message()
     if possibilities := getattr(error, "possibilities", None):  # the nearest first
         option = getattr(error, "option_name", None)

@@ -342,7 +342,7 @@ def _format_points(points: float) -> str:
 
 
 def _format_limit(points: float) -> str:
-    """Return what a rule allows.
+    """Return the limit that a rule sets.
 
     >>> _format_limit(1.0), _format_limit(0.5)
     ('1 point', '0.5 points')

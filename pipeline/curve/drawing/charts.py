@@ -16,7 +16,7 @@ SHAPES = ("circle", "square", "triangle-up", "cross", "triangle-down", "triangle
 DASHES = ([1, 0], [7, 3], [2, 3], [9, 3, 2, 3], [4, 2], [12, 4])
 """Series differ in colour, shape and dashes at once."""
 _NAME_LIMIT = 260
-"""Of names beside a chart and in its key, in pixels."""
+"""Largest width of names beside a chart and in its key, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)

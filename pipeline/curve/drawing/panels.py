@@ -18,7 +18,7 @@ MODELS, FRONT, JUMPS = "models", "front", "jumps"
 Domain = tuple[float, float]
 """First and last value of an axis."""
 _MARGIN = 0.06
-"""Of an axis beyond the values, as a share of what they cover."""
+"""Margin of an axis beyond the values, as a share of their range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,9 @@ class Panel:
     path: str
     """The parameter on the x axis, if `value` is there."""
     note: str = ""
-    """What the marks are that the key does not name; empty where there are none."""
+    """Explanation of marks that the key does not name; empty if there are none."""
     domains: tuple[tuple[str, Domain], ...] = ()
-    """What the axes of `tokens` and `mean` cover, by name."""
+    """Domains of the axes of `tokens` and `mean`, by name."""
 
 
 def list_panels(curve: Curve, index: int) -> tuple[Panel, ...]:
@@ -59,7 +59,7 @@ def list_panels(curve: Curve, index: int) -> tuple[Panel, ...]:
 
 
 def find_domain(values: Sequence[float], lowest: float, highest: float) -> Domain:
-    """Return what an axis covers: the values with a margin, which reaches over no bound that the values keep.
+    """Return the domain of an axis: the values with a margin, which stays within bounds that the values keep.
 
     >>> find_domain([5, 45, 100], 0, 100), find_domain([50], 0, 100)
     ((0, 100), (47.0, 53.0))
@@ -82,7 +82,7 @@ def _list_domains(curve: Curve, index: int) -> Iterator[tuple[str, Domain]]:
 
 
 def _describe_marks(curve: Curve, index: int, panel: Panel, *, is_first: bool) -> str:
-    """Return what the marks of a chart are; the ring is told of in the first one."""
+    """Explain the marks of a chart; only the first one explains the ring."""
     found = curve.findings[index]
     parts = [
         *(["bars are 95% intervals"] if panel.y == "mean" else []),

@@ -269,7 +269,7 @@ def _read(file: IO[bytes]) -> str:
 
 
 def _tail(**files: IO[bytes]) -> str:
-    """Return what a command has printed last, as it ends a message: the last line, then more on lines of their own."""
+    """Return the end of a command's output for a message: the last line, then more on lines of their own."""
     printed = {name: _list_last(file) for name, file in files.items()}
     lasts = [lines[-1].strip() for lines in printed.values() if lines]
     if not lasts:

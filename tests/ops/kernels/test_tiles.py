@@ -28,7 +28,7 @@ def compiled() -> Any:
 @pytest.mark.parametrize("origin", [-1, 0, 5])
 @pytest.mark.parametrize("count", [0, 4, 16])
 def test_the_same_bits_as_in_python(compiled: Any, count: int, origin: int) -> None:
-    """Of all places and distances, some of them odd; what is beside the tile stays as it is."""
+    """At all places and distances, some of them odd; values beside the tile stay as they are."""
     generator = np.random.default_rng(count)
     left, right, before, out = (
         generator.standard_normal(number).astype(np.float32)
