@@ -51,6 +51,7 @@ print(json.dumps({
         ("linear", "weight[1]=0.1:0.6:0.1", "96MiB", [6]),
         ("linear", "weight[1]=0.1:0.6:0.1", "48MiB", [3, 3]),
         ("ties", "density=0.1:0.6:0.1", "160MiB", [6]),
+        ("breadcrumbs_ties", "density=0.05:0.5:0.05", "256MiB", [10]),
     ],
 )
 def test_peak_memory_of_a_sweep_is_as_projected(
