@@ -42,7 +42,9 @@ class SearchOptions:
     patience: Annotated[
         int | None, Help("Stop after so many batches without a better model.", SEARCH, "N", default="never")
     ] = None
-    keep_all: Annotated[bool, Help("Keep the models of all trials, not only of the best.", SEARCH)] = False
+    keep_all: Annotated[
+        bool, Help("Keep the models of all trials, not only of the best; a run without it deletes them.", SEARCH)
+    ] = False
 
     def __post_init__(self) -> None:
         for name in ("budget", "batch", "subset", "patience"):
