@@ -178,10 +178,10 @@ def test_trials_and_parents_are_compared(root: Path) -> None:
 
 @pytest.mark.slow
 def test_a_trial_that_cannot_be_merged_is_marked(root: Path) -> None:
-    recipe = make_recipe(root, {"merge_method": ["linear", "nonesuch"], **WEIGHTS})
+    recipe = make_recipe(root, {"dtype": ["float32", "nonesuch"], **WEIGHTS})
     report = run(root, recipe, SearchOptions(sampler="random", budget=6, batch=3))
     for trial in report.trials:
-        assert ("nonesuch" in trial.error) == (trial.settings["merge_method"] == "nonesuch") == (trial.values is None)
+        assert ("nonesuch" in trial.error) == (trial.settings["dtype"] == "nonesuch") == (trial.values is None)
 
 
 @pytest.mark.slow
