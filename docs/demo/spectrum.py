@@ -113,7 +113,7 @@ def read_rows(directory: Path) -> Sequence[Mapping[str, str]]:
 
 
 def find_faults(method: str, line: Sequence[Measured]) -> list[str]:
-    """Return what a line from one parent to the other does not show, and say what it does."""
+    """Print what a line from one parent to the other shows; return the expected shapes that it lacks."""
     first, *points, last = line
     faults = []
     if not (first.tokens < last.tokens and first.accuracy < last.accuracy):

@@ -51,7 +51,7 @@ class Point:
     name: str
     """Unique; valid as a directory, an S3 key and a part of a Hub repository's name, such as `t-0.1`."""
     url: str
-    """Where its model is: a name beside the record, or a repository of the Hub as a URL."""
+    """Name of its directory beside the record, or the URL of its repository on the Hub."""
     settings: Mapping[str, object]
     """The value at each path of the config that was varied, such as `{"t": 0.1, "weight[1]": 0.4}`; plain JSON."""
     config: str

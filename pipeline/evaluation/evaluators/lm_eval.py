@@ -48,7 +48,7 @@ class LmEvalTask(Task):
     """As in `exact_match,flexible-extract`; empty for the first."""
     include_path: str | None
     arguments: Mapping[str, object]
-    """Of the generation, in place of the task's own."""
+    """Settings of the generation that replace the task's own."""
     seed: int | None
     limit: int | None
     dtype: str
@@ -56,7 +56,7 @@ class LmEvalTask(Task):
 
     @property
     def sampling(self) -> Mapping[str, object]:
-        """What goes before the task's own sampling, and which items."""
+        """The sampling that replaces the task's own, and the items."""
         shown = {"metric": self.metric, "arguments": dict(self.arguments), "seed": self.seed, "dtype": self.dtype}
         return shown if self.limit is None else {**shown, "items": self.limit}
 

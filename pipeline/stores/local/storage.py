@@ -131,6 +131,8 @@ class LocalStorage(Storage):
             FetchError: a row could not be read whole, or the file is no longer the one that was planned with.
         """
         file, nbytes = rows.file, rows.row_nbytes
+        if buffer.nbytes != len(rows.starts) * nbytes:
+            raise ValueError(f"a buffer of {buffer.nbytes} bytes for {len(rows.starts)} rows of {nbytes}")
         with self._files.opened(file) as descriptor:
             place = 0
             for start, count in zip(*rows.list_runs(), strict=True):

@@ -163,14 +163,19 @@ def test_workers_keep_to_the_plan_with_every_store_and_on_ray(
 ) -> None:
     models = [MODEL_IN[source].format(name=name, **places) for name in ("base", "a", "b")]
     config = write_config(tmp_path / "merge.yml", make_config(load_ops()["ties"], models))
-    out = OUTPUT_IN[target].format(**places)
-    done = run_command("merge", config, out, *options, "--log-json", "--shard-size", "33MiB")
-    report = read_event(done.out.splitlines()[-1])
-    assert isinstance(report, MergeReport), done
-    assert report.num_shards == 2
-    storage: Library = "fsspec" if "fsspec" in options else "auto"
-    the_plan = plan(config, out=out, storage=storage, workers=2, shard_size="33MiB", ray="--ray" in options)
-    assert report.projected_mem == max(task.projected_mem for task in the_plan.tasks)
-    assert report.peak_measured_mem <= report.projected_mem
-    assert report.projected_mem <= 2 * report.peak_measured_mem, "a busy machine has fewer buffers in use at once"
-    assert report.over_nbytes == 0
+    peak = projected = 0
+    for attempt in range(3):  # how many buffers of 8 MiB are in use at once depends on the store and on other work
+        out = OUTPUT_IN[target].format(**places) + str(attempt)
+        done = run_command("merge", config, out, *options, "--log-json", "--shard-size", "33MiB")
+        report = read_event(done.out.splitlines()[-1])
+        assert isinstance(report, MergeReport), done
+        assert report.num_shards == 2
+        storage: Library = "fsspec" if "fsspec" in options else "auto"
+        the_plan = plan(config, out=out, storage=storage, workers=2, shard_size="33MiB", ray="--ray" in options)
+        assert report.projected_mem == max(task.projected_mem for task in the_plan.tasks)
+        assert report.peak_measured_mem <= report.projected_mem
+        assert report.over_nbytes == 0
+        peak, projected = max(peak, report.peak_measured_mem), report.projected_mem
+        if projected <= 1.75 * peak:
+            break
+    assert projected <= 1.75 * peak
