@@ -99,7 +99,7 @@ class _Run:
                 for task in self._tasks:
                     self.found[subject.name, task.name] = make_result(subject, "", task, error=subject.error)
                 continue
-            digest = find_digest(self._digests, subject) or ""
+            digest = find_digest(self._stores, self._digests, subject) or ""
             missing = []
             for task in self._tasks:
                 found = self._records.find(subject.name, digest, task) if digest else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,19 +20,28 @@ from raymerge.pipeline.checkpoint.files import (
 )
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.evaluation.adapters import find_base, plan_sum
-from raymerge.pipeline.evaluation.subjects import Subject
+from raymerge.pipeline.evaluation.subjects import Planned, Subject
 from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.spectrum.materialise import materialised
-from raymerge.pipeline.spectrum.places import locate_ref
+from raymerge.pipeline.spectrum.places import locate_ref, parse_ref
 from raymerge.pipeline.stores.local.storage import local_path
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 
 
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """A model on a disk of this machine."""
+
+    directory: str
+    base: str = ""
+    """The model that an adapter, which a planned point came out as, names as its base, and was applied to."""
+
+
 @contextmanager
 def bring_here(
     stores: Stores, subject: Subject, merging: MergeOptions, check: Callable[[], None] = lambda: None
-) -> Iterator[str]:
+) -> Iterator[Brought]:
     """Have a model in a directory of this machine: where it is, or copied or merged for as long as the context lasts.
 
     Args:
@@ -44,24 +54,35 @@ def bring_here(
         RaymergeError: it cannot be read or merged.
     """
     if subject.url and scheme_of(subject.url) == "file":
-        yield str(local_path(subject.url))
+        yield Brought(str(local_path(subject.url)))
         return
     if (planned := subject.planned) is not None:
         with ExitStack() as stack:
             make = partial(materialised, options=merging, on_event=lambda event: check())
             made = make(planned.directory, planned.spectrum, planned.point)
-            directory = stack.enter_context(made)
+            directory, named = stack.enter_context(made), ""
             if not Path(directory, CONFIG).exists() and Path(directory, ADAPTER_CONFIG).exists():
-                named = find_base(stores, directory, planned.base)
-                base = named if planned.base else locate_ref(planned.spectrum, planned.directory, named)
-                whole = plan_sum(subject.name, base, ModelRef(directory))
+                named = str(find_base(stores, directory, planned.base))
+                whole = plan_sum(subject.name, locate_base(planned, named), ModelRef(directory))
                 directory = stack.enter_context(make("", *whole))
-            yield directory
+            yield Brought(directory, named)
         return
     with make_directory(Path(tempfile.gettempdir())) as scratch:
         directory = f"{scratch}/{subject.name}"
         _fetch(stores, subject.url, directory, check)
-        yield directory
+        yield Brought(directory)
+
+
+def locate_base(planned: Planned, named: str) -> ModelRef:
+    """Return the model that a planned point is applied to if it comes out as an adapter, where it is now.
+
+    Args:
+        planned: the point.
+        named: the base that the adapter names; what the user names goes before it.
+    """
+    if planned.base:
+        return parse_ref(planned.base)
+    return locate_ref(planned.spectrum, planned.directory, parse_ref(named))
 
 
 def _fetch(stores: Stores, url: str, directory: str, check: Callable[[], None]) -> None:

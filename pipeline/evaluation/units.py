@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from raymerge import __version__
+from raymerge import RaymergeError, __version__
 from raymerge.cluster.runner import Progress, Report
+from raymerge.pipeline.checkpoint.checkpoint import locate_model
 from raymerge.pipeline.errors import HeldError, MergeError
 from raymerge.pipeline.evaluation.digests import Digests
 from raymerge.pipeline.evaluation.engines import Engines
@@ -18,7 +19,7 @@ from raymerge.pipeline.evaluation.figures import Figures
 from raymerge.pipeline.evaluation.records import Records
 from raymerge.pipeline.evaluation.results import Evaluation
 from raymerge.pipeline.evaluation.samples import Sample, open_log
-from raymerge.pipeline.evaluation.scratch import bring_here
+from raymerge.pipeline.evaluation.scratch import bring_here, locate_base
 from raymerge.pipeline.evaluation.subjects import Subject
 from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.stores.open import Stores
@@ -37,9 +38,9 @@ class Unit:
     tasks: tuple[Task, ...]
 
 
-def find_digest(digests: Digests, subject: Subject) -> str | None:
+def find_digest(stores: Stores, digests: Digests, subject: Subject) -> str | None:
     """Return a model's digest; None for one that is not merged yet, and never was."""
-    key = _plan_key(digests, subject)
+    key = _plan_key(stores, digests, subject)
     if not subject.url:
         return digests.find(key) if key else None
     digest = digests.measure(subject.url)
@@ -48,12 +49,28 @@ def find_digest(digests: Digests, subject: Subject) -> str | None:
     return digest
 
 
-def _plan_key(digests: Digests, subject: Subject) -> str:
-    """Return the key of a merged model's digest; empty if it is not known how it is merged."""
+def _plan_key(stores: Stores, digests: Digests, subject: Subject) -> str:
+    """Return the key of a merged model's digest; empty if it is not known how it is merged.
+
+    The plan of a point that comes out as an adapter does not say which base it is evaluated with: that is kept when it
+    is first merged.
+    """
     if subject.parts:
         return " ".join(["sum", __version__, *map(digests.measure, subject.parts)])
-    base = f" {subject.planned.base}" if subject.planned and subject.planned.base else ""
-    return f"plan {subject.fingerprint}{base}" if subject.fingerprint else ""
+    if not subject.fingerprint:
+        return ""
+    named = digests.find(_base_key(subject))
+    if subject.planned is None or named is None:
+        return f"plan {subject.fingerprint}"
+    try:
+        url = locate_model(stores, locate_base(subject.planned, named))
+        return f"plan {subject.fingerprint} {digests.measure(url)}"
+    except RaymergeError:  # told of the model, once it is its turn
+        return ""
+
+
+def _base_key(subject: Subject) -> str:
+    return f"base of plan {subject.fingerprint}"
 
 
 def evaluate_unit(
@@ -85,17 +102,19 @@ def evaluate_unit(
         tell(Evaluated(evaluation, is_cached=False))
 
     try:
-        with bring_here(stores, subject, merging, check) as directory, engines.lend() as engine:
+        with bring_here(stores, subject, merging, check) as brought, engines.lend() as engine:
             digests = Digests(stores, out)
-            digest = unit.digest if unit.digest and subject.url else digests.measure(directory)
+            digest = unit.digest if unit.digest and subject.url else digests.measure(brought.directory)
             if unit.digest not in ("", digest):
                 raise EvaluationError(
                     f"{subject.name} comes out otherwise than when it was first evaluated: its inputs have changed"
                     " since it was planned; sweep it again with --overwrite"
                 )
-            if not unit.digest and (key := _plan_key(digests, subject)):
+            if brought.base and subject.fingerprint:
+                digests.keep(_base_key(subject), brought.base)
+            if not unit.digest and (key := _plan_key(stores, digests, subject)):
                 digests.keep(key, digest)
-            model = Model(subject.name, directory, digest)
+            model = Model(subject.name, brought.directory, digest)
             place = Place(engine, check)
             for task in unit.tasks:
                 with _alone(stores, f"{out}/{model.name}/{records.samples_name(digest, task)}.lock", check):

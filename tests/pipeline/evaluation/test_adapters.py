@@ -91,6 +91,21 @@ def test_planned_adapters(place: Path) -> None:
     assert [each.other["sum"] for each in evaluate("s")] == [each.other["sum"] for each in planned]
 
 
+@pytest.mark.parametrize("base", [None, "base"])
+def test_planned_adapters_are_evaluated_again_with_another_base(place: Path, base: str | None) -> None:
+    options = {} if base is None else {"base": base}
+    sweep_adapters(materialize="none")
+    events: list[EvaluationEvent] = []
+    before = evaluate("s", **options)
+    assert evaluate("s", events=events, **options) == before
+    assert all(event.is_cached for event in events if isinstance(event, Evaluated)), "known before they are merged"
+    write_tokenized(place / "base", 5, byte_level(TEXTS[0]))
+    after = evaluate("s", **options)
+    assert [each.state for each in after] == ["complete"] * 4, after[0].error
+    assert not {each.other["sum"] for each in after} & {each.other["sum"] for each in before}
+    assert not {each.digest for each in after} & {each.digest for each in before}
+
+
 def test_the_base_of_adapters_can_be_named(place: Path) -> None:
     write_adapter(place / "c", draw_factors(MODULE, 32, 16), base_model_name_or_path="/gone/base/of/it")
     write_adapter(place / "d", draw_factors(MODULE, 32, 16), base_model_name_or_path=None)
