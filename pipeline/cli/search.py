@@ -55,6 +55,7 @@ def search(
         evaluating=evaluating,
         on_batch=display.show_batch,
         on_trial=display.show_trial,
+        on_retry=display.show_retry,
         on_evaluation=display.show_evaluation,
     )
     put(dumps(redact_texts(asdict(report)), indent=1) if json else format_report(report))

@@ -31,6 +31,10 @@ class SearchDisplay:
         trials = f"trials {start + 1} to {stop}" if stop - start > 1 else f"trial {stop}"
         self._say(f"{trials} of {self._budget}: merging")
 
+    def show_retry(self, count: int) -> None:
+        """Show that failed trials are tried again."""
+        self._say(f"{counted(count, 'trial')} of an earlier run failed: trying again")
+
     def show_trial(self, trial: Trial, number: int) -> None:
         """Show what a trial has come to."""
         values = trial.values
@@ -86,6 +90,10 @@ def format_report(report: SearchReport) -> str:
         better = report.beating[name]
         found = f"{_join(better)} better" if better else "no model is better"
         lines.append(f"  {name}  {format_values(report.objectives, own)}; {found}")
+    if report.failed:
+        error = report.failed[0].error.splitlines()[0]
+        failed = counted(len(report.failed), "trial")
+        lines.append(f"{failed} failed, {report.failed[0].name} with: {error}; run the search again to retry")
     if len(report.beating) > 1:
         lines.append(f"Better than every parent: {listing(report.beating_all) if report.beating_all else 'none'}.")
     return "\n".join(lines)

@@ -34,6 +34,8 @@ class Trial:
     """An earlier trial with the same plan, whose values these are; empty where there is none."""
     error: str
     """Why it failed; empty otherwise."""
+    told_failed: bool = False
+    """Whether it had failed when the sampler was told of it, and a later run has found the values: replayed so."""
 
 
 @dataclass(frozen=True, slots=True)

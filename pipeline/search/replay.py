@@ -28,9 +28,8 @@ def _explain_difference(name: str, old: object, new: object) -> str:
     return "another recipe" if name == "recipe" else f"{name} {old} there and {new} here"
 
 
-def list_batches(record: SearchRecord | None) -> list[list[Trial]]:
+def list_batches(trials: Sequence[Trial]) -> list[list[Trial]]:
     """Return the trials of a search, batch by batch."""
-    trials = record.trials if record else ()
     return [list(batch) for _, batch in itertools.groupby(trials, key=lambda trial: trial.batch)]
 
 

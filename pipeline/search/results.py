@@ -33,6 +33,11 @@ class SearchReport:
     seconds: float
 
     @property
+    def failed(self) -> tuple[Trial, ...]:
+        """The trials without values, which the next run tries again."""
+        return tuple(trial for trial in self.trials if trial.values is None)
+
+    @property
     def beating_all(self) -> tuple[str, ...]:
         """The models that beat every parent with values."""
         return tuple(point.name for point in self.best if all(point.name in own for own in self.beating.values()))

@@ -19,7 +19,7 @@ from raymerge.pipeline.search.record import SearchRecord, Trial, read_record, wr
 from raymerge.pipeline.search.replay import check_replayed, check_same, list_batches
 from raymerge.pipeline.search.soup import Soup
 from raymerge.pipeline.search.study import Settings, Study, load_optuna
-from raymerge.pipeline.search.values import Values, explain_failure, read_values
+from raymerge.pipeline.search.values import UNMEASURED, Values, explain_failure, read_values
 from raymerge.pipeline.spectrum.record import has_spectrum
 from raymerge.pipeline.stores.seam import Lock
 
@@ -28,6 +28,9 @@ OnBatch = Callable[[int, int], None]
 OnTrial = Callable[[Trial, int], None]
 """Told of each trial, with the number of trials so far."""
 
+OnRetry = Callable[[int], None]
+"""Told how many failed trials of earlier runs are tried again, before they are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Telling:
@@ -35,6 +38,7 @@ class Telling:
 
     batch: OnBatch
     trial: OnTrial
+    retry: OnRetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +92,20 @@ class Run:
         if record is not None:
             self._lock = self._hold()
             record = read_record(stores, out)  # another run may have gone on until now
-        proposer = self._make_proposer()
+        proposer = self._replay(record.trials if record else (), record)
         version = load_optuna().__version__ if isinstance(proposer, Study) else ""
-        for batch in list_batches(record):
-            check_replayed(batch, proposer.ask(len(batch)), record, version, out)
-            self._learn(batch, proposer)
+
+        def write() -> None:
+            self._lock.check()
+            write_record(stores, out, SearchRecord(__version__, version, recipe, described, tuple(self.trials)))
+
         self._remember()
-        if 0 < len(self.trials) < self._options.budget:
+        if self.trials and (len(self.trials) < self._options.budget or self._list_failed()):
             self._clean(self._list_best())  # an earlier run may have been killed before it did
             self._check_inputs()
+        if self._retry():
+            write()
+            proposer = self._replay(tuple(self.trials), record)
         while (left := self._options.budget - len(self.trials)) > 0:
             if self._options.patience is not None and self._num_idle >= self._options.patience:
                 batches = "batch" if self._num_idle == 1 else f"{self._num_idle} batches"
@@ -104,10 +113,12 @@ class Run:
             proposals = proposer.ask(min(self._options.batch, left))
             if not proposals:
                 return "everything was tried"
-            self._learn(self._try(proposals), proposer)
-            self._lock.check()
-            write_record(stores, out, SearchRecord(__version__, version, recipe, described, tuple(self.trials)))
+            batch = self._try(proposals)
+            self._learn(batch, proposer)
+            write()
             self._clean(self._list_best())
+            if len(self.trials) < self._options.budget:
+                self._check_judge(batch)
         return ""
 
     def finish(self) -> Outcome:
@@ -136,11 +147,21 @@ class Run:
         sign = -1 if self._directions[0].is_maximised else 1
         return Outcome({name: best[name] for name in sorted(best, key=lambda name: sign * best[name][0])}, parents)
 
+    def _replay(self, trials: Sequence[Trial], record: SearchRecord | None) -> Study | Grid | Soup:
+        """Take note of the trials of earlier runs; return what proposes the next ones."""
+        proposer = self._make_proposer()
+        version = load_optuna().__version__ if isinstance(proposer, Study) else ""
+        self.trials = []
+        for batch in list_batches(trials):
+            check_replayed(batch, proposer.ask(len(batch)), record, version, self._models.out)
+            self._learn(batch, proposer)
+        return proposer
+
     def _learn(self, batch: Sequence[Trial], proposer: Study | Grid | Soup) -> None:
         """Take note of what a batch has come to."""
         before = self._list_best()
         self.trials += batch
-        proposer.tell([trial.values for trial in batch])
+        proposer.tell([None if trial.told_failed else trial.values for trial in batch])
         self._num_idle = 0 if self._list_best() != before else self._num_idle + 1
 
     def _remember(self) -> None:
@@ -159,6 +180,56 @@ class Run:
         """
         for name in self._list_best()[:1]:
             self._models.plan_together({name: self._settings[name]})
+
+    def _list_failed(self) -> dict[str, Settings]:
+        """Return the settings of trials that may come to values if they are tried again."""
+        return {
+            trial.name: trial.settings
+            for trial in self.trials
+            if trial.values is None and not trial.same_as and trial.error != UNMEASURED
+        }
+
+    def _retry(self) -> bool:
+        """Try failed trials of earlier runs again; return whether there were any.
+
+        The sampler is told of those of the last batch, after which nothing has been proposed yet. What it proposed
+        after earlier ones stays as it is, so that the search can be replayed.
+        """
+        if not (failed := self._list_failed()):
+            return False
+        self._telling.retry(len(failed))
+        numbers = {trial.name: number for number, trial in enumerate(self.trials, start=1)}
+        last = self.trials[-1].batch
+        planned = self._plan(failed, last)
+        fresh = {name: own for name, own in failed.items() if name not in planned}
+        for name, (values, error) in self._judge(fresh).items():
+            planned[name] = Trial(name, last, failed[name], values, "", error)
+        found: dict[str, Trial] = {trial.name: trial for trial in self.trials}
+        for trial in self.trials:
+            again = planned.get(trial.name, trial)
+            if again.same_as:
+                original = planned.get(again.same_as, found[again.same_as])
+                again = replace(again, values=original.values, error=original.error)
+            is_late = trial.batch < last and again.values is not None and trial.values is None
+            found[trial.name] = replace(again, batch=trial.batch, told_failed=trial.told_failed or is_late)
+            if found[trial.name] != trial or trial.name in failed:
+                self._telling.trial(found[trial.name], numbers[trial.name])
+        self.trials = list(found.values())
+        return True
+
+    def _check_judge(self, batch: Sequence[Trial]) -> None:
+        """End the search where none of a batch could be evaluated: that is rather the judge's fault than the models'.
+
+        Raises:
+            OutputError: none could be; the batch is recorded, and tried again by the next run.
+        """
+        own = set(self._fingerprints.values())
+        errors = [trial.error for trial in batch if trial.name in own and trial.values is None]
+        if len(errors) > 1 and len(errors) == sum(trial.name in own for trial in batch):
+            raise OutputError(
+                f"none of the last {len(errors)} models could be evaluated; put it right and run again, which tries"
+                f" them again and goes on: {errors[0]}"
+            )
 
     def _list_best(self) -> list[str]:
         return find_best({trial.name: trial.values for trial in self.trials}, self._directions)
@@ -192,21 +263,11 @@ class Run:
         number = self.trials[-1].batch + 1 if self.trials else 0
         names = [f"trial-{first + k:04}" for k in range(len(proposals))]
         settings = dict(zip(names, proposals, strict=True))
-        trials: dict[str, Trial] = {}
-        fresh: dict[str, Settings] = {}
         self._telling.batch(first, first + len(names))
-        planned = self._models.plan(settings)
-        if not self.trials and len(names) > 1 and all(each.error for each in planned.values()):
-            raise ConfigError(f"no trial of the first batch can be merged: {planned[names[0]].error}")
-        for name, own in settings.items():
-            fingerprint, error = planned[name].fingerprint, planned[name].error
-            same = self._fingerprints.setdefault(fingerprint, name) if fingerprint else name
-            if error:
-                trials[name] = Trial(name, number, own, None, "", error)
-            elif same == name:
-                fresh[name] = own
-            else:
-                trials[name] = Trial(name, number, own, None, same, "")
+        trials = self._plan(settings, number)
+        if not self.trials and len(names) > 1 and all(name in trials and trials[name].error for name in names):
+            raise ConfigError(f"no trial of the first batch can be merged: {trials[names[0]].error}")
+        fresh = {name: own for name, own in settings.items() if name not in trials}
         if not self.trials:
             self._lock = self._hold()
             if read_record(self._models.stores, self._models.out) is not None:
@@ -225,6 +286,15 @@ class Run:
             batch.append(trial)
             self._telling.trial(trial, first + len(batch))
         return batch
+
+    def _plan(self, settings: Mapping[str, Settings], number: int) -> dict[str, Trial]:
+        """Return the trials of a batch that need no merge: they have no plan, or that of an earlier one."""
+        trials: dict[str, Trial] = {}
+        for name, planned in self._models.plan(settings).items():
+            same = self._fingerprints.setdefault(planned.fingerprint, name) if planned.fingerprint else name
+            if planned.error or same != name:
+                trials[name] = Trial(name, number, settings[name], None, "" if planned.error else same, planned.error)
+        return trials
 
     def _judge(self, settings: Mapping[str, Settings]) -> dict[str, tuple[Values | None, str]]:
         """Merge and evaluate, with the first batch the parents as well; return values, or why there are none."""

@@ -21,7 +21,7 @@ from raymerge.pipeline.search.models import Models
 from raymerge.pipeline.search.options import SearchOptions
 from raymerge.pipeline.search.recipe import Config, read_recipe
 from raymerge.pipeline.search.results import SearchReport
-from raymerge.pipeline.search.run import OnBatch, OnTrial, Run, Telling
+from raymerge.pipeline.search.run import OnBatch, OnRetry, OnTrial, Run, Telling
 from raymerge.pipeline.spectrum.record import EVALUATIONS
 from raymerge.pipeline.stores.open import open_stores
 from raymerge.pipeline.stores.settings import StoreSettings
@@ -40,6 +40,7 @@ def search(
     evaluating: EvaluateOptions | None = None,
     on_batch: OnBatch | None = None,
     on_trial: OnTrial | None = None,
+    on_retry: OnRetry | None = None,
     on_event: OnEvent | None = None,
     on_evaluation: OnEvaluationEvent | None = None,
 ) -> SearchReport:
@@ -54,6 +55,7 @@ def search(
         evaluating: how to evaluate.
         on_batch: told of each batch before it is merged.
         on_trial: told of each trial when its values are known.
+        on_retry: told how many trials that failed in earlier runs are tried again, before they are.
         on_event: told what happens in merges.
         on_evaluation: told what happens in evaluations.
 
@@ -68,7 +70,11 @@ def search(
         raise ConfigError("models of a search come and go; `raymerge eval OUT --eval-results` writes those of the best")
     if merging.overwrite:
         raise ConfigError("a search goes on with what is in its directory; to begin anew, choose another directory")
-    telling = Telling(on_batch or (lambda start, stop: None), on_trial or (lambda trial, number: None))
+    telling = Telling(
+        on_batch or (lambda start, stop: None),
+        on_trial or (lambda trial, number: None),
+        on_retry or (lambda count: None),
+    )
     with open_stores(StoreSettings(merging.storage, merging.private)) as stores, ExitStack() as stack:
         place = locate_output(stores, out)
         if scheme_of(place) in ("hf", "http", "https"):

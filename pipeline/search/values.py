@@ -10,6 +10,8 @@ from raymerge.pipeline.search.study import Direction
 
 Values = tuple[float, ...]
 """A number for each objective."""
+UNMEASURED = "a task does not measure an objective, or it is no finite number"
+"""The error of a model that was evaluated, and has no values all the same."""
 
 
 def read_values(evaluations: Sequence[Evaluation], directions: Sequence[Direction]) -> Values | None:
@@ -41,4 +43,4 @@ def read_figure(evaluation: Evaluation, name: str) -> float | None:
 def explain_failure(evaluations: Sequence[Evaluation]) -> str:
     """Return why evaluations come to no values."""
     failed = [f"{evaluation.task}: {evaluation.error}" for evaluation in evaluations if evaluation.error]
-    return "; ".join(failed) or "a task does not measure an objective, or it is no finite number"
+    return "; ".join(failed) or UNMEASURED

@@ -239,6 +239,58 @@ def test_a_judge_that_fails_ends_the_search_and_costs_no_models(root: Path) -> N
     assert [trial.error for trial in run(root, recipe, options).trials] == ["", ""]
 
 
+FLAKY = """
+import sys, pathlib
+bad = pathlib.Path(sys.argv[0]).with_name("bad")
+if bad.exists() and pathlib.Path(sys.argv[1]).name in bad.read_text().split():
+    raise SystemExit("the server is down")
+"""
+
+
+@pytest.mark.slow
+def test_failed_trials_are_tried_again_and_the_search_is_still_replayed(root: Path) -> None:
+    (root / "judge.py").write_text(FLAKY + JUDGE)
+    recipe, options = make_recipe(root, WEIGHTS), SearchOptions(budget=8, batch=2, sampler="nsga2")
+    whole = run(root, recipe, options, out="whole").trials
+    (root / "bad").write_text("trial-0001 trial-0004")
+    first = run(root, recipe, replace(options, budget=6))
+    assert [trial.name for trial in first.failed] == ["trial-0001", "trial-0004"]
+    assert "server is down" in first.failed[0].error
+    (root / "bad").write_text("trial-0001")
+    retried: list[int] = []
+    told: list[str] = []
+    half = run(
+        *(root, recipe, replace(options, budget=6)),
+        on_retry=retried.append,
+        on_trial=lambda trial, number: told.append(f"{number} {trial.name}"),
+    )
+    assert (retried, told) == ([2], ["2 trial-0001", "5 trial-0004"])
+    assert [trial.name for trial in half.failed] == ["trial-0001"]
+    (root / "bad").unlink()
+    (root / "calls").unlink()
+    again = run(root, recipe, options)
+    assert list_calls(root)[0] == "trial-0001"
+    assert {*list_calls(root)[1:]} <= {"trial-0006", "trial-0007"}
+    assert [trial.told_failed for trial in again.trials] == [trial.name == "trial-0001" for trial in again.trials]
+    same = {tuple(trial.settings.values()): trial.values for trial in whole}
+    assert [trial.values for trial in again.trials[:2]] == [trial.values for trial in whole[:2]]
+    assert all(trial.values == same.get(tuple(trial.settings.values()), trial.values) for trial in again.trials)
+    assert run(root, recipe, options, on_retry=retried.append).trials == again.trials
+    assert retried == [2], "nothing is left to try again"
+
+
+@pytest.mark.slow
+def test_a_judge_that_dies_ends_the_search_and_the_next_run_goes_on_as_if_it_had_not(root: Path) -> None:
+    (root / "judge.py").write_text(FLAKY + JUDGE)
+    recipe, options = make_recipe(root, WEIGHTS), SearchOptions(budget=6, batch=2, sampler="nsga2")
+    whole = run(root, recipe, options, out="whole")
+    (root / "bad").write_text("trial-0002 trial-0003")
+    with pytest.raises(OutputError, match=r"none of the last 2 models could be evaluated.*: judge: .*server is down"):
+        run(root, recipe, options)
+    (root / "bad").unlink()
+    assert run(root, recipe, options).trials == whole.trials
+
+
 def test_what_is_wrong_is_told_before_anything_is_merged(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"weigth\[0\]"):
         run(root, make_recipe(root, {"weigth[0]": [0.1, 0.2]}), SearchOptions())
