@@ -1,6 +1,6 @@
 """Heavy modules, imported when one of their names is first used: ops are declared and planned without them.
 
-Import them from here, at the top of a module: `from raymerge.ops.lazy import loops, np, torch`.
+Import them from here, at the top of a module: `from raymerge.ops.lazy import np, sum_loops, torch`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch as torch
 
-    loops: Any
+    sum_loops: Any
     delta_loops: Any
     low_rank_loops: Any
     rank_loops: Any
@@ -30,9 +30,9 @@ else:
             return value
 
     np, torch = _LazyModule("numpy"), _LazyModule("torch")
-    loops, delta_loops, low_rank_loops, rank_loops, rule_loops, value_loops = (
-        _LazyModule(f"raymerge.ops.kernels.{name}")
-        for name in ("loops", "delta_loops", "low_rank_loops", "rank_loops", "rule_loops", "value_loops")
+    delta_loops, low_rank_loops, rank_loops, rule_loops, sum_loops, value_loops = (
+        _LazyModule(f"raymerge.ops.loops.{name}")
+        for name in ("delta_loops", "low_rank_loops", "rank_loops", "rule_loops", "sum_loops", "value_loops")
     )
 
-__all__ = ["delta_loops", "loops", "low_rank_loops", "np", "rank_loops", "rule_loops", "torch", "value_loops"]
+__all__ = ["delta_loops", "low_rank_loops", "np", "rank_loops", "rule_loops", "sum_loops", "torch", "value_loops"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raymerge.ops.kernels.random import RandomBits, RandomSparsifier
+from raymerge.ops.kernels.sparsifiers.random import RandomBits, RandomSparsifier
 from raymerge.ops.registry import Base, find_op
 from tests.angles import merge_angles
 from tests.matrices import merge_matrices
@@ -350,7 +350,7 @@ def find_chances(delta: torch.Tensor, density: float, epsilon: float) -> torch.T
 
 
 def _draw(delta: torch.Tensor, seed: int, name: str, position: int) -> torch.Tensor:
-    """Return a random number from 0 to 1 for each element; tests/ops/kernels/test_random.py holds which ones."""
+    """Return a random number from 0 to 1 for each element; test_random.py in tests/ops holds which ones."""
     spares = torch.empty(delta.numel()), torch.empty(delta.numel())
     RandomBits(seed, name, position).write(0, spares)
     words = torch.from_numpy(spares[0].numpy().view(np.uint32).astype(np.float64))
@@ -381,7 +381,7 @@ def _keep_inner(delta: torch.Tensor, density: float, gamma: float) -> torch.Tens
 
 
 def _random_mask(delta: torch.Tensor, density: float, seed: int, name: str, position: int) -> torch.Tensor:
-    """Draw the mask as the product does; tests/ops/kernels/test_random.py holds what is drawn."""
+    """Draw the mask as the product does; tests/ops/kernels/sparsifiers/test_random.py holds what is drawn."""
     if not 0 < density < 1:
         return torch.full_like(delta, density >= 1)
     mask = torch.ones(delta.numel())

@@ -15,8 +15,8 @@ import torch
 
 from raymerge import merge, plan
 from raymerge.ops.kernel import Kernel, Site
-from raymerge.ops.kernels import delta_loops, loops, rule_loops
-from raymerge.ops.kernels.compiler import Loop
+from raymerge.ops.loops import delta_loops, rule_loops, sum_loops
+from raymerge.ops.loops.compiler import Loop
 from raymerge.pipeline.engine import readiness
 from raymerge.pipeline.progress.events import Warned
 from tests.checkpoints import add_noise, read_model, write_checkpoint
@@ -69,7 +69,7 @@ def test_loops_are_known_without_being_loaded(
 ) -> None:
     planned = plan(make_config(method, family)).tasks[0].merges
     kernels = [(merge.variants[0].kernel, len(merge.sources)) for merge in planned]
-    known = [loop for module in (loops, delta_loops, rule_loops) for loop in vars(module).values()]
+    known = [loop for module in (delta_loops, rule_loops, sum_loops) for loop in vars(module).values()]
     for loop in (each for each in known if isinstance(each, Loop)):
         monkeypatch.setattr(loop, "_entry", None)
         monkeypatch.setattr(loop, "_engine", None)

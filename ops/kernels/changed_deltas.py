@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.kernels.elementwise import combine_by_rule
-from raymerge.ops.lazy import loops, np, rule_loops, torch
+from raymerge.ops.lazy import np, rule_loops, sum_loops, torch
 from raymerge.ops.stored import LOOP_DTYPES, PIECE_ELEMENTS, RunAll, Slot, Stored
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class _ChangedDeltasRun(KernelRun):
         """Return for each model how many elements it changed, and how many of them it alone."""
         counts = np.zeros((2, len(self.num_changed)), np.int64)
         where = np.float32(self.kernel.epsilon), stored.num_elements
-        rule_loops.count_changes(*stored.sources(), *where, counts, loops.make_scratch(len(stored.dtypes) + 1))
+        rule_loops.count_changes(*stored.sources(), *where, counts, sum_loops.make_scratch(len(stored.dtypes) + 1))
         return counts
 
     def _find_changed(

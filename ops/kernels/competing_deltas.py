@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
 from raymerge.ops.kernels.divergence import write_exponentials
-from raymerge.ops.kernels.select import CUT_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
+from raymerge.ops.kernels.sparsifiers.select import CUT_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
 from raymerge.ops.lazy import torch
 
 CUT_OFF = 1e-4

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from raymerge.ops.kernel import Block, count_blocks
-from raymerge.ops.kernels.random import numpy_table
-from raymerge.ops.kernels.sparsifier import Sparsifier, Trim
-from raymerge.ops.lazy import delta_loops, loops, np, torch
+from raymerge.ops.kernels.sparsifiers.random import numpy_table
+from raymerge.ops.kernels.sparsifiers.sparsifier import Sparsifier, Trim
+from raymerge.ops.lazy import delta_loops, np, sum_loops, torch
 from raymerge.ops.stored import RunAll, Slot, Stored, find_slots
 
 SMALLEST_SUM = 1e-7
@@ -44,7 +44,7 @@ class Delta:
             trims = Trims([sparsifier], piece)
             sums = np.empty((count_blocks(piece.num_elements), 2))
             where = self.source, piece.start, piece.num_elements
-            delta_loops.sum_delta(*piece.sources(), *where, *trims.arguments(), sums, loops.make_scratch(19))
+            delta_loops.sum_delta(*piece.sources(), *where, *trims.arguments(), sums, sum_loops.make_scratch(19))
             trims.end()
             sparsifier.keep_mask(piece.start, trims.trims[0])
             for full, kept in sums.tolist():
@@ -146,7 +146,7 @@ def combine_deltas(
         *find_slots(outs),
         squares,
         finished,
-        loops.make_scratch(4 + 2 * len(models[0])),
+        sum_loops.make_scratch(4 + 2 * len(models[0])),
     )
     trims.end()
     for out, left in zip(outs, squares, strict=True) if len(outs) > 1 else ():

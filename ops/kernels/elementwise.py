@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
-from raymerge.ops.lazy import loops, np, rule_loops, torch
+from raymerge.ops.lazy import np, rule_loops, sum_loops, torch
 from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored
 
 
@@ -72,6 +72,6 @@ def combine_by_rule(stored: Stored, name: str, parameters: Iterable[Any], out: S
     """Round what a loop of `rule_loops` makes of stored values; see `KernelRun.combine_stored`."""
     flat = [x for value in parameters for x in (value if isinstance(value, tuple) else (value,))]
     where = np.array(flat, np.float32), stored.start, stored.num_elements
-    scratch = loops.make_scratch(len(stored.dtypes) + 3)
+    scratch = sum_loops.make_scratch(len(stored.dtypes) + 3)
     finished: float = getattr(rule_loops, name)(*stored.sources(), *where, *out.arguments(), scratch)
     return finished

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site, count_blocks
 from raymerge.ops.kernels.linear import LinearCombination
 from raymerge.ops.kernels.sparse_deltas import SparseDeltas
-from raymerge.ops.lazy import loops, np, torch
+from raymerge.ops.lazy import np, sum_loops, torch
 from raymerge.ops.stored import LOOP_DTYPES, PIECE_ELEMENTS, RunAll, Slot, Stored
 from raymerge.ops.sums import add_blocks
 
@@ -174,6 +174,6 @@ def find_cosine(aa: float, bb: float, ab: float) -> float:
 def _sum_products(stored: Stored, num_origins: int, num_pairs: int) -> NDArray[np.float64]:
     """Return the inner product of each pair of vectors, for each block."""
     sums = np.empty((count_blocks(stored.num_elements), num_pairs))
-    scratch = loops.make_product_scratch(len(stored.dtypes) - num_origins)
-    loops.sum_products(*stored.sources(), num_origins, stored.num_elements, sums, scratch)
+    scratch = sum_loops.make_product_scratch(len(stored.dtypes) - num_origins)
+    sum_loops.sum_products(*stored.sources(), num_origins, stored.num_elements, sums, scratch)
     return sums

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Block, Kernel, KernelRun, Site
 from raymerge.ops.kernels.gram import Origin, count_origins, load_vectors
-from raymerge.ops.kernels.ranks import count_row, count_row_block
+from raymerge.ops.kernels.sparsifiers.ranks import count_row, count_row_block
 from raymerge.ops.lazy import np, torch
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Block, Kernel, KernelRun, Site
 from raymerge.ops.kernels.divergence import measure_divergence
-from raymerge.ops.kernels.ranks import count_row, count_row_block
-from raymerge.ops.kernels.select import CUT_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
+from raymerge.ops.kernels.sparsifiers.ranks import count_row, count_row_block
+from raymerge.ops.kernels.sparsifiers.select import CUT_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier
 from raymerge.ops.kernels.values import Values
-from raymerge.ops.lazy import loops, np, torch, value_loops
+from raymerge.ops.lazy import np, sum_loops, torch, value_loops
 from raymerge.ops.stored import LOOP_DTYPES, RunAll, Slot, Stored
 
 if TYPE_CHECKING:
@@ -107,13 +107,13 @@ class _ImportantElementsRun(KernelRun):
         for piece in stored.split(BLOCK_ELEMENTS):
             importances = Values(piece)
             where = piece.start, piece.num_elements, self._length, self._divergences
-            value_loops.write_importance(*piece.sources(), *where, importances.array, loops.make_scratch(2))
+            value_loops.write_importance(*piece.sources(), *where, importances.array, sum_loops.make_scratch(2))
             for quartile in self._list_measured(index):
                 quartile.measure_stored(index, importances.stored, 0)
 
     def combine_stored(self, stored: Stored, out: Slot) -> float:
         rule = self._length, self._divergences, np.float32(self._threshold), stored.start, stored.num_elements
-        scratch = loops.make_scratch(4)
+        scratch = sum_loops.make_scratch(4)
         finished: float = value_loops.choose_important(*stored.sources(), *rule, *out.arguments(), scratch)
         return finished
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import Block, Kernel, KernelRun, Site
-from raymerge.ops.lazy import loops, np, torch
+from raymerge.ops.lazy import np, sum_loops, torch
 from raymerge.ops.stored import LOOP_DTYPES, Slot, Stored, find_slots
 
 SMALLEST_SHARE = 1e-4
@@ -100,10 +100,10 @@ def combine_stored(
     num_outputs, used = factors.shape
     squares = outs[0].squares[None] if num_outputs == 1 else np.array([out.squares for out in outs])
     finished = np.zeros(num_outputs)
-    scratch = loops.make_scratch(loops.NUM_DECODED + (num_outputs if used > loops.NUM_DECODED else 1))
+    scratch = sum_loops.make_scratch(sum_loops.NUM_DECODED + (num_outputs if used > sum_loops.NUM_DECODED else 1))
     where = np.array(divisors, np.float32), stored.start, stored.num_elements
     sums = squares, finished, scratch
-    loops.combine(words, longs, places[:used], forms[:used], factors, *where, *find_slots(outs), *sums)
+    sum_loops.combine(words, longs, places[:used], forms[:used], factors, *where, *find_slots(outs), *sums)
     for out, left in zip(outs, squares, strict=True) if num_outputs > 1 else ():
         out.squares[:] = left
     return finished.tolist()

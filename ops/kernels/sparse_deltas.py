@@ -12,10 +12,15 @@ from raymerge.ops.errors import OpParameterError
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Block, Kernel, KernelRun, Site
 from raymerge.ops.kernels.delta import Delta, combine_block, combine_deltas
 from raymerge.ops.kernels.linear import combine_stored
-from raymerge.ops.kernels.random import RandomSparsifier
-from raymerge.ops.kernels.ranks import RankSparsifier, count_row_block, measure_ranking
-from raymerge.ops.kernels.select import CUT_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier, measure_together
-from raymerge.ops.kernels.sparsifier import Sparsifier
+from raymerge.ops.kernels.sparsifiers.random import RandomSparsifier
+from raymerge.ops.kernels.sparsifiers.ranks import RankSparsifier, count_row_block, measure_ranking
+from raymerge.ops.kernels.sparsifiers.select import (
+    CUT_NBYTES,
+    SELECTION_TEMPORARY_NBYTES,
+    MagnitudeSparsifier,
+    measure_together,
+)
+from raymerge.ops.kernels.sparsifiers.sparsifier import Sparsifier
 from raymerge.ops.lazy import torch
 from raymerge.ops.stored import LOOP_DTYPES, RunAll, Slot, Stored
 from raymerge.ops.sums import add_blocks

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from raymerge.ops.kernels.delta import Trims
-from raymerge.ops.kernels.sparsifier import Sparsifier
-from raymerge.ops.lazy import loops, np, value_loops
+from raymerge.ops.kernels.sparsifiers.sparsifier import Sparsifier
+from raymerge.ops.lazy import np, sum_loops, value_loops
 from raymerge.ops.stored import Stored
 
 if TYPE_CHECKING:
@@ -27,6 +27,6 @@ class Values:
         trims = Trims([selection], self.stored)
         kept = np.empty(len(self.array), np.uint8)
         where = self.stored.start, len(self.array)
-        value_loops.find_kept(*self.stored.sources(), *where, *trims.arguments(), kept, loops.make_scratch(2))
+        value_loops.find_kept(*self.stored.sources(), *where, *trims.arguments(), kept, sum_loops.make_scratch(2))
         trims.end()
         return kept

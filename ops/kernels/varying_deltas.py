@@ -9,9 +9,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Block, Kernel, KernelRun, Site
-from raymerge.ops.kernels.select import CUT_NBYTES, SELECTION_TEMPORARY_NBYTES, MagnitudeSparsifier, count_equal
+from raymerge.ops.kernels.sparsifiers.select import (
+    CUT_NBYTES,
+    SELECTION_TEMPORARY_NBYTES,
+    MagnitudeSparsifier,
+    count_equal,
+)
 from raymerge.ops.kernels.values import Values
-from raymerge.ops.lazy import loops, np, torch, value_loops
+from raymerge.ops.lazy import np, sum_loops, torch, value_loops
 from raymerge.ops.stored import LOOP_DTYPES, RunAll, Slot, Stored
 from raymerge.ops.sums import add_blocks
 
@@ -149,7 +154,7 @@ class _VaryingDeltasRun(KernelRun):
     def combine_stored(self, stored: Stored, out: Slot) -> float:
         item = len(out.buffer) // max(1, stored.num_elements)
         weights = np.array(self._weights, np.float32)
-        scratch = loops.make_scratch(4 + len(weights))
+        scratch = sum_loops.make_scratch(4 + len(weights))
         finished = 0.0
         for piece in stored.split(BLOCK_ELEMENTS):
             where = *self._choose(piece), weights, np.float32(SMALLEST_DIVISOR), piece.start, piece.num_elements
@@ -161,7 +166,7 @@ class _VaryingDeltasRun(KernelRun):
     def _sum_squares(self, stored: Stored) -> NDArray[np.float64]:
         """Return the sum of the squares of each delta over a block."""
         sums: NDArray[np.float64] = np.empty((1, len(self._weights)))
-        scratch = np.empty((4, loops.TILE_ELEMENTS), np.uint32)
+        scratch = np.empty((4, sum_loops.TILE_ELEMENTS), np.uint32)
         value_loops.sum_squares(*stored.sources(), *self._choose(stored), stored.num_elements, sums, scratch)
         return sums.reshape(-1)
 
@@ -217,7 +222,7 @@ class _VaryingDeltasRun(KernelRun):
 def _write_variances(stored: Stored, variances: Values) -> int:
     """Do as `_write_variance` does, by loops; return how many elements vary."""
     return int(
-        value_loops.write_variance(*stored.sources(), stored.num_elements, variances.array, loops.make_scratch(4))
+        value_loops.write_variance(*stored.sources(), stored.num_elements, variances.array, sum_loops.make_scratch(4))
     )
 
 

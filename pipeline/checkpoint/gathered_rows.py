@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from raymerge.ops.decoder import Decoder, Plain
+from raymerge.ops.decoders.decoder import Decoder, Plain
+from raymerge.ops.decoders.rows import MEAN, PAD, GatherRows, RowMap, lay_out
 from raymerge.ops.lazy import np
-from raymerge.ops.rows import MEAN, PAD, GatherRows, RowMap, lay_out
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
 from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange, ByteRows
 from raymerge.pipeline.urls import scheme_of

@@ -6,9 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
-from raymerge.ops.decoder import Decoder, Plain
-from raymerge.ops.noise import Noise
-from raymerge.ops.update_factors import Scaled, Zeros
+from raymerge.ops.decoders.decoder import Decoder, Plain
+from raymerge.ops.decoders.noise import Noise
+from raymerge.ops.decoders.update_factors import Scaled, Zeros
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.stores.files import ByteRange, StoredFile, aligned
 

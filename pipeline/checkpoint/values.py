@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from raymerge.ops.decoder import Raw
-from raymerge.ops.intermediate import Intermediate
+from raymerge.ops.decoders.decoder import Raw
+from raymerge.ops.decoders.intermediate import Intermediate
 from raymerge.ops.lazy import np, torch
 from raymerge.ops.stored import widen
 from raymerge.pipeline.checkpoint.dtypes import DTYPES

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from raymerge.ops.decoder import Plain
+from raymerge.ops.decoders.decoder import Plain
+from raymerge.ops.decoders.rows import MEAN, PAD
 from raymerge.ops.lazy import np
-from raymerge.ops.rows import MEAN, PAD
 from raymerge.ops.stored import Stored, item_nbytes, widen
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows

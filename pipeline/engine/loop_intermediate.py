@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from raymerge.ops.decoder import Decoder, Plain
-from raymerge.ops.intermediate import Intermediate
+from raymerge.ops.decoders.decoder import Decoder, Plain
+from raymerge.ops.decoders.intermediate import Intermediate
 from raymerge.ops.kernel import KernelRun
 from raymerge.ops.lazy import np
 from raymerge.ops.stored import PIECE_ELEMENTS, STRIP, RunAll, Slot, Stored, item_nbytes

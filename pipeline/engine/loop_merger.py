@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import repeat
 
-from raymerge.ops.decoder import Plain
+from raymerge.ops.decoders.decoder import Plain
 from raymerge.ops.errors import SourceMismatchError
 from raymerge.ops.kernel import BLOCK_ELEMENTS, KernelRun
 from raymerge.ops.lazy import np

@@ -8,11 +8,11 @@ from dataclasses import replace
 from functools import partial
 
 from raymerge.cluster.host import count_cores
-from raymerge.ops.decoder import Plain
+from raymerge.ops.decoders.decoder import Plain
 from raymerge.ops.kernel import Kernel, Site
-from raymerge.ops.kernels.ahead import Compiling, compile_ahead
-from raymerge.ops.kernels.compiler import Loop, trace_loops
 from raymerge.ops.lazy import np
+from raymerge.ops.loops.ahead import Compiling, compile_ahead
+from raymerge.ops.loops.compiler import Loop, trace_loops
 from raymerge.ops.stored import LOOP_DTYPES, STRIP, Slot, Stored
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
@@ -23,8 +23,8 @@ from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.retry import one_line
 
 LOOPS = tuple(
-    f"raymerge.ops.kernels.{name}"
-    for name in ("loops", "delta_loops", "low_rank_loops", "rank_loops", "rule_loops", "value_loops")
+    f"raymerge.ops.loops.{name}"
+    for name in ("delta_loops", "low_rank_loops", "rank_loops", "rule_loops", "sum_loops", "value_loops")
 )
 _TORCH_MERGER = "raymerge.pipeline.engine.torch_merger"
 

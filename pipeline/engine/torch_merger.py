@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from raymerge.ops.decoder import Raw, find_dtype
+from raymerge.ops.decoders.decoder import Raw, find_dtype
 from raymerge.ops.errors import OpParameterError, SourceMismatchError
 from raymerge.ops.kernel import Block
 from raymerge.pipeline.checkpoint.dtypes import DTYPES

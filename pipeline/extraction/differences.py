@@ -8,7 +8,7 @@ from enum import Enum
 
 import torch
 
-from raymerge.ops.decoder import Raw
+from raymerge.ops.decoders.decoder import Raw
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.checkpoint.tying import is_head

@@ -11,7 +11,7 @@ from typing import IO
 import re2
 import torch
 
-from raymerge.ops.factors import factorise
+from raymerge.ops.decoders.factors import factorise
 from raymerge.pipeline.checkpoint.adapters.adapter import open_adapters
 from raymerge.pipeline.checkpoint.adapters.written import PREFIX, dump_adapter_config
 from raymerge.pipeline.checkpoint.checkpoint import resolve_models

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from raymerge.ops.intermediate import Intermediate
+from raymerge.ops.decoders.intermediate import Intermediate
+from raymerge.ops.decoders.noise import draw_normal, draw_uniform
 from raymerge.ops.lazy import np
-from raymerge.ops.noise import draw_normal, draw_uniform
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.hidden_states import Request, is_available, measure_hidden_states
 from raymerge.pipeline.checkpoint.names import COMPUTED_BUFFER, Layers, split_name

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from raymerge.ops.intermediate import Intermediate, cover
-from raymerge.ops.merged_rows import GatherMergedRows, find_share
-from raymerge.ops.rows import RowMap, lay_out
+from raymerge.ops.decoders.intermediate import Intermediate, cover
+from raymerge.ops.decoders.merged_rows import GatherMergedRows, find_share
+from raymerge.ops.decoders.rows import RowMap, lay_out
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import PLACE_NBYTES
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor

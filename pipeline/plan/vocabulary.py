@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
+from raymerge.ops.decoders.rows import MEAN, PAD, ZERO, make_row_map
 from raymerge.ops.lazy import np
-from raymerge.ops.rows import MEAN, PAD, ZERO, make_row_map
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.names import split_name

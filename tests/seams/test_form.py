@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymerge.ops.decoder import Decoder, Raw
-from raymerge.ops.kernels.random import RandomBits
+from raymerge.ops.decoders.decoder import Decoder, Raw
+from raymerge.ops.kernels.sparsifiers.random import RandomBits
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
 from raymerge.pipeline.checkpoint.views import View

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymerge.ops.decoder import Decoder, Raw
+from raymerge.ops.decoders.decoder import Decoder, Raw
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
 from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.stores.files import ByteRange

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from raymerge.ops.low_rank import Term
+from raymerge.ops.decoders.low_rank import Term
 from raymerge.pipeline.checkpoint.adapters.source import Update, make_factor
 from raymerge.pipeline.checkpoint.source import StoredTensor
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raymerge.ops.adapted import AddedVector, ScaledRows
-from raymerge.ops.decoder import Decoder
-from raymerge.ops.low_rank import Factor, LowRankUpdate, Term
+from raymerge.ops.decoders.adapted import AddedVector, ScaledRows
+from raymerge.ops.decoders.decoder import Decoder
+from raymerge.ops.decoders.low_rank import Factor, LowRankUpdate, Term
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
 from raymerge.pipeline.stores.files import ByteRange, aligned

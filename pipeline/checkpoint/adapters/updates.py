@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from raymerge.ops.low_rank import Term
+from raymerge.ops.decoders.low_rank import Term
 from raymerge.pipeline.checkpoint.adapters.adapter import Adapter
 from raymerge.pipeline.checkpoint.adapters.fitting import find_rank
 from raymerge.pipeline.checkpoint.adapters.modules import Parts, sort_tensors

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from raymerge.ops.decoder import Decoder
-from raymerge.ops.update_factors import JoinedTerms, MergedUpdates
+from raymerge.ops.decoders.decoder import Decoder
+from raymerge.ops.decoders.update_factors import JoinedTerms, MergedUpdates
 from raymerge.pipeline.checkpoint.adapters.source import UpdatedTensor
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
 from raymerge.pipeline.stores.files import ByteRange

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from raymerge.ops.decoder import Raw
+from raymerge.ops.decoders.decoder import Raw
+from raymerge.ops.decoders.rows import MEAN, PAD, ZERO, make_row_map
 from raymerge.ops.registry import find_op
-from raymerge.ops.rows import MEAN, PAD, ZERO, make_row_map
 from raymerge.ops.stored import Stored
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import StoredTensor

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from raymerge import merge, plan
 from raymerge.cluster.runner import Report
-from raymerge.ops.kernels.random import PAGE_ELEMENTS
+from raymerge.ops.kernels.sparsifiers.random import PAGE_ELEMENTS
 from raymerge.ops.registry import find_op
 from raymerge.pipeline import execution, runners, workers
 from raymerge.pipeline.engine import fetch, gpu_stage

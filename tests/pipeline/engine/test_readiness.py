@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from raymerge.ops.kernels.compiler import Loop
+from raymerge.ops.loops.compiler import Loop
 from raymerge.ops.registry import Op
 from raymerge.ops.stored import LOOP_DTYPES
 from raymerge.pipeline.engine.readiness import LOOPS, list_loops

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raymerge.ops.rows import make_row_map
+from raymerge.ops.decoders.rows import make_row_map
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES

@@ -1,0 +1,1 @@
+"""Compiled loops, their compiler, and the cache of their machine code."""
