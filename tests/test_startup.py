@@ -59,15 +59,16 @@ def test_importing_the_package_leaves_torch_out(code: str) -> None:
     assert not run_and_list_imports("-c", code)[1] & {"torch", "ray", "transformers"}
 
 
-def test_a_plain_merge_imports_neither_torch_nor_pandas(tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", ["merge(config, out)", "sweep(config, out, {'weight[0]': [0.1, 0.2]})"])
+def test_plain_merges_and_sweeps_import_neither_torch_nor_pandas(tmp_path: Path, call: str) -> None:
     """Many functions of Arrow import pandas if it is installed."""
     models = [{"model": str(path)} for path in write_family(tmp_path, 1)]
     (tmp_path / "pandas").mkdir()
     (tmp_path / "pandas" / "__init__.py").write_text("__version__ = '3.0.0'")
     config = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
     code = (
-        "import json, sys; sys.path.insert(0, sys.argv[1]); import raymerge;"
-        " raymerge.merge(json.loads(sys.argv[2]), sys.argv[3])"
+        "import json, sys; sys.path.insert(0, sys.argv[1]); from raymerge import merge, sweep;"
+        f" config, out = json.loads(sys.argv[2]), sys.argv[3]; {call}"
     )
     _, imported = run_and_list_imports("-c", code, str(tmp_path), json.dumps(config), str(tmp_path / "out"))
     assert "pyarrow" in imported

@@ -26,22 +26,22 @@ def make_numbers(values: Sequence[float | None], kind: pa.DataType) -> pa.Array:
     >>> make_numbers([1, None], pa.float32()).to_pylist()
     [1.0, None]
     """
-    is_there = np.array([value is not None for value in values], bool)
     with np.errstate(over="ignore"):  # what is beyond the width is infinite, as pyarrow has it
         numbers = np.array([0 if value is None else value for value in values], kind.to_pandas_dtype())
-    validity = None if is_there.all() else pa.py_buffer(np.packbits(is_there, bitorder="little"))
-    return pa.Array.from_buffers(kind, len(values), [validity, pa.py_buffer(numbers)])
+    return pa.Array.from_buffers(kind, len(values), [_make_validity(values), pa.py_buffer(numbers)])
 
 
-def make_texts(values: Sequence[str]) -> pa.Array:
-    """Return a column of texts.
+def make_texts(values: Sequence[str | None]) -> pa.Array:
+    """Return a column of texts, or of none.
 
-    >>> make_texts(["a", "", "é"]).to_pylist()
-    ['a', '', 'é']
+    >>> make_texts(["a", "", None, "é"]).to_pylist()
+    ['a', '', None, 'é']
     """
-    encoded = [value.encode() for value in values]
+    encoded = [(value or "").encode() for value in values]
     offsets = pa.py_buffer(_add_up(map(len, encoded)))
-    return pa.Array.from_buffers(pa.string(), len(values), [None, offsets, pa.py_buffer(b"".join(encoded))])
+    return pa.Array.from_buffers(
+        pa.string(), len(values), [_make_validity(values), offsets, pa.py_buffer(b"".join(encoded))]
+    )
 
 
 def make_coded(values: Sequence[str]) -> pa.Array:
@@ -82,6 +82,12 @@ def read_texts(column: pa.Array) -> list[str]:
         return texts
     dictionary = column.dictionary.to_pylist()
     return [dictionary[code] for code in read_numbers(column.indices).tolist()]
+
+
+def _make_validity(values: Sequence[object]) -> pa.Buffer | None:
+    """Return a bit for each value, whether there is one; None where all are there."""
+    is_there = np.array([value is not None for value in values], bool)
+    return None if is_there.all() else pa.py_buffer(np.packbits(is_there, bitorder="little"))
 
 
 def _add_up(lengths: Iterable[int]) -> NDArray[np.int32]:

@@ -243,20 +243,24 @@ def dump_table(spectrum: Spectrum) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from raymerge.pipeline.checkpoint.columns import make_numbers, make_texts
+
     points = spectrum.points
     columns = {
-        field: pa.array([redact(getattr(point, field)) for point in points], pa.string())
+        field: make_texts([redact(getattr(point, field)) for point in points])
         for field in ("name", "url", "state", "fingerprint", "error")
     }
     for path in spectrum.paths:
         values = [point.settings.get(path) for point in points]
-        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-        if len(numbers) == len([value for value in values if value is not None]):
-            columns[path] = pa.array(values, pa.float64())
+        numbers = [
+            value if isinstance(value, int | float) and not isinstance(value, bool) else None for value in values
+        ]
+        if numbers == values:
+            columns[path] = make_numbers(numbers, pa.float64())
         else:
             texts = [None if value is None else redact(json.dumps(value, ensure_ascii=False)) for value in values]
-            columns[path] = pa.array(texts, pa.string())
+            columns[path] = make_texts(texts)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
+    pq.write_table(pa.Table.from_arrays([*columns.values()], [*columns]), sink)
     content: bytes = sink.getvalue().to_pybytes()
     return content
