@@ -15,7 +15,7 @@ from functools import partial
 
 from bare_client import Job, main, measured
 
-from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES
+from raymerge.pipeline.plan.memory.projection import MAX_FETCH_NBYTES
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.objects.writer import NUM_PARTS, PART_NBYTES
 from raymerge.pipeline.stores.open import Stores, open_stores

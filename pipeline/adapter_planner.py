@@ -14,11 +14,11 @@ from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import AdapterGivenError, CheckpointError, ConfigError
 from raymerge.pipeline.plan.adapters.recipe import expand_adapters
-from raymerge.pipeline.plan.memory import check_plan_fits
+from raymerge.pipeline.plan.memory.places import measure_places
+from raymerge.pipeline.plan.memory.projection import check_plan_fits
+from raymerge.pipeline.plan.memory.shares import Limits, explain_shares
 from raymerge.pipeline.plan.out_files import Network, Written
-from raymerge.pipeline.plan.places import measure_places
 from raymerge.pipeline.plan.shards import make_fingerprint, make_tasks
-from raymerge.pipeline.plan.shares import Limits, explain_shares
 from raymerge.pipeline.plan.side_files import gather_side_files
 from raymerge.pipeline.plan.types import InputModel, MergePlan, PlannedOutput
 from raymerge.pipeline.plan.variants import join_variants

@@ -20,19 +20,19 @@ from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import AdapterGivenError, ConfigError
 from raymerge.pipeline.plan.directory import finish_directory, gather_files
 from raymerge.pipeline.plan.filters import warn_of_idle_filters
-from raymerge.pipeline.plan.integers import check_integers
 from raymerge.pipeline.plan.intermediate import MergeInputs, Planning, expand_steps
+from raymerge.pipeline.plan.memory.places import measure_places
+from raymerge.pipeline.plan.memory.shares import Limits, explain_shares
 from raymerge.pipeline.plan.out_files import Network, Written
-from raymerge.pipeline.plan.places import measure_places
 from raymerge.pipeline.plan.recipe import Recipe, expand
 from raymerge.pipeline.plan.rounding import warn_of_rounding
 from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle
 from raymerge.pipeline.plan.shards import make_fingerprint, make_tasks
-from raymerge.pipeline.plan.shares import Limits, explain_shares
+from raymerge.pipeline.plan.sources.integers import check_integers
 from raymerge.pipeline.plan.stored_inputs import open_inputs
-from raymerge.pipeline.plan.tokenizers import finish_config, plan_vocabulary
 from raymerge.pipeline.plan.types import MergePlan, PlannedOutput, ShardTask
 from raymerge.pipeline.plan.variants import join_variants
+from raymerge.pipeline.plan.vocabulary.tokenizers import finish_config, plan_vocabulary
 from raymerge.pipeline.runners import count_slots
 from raymerge.pipeline.stores.open import Stores
 

@@ -15,8 +15,8 @@ from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
 from raymerge.pipeline.engine.readiness import start_compiling
 from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.plan.foresight import guess_kernels
-from raymerge.pipeline.plan.gpu_memory import WORKERS_PER_GPU
-from raymerge.pipeline.plan.shares import Limits
+from raymerge.pipeline.plan.memory.gpu import WORKERS_PER_GPU
+from raymerge.pipeline.plan.memory.shares import Limits
 from raymerge.pipeline.plan.types import Gpus, MergePlan
 from raymerge.pipeline.runners import check_reach, list_cluster_variables, prepare_workers
 from raymerge.pipeline.stores.open import Stores

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from raymerge import CheckpointError, ConfigError, MemoryLimitError, TensorMismatchError, merge, plan
-from raymerge.pipeline.plan import gates
+from raymerge.pipeline.plan.forms import gates
 from raymerge.testing import merge_in_every_way
 from tests.adapters import draw_factors, write_adapter
 from tests.checkpoints import MANIFEST, read_tensors

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raymerge import merge, plan
-from raymerge.pipeline.plan import places, shares
+from raymerge.pipeline.plan.memory import places, shares
 from tests.checkpoints import read_files, read_tensors, write_checkpoint, write_family
 from tests.memory_promise import SLACK_NBYTES
 from tests.method_configs import METHODS, make_config

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 
 from raymerge.ops.stored import RunAll
 from raymerge.pipeline.engine.threads import run_in_turn
-from raymerge.pipeline.plan.windows import Fetch, Window
+from raymerge.pipeline.plan.memory.windows import Fetch, Window
 from raymerge.pipeline.stores.files import Buffer, ByteRange, aligned
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.ranges import GAP_NBYTES, coalesce

@@ -12,7 +12,7 @@ from raymerge.ops.stored import Stored, item_nbytes, widen
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.engine.fetch import Filled
-from raymerge.pipeline.plan.memory import SEGMENT_ELEMENTS, measure_demand
+from raymerge.pipeline.plan.memory.projection import SEGMENT_ELEMENTS, measure_demand
 from raymerge.pipeline.stores.files import aligned
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from raymerge.pipeline.engine.runs import Figures
 from raymerge.pipeline.engine.tally import Tally
 from raymerge.pipeline.engine.torch_merger import TorchMerger, explain_full_gpu, measure_scratch
 from raymerge.pipeline.engine.writer import ShardWriter
-from raymerge.pipeline.plan.gpu_memory import out_slot_nbytes
-from raymerge.pipeline.plan.memory import measure_demand
+from raymerge.pipeline.plan.memory.gpu import out_slot_nbytes
+from raymerge.pipeline.plan.memory.projection import measure_demand
 from raymerge.pipeline.plan.types import ShardTask
 
 

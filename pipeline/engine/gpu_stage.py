@@ -16,7 +16,7 @@ from raymerge.pipeline.engine.stage import Stage, unify_nans
 from raymerge.pipeline.engine.streams import Mark, open_queue
 from raymerge.pipeline.engine.tally import Tally
 from raymerge.pipeline.engine.writer import ShardWriter
-from raymerge.pipeline.plan.windows import Fetch, Window
+from raymerge.pipeline.plan.memory.windows import Fetch, Window
 from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange, aligned
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.ranges import GAP_NBYTES

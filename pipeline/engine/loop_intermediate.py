@@ -12,7 +12,7 @@ from raymerge.ops.kernel import KernelRun
 from raymerge.ops.lazy import np
 from raymerge.ops.stored import PIECE_ELEMENTS, STRIP, RunAll, Slot, Stored, item_nbytes
 from raymerge.pipeline.engine.threads import run_in_turn
-from raymerge.pipeline.plan.merged_sources import MergedTensor
+from raymerge.pipeline.plan.sources.merged import MergedTensor
 from raymerge.pipeline.stores.files import Buffer, aligned
 
 _DECODED_ELEMENTS = 2**21

@@ -20,7 +20,7 @@ from raymerge.pipeline.engine.runs import Figures, TensorRuns
 from raymerge.pipeline.engine.tally import Tally, is_harmless
 from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.engine.writer import ShardWriter
-from raymerge.pipeline.plan.merged_sources import MergedTensor
+from raymerge.pipeline.plan.sources.merged import MergedTensor
 from raymerge.pipeline.plan.types import TensorMerge
 
 

@@ -10,7 +10,7 @@ from raymerge.ops.lazy import np
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.checkpoint.values import stream_values
-from raymerge.pipeline.plan.merged_sources import MergedRows, MergedTensor
+from raymerge.pipeline.plan.sources.merged import MergedRows, MergedTensor
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.open import Stores
 

@@ -18,7 +18,7 @@ from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.engine.loop_intermediate import find_loop_dtype, has_aligned_grids
 from raymerge.pipeline.engine.threads import run_in_turn
-from raymerge.pipeline.plan.merged_sources import MergedTensor, list_sources
+from raymerge.pipeline.plan.sources.merged import MergedTensor, list_sources
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.retry import one_line
 

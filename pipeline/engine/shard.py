@@ -29,9 +29,9 @@ from raymerge.pipeline.engine.threads import open_threads
 from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.errors import CorruptedError
 from raymerge.pipeline.output.journal import Journal
+from raymerge.pipeline.plan.memory.windows import make_fetches
 from raymerge.pipeline.plan.results import ShardFile, ShardResult
 from raymerge.pipeline.plan.types import ShardTask
-from raymerge.pipeline.plan.windows import make_fetches
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.stores.retry import one_line

@@ -15,7 +15,7 @@ from raymerge.pipeline.engine.fetch import Filled
 from raymerge.pipeline.engine.runs import Figures, TensorRuns
 from raymerge.pipeline.engine.stage import Stage
 from raymerge.pipeline.errors import MemoryLimitError
-from raymerge.pipeline.plan.memory import count_scratch, measure_demand
+from raymerge.pipeline.plan.memory.projection import count_scratch, measure_demand
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.sizes import format_memory
 

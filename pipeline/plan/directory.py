@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.config.merge_config import MergeConfig
-from raymerge.pipeline.plan.chat_template import set_chat_template
 from raymerge.pipeline.plan.out_files import SideFile, Written
 from raymerge.pipeline.plan.side_files import gather_side_files
-from raymerge.pipeline.plan.token_numbers import warn_of_tokenizers
-from raymerge.pipeline.plan.tokenizers import PlannedVocabulary, finish_files
+from raymerge.pipeline.plan.vocabulary.chat_template import set_chat_template
+from raymerge.pipeline.plan.vocabulary.token_numbers import warn_of_tokenizers
+from raymerge.pipeline.plan.vocabulary.tokenizers import PlannedVocabulary, finish_files
 from raymerge.pipeline.stores.open import Stores
 
 

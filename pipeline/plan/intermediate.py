@@ -19,14 +19,14 @@ from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.plan.directory import Directory, finish_directory, gather_files
 from raymerge.pipeline.plan.forms.form import Model
+from raymerge.pipeline.plan.forms.gates import MakeGates, RouterBase, make_gates
 from raymerge.pipeline.plan.forms.modules import settle_modules
-from raymerge.pipeline.plan.gates import MakeGates, RouterBase, make_gates
-from raymerge.pipeline.plan.merged_sources import MergedTensor
 from raymerge.pipeline.plan.out_files import Copied, Written
 from raymerge.pipeline.plan.recipe import Recipe, expand
-from raymerge.pipeline.plan.resolve import COPY
-from raymerge.pipeline.plan.tokenizers import finish_config, plan_vocabulary
+from raymerge.pipeline.plan.sources.merged import MergedTensor
+from raymerge.pipeline.plan.sources.resolve import COPY
 from raymerge.pipeline.plan.types import TensorMerge
+from raymerge.pipeline.plan.vocabulary.tokenizers import finish_config, plan_vocabulary
 from raymerge.pipeline.stores.open import Stores
 
 

@@ -27,15 +27,15 @@ from raymerge.pipeline.checkpoint.views import StoredView
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import CheckpointError, TensorMismatchError
 from raymerge.pipeline.messages import counted, listing
-from raymerge.pipeline.plan.accounts import Accounts, count_tensors
 from raymerge.pipeline.plan.forms import open_form
 from raymerge.pipeline.plan.forms.form import Form, Model, OutputTensor
-from raymerge.pipeline.plan.gates import MakeGates
+from raymerge.pipeline.plan.forms.gates import MakeGates
 from raymerge.pipeline.plan.out_config import check_configs, make_out_config
 from raymerge.pipeline.plan.renaming import explain_names, match_names
-from raymerge.pipeline.plan.resolve import Part, make_tensor_merge
+from raymerge.pipeline.plan.sources.accounts import Accounts, count_tensors
+from raymerge.pipeline.plan.sources.resolve import Part, make_tensor_merge
 from raymerge.pipeline.plan.types import ParameterValue, TensorMerge
-from raymerge.pipeline.plan.vocabulary import Vocabulary
+from raymerge.pipeline.plan.vocabulary.rows import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from raymerge.pipeline.checkpoint.modules import common_prefix, find_modules
 from raymerge.pipeline.checkpoint.names import OTHER_SENSES, find_layers, split_name
 from raymerge.pipeline.checkpoint.tying import is_head
 from raymerge.pipeline.checkpoint.views import PartView, RenamedView, View
-from raymerge.pipeline.plan.accounts import count_tensors
 from raymerge.pipeline.plan.forms.form import Model, say_architectures
+from raymerge.pipeline.plan.sources.accounts import count_tensors
 
 _LAYOUTS = (
     ("experts", re.compile(r"\.experts\.\d+\."), re.compile(r"\.experts\.(?!\d)")),

@@ -10,8 +10,8 @@ from raymerge.pipeline.checkpoint.dtypes import count_nbytes
 from raymerge.pipeline.checkpoint.files import is_tokenizer
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import counted, listing
-from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
-from raymerge.pipeline.plan.memory import NOTABLE_NBYTES, project_plan_mem
+from raymerge.pipeline.plan.memory.gpu import CONTEXT_NBYTES
+from raymerge.pipeline.plan.memory.projection import NOTABLE_NBYTES, project_plan_mem
 from raymerge.pipeline.plan.types import MergePlan
 from raymerge.pipeline.redact import redact, redact_texts
 from raymerge.pipeline.sizes import format_memory, format_nbytes

@@ -9,10 +9,10 @@ from itertools import count
 from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.messages import counted
-from raymerge.pipeline.plan.memory import measure_demand
+from raymerge.pipeline.plan.memory.projection import measure_demand
+from raymerge.pipeline.plan.memory.windows import is_resident
 from raymerge.pipeline.plan.shards import split_shards
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
-from raymerge.pipeline.plan.windows import is_resident
 
 _WORTH_NBYTES = 10 * 10**9
 """Less is read and written in seconds, whoever has nothing to do."""

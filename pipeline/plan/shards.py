@@ -11,8 +11,8 @@ from raymerge import __version__
 from raymerge.ops.own import OwnOps
 from raymerge.pipeline.checkpoint.dtypes import DTYPES, count_nbytes
 from raymerge.pipeline.checkpoint.header import make_header
-from raymerge.pipeline.plan.gpu_memory import check_fits_gpu, project_gpu_mem, project_staged_mem
-from raymerge.pipeline.plan.memory import (
+from raymerge.pipeline.plan.memory.gpu import check_fits_gpu, project_gpu_mem, project_staged_mem
+from raymerge.pipeline.plan.memory.projection import (
     MAX_FETCH_NBYTES,
     Demand,
     check_fits,
@@ -21,10 +21,10 @@ from raymerge.pipeline.plan.memory import (
     project_mem,
     read_by_row,
 )
+from raymerge.pipeline.plan.memory.shares import Limits, Shares, share_out_memory
+from raymerge.pipeline.plan.memory.windows import count_again, count_gaps, is_resident
 from raymerge.pipeline.plan.out_files import Network, SideFile
-from raymerge.pipeline.plan.shares import Limits, Shares, share_out_memory
 from raymerge.pipeline.plan.types import ShardOutput, ShardTask, TensorMerge
-from raymerge.pipeline.plan.windows import count_again, count_gaps, is_resident
 
 MAX_THREADS = 4
 """Threads that merge one shard: more of them wait for the one that hashes."""

@@ -16,7 +16,7 @@ from raymerge.pipeline.checkpoint.views import StoredView, View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.plan.components import Parts, pair_components
 from raymerge.pipeline.plan.forms.form import Model
-from raymerge.pipeline.plan.memory import check_plan_fits
+from raymerge.pipeline.plan.memory.projection import check_plan_fits
 from raymerge.pipeline.plan.recipe import open_model
 from raymerge.pipeline.plan.types import InputAdapter, InputModel
 from raymerge.pipeline.stores.files import StoredFile

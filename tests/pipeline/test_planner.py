@@ -9,7 +9,7 @@ import pytest
 from raymerge import plan
 from raymerge.pipeline.checkpoint import header
 from raymerge.pipeline.errors import MemoryLimitError
-from raymerge.pipeline.plan import memory
+from raymerge.pipeline.plan.memory import projection as memory
 from raymerge.pipeline.planner import pause_collector
 from tests.checkpoints import llama_config, write_llama, write_sparse
 

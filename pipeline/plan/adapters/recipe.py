@@ -20,11 +20,11 @@ from raymerge.pipeline.config.adapter import AdapterRule
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import counted, listing
-from raymerge.pipeline.plan.adapted import find_coefficients
 from raymerge.pipeline.plan.adapters.checks import check_updates
 from raymerge.pipeline.plan.adapters.factor_pair import FactorPair
-from raymerge.pipeline.plan.merged_sources import MergedTensor
-from raymerge.pipeline.plan.resolve import Part, Scope, make_tensor_merge, promote
+from raymerge.pipeline.plan.sources.adapted import find_coefficients
+from raymerge.pipeline.plan.sources.merged import MergedTensor
+from raymerge.pipeline.plan.sources.resolve import Part, Scope, make_tensor_merge, promote
 from raymerge.pipeline.plan.types import TensorMerge, Variant
 
 _WHOLE_TOLERANCE = 1e-6

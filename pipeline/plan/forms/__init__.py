@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.plan.forms.form import Form, Model
+from raymerge.pipeline.plan.forms.gates import MakeGates
 from raymerge.pipeline.plan.forms.models import WholeModels
 from raymerge.pipeline.plan.forms.modules import ModuleByModule
 from raymerge.pipeline.plan.forms.moe import MixtureOfExperts
 from raymerge.pipeline.plan.forms.slices import Slices
-from raymerge.pipeline.plan.gates import MakeGates
 
 _FORMS: tuple[type[Form], ...] = (ModuleByModule, WholeModels, Slices)
 

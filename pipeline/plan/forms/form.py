@@ -16,7 +16,7 @@ from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, name_h
 from raymerge.pipeline.checkpoint.views import TiedView, View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.values import Settings
-from raymerge.pipeline.plan.resolve import Scope
+from raymerge.pipeline.plan.sources.resolve import Scope
 
 EMBEDDING_FIELDS = ("vocab_size", "hidden_size")
 """Fields of config.json for the rows and columns of an embedding."""

@@ -9,7 +9,7 @@ from raymerge.pipeline.checkpoint.model_config import Json, text_part
 from raymerge.pipeline.checkpoint.names import COMPUTED_BUFFER, OPTIONAL_BUFFERS, split_name
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.forms.form import Model
-from raymerge.pipeline.plan.stacked_config import read_layer
+from raymerge.pipeline.plan.forms.stacked_config import read_layer
 
 Kind = frozenset[tuple[str, tuple[int, ...]]]
 """Name without stack and number, and shape, of each tensor of a layer: thousands in mixtures of experts."""

@@ -11,9 +11,9 @@ from raymerge.pipeline.checkpoint.tying import is_head
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import counted
-from raymerge.pipeline.plan.accounts import count_tensors
 from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor, say_architectures
-from raymerge.pipeline.plan.resolve import Scope
+from raymerge.pipeline.plan.sources.accounts import count_tensors
+from raymerge.pipeline.plan.sources.resolve import Scope
 
 
 class WholeModels(Form):

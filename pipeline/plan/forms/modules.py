@@ -29,8 +29,8 @@ from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.messages import counted, find_near, listing
 from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor
 from raymerge.pipeline.plan.forms.models import WholeModels
+from raymerge.pipeline.plan.forms.module_config import find_section
 from raymerge.pipeline.plan.forms.slices import Slices
-from raymerge.pipeline.plan.module_config import find_section
 
 _SHOWN = 6
 _TAKEN_OUT = "deepstack_visual_indexes"

@@ -18,10 +18,10 @@ from raymerge.pipeline.config.values import Rule, Setting, Settings
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor
+from raymerge.pipeline.plan.forms.gates import ROUTER, Gates, MakeGates
 from raymerge.pipeline.plan.forms.layer_kinds import group_layers
-from raymerge.pipeline.plan.gates import ROUTER, Gates, MakeGates
-from raymerge.pipeline.plan.layouts import BIASES, PROJECTIONS, Layout, choose_layout
-from raymerge.pipeline.plan.resolve import Scope
+from raymerge.pipeline.plan.forms.layouts import BIASES, PROJECTIONS, Layout, choose_layout
+from raymerge.pipeline.plan.sources.resolve import Scope
 from raymerge.pipeline.stores.inline import make_file
 
 _MLP = "mlp."

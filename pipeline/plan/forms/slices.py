@@ -16,8 +16,8 @@ from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor
 from raymerge.pipeline.plan.forms.layer_kinds import check_layers, group_layers
-from raymerge.pipeline.plan.resolve import Scope
-from raymerge.pipeline.plan.stacked_config import set_no_prediction_layers, stack_layers
+from raymerge.pipeline.plan.forms.stacked_config import set_no_prediction_layers, stack_layers
+from raymerge.pipeline.plan.sources.resolve import Scope
 
 _EMBEDDING_SIDE = (
     "embed", "wte", "wpe", "visual", "vision", "projector", "audio", "connector", "merger", "conv", "patch", "pre_lay",

@@ -16,8 +16,8 @@ from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.engine import fetch
 from raymerge.pipeline.engine.fetch import Filled, fetch_windows
 from raymerge.pipeline.errors import FetchError
+from raymerge.pipeline.plan.memory.windows import Fetch, Window
 from raymerge.pipeline.plan.types import TensorMerge, Variant
-from raymerge.pipeline.plan.windows import Fetch, Window
 from raymerge.pipeline.stores.files import Buffer, ByteRange, aligned
 from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.seam import Storage

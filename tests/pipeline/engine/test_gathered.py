@@ -20,9 +20,9 @@ from raymerge.pipeline.engine import fetch
 from raymerge.pipeline.engine.fetch import Filled, fetch_windows
 from raymerge.pipeline.engine.gathered import Gatherer
 from raymerge.pipeline.engine.readiness import takes_loops
-from raymerge.pipeline.plan.memory import SEGMENT_ELEMENTS
+from raymerge.pipeline.plan.memory.projection import SEGMENT_ELEMENTS
+from raymerge.pipeline.plan.memory.windows import Window
 from raymerge.pipeline.plan.types import TensorMerge, Variant
-from raymerge.pipeline.plan.windows import Window
 from raymerge.pipeline.stores.open import open_stores
 
 ROWS = 3000

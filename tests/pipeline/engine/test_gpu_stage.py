@@ -21,8 +21,7 @@ from raymerge.pipeline.engine import fetch, gpu_stage
 from raymerge.pipeline.engine import shard as execute
 from raymerge.pipeline.errors import ConfigError, MemoryLimitError
 from raymerge.pipeline.options import MergeOptions
-from raymerge.pipeline.plan import places
-from raymerge.pipeline.plan.memory import Transfer
+from raymerge.pipeline.plan.memory.projection import Transfer, places
 from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.plan.types import ShardTask
 from raymerge.pipeline.stores.open import Stores

@@ -18,9 +18,9 @@ from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.plan.forms.modules import settle_modules
-from raymerge.pipeline.plan.memory import Demand, Transfer
+from raymerge.pipeline.plan.memory.projection import Demand, Transfer
 from raymerge.pipeline.plan.recipe import Recipe, expand, open_model
-from raymerge.pipeline.plan.resolve import COPY
+from raymerge.pipeline.plan.sources.resolve import COPY
 from raymerge.pipeline.plan.types import TensorMerge, Variant
 from raymerge.pipeline.stores.files import ALIGNMENT, StoredFile
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raymerge.pipeline.errors import CheckpointError, ConfigError, TensorMismatchError
 from raymerge.pipeline.plan.recipe import Recipe
-from raymerge.pipeline.plan.resolve import COPY
+from raymerge.pipeline.plan.sources.resolve import COPY
 from tests.pipeline.plan.layouts import (
     Layout,
     bare,

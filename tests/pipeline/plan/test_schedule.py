@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from raymerge.ops.kernel import Site
 from raymerge.ops.kernels.linear import LinearCombination
 from raymerge.pipeline.checkpoint.names import natural_key
-from raymerge.pipeline.plan.memory import Transfer
+from raymerge.pipeline.plan.memory.projection import Transfer
+from raymerge.pipeline.plan.memory.shares import Limits
 from raymerge.pipeline.plan.schedule import explain_gpus, explain_idle, measure_cost, measure_idle, share_out
 from raymerge.pipeline.plan.shards import make_tasks
-from raymerge.pipeline.plan.shares import Limits
 from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
 from raymerge.pipeline.sizes import parse_nbytes
 from tests.pipeline.plan.layouts import make_merge

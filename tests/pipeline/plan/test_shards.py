@@ -17,8 +17,15 @@ from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.header import parse_header
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.errors import MemoryLimitError
-from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
-from raymerge.pipeline.plan.memory import MAX_FETCH_NBYTES, TENSOR_NBYTES, Transfer, measure_demand, project_mem
+from raymerge.pipeline.plan.memory.gpu import CONTEXT_NBYTES
+from raymerge.pipeline.plan.memory.projection import (
+    MAX_FETCH_NBYTES,
+    TENSOR_NBYTES,
+    Transfer,
+    measure_demand,
+    project_mem,
+)
+from raymerge.pipeline.plan.memory.shares import Limits
 from raymerge.pipeline.plan.out_files import Written
 from raymerge.pipeline.plan.shards import (
     default_shard_nbytes,
@@ -27,7 +34,6 @@ from raymerge.pipeline.plan.shards import (
     shard_names,
     split_shards,
 )
-from raymerge.pipeline.plan.shares import Limits
 from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
 from raymerge.pipeline.sizes import parse_nbytes
 from raymerge.pipeline.stores.files import StoredFile

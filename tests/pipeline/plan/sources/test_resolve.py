@@ -12,7 +12,7 @@ from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.config.values import Rule, Setting, Settings
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
-from raymerge.pipeline.plan.resolve import COPY, Part, Scope, make_tensor_merge, promote
+from raymerge.pipeline.plan.sources.resolve import COPY, Part, Scope, make_tensor_merge, promote
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.files import StoredFile
 from tests.pipeline.plan.layouts import parameters_of

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raymerge.cluster.host import measure_memory
-from raymerge.pipeline.plan.memory import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer
-from raymerge.pipeline.plan.shares import Limits
+from raymerge.pipeline.plan.memory.projection import LOCAL_FETCH_NBYTES, MAX_FETCH_NBYTES, Transfer
+from raymerge.pipeline.plan.memory.shares import Limits
 from raymerge.pipeline.stores.open import Stores
 
 if TYPE_CHECKING:

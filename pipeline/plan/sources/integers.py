@@ -9,7 +9,7 @@ from hashlib import sha256
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import listing
-from raymerge.pipeline.plan.resolve import COPY
+from raymerge.pipeline.plan.sources.resolve import COPY
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.open import Stores
 

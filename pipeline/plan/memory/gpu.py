@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from raymerge.pipeline.plan.memory import Demand, Transfer, largest_block, project_transfer_mem, refuse_more
+from raymerge.pipeline.plan.memory.projection import Demand, Transfer, largest_block, project_transfer_mem, refuse_more
 from raymerge.pipeline.stores.files import ALIGNMENT
 
 CONTEXT_NBYTES = 640 * 2**20

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from raymerge.pipeline.checkpoint.model_config import Json
-from raymerge.pipeline.plan.stacked_config import set_no_prediction_layers, stack_layers
+from raymerge.pipeline.plan.forms.stacked_config import set_no_prediction_layers, stack_layers
 
 
 def stack(config: Json, *parts: tuple[Json, int, int]) -> tuple[Json, list[str]]:

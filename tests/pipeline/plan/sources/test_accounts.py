@@ -4,7 +4,7 @@ import pytest
 
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.errors import TensorMismatchError
-from raymerge.pipeline.plan.accounts import Accounts
+from raymerge.pipeline.plan.sources.accounts import Accounts
 from tests.pipeline.plan.layouts import bare, llama, model_refs, stored_tensors
 
 A, B, C = model_refs("a", "b", "c")

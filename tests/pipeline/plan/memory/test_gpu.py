@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS
 from raymerge.pipeline.errors import MemoryLimitError
-from raymerge.pipeline.plan.gpu_memory import (
+from raymerge.pipeline.plan.memory.gpu import (
     CONTEXT_NBYTES,
     check_fits_gpu,
     choose_room_nbytes,
@@ -18,7 +18,7 @@ from raymerge.pipeline.plan.gpu_memory import (
     project_gpu_mem,
     project_staged_mem,
 )
-from raymerge.pipeline.plan.memory import WORKER_NBYTES, Demand, Transfer, measure_demand
+from raymerge.pipeline.plan.memory.projection import WORKER_NBYTES, Demand, Transfer, measure_demand
 from raymerge.pipeline.sizes import parse_nbytes
 from raymerge.pipeline.stores.seam import OUTPUT_BUFFER_NBYTES
 from tests.pipeline.plan.layouts import DEMANDS, TRANSFERS, make_merge, named

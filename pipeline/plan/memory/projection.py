@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.errors import MemoryLimitError
-from raymerge.pipeline.plan.merged_sources import MergedTensor
+from raymerge.pipeline.plan.sources.merged import MergedTensor
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.sizes import format_memory
 from raymerge.pipeline.stores.files import ALIGNMENT

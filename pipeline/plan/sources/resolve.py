@@ -16,7 +16,7 @@ from raymerge.pipeline.checkpoint.source import Source, StoredTensor
 from raymerge.pipeline.checkpoint.views import View
 from raymerge.pipeline.config.values import Settings, resolve
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
-from raymerge.pipeline.plan.adapted import join_adapted
+from raymerge.pipeline.plan.sources.adapted import join_adapted
 from raymerge.pipeline.plan.types import ParameterValue, TensorMerge, Variant
 
 COPY = "copy"

@@ -19,7 +19,7 @@ from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.out_files import SideFile, Written, carry
-from raymerge.pipeline.plan.vocabulary import Vocabulary, has_token_rows
+from raymerge.pipeline.plan.vocabulary.rows import Vocabulary, has_token_rows
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores
 

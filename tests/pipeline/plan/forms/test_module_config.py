@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raymerge.pipeline.checkpoint.modules import AUDIO, DECODER, ENCODER, PROJECTOR, TEXT, VISION
-from raymerge.pipeline.plan.module_config import find_section
+from raymerge.pipeline.plan.forms.module_config import find_section
 
 QWEN = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"depth": 3, "fullatt_block_indexes": [1]}}
 OMNI = {"thinker_config": {**QWEN, "audio_config": {"encoder_layers": 2, "num_hidden_layers": 2}}}

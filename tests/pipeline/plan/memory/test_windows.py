@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymerge.pipeline.checkpoint.source import Source
-from raymerge.pipeline.plan.memory import Transfer, measure_demand
-from raymerge.pipeline.plan.merged_sources import MergedTensor
+from raymerge.pipeline.plan.memory.projection import Transfer, measure_demand
+from raymerge.pipeline.plan.memory.shares import Limits
+from raymerge.pipeline.plan.memory.windows import Window, is_resident, make_fetches, make_windows
 from raymerge.pipeline.plan.shards import make_tasks
-from raymerge.pipeline.plan.shares import Limits
+from raymerge.pipeline.plan.sources.merged import MergedTensor
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
-from raymerge.pipeline.plan.windows import Window, is_resident, make_fetches, make_windows
 from raymerge.pipeline.stores.files import aligned
 from tests.pipeline.plan.layouts import make_merge
 

@@ -20,7 +20,7 @@ from raymerge.pipeline.checkpoint.tokenizer.union import OutTokenizer
 from raymerge.pipeline.config.tokenizer import TokenRow, VocabularyRule
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.messages import counted, escaped, listing
-from raymerge.pipeline.plan.merged_sources import MergedRows, MergedTensor
+from raymerge.pipeline.plan.sources.merged import MergedRows, MergedTensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Site
 from raymerge.pipeline.errors import MemoryLimitError
-from raymerge.pipeline.plan.memory import (
+from raymerge.pipeline.plan.memory.projection import (
     MAX_FETCH_NBYTES,
     WORKER_NBYTES,
     Demand,

@@ -11,13 +11,13 @@ import pytest
 from raymerge.ops.decoders.rows import make_row_map
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import StoredTensor
-from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES
-from raymerge.pipeline.plan.memory import Transfer
-from raymerge.pipeline.plan.merged_sources import MergedTensor
+from raymerge.pipeline.plan.memory.gpu import CONTEXT_NBYTES
+from raymerge.pipeline.plan.memory.projection import Transfer
+from raymerge.pipeline.plan.memory.shares import Limits, explain_shares
+from raymerge.pipeline.plan.memory.windows import make_fetches
 from raymerge.pipeline.plan.shards import make_tasks
-from raymerge.pipeline.plan.shares import Limits, explain_shares
+from raymerge.pipeline.plan.sources.merged import MergedTensor
 from raymerge.pipeline.plan.types import Gpus, ShardTask, TensorMerge
-from raymerge.pipeline.plan.windows import make_fetches
 from tests.pipeline.plan.layouts import make_merge
 
 GIB = 2**30

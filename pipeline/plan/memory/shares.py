@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from raymerge.pipeline.plan.gpu_memory import CONTEXT_NBYTES, choose_room_nbytes, project_gpu_mem
-from raymerge.pipeline.plan.memory import (
+from raymerge.pipeline.plan.memory.gpu import CONTEXT_NBYTES, choose_room_nbytes, project_gpu_mem
+from raymerge.pipeline.plan.memory.projection import (
     TENSOR_NBYTES,
     Demand,
     Transfer,

@@ -8,7 +8,7 @@ from itertools import chain, compress
 
 from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import Source
-from raymerge.pipeline.plan.memory import Demand, measure_demand, measure_kept
+from raymerge.pipeline.plan.memory.projection import Demand, measure_demand, measure_kept
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.files import ByteRange, ByteRows, aligned
 from raymerge.pipeline.stores.ranges import GAP_NBYTES, coalesce

@@ -1,0 +1,1 @@
+"""Memory of tasks and how it is shared out: projections, shares, windows."""

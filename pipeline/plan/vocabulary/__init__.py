@@ -1,0 +1,1 @@
+"""The vocabulary of an output: its tokenizer, its rows of embeddings, its chat template, and token numbers."""
