@@ -10,7 +10,7 @@ from raymerge.cluster.fork_server import start_fork_server
 from raymerge.cluster.process_runner import ProcessRunner, StartMethod, make_local_runner
 from raymerge.cluster.runner import Report, Runner
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
-from raymerge.pipeline.engine.gpus import VARIABLE, require_gpus, start_cuda
+from raymerge.pipeline.engine.gpu.devices import VARIABLE, require_gpus, start_cuda
 from raymerge.pipeline.engine.readiness import LOOPS, prepare
 from raymerge.pipeline.errors import ConfigError, FetchError, OutputError
 from raymerge.pipeline.output.journal import Journal

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from raymerge.cluster.host import measure_memory
 from raymerge.cluster.ray.session import RESERVED_MEM, TASK_NBYTES
 from raymerge.pipeline.config.merge_config import MergeConfig
-from raymerge.pipeline.engine.gpus import list_gpus, require_gpus
+from raymerge.pipeline.engine.gpu.devices import list_gpus, require_gpus
 from raymerge.pipeline.engine.readiness import start_compiling
 from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.plan.foresight import guess_kernels

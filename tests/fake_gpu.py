@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from raymerge.pipeline.engine.streams import Mark, Queue
+from raymerge.pipeline.engine.gpu.streams import Mark, Queue
 
 DEVICE = torch.device("meta")
 """What tensors on the GPU say: a device that torch knows without a driver."""

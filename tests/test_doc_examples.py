@@ -20,8 +20,8 @@ from raymerge.ops.own import OwnOps
 from raymerge.pipeline.checkpoint.find import FoundModel
 from raymerge.pipeline.cli.app import commands
 from raymerge.pipeline.config.reader import load_config
-from raymerge.pipeline.config.search import SEARCH
-from raymerge.pipeline.config.sweep import SWEEP
+from raymerge.pipeline.config.sections.search import SEARCH
+from raymerge.pipeline.config.sections.sweep import SWEEP
 from raymerge.pipeline.evaluation.tasks.task_file import read_task_file
 from raymerge.pipeline.search.recipe import read_recipe
 from raymerge.pipeline.spectrum.points import make_points

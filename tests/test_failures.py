@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from raymerge import Event, Planned, merge
-from raymerge.pipeline.cli.display import Display
+from raymerge.pipeline.cli.display.merge import Display
 from raymerge.pipeline.errors import FetchError
 from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.stores.local import writer as local_writer

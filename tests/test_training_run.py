@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raymerge import merge, plan
-from raymerge.pipeline.config.training_run import make_weights
+from raymerge.pipeline.config.sections.training_run import make_weights
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.plan.report import format_plan
 from tests.checkpoints import read_files, read_tensors, write_checkpoint

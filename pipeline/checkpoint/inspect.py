@@ -28,12 +28,12 @@ from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, Origin, parse_origin
 from raymerge.pipeline.checkpoint.model_config import Json, count_layers
 from raymerge.pipeline.checkpoint.names import natural_key
-from raymerge.pipeline.checkpoint.quantised import find_quantisation
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.side_files import find_side_files
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.stacks import Stack, Totals, add_up, split_stacks
-from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_tied
+from raymerge.pipeline.checkpoint.views.quantised import find_quantisation
+from raymerge.pipeline.checkpoint.views.tying import find_embedding, find_head, is_tied
 from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.messages import counted

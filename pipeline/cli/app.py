@@ -168,7 +168,7 @@ def merge(
         return
     if log_json and quiet:
         raise ConfigError("--log-json is for machines, and tells them everything; leave -q out")
-    from raymerge.pipeline.cli.display import Display
+    from raymerge.pipeline.cli.display.merge import Display
     from raymerge.pipeline.cli.json_log import open_json_log
 
     with open_json_log(verbose=verbose) if log_json else Display(verbose=verbose, quiet=quiet) as log:

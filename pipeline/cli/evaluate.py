@@ -43,7 +43,7 @@ def evaluate(
     """Evaluate models: accuracy, tokens, thinking. Run it again to finish; what is finished is not done again."""
     from json import dumps
 
-    from raymerge.pipeline.cli.evaluation_display import EvaluationDisplay, format_table
+    from raymerge.pipeline.cli.display.evaluation import EvaluationDisplay, format_table
     from raymerge.pipeline.cli.json_log import open_json_log
     from raymerge.pipeline.evaluation.evaluate import evaluate as run
     from raymerge.pipeline.evaluation.events import format_event

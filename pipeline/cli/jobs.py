@@ -142,7 +142,7 @@ def logs(
 ) -> None:
     """Show the log of a job."""
     from raymerge.cluster.job_client import JobClient
-    from raymerge.pipeline.cli.display import Display
+    from raymerge.pipeline.cli.display.merge import Display
 
     client = JobClient(address)
     if follow:
@@ -165,7 +165,7 @@ def stop(job_id: JobId, address: Address) -> None:
 
 def _follow(client: JobClient, job_id: str) -> int:
     """Show a job until it ends as if it ran here, and return its exit code."""
-    from raymerge.pipeline.cli.display import Display
+    from raymerge.pipeline.cli.display.merge import Display
 
     try:
         with Display(verbose=False, quiet=False) as display:

@@ -39,7 +39,7 @@ def search(
     from json import dumps
     from pathlib import Path
 
-    from raymerge.pipeline.cli.search_display import SearchDisplay, format_report
+    from raymerge.pipeline.cli.display.search import SearchDisplay, format_report
     from raymerge.pipeline.redact import redact_texts
     from raymerge.pipeline.search.search import search as run
 

@@ -54,7 +54,7 @@ def sweep(
             for warning in planned.warnings:
                 say(redact(f"warning: {warning}"))
         return
-    from raymerge.pipeline.cli.display import Display
+    from raymerge.pipeline.cli.display.merge import Display
     from raymerge.pipeline.cli.json_log import open_json_log
 
     with open_json_log(verbose=verbose) if log_json else Display(verbose=verbose, quiet=quiet) as log:

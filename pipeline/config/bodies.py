@@ -22,7 +22,7 @@ from raymerge.pipeline.config.methods import (
 )
 from raymerge.pipeline.config.node import Place, PlaceError
 from raymerge.pipeline.config.reference import NO_MODEL, parse_model_ref, parse_revision, spelling_key
-from raymerge.pipeline.config.training_run import RUN_KEYS, FindModels, parse_run
+from raymerge.pipeline.config.sections.training_run import RUN_KEYS, FindModels, parse_run
 from raymerge.pipeline.config.values import Settings, overlay
 from raymerge.pipeline.messages import shown
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Op
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.config.adapter import AdapterRule
-from raymerge.pipeline.config.chat_template import TemplateChoice
-from raymerge.pipeline.config.tokenizer import VocabularyRule
+from raymerge.pipeline.config.sections.adapter import AdapterRule
+from raymerge.pipeline.config.sections.chat_template import TemplateChoice
+from raymerge.pipeline.config.sections.tokenizer import VocabularyRule
 from raymerge.pipeline.config.values import Settings
 
 RANDOM_GATES = ("random", "uniform_random")

@@ -11,9 +11,7 @@ from pathlib import Path
 from raymerge.ops.own import OwnOps
 from raymerge.ops.registry import Op, load_ops
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.config.adapter import find_base_of_updates, parse_adapter
 from raymerge.pipeline.config.bodies import Body, BodyReader
-from raymerge.pipeline.config.chat_template import parse_chat_template
 from raymerge.pipeline.config.document import Document, read_documents
 from raymerge.pipeline.config.fields import parse_dtype, parse_integers, parse_name, parse_patterns
 from raymerge.pipeline.config.findings import Finding, TooManyError
@@ -22,11 +20,13 @@ from raymerge.pipeline.config.merge_config import MergeConfig, ModulePart, Outpu
 from raymerge.pipeline.config.methods import Use, check_given, check_statistics, lacks_all_weights, parse_method
 from raymerge.pipeline.config.mixture import is_mixture, read_mixture
 from raymerge.pipeline.config.node import Place
-from raymerge.pipeline.config.search import note_search
+from raymerge.pipeline.config.sections.adapter import find_base_of_updates, parse_adapter
+from raymerge.pipeline.config.sections.chat_template import parse_chat_template
+from raymerge.pipeline.config.sections.search import note_search
+from raymerge.pipeline.config.sections.sweep import note_sweep
+from raymerge.pipeline.config.sections.tokenizer import check_rows, parse_tokenizer
+from raymerge.pipeline.config.sections.training_run import FindModels
 from raymerge.pipeline.config.steps import Part, join_documents
-from raymerge.pipeline.config.sweep import note_sweep
-from raymerge.pipeline.config.tokenizer import check_rows, parse_tokenizer
-from raymerge.pipeline.config.training_run import FindModels
 from raymerge.pipeline.config.values import Rule, Setting, Settings
 from raymerge.pipeline.errors import ConfigError
 

@@ -12,14 +12,14 @@ from typing import Any
 from raymerge.ops.registry import Base, Op, Parameter
 from raymerge.pipeline.checkpoint.chat_template.builtin import BUILTIN
 from raymerge.pipeline.checkpoint.dtypes import DTYPE_NAMES
-from raymerge.pipeline.config.adapter import ADAPTER_SCHEMA, NOT_OF_ADAPTERS
-from raymerge.pipeline.config.chat_template import AUTO
 from raymerge.pipeline.config.merge_config import RANDOM_GATES
 from raymerge.pipeline.config.methods import takes_first_as_base
 from raymerge.pipeline.config.mixture import ARCHITECTURES, GATE_MODES, MIXTURE, MIXTURE_KEYS
-from raymerge.pipeline.config.search import SEARCH, SEARCH_SCHEMA
-from raymerge.pipeline.config.sweep import SWEEP, SWEEP_SCHEMA
-from raymerge.pipeline.config.training_run import SCHEDULES
+from raymerge.pipeline.config.sections.adapter import ADAPTER_SCHEMA, NOT_OF_ADAPTERS
+from raymerge.pipeline.config.sections.chat_template import AUTO
+from raymerge.pipeline.config.sections.search import SEARCH, SEARCH_SCHEMA
+from raymerge.pipeline.config.sections.sweep import SWEEP, SWEEP_SCHEMA
+from raymerge.pipeline.config.sections.training_run import SCHEDULES
 from raymerge.pipeline.config.values import BOOLS
 
 Schema = dict[str, Any]

@@ -10,7 +10,7 @@ from raymerge.ops.decoders.rows import MEAN, PAD
 from raymerge.ops.lazy import np
 from raymerge.ops.stored import Stored, item_nbytes, widen
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
+from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
 from raymerge.pipeline.engine.fetch import Filled
 from raymerge.pipeline.plan.memory.projection import SEGMENT_ELEMENTS, measure_demand
 from raymerge.pipeline.stores.files import aligned

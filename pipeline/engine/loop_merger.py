@@ -12,7 +12,7 @@ from raymerge.ops.kernel import BLOCK_ELEMENTS, KernelRun
 from raymerge.ops.lazy import np
 from raymerge.ops.stored import PIECE_ELEMENTS, STRIP, RunAll, Slot, Stored, item_nbytes
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
+from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
 from raymerge.pipeline.engine.fetch import Filled
 from raymerge.pipeline.engine.gathered import Gatherer
 from raymerge.pipeline.engine.loop_intermediate import LoopIntermediate, decode_stored, find_loop_dtype

@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import partial
 
 from raymerge.ops.lazy import np
-from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.checkpoint.values import stream_values
+from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
 from raymerge.pipeline.plan.sources.merged import MergedRows, MergedTensor
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.open import Stores

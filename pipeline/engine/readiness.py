@@ -15,7 +15,7 @@ from raymerge.ops.loops.ahead import Compiling, compile_ahead
 from raymerge.ops.loops.compiler import Loop, trace_loops
 from raymerge.ops.stored import LOOP_DTYPES, STRIP, Slot, Stored
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
+from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
 from raymerge.pipeline.engine.loop_intermediate import find_loop_dtype, has_aligned_grids
 from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.plan.sources.merged import MergedTensor, list_sources

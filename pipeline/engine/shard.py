@@ -18,7 +18,7 @@ from raymerge.cluster.host import find_host
 from raymerge.cluster.runner import Progress, Report
 from raymerge.ops.errors import OpFileError, find_line
 from raymerge.pipeline.engine.fetch import Filled, fetch_windows
-from raymerge.pipeline.engine.gpus import take_gpu
+from raymerge.pipeline.engine.gpu.devices import take_gpu
 from raymerge.pipeline.engine.merger import HostMerger
 from raymerge.pipeline.engine.padding import fill_padding
 from raymerge.pipeline.engine.process_memory import measure_first_mem, measure_peak, peak_rss
@@ -150,7 +150,7 @@ def _make_shard(
             merger: HostMerger | TorchMerger
             windows: Generator[Filled, None, None]
             if task.piece_nbytes:
-                from raymerge.pipeline.engine.gpu_merger import open_gpu_merger
+                from raymerge.pipeline.engine.gpu.merger import open_gpu_merger
 
                 opened = open_gpu_merger(task, shards, tallies, measured, device)
                 stage, merger = stack.enter_context(opened)

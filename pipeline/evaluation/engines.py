@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from raymerge.cluster.host import count_cores
-from raymerge.pipeline.engine.gpus import VARIABLE
+from raymerge.pipeline.engine.gpu.devices import VARIABLE
 from raymerge.pipeline.evaluation.generation.engine import Engine
 
 

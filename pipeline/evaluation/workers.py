@@ -15,7 +15,7 @@ from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
 from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
-from raymerge.pipeline.engine.gpus import list_gpus
+from raymerge.pipeline.engine.gpu.devices import list_gpus
 from raymerge.pipeline.errors import ConfigError, FetchError, MergeError, OutputError
 from raymerge.pipeline.evaluation.engines import Engines
 from raymerge.pipeline.evaluation.events import Evaluated, EvaluationEvent, Repeated

@@ -11,7 +11,7 @@ import torch
 from raymerge.ops.decoders.decoder import Raw
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.source import Source
-from raymerge.pipeline.checkpoint.tying import is_head
+from raymerge.pipeline.checkpoint.views.tying import is_head
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.forms.form import Model

@@ -10,12 +10,12 @@ from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.model_config import count_layers, dump_config
 from raymerge.pipeline.checkpoint.names import find_layers
-from raymerge.pipeline.checkpoint.quantised import Quantisation
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
 from raymerge.pipeline.checkpoint.tokenizer.tokenizer import TokenizerReader
-from raymerge.pipeline.checkpoint.tying import is_tied
-from raymerge.pipeline.checkpoint.views import View
+from raymerge.pipeline.checkpoint.views.quantised import Quantisation
+from raymerge.pipeline.checkpoint.views.tying import is_tied
+from raymerge.pipeline.checkpoint.views.view import View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.plan.directory import Directory, finish_directory, gather_files
 from raymerge.pipeline.plan.forms.form import Model

@@ -18,8 +18,8 @@ from raymerge.pipeline.checkpoint.model_config import (
     ties_embeddings,
 )
 from raymerge.pipeline.checkpoint.names import split_name
-from raymerge.pipeline.checkpoint.quantised import drop_quantisation
-from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, is_headless
+from raymerge.pipeline.checkpoint.views.quantised import drop_quantisation
+from raymerge.pipeline.checkpoint.views.tying import find_embedding, find_head, is_headless
 from raymerge.pipeline.messages import counted
 from raymerge.pipeline.plan.forms.form import EMBEDDING_FIELDS, Form, Model
 from raymerge.pipeline.plan.types import TensorMerge

@@ -20,10 +20,10 @@ from raymerge.pipeline.checkpoint.names import (
     find_layers,
     natural_key,
 )
-from raymerge.pipeline.checkpoint.quantised import find_quantisation
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
-from raymerge.pipeline.checkpoint.tying import find_embedding, is_head, is_tied
-from raymerge.pipeline.checkpoint.views import StoredView
+from raymerge.pipeline.checkpoint.views.quantised import find_quantisation
+from raymerge.pipeline.checkpoint.views.tying import find_embedding, is_head, is_tied
+from raymerge.pipeline.checkpoint.views.view import StoredView
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import CheckpointError, TensorMismatchError
 from raymerge.pipeline.messages import counted, listing

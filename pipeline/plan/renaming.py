@@ -9,8 +9,8 @@ from dataclasses import replace
 from raymerge.pipeline.checkpoint.model_config import count_layers, list_sections
 from raymerge.pipeline.checkpoint.modules import common_prefix, find_modules
 from raymerge.pipeline.checkpoint.names import OTHER_SENSES, find_layers, split_name
-from raymerge.pipeline.checkpoint.tying import is_head
-from raymerge.pipeline.checkpoint.views import PartView, RenamedView, View
+from raymerge.pipeline.checkpoint.views.tying import is_head
+from raymerge.pipeline.checkpoint.views.view import PartView, RenamedView, View
 from raymerge.pipeline.plan.forms.form import Model, say_architectures
 from raymerge.pipeline.plan.sources.accounts import count_tensors
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.files import is_tokenizer
-from raymerge.pipeline.checkpoint.quantised import QUANTISED_FILES
 from raymerge.pipeline.checkpoint.side_files import explain_left_out, find_side_files
+from raymerge.pipeline.checkpoint.views.quantised import QUANTISED_FILES
 from raymerge.pipeline.checkpoint.weights import read_json
 from raymerge.pipeline.messages import listing
 from raymerge.pipeline.plan.components import compare_fields

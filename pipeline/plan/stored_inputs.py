@@ -11,8 +11,8 @@ from raymerge.pipeline.checkpoint.checkpoint import Checkpoint, resolve_models
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import StoredTensor
 from raymerge.pipeline.checkpoint.statistics import StatisticsFiles, find_statistics, index_statistics
-from raymerge.pipeline.checkpoint.tying import has_own_head
-from raymerge.pipeline.checkpoint.views import StoredView, View
+from raymerge.pipeline.checkpoint.views.tying import has_own_head
+from raymerge.pipeline.checkpoint.views.view import StoredView, View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.plan.components import Parts, pair_components
 from raymerge.pipeline.plan.forms.form import Model

@@ -13,8 +13,8 @@ from raymerge.ops.own import OwnOps
 from raymerge.pipeline.config.document import Document, read_documents
 from raymerge.pipeline.config.node import Place, PlaceError
 from raymerge.pipeline.config.reader import KEYS
-from raymerge.pipeline.config.search import SEARCH
-from raymerge.pipeline.config.sweep import SWEEP
+from raymerge.pipeline.config.sections.search import SEARCH
+from raymerge.pipeline.config.sections.sweep import SWEEP
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import find_near
 from raymerge.pipeline.search.space import Space, first_values, parse_space

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from raymerge.pipeline.config.document import read_documents
-from raymerge.pipeline.config.sweep import SWEEP
+from raymerge.pipeline.config.sections.sweep import SWEEP
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import shown
 from raymerge.pipeline.spectrum.names import name_models

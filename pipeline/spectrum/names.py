@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from raymerge.pipeline.config.sweep import MAX_NAME_LENGTH, NAME
+from raymerge.pipeline.config.sections.sweep import MAX_NAME_LENGTH, NAME
 from raymerge.pipeline.errors import ConfigError
 
 _MAX_VALUE_LENGTH = 24

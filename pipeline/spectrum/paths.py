@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from raymerge.pipeline.config.mixture import EXPERT_KEYS, MIXTURE_KEYS
 from raymerge.pipeline.config.reader import KEYS
-from raymerge.pipeline.config.training_run import RUN_KEYS
+from raymerge.pipeline.config.sections.training_run import RUN_KEYS
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import counted, find_near, listing, shown
 

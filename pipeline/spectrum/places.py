@@ -17,12 +17,12 @@ from raymerge.ops.registry import Op
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
 from raymerge.pipeline.checkpoint.find import FoundModel, find_models
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.config.chat_template import names_template_file
 from raymerge.pipeline.config.document import read_documents
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.node import Place
 from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.reference import parse_model_ref
+from raymerge.pipeline.config.sections.chat_template import names_template_file
 from raymerge.pipeline.spectrum.record import Spectrum
 from raymerge.pipeline.stores.local.storage import local_path
 from raymerge.pipeline.stores.open import Stores

@@ -16,8 +16,8 @@ from raymerge.pipeline.config.document import Document, read_documents
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.node import Place, PlaceError
 from raymerge.pipeline.config.reader import load_config
-from raymerge.pipeline.config.sweep import SWEEP
-from raymerge.pipeline.config.training_run import FindModels
+from raymerge.pipeline.config.sections.sweep import SWEEP
+from raymerge.pipeline.config.sections.training_run import FindModels
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import counted, find_near, shown
 from raymerge.pipeline.spectrum.paths import SEED, Methods, parse_path, set_value

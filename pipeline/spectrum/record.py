@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from raymerge.pipeline.config.sweep import NAME
+from raymerge.pipeline.config.sections.sweep import NAME
 from raymerge.pipeline.decoding import decode, parse_json
 from raymerge.pipeline.errors import HeldError, OutputError
 from raymerge.pipeline.messages import counted, shown

@@ -14,8 +14,8 @@ from raymerge import __version__
 from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.checkpoint.find import find_models
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.config.adapter import NO_UPDATE
 from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.config.sections.adapter import NO_UPDATE
 from raymerge.pipeline.driver import check_doubts, merge_planned
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.options import MergeKeywords, MergeOptions, make_options

@@ -13,7 +13,7 @@ from typing import TypeVar
 import yaml
 
 from raymerge.pipeline.config.node import Place, PlaceError
-from raymerge.pipeline.config.sweep import PARTS
+from raymerge.pipeline.config.sections.sweep import PARTS
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import counted, listing, shown
 from raymerge.pipeline.spectrum.names import check_name, name_settings

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from raymerge.pipeline.checkpoint.views import View
+from raymerge.pipeline.checkpoint.views.view import View
 from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.plan.recipe import open_model
 

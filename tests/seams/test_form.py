@@ -13,7 +13,7 @@ from raymerge.ops.decoders.decoder import Decoder, Raw
 from raymerge.ops.kernels.sparsifiers.random import RandomBits
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
-from raymerge.pipeline.checkpoint.views import View
+from raymerge.pipeline.checkpoint.views.view import View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.plan import forms
 from raymerge.pipeline.plan.forms.form import Form, Input, Model, OutputTensor

@@ -11,7 +11,7 @@ import torch
 
 from raymerge.ops.decoders.decoder import Decoder, Raw
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
-from raymerge.pipeline.checkpoint.views import View
+from raymerge.pipeline.checkpoint.views.view import View
 from raymerge.pipeline.stores.files import ByteRange
 from raymerge.testing import merge_in_every_way, write_model
 from tests.seams.merging import draw, look_through, passthrough

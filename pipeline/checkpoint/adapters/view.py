@@ -20,8 +20,8 @@ from raymerge.pipeline.checkpoint.adapters.source import (
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
-from raymerge.pipeline.checkpoint.tying import find_embedding, is_head
-from raymerge.pipeline.checkpoint.views import View
+from raymerge.pipeline.checkpoint.views.tying import find_embedding, is_head
+from raymerge.pipeline.checkpoint.views.view import View
 from raymerge.pipeline.errors import CheckpointError, TensorMismatchError
 from raymerge.pipeline.messages import counted, listing
 

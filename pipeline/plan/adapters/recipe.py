@@ -16,8 +16,8 @@ from raymerge.pipeline.checkpoint.adapters.written import PREFIX, dump_adapter_c
 from raymerge.pipeline.checkpoint.names import Layers, natural_key, split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import ScaledTensor, Source, StoredTensor, ZeroTensor
-from raymerge.pipeline.config.adapter import AdapterRule
 from raymerge.pipeline.config.merge_config import MergeConfig
+from raymerge.pipeline.config.sections.adapter import AdapterRule
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.adapters.checks import check_updates

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from raymerge.pipeline.checkpoint.adapters.view import AdapterSummary
 from raymerge.pipeline.checkpoint.model_config import Json, text_part
 from raymerge.pipeline.checkpoint.names import Layers
-from raymerge.pipeline.checkpoint.quantised import Quantisation
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source
-from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, name_head
-from raymerge.pipeline.checkpoint.views import TiedView, View
+from raymerge.pipeline.checkpoint.views.quantised import Quantisation
+from raymerge.pipeline.checkpoint.views.tying import find_embedding, find_head, name_head
+from raymerge.pipeline.checkpoint.views.view import TiedView, View
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.plan.sources.resolve import Scope

@@ -12,14 +12,14 @@ from raymerge.ops.decoders.intermediate import Intermediate
 from raymerge.ops.decoders.noise import draw_normal, draw_uniform
 from raymerge.ops.lazy import np
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
-from raymerge.pipeline.checkpoint.hidden_states import Request, is_available, measure_hidden_states
 from raymerge.pipeline.checkpoint.names import COMPUTED_BUFFER, Layers, split_name
-from raymerge.pipeline.checkpoint.prompts import encode_prompts
+from raymerge.pipeline.checkpoint.prompts.hidden_states import Request, is_available, measure_hidden_states
+from raymerge.pipeline.checkpoint.prompts.prompts import encode_prompts
 from raymerge.pipeline.checkpoint.source import PlannedTensor, Source
 from raymerge.pipeline.checkpoint.tokenizer.tokenizer import TokenizerReader
-from raymerge.pipeline.checkpoint.tying import find_embedding
 from raymerge.pipeline.checkpoint.values import encode, read_rows
-from raymerge.pipeline.checkpoint.views import View
+from raymerge.pipeline.checkpoint.views.tying import find_embedding
+from raymerge.pipeline.checkpoint.views.view import View
 from raymerge.pipeline.config.merge_config import Expert, Mixture
 from raymerge.pipeline.errors import CheckpointError, ConfigError, MemoryLimitError
 from raymerge.pipeline.messages import counted

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.names import natural_key
-from raymerge.pipeline.checkpoint.tying import is_head
+from raymerge.pipeline.checkpoint.views.tying import is_head
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import counted

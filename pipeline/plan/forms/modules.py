@@ -22,8 +22,8 @@ from raymerge.pipeline.checkpoint.modules import (
 from raymerge.pipeline.checkpoint.names import find_layers, natural_key
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source
-from raymerge.pipeline.checkpoint.tying import find_embedding
-from raymerge.pipeline.checkpoint.views import ModuleView
+from raymerge.pipeline.checkpoint.views.tying import find_embedding
+from raymerge.pipeline.checkpoint.views.view import ModuleView
 from raymerge.pipeline.config.merge_config import MergeConfig, ModulePart
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.messages import counted, find_near, listing

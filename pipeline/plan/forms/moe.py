@@ -12,7 +12,7 @@ from raymerge.pipeline.checkpoint.names import COMPUTED_BUFFER, split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import PlannedTensor, RandomTensor
 from raymerge.pipeline.checkpoint.values import encode
-from raymerge.pipeline.checkpoint.views import StoredView
+from raymerge.pipeline.checkpoint.views.view import StoredView
 from raymerge.pipeline.config.merge_config import Expert, MergeConfig, Mixture
 from raymerge.pipeline.config.values import Rule, Setting, Settings
 from raymerge.pipeline.errors import TensorMismatchError

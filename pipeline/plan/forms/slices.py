@@ -8,8 +8,8 @@ from raymerge.pipeline.checkpoint.model_config import Json
 from raymerge.pipeline.checkpoint.modules import common_prefix
 from raymerge.pipeline.checkpoint.names import Layers, layer_position, split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.checkpoint.tying import is_head
-from raymerge.pipeline.checkpoint.views import View
+from raymerge.pipeline.checkpoint.views.tying import is_head
+from raymerge.pipeline.checkpoint.views.view import View
 from raymerge.pipeline.config.merge_config import MergeConfig, OutputSlice, SliceSource
 from raymerge.pipeline.config.values import Settings
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError

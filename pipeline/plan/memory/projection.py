@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
+from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.sources.merged import MergedTensor
 from raymerge.pipeline.plan.types import TensorMerge

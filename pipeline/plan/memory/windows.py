@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, compress
 
-from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import Source
+from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
 from raymerge.pipeline.plan.memory.projection import Demand, measure_demand, measure_kept
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.files import ByteRange, ByteRows, aligned

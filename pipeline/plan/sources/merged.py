@@ -9,8 +9,8 @@ from raymerge.ops.decoders.intermediate import Intermediate, cover
 from raymerge.ops.decoders.merged_rows import GatherMergedRows, find_share
 from raymerge.ops.decoders.rows import RowMap, lay_out
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.gathered_rows import PLACE_NBYTES
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
+from raymerge.pipeline.checkpoint.views.gathered_rows import PLACE_NBYTES
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.files import ByteRange, aligned
 

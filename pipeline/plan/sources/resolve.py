@@ -13,7 +13,7 @@ from raymerge.ops.registry import Base, Op
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
-from raymerge.pipeline.checkpoint.views import View
+from raymerge.pipeline.checkpoint.views.view import View
 from raymerge.pipeline.config.values import Settings, resolve
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.plan.sources.adapted import join_adapted

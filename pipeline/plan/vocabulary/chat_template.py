@@ -17,7 +17,7 @@ from raymerge.pipeline.checkpoint.chat_template.files import (
 from raymerge.pipeline.checkpoint.chat_template.rendering import render
 from raymerge.pipeline.checkpoint.checkpoint import Checkpoint
 from raymerge.pipeline.checkpoint.files import TOKENIZER, TOKENIZER_CONFIG, is_tokenizer
-from raymerge.pipeline.config.chat_template import TemplateChoice
+from raymerge.pipeline.config.sections.chat_template import TemplateChoice
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import counted, escaped, listing
 from raymerge.pipeline.plan.out_files import Copied, SideFile, Written

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from raymerge.ops.decoders.rows import MEAN, PAD, ZERO, make_row_map
 from raymerge.ops.lazy import np
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
-from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.names import split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source, StoredTensor
 from raymerge.pipeline.checkpoint.tokenizer.tokenizer import Tokenizer
 from raymerge.pipeline.checkpoint.tokenizer.union import OutTokenizer
-from raymerge.pipeline.config.tokenizer import TokenRow, VocabularyRule
+from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
+from raymerge.pipeline.config.sections.tokenizer import TokenRow, VocabularyRule
 from raymerge.pipeline.errors import ConfigError, TensorMismatchError
 from raymerge.pipeline.messages import counted, escaped, listing
 from raymerge.pipeline.plan.sources.merged import MergedRows, MergedTensor

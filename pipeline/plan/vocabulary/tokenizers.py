@@ -14,7 +14,7 @@ from raymerge.pipeline.checkpoint.tokenizer.token_ids import set_vocab_size, tra
 from raymerge.pipeline.checkpoint.tokenizer.tokenizer import Tokenizer, TokenizerReader, read_object
 from raymerge.pipeline.checkpoint.tokenizer.union import extend, keep_tokenizer, unite
 from raymerge.pipeline.config.merge_config import MergeConfig
-from raymerge.pipeline.config.tokenizer import VocabularyRule
+from raymerge.pipeline.config.sections.tokenizer import VocabularyRule
 from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.plan.forms.form import Model

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raymerge import __version__, plan
-from raymerge.pipeline.cli import display
+from raymerge.pipeline.cli.display import merge as display
 from raymerge.pipeline.progress import narrator
 from tests.checkpoints import read_files, read_tensors, write_config, write_family
 from tests.commands import Cli, run_command

@@ -13,9 +13,9 @@ from raymerge.ops.registry import find_op
 from raymerge.pipeline.checkpoint.chat_template.builtin import BUILTIN
 from raymerge.pipeline.checkpoint.dtypes import OUTPUT_DTYPES
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.config.chat_template import TemplateChoice
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.reader import load_config
+from raymerge.pipeline.config.sections.chat_template import TemplateChoice
 from raymerge.pipeline.config.values import resolve
 from raymerge.pipeline.errors import ConfigError
 from tests.pipeline.config.samples import LINEAR, MISSING, SLERP, TIES, A, B, C, changed

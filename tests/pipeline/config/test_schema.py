@@ -17,9 +17,9 @@ from raymerge.pipeline.config import mixture, reader
 from raymerge.pipeline.config.document import read_documents
 from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.schema import make_schema
-from raymerge.pipeline.config.search import SEARCH
-from raymerge.pipeline.config.sweep import SWEEP
-from raymerge.pipeline.config.training_run import RUN_KEYS
+from raymerge.pipeline.config.sections.search import SEARCH
+from raymerge.pipeline.config.sections.sweep import SWEEP
+from raymerge.pipeline.config.sections.training_run import RUN_KEYS
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.spectrum.points import make_points
 from tests.commands import Cli

@@ -14,8 +14,8 @@ from raymerge.ops.decoders.decoder import Raw
 from raymerge.ops.decoders.rows import MEAN, PAD, ZERO, make_row_map
 from raymerge.ops.registry import find_op
 from raymerge.ops.stored import Stored
-from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
 from raymerge.pipeline.engine import fetch
 from raymerge.pipeline.engine.fetch import Filled, fetch_windows
 from raymerge.pipeline.engine.gathered import Gatherer

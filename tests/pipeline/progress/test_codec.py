@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymerge.pipeline.cli.display import Display
+from raymerge.pipeline.cli.display.merge import Display
 from raymerge.pipeline.progress.codec import format_event, read_event
 from raymerge.pipeline.progress.events import (
     Event,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from raymerge.ops.decoders.rows import make_row_map
-from raymerge.pipeline.checkpoint.gathered_rows import GatheredRows
 from raymerge.pipeline.checkpoint.source import StoredTensor
+from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
 from raymerge.pipeline.plan.memory.gpu import CONTEXT_NBYTES
 from raymerge.pipeline.plan.memory.projection import Transfer
 from raymerge.pipeline.plan.memory.shares import Limits, explain_shares

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source
-from raymerge.pipeline.checkpoint.tying import find_embedding, find_head
+from raymerge.pipeline.checkpoint.views.tying import find_embedding, find_head
 
 
 class View(ABC):

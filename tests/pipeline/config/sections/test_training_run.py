@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from raymerge.pipeline.checkpoint.find import FoundModel
 from raymerge.pipeline.config.merge_config import MergeConfig
 from raymerge.pipeline.config.reader import load_config
-from raymerge.pipeline.config.training_run import SCHEDULES, make_weights
+from raymerge.pipeline.config.sections.training_run import SCHEDULES, make_weights
 from raymerge.pipeline.errors import ConfigError
 
 STEPS = (500, 1000, 1500, 2000, 2500)

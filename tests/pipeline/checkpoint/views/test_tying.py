@@ -10,7 +10,7 @@ import torch
 from raymerge.pipeline.checkpoint.checkpoint import resolve_model
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.table import list_tensors, read_table
-from raymerge.pipeline.checkpoint.tying import find_embedding, find_head, has_own_head, is_tied, name_head
+from raymerge.pipeline.checkpoint.views.tying import find_embedding, find_head, has_own_head, is_tied, name_head
 from raymerge.pipeline.plan.recipe import Recipe
 from raymerge.pipeline.stores.open import open_stores
 from raymerge.pipeline.stores.settings import StoreSettings

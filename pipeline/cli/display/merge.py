@@ -29,7 +29,7 @@ from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_nbytes, format_seconds, format_speed
 
 if TYPE_CHECKING:
-    from raymerge.pipeline.cli.bar import Bar
+    from raymerge.pipeline.cli.display.bar import Bar
 
 _LINE_SECONDS = 10.0
 """Between lines of progress where there is no terminal."""
@@ -140,7 +140,7 @@ class Display:
 
 
 def _make_bar() -> Bar:
-    from raymerge.pipeline.cli.bar import Bar  # rich: slow to import
+    from raymerge.pipeline.cli.display.bar import Bar  # rich: slow to import
 
     return Bar()
 

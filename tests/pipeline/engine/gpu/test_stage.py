@@ -17,11 +17,13 @@ from raymerge.cluster.runner import Report
 from raymerge.ops.kernels.sparsifiers.random import PAGE_ELEMENTS
 from raymerge.ops.registry import find_op
 from raymerge.pipeline import execution, runners, workers
-from raymerge.pipeline.engine import fetch, gpu_stage
+from raymerge.pipeline.engine import fetch
 from raymerge.pipeline.engine import shard as execute
+from raymerge.pipeline.engine.gpu import stage as gpu_stage
 from raymerge.pipeline.errors import ConfigError, MemoryLimitError
 from raymerge.pipeline.options import MergeOptions
-from raymerge.pipeline.plan.memory.projection import Transfer, places
+from raymerge.pipeline.plan.memory import places
+from raymerge.pipeline.plan.memory.projection import Transfer
 from raymerge.pipeline.plan.results import ShardResult
 from raymerge.pipeline.plan.types import ShardTask
 from raymerge.pipeline.stores.open import Stores

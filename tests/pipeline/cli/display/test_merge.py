@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymerge.pipeline.cli.display import Display, format_progress
+from raymerge.pipeline.cli.display.merge import Display, format_progress
 from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.progress.codec import read_event
 from raymerge.pipeline.progress.events import Progressed, Retried

@@ -11,9 +11,9 @@ from threading import Lock
 import torch
 
 from raymerge.pipeline.engine.fetch import Filled, fill_ahead, read_ranges
-from raymerge.pipeline.engine.gpu_rooms import Input, Output, Rooms, Sizes, drop_rooms, take_rooms
+from raymerge.pipeline.engine.gpu.rooms import Input, Output, Rooms, Sizes, drop_rooms, take_rooms
+from raymerge.pipeline.engine.gpu.streams import Mark, open_queue
 from raymerge.pipeline.engine.stage import Stage, unify_nans
-from raymerge.pipeline.engine.streams import Mark, open_queue
 from raymerge.pipeline.engine.tally import Tally
 from raymerge.pipeline.engine.writer import ShardWriter
 from raymerge.pipeline.plan.memory.windows import Fetch, Window

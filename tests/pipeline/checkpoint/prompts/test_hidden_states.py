@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from raymerge.pipeline.checkpoint import hidden_states
 from raymerge.pipeline.checkpoint.checkpoint import resolve_model
-from raymerge.pipeline.checkpoint.hidden_states import Request, compute, measure_hidden_states
 from raymerge.pipeline.checkpoint.names import split_name
+from raymerge.pipeline.checkpoint.prompts import hidden_states
+from raymerge.pipeline.checkpoint.prompts.hidden_states import Request, compute, measure_hidden_states
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.checkpoint.table import index_tensors, list_tensors, read_table

@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-from raymerge.pipeline.engine import gpus
+from raymerge.pipeline.engine.gpu import devices as gpus
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from raymerge.pipeline.engine.streams import Mark, Queue, pin, unpin
+from raymerge.pipeline.engine.gpu.streams import Mark, Queue, pin, unpin
 from raymerge.pipeline.stores.buffers import BufferPool
 from raymerge.pipeline.stores.files import Buffer, aligned
 

@@ -71,7 +71,7 @@ def start_cuda() -> None:
     with suppress(Exception):
         import torch
 
-        importlib.import_module("raymerge.pipeline.engine.gpu_merger")
+        importlib.import_module("raymerge.pipeline.engine.gpu.merger")
         context.join()
         torch.zeros(1, device="cuda").add_(1).cpu()  # torch and its allocator, and the first kernel
 

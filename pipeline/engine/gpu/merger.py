@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-from raymerge.pipeline.engine.gpu_rooms import Sizes
-from raymerge.pipeline.engine.gpu_stage import GpuStage, open_gpu_stage
-from raymerge.pipeline.engine.gpus import take_gpu
+from raymerge.pipeline.engine.gpu.devices import take_gpu
+from raymerge.pipeline.engine.gpu.rooms import Sizes
+from raymerge.pipeline.engine.gpu.stage import GpuStage, open_gpu_stage
 from raymerge.pipeline.engine.runs import Figures
 from raymerge.pipeline.engine.tally import Tally
 from raymerge.pipeline.engine.torch_merger import TorchMerger, explain_full_gpu, measure_scratch

@@ -1,0 +1,1 @@
+"""Prompts as tokens, and the hidden states that a model makes of them."""

@@ -1,0 +1,1 @@
+"""Displays in a terminal: of merges, evaluations and searches."""

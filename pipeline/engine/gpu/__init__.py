@@ -1,0 +1,1 @@
+"""Merging on GPUs: devices, streams, rooms for sources, and stages."""
