@@ -86,7 +86,7 @@ def test_an_install_brings_what_every_option_needs(needs: list[Requirement]) -> 
 
 
 USERS_OF_EXTRAS = {
-    "raymerge/pipeline/checkpoint/hidden_states.py": "moe",
+    "raymerge/pipeline/checkpoint/prompts/hidden_states.py": "moe",
     "raymerge/pipeline/evaluation/generation/transformers_worker.py": "eval",
     "raymerge/pipeline/evaluation/generation/inspect_worker.py": "inspect",
     "raymerge/pipeline/evaluation/generation/lm_eval_worker.py": "lm-eval",
