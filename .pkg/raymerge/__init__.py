@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from raymerge.cluster.errors import WorkerLostError as WorkerLostError
     from raymerge.ops.errors import OpParameterError as OpParameterError
     from raymerge.ops.errors import UnknownOpError as UnknownOpError
-    from raymerge.pipeline.checkpoint.inspect import Inspection as Inspection
-    from raymerge.pipeline.checkpoint.inspect import inspect as inspect
+    from raymerge.pipeline.checkpoint.inspection.inspect import inspect as inspect
+    from raymerge.pipeline.checkpoint.inspection.results import Inspection as Inspection
     from raymerge.pipeline.curve.curve import curve as curve
     from raymerge.pipeline.curve.results import Curve as Curve
     from raymerge.pipeline.driver import merge as merge
@@ -67,7 +67,8 @@ _HOMES = {
         "WorkerLostError",
     ),
     "ops.errors": ("OpParameterError", "UnknownOpError"),
-    "pipeline.checkpoint.inspect": ("Inspection", "inspect"),
+    "pipeline.checkpoint.inspection.inspect": ("inspect",),
+    "pipeline.checkpoint.inspection.results": ("Inspection",),
     "pipeline.curve.curve": ("curve",),
     "pipeline.curve.results": ("Curve",),
     "pipeline.driver": ("merge", "plan"),

@@ -249,7 +249,7 @@ def inspect(
 
     Reads headers only.
     """
-    from raymerge.pipeline.checkpoint.inspect import inspect as look_at
+    from raymerge.pipeline.checkpoint.inspection.inspect import inspect as look_at
     from raymerge.pipeline.cli.formats import format_inspection, inspection_json
 
     found = look_at(url, storage=storage)

@@ -6,9 +6,9 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from raymerge.pipeline.checkpoint.inspect import FoundFile, Inspection
+from raymerge.pipeline.checkpoint.inspection.results import FoundFile, Inspection
+from raymerge.pipeline.checkpoint.inspection.stacks import Stack, Totals
 from raymerge.pipeline.checkpoint.source import StoredTensor
-from raymerge.pipeline.checkpoint.stacks import Stack, Totals
 from raymerge.pipeline.messages import counted, escaped, listing
 from raymerge.pipeline.sizes import format_nbytes
 

@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from raymerge import RaymergeError
 from raymerge.pipeline import driver
-from raymerge.pipeline.checkpoint.inspect import inspect
+from raymerge.pipeline.checkpoint.inspection.inspect import inspect
 from raymerge.pipeline.checkpoint.manifest import MANIFEST
 from raymerge.pipeline.cli.app import commands
 from raymerge.pipeline.errors import ConfigError

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from raymerge.pipeline import driver
-from raymerge.pipeline.checkpoint.inspect import inspect
+from raymerge.pipeline.checkpoint.inspection.inspect import inspect
 from raymerge.pipeline.cli.formats import format_inspection, inspection_json
 from raymerge.pipeline.plan.out_files import Copied
 from raymerge.pipeline.plan.report import format_plan, plan_json

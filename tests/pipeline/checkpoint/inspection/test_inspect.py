@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from raymerge import merge
-from raymerge.pipeline.checkpoint.inspect import inspect
+from raymerge.pipeline.checkpoint.inspection.inspect import inspect
+from raymerge.pipeline.checkpoint.inspection.stacks import split_stacks
 from raymerge.pipeline.checkpoint.source import StoredTensor
-from raymerge.pipeline.checkpoint.stacks import split_stacks
 from raymerge.pipeline.cli.formats import format_inspection, inspection_json
 from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.stores.files import Buffer, ByteRange

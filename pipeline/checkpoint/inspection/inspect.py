@@ -1,14 +1,12 @@
-"""Contents of a checkpoint, from its listing and its headers alone."""
+"""Inspects a checkpoint, from its listing and its headers alone."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 from raymerge.pipeline.checkpoint.adapters.adapter import open_adapter
@@ -25,90 +23,24 @@ from raymerge.pipeline.checkpoint.files import (
     is_weights,
 )
 from raymerge.pipeline.checkpoint.header import FIRST_READ_NBYTES
+from raymerge.pipeline.checkpoint.inspection.results import FoundFile, Inspection, Role, summarise
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, Origin, parse_origin
-from raymerge.pipeline.checkpoint.model_config import Json, count_layers
+from raymerge.pipeline.checkpoint.model_config import Json
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.side_files import find_side_files
 from raymerge.pipeline.checkpoint.source import StoredTensor
-from raymerge.pipeline.checkpoint.stacks import Stack, Totals, add_up, split_stacks
 from raymerge.pipeline.checkpoint.views.quantised import find_quantisation
-from raymerge.pipeline.checkpoint.views.tying import find_embedding, find_head, is_tied
 from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.errors import CheckpointError, ConfigError
-from raymerge.pipeline.messages import counted
-from raymerge.pipeline.redact import redact
-from raymerge.pipeline.sizes import format_nbytes
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.seam import Storage
 from raymerge.pipeline.stores.settings import Library, StoreSettings
 from raymerge.pipeline.urls import check_url, is_url, scheme_of
 
-Role = Literal["weights", "other weights", "config", "side file", "other"]
-"""A file's part in a merge: read, left out, read and written anew, copied, left out."""
-
 _MAX_JSON_NBYTES = 512 * 2**20
 _HUB_FILE = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^/]+)?/[^/]+\.safetensors")
-
-
-@dataclass(frozen=True, slots=True)
-class FoundFile:
-    """A file of the model's directory."""
-
-    name: str
-    """Relative to the directory."""
-    nbytes: int
-    role: Role
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """Contents of a checkpoint. Credentials are taken out of every URL."""
-
-    url: str
-    """The directory, or the one file, at a revision that does not move where there are any."""
-    weights_format: str
-    """`safetensors`, `LoRA adapter`, `GGUF`, `pickled weights`, `other weights` or `no weights`."""
-    architectures: tuple[str, ...]
-    """As config.json has them."""
-    model_type: str
-    """Empty where config.json does not say."""
-    config_num_layers: int | None
-    """Layers that config.json counts."""
-    obstacle: str
-    """Why raymerge cannot merge it; empty where nothing is known that speaks against it."""
-    files: tuple[FoundFile, ...]
-    """By name; hidden ones left out."""
-    tensors: tuple[StoredTensor, ...]
-    """In natural order of their names; each file is called by its name relative to the directory."""
-    total: Totals
-    dtypes: tuple[tuple[str, Totals], ...]
-    """The one with most bytes first."""
-    stacks: tuple[Stack, ...]
-    """The main one first, then by name."""
-    outside: tuple[StoredTensor, ...]
-    """Tensors that are in no stack."""
-    embedding: str
-    """Name of the token embedding, empty where it cannot be told."""
-    head: str
-    """Name of the output head, empty where none is stored."""
-    is_tied: bool | None
-    """Whether the output head is the token embedding; None where that cannot be told."""
-    made: Origin | None
-    """None where raymerge did not make it."""
-    read_nbytes: int
-    num_reads: int
-    """Ranges that were read: one of each small file, and one or two of each header."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all files together."""
-        return sum(file.nbytes for file in self.files)
-
-    def __repr__(self) -> str:
-        contents = f"{counted(len(self.tensors), 'tensor')} in {counted(len(self.files), 'file')}"
-        return f"Inspection({self.url}: {self.weights_format}, {contents}, {format_nbytes(self.nbytes)})"
 
 
 def inspect(url: str | Path, *, storage: Library = "auto") -> Inspection:
@@ -185,7 +117,7 @@ def _inspect_file(stores: Stores, url: str) -> Inspection:
     reads = _Reads()
     name = (urlsplit(url).path if scheme_of(url) in ("http", "https") else url).rpartition("/")[2]
     tensors = _read_tensors(stores, {name: file}, reads)
-    return _summarise(url, {}, "", [FoundFile(name, file.nbytes, "weights")], tensors, None, reads)
+    return summarise(url, {}, "", [FoundFile(name, file.nbytes, "weights")], tensors, None, reads.nbytes, reads.num)
 
 
 def _inspect_model(stores: Stores, url: str) -> Inspection:
@@ -225,7 +157,7 @@ def _inspect_model(stores: Stores, url: str) -> Inspection:
         tensors = [replace(tensor, name=part.prefix + tensor.name) for part, own in of_networks for tensor in own]
     made = _read_origin(storage, files, reads)
     found = [FoundFile(name, file.nbytes, _role(name, names, side_names)) for name, file in files.items()]
-    return _summarise(url, config, obstacle, found, tensors, made, reads)
+    return summarise(url, config, obstacle, found, tensors, made, reads.nbytes, reads.num)
 
 
 def _find_obstacle(network: Checkpoint, tensors: Sequence[StoredTensor], side_names: Set[str]) -> str:
@@ -297,58 +229,3 @@ def _role(name: str, weights: Sequence[str], side_names: set[str]) -> Role:
     if name in (CONFIG, INDEX):
         return "config"
     return "side file" if name in side_names else "other"
-
-
-def _summarise(
-    url: str,
-    config: Json,
-    obstacle: str,
-    files: Sequence[FoundFile],
-    tensors: Sequence[StoredTensor],
-    made: Origin | None,
-    reads: _Reads,
-) -> Inspection:
-    listed = config.get("architectures", [config["_class_name"]] if "_class_name" in config else None)
-    architectures = tuple(str(name) for name in listed) if isinstance(listed, list) else ()
-    by_dtype: defaultdict[str, list[StoredTensor]] = defaultdict(list)
-    for tensor in tensors:
-        by_dtype[tensor.dtype].append(tensor)
-    dtypes = sorted(((dtype, add_up(each)) for dtype, each in by_dtype.items()), key=lambda item: -item[1].nbytes)
-    stacks, outside = split_stacks(tensors, count_layers(config))
-    names = [tensor.name for tensor in tensors]
-    return Inspection(
-        url=redact(url),
-        weights_format=_name_format([file.name for file in files if is_weights(file.name)]),
-        architectures=architectures,
-        model_type=str(config.get("model_type") or ""),
-        config_num_layers=count_layers(config),
-        obstacle=redact(obstacle),
-        files=tuple(files),
-        tensors=tuple(tensors),
-        total=add_up(tensors),
-        dtypes=tuple(dtypes),
-        stacks=stacks,
-        outside=outside,
-        embedding=find_embedding(names) or "",
-        head=find_head(names) or "",
-        is_tied=is_tied({**config, "architectures": architectures}, names)
-        if config and find_embedding(names)
-        else None,
-        made=made,
-        read_nbytes=reads.nbytes,
-        num_reads=reads.num,
-    )
-
-
-def _name_format(weights: Sequence[str]) -> str:
-    """Say of what kind files of weights are."""
-    if SINGLE not in weights and any(name.startswith("adapter_model.") for name in weights):
-        return "LoRA adapter"
-    for suffixes, what in (
-        ((".safetensors",), "safetensors"),
-        ((".gguf",), "GGUF"),
-        ((".bin", ".pt", ".pth", ".ckpt"), "pickled weights"),
-    ):
-        if any(name.endswith(suffixes) for name in weights):
-            return what
-    return "other weights" if weights else "no weights"

@@ -1,0 +1,1 @@
+"""Contents of checkpoints as `raymerge inspect` shows them."""
