@@ -56,6 +56,7 @@ def search(
         on_batch=display.show_batch,
         on_trial=display.show_trial,
         on_retry=display.show_retry,
+        on_warning=display.show_warning,
         on_evaluation=display.show_evaluation,
     )
     put(dumps(redact_texts(asdict(report)), indent=1) if json else format_report(report))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,19 @@ class Recipe:
     """Of the document that had it."""
     space: Space
     """Empty where the recipe has no section: a soup needs none."""
+    document: Document = field(compare=False, repr=False)
+    """The one that had the section."""
 
     @property
     def text(self) -> str:
         """The recipe as YAML, with the space in words: equal ones are searched alike."""
         described = {path: str(dimension) for path, dimension in self.space.items()}
         return str(yaml.safe_dump_all([*self.contents, {SEARCH: described}], sort_keys=False))
+
+    def find_line(self, path: str) -> int | None:
+        """Return the line that gives a path its values; None where nobody knows."""
+        root = Place(self.document.content, node=self.document.node)
+        return root.get(SEARCH).get("parameters").get(path).line
 
     @property
     def num_models(self) -> int:
@@ -88,11 +95,11 @@ def read_recipe(config: Config, *, is_soup: bool, own: OwnOps | None = None) -> 
     contents = tuple({key: value for key, value in document.content.items() if key != SEARCH} for document in documents)
     if is_soup:
         _check_soup(contents[position], own)
-    parameters = places[position].get(SEARCH).get("parameters")
-    lines = {path: parameters.get(path).line for path in space}
+    recipe = Recipe(contents, position, space, documents[position])
     values = {path: first_values(dimension) for path, dimension in space.items()}
+    lines = {path: recipe.find_line(path) for path in space}
     check_paths(documents[position], contents[position], values, lines, own)
-    return Recipe(contents, position, space)
+    return recipe
 
 
 def _explain_missing(documents: Sequence[Document]) -> ConfigError:

@@ -99,6 +99,8 @@ class Run:
             self._lock.check()
             write_record(stores, out, SearchRecord(__version__, version, recipe, described, tuple(self.trials)))
 
+        if not self.trials:
+            self._models.check_space()
         self._remember()
         if self.trials and (len(self.trials) < self._options.budget or self._list_failed()):
             self._clean(self._list_best())  # an earlier run may have been killed before it did

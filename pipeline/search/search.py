@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +41,7 @@ def search(
     on_batch: OnBatch | None = None,
     on_trial: OnTrial | None = None,
     on_retry: OnRetry | None = None,
+    on_warning: Callable[[str], None] | None = None,
     on_event: OnEvent | None = None,
     on_evaluation: OnEvaluationEvent | None = None,
 ) -> SearchReport:
@@ -56,6 +57,7 @@ def search(
         on_batch: told of each batch before it is merged.
         on_trial: told of each trial when its values are known.
         on_retry: told how many trials that failed in earlier runs are tried again, before they are.
+        on_warning: told of what the plans of the recipe warn of, once.
         on_event: told what happens in merges.
         on_evaluation: told what happens in evaluations.
 
@@ -83,7 +85,10 @@ def search(
             )
         own = read_own_ops(merging.ops) if merging.ops else None
         read = read_recipe(recipe, is_soup=options.sampler == "soup", own=own)
-        models = Models(stores, place, read, [str(task) for task in tasks], merging, on_event, on_evaluation)
+        names = [str(task) for task in tasks]
+        models = Models(
+            stores, place, read, names, merging, on_event, on_evaluation, on_warning or (lambda warning: None)
+        )
         evaluating = replace(
             evaluating,
             out=f"{place}/{EVALUATIONS}",

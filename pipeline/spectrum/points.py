@@ -113,6 +113,8 @@ def make_points(
 
 def explain(problems: Sequence[str], num_points: int) -> str:
     """Return a message on the points that cannot be made."""
+    if num_points == 1:
+        return problems[0]
     rest = len(problems) - _SHOWN
     more = f"\nand {counted(rest, 'point')} more" if rest > 0 else ""
     return f"{len(problems)} of {counted(num_points, 'point')} cannot be made:\n" + "\n".join(problems[:_SHOWN]) + more

@@ -35,6 +35,10 @@ class SearchDisplay:
         """Show that failed trials are tried again."""
         self._say(f"{counted(count, 'trial')} of an earlier run failed: trying again")
 
+    def show_warning(self, warning: str) -> None:
+        """Show what plans warn of."""
+        self._say(f"warning: {warning}")
+
     def show_trial(self, trial: Trial, number: int) -> None:
         """Show what a trial has come to."""
         values = trial.values

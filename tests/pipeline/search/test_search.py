@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import raymerge
 from raymerge.pipeline.errors import ConfigError, OutputError
@@ -69,7 +70,9 @@ def make_recipe(root: Path, parameters: Mapping[str, Any] | None = None, num_mod
 WEIGHTS = {"weight[0]": {"min": 0.0, "max": 1.0}, "weight[1]": {"min": 0.1, "max": 1.0}}
 
 
-def run(root: Path, recipe: dict[str, Any], options: SearchOptions, out: str = "out", **more: Any) -> SearchReport:
+def run(
+    root: Path, recipe: dict[str, Any] | Path, options: SearchOptions, out: str = "out", **more: Any
+) -> SearchReport:
     task = f"command:judge={sys.executable} {root}/judge.py {{model}}"
     return search(recipe, root / out, [task], options, **more)
 
@@ -178,10 +181,12 @@ def test_trials_and_parents_are_compared(root: Path) -> None:
 
 @pytest.mark.slow
 def test_a_trial_that_cannot_be_merged_is_marked(root: Path) -> None:
-    recipe = make_recipe(root, {"dtype": ["float32", "nonesuch"], **WEIGHTS})
-    report = run(root, recipe, SearchOptions(sampler="random", budget=6, batch=3))
+    signs: dict[str, Any] = {f"weight[{k}]": [1.0, -1.0] for k in range(2)}
+    report = run(root, make_recipe(root, signs), SearchOptions(sampler="random", budget=6, batch=3))
+    assert 0 < len(report.failed) < 6
     for trial in report.trials:
-        assert ("nonesuch" in trial.error) == (trial.settings["dtype"] == "nonesuch") == (trial.values is None)
+        is_nothing = sum(map(float, map(str, trial.settings.values()))) == 0
+        assert ("sum to 0" in trial.error) == is_nothing == (trial.values is None)
 
 
 @pytest.mark.slow
@@ -289,6 +294,40 @@ def test_a_judge_that_dies_ends_the_search_and_the_next_run_goes_on_as_if_it_had
         run(root, recipe, options)
     (root / "bad").unlink()
     assert run(root, recipe, options).trials == whole.trials
+
+
+def test_every_wrong_value_of_the_space_is_told_with_its_line_before_anything_is_merged(root: Path) -> None:
+    section = """search:
+  parameters:
+    weight[0]: {min: 0, max: 1}
+    weight[1]: [0.5, heavy]
+    dtype: [float32, float61]
+    merge_method: [linear, slerp]
+    seed: {min: -3, max: 5, step: 1}
+"""
+    (root / "recipe.yml").write_text(yaml.safe_dump(make_recipe(root)) + section)
+    with pytest.raises(ConfigError) as told:
+        run(root, root / "recipe.yml", SearchOptions())
+    text = str(told.value)
+    for said in (
+        'search.parameters.weight[1]: "heavy": models[1].parameters.weight: "heavy" is given, a number',
+        "search.parameters.dtype: \"float61\": dtype: 'float61' is no dtype",
+        'search.parameters.merge_method: "slerp": parameters: slerp needs',
+        "search.parameters.seed: min -3: seed: -3 is given",
+    ):
+        assert said in text, text
+    assert text.count("recipe.yml:") == 4
+    assert not (root / "out").exists()
+
+
+def test_values_at_odds_with_the_models_are_told_and_doubts_once(root: Path) -> None:
+    places = [str(root / "model2"), str(root / "modle1")]
+    with pytest.raises(ConfigError, match=r"modle1: no such directory .*did you mean .*model1"):
+        run(root, make_recipe(root, {"models[1].model": places}), SearchOptions())
+    told: list[str] = []
+    space = {"weight[0][mpl]": {"min": 0, "max": 1}, "weight[1]": [0.5, 1.0]}
+    run(root, make_recipe(root, space), SearchOptions(budget=1, batch=1), on_warning=told.append)
+    assert told == ['weight: the filter "mpl" matches no tensor, so its value is not used']
 
 
 def test_what_is_wrong_is_told_before_anything_is_merged(root: Path) -> None:
