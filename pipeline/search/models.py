@@ -9,7 +9,7 @@ from functools import partial
 from raymerge.ops.errors import OpParameterError
 from raymerge.ops.own import OwnOps, read_own_ops
 from raymerge.pipeline.checkpoint.find import find_models
-from raymerge.pipeline.config.training_run import FindModels
+from raymerge.pipeline.config.sections.training_run import FindModels
 from raymerge.pipeline.errors import CheckpointError, ConfigError, MemoryLimitError, OutputError, TensorMismatchError
 from raymerge.pipeline.evaluation.evaluate import evaluate
 from raymerge.pipeline.evaluation.events import OnEvaluationEvent

@@ -322,7 +322,7 @@ def test_every_wrong_value_of_the_space_is_told_with_its_line_before_anything_is
 
 def test_values_at_odds_with_the_models_are_told_and_doubts_once(root: Path) -> None:
     places = [str(root / "model2"), str(root / "modle1")]
-    with pytest.raises(ConfigError, match=r"modle1: no such directory .*did you mean .*model1"):
+    with pytest.raises(ConfigError, match=r"modle1: no such directory; did you mean .*model1"):
         run(root, make_recipe(root, {"models[1].model": places}), SearchOptions())
     told: list[str] = []
     space = {"weight[0][mpl]": {"min": 0, "max": 1}, "weight[1]": [0.5, 1.0]}
