@@ -18,7 +18,7 @@ import yaml
 import raymerge
 from raymerge import MergeOptions, Planned, verify
 from raymerge.ops.registry import load_ops
-from raymerge.pipeline.config.schema import make_schema
+from raymerge.pipeline.config.schema.schema import make_schema
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.spectrum.points import make_points
 from raymerge.pipeline.spectrum.record import RECORD, TABLE, Spectrum, locate_point, read_spectrum

@@ -226,7 +226,7 @@ def schema(ops: OwnOpsFile = None) -> None:
 
     from raymerge.ops.own import read_own_ops
     from raymerge.ops.registry import load_ops
-    from raymerge.pipeline.config.schema import make_schema
+    from raymerge.pipeline.config.schema.schema import make_schema
 
     own = read_own_ops(ops).ops if ops else {}
     put(dumps(make_schema([*load_ops().values(), *own.values()]), indent=1))

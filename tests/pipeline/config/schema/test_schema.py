@@ -16,7 +16,7 @@ from raymerge.pipeline.cli.methods import make_example
 from raymerge.pipeline.config import mixture, reader
 from raymerge.pipeline.config.document import read_documents
 from raymerge.pipeline.config.reader import load_config
-from raymerge.pipeline.config.schema import make_schema
+from raymerge.pipeline.config.schema.schema import make_schema
 from raymerge.pipeline.config.sections.search import SEARCH
 from raymerge.pipeline.config.sections.sweep import SWEEP
 from raymerge.pipeline.config.sections.training_run import RUN_KEYS
