@@ -81,7 +81,7 @@ def test_commands_are_placed_by_gpus_and_done_again_where_a_worker_dies(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One works for longer than an item may say nothing; a planned point is merged where it is evaluated."""
-    monkeypatch.setattr("raymerge.cluster.ray.runner.HANG_SECONDS", 3.0)
+    monkeypatch.setattr("raymerge.cluster.ray.silence.HANG_SECONDS", 3.0)
     monkeypatch.chdir(tmp_path)
     models = write_models(tmp_path, "slow", "fast", "killed")
     recipe = {"merge_method": "linear", "models": [{"model": "slow"}, {"model": "fast"}], "parameters": {"weight": 1}}

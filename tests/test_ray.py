@@ -274,7 +274,7 @@ def occupy() -> None:
 def test_what_fails_where_no_other_node_has_room_is_done_there(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raymerge.cluster.ray.runner.ELSEWHERE_SECONDS", 1.0)
+    monkeypatch.setattr("raymerge.cluster.ray.silence.ELSEWHERE_SECONDS", 1.0)
     with connect_ray(cluster.add_node(num_cpus=1) and cluster.address, {}):
         cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,33 +13,23 @@ from ray.exceptions import OutOfMemoryError, RayError
 
 from raymerge.cluster.errors import HeadLostError, ResourceError, TaskFailedError, WorkerLostError
 from raymerge.cluster.outcome import Done
+from raymerge.cluster.ray import silence
 from raymerge.cluster.ray.attempt import Attempt, choose_node, has_room
 from raymerge.cluster.ray.ledger import Ledger
 from raymerge.cluster.ray.losses import LOST, explain, explain_loss, explain_missing
 from raymerge.cluster.ray.session import RESERVED_MEM, HeadWatch, Node, list_nodes
+from raymerge.cluster.ray.silence import PATIENCE_SECONDS, find_overdue
 from raymerge.cluster.ray.task import Begun, Message, pack, serve, stop
 from raymerge.cluster.runner import NUM_ATTEMPTS, Item, Progress, Report, Resources, Result, Runner, Work
 
 LONELY_SECONDS = 120.0
 """How long no node may have room for an item: one that is powered off may be replaced."""
 
-HANG_SECONDS = 900.0
-"""How long an item may report nothing; the longest that a store is waited for is less than half of it."""
-
-ELSEWHERE_SECONDS = 30.0
-"""How long an item waits for room on a node where it has not failed yet, before any node will do."""
-
 _LOOK_SECONDS = 5.0
 """Between looks at the nodes, while no item has anything to tell."""
 
 _BRISK_SECONDS = 1.0
 """The same while the run is ending, or a twin could begin."""
-
-_PATIENCE_SECONDS = 4.0
-"""For workers to end what they are doing when the run is broken off, or a twin was faster."""
-
-_END_SECONDS = 30.0
-"""How long an item may report nothing when another has failed: it aborts what it has begun to write."""
 
 
 class RayRunner(Runner):
@@ -159,11 +148,11 @@ class RayRunner(Runner):
                             error = explain_missing(message.error)
                             ledger.end()
                             _stop_all(running)
-                for stream in _find_overdue(ledger):
+                for stream in find_overdue(ledger):
                     self._kill(stream)
                     attempt = running[stream]
                     if attempt.begun or attempt.is_beaten or ledger.is_ending:
-                        self._lose(ledger, stream, f"it had reported nothing for {HANG_SECONDS:.0f} s")
+                        self._lose(ledger, stream, f"it had reported nothing for {silence.HANG_SECONDS:.0f} s")
                     else:
                         attempt.elsewhere = False
                         start(running.pop(stream))
@@ -216,7 +205,7 @@ class RayRunner(Runner):
         """Wait for what has been stopped, and kill workers that do not end it themselves after a while."""
         left = [stream.completed() for stream in running]
         if left:
-            _, left = ray.wait(left, num_returns=len(left), timeout=_PATIENCE_SECONDS)
+            _, left = ray.wait(left, num_returns=len(left), timeout=PATIENCE_SECONDS)
         for stream in running if left else ():
             self._kill(stream)
 
@@ -255,7 +244,7 @@ class RayRunner(Runner):
             head.check_sometimes()
             if ready:
                 ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
-            if ready or ledger.is_ending or _find_overdue(ledger) or ledger.find_stragglers():
+            if ready or ledger.is_ending or find_overdue(ledger) or ledger.find_stragglers():
                 return frozenset(ready)
             if not head.check():
                 continue
@@ -330,22 +319,3 @@ class RayRunner(Runner):
 def _stop_all(running: Mapping[Any, Attempt]) -> None:
     for attempt in running.values():
         stop(attempt.key)
-
-
-def _find_overdue(ledger: Ledger) -> list[Any]:
-    """Return the streams of items that have been silent for too long, or have waited so for another node."""
-    now = time.monotonic()
-    return [
-        stream
-        for stream, attempt in ledger.running.items()
-        if now - attempt.heard_at > _limit_silence(attempt, is_ending=ledger.is_ending)
-    ]
-
-
-def _limit_silence(attempt: Attempt, *, is_ending: bool) -> float:
-    """Return for how many seconds nothing may be heard of an attempt."""
-    if attempt.begun:
-        return _PATIENCE_SECONDS if attempt.is_beaten else _END_SECONDS if is_ending else HANG_SECONDS
-    if attempt.is_beaten or is_ending:  # it waits for room, perhaps for ever
-        return _PATIENCE_SECONDS
-    return ELSEWHERE_SECONDS if attempt.elsewhere else math.inf

@@ -85,7 +85,7 @@ def test_items_of_dead_actors_are_done_again(tmp_path: Path) -> None:
 
 
 def test_an_item_that_hangs_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymerge.cluster.ray.runner.HANG_SECONDS", 3.0)
+    monkeypatch.setattr("raymerge.cluster.ray.silence.HANG_SECONDS", 3.0)
     reasons: list[str] = []
     runner = ActorRunner(2, num_sharing=1, on_retry=reasons.append)
     work = partial(hang_at_first, directory=tmp_path)

@@ -73,7 +73,7 @@ def test_what_is_tried_in_vain_may_have_a_result(session: RaySession, tmp_path: 
 
 @pytest.mark.slow
 def test_an_item_that_hangs_is_done_again(session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymerge.cluster.ray.runner.HANG_SECONDS", 3.0)
+    monkeypatch.setattr("raymerge.cluster.ray.silence.HANG_SECONDS", 3.0)
     reasons: list[str] = []
     seen: list[Progress] = []
     runner = RayRunner(2, on_retry=reasons.append)

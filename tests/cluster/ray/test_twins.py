@@ -134,7 +134,7 @@ def fail_beside_a_stopped_one(item: int, report: Report, *, directory: Path) -> 
 def test_an_error_is_raised_though_a_worker_is_stopped(
     make_runner: MakeRunner, session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raymerge.cluster.ray.runner._END_SECONDS", 1.0)
+    monkeypatch.setattr("raymerge.cluster.ray.silence.END_SECONDS", 1.0)
     work = partial(fail_beside_a_stopped_one, directory=tmp_path)
     with pytest.raises(OSError, match="no way"):
         list(make_runner(2).run(work, [0, 1], even("ab"), Total()))
