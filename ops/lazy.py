@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     sum_loops: Any
     delta_loops: Any
+    digest_loops: Any
     low_rank_loops: Any
     rank_loops: Any
     rule_loops: Any
@@ -30,9 +31,19 @@ else:
             return value
 
     np, torch = _LazyModule("numpy"), _LazyModule("torch")
-    delta_loops, low_rank_loops, rank_loops, rule_loops, sum_loops, value_loops = (
-        _LazyModule(f"raymerge.ops.loops.{name}")
-        for name in ("delta_loops", "low_rank_loops", "rank_loops", "rule_loops", "sum_loops", "value_loops")
+    delta_loops, digest_loops, low_rank_loops, rank_loops, rule_loops, sum_loops, value_loops = (
+        _LazyModule(f"raymerge.ops.loops.{name}_loops")
+        for name in ("delta", "digest", "low_rank", "rank", "rule", "sum", "value")
     )
 
-__all__ = ["delta_loops", "low_rank_loops", "np", "rank_loops", "rule_loops", "sum_loops", "torch", "value_loops"]
+__all__ = [
+    "delta_loops",
+    "digest_loops",
+    "low_rank_loops",
+    "np",
+    "rank_loops",
+    "rule_loops",
+    "sum_loops",
+    "torch",
+    "value_loops",
+]

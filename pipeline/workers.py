@@ -78,7 +78,8 @@ def find_workers(
         num_gpus = max(node.num_gpus for node in session.nodes) if session else len(require_gpus())
         limits = _use_gpus(limits, num_gpus, gpu_mem, options)
     if limits.gpus is None and options.address is None:  # loops will run here
-        compiling = start_compiling(kernel for config in configs for kernel in guess_kernels(config))
+        kernels = (kernel for config in configs for kernel in guess_kernels(config))
+        compiling = start_compiling(kernels, has_variants=len(configs) > 1)
         if compiling is not None:
             stack.callback(compiling.close)
     return Workers(limits, session, hired)

@@ -16,6 +16,7 @@ from raymerge.ops.loops.compiler import Loop, trace_loops
 from raymerge.ops.stored import LOOP_DTYPES, STRIP, Slot, Stored
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
+from raymerge.pipeline.engine import digests
 from raymerge.pipeline.engine.loop_intermediate import find_loop_dtype, has_aligned_grids
 from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.plan.sources.merged import MergedTensor, list_sources
@@ -24,7 +25,15 @@ from raymerge.pipeline.stores.retry import one_line
 
 LOOPS = tuple(
     f"raymerge.ops.loops.{name}"
-    for name in ("delta_loops", "low_rank_loops", "rank_loops", "rule_loops", "sum_loops", "value_loops")
+    for name in (
+        "delta_loops",
+        "digest_loops",
+        "low_rank_loops",
+        "rank_loops",
+        "rule_loops",
+        "sum_loops",
+        "value_loops",
+    )
 )
 _TORCH_MERGER = "raymerge.pipeline.engine.torch_merger"
 
@@ -44,6 +53,9 @@ def prepare(merges: Iterable[TensorMerge]) -> str:
     """
     reason = ""
     needs_torch = False
+    merges = list(merges)
+    if any(len(merge.variants) > 1 for merge in merges):
+        digests.can_share()
     for merge in merges:
         if not _has_loops(merge):
             needs_torch = True
@@ -54,9 +66,15 @@ def prepare(merges: Iterable[TensorMerge]) -> str:
     return reason and f"torch merges, several times slower than compiled loops would: {reason}"
 
 
-def start_compiling(kernels: Iterable[tuple[Kernel, int]]) -> Compiling | None:
-    """Begin to compile the loops that kernels with so many sources call, but for those in the cache; to be closed."""
-    return compile_ahead(list_loops(kernels), count_cores())
+def start_compiling(kernels: Iterable[tuple[Kernel, int]], *, has_variants: bool) -> Compiling | None:
+    """Begin to compile the loops that will be called, but for those in the cache; to be closed.
+
+    Args:
+        kernels: each with the number of its sources.
+        has_variants: whether files of several models will be written side by side.
+    """
+    digesting = digests.list_loops() if has_variants else []
+    return compile_ahead([*list_loops(kernels), *digesting], count_cores())
 
 
 def list_loops(kernels: Iterable[tuple[Kernel, int]]) -> Collection[Loop]:

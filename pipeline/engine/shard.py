@@ -17,6 +17,7 @@ from raymerge import RaymergeError
 from raymerge.cluster.host import find_host
 from raymerge.cluster.runner import Progress, Report
 from raymerge.ops.errors import OpFileError, find_line
+from raymerge.pipeline.engine.digests import make_digests
 from raymerge.pipeline.engine.fetch import Filled, fetch_windows
 from raymerge.pipeline.engine.gpu.devices import take_gpu
 from raymerge.pipeline.engine.merger import HostMerger
@@ -137,8 +138,9 @@ def _make_shard(
     tallies = [Tally() for _ in task.outputs]
     measured: list[Figures] = [{} for _ in task.outputs]
     try:
-        for journal, output in zip(journals, task.outputs, strict=True):
-            shards.append(ShardWriter(journal.open_shard(output), stores.pool))
+        digests = make_digests(len(task.outputs))
+        for journal, output, digest in zip(journals, task.outputs, digests, strict=True):
+            shards.append(ShardWriter(journal.open_shard(output), stores.pool, digest))
             shards[-1].append_bytes(output.header)
         report(Progress(written_nbytes=sum(shard.nbytes for shard in shards)))
         with ExitStack() as stack:
@@ -171,7 +173,9 @@ def _make_shard(
                     told, time_told = appended, time.monotonic()
             merger.flush()
             report(Progress(0, sum(shard.nbytes for shard in shards) - told))
-        digests = [shard.finish() for shard in shards]
+        for shard in shards:
+            shard.close()
+        sha256s = [shard.finish() for shard in shards]
         with ThreadPoolExecutor(_NUM_CHECKS, thread_name_prefix="check") as pool:
             list(pool.map(lambda file: stores.at(file.url).check_unchanged(file), _list_inputs(task)))
         for journal in journals:
@@ -190,7 +194,7 @@ def _make_shard(
             raise
         tally, kernels = tallies[position], measured[position]
         figures = {name: _keep_finite({**norm, **kernels[name]}) for name, norm in tally.figures().items()}
-        files.append(ShardFile(output.file, output.nbytes, digests[position], stored.etag, tally.nonfinite, figures))
+        files.append(ShardFile(output.file, output.nbytes, sha256s[position], stored.etag, tally.nonfinite, figures))
     return tuple(files)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import queue
 import threading
 from typing import TYPE_CHECKING
 
+from raymerge.pipeline.engine.digests import Digest
 from raymerge.pipeline.stores.buffers import BufferPool
 from raymerge.pipeline.stores.files import StoredFile
 from raymerge.pipeline.stores.seam import Writer
@@ -19,20 +19,21 @@ if TYPE_CHECKING:
 class ShardWriter:
     """Collects bytes in buffers, and hands each full one to a thread that hashes and writes it.
 
-    `append` any number of times, then `finish`, then `commit`; on an error, `abort`.
+    `append` any number of times, then `close`, `finish` and `commit`; on an error, `abort`.
     """
 
     nbytes: int
     """Appended so far."""
 
-    def __init__(self, writer: Writer, pool: BufferPool) -> None:
+    def __init__(self, writer: Writer, pool: BufferPool, digest: Digest) -> None:
         self.nbytes = 0
         self._pool = pool
         self._writer = writer
-        self._digest = hashlib.sha256()
+        self._digest = digest
         self._free = threading.Semaphore(writer.num_buffers)
         self._full: queue.SimpleQueue[tuple[mmap.mmap, int] | None] = queue.SimpleQueue()
-        self._current = self._acquire()
+        self._current: mmap.mmap | None = None
+        """Is being filled; there is one as soon as something is to be appended."""
         self._num_used = 0
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write_all, name="write", daemon=True)
@@ -46,13 +47,20 @@ class ShardWriter:
         """
         data = memoryview(data)
         while data:
-            num_bytes = min(len(data), self._writer.buffer_nbytes - self._num_used)
-            self._current[self._num_used : self._num_used + num_bytes] = data[:num_bytes]
+            room = self.reserve()
+            num_bytes = min(len(data), len(room))
+            room[:num_bytes] = data[:num_bytes]
             self.advance(num_bytes)
             data = data[num_bytes:]
 
     def reserve(self) -> memoryview:
-        """Return the room that is left in the current buffer; there is some, and more where it is full."""
+        """Return the room that is left in the current buffer, or that of the next one where it is full.
+
+        Raises:
+            OutputError: an earlier write failed.
+        """
+        if self._current is None:
+            self._current = self._acquire()
         return memoryview(self._current)[self._num_used : self._writer.buffer_nbytes]
 
     def append(self, values: torch.Tensor, dtype: torch.dtype) -> None:
@@ -68,20 +76,23 @@ class ShardWriter:
         import torch
 
         while len(values):
-            num_values = min(len(values), (self._writer.buffer_nbytes - self._num_used) // dtype.itemsize)
-            torch.frombuffer(self._current, dtype=dtype, count=num_values, offset=self._num_used).copy_(
-                values[:num_values]
-            )
+            room = self.reserve()
+            num_values = min(len(values), len(room) // dtype.itemsize)
+            torch.frombuffer(room, dtype=dtype, count=num_values).copy_(values[:num_values])
             self.advance(num_values * dtype.itemsize)
             values = values[num_values:]
 
+    def close(self) -> None:
+        """Hand over what is left. Of several shards, each is closed before any is finished."""
+        self._hand_over()
+        self._full.put(None)
+
     def finish(self) -> str:
-        """Write what is left and return the sha256 of everything, in hex.
+        """Return the sha256 of everything, in hex, when it is written.
 
         Raises:
             OutputError: a write failed.
         """
-        self._full.put((self._current, self._num_used))
         self._end()
         if self._error is not None:
             raise self._error
@@ -98,30 +109,37 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Stop, and forget what was written."""
-        is_handed_over = self._num_used == self._writer.buffer_nbytes  # and there was no memory for another one
-        if self._thread.is_alive() and not is_handed_over:
+        if self._current is not None:
             self._release(self._current)
+            self._current = None
         self._end()
         self._writer.abort()
 
     def advance(self, num_bytes: int) -> None:
-        """Take what has been written to the first bytes of the reserved room as appended.
+        """Take what has been written to the first bytes of the reserved room as appended."""
+        self.nbytes += num_bytes
+        self._num_used += num_bytes
+        if self._num_used == self._writer.buffer_nbytes:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self._current is not None:
+            self._digest.announce()
+            self._full.put((self._current, self._num_used))
+        self._current, self._num_used = None, 0
+
+    def _acquire(self) -> mmap.mmap:
+        """Return a buffer, as soon as there may be one more.
 
         Raises:
             OutputError: an earlier write failed.
         """
-        self.nbytes += num_bytes
-        self._num_used += num_bytes
-        if self._num_used == self._writer.buffer_nbytes:
-            self._full.put((self._current, self._num_used))
-            self._current = self._acquire()
-            self._num_used = 0
-            if self._error is not None:
-                raise self._error
-
-    def _acquire(self) -> mmap.mmap:
-        """Return a buffer, as soon as there may be one more."""
-        self._free.acquire()
+        if not self._free.acquire(blocking=False):
+            with self._digest.waiting():
+                self._free.acquire()
+        if self._error is not None:
+            self._free.release()
+            raise self._error
         return self._pool.acquire(self._writer.buffer_nbytes)
 
     def _release(self, buffer: mmap.mmap) -> None:
@@ -131,9 +149,16 @@ class ShardWriter:
     def _end(self) -> None:
         if self._thread.is_alive():
             self._full.put(None)
-            self._thread.join()
+            with self._digest.waiting():
+                self._thread.join()
 
     def _write_all(self) -> None:
+        try:
+            self._write_each()
+        finally:
+            self._digest.close()
+
+    def _write_each(self) -> None:
         while (item := self._full.get()) is not None:
             buffer, num_bytes = item
             if self._error is not None:
@@ -145,3 +170,4 @@ class ShardWriter:
                 self._writer.take(buffer, num_bytes, self._release)
             except BaseException as error:  # raised at the next append, or by finish
                 self._error = error
+                self._digest.close()
