@@ -129,6 +129,11 @@ def test_samples_that_a_killed_worker_has_finished_are_kept(cluster: Cluster, tm
 def test_gpus_that_are_not_there_and_options_for_no_cluster(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gpus-per-model 1: 1 at once take more GPUs than this machine has \(0\)"):
         raymerge.evaluate(write_models(tmp_path, "a"), f"command:{sys.executable} -V {{model}}", gpus_per_model=1)
-    for wrong in ({"gpus_per_model": 1.5}, {"gpus_per_model": -1.0}, {"shared_filesystem": True}):
+    for wrong in (
+        {"gpus_per_model": 1.5},
+        {"gpus_per_model": -1.0},
+        {"shared_filesystem": True},
+        {"ray": True, "address": "auto"},
+    ):
         with pytest.raises(ConfigError, match="--" + next(iter(wrong)).replace("_", "-")):
             raymerge.EvaluateOptions(**wrong)

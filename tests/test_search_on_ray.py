@@ -48,19 +48,44 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-@pytest.mark.slow
-def test_trials_are_evaluated_side_by_side_and_are_those_of_one_machine(cluster: Cluster, tmp_path: Path) -> None:
+def write_models(root: Path) -> dict[str, Any]:
+    """Write two models; return a recipe for them."""
     for k in range(2):
         tensors = llama_tensors(k, 1)
         tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], float(k))
-        write_checkpoint(tmp_path / f"model{k}", tensors, llama_config(1))
-    (tmp_path / "judge.py").write_text(JUDGE)
-    recipe: dict[str, Any] = {
+        write_checkpoint(root / f"model{k}", tensors, llama_config(1))
+    return {
         "merge_method": "linear",
-        "models": [{"model": str(tmp_path / f"model{k}")} for k in range(2)],
+        "models": [{"model": str(root / f"model{k}")} for k in range(2)],
         "parameters": {"weight": 1.0},
         "search": {"parameters": {f"weight[{k}]": {"min": 0.1, "max": 1.0} for k in range(2)}},
     }
+
+
+@pytest.mark.slow
+def test_ray_started_here_merges_and_evaluates(tmp_path: Path) -> None:
+    recipe = write_models(tmp_path)
+    (tmp_path / "judge.py").write_text(JUDGE)
+    (tmp_path / "marks").mkdir()
+    report = raymerge.search(
+        recipe,
+        tmp_path / "out",
+        [f"command:judge={sys.executable} {tmp_path}/judge.py {{model}} {tmp_path}/marks"],
+        raymerge.SearchOptions(budget=1, batch=1),
+        merging=raymerge.MergeOptions(ray=True, workers=2),
+        evaluating=raymerge.EvaluateOptions(workers=2),
+    )
+    assert [trial.error for trial in report.trials] == [""]
+    assert {path.name: "ray::" in path.read_text() for path in (tmp_path / "marks").iterdir()} == dict.fromkeys(
+        ("trial-0000", "model0", "model1"), True
+    )
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_trials_are_evaluated_side_by_side_and_are_those_of_one_machine(cluster: Cluster, tmp_path: Path) -> None:
+    recipe = write_models(tmp_path)
+    (tmp_path / "judge.py").write_text(JUDGE)
     found = {}
     for name, address in (("cluster", cluster.address), ("here", None)):
         (tmp_path / name / "marks").mkdir(parents=True)

@@ -16,7 +16,7 @@ _TASKS = "Tasks"
 _Merging = Annotated[MergeOptions, Preset("workers", "keep_intermediates", "wait", "recheck", "overwrite")]
 _Evaluating = Annotated[
     EvaluateOptions,
-    Preset("limit", "seed", "ops", "storage", "out", "eval_results", "address", "shared_filesystem"),
+    Preset("limit", "seed", "ops", "storage", "out", "eval_results", "ray", "address", "shared_filesystem"),
 ]
 
 

@@ -18,7 +18,7 @@ from raymerge.pipeline.evaluation.registry import prepare_tasks
 from raymerge.pipeline.evaluation.results import Evaluation
 from raymerge.pipeline.evaluation.subjects import Subject, find_subjects
 from raymerge.pipeline.evaluation.units import Unit, find_digest, make_result
-from raymerge.pipeline.evaluation.workers import evaluate_here, evaluate_on_cluster
+from raymerge.pipeline.evaluation.workers import evaluate_here, evaluate_on_ray
 from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.settings import StoreSettings
 
@@ -62,7 +62,7 @@ def evaluate(
         run.tell(Begun(len(subjects.models), len(prepared), num_cached, subjects.skipped))
         for evaluation in run.found.values():
             run.tell(Evaluated(evaluation, is_cached=evaluation.state == "complete"))
-        evaluate_units = evaluate_here if options.address is None else evaluate_on_cluster
+        evaluate_units = evaluate_on_ray if options.ray or options.address is not None else evaluate_here
         for name, evaluations in evaluate_units(stores, out, units, options, run.tell) if units else ():
             run.finish(name, evaluations)
         pairs = [(subject, task) for subject in subjects.models for task in prepared]

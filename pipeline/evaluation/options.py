@@ -79,6 +79,7 @@ class EvaluateOptions:
     eval_results: Annotated[
         bool, Help("Write .eval_results/*.yaml beside each model, for the Hub's leaderboards.", RESULTS)
     ] = False
+    ray: Annotated[bool, Help("Start Ray on this machine, and evaluate on it.", CLUSTER)] = False
     address: Annotated[
         str | None,
         Help("Evaluate on the Ray cluster whose head is there; `auto`: that of this machine.", CLUSTER, "HOST:PORT"),
@@ -98,6 +99,10 @@ class EvaluateOptions:
             raise ConfigError(f"--gpus-per-model is {gpus:g}; it must be whole, or a share of one GPU such as 0.5")
         if self.backend == "vllm" and gpus is not None and gpus != int(gpus):
             raise ConfigError(f"--gpus-per-model is {gpus:g}; vLLM takes whole GPUs")
+        if self.ray and self.address is not None:
+            raise ConfigError(
+                "both --ray, which starts Ray here, and --address, of a running cluster, are given; leave one"
+            )
         if self.shared_filesystem and self.address is None:
             raise ConfigError("--shared-filesystem is about the machines of a cluster; give its --address too")
         if not self.timeout > 0:
@@ -129,5 +134,6 @@ class EvaluateKeywords(TypedDict, total=False):
     storage: Library
     out: str | None
     eval_results: bool
+    ray: bool
     address: str | None
     shared_filesystem: bool

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymerge.cluster.errors import ResourceError
+from raymerge.cluster.host import count_cores
 from raymerge.cluster.local import LocalRunner
 from raymerge.cluster.runner import Progress, Report, Resources
 from raymerge.ops.own import read_own_ops
@@ -55,10 +56,10 @@ def evaluate_here(
         yield from runner.run(work, units, [Resources(mem_nbytes=0, cost=0)] * len(units), lambda progress: None)
 
 
-def evaluate_on_cluster(
+def evaluate_on_ray(
     stores: Stores, out: str, units: Sequence[Unit], options: EvaluateOptions, tell: Callable[[EvaluationEvent], None]
 ) -> Iterator[Found]:
-    """Yield what comes of each model, or of each of its tasks, evaluated on a Ray cluster.
+    """Yield what comes of each model, or of each of its tasks, evaluated on a Ray cluster, or on Ray started here.
 
     Where a worker or a machine is lost, its item is done again: finished samples are found in their files.
 
@@ -66,10 +67,14 @@ def evaluate_on_cluster(
         ConfigError: machines of the cluster would not find models, or could not write results.
         ResourceError: no machine has the GPUs that are asked for.
     """
-    from raymerge.cluster.ray.session import connect_ray
+    from raymerge.cluster.ray.session import connect_ray, start_ray
 
-    assert options.address is not None
-    with connect_ray(options.address, list_cluster_variables()) as session:
+    connecting = (
+        start_ray(max(count_cores(), options.workers or 1))
+        if options.address is None
+        else connect_ray(options.address, list_cluster_variables())
+    )
+    with connecting as session:
         from raymerge.cluster.ray.runner import RayRunner
 
         urls = [out, *dict.fromkeys(url for unit in units for url in _list_inputs(stores, unit, options.ops))]

@@ -52,7 +52,7 @@ def search(
         out: a directory or URL; it becomes a spectrum of the best models, with the evaluations of all.
         tasks: as `evaluate` takes them.
         options: how to search.
-        merging: how to merge; with the address of a Ray cluster, models are also evaluated there.
+        merging: how to merge; on Ray, models are also evaluated there.
         evaluating: how to evaluate.
         on_batch: told of each batch before it is merged.
         on_trial: told of each trial when its values are known.
@@ -94,6 +94,7 @@ def search(
             out=f"{place}/{EVALUATIONS}",
             storage=merging.storage,
             ops=merging.ops,
+            ray=merging.ray,
             address=merging.address,
             shared_filesystem=merging.shared_filesystem,
         )

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import shlex
-import signal
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 from raymerge.pipeline.decoding import decode, is_decodable, parse_json
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.evaluation.child import Child
 from raymerge.pipeline.evaluation.evaluator import EvaluationError, Evaluator, Model, Place, Task
 from raymerge.pipeline.evaluation.figures import Figures, summarise
 from raymerge.pipeline.evaluation.options import EvaluateOptions
@@ -82,16 +82,14 @@ class CommandTask(Task):
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
             environment = {**os.environ, **place.engine.environment}
             try:
-                process = subprocess.Popen(
-                    words, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment, start_new_session=True
-                )
+                child = Child(words, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, environment=environment)
             except OSError as error:
                 raise EvaluationError(
                     f"{words[0]} cannot be run: {error.strerror}; no shell runs the command: for a shell's own"
                     " commands, && and pipes write sh -c '...'"
                 ) from error
             try:
-                begun = time.monotonic()
+                begun, process = time.monotonic(), child.process
                 while process.poll() is None:
                     place.check()
                     if time.monotonic() - begun > self.timeout:
@@ -100,9 +98,7 @@ class CommandTask(Task):
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(_LOOK_SECONDS)
             finally:
-                with suppress(ProcessLookupError):  # what it has started goes with it
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                child.end()
             if code := process.returncode:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
                 raise EvaluationError(f"the command {how}{_tail(stderr=errors, stdout=out)}")

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import IO, Any
 
 from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.errors import MergeError
+from raymerge.pipeline.evaluation.child import Child
 
 _MODULES = {
     "transformers": "raymerge.pipeline.evaluation.generation.transformers_worker",
@@ -53,7 +52,7 @@ class Engine:
         """Seconds after which it is given up if it tells nothing."""
         self.environment = dict(environment or {})
         """Variables that it has besides; a command gets them, too."""
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._errors: IO[bytes] | None = None
 
     def ask(self, request: Mapping[str, Any], check: Callable[[], None]) -> Iterator[dict[str, Any]]:
@@ -123,30 +122,24 @@ class Engine:
 
     def close(self) -> None:
         """End the process and those that it has started: vLLM's hold a GPU's memory."""
-        if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    pipe.close()
-            self._process = None
+        if self._child is not None:
+            self._child.end()
+            self._child = None
         if self._errors is not None:
             self._errors.close()
             self._errors = None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
+        if self._child is None:
             self._errors = tempfile.TemporaryFile(prefix="raymerge-")  # noqa: SIM115  # closed with the process
-            self._process = subprocess.Popen(
+            self._child = Child(
                 [sys.executable, "-P", "-m", self._module],  # modules of the working directory are not ours
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **self.environment},
-                start_new_session=True,
+                environment={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **self.environment},
             )
-        return self._process
+        return self._child.process
 
     def _read_tail(self) -> str:
         assert self._errors is not None

@@ -25,7 +25,7 @@ def test_a_process_that_tells_nothing_is_waited_for_and_given_up() -> None:
     with pytest.raises(EngineError, match=r"told nothing for 0\.6 s \(--timeout\)"):
         list(engine.ask({"kind": "loss"}, lambda: checks.append(None)))
     assert checks
-    assert engine._process is None
+    assert engine._child is None
 
 
 def test_what_a_process_has_started_ends_with_it(tmp_path: Path) -> None:
