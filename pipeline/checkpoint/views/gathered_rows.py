@@ -19,32 +19,23 @@ PLACE_NBYTES = 3 * ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
-class GatheredRows(Source):
-    """One tensor whose rows are those of others, in whatever order; zeros, or means of several."""
+class RowsOfParts(Source):
+    """One tensor whose rows are those of other tensors, in whatever order."""
 
     model: str
     name: str
     dtype: str
     shape: tuple[int, ...]
     parts: tuple[Source, ...]
-    """Of equal rows."""
+    """Tensors with rows of one length."""
     rows: RowMap = field(repr=False)
     padding: bytes = field(default=b"", repr=False)
     """The mean of all rows before the padding, as float32; empty until it is known, and where there is no padding."""
-    is_by_row: bool = False
-    """Whether rows are read by themselves, to where the result has them."""
 
     @property
     def columns(self) -> int:
         """Elements of a row."""
         return self.num_elements // max(1, self.shape[0])
-
-    @property
-    def decoder(self) -> GatherRows:
-        """Decoder that gathers them."""
-        num_pieces = tuple(len(part.ranges(0, 1)) for part in self.parts)
-        parts = tuple(part.decoder for part in self.parts)
-        return GatherRows(parts, num_pieces, self.rows, self.columns, self.padding, self.is_by_row)
 
     @property
     def origins(self) -> tuple[StoredTensor, ...]:
@@ -55,6 +46,27 @@ class GatheredRows(Source):
     def identity(self) -> Identity:
         """The parts, and which rows of them."""
         return ["rows", self.rows.digest, [part.identity for part in self.parts]]
+
+    def max_rows(self, num_elements: int) -> int:
+        """Return how many rows of parts so many elements take at most: their own, and those that means take besides."""
+        rows = num_elements // self.columns + 2
+        largest = max((len(mean) - 1 for mean in self.rows.means), default=0)
+        return rows + min(rows * largest, self.rows.num_extra)
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredRows(RowsOfParts):
+    """One tensor whose rows are stored in others; zeros, or means of several."""
+
+    is_by_row: bool = False
+    """Whether rows are read by themselves, to where the result has them."""
+
+    @property
+    def decoder(self) -> GatherRows:
+        """Decoder that gathers them."""
+        num_pieces = tuple(len(part.ranges(0, 1)) for part in self.parts)
+        parts = tuple(part.decoder for part in self.parts)
+        return GatherRows(parts, num_pieces, self.rows, self.columns, self.padding, self.is_by_row)
 
     @property
     def nbytes(self) -> int:
@@ -121,8 +133,5 @@ class GatheredRows(Source):
 
     def max_nbytes(self, num_elements: int) -> int:
         """Return the room of as many rows, each by itself, of those that means take besides, and of where all lie."""
-        rows = num_elements // self.columns + 2
-        largest = max((len(mean) - 1 for mean in self.rows.means), default=0)
-        extra = min(rows * largest, self.rows.num_extra)
         row_nbytes = max((part.max_nbytes(self.columns) for part in self.parts), default=0)
-        return (rows + extra) * (row_nbytes + PLACE_NBYTES)
+        return self.max_rows(num_elements) * (row_nbytes + PLACE_NBYTES)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from raymerge.ops.decoders.intermediate import Intermediate, cover
 from raymerge.ops.decoders.merged_rows import GatherMergedRows, find_share
-from raymerge.ops.decoders.rows import RowMap, lay_out
+from raymerge.ops.decoders.rows import lay_out
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.source import Identity, Source, StoredTensor
-from raymerge.pipeline.checkpoint.views.gathered_rows import PLACE_NBYTES
+from raymerge.pipeline.checkpoint.views.gathered_rows import PLACE_NBYTES, RowsOfParts
 from raymerge.pipeline.plan.types import TensorMerge
 from raymerge.pipeline.stores.files import ByteRange, aligned
 
@@ -87,39 +87,14 @@ class MergedTensor(Source):
 
 
 @dataclass(frozen=True, slots=True)
-class MergedRows(Source):
-    """One tensor whose rows are those of others, of which some are merges: see `GatheredRows`."""
-
-    model: str
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    parts: tuple[Source, ...]
-    """Of equal rows; at least one is a `MergedTensor`."""
-    rows: RowMap = field(repr=False)
-    padding: bytes = field(default=b"", repr=False)
-    """As in `GatheredRows`."""
-
-    @property
-    def columns(self) -> int:
-        """Elements of a row."""
-        return self.num_elements // max(1, self.shape[0])
+class MergedRows(RowsOfParts):
+    """One tensor whose rows are those of others, of which at least one is a `MergedTensor`: see `GatheredRows`."""
 
     @property
     def decoder(self) -> GatherMergedRows:
         """Decoder that merges and gathers."""
         num_pieces = (0 if isinstance(part, MergedTensor) else len(part.ranges(0, 1)) for part in self.parts)
         return GatherMergedRows(self.parts, tuple(num_pieces), self.rows, self.columns, self.padding)
-
-    @property
-    def origins(self) -> tuple[StoredTensor, ...]:
-        """The stored tensors of all parts."""
-        return tuple(dict.fromkeys(tensor for part in self.parts for tensor in part.origins))
-
-    @property
-    def identity(self) -> Identity:
-        """The parts, and which rows of them."""
-        return ["rows", self.rows.digest, [part.identity for part in self.parts]]
 
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
         """Return the ranges of whole rows that are stored, and after them those of a share of each merge."""
@@ -144,12 +119,8 @@ class MergedRows(Source):
 
     def max_nbytes(self, num_elements: int) -> int:
         """Return the room of as many stored rows, each by itself, and of a share of each merge."""
-        columns = self.columns
-        rows = num_elements // columns + 2
-        largest = max((len(mean) - 1 for mean in self.rows.means), default=0)
-        extra = min(rows * largest, self.rows.num_extra)
-        stored = (part.max_nbytes(columns) for part in self.parts if not isinstance(part, MergedTensor))
-        total = (rows + extra) * (max(stored, default=0) + PLACE_NBYTES)
+        stored = (part.max_nbytes(self.columns) for part in self.parts if not isinstance(part, MergedTensor))
+        total = self.max_rows(num_elements) * (max(stored, default=0) + PLACE_NBYTES)
         for part in self.parts:
             if isinstance(part, MergedTensor):
                 total += part.max_nbytes(-(-num_elements * part.shape[0] // max(1, self.shape[0])) + 1)
