@@ -40,10 +40,11 @@ _EVALUATING = ("--samples", "1", "--batch-size", "300")
 _PREPARE = """
 import json, sys
 from pathlib import Path
-from reasoners import draw_problems, train_models
+from reasoners import BASE, FINE_TUNES, draw_problems, train_model
+from training import train_family
 directory = Path(sys.argv[1])
 if not (directory / "thinking" / "model.safetensors").exists():
-    train_models(directory)
+    train_family(BASE, FINE_TUNES, train_model, directory)
 seen = {problem.text: problem for problem in draw_problems(150, 99)}
 further = {problem.text: problem for problem in draw_problems(500, 199) if problem.text not in seen}
 for name, problems in (("seen", seen), ("further", further)):

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from commands import run_raymerge
 from rich.console import Console
 from rich.table import Table
-from train import FINE_TUNES, WINDOW, read_texts, train_models
+from train import BASE, FINE_TUNES, WINDOW, read_texts, train_model
+from training import train_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -39,7 +40,7 @@ def main(directory: Path) -> int:
     directory.mkdir(parents=True, exist_ok=True)
 
     print("Training a base on code and prose, then a fine-tune on each", flush=True)
-    train_models(directory)
+    train_family(BASE, FINE_TUNES, train_model, directory)
     for merge in MERGES:
         config = os.path.relpath(CONFIGS / f"{merge}.yml", directory)
         run_raymerge("merge", config, merge, "--overwrite", cwd=directory)
@@ -56,12 +57,6 @@ def main(directory: Path) -> int:
         print("Every merge is better over both texts than the base and either fine-tune.")
     print(f"{time.monotonic() - started:.0f} s in all; the models are in {directory}")
     return 1 if faults else 0
-
-
-def run_raymerge(*arguments: str, cwd: Path) -> None:
-    """Run the command line, as a user would, in the models' directory."""
-    print(f"$ raymerge {' '.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, "-m", "raymerge", *arguments], cwd=cwd, check=True)
 
 
 @torch.inference_mode()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -84,14 +82,6 @@ def draw_problems(count: int, seed: int) -> list[Problem]:
     """Draw problems of one to `MAX_STEPS` operations, as many of each."""
     draw = random.Random(seed)
     return [make_problem(draw, 1 + k % MAX_STEPS) for k in range(count)]
-
-
-def train_models(directory: Path) -> None:
-    """Train the base and then, side by side, the fine-tunes, each into a directory of its name."""
-    train_model(BASE, directory)
-    with ProcessPoolExecutor(len(FINE_TUNES), mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(train_model, FINE_TUNES, [directory] * len(FINE_TUNES)):
-            pass
 
 
 def train_model(recipe: Recipe, directory: Path) -> None:

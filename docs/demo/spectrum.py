@@ -12,14 +12,15 @@ import csv
 import itertools
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reasoners import draw_problems, train_models
+from commands import run_raymerge
+from reasoners import BASE, FINE_TUNES, draw_problems, train_model
+from training import train_family
 
 CONFIG = Path(__file__).resolve().with_name("spectrum.yml")
 TASK = "arithmetic.yml"
@@ -47,7 +48,7 @@ def main(directory: Path) -> int:
     print(
         "Training a base, a fine-tune that answers at once, and one that thinks and checks what it thought", flush=True
     )
-    train_models(directory)
+    train_family(BASE, FINE_TUNES, train_model, directory)
     write_task(directory)
     run_raymerge("sweep", os.path.relpath(CONFIG, directory), "spectrum", "--overwrite", cwd=directory)
     run_raymerge("eval", "spectrum", "--task", TASK, "--batch-size", "100", cwd=directory)
@@ -55,7 +56,9 @@ def main(directory: Path) -> int:
     faults = []
     parents = read_parents(directory)
     for method in METHODS:
-        faults += find_faults(method, [parents["answering"], *read_points(directory, method), parents["thinking"]])
+        line = [parents["answering"], *read_points(directory, method), parents["thinking"]]
+        print_line(method, line)
+        faults += find_faults(method, line)
     for fault in faults:
         print(f"FAILED: {fault}")
     print(f"{time.monotonic() - started:.0f} s in all; the curve is {directory / 'spectrum' / 'curve.html'}")
@@ -76,12 +79,6 @@ def write_task(directory: Path) -> None:
         "samples": SAMPLES,
     }
     (directory / TASK).write_text(json.dumps(task, indent=1))  # JSON is YAML
-
-
-def run_raymerge(*arguments: str, cwd: Path) -> None:
-    """Run the command line, as a user would, in the models' directory."""
-    print(f"$ raymerge {' '.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, "-m", "raymerge", *arguments], cwd=cwd, check=True)
 
 
 def read_points(directory: Path, method: str) -> list[Measured]:
@@ -112,19 +109,31 @@ def read_rows(directory: Path) -> Sequence[Mapping[str, str]]:
         return list(csv.DictReader(file))
 
 
+def find_jump(line: Sequence[Measured]) -> tuple[Measured, float]:
+    """Return the point after which the share of answers that think rises most, and by how much."""
+    steps = [after.thinking - before.thinking for before, after in itertools.pairwise(line)]
+    jump = max(steps)
+    return line[steps.index(jump)], jump
+
+
 def find_faults(method: str, line: Sequence[Measured]) -> list[str]:
-    """Print what a line from one parent to the other shows; return the expected shapes that it lacks."""
-    first, *points, last = line
+    """Return the expected shapes that a line from one parent to the other lacks."""
+    first, last = line[0], line[-1]
     faults = []
     if not (first.tokens < last.tokens and first.accuracy < last.accuracy):
         faults.append(f"{method}: the parent that thinks takes no more tokens, or is no better")
-    steps = [after.thinking - before.thinking for before, after in itertools.pairwise(line)]
-    jump = max(steps)
-    at = line[steps.index(jump)]
+    _, jump = find_jump(line)
     if jump < 0.3:
         faults.append(
             f"{method}: the share of answers that think rises by {jump:.0%} at most from point to point; no jump"
         )
+    return faults
+
+
+def print_line(method: str, line: Sequence[Measured]) -> None:
+    """Print the jump and the best points of a line from one parent to the other."""
+    _, *points, last = line
+    at, jump = find_jump(line)
     best = max(points, key=lambda each: (each.accuracy, -each.tokens))
     print(
         f"{method}: beyond {at.share:g}, the share of answers that think rises by {jump:.0%}; the best point is"
@@ -136,7 +145,6 @@ def find_faults(method: str, line: Sequence[Measured]) -> list[str]:
         print(f"{method}: {len(winners)} of {len(points)} points are at least as accurate as it, with fewer tokens")
     else:
         print(f"{method}: no point is as accurate as the parent that thinks with fewer tokens")
-    return faults
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import sysconfig
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -52,14 +50,6 @@ FINE_TUNES = (
 def read_texts() -> dict[str, Text]:
     """Return the two kinds of text: Python code without docstrings and comments, and English prose about Python."""
     return {"code": _split(_read_code()), "prose": _split(_read_prose())}
-
-
-def train_models(directory: Path) -> None:
-    """Train the base and then, side by side, the fine-tunes, each into a directory of its name."""
-    train_model(BASE, directory)
-    with ProcessPoolExecutor(len(FINE_TUNES), mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(train_model, FINE_TUNES, [directory] * len(FINE_TUNES)):
-            pass
 
 
 def train_model(recipe: Recipe, directory: Path) -> None:

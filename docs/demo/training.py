@@ -1,14 +1,37 @@
-"""The training loop of the demos: AdamW, on a learning rate that rises and falls."""
+"""Trains the models of the demos: a base and, side by side, its fine-tunes, by AdamW on a rate that rises and falls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import LlamaForCausalLM
 
 _SHOWN = 50
 """Steps from one line of progress to the next."""
+
+Recipe = TypeVar("Recipe")
+
+
+def train_family(
+    base: Recipe, fine_tunes: Sequence[Recipe], train_model: Callable[[Recipe, Path], None], directory: Path
+) -> None:
+    """Train a base and then, side by side, its fine-tunes, each into a directory of its name.
+
+    Args:
+        base: recipe of the base.
+        fine_tunes: recipes of its fine-tunes.
+        train_model: trains the model of a recipe and saves it; a function of a module, as other processes call it.
+        directory: for all models.
+    """
+    train_model(base, directory)
+    with ProcessPoolExecutor(len(fine_tunes), mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(train_model, fine_tunes, [directory] * len(fine_tunes)):
+            pass
 
 
 def train(

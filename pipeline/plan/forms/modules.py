@@ -223,8 +223,9 @@ def settle_modules(config: MergeConfig, models: Mapping[ModelRef, Model]) -> Mer
     donor, *others = known
     (first, *more) = config.modules
     if known[donor].is_one and all(each.is_one for each in known.values()) and not more:
-        if not _BESIDE_TEXT.isdisjoint(ROLES.get(first.name, ())):
-            _choose(known[donor], first, models[donor])
+        is_beside_text = not _BESIDE_TEXT.isdisjoint(ROLES.get(first.name, ()))
+        if is_beside_text and known[donor].choose(first.name) is None:
+            raise _explain_missing(known[donor], first, models[donor])
         note = f"{first.place}: {donor} has no modules, so {first.name} stands for the whole model"
         return replace(
             config,
@@ -256,11 +257,16 @@ def _choose(known: Modules, part: ModulePart, donor: Model) -> Module:
     """
     module = known.choose(part.name)
     if module is None:
-        near = find_near(part.name, known.list_names())
-        question = f"; did you mean {near!r}?" if near else ""
-        there = f"it has {known.describe()}" if not known.is_one else "it is one module, called `default`"
-        raise ConfigError(f"{part.place}: {donor.ref} has no module of this name; {there}{question}")
+        raise _explain_missing(known, part, donor)
     return module
+
+
+def _explain_missing(known: Modules, part: ModulePart, donor: Model) -> ConfigError:
+    """Return the error for a part of the config whose module the donor does not have."""
+    near = find_near(part.name, known.list_names())
+    question = f"; did you mean {near!r}?" if near else ""
+    there = f"it has {known.describe()}" if not known.is_one else "it is one module, called `default`"
+    return ConfigError(f"{part.place}: {donor.ref} has no module of this name; {there}{question}")
 
 
 def _check_mergers(part: ModulePart, before: Json, after: Json) -> None:
