@@ -206,6 +206,11 @@ def test_tensors_of_different_shapes(models: list[Path], tmp_path: Path, cli: Cl
     refuse(cli, tmp_path, linear([models[0], other]), *named)
 
 
+def test_name_that_a_terminal_would_obey(models: list[Path], tmp_path: Path, cli: Cli) -> None:
+    write_checkpoint(models[0], llama_tensors(1) | {"a\x1b[31m": torch.ones(2)}, llama_config())
+    refuse(cli, tmp_path, linear(models), r"'a\x1b[31m' is in", "but not in")
+
+
 def test_different_layer_counts(models: list[Path], tmp_path: Path, cli: Cli) -> None:
     other = write_llama(tmp_path / "other", num_layers=3)
     refuse(cli, tmp_path, linear([models[0], other]), models[0], "2 layers", other, "has 3", "`slices`")

@@ -124,10 +124,17 @@ def _find_uses(part: Part, names: Mapping[str, int], document: Document) -> list
                 )
                 raise ConfigError(document.show(str(place.error(problem)), place.line))
             uses.append(names[model.path])
-        elif "/" not in model.path and not is_url(model.path) and not Path(model.path).is_dir():
-            problem = f"{model.path!r} is no document, nor a directory here; {suggest(model.path, [*names])}"
+        elif "/" not in model.path and not is_url(model.path) and not _is_directory(model.path):
+            problem = f"{model.path[:200]!r} is no document, nor a directory here; {suggest(model.path, [*names])}"
             raise ConfigError(document.show(str(place.error(problem)), place.line))
     return uses
+
+
+def _is_directory(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError:  # such as a name that is too long for one
+        return False
 
 
 def _check_circles(parts: Sequence[Part], uses: Sequence[Sequence[int]], document: Document) -> None:

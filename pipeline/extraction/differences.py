@@ -13,7 +13,7 @@ from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.checkpoint.views.tying import is_head
 from raymerge.pipeline.errors import TensorMismatchError
-from raymerge.pipeline.messages import listing
+from raymerge.pipeline.messages import escaped, listing
 from raymerge.pipeline.plan.forms.form import Model
 from raymerge.pipeline.stores.open import Stores
 
@@ -73,9 +73,8 @@ def pair_tensors(tuned_model: Model, base_model: Model, *, with_embeddings: bool
     strangers = [name for name in names if name not in base_names] or sorted(base_names - names.keys())
     if strangers:
         there, here = (tuned, base) if strangers[0] in names else (base, tuned)
-        raise TensorMismatchError(
-            f"{listing(strangers)} in {there.ref}, but not in {here.ref}; is one a fine-tune of the other?"
-        )
+        named = listing(map(escaped, strangers))
+        raise TensorMismatchError(f"{named} in {there.ref}, but not in {here.ref}; is one a fine-tune of the other?")
     pairs = []
     for name in names:
         mine, other = tuned.find(name), base.find(name)

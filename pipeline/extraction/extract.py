@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -200,8 +200,8 @@ def _extract(stores: Stores, pair: Pair, rank: int, energy: float, writer: _Writ
     """Add one tensor that differs to the adapter."""
     if pair.kind is not Kind.WHOLE:
         rows, columns = pair.tuned.shape
-        kept = [*read_differences(stores, pair)] if rows * columns <= _KEPT_ELEMENTS else None
-        factors = factorise(lambda: iter(kept or read_differences(stores, pair)), rows, columns, rank, energy)
+        kept = [*_read_finite(stores, pair)] if rows * columns <= _KEPT_ELEMENTS else None
+        factors = factorise(lambda: iter(kept or _read_finite(stores, pair)), rows, columns, rank, energy)
         assert factors is not None
         if pair.kind is Kind.EMBEDDING:
             parts = {"lora_embedding_A": factors.left.T, "lora_embedding_B": factors.right.T}
@@ -215,6 +215,16 @@ def _extract(stores: Stores, pair: Pair, rank: int, energy: float, writer: _Writ
         return Extracted(pair.name, factors.rank, factors.error)
     _store_whole(stores, pair, writer)
     return Extracted(pair.name, 0, 0.0)
+
+
+def _read_finite(stores: Stores, pair: Pair) -> Iterator[torch.Tensor]:
+    for block in read_differences(stores, pair):
+        if not bool(block.isfinite().all()):
+            raise CheckpointError(
+                f"{pair.name} holds NaN or infinity in {pair.tuned.model} or {pair.base.model}, and no factors give"
+                " those; leave it out by --exclude, or train again from a model without them"
+            )
+        yield block
 
 
 def _store_whole(stores: Stores, pair: Pair, writer: _Writer) -> None:

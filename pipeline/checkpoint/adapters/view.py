@@ -23,7 +23,7 @@ from raymerge.pipeline.checkpoint.source import Source, StoredTensor
 from raymerge.pipeline.checkpoint.views.tying import find_embedding, is_head
 from raymerge.pipeline.checkpoint.views.view import View
 from raymerge.pipeline.errors import CheckpointError, TensorMismatchError
-from raymerge.pipeline.messages import counted, listing
+from raymerge.pipeline.messages import counted, escaped, listing
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +246,7 @@ class AdapterView(View):
     def _explain_strangers(self, names: list[str]) -> TensorMismatchError:
         return TensorMismatchError(
             f"{self._adapter.url}: {counted(len(names), 'module')} of the adapter are not in {self._below.ref}:"
-            f" {listing(names)}{self._say_base()}"
+            f" {listing(map(escaped, names))}{self._say_base()}"
         )
 
     def _say_base(self) -> str:

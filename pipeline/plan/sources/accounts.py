@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from raymerge.pipeline.checkpoint.reference import ModelRef
 from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.errors import TensorMismatchError
-from raymerge.pipeline.messages import counted, listing
+from raymerge.pipeline.messages import counted, escaped, listing
 
 _SHOWN = 5
 """How many cases a message lists."""
@@ -32,7 +32,7 @@ class Accounts:
 
     def miss(self, name: str, model: ModelRef, has: Sequence[ModelRef]) -> None:
         """Note that a model lacks a tensor that others have."""
-        self._problems.append(f"{name} is in {', '.join(map(str, has))}, but not in {model}")
+        self._problems.append(f"{escaped(name)} is in {', '.join(map(str, has))}, but not in {model}")
 
     def mismatch(self, problem: str) -> None:
         """Note that tensors do not fit together."""

@@ -69,6 +69,7 @@ def test_a_single_document_does_not_use_itself() -> None:
             ["line 1: no document uses a", "line 6: no document uses b", "only one can be the output"],
         ),
         ([("step1", "org/x"), (None, "stpe1 org/z")], ["'stpe1' is no document, nor a directory", "mean 'step1'?"]),
+        ([("a", "org/x"), (None, f"{'a' * 5000} org/z")], ["line 8: models[0].model: 'aaa", "aa' is no document"]),
         ([("a", "org/x"), (None, "a@main org/z")], ["line 8: models[0].model: a is a document, and has no revisions"]),
         ([("a", "org/x"), (None, "a+org/lora org/z")], ["line 8: models[0].model: an adapter for the output of a is"]),
         ([("a", "org/x org/x"), (None, "a b org/z")], ["line 5: models[1].model: org/x is listed already"]),

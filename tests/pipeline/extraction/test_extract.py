@@ -100,6 +100,12 @@ def test_embeddings_and_what_is_left_out(tmp_path: Path) -> None:
         ({}, {}, CheckpointError, "nothing to extract"),
         ({"more": torch.ones(1)}, {}, TensorMismatchError, "more in .*tuned, but not in .*base"),
         ({"model.layers.0.k_proj.weight": torch.ones(6, 9)}, {}, TensorMismatchError, r"\[6, 9\] .* \[6, 8\]"),
+        (
+            {"model.layers.0.k_proj.weight": torch.full((6, 8), torch.nan)},
+            {},
+            CheckpointError,
+            r"k_proj\.weight holds NaN .* in .*tuned or .*base.* --exclude",
+        ),
         ({}, {"rank": 0}, ConfigError, "--rank is 0; it must be 1"),
         ({}, {"energy": 1.5}, ConfigError, "a share above 0"),
         ({}, {"dtype": "float64"}, ConfigError, "float32, bfloat16 or float16"),
