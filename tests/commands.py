@@ -12,6 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+PATIENCE_SECONDS = 600.0
+"""In which whatever a test waits for happens, on any machine; none should wait for so long."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -40,9 +43,19 @@ def start_command(
         env: changes to the environment; None takes a variable out.
         prefix: a program that starts it, such as `setpriv`, with its own arguments.
     """
+    return start_program("-m", "raymerge", *arguments, cwd=cwd, env=env, prefix=prefix)
+
+
+def start_program(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str | None] | None = None,
+    prefix: Sequence[str] = (),
+) -> subprocess.Popen[str]:
+    """Start this Python with some arguments; see `start_command`."""
     environment = {**os.environ, **(env or {})}
     return subprocess.Popen(
-        [*prefix, sys.executable, "-m", "raymerge", *map(str, arguments)],
+        [*prefix, sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -59,7 +72,7 @@ def run_command(
 ) -> Outcome:
     """Run a raymerge process to its end; see `start_command`."""
     process = start_command(*arguments, cwd=cwd, env=env, prefix=prefix)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
     return Outcome(process.returncode, out, err)
 
 
@@ -88,7 +101,7 @@ def run_in_terminal(*arguments: str | Path, columns: int = 80, env: Mapping[str,
     with os.fdopen(terminal, "rb", buffering=0) as screen, suppress(OSError):  # EIO when nobody has it open any more
         while piece := screen.read(65536):
             sent += piece
-    process.wait(timeout=120)
+    process.wait(timeout=PATIENCE_SECONDS)
     return sent.decode()
 
 

@@ -33,7 +33,7 @@ if name == "killed" and not number:
 if name == "slow":
     time.sleep(5)
 if name == "slow" or name == "fast":  # two at once
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len({path.name[:4] for path in marks.glob("[sf]*-0")}) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
 print(json.dumps({"accuracy": 0.5, "files": len(list(model.iterdir()))}))
@@ -42,8 +42,9 @@ TASK = """
 items: [{prompt: the quick, answer: 1}, {prompt: lazy dog, answer: 2}, {prompt: "7", answer: 7}]
 temperature: 1.0
 max_new_tokens: 12
-samples: 10
+samples: 40
 """
+NUM_SAMPLES = 120
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_samples_that_a_killed_worker_has_finished_are_kept(cluster: Cluster, tm
     evaluate = partial(raymerge.evaluate, out=str(out), batch_size=1, gpus_per_model=0)
     [found] = evaluate(model, tmp_path / "sums.yml", address=cluster.address, on_event=watch)
     assert [type(event) for event in events].count(Repeated) == 1
-    assert [type(event) for event in events].count(Sampled) < 40, "what was finished is not done again"
+    assert [type(event) for event in events].count(Sampled) <= NUM_SAMPLES, "what was finished is not done again"
     assert (found.accuracy, found.tokens, found.thinking) == (here.accuracy, here.tokens, here.thinking)
     lines = [(root / "model" / here.samples).read_text().splitlines() for root in (tmp_path / "here", out)]
     assert sorted(lines[0]) == sorted(lines[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from raymerge.pipeline.stores.open import Stores
 from tests.adapters import draw_factors, write_adapter
 from tests.checkpoints import read_files, write_config, write_family
 from tests.commands import Cli, run_command, start_command
+from tests.holding import start_held
 from tests.servers.hub import HubServer
 from tests.servers.hub_git import Commit
 from tests.stored_models import make_config, without_own
@@ -158,9 +160,9 @@ def test_an_interrupted_merge_uploads_only_what_is_missing(hub: HubServer, expec
 @pytest.mark.slow
 def test_a_killed_merge_goes_on(hub: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
     config = write_config(tmp_path / "merge.yml", make_config(NAMES))
-    process = start_command("merge", config, "hf://me/merged", "--shard-size", SHARD_SIZE)
+    process = start_held(tmp_path / "hold", 3, "merge", config, "hf://me/merged", "--shard-size", SHARD_SIZE)
     while process.poll() is None and sum(method == "PUT" for method, *_ in hub.storage_requests) < 2:
-        pass
+        time.sleep(0.01)
     process.kill()
     process.communicate()
     assert process.returncode < 0

@@ -32,7 +32,8 @@ from raymerge.pipeline.runners import check_reach, count_slots, make_runner, run
 from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import read_files, write_config, write_family
 from tests.cluster.runner_contract import even, nothing
-from tests.commands import Cli, run_command, start_command
+from tests.commands import PATIENCE_SECONDS, Cli, run_command, start_program
+from tests.holding import start_held
 from tests.servers.ray_head import RayHead
 from tests.watchers import Keep, on
 
@@ -68,11 +69,12 @@ def test_the_same_bytes_from_the_command_line(
 @pytest.mark.slow
 def test_nothing_of_ray_is_left_after_an_interrupt(config: dict[str, Any], tmp_path: Path) -> None:
     file, out = write_config(tmp_path / "merge.yml", config), tmp_path / "out"
-    process = start_command("merge", file, out, "--ray", "--workers", "1", "--shard-size", "1")
+    arguments = ("merge", file, out, "--ray", "--workers", "1", "--shard-size", "1")
+    process = start_held(tmp_path / "hold", 3, *arguments)
     directories = wait_for(lambda: find_directories(process.pid))
     wait_for(lambda: list(out.glob("*.safetensors")))
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, said
     assert "run the same command again to go on" in said
     assert not (out / "model.safetensors.index.json").exists()
@@ -95,9 +97,17 @@ def test_auto_with_a_dead_address_in_the_environment(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_what_a_killed_run_leaves_of_ray_is_swept_by_the_next(config: dict[str, Any], tmp_path: Path) -> None:
+def test_what_a_killed_run_leaves_of_ray_is_swept_by_the_next(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a directory where no other test's run sweeps."""
     file = write_config(tmp_path / "merge.yml", config)
-    process = start_command("merge", file, tmp_path / "out", "--ray", "--workers", "1", "--shard-size", "1")
+    parent = Path(tempfile.mkdtemp(prefix="rm-", dir="/tmp"))
+    monkeypatch.setattr("raymerge.cluster.directory._PARENT", parent)
+    code = "import pathlib, sys; from raymerge.cluster import directory; from raymerge.pipeline.cli.app import main\n"
+    code += "directory._PARENT = pathlib.Path(sys.argv.pop(1)); main()"
+    arguments = ("merge", file, tmp_path / "out", "--ray", "--workers", "1", "--shard-size", "1")
+    process = start_program("-c", code, parent, *arguments)
     (left,) = wait_for(lambda: find_directories(process.pid))
     process.send_signal(signal.SIGSTOP)
     with start_ray(1):
@@ -108,11 +118,14 @@ def test_what_a_killed_run_leaves_of_ray_is_swept_by_the_next(config: dict[str, 
     assert Path(left).exists()
     with start_ray(1):
         assert not Path(left).exists()
+    parent.rmdir()
 
 
 def find_directories(pid: int) -> set[str]:
     """Return the temporary directories of the Rays that a process has started."""
-    found = (re.search(r"/tmp/raymerge-\w+", command) for each, command in list_commands() if is_child(each, pid))
+    found = (
+        re.search(r"/tmp/(rm-\w+/)?raymerge-\w+", command) for each, command in list_commands() if is_child(each, pid)
+    )
     return {match[0] for match in found if match}
 
 
@@ -136,7 +149,7 @@ def is_child(pid: int, of: int) -> bool:
 
 def wait_for(look: Callable[[], Any]) -> Any:
     """Return what a look finds, once it finds something."""
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 300
     while not (found := look()):
         assert time.monotonic() < give_up
         time.sleep(0.05)
@@ -313,13 +326,14 @@ def test_a_head_that_dies(config: dict[str, Any], undisturbed: dict[str, bytes],
     file, out = write_config(tmp_path / "merge.yml", config), tmp_path / "out"
     with RayHead(num_cpus=1) as head:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": head.token}
-        process = start_command("merge", file, out, "--shard-size", "1", "--address", head.address, env=token)
-        give_up = time.monotonic() + 60
+        arguments = ("merge", file, out, "--shard-size", "1", "--address", head.address)
+        process = start_held(tmp_path / "hold", 3, *arguments, env=token)
+        give_up = time.monotonic() + 300
         while not list(out.glob("*.safetensors")):
             assert time.monotonic() < give_up
             time.sleep(0.05)
         head.kill_books()
-        _, said = process.communicate(timeout=100)
+        _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 2, said
     assert "the head of the Ray cluster has not answered at" in said
     assert "run the same command again" in said

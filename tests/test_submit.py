@@ -27,7 +27,7 @@ from raymerge.cluster.package import list_requirements, pack_files, pack_raymerg
 from raymerge.pipeline.cli.options import list_arguments, takes_options
 from raymerge.pipeline.options import MergeOptions
 from tests.checkpoints import read_files, write_config, write_family, write_llama
-from tests.commands import Cli, run_command, start_command
+from tests.commands import PATIENCE_SECONDS, Cli, run_command, start_command
 from tests.servers.faults import FaultProxy
 from tests.servers.ray_head import RayHead
 
@@ -130,22 +130,59 @@ def test_the_code_of_a_job_that_fails(client: JobClient, config: dict[str, Any],
 
 
 def wait_for(path: Path, what: str) -> None:
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 300
     while not list(path.glob(what)):
         assert time.monotonic() < give_up, f"there is no {what} in {path}"
         time.sleep(0.05)
 
 
+HELD = """
+import time
+from pathlib import Path
+
+from raymerge.ops.kernel import Kernel
+from raymerge.ops.kernels.elementwise import Elementwise
+from raymerge.ops.registry import Base, merge_op
+
+HERE = Path({here!r})
+
+
+@merge_op(title="Held", base=Base.REQUIRED, max_models=1)
+def held() -> Kernel:
+    \"""The model; from its fourth file on it takes minutes, until there is the file `go`.\"""
+    return Elementwise(_copy, ())
+
+
+def _copy(tensors, out, scratch):
+    if not (HERE / "go").exists() and len(list((HERE / "out").glob("*.safetensors"))) > 3:
+        time.sleep(0.3)
+    out.copy_(tensors[1])
+"""
+
+
+@pytest.fixture
+def held(config: dict[str, Any], tmp_path: Path) -> tuple[str | Path, ...]:
+    """The arguments of a merge to `out` that takes minutes before there is the file `go`."""
+    (tmp_path / "held.py").write_text(HELD.format(here=str(tmp_path)))
+    base, tuned = (item["model"] for item in config["models"])
+    merge = {"merge_method": "held", "base_model": base, "models": [{"model": tuned}]}
+    file = write_config(tmp_path / "merge.yml", merge)
+    return file, tmp_path / "out", "--ops", tmp_path / "held.py", "--shared-filesystem", "--shard-size", "1"
+
+
 @pytest.mark.slow
-def test_a_job_that_is_stopped_lets_go_and_can_be_gone_on_with(client: JobClient, file: Path, tmp_path: Path) -> None:
+def test_a_job_that_is_stopped_lets_go_and_can_be_gone_on_with(
+    client: JobClient, held: tuple[str | Path, ...], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    arguments = ("submit", file, out, "--shared-filesystem", "--shard-size", "1")
+    arguments = ("submit", *held)
     job_id = run_command(*arguments).out.strip()
     wait_for(out, "*.safetensors")
     assert run_command("jobs", "stop", job_id).out == f"{job_id}: STOPPED\n"
     assert "Interrupted" in client.read_log(job_id), "it has tidied up, and was not killed"
     assert not (out / "model.safetensors.index.json").exists()
     assert not list(out.glob("**/*.partial*"))
+    (tmp_path / "go").touch()
     again = run_command(*arguments, "--follow")
     assert again.code == 0, again.err
     assert "are finished and sound" in again.err
@@ -154,18 +191,19 @@ def test_a_job_that_is_stopped_lets_go_and_can_be_gone_on_with(client: JobClient
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_the_job_alone(client: JobClient, file: Path, tmp_path: Path) -> None:
+def test_an_interrupt_leaves_the_job_alone(client: JobClient, held: tuple[str | Path, ...], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start_command("submit", file, out, "--shared-filesystem", "--shard-size", "1", "--follow")
+    process = start_command("submit", *held, "--follow")
     wait_for(out, "*.safetensors")
     process.send_signal(signal.SIGINT)
-    printed, said = process.communicate(timeout=30)
+    printed, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     job_id = printed.strip()
     assert (
         f"The job goes on. To see how it goes: raymerge jobs logs {job_id} --address {client.address} --follow" in said
     )
     assert f"raymerge jobs stop {job_id} --address {client.address}" in said
+    (tmp_path / "go").touch()
     assert run_command("jobs", "logs", job_id, "--follow").code == 0
     verify(out)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import read_files, write_config, write_family
-from tests.commands import Outcome, run_command, start_command
+from tests.commands import Outcome, run_command
+from tests.holding import start_held
 from tests.servers.hub import HubServer
 from tests.stored_models import make_config, without_own
 
@@ -139,7 +140,8 @@ def merge_as(user: tuple[str, ...], shared: Path, umask: int) -> Outcome:
 def kill_midway(user: tuple[str, ...], shared: Path, umask: int) -> list[str]:
     """Start a merge as a user, kill it, and return the shards that are finished."""
     before = os.umask(umask)
-    process = start_command("merge", shared / "merge.yml", shared / "out", *MANY, prefix=user, cwd=shared)
+    options = (shared / "out", *MANY)
+    process = start_held(shared / "hold", 10, "merge", shared / "merge.yml", *options, prefix=user, cwd=shared)
     os.umask(before)
     while process.poll() is None and len(list((shared / "out/.raymerge").glob("*.safetensors.json"))) < 3:
         time.sleep(0.002)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.checkpoints import read_files, write_config, write_family
-from tests.commands import run_command, start_command
+from tests.commands import PATIENCE_SECONDS, run_command, start_command
 from tests.servers.hosts import Network, skip_without_hosts
 from tests.servers.s3 import S3Server
 
@@ -57,7 +57,7 @@ def test_two_machines_from_nothing(tmp_path: Path) -> None:
                 print(f"{time.monotonic() - start:5.1f} s after the command began: {line}", end="")
                 if line.startswith("linear of 2 models"):
                     break
-            printed, said = process.communicate(timeout=120)
+            printed, said = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0, first_lines + said
         job_id, _, report = printed.partition("\n")
         assert all(host.address in report for host in (first, second)), "both have merged"

@@ -58,7 +58,7 @@ def count_running(item: int, report: Report, *, directory: Path, expected: int) 
     """Return how many are at work together with this one; the first wait for as many as are expected, for a while."""
     own = directory / f"running-{item}"
     own.touch()
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 120
     while not (directory / "met").exists() and time.monotonic() < give_up:
         if len(list(directory.glob("running-*"))) >= expected:
             (directory / "met").touch()
@@ -78,19 +78,22 @@ def fail_on_three(item: int, report: Report) -> int:
 
 def work_until_stopped(item: int, report: Report, *, directory: Path) -> int:
     """Item 0 fails or returns when the others are at work; these go on until a report ends them."""
-    (directory / f"began-{item}").touch()
     if item == 0:
+        (directory / "began-0").touch()
         while len(list(directory.glob("began-*"))) < 2:
             time.sleep(0.001)
         if (directory / "fail").exists():
             raise WorkError("the first error")
         return 0
+    began = directory / f"began-{item}"
     try:
+        began.touch()
         while True:
             time.sleep(0.002)
             report(Progress())
     finally:
-        (directory / f"ended-{item}").touch()
+        if began.exists():
+            (directory / f"ended-{item}").touch()
 
 
 def add_up_slots(item: tuple[str, int], report: Report, *, directory: Path) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -73,34 +74,37 @@ def test_a_stopped_item_is_told_so() -> None:
 
 
 def test_the_first_error_wins() -> None:
-    barrier = threading.Barrier(2)
+    barrier, first = threading.Barrier(2), list[threading.Thread]()
 
     def work(item: int, report: Report) -> int:
+        if item == 0:
+            first.append(threading.current_thread())
         barrier.wait()
-        time.sleep(0.05 * item)
+        if item == 1:
+            first[0].join()
         raise ValueError(f"item {item}")
 
     with pytest.raises(ValueError, match="item 0"):
         list(LocalRunner(2).run(work, [0, 1], even("ab"), nothing))
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs a signal that nobody else uses")
 def test_an_interrupt_reaches_the_driver_while_it_waits() -> None:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     def work(item: int, report: Report) -> int:
+        if item == 1:
+            os.kill(os.getpid(), signal.SIGALRM)
         while True:
             time.sleep(0.01)
             report(Progress())
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
         with pytest.raises(KeyboardInterrupt):
             list(LocalRunner(2).run(work, [1, 2], even("ab"), nothing))
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker-")]
 

@@ -163,6 +163,7 @@ def die_in_a_message(item: int, report: Report, *, directory: Path) -> bytes:
     with suppress(FileExistsError):
         (directory / str(item)).touch(exist_ok=False)
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        (directory / "pid").write_text(str(os.getpid()))
     return bytes(2**24)
 
 
@@ -170,7 +171,12 @@ def test_a_worker_killed_in_the_middle_of_a_message_is_lost(tmp_path: Path) -> N
     reasons: list[str] = []
     runner = ProcessRunner(1, on_retry=reasons.append)
     work = partial(die_in_a_message, directory=tmp_path)
-    results = runner.run(work, [1], even("a"), lambda progress: time.sleep(0.6))
+
+    def wait_for_its_end(progress: Progress) -> None:
+        while not (own := tmp_path / "pid").exists() or is_running(int(own.read_text() or os.getpid())):
+            time.sleep(0.01)
+
+    results = runner.run(work, [1], even("a"), wait_for_its_end)
     assert [len(result) for result in results] == [2**24]
     assert reasons == ["its worker process was killed by SIGKILL"]
 
@@ -245,14 +251,17 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def own_variable(item: int, report: Report) -> tuple[str, int]:
-    time.sleep(0.1)
+def own_variable(item: int, report: Report, *, directory: Path) -> tuple[str, int]:
+    """Wait until three processes have an item, so that each of them has one."""
+    (directory / str(os.getpid())).touch()
+    while len(list(directory.iterdir())) < 3:
+        time.sleep(0.01)
     return os.environ["OWN"], os.getpid()
 
 
-def test_fresh_workers_have_variables_of_their_own() -> None:
+def test_fresh_workers_have_variables_of_their_own(tmp_path: Path) -> None:
     runner = ProcessRunner(3, StartMethod.FRESH, environments=[{"OWN": "a"}, {"OWN": "b"}])
-    found = set(runner.run(own_variable, list(range(9)), even(range(9)), nothing))
+    found = set(runner.run(partial(own_variable, directory=tmp_path), list(range(9)), even(range(9)), nothing))
     assert sorted(own for own, _ in found) == ["a", "a", "b"]
     assert "OWN" not in os.environ
 

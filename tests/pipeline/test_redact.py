@@ -166,7 +166,7 @@ def test_long_texts_take_no_time(part: str) -> None:
     text = part * (400_000 // len(part))
     start = time.process_time()
     redact(text)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 20
 
 
 def test_errors_are_redacted(cli: Cli) -> None:

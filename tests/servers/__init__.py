@@ -50,7 +50,7 @@ class ServerProcess:
             )
         self.pid = self._process.pid
 
-    def wait_until(self, is_ready: Callable[[], bool], *, timeout: float = 30) -> None:
+    def wait_until(self, is_ready: Callable[[], bool], *, timeout: float = 120) -> None:
         """Return when `is_ready` says so.
 
         Raises:

@@ -187,7 +187,7 @@ class Host:
         with log.open("a") as output:
             return self._start(command, env, output, subprocess.STDOUT)
 
-    def run(self, *command: str | Path, env: Mapping[str, str] | None = None, timeout: float = 120) -> Outcome:
+    def run(self, *command: str | Path, env: Mapping[str, str] | None = None, timeout: float = 600) -> Outcome:
         """Run a command in the host's /tmp to its end; see `start`."""
         with self._start(command, env, subprocess.PIPE, subprocess.PIPE) as process:
             try:

@@ -68,7 +68,7 @@ class Listener(ThreadingHTTPServer):
             with suppress(OSError):  # the client was faster
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in self._connections:
-            thread.join(timeout=1)
+            thread.join(timeout=30)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections = {thread: each for thread, each in self._connections.items() if thread.is_alive()}

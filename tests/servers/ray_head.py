@@ -78,7 +78,7 @@ class RayHead:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _wait_until_ready(self) -> None:
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 300
         request = urllib.request.Request(
             f"{self.job_address}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"}
         )

@@ -62,7 +62,7 @@ class RayHosts:
 
     def wait_for_work(self, worker: Host, nbytes: int) -> list[int]:
         """Wait until a host has fetched so much of a shard, and return the processes that make it."""
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 300
         received: int | None = None
         while True:
             if not (pids := worker.pids("ray::serve")):

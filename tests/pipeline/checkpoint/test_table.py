@@ -61,7 +61,7 @@ def read_models(models: list[ModelRef]) -> pa.Table:
 
 
 def test_many_answers_are_waited_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = threading.Barrier(16, timeout=20)
+    together = threading.Barrier(16, timeout=120)
 
     def meet(storage: Storage, file: StoredFile, check: Callable[..., None]) -> tuple[TensorEntry, ...]:
         together.wait()

@@ -20,7 +20,7 @@ from raymerge.pipeline.plan.results import MergeReport
 from raymerge.pipeline.progress.codec import read_event
 from raymerge.pipeline.progress.events import Progressed
 from tests.checkpoints import read_files, write_checkpoint, write_config, write_family
-from tests.commands import Cli, run_command, start_command
+from tests.commands import PATIENCE_SECONDS, Cli, run_command, start_command
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_ctrl_c(config: Path, tmp_path: Path) -> None:
     assert process.stdout is not None
     first = [process.stdout.readline() for _ in range(5)]
     process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=30)
+    rest, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, err) == (130, "")
     events = parse("".join(first) + rest)
     last = events[-1]
@@ -170,7 +170,7 @@ def test_a_second_ctrl_c() -> None:
         for wanted in (b"ready", b"tidying up"):
             assert process.stdout.readline().strip() == wanted
             process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, err) == (130, b"")
     assert [(event["event"], event["message"]) for event in parse(out.decode())] == [("error", MESSAGE)]
 
@@ -182,7 +182,7 @@ def test_a_reader_that_leaves(config: Path, tmp_path: Path) -> None:
         assert process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE_SECONDS) == 0
         assert process.stderr.read() == ""
     assert (tmp_path / "out" / "raymerge_manifest.json").exists()
 

@@ -242,13 +242,13 @@ def test_with_two_buffers_the_next_is_read_meanwhile(
     buffers = [memoryview(bytearray(room_for(fetches))) for _ in range(2)]
     with closing(fetch_windows(stores, fetches, buffers, ignore)) as windows:
         next(windows)
-        assert is_read.wait(10)
+        assert is_read.wait(60)
 
 
 def test_requests_of_the_next_fetch_do_not_wait_for_the_last_of_this_one(
     stores: Stores, urls: list[str], merge: TensorMerge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage, both = stores.at(urls[0]), threading.Barrier(2, timeout=10)
+    storage, both = stores.at(urls[0]), threading.Barrier(2, timeout=60)
     read_into = storage.read_into
 
     def read(ranges: Sequence[ByteRange], buffers: Sequence[Buffer]) -> None:

@@ -312,7 +312,7 @@ def test_a_store_that_is_down(
     writer = through.open_writer(f"s3://{bucket}/b", 20 * MIB)
     proxy.down = True
     start = time.monotonic()
-    what = rf"^s3://{bucket}: {{}} of s3://{bucket}/{{}}: gave up after \d+ attempts in \d s: "
+    what = rf"^s3://{bucket}: {{}} of s3://{bucket}/{{}}: gave up after \d+ attempts in \d+ s: "
     with pytest.raises(FetchError, match=what.format("HEAD", "a")):
         through.stat(file.url)
     with pytest.raises(FetchError, match=rf"^s3://{bucket}: GET of s3://{bucket}/a, bytes 0 to 4: gave up after \d+"):
@@ -323,7 +323,7 @@ def test_a_store_that_is_down(
         through.write(f"s3://{bucket}/c", b"")
     with pytest.raises(OutputError, match=what.format("DELETE", "a")):
         through.delete(file.url)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 35  # not the 40 seconds of patience that each has by default
     proxy.down = False
     assert list(through.list(f"s3://{bucket}")) == ["a"]
 
@@ -507,7 +507,7 @@ def test_refused(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPat
     storage = S3fsStorage(FaultLog())
     start = time.monotonic()
     check_refusals(storage, f"s3://{bucket}", rf"^s3://{bucket}.*{message}", keys.secret_access_key)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30  # not the 40 seconds for which they would try again
     storage.close()
 
 

@@ -78,7 +78,7 @@ def test_a_byte_a_second_is_given_up(line: tuple[FaultProxy, str, StoreSettings]
         proxy.is_shared, proxy.nbytes_per_s = False, 20.0
         reader = pickle.loads(pickle.dumps(stores)) if is_worker else stores
         with pytest.raises(
-            FetchError, match=r"(bytes [\d,]+ to [\d,]+|list of .*): gave up after [123] attempts? in [1-6] s"
+            FetchError, match=r"(bytes [\d,]+ to [\d,]+|list of .*): gave up after [123] attempts? in \d{1,2} s"
         ):
             read_all(reader.at(url), file)
         reader.close()
@@ -89,7 +89,7 @@ def test_a_listing_that_comes_a_byte_a_second_is_given_up(line: tuple[FaultProxy
     proxy, url, settings = line
     with open_stores(settings) as stores:
         proxy.is_shared, proxy.nbytes_per_s = False, 20.0
-        with pytest.raises(FetchError, match=r"gave up after [123] attempts? in [1-6] s"):
+        with pytest.raises(FetchError, match=r"gave up after [123] attempts? in \d{1,2} s"):
             stores.at(url).list(url.rpartition("/")[0])
         proxy.nbytes_per_s = None
 
@@ -103,7 +103,7 @@ def test_an_answer_of_the_hub_that_comes_byte_by_byte_is_given_up(
         with open_stores() as stores:
             pinned = stores.at("hf://me/model").pin("hf://me/model", None)
             proxy.nbytes_per_s = 20.0
-            with pytest.raises(FetchError, match=r"revision: gave up after [123] attempts? in [1-6] s"):
+            with pytest.raises(FetchError, match=r"revision: gave up after [123] attempts? in \d{1,2} s"):
                 stores.at(pinned).pin("hf://me/model", None)
             proxy.nbytes_per_s = None
 
@@ -171,8 +171,8 @@ class Chunks(httpx2.SyncByteStream):
 
 def test_a_body_that_is_whole_is_not_too_slow() -> None:
     assert b"".join(session._SteadyBody(Chunks(1, 0.2), 0.1)) == b"1"
-    assert b"".join(session._SteadyBody(Chunks(3, 0.1), 1.0)) == b"111"
+    assert b"".join(session._SteadyBody(Chunks(3, 0.1), 5.0)) == b"111"
     with pytest.raises(httpx2.ReadTimeout, match="too slowly"):
         list(session._SteadyBody(Chunks(3, 0.2), 0.1))
-    for _ in session._SteadyBody(Chunks(3, 0.0), 0.1):
-        time.sleep(0.2)  # the reader's time
+    for _ in session._SteadyBody(Chunks(3, 0.0), 0.5):
+        time.sleep(0.6)  # the reader's time

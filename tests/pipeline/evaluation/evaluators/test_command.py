@@ -111,7 +111,7 @@ time.sleep(600)
     with pytest.raises(EvaluationError, match=r"not ended after 2 s \(--timeout\): at step 3"):
         run(prepare(tmp_path, script, timeout=2.0))
     pid = int((tmp_path / "pid").read_text())
-    for _ in range(100):
+    for _ in range(1000):
         if not os.path.exists(f"/proc/{pid}") or " Z " in Path(f"/proc/{pid}/stat").read_text():  # noqa: PTH110
             break
         time.sleep(0.05)

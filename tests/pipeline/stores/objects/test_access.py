@@ -121,7 +121,7 @@ def test_an_endpoint_that_does_not_speak_tls(
     start = time.monotonic()
     with pytest.raises(FetchError, match=r"does not speak TLS: write http://"):
         storage.stat(f"s3://{bucket}/a")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30  # not the 40 seconds for which it would try again
 
 
 def test_a_clock_that_is_wrong() -> None:
