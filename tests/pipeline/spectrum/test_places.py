@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -12,15 +11,14 @@ import yaml
 
 import raymerge
 from raymerge.pipeline.checkpoint.reference import ModelRef
-from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.evaluation.subjects import find_subjects
-from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.spectrum.materialise import materialised
 from raymerge.pipeline.spectrum.places import locate_path, locate_ref, note_places
-from raymerge.pipeline.spectrum.record import Spectrum, read_spectrum
+from raymerge.pipeline.spectrum.record import Spectrum
 from raymerge.pipeline.stores.open import open_stores
 from tests.checkpoints import read_files, write_family
-from tests.documents import ROOT
+from tests.pipeline.spectrum.samples import read_record
 
 CONFIG = {
     "merge_method": "slerp",
@@ -39,11 +37,6 @@ def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     return work
-
-
-def read_record(directory: Path) -> Spectrum:
-    with open_stores() as stores:
-        return read_spectrum(stores, str(directory))
 
 
 def test_paths_mean_the_same_from_anywhere(swept: Path) -> None:
@@ -127,31 +120,3 @@ def test_places_of_a_machine_are_noted_only_where_paths_need_them() -> None:
     assert note_places(made, "hf://me/s", [ModelRef("./a")]) == made
     noted = note_places(made, "s3://b/s", [ModelRef("org/name", None, ModelRef("./a"))])
     assert (noted.started_in, noted.place, noted.local) == (str(Path.cwd()), "s3://b/s", ("./a",))
-
-
-def write_pair(tmp_path: Path, **more: object) -> dict[str, object]:
-    models = write_family(tmp_path / "models", 1, num_layers=1, dtype=torch.bfloat16)
-    return {**CONFIG, "base_model": str(models[0]), "models": [{"model": str(model)} for model in models], **more}
-
-
-def test_planned_points_get_the_shards_of_the_sweep_and_stay_what_they_were(tmp_path: Path) -> None:
-    report = raymerge.sweep(write_pair(tmp_path), tmp_path / "s", ["t=0.2"], materialize="none", shard_size="4kB")
-    with materialised(report.out, report.spectrum, report.spectrum.points[0]) as place:
-        assert len(list(Path(place).glob("*.safetensors"))) > 1
-    models = tmp_path / "models"
-    (models / "tuned1/model.safetensors").write_bytes((models / "base/model.safetensors").read_bytes())
-    made = materialised(report.out, report.spectrum, report.spectrum.points[0])
-    with pytest.raises(OutputError, match=r"t-0\.2 comes out otherwise than planned: its inputs have changed"):
-        made.__enter__()
-
-
-def test_methods_of_the_users_own_are_asked_for(tmp_path: Path) -> None:
-    ops = ROOT / "tests/seams/clipped.py"
-    config = write_pair(tmp_path, merge_method="clipped")
-    report = raymerge.sweep(config, tmp_path / "s", ["limit=0.5"], materialize="none", ops=str(ops))
-    point = report.spectrum.points[0]
-    assert point.ops == hashlib.sha256(ops.read_bytes()).hexdigest()
-    with pytest.raises(ConfigError, match=r"planned with a file of merge methods .*, and none is given; .* as --ops"):
-        materialised(report.out, report.spectrum, point).__enter__()
-    with materialised(report.out, report.spectrum, point, MergeOptions(ops=str(ops))) as place:
-        assert (Path(place) / "model.safetensors").exists()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,15 +13,13 @@ import yaml
 
 import raymerge
 from raymerge.pipeline.errors import ConfigError, OutputError, TensorMismatchError
-from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.progress.events import Warned
-from raymerge.pipeline.spectrum.materialise import materialised
-from raymerge.pipeline.spectrum.record import RECORD, TABLE, Spectrum, locate_point, read_spectrum
+from raymerge.pipeline.spectrum.record import RECORD, TABLE
 from raymerge.pipeline.spectrum.sweep import plan_sweep, sweep
 from raymerge.pipeline.spectrum.verify import verify_all
-from raymerge.pipeline.stores.open import open_stores
-from tests.checkpoints import read_files, read_tensors, write_family
+from tests.checkpoints import read_tensors, write_family
 from tests.commands import Cli
+from tests.pipeline.spectrum.samples import check_models, make_config, read_record
 from tests.watchers import Keep
 
 T = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
@@ -32,26 +28,6 @@ T = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     return write_family(tmp_path_factory.mktemp("family"), 2, dtype=torch.bfloat16, vocab=400, hidden=32)
-
-
-def make_config(method: str, family: tuple[Path, ...], **more: Any) -> dict[str, Any]:
-    models = family[:2] if method == "slerp" else family[1:]
-    base = {} if method == "linear" else {"base_model": str(family[0])}
-    return {"merge_method": method, **base, "models": [{"model": str(model)} for model in models], **more}
-
-
-def read_record(directory: Path) -> Spectrum:
-    with open_stores() as stores:
-        return read_spectrum(stores, str(directory))
-
-
-def check_models(directory: Path, scratch: Path, **options: Any) -> None:
-    """Compare each model of a spectrum, all files of it, with what its own config gives."""
-    for point in read_record(directory).points:
-        assert point.state == "complete"
-        alone = scratch / point.name
-        raymerge.merge(point.config, alone, MergeOptions(seed=point.seed, **options))
-        assert read_files(alone) == read_files(Path(locate_point(str(directory), point))), point.name
 
 
 def test_a_range_makes_models_from_one_reading(family: tuple[Path, ...], tmp_path: Path) -> None:
@@ -185,40 +161,6 @@ def test_nothing_is_made_of_what_cannot_all_be_made(family: tuple[Path, ...], tm
     assert not (tmp_path / "s").exists()
 
 
-def test_what_is_in_the_way_is_found_before_anything_is_made(family: tuple[Path, ...], tmp_path: Path) -> None:
-    config = make_config("slerp", family)
-    for name, said in (
-        ("t-0.4", "t-0.4 is a file, and the model t-0.4 goes there"),
-        ("t-0.4/mine.txt", "is not empty"),
-    ):
-        out = tmp_path / name.replace("/", "-")
-        (out / name).parent.mkdir(parents=True)
-        (out / name).write_text("mine")
-        with pytest.raises(OutputError, match=said):
-            raymerge.sweep(config, out, ["t=0.2,0.4"])
-        assert [path.name for path in out.iterdir()] == ["t-0.4"]
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s" / RECORD).write_text("mine")
-    with pytest.raises(OutputError, match=r"spectrum.json is damaged: .*; `raymerge sweep` with --overwrite writes it"):
-        raymerge.sweep(config, tmp_path / "s", ["t=0.2"])
-    raymerge.sweep(config, tmp_path / "s", ["t=0.2"], overwrite=True)
-    check_models(tmp_path / "s", tmp_path / "alone")
-
-
-def test_all_models_need_room_together(family: tuple[Path, ...], tmp_path: Path) -> None:
-    place = tmp_path / "small"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place], check=False).returncode:
-        pytest.skip("may not mount a file system here")
-    try:
-        raymerge.sweep(make_config("slerp", family), place / "one", ["t=0.5"])
-        with pytest.raises(OutputError, match=r"s: [\d,]+ bytes are still to be written, [\d,]+ are free in"):
-            raymerge.sweep(make_config("slerp", family), place / "s", ["t=0.1:0.9:0.1"])
-        assert not (place / "s").exists()
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
-
-
 def test_sweeps_that_wait_for_each_other_end(family: tuple[Path, ...], tmp_path: Path) -> None:
     config = make_config("slerp", family)
     with ThreadPoolExecutor() as pool:
@@ -311,19 +253,3 @@ def test_the_command(family: tuple[Path, ...], tmp_path: Path, cli: Cli) -> None
     assert f"2 of 3 models of {out} cannot be used" in found.err
     assert "t-0.8 is not what was written:\n  model.safetensors: missing" in found.err
     assert cli("sweep", config, out / "t-0.5", "--set", "t=0.2").err.startswith(f"Error: {out}/t-0.5 holds a model")
-
-
-def test_a_planned_point_is_made_when_it_is_needed(family: tuple[Path, ...], tmp_path: Path) -> None:
-    config = make_config("dare_ties", family, parameters={"weight": 1, "density": 0.5})
-    report = sweep(config, tmp_path / "s", ["seed=1,2"], materialize="none")
-    first, second = report.spectrum.points
-    with materialised(report.out, report.spectrum, second, scratch=tmp_path / "scratch") as place:
-        raymerge.merge(second.config, tmp_path / "alone", seed=2)
-        assert read_files(Path(place)) == read_files(tmp_path / "alone")
-    assert list((tmp_path / "scratch").iterdir()) == []
-    with materialised(report.out, report.spectrum, first, scratch=tmp_path / "scratch") as place:
-        assert read_files(Path(place)) != read_files(tmp_path / "alone")
-    done = raymerge.sweep(config, tmp_path / "s", ["seed=1,2"])
-    with materialised(done.out, done.spectrum, done.spectrum.points[0]) as place:
-        assert place == str(tmp_path / "s" / "seed-1")
-    assert (tmp_path / "s" / "seed-1" / "config.json").exists()
