@@ -127,11 +127,31 @@ def find_slots(slots: Sequence[Slot]) -> tuple[Any, ...]:
     return words, longs, (np.array(addresses, np.int64) - start) // item, LOOP_DTYPES.index(dtype)
 
 
-class _Span:
-    """Memory from the first of some slots to the last, as numpy sees it; what is between them is never touched."""
+def find_memory(pieces: Sequence[memoryview]) -> tuple[tuple[Any, ...], list[int]]:
+    """Return the arguments by which loops find bytes of any place: words of 16 and of 32 bits, and float64.
 
-    def __init__(self, slots: Sequence[Slot], address: int, num_items: int, kind: str) -> None:
-        self._slots = slots  # live as long as the array does
+    Args:
+        pieces: the bytes; those that do not begin where such words may are copied.
+
+    Returns:
+        The arguments, and where each piece begins, in bytes.
+    """
+    arrays = [np.frombuffer(piece, np.uint8) for piece in pieces]
+    arrays = [array if array.ctypes.data % 8 == 0 else array.copy() for array in arrays]
+    addresses = [array.ctypes.data for array in arrays]
+    start = min(addresses)
+    nbytes = max(address + array.nbytes for address, array in zip(addresses, arrays, strict=True)) - start
+    views = tuple(
+        np.asarray(_Span(arrays, start, nbytes // item, kind)) for item, kind in ((2, "u2"), (4, "u4"), (8, "f8"))
+    )
+    return views, [address - start for address in addresses]
+
+
+class _Span:
+    """Memory from the first of some objects to the last, as numpy sees it; what is between them is never touched."""
+
+    def __init__(self, owners: Sequence[Any], address: int, num_items: int, kind: str) -> None:
+        self._owners = owners  # live as long as the array does
         data = address, False
         self.__array_interface__ = {"data": data, "shape": (num_items,), "typestr": f"={kind}", "version": 3}
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from raymerge.ops.decoders.decoder import Decoder, Plain, Raw, find_dtype
 from raymerge.ops.lazy import low_rank_loops, np, torch
-from raymerge.ops.stored import LOOP_DTYPES
+from raymerge.ops.stored import LOOP_DTYPES, find_memory, item_nbytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,14 +22,17 @@ CHUNK = 64
 """Ranks whose products are added up by themselves; several updates are counted through."""
 
 COLUMNS = 512
-"""Columns of a product that loops make at once: of as many rows and ranks as they work on they stay in a core's first
-cache, and of a chunk in its second."""
+"""Most columns of the right factors that loops have at hand at once."""
 
 TILE_COLUMNS = 16
 """Columns of the tiles that loops make products of: a register of 512 bits, or several that are shorter."""
 
-_ROWS = 8
-"""Rows of a product that loops make at once: each strip of columns comes into a core's first cache for all of them."""
+BAND_ROWS = 64
+"""Rows of a product that loops make at once: of a chunk they stay in a core's first cache, with a strip of columns, and
+all of their sums in its second."""
+
+WIDE = len(LOOP_DTYPES)
+"""How loops know float64."""
 
 _GROUP = 4
 """Ranks whose products are added to each other first; ranks and rows are filled up with zeros to a multiple of it."""
@@ -39,6 +41,10 @@ _LEFT_ELEMENTS = 2**21
 """Most elements of left factors held at once, in float32; right ones are converted again for each lot."""
 _MOST_ROWS = 1024
 """Of the left factors at hand: what is added up of a product stays near a core."""
+_PIECE_NBYTES = 400
+"""Taken for what loops are told of the place of a factor, or of each rank of one."""
+_PANEL_ELEMENTS = 2**20
+"""Of right factors that loops have at hand at once, unless there are very many ranks."""
 _TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}
 """Of a product that torch makes at once, on each kind of device."""
 
@@ -100,7 +106,9 @@ class LowRankUpdate(Decoder):
         at_hand = min(self.rows, self._step()) + _GROUP  # loops decode whole windows
         left = at_hand * ((self.ranks + _GROUP) * 4 + largest * 16) + rows * self.ranks * 4
         tile = 5 * min(rows * self.columns, max(*_TILE_ELEMENTS.values(), self.columns)) * 4
-        panel = (2 * CHUNK + at_hand + 2 * _GROUP) * COLUMNS * 4
+        width = self._find_width()
+        panel = (_fill(self.ranks, CHUNK) + 2 * BAND_ROWS) * width * 4 + max(_MOST_ROWS, width, largest) * 4
+        panel += sum(term.num_left + 1 for term in self.terms) * _PIECE_NBYTES
         return self.below.temporary_nbytes(num_elements) + left + max(tile + 2 * self.columns * 4, panel)
 
     def decode(self, raw: Raw, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
@@ -140,40 +148,23 @@ class LowRankUpdate(Decoder):
             self.below.decode_stored(below, span, start, stop, out)
             stored = np.empty(0, np.uint16), np.empty(0, np.uint32), len(LOOP_DTYPES)
         first, last = self._span(*span)
-        lefts = [[_view_numpy(piece, term.left) for piece in left] for left, _, term in factors]
-        rights = [_view_numpy(right, term.right) for _, right, term in factors]
-        ranks = self.ranks
-        bounds = [*range(0, ranks, CHUNK), ranks]
-        room, panel = _zeros(CHUNK * COLUMNS).reshape(CHUNK, COLUMNS), _zeros(CHUNK * COLUMNS)
-        products = _zeros(_ROWS * COLUMNS)
+        memory, places = find_memory([piece for left, right, _ in factors for piece in (*left, right)])
+        width = self._find_width()
+        values = _zeros(max(_MOST_ROWS, width, *(term.rank for term in self.terms)))
+        panel = _zeros(_fill(self.ranks, CHUNK) * width)
+        totals, products = _zeros(BAND_ROWS * width), _zeros(BAND_ROWS * width)
+        scales = np.array([term.scale for term in self.terms for _ in range(term.num_left)])
+        at_hand = min(self._step(), max(1, last - first))
+        ranks = _fill(self.ranks)
+        room = _zeros(_fill(at_hand) * ranks)
         for matrix, row, end in self._tiles(start, stop, self._step()):
-            left = _zeros(_fill(end - row) * _fill(ranks)).reshape(-1, _fill(ranks))
-            position = 0
-            for x, (_, _, term) in zip(lefts, factors, strict=True):
-                offset = matrix * self.rows + row - first
-                if len(x) > 1:  # a piece for each rank
-                    own = np.stack([piece[offset : offset + end - row] for piece in x], axis=1)
-                else:
-                    own = _view_left(x[0], term, matrix, row, end, offset, last - first)
-                _scale(own, term.scale, left, position)
-                position += term.rank
-            views = [
-                _view(y, term.right, matrix, (0, term.rank), self.columns)
-                for y, (_, _, term) in zip(rights, factors, strict=True)
-            ]
-            chunks = _cut(views, bounds)
-            totals = _zeros(len(left) * COLUMNS if len(bounds) > 2 else 0)
-            for column in range(0, self.columns, COLUMNS):
-                totals[:] = 0
-                width = min(COLUMNS, self.columns - column)
-                place = (matrix * self.rows + row) * self.columns + column - start
-                for (start_rank, stop_rank), parts in zip(pairwise(bounds), chunks, strict=True):
-                    _pack(parts, column, room[: _fill(stop_rank - start_rank)], panel)
-                    low_rank_loops.add_products(
-                        left.ravel(), panel, start_rank, _fill(stop_rank - start_rank), left.shape[1],
-                        int(stop_rank == ranks), end - row, width, self.columns, place, *stored, out, totals,
-                        products,
-                    )  # fmt: skip
+            terms = self._lay_out(places, matrix, first, last)
+            low_rank_loops.add_update(
+                *memory, terms, scales, row, end - row, self.columns,
+                (matrix * self.rows + row) * self.columns - start, *stored, out, values, ranks,
+                room[: _fill(end - row) * ranks], panel,
+                totals, products,
+            )  # fmt: skip
 
     def compile_loops(self) -> None:
         """Add an update of rank 1 to two ones.
@@ -207,6 +198,42 @@ class LowRankUpdate(Decoder):
         """Return how many rows of the left factors are at hand at once."""
         return max(CHUNK, min(_MOST_ROWS, _LEFT_ELEMENTS // self.ranks))
 
+    def _find_width(self) -> int:
+        """Return the columns that right factors are at hand of at once, so that all of their ranks stay in a cache."""
+        most = max(CHUNK, _PANEL_ELEMENTS // max(1, self.ranks) // TILE_COLUMNS * TILE_COLUMNS)
+        return min(COLUMNS, most, _fill(self.columns, TILE_COLUMNS))
+
+    def _lay_out(self, places: Sequence[int], matrix: int, first: int, last: int) -> NDArray[np.int64]:
+        """Return where loops find the factors of a matrix, as `add_update` takes them.
+
+        Args:
+            places: first bytes of the pieces of the terms.
+            matrix: the number of it.
+            first: row at hand, counted through all matrices.
+            last: row after those at hand.
+        """
+        lines = []
+        at = 0
+        for term in self.terms:
+            left, right = term.left, term.right
+            form, item = _find_form(right.dtype)
+            of_right = (right.strides[1], right.strides[2], form)
+            begin = places[at + term.num_left] // item + matrix * right.strides[0]
+            form, item = _find_form(left.dtype)
+            skipped = matrix * self.rows - first
+            for number in range(term.num_left):
+                place = places[at + number] // item
+                if left.is_whole:
+                    of_left = (place + matrix * left.strides[0], left.strides[1], left.strides[2])
+                elif term.num_left > 1:
+                    of_left = (place + skipped, 1, last - first)
+                else:
+                    of_left = (place + skipped * term.rank, term.rank, 1)
+                rank = term.rank // term.num_left
+                lines.append((rank, *of_left, form, begin + number * of_right[0], *of_right))
+            at += term.num_left + 1
+        return np.array(lines, np.int64)
+
     def _tiles(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int, int]]:
         """Yield matrix and rows [first, last) in it of the tiles that cover elements [start, stop)."""
         row, last = self._span(start, stop)
@@ -217,46 +244,6 @@ class LowRankUpdate(Decoder):
             row = end
 
 
-def _cut(views: Sequence[NDArray[Any]], bounds: Sequence[int]) -> list[list[tuple[int, NDArray[Any]]]]:
-    """Return for each chunk of ranks the parts of right factors that are in it, each with its first row there."""
-    chunks: list[list[tuple[int, NDArray[Any]]]] = [[] for _ in bounds[1:]]
-    start = 0
-    for view in views:
-        stop = start + len(view)
-        for number in range(start // CHUNK, -(-stop // CHUNK)):
-            low, high = max(start, bounds[number]), min(stop, bounds[number + 1])
-            chunks[number].append((low - bounds[number], view[low - start : high - start]))
-        start = stop
-    return chunks
-
-
-def _pack(
-    parts: Sequence[tuple[int, NDArray[Any]]], column: int, room: NDArray[np.float32], panel: NDArray[np.float32]
-) -> None:
-    """Write a chunk of right factors, for some columns, as float32; zeros to the ranks that fill it up.
-
-    Args:
-        parts: each with its first rank in the chunk.
-        column: the first one.
-        room: ranks x `COLUMNS`, for the values in the order of rows.
-        panel: gets strips of columns, each of `CHUNK` x `TILE_COLUMNS`, as far as the chunk has ranks.
-    """
-    stop = 0
-    for first, view in parts:
-        part = view[:, column : column + COLUMNS]
-        stop = first + len(part)
-        rows = room[first:stop, : part.shape[1]]
-        if part.dtype == np.uint16:
-            bits = rows.view(np.uint32)
-            bits[:] = part
-            np.left_shift(bits, np.uint32(16), out=bits)
-        else:
-            rows[:] = part
-    room[stop:] = 0
-    strip = f"V{4 * TILE_COLUMNS}"  # numpy copies one at a time, several times faster than their elements
-    panel.view(strip).reshape(-1, CHUNK)[:, : len(room)] = room.view(strip).T
-
-
 def _zeros(num_elements: int) -> NDArray[np.float32]:
     """Return zeros that begin at a cache line, from where loops read a fifth faster."""
     room = np.zeros(num_elements + 16, np.float32)
@@ -264,13 +251,13 @@ def _zeros(num_elements: int) -> NDArray[np.float32]:
     return room[start : start + num_elements]
 
 
-def _fill(number: int) -> int:
-    """Return how many rows or ranks there are with those that fill them up.
+def _fill(number: int, multiple: int = _GROUP) -> int:
+    """Return how many rows, ranks or columns there are with those that fill them up.
 
     >>> _fill(1), _fill(8)
     (4, 8)
     """
-    return -(-number // _GROUP) * _GROUP
+    return -(-number // multiple) * multiple
 
 
 def _view_left(x: Any, term: Term, matrix: int, row: int, end: int, offset: int, num_rows: int) -> Any:
@@ -294,25 +281,9 @@ def _view(x: Any, factor: Factor, matrix: int, rows: tuple[int, int], columns: i
     return x.as_strided(shape, (of_row, of_column), x.storage_offset() + offset)
 
 
-def _view_numpy(piece: memoryview, factor: Factor) -> NDArray[Any]:
-    """Return stored values without a copy, as words where numpy does not know their dtype."""
-    return np.frombuffer(piece, np.uint16 if factor.dtype == "bfloat16" else factor.dtype)
-
-
-def _scale(values: NDArray[Any], scale: float, left: NDArray[np.float32], position: int) -> None:
-    """Write a left factor, scaled, beside the others, from a position; bfloat16 values come as words."""
-    rows, rank = values.shape
-    if values.dtype == np.float64:
-        left[:rows, position : position + rank] = values * scale
-        return
-    form = {np.dtype(np.uint16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}[values.dtype]
-    stored = np.ascontiguousarray(values).ravel()
-    words = stored.view(np.uint16) if form < 2 else np.empty(0, np.uint16)
-    longs = stored.view(np.uint32) if form == 2 else np.empty(0, np.uint32)
-    low_rank_loops.scale_factor(
-        words, longs, form, np.array([scale]), rank, np.empty(rows * rank, np.float32), position, left.shape[1],
-        left.ravel(),
-    )  # fmt: skip
+def _find_form(dtype: str) -> tuple[int, int]:
+    """Return by which number loops know a dtype, and the bytes of a value."""
+    return (WIDE, 8) if dtype == "float64" else (LOOP_DTYPES.index(dtype), item_nbytes(dtype))
 
 
 def _read_torch(piece: torch.Tensor, factor: Factor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import stat as stat_mode
 import threading
 from collections import OrderedDict
@@ -21,7 +22,10 @@ from raymerge.pipeline.stores.local.writer import LocalWriter, file_etag, is_at,
 from raymerge.pipeline.stores.ranges import coalesce
 from raymerge.pipeline.stores.seam import Lock, Storage, Writer
 
-_MAX_OPEN_FILES = 64
+_MAX_OPEN_FILES = 1024
+"""Kept open: all files of a merge of hundreds of adapters, each of which every window reads from."""
+_OPEN_SHARE = 4
+"""A process keeps no more than this part of the files open that its limit allows."""
 _MAX_FILES = 50_000
 """In one directory and below it: whoever gives `/` or `~` for a model is not to wait for a list of the whole disk."""
 _MAX_CALL_NBYTES = 2**30
@@ -44,7 +48,9 @@ class LocalStorage(Storage):
     """Local disk, or what is mounted as one."""
 
     def __init__(self) -> None:
-        self._files = _OpenFiles(_MAX_OPEN_FILES)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = limit // _OPEN_SHARE if limit != resource.RLIM_INFINITY else _MAX_OPEN_FILES
+        self._files = _OpenFiles(min(_MAX_OPEN_FILES, most))
 
     def absolute(self, url: str) -> str:  # noqa: D102
         return str(expand_home(local_path(url)).absolute())

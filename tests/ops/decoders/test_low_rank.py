@@ -72,6 +72,20 @@ def make_stack(number: int = 3, rank: int = 2) -> Case:
     return Case(decoder, [as_bytes(base), as_bytes(b), as_bytes(a)], (number, *SHAPE), expected)
 
 
+def make_mixed() -> Case:
+    """Return an update whose factors have other dtypes, of more ranks than loops hold whole panels of."""
+    case = make_case((3, 2100))
+    assert isinstance(case.decoder, LowRankUpdate)
+    (b, a), terms = case.pieces[1:3], list(case.decoder.terms)
+    left, right = (x.view(torch.float32).view(n, 3) for x, n in ((b, SHAPE[0]), (a.view(-1), SHAPE[1])))
+    case.expected -= terms[0].scale * left.double() @ a.view(torch.float32).view(3, -1).double()
+    left, right = left.half(), right.bfloat16()  # columns x ranks from now on
+    case.expected += terms[0].scale * left.double() @ right.double().T
+    terms[0] = Term(3, terms[0].scale, Factor("float16", (0, 3, 1)), Factor("bfloat16", (0, 1, 3)))
+    pieces = [case.pieces[0], as_bytes(left), as_bytes(right), *case.pieces[3:]]
+    return Case(LowRankUpdate(case.decoder.below, *SHAPE, tuple(terms)), pieces, SHAPE, case.expected)
+
+
 CASES = {
     "one": make_case(),
     "half precision": make_case((8,), "float16", "float32"),
@@ -81,6 +95,7 @@ CASES = {
     "several": make_case((1, 64, 4)),
     "turned": make_turned(),
     "stack": make_stack(),
+    "mixed": make_mixed(),
 }
 
 
@@ -112,6 +127,14 @@ def test_loops_and_torch_give_the_same_bits_wherever_they_are_cut(name: str) -> 
     for start, stop in ((0, 1), (599, 602), (1234, 1234 + 5 * 600), (num_elements - 700, num_elements)):
         assert decode(case, start, stop).numpy().tobytes() == whole[start:stop].tobytes()
         assert decode_stored(case, start, stop).tobytes() == whole[start:stop].tobytes()
+
+
+def test_factors_may_begin_anywhere() -> None:
+    case = CASES["several"]
+    expected = decode_stored(case, 0, case.expected.numel())
+    moved = [torch.cat([torch.zeros(3, dtype=torch.uint8), piece])[3:] for piece in case.pieces[1:]]
+    other = Case(case.decoder, [case.pieces[0], *moved], case.shape, case.expected)
+    assert decode_stored(other, 0, case.expected.numel()).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("ranks", [(130,), (1, 64, 4), (2, 3)])

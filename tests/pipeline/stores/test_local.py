@@ -173,6 +173,20 @@ def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
+def test_a_hundred_files_that_are_read_in_turn_are_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage()
+    opened: list[str] = []
+    open_file = local_storage._open
+    monkeypatch.setattr(local_storage, "_open", lambda file: opened.append(file.url) or open_file(file))
+    for number in range(100):
+        (tmp_path / str(number)).write_bytes(b"1234")
+    files = [storage.stat(str(tmp_path / str(number))) for number in range(100)]
+    for file in [*files, *files]:
+        assert read_all(storage, file) == b"1234"
+    storage.close()
+    assert len(opened) == len(set(opened)) == 100
+
+
 # writing
 
 
