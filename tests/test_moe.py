@@ -287,7 +287,7 @@ def test_prompts_need_a_tokenizer_that_fits(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"makes token \d+ of a prompt, and model.embed_tokens.weight has 9 rows"):
         plan(config)
     save_file(tensors | {name: tensors[name] * float("nan")}, models[0] / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"the base makes NaN or infinity of the prompts of"):
+    with pytest.raises(CheckpointError, match=r"its embedding makes NaN or infinity of the prompts of"):
         plan(config)
     (models[0] / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}')
     with pytest.raises(CheckpointError, match=r"tokenizer.json: the tokenizers library cannot use it"):

@@ -85,6 +85,16 @@ def is_of_model(name: str) -> bool:
     return _MAIN_WEIGHTS.fullmatch(name) is not None or is_side_file(name) or is_rewritten(name)
 
 
+def is_of_component(name: str) -> bool:
+    """Tell whether a file is one that a component of a diffusers pipeline is made of, weights included.
+
+    >>> is_of_component("unet/config.json"), is_of_component("unet/x/config.json"), is_of_component("config.json")
+    (True, False, False)
+    """
+    component, _, own = name.rpartition("/")
+    return bool(component) and "/" not in component and (is_weights(own) or is_side_file(own) or is_rewritten(own))
+
+
 def is_secret(name: str) -> bool:
     """Tell whether a file looks like a key or a password, by its name.
 

@@ -11,7 +11,7 @@ from raymerge import __version__
 from raymerge.pipeline.curve.choice import DEFAULT_POINTS, Rule, choose
 from raymerge.pipeline.curve.findings import find
 from raymerge.pipeline.curve.pairs import Pairs, SamplePairs
-from raymerge.pipeline.curve.records import Records, locate_evaluations, read_evaluations, takes_no_files
+from raymerge.pipeline.curve.records import Records, locate_evaluations, locate_models, read_evaluations, takes_no_files
 from raymerge.pipeline.curve.results import Curve
 from raymerge.pipeline.curve.series import make_series
 from raymerge.pipeline.curve.tasks import Task, choose_tasks, sort_evaluations
@@ -67,7 +67,7 @@ def curve(
         record = read_spectrum(stores, directory)
         place = stores.at(str(evaluations)).absolute(str(evaluations)) if evaluations else ""
         place = place or locate_evaluations(stores, directory)
-        records = read_evaluations(stores, place)
+        records = read_evaluations(stores, place, locate_models(directory, record))
         found = make_curve(directory, record, records, task, wanted, lambda tasks: SamplePairs(stores, place, tasks))
         target = directory if out is None else stores.at(str(out)).absolute(str(out))
         _write(stores, target, found)

@@ -13,7 +13,8 @@ from raymerge.pipeline.checkpoint.manifest import MANIFEST
 from raymerge.pipeline.evaluation.digests import Digests
 from raymerge.pipeline.evaluation.results import Evaluation, parse_evaluation
 from raymerge.pipeline.messages import shown
-from raymerge.pipeline.spectrum.record import EVALUATIONS
+from raymerge.pipeline.spectrum.places import locate_ref, parse_ref
+from raymerge.pipeline.spectrum.record import EVALUATIONS, Spectrum, locate_point
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.local.storage import local_path
 from raymerge.pipeline.stores.open import Stores
@@ -48,10 +49,25 @@ def takes_no_files(directory: str) -> bool:
     return scheme_of(directory) in _READ_ONLY
 
 
-def read_evaluations(stores: Stores, place: str) -> Records:
+def locate_models(directory: str, spectrum: Spectrum) -> dict[str, str]:
+    """Return where the points of a spectrum are, and those parents that are on this machine, by their names."""
+    found = {point.name: locate_point(directory, point) for point in spectrum.points}
+    for parent in spectrum.parents:
+        ref = locate_ref(spectrum, directory, parse_ref(parent.model))
+        if ref.adapter is None and scheme_of(ref.path) == "file":
+            found[parent.name] = ref.path
+    return found
+
+
+def read_evaluations(stores: Stores, place: str, models: Mapping[str, str]) -> Records:
     """Read all evaluations below a directory; none where it has none.
 
     Those of a model that has been replaced by another of its name are left out.
+
+    Args:
+        stores: that have them.
+        place: the directory.
+        models: where each model is, by its name: an evaluation may say what it likes, and is not followed.
 
     Raises:
         FetchError: the store refuses or is down.
@@ -78,7 +94,7 @@ def read_evaluations(stores: Stores, place: str) -> Records:
                 found[name] = evaluation
             except ValueError as error:
                 damaged.append(f"{place}/{name} is damaged: {error}")
-    kept = _drop_former(stores, place, found)
+    kept = _drop_former(stores, place, found, models)
     left_out = dict.fromkeys(each.model for each in found.values()).keys() - {each.model for each in kept}
     notes = [
         f"{model} has been made anew since it was evaluated; `raymerge eval` evaluates what it is now"
@@ -87,15 +103,17 @@ def read_evaluations(stores: Stores, place: str) -> Records:
     return Records(kept, (*damaged, *notes))
 
 
-def _drop_former(stores: Stores, place: str, found: Mapping[str, Evaluation]) -> tuple[Evaluation, ...]:
+def _drop_former(
+    stores: Stores, place: str, found: Mapping[str, Evaluation], models: Mapping[str, str]
+) -> tuple[Evaluation, ...]:
     """Return the evaluations without those of models that have been replaced by others of the same name."""
     digests: dict[str, set[str]] = defaultdict(set)
     for each in found.values():
         digests[each.model].add(each.digest)
     urls = {
-        each.model: each.url
+        each.model: models[each.model]
         for name, each in found.items()
-        if len(digests[each.model]) > 1 or _is_older(f"{place}/{name}", each.url)
+        if each.model in models and (len(digests[each.model]) > 1 or _is_older(f"{place}/{name}", models[each.model]))
     }
     current: dict[str, str] = {}
     for model, url in urls.items():

@@ -6,7 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 
-from raymerge.pipeline.checkpoint.files import ADAPTER_CONFIG, CONFIG, is_hidden, is_rewritten, is_side_file, is_weights
+from raymerge.pipeline.checkpoint.files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    PIPELINE,
+    is_hidden,
+    is_of_component,
+    is_rewritten,
+    is_side_file,
+    is_weights,
+)
 from raymerge.pipeline.checkpoint.manifest import FIGURES, MANIFEST, MAX_MANIFEST_NBYTES, OutputFile, parse_manifest
 from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.stores.files import StoredFile
@@ -37,10 +46,13 @@ class Digests:
         Raises:
             FetchError: a file cannot be read.
         """
+        there = self._stores.at(url).list(url)
         files = {
             name: file
-            for name, file in self._stores.at(url).list(url).items()
-            if not is_hidden(name) and name != FIGURES and _counts(name)
+            for name, file in there.items()
+            if not is_hidden(name)
+            and name != FIGURES
+            and (_counts(name) or (PIPELINE in there and (name == PIPELINE or is_of_component(name))))
         }
         listed = self._read_manifest(url)
         parts = {name: self._digest_file(url, name, file, listed.get(name)) for name, file in files.items()}

@@ -30,7 +30,7 @@ class Figures:
 
 
 def summarise(samples: Collection[Sample]) -> Figures:
-    """Return the figures of answers to the items of a task."""
+    """Return the figures of answers to the items of a task; items without a score count where none has one."""
     by_item: dict[str, list[float]] = {}
     for sample in samples:
         if sample.score is not None:
@@ -42,7 +42,7 @@ def summarise(samples: Collection[Sample]) -> Figures:
             counts.setdefault(sample.item, []).append(sample.tokens)
     num_samples = max((len(each) for each in scores), default=0)
     return Figures(
-        num_items=len({sample.item for sample in samples}),
+        num_items=len(scores) or len({sample.item for sample in samples}),
         num_samples=num_samples,
         accuracy=estimate_accuracy(scores) if scores else None,
         tokens=measure_tokens(list(counts.values())) if counts else None,

@@ -13,7 +13,9 @@ from raymerge.cluster.directory import make_directory
 from raymerge.pipeline.checkpoint.files import (
     ADAPTER_CONFIG,
     CONFIG,
+    PIPELINE,
     is_hidden,
+    is_of_component,
     is_rewritten,
     is_side_file,
     is_weights,
@@ -87,13 +89,18 @@ def locate_base(planned: Planned, named: str) -> ModelRef:
 
 def _fetch(stores: Stores, url: str, directory: str, check: Callable[[], None]) -> None:
     files = stores.at(url).list(url)
-    has_safetensors = any(name.endswith(".safetensors") and "/" not in name for name in files)
+    with_safetensors = {name.rpartition("/")[0] for name in files if name.endswith(".safetensors")}
     wanted = {
         name: file
         for name, file in files.items()
         if not is_hidden(name)
-        and (is_side_file(name) or is_rewritten(name) or (is_weights(name) and "/" not in name))
-        and not (has_safetensors and is_weights(name) and not name.endswith(".safetensors"))
+        and (
+            is_side_file(name)
+            or is_rewritten(name)
+            or (is_weights(name) and "/" not in name)
+            or (PIPELINE in files and is_of_component(name))
+        )
+        and not (is_weights(name) and not name.endswith(".safetensors") and name.rpartition("/")[0] in with_safetensors)
     }
     stores.at(directory).check_space(directory, sum(file.nbytes for file in wanted.values()))
     for name, file in wanted.items():

@@ -143,7 +143,7 @@ def _list_spectrum(
         elif point.state == "planned" and not _is_made(stores, where, point.fingerprint):
             planned = Planned(url, spectrum, point, base)
             found.append(Subject(point.name, "", where, planned, point.fingerprint))
-        elif _has(stores, where, CONFIG) or _has(stores, where, PIPELINE):
+        elif _is_model(stores, where):
             found.append(Subject(point.name, where, where, fingerprint=point.fingerprint))
         elif _has(stores, where, ADAPTER_CONFIG):
             found.append(_try_model(stores, ModelRef(where), point.name, base, locate))
@@ -166,6 +166,10 @@ def _tell_move(spectrum: Spectrum, url: str, ref: ModelRef) -> str:
     if not places:
         return ""
     return f"; the spectrum has moved, and {listing(places)} is not there either: move the parents along with it"
+
+
+def _is_model(stores: Stores, url: str) -> bool:
+    return _has(stores, url, CONFIG) or _has(stores, url, PIPELINE)
 
 
 def _has(stores: Stores, url: str, name: str) -> bool:
@@ -217,7 +221,7 @@ def _find_model(
     if ref.adapter is not None:
         return _apply(stores, ref.without_adapter, ref.adapter, called)
     url = locate_model(stores, ref)
-    if _has(stores, url, CONFIG):
+    if _is_model(stores, url):
         return Subject(called, url, str(ref))
     if not _has(stores, url, ADAPTER_CONFIG):
         raise CheckpointError(f"{ref}: no {CONFIG} and no {RECORD} there; it is neither a model nor a spectrum")

@@ -77,7 +77,7 @@ def evaluate_on_ray(
     with connecting as session:
         from raymerge.cluster.ray.runner import RayRunner
 
-        urls = [out, *dict.fromkeys(url for unit in units for url in _list_inputs(stores, unit, options.ops))]
+        urls = [out, *dict.fromkeys(url for unit in units for url in list_inputs(stores, unit, options.ops))]
         check_reach(stores, urls, session, shared_filesystem=options.shared_filesystem)
         num_gpus = options.gpus_per_model
         if num_gpus is None:
@@ -160,7 +160,7 @@ def _merging(options: EvaluateOptions) -> MergeOptions:
     return MergeOptions(storage=options.storage, ops=options.ops)
 
 
-def _list_inputs(stores: Stores, unit: Unit, ops: str | None) -> list[str]:
+def list_inputs(stores: Stores, unit: Unit, ops: str | None) -> list[str]:
     """Return where a model is, or what it is to be merged from, but for what the Hub has."""
     planned = unit.subject.planned
     if planned is None:
@@ -170,7 +170,8 @@ def _list_inputs(stores: Stores, unit: Unit, ops: str | None) -> list[str]:
         config = load_point(stores, planned.spectrum, planned.directory, planned.point.config, own)
     except MergeError:  # told of the model, once it is its turn
         return []
-    parts = (part for model in config.input_models for part in (model, model.adapter))
+    places = (*config.input_models, *config.statistics_places)
+    parts = (part for model in places for part in (model, model.adapter))
     paths = (part.path for part in parts if part is not None and not is_repository(part.path))
     return [stores.at(path).absolute(path) for path in paths]
 

@@ -120,7 +120,7 @@ def make_gates(
             return Gates(np.zeros((1, len(experts), base.hidden_size), np.float32), etag)
         rows = read_rows(stores, embedding, sorted({token for prompt in prompts for token in prompt}))
         sums = np.stack([np.sum([rows[token] for token in prompt], axis=0) for prompt in prompts])[None]
-        return Gates(_aim(experts, texts, sums, is_sum=True), etag)
+        return Gates(_aim(str(base.view.ref), experts, texts, sums, is_sum=True), etag)
     request = _make_request(stores, base, embedding, prompts, takes_mean=mixture.gate_mode == "hidden_avg")
     _check_fits(mixture, base, request, allowed_mem)
     etag, note = _identify(mixture, request), _describe(base, request)
@@ -128,7 +128,8 @@ def make_gates(
         shape = len(request.layers), len(experts), base.hidden_size
         return Gates(np.zeros(shape, np.float32), etag, note)
     states = measure_hidden_states(str(base.view.ref), request)
-    return Gates(_aim(experts, texts, states.astype(np.float64), is_sum=False), etag, note)
+    aimed = _aim(str(base.view.ref), experts, texts, states.astype(np.float64), is_sum=False)
+    return Gates(aimed, etag, note)
 
 
 def _check_fits(mixture: Mixture, base: RouterBase, request: Request, allowed_mem: int) -> None:
@@ -163,10 +164,11 @@ def _draw(mode: str, num_rows: int, base: RouterBase, seed: int) -> Gates:
     return Gates(np.stack(drawn) * np.float32(bound))
 
 
-def _aim(experts: Sequence[Expert], texts: Sequence[str], vectors: Doubles, *, is_sum: bool) -> Floats:
+def _aim(base: str, experts: Sequence[Expert], texts: Sequence[str], vectors: Doubles, *, is_sum: bool) -> Floats:
     """Return the rows of routers: for each expert the direction from its negative prompts to its positive ones.
 
     Args:
+        base: the model that makes the vectors.
         experts: in the order of the rows.
         texts: all of their prompts.
         vectors: of shape [layers, prompts, hidden size].
@@ -186,10 +188,12 @@ def _aim(experts: Sequence[Expert], texts: Sequence[str], vectors: Doubles, *, i
     rows = [normalize(look(e.positive_prompts) - look(e.negative_prompts)) for e in experts]
     found: Floats = np.stack(rows, axis=1).astype(np.float32)
     for number, expert in enumerate(experts):
-        if not np.isfinite(found[:, number]).all():
+        is_finite = np.isfinite(found[:, number]).all(axis=-1)
+        if not is_finite.all():
+            where = "its embedding" if is_sum else f"layer {is_finite.argmin()}"
             raise CheckpointError(
-                f"the base makes NaN or infinity of the prompts of {expert.model}, and so would its router; mend the"
-                " base's weights, or write `gate_mode: random`"
+                f"{base}: {where} makes NaN or infinity of the prompts of {expert.model}, and so would its router; mend"
+                " the base's weights, or write `gate_mode: random`"
             )
     return found
 

@@ -127,6 +127,21 @@ def test_a_model_that_was_made_anew_is_judged_by_its_new_evaluation(tmp_path: Pa
     assert found.warnings == ()
 
 
+def test_where_an_evaluation_says_that_its_model_is_does_not_count(tmp_path: Path) -> None:
+    spectrum = make_spectrum({"t": [0.1]})
+    digests = {}
+    for name in ("t-0.1", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(f'{{"name": "{name}"}}')
+        with open_stores() as stores:
+            digests[name] = Digests(stores, str(tmp_path)).measure(str(tmp_path / name))
+    url = str(tmp_path / "elsewhere")
+    own = replace(make_evaluation("t-0.1", 0.25), digest=digests["t-0.1"], url=url)
+    other = replace(own, digest=digests["elsewhere"], accuracy=Estimate(0.75, 0.7, 0.8))
+    found = raymerge.curve(write_spectrum(tmp_path, spectrum, [other, own]))
+    assert found.views[0].estimate("t-0.1").mean == 0.25
+
+
 def test_a_model_that_was_made_anew_since_has_no_evaluation(tmp_path: Path) -> None:
     spectrum = make_spectrum({"t": [0.1, 0.2]})
     made = [replace(make_evaluation(f"t-0.{k}", 0.5), digest="former", url=str(tmp_path / f"t-0.{k}")) for k in (1, 2)]

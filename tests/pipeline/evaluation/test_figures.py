@@ -94,3 +94,5 @@ def test_figures_of_samples() -> None:
     assert found.tokens.median == 25
     assert (found.thinking, found.cut_off) == (0.75, 0.25)
     assert found.other == {"pass@2": 1.0}
+    assert summarise([*samples, Sample("c", 0, None, 50)]).num_items == 2, "one without a score"
+    assert summarise([Sample("c", 0, None, 50)]).num_items == 1

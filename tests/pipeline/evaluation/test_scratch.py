@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from raymerge.pipeline.evaluation.results import Evaluation
 from raymerge.pipeline.evaluation.subjects import find_subjects
 from raymerge.pipeline.stores.open import Stores
 from tests.checkpoints import read_files
+from tests.pipelines import write_pipeline
 from tests.tokenized_models import TEXTS, byte_level, write_tokenized
 
 SCRIPT = """
@@ -23,6 +25,15 @@ with open("calls.txt", "a") as calls:
     print(model, file=calls)
 content = b"".join(path.read_bytes() for path in sorted(model.glob("*.safetensors")))
 print(json.dumps({"sum": int(hashlib.sha256(content).hexdigest()[:8], 16), "files": len(list(model.iterdir()))}))
+"""
+
+
+LIST_SCRIPT = """
+import json, pathlib, sys
+model = pathlib.Path(sys.argv[1])
+files = sorted(path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file())
+pathlib.Path("files.json").write_text(json.dumps(files))
+print(json.dumps({"files": len(files)}))
 """
 
 
@@ -83,6 +94,23 @@ def test_a_model_of_another_store_is_fetched_and_deleted(place: Path, stores: St
     assert remote.other["sum"] == local.other["sum"]
     assert remote.url == "memory://evaluated/a"
     assert not any((place / "scratch").iterdir())
+
+
+def test_a_pipeline_of_another_store_is_fetched_with_its_components(place: Path, stores: Stores) -> None:
+    write_pipeline(place / "pipe")
+    (place / "pipe/unet/diffusion_pytorch_model.bin").write_bytes(b"a second copy")
+    files = {
+        path.relative_to(place / "pipe").as_posix(): path for path in (place / "pipe").rglob("*") if path.is_file()
+    }
+    for name, path in files.items():
+        stores.at("memory://evaluated/pipe").write(f"memory://evaluated/pipe/{name}", path.read_bytes())
+    Path("sum.py").write_text(LIST_SCRIPT)
+    (found,) = evaluate("memory://evaluated/pipe")
+    assert found.state == "complete", found.error
+    assert json.loads(Path("files.json").read_text()) == sorted({*files} - {"unet/diffusion_pytorch_model.bin"})
+    stores.at("memory://evaluated/pipe").write("memory://evaluated/pipe/scheduler/scheduler_config.json", b"{}")
+    (other,) = evaluate("memory://evaluated/pipe")
+    assert other.digest != found.digest
 
 
 def test_a_point_that_cannot_be_made_is_marked(place: Path) -> None:
