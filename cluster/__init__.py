@@ -1,1 +1,1 @@
-"""Where things run: a function over items, each with its resources. Knows nothing of tensors."""
+"""Runners: they apply a function to items, each with its resources, and know nothing of tensors."""

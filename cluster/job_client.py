@@ -41,7 +41,7 @@ _POLL_SHARE = 10
 _MAX_POLL_SECONDS = 15.0
 
 _LOST_SECONDS = 600.0
-"""How long `follow` retries a dropped connection."""
+"""Time for which `follow` retries a dropped connection."""
 
 _MAX_ERROR_NBYTES = 2**16
 

@@ -1,4 +1,4 @@
-"""How long the items of a run take, and which in work takes far longer than its like."""
+"""The pace of a run: durations of its items, and stragglers among those in work."""
 
 from __future__ import annotations
 

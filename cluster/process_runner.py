@@ -50,7 +50,7 @@ class _Worker:
     life: Connection
     """Nobody else can write to it: that it is closed tells the worker that the driver is gone."""
     slot: int
-    """Which of the processes that run at once it is in."""
+    """Number of its process among those that run at once."""
     item: int = -1
     """Position of the item in work, or of its last one; -1 before the first."""
     reported: Progress = field(default_factory=Progress)
@@ -58,7 +58,7 @@ class _Worker:
 
 
 class StartMethod(Enum):
-    """How workers come into being."""
+    """Ways in which workers are started."""
 
     FORK = "fork"
     """Forked from this process: they share what is imported already. Linux only."""

@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 NUM_ATTEMPTS = 4
-"""How often an item is tried whose worker dies or hangs, or whose store fails."""
+"""Attempts at an item whose worker dies or hangs, or whose store fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Resources:
     cost: int
     """Any measure of how long it takes; of items with as many slots, the largest start first."""
     num_slots: int = 1
-    """How many of a runner's slots it takes up: several where its memory is that of several items."""
+    """Slots of the runner that it takes up: several where its memory is that of several items."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,11 +29,11 @@ class Site:
     shape: tuple[int, ...]
     """Shape of the output tensor and of every source, statistics left out."""
     num_sources: int
-    """How many tensors there are to load, the base and statistics included."""
+    """Number of tensors to load, the base and statistics included."""
     seed: int
     """The merge's seed."""
     num_statistics: int = 0
-    """How many of the sources, the last ones, are statistics of the others; see `registry.Statistics`."""
+    """Number of the last sources that are statistics of the others; see `registry.Statistics`."""
 
     @property
     def num_elements(self) -> int:

@@ -100,7 +100,7 @@ class Statistics:
     key: str
     """Key beside `model` in the YAML that says where they are."""
     title: str
-    """What they are, in the plural, for messages."""
+    """Their name in the plural, for messages."""
     find_shape: Callable[[Shape], Shape | None] = same_shape
     """Returns the shape that belongs to a tensor of some shape; None where there is none. At the top level of its
     module."""
@@ -128,18 +128,18 @@ class Op:
     summary: str
     """First line of the function's docstring."""
     details: str
-    """What its docstring says besides, but for the paragraphs `Raises:` and those that follow."""
+    """The rest of its docstring, but for the paragraphs `Raises:` and those that follow."""
     formula: str
     """In text, of models x_i with weights w_i, the base b and d_i = x_i - b: the docstring's paragraph `Formula:`."""
     when: str
-    """When it serves: `When:`."""
+    """Cases that it serves: the paragraph `When:`."""
     not_when: str
-    """When others serve better: `Not when:`."""
+    """Cases that others serve better: the paragraph `Not when:`."""
     source: str
-    """Who describes it where: `Source:`."""
+    """Paper or page that describes it: the paragraph `Source:`."""
     function: Callable[..., Kernel]
     statistics: Statistics | None = None
-    """What it needs to know of each model's tensors besides."""
+    """Statistics of each model's tensors that it takes besides; None for most methods."""
     origin: str = ""
     """The installed package and its version, or the hash of the file, that declares it; empty for those of raymerge."""
 

@@ -42,7 +42,7 @@ class Stored:
     offsets: tuple[int, ...]
     """First byte of each source in it; multiples of the size of its values."""
     dtypes: tuple[str, ...]
-    """Of each source, by torch's word for it."""
+    """Dtype of each source, by torch's word for it."""
 
     @property
     def num_elements(self) -> int:
@@ -92,7 +92,7 @@ class Slot:
     buffer: memoryview
     """As large as they are; begins at a multiple of the size of a value."""
     dtype: str
-    """What they are rounded to, by torch's word for it."""
+    """Dtype of the rounded values, by torch's word for it."""
     squares: NDArray[Any]
     """`STRIP` sums of squares, in float32, to which those of the results are added; see `KernelRun.combine_stored`."""
 

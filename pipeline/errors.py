@@ -47,7 +47,7 @@ class CorruptedError(OutputError):
     """An upload went wrong, or a store has something else than it was sent; doing it again may help."""
 
     num_attempts = 6
-    """How often it is worth doing, the first time included."""
+    """Attempts that are worth making, the first included."""
 
 
 class StalledError(CorruptedError):

@@ -35,7 +35,7 @@ class Execution:
     results: tuple[ShardResult, ...] = ()
     """Results of the tasks that this run did."""
     positions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of the outputs that each of them wrote to, by the shard's name."""
+    """Numbers of the outputs that each of them wrote to, by the shard's name."""
     seconds: float = 0.0
     """In which shards were made."""
     num_per_process: int = 1

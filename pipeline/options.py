@@ -43,7 +43,7 @@ StorageOption = Annotated[Library, Help("Library that serves s3://, gs://, az://
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """How to merge: in how much memory, where, and what becomes of an earlier output.
+    """Options of a merge: memory, workers and place, and what becomes of an earlier output.
 
     Raises:
         ConfigError: a value is out of range, or two exclude each other.

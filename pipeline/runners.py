@@ -1,4 +1,4 @@
-"""Where the tasks of a merge run: in which processes of this machine, or on Ray; and what they find there."""
+"""Runners of a merge's tasks: in processes of this machine or on Ray, with the modules that they need."""
 
 from __future__ import annotations
 

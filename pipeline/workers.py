@@ -1,4 +1,4 @@
-"""Who does the work of merges, and what each machine of theirs may use."""
+"""Workers of merges, and the limits of each of their machines."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Who does the work of one or more merges."""
+    """The workers of one or more merges."""
 
     limits: Limits
-    """What each machine may use."""
+    """Limits of each machine."""
     session: RaySession | None = None
     """The Ray cluster that does it, if any."""
     hired: ProcessRunner | None = None

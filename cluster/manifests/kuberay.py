@@ -16,7 +16,7 @@ _MOUNT = "/etc/raymerge"
 _HEAD_RESOURCES = {"cpu": "2", "memory": "8Gi"}
 """Resources of the head, which plans and coordinates but does not merge."""
 _KEPT_SECONDS = 600
-"""How long pods and their logs are kept after the end."""
+"""Time for which pods and their logs are kept after the end."""
 
 
 @dataclass(frozen=True, slots=True)

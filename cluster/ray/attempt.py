@@ -32,13 +32,13 @@ class Attempt:
     elsewhere: bool = False
     """Whether it waits for another node than those."""
     key: bytes = b""
-    """Under which it is told to stop."""
+    """Key under which it is told to stop."""
     begun: Begun | None = None
     """Node and process that run it; None before it has begun."""
     began_at: float = math.inf
-    """When that was heard."""
+    """Time at which the start was heard of."""
     heard_at: float = field(default_factory=time.monotonic)
-    """When there was something from it last."""
+    """Time of its last message."""
     told: Progress = field(default_factory=Progress)
     """Progress that it has reported."""
     is_counted: bool = True

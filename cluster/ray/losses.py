@@ -1,4 +1,4 @@
-"""How workers are lost on Ray, and the errors for what it cannot run."""
+"""Reasons why workers are lost on Ray, and errors for work that Ray cannot run."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from raymerge.cluster.ray.task import Begun, Message, pack, serve, stop
 from raymerge.cluster.runner import NUM_ATTEMPTS, Item, Progress, Report, Resources, Result, Runner, Work
 
 LONELY_SECONDS = 120.0
-"""How long no node may have room for an item: one that is powered off may be replaced."""
+"""Longest time for which no node has room for an item: a node that is powered off may be replaced."""
 
 _LOOK_SECONDS = 5.0
 """Between looks at the nodes, while no item has anything to tell."""

@@ -44,7 +44,7 @@ _HEAD_LOOK_SECONDS = 5.0
 _HEAD_ANSWER_SECONDS = 2.0
 
 _HEAD_LOST_SECONDS = 20.0
-"""How long it may be silent; after 60 Ray ends the process."""
+"""Longest silence of the head; after 60 s Ray ends the process."""
 
 RESERVED_MEM = 400 * 2**20
 """Bytes that a worker has before its first item: interpreter, torch, Ray."""

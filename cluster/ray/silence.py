@@ -1,4 +1,4 @@
-"""How long nothing may be heard of an attempt, before it counts as hung or is begun elsewhere."""
+"""Limits of an attempt's silence, after which it counts as hung or is begun elsewhere."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from raymerge.cluster.ray.attempt import Attempt
 from raymerge.cluster.ray.ledger import Ledger
 
 HANG_SECONDS = 900.0
-"""How long an item may report nothing; the longest that a store is waited for is less than half of it."""
+"""Longest silence of an item at work; the longest wait for a store is less than half of it."""
 
 ELSEWHERE_SECONDS = 30.0
-"""How long an item waits for room on a node where it has not failed yet, before any node will do."""
+"""Longest wait of an item for room on a node where it has not failed yet; then any node will do."""
 
 PATIENCE_SECONDS = 4.0
-"""For workers to end what they are doing when the run is broken off, or a twin was faster."""
+"""Time for workers to end their items when the run is broken off, or a twin was faster."""
 
 END_SECONDS = 30.0
-"""How long an item may report nothing when another has failed: it aborts what it has begun to write."""
+"""Longest silence of an item when another has failed: it aborts what it has begun to write."""
 
 
 def find_overdue(ledger: Ledger) -> list[Any]:

@@ -45,7 +45,7 @@ class Decoder(ABC):
 
     @property
     def num_passes(self) -> int:
-        """How often all bytes are measured before any value can be decoded: most are decoded at once."""
+        """Passes over all bytes before any value can be decoded; 0 for most decoders."""
         return 0
 
     def state_nbytes(self, num_elements: int) -> int:

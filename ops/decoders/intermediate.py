@@ -49,7 +49,7 @@ class Intermediate(Decoder):
     dtype: str
     """Dtype that the result is rounded to, as torch names it."""
     num_whole: int = 0
-    """How many of the parts, the last ones, are needed whole for any block."""
+    """Number of the last parts that are needed whole for any block."""
 
     @property
     def grid(self) -> int:
@@ -65,7 +65,7 @@ class Intermediate(Decoder):
 
     @property
     def num_passes(self) -> int:
-        """As often as its own parts need, and then as its kernel measures."""
+        """Passes that its own parts need, and after them those of its kernel."""
         return self.num_part_passes + self.kernel.num_passes(self.site)
 
     @property

@@ -40,7 +40,7 @@ _GROUP = 4
 _LEFT_ELEMENTS = 2**21
 """Most elements of left factors held at once, in float32; right ones are converted again for each lot."""
 _MOST_ROWS = 1024
-"""Of the left factors at hand: what is added up of a product stays near a core."""
+"""Most rows of the left factors at hand, so that the sums of a product stay near a core."""
 _PIECE_NBYTES = 400
 """Taken for what loops are told of the place of a factor, or of each rank of one."""
 _PANEL_ELEMENTS = 2**20
@@ -51,7 +51,7 @@ _TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """How one factor of an update is stored."""
+    """The storage of one factor of an update."""
 
     dtype: str
     """Torch's word for it."""

@@ -51,7 +51,7 @@ class GatherMergedRows(Decoder):
 
     @property
     def num_passes(self) -> int:
-        """As often as the merges need, and once more to keep their rows."""
+        """Passes that the merges need, and one more to keep their rows."""
         return 1 + max(merge.num_passes for merge in self.merges.values())
 
     @property
@@ -62,7 +62,7 @@ class GatherMergedRows(Decoder):
 
     @property
     def gathering(self) -> GatherRows:
-        """What gathers the rows once those of merges are there."""
+        """Decoder that gathers the rows once those of merges are there."""
         merges = self.merges
         decoders = (Plain(merges[k].dtype) if k in merges else part.decoder for k, part in enumerate(self.parts))
         numbers = (1 if k in merges else number for k, number in enumerate(self.num_pieces))
@@ -104,7 +104,7 @@ class _Kept:
         self.firsts = needed[breaks] * columns
         """First element of each run of neighbouring rows."""
         self.places = breaks * columns
-        """Where it is kept."""
+        """First element of each run in what is kept."""
         self.stops = self.firsts + np.diff(np.append(breaks, len(needed))) * columns
         self._columns = columns
         self._dtype = dtype

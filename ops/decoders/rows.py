@@ -23,14 +23,14 @@ _DENSE = 16
 
 @dataclass(frozen=True, slots=True)
 class RowMap:
-    """Where each row comes from; a few numbers for each run of neighbours, so that it is small and travels well."""
+    """The origin of each row: a few numbers for each run of neighbours, so that it is small and travels well."""
 
     num_rows: int
     runs: bytes = field(repr=False)
-    """Of each run three int32 numbers: its first row, the part or `ZERO`, `MEAN`, `PAD`, and the first row there; of
+    """Three int32 numbers for each run: its first row, the part or `ZERO`, `MEAN`, `PAD`, and the first row there; of
     `MEAN`, which of the means."""
     means: tuple[tuple[tuple[int, int], ...], ...] = field(repr=False)
-    """Of each mean the rows that it is taken over, as part and row."""
+    """The rows that each mean is taken over, as part and row."""
 
     @property
     def digest(self) -> str:
@@ -85,7 +85,7 @@ def make_row_map(parts: NDArray[Any], rows: NDArray[Any], means: Sequence[Sequen
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """How rows [start, ...) of the result are read: as spans of neighbouring rows of the parts, each row once."""
+    """A plan to read rows [start, ...) of the result: spans of neighbouring rows of the parts, each row once."""
 
     start: int
     parts: NDArray[Any]

@@ -55,7 +55,7 @@ class _ChangedDeltasRun(KernelRun):
     num_changed: list[int]
     """Elements that each model changed."""
     num_unique: list[int]
-    """Those of them that no other model changed."""
+    """Number of changed elements that no other model changed."""
 
     def share(self, kernel: Kernel) -> KernelRun:
         assert isinstance(kernel, ChangedDeltas)

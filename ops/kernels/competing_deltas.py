@@ -63,7 +63,7 @@ class _CompetingRun(KernelRun):
         num_kept = [num_elements - int(num_elements * (1 - density)) for density in kernel.densities]
         self._scores = [MagnitudeSparsifier(max(1, number)) for number in num_kept]
         self._ends: list[tuple[float, float]] = []
-        """Of the sizes of each model's delta."""
+        """The lower and the upper threshold of the sizes of each model's delta."""
         self._thresholds: list[float] = []
         self._highest = [0.0 for _ in self._models]
         """Scores of each model."""

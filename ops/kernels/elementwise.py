@@ -33,7 +33,7 @@ class Elementwise(Kernel):
 
     @property
     def loop_dtypes(self) -> tuple[str, ...]:  # type: ignore[override]  # an attribute of the class elsewhere
-        """Those of the loop, where there is one."""
+        """Dtypes of the loop, where there is one."""
         return LOOP_DTYPES if self.loop else ()
 
     def num_scratch(self, site: Site) -> int:

@@ -25,7 +25,7 @@ _ELEMENTS_AT_ONCE = 2**12
 
 @dataclass(frozen=True)
 class RowCombination(Kernel):
-    """As `GramCombination`, for each vector along the last dimension by itself."""
+    """Applies `GramCombination` to each vector along the last dimension by itself."""
 
     family = "angles and norms"
     rule: Callable[..., Coefficients]
@@ -84,7 +84,7 @@ class _RowRun(KernelRun):
 
 @dataclass(frozen=True)
 class ColumnCombination(Kernel):
-    """As `GramCombination`, for each vector along the first dimension by itself."""
+    """Applies `GramCombination` to each vector along the first dimension by itself."""
 
     rule: Callable[..., Coefficients]
     """As in `RowCombination`."""

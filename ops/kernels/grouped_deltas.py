@@ -20,7 +20,7 @@ class GroupedDeltas(Kernel):
 
     weights: tuple[float, ...]
     num_kept: tuple[int, ...]
-    """Of each model, in each group."""
+    """Elements that each model keeps in each group."""
     group: int
     """Elements of a group: they follow one another."""
     scale: float = 1.0
@@ -36,7 +36,7 @@ class GroupedDeltas(Kernel):
         return 3
 
     def state_nbytes(self, site: Site) -> int:
-        """What selecting from a strip takes."""
+        """Scratch that selecting from a strip takes."""
         return _TEMPORARY_NBYTES * max(_STRIP_ELEMENTS, self.group)
 
     def measuring(self, site: Site) -> Hashable:

@@ -67,9 +67,9 @@ class MatrixDeltas(Kernel):
     weigh: Weigh
     parameters: tuple[Any, ...]
     products: Literal["sum", "each", "pairs"]
-    """Which inner products are taken: of the sum of all deltas, of each delta, or of all pairs of deltas."""
+    """The inner products that are taken: those of the sum of all deltas, of each delta, or of all pairs of deltas."""
     num_squares: tuple[int, int, int]
-    """How many square matrices `weigh` makes at most at once: so many, for each model, and for each pair of models."""
+    """Most square matrices that `weigh` makes at once: in any case, for each model, and for each pair of models."""
     scale: float = 1.0
     num_wide_squares: tuple[int, int, int] | None = None
     """The same for matrices with fewer rows than columns, where it differs."""

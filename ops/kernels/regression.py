@@ -13,7 +13,7 @@ from raymerge.ops.lazy import torch
 RIDGE = 1e-8
 """Added to the diagonals, as a share of their mean."""
 _LARGEST_SKEW = 1e-2
-"""How much a Gram matrix may differ from its transpose, as a share of its norm; rounding to bfloat16 makes 4e-3."""
+"""Largest difference of a Gram matrix to its transpose, as a share of its norm; rounding to bfloat16 makes 4e-3."""
 _NUM_SQUARES = 6
 """Matrices of the Gram matrices' size, in float64, that are there at once."""
 

@@ -43,7 +43,7 @@ class SparseDeltas(Kernel):
     densities: tuple[float, ...]
     """Share of each delta that is kept; 1 and more keep all, 0 and less nothing. One value holds for all models."""
     sparsifier: Literal["none", "magnitude", "random", "ranks"]
-    """Which elements are kept: all, those of some sizes, randomly chosen ones, or such by their ranks in rows."""
+    """The elements that are kept: all, those of some sizes, randomly chosen ones, or such by their ranks in rows."""
     consensus: Literal["none", "sum", "overlap"]
     """Add all that is kept, or only what has the sign of the sum, or average what is not zero."""
     normalize: bool
@@ -80,7 +80,7 @@ class SparseDeltas(Kernel):
 
     @property
     def scale_of_sum(self) -> float:
-        """What the sum of all weighted deltas is multiplied with, whether or not they agree on a sign."""
+        """Factor of the sum of all weighted deltas, whether or not they agree on a sign."""
         total = sum(self.weights) if self.normalize else 1.0
         return self.scale / (total if abs(total) >= SMALLEST_DIVISOR else 1.0)
 
@@ -118,7 +118,7 @@ class SparseDeltas(Kernel):
         return (site.num_sources - 1) * num_cuts * CUT_NBYTES + SELECTION_TEMPORARY_NBYTES
 
     def measuring(self, site: Site) -> Hashable:
-        """Which deltas are thinned out, how much and how; neither weights nor scale."""
+        """The sparsification alone: which deltas are thinned out, how much and how; neither weights nor scale."""
         return SparseDeltas, self.sparsifier, self.rescale, self._thinned(), self.gammas, self.epsilons
 
     def start(self, site: Site) -> KernelRun:

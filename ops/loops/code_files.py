@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 _PATIENCE_SECONDS = 120.0
-"""How long to wait for another process that compiles the same loop; after that it counts as hung."""
+"""Longest wait for another process that compiles the same loop; after that it counts as hung."""
 _POLL_SECONDS = 0.01
 
 

@@ -59,9 +59,9 @@ class Checkpoint:
     """Whether the headers decide where they and the index disagree."""
     warnings: tuple[str, ...] = ()
     stem: str = "model"
-    """What files of weights are called, before the number of a shard."""
+    """Stem of the files of weights, before the number of a shard."""
     prefix: str = ""
-    """Of a pipeline's component: its directory and a slash, with which the names of its tensors begin."""
+    """Directory of a pipeline's component and a slash, with which the names of its tensors begin; else empty."""
     components: tuple[Checkpoint, ...] = ()
     """The components of a diffusers pipeline, in the order of model_index.json; none of a model. Those without weights,
     such as a scheduler, have no config."""

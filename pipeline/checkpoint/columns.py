@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 _MAX_OFFSET = 2**31 - 1
-"""How far texts or lists of one column go, in bytes or numbers."""
+"""Largest total of the texts or lists of one column, in bytes or numbers."""
 
 
 def make_numbers(values: Sequence[float | None], kind: pa.DataType) -> pa.Array:

@@ -68,7 +68,7 @@ DTYPE_NAMES = {
     for short in (torch_name, *_SHORT[torch_name])
     for name in (short, short.upper())
 }
-"""What people write for them in a config, with the name of each in a header."""
+"""Names of dtypes in configs, with the name of each in a header."""
 
 
 def count_nbytes(shape: Sequence[int], dtype: str) -> int:

@@ -81,7 +81,7 @@ def parse_manifest(content: bytes) -> Contents:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """How raymerge made a model, as far as its manifest says so."""
+    """The origin of a model that raymerge made, as far as its manifest says so."""
 
     version: str
     method: str

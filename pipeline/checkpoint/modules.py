@@ -22,10 +22,10 @@ ROLES = {
     "decoder": (DECODER,),
     "shared": (SHARED,),
 }
-"""What modules may be called in any checkpoint, mergekit's names among them, and the roles that these stand for."""
+"""Names for modules of any checkpoint, mergekit's among them, and the roles that these stand for."""
 
 _SHOWN = {TEXT: "text_decoder", VISION: "vision_tower", AUDIO: "audio_tower", PROJECTOR: "multi_modal_projector"}
-"""What a message calls modules of a role, as mergekit does."""
+"""Names of roles in messages, as in mergekit."""
 _PROJECTOR = re.compile(
     r"projector|projection|connector|merger|resampler|qformer|perceiver|aligner|abstractor|embed_vision|embed_audio"
 )
@@ -41,9 +41,9 @@ class Module:
     """A part of a model with all of its tensors."""
 
     path: str
-    """What its tensors' names begin with, without the last dot; empty for the whole model."""
+    """Prefix of its tensors' names, without the last dot; empty for the whole model."""
     role: str
-    """What it does in the model; empty where its name does not tell."""
+    """Its role in the model; empty where its name does not tell."""
     prefixes: tuple[str, ...]
     """All beginnings of names that it holds: a tensor has one as its name, or as the modules that it lies in."""
     without: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Which layer a tensor belongs to, read from the tensors' own names."""
+"""Layers of tensors, read from the tensors' own names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model is meant: a directory, a URL or a repository, at a revision."""
+"""References to models: a directory, a URL or a repository, at a revision."""
 
 from __future__ import annotations
 

@@ -48,11 +48,11 @@ class SideFiles:
     copied: tuple[tuple[str, StoredFile], ...]
     """Relative name, file."""
     masked: tuple[tuple[str, str], ...]
-    """Those that hold a token: relative name, and the text without it."""
+    """Files that hold a token: relative name, and the text without it."""
     missing: tuple[str, ...]
     """Files of code that configs name and that are not there."""
     module_weights: tuple[str, ...]
-    """Those copied that are weights: of modules in directories of their own."""
+    """Copied files that are weights: those of modules in directories of their own."""
     left_out: tuple[str, ...]
     """Everything that is in the directory besides."""
     read_nbytes: tuple[int, ...]

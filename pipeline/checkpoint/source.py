@@ -248,7 +248,7 @@ class ScaledTensor(Source):
 
     @property
     def identity(self) -> Identity:
-        """That of the stored tensor, and the number."""
+        """Identity of the stored tensor, and the number."""
         return ["scaled", self.scale.hex(), self.stored.identity]
 
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:

@@ -1,4 +1,4 @@
-"""What to type instead of a command line of mergekit's, or one in another order."""
+"""Advice for command lines of mergekit's, and for words in another order."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _MAX_OUTSIDE = 40
 _MAX_FILES = 20
 _LABEL_WIDTH = 12
 _HARD_SPACE = "\u00a0"
-"""Where a line must not be broken; it is printed as any other."""
+"""A space at which a line must not be broken; it is printed as any other."""
 
 
 def format_inspection(found: Inspection, *, with_tensors: bool = False) -> str:

@@ -17,9 +17,9 @@ from raymerge.pipeline.messages import counted
 
 _WIDTH = 100
 _TABLE_WIDTH = 200
-"""Where stdout is no terminal."""
+"""Width of the output where stdout is no terminal."""
 _SHAPE = (4096, 8209)
-"""Of the matrix for which cost and memory are told."""
+"""Shape of the matrix for which cost and memory are told."""
 _BASES = {Base.REQUIRED: "required", Base.OPTIONAL: "optional", Base.INPUT: "none"}
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _MODELS = ("org/first-tune", "org/second-tune", "org/third-tune")
@@ -32,18 +32,18 @@ _HELD = {
 
 @dataclass(frozen=True)
 class Demand:
-    """What a method takes for a large matrix of as many models as its example has; its kernel says it."""
+    """The cost of a method for a large matrix of as many models as its example has, as its kernel declares it."""
 
     passes: int
     """Looks at the inputs, to measure something before they are merged."""
     is_compiled: bool
     """Whether compiled loops merge it on CPUs; else torch does."""
     held: str
-    """What is looked at together: `blocks`, `rows` for blocks of whole rows, or the whole `tensor`."""
+    """The unit that is merged together: `blocks`, `rows` for blocks of whole rows, or the whole `tensor`."""
     scratch: int
     """Blocks that are needed besides the result."""
     scratch_per_model: int
-    """How many more for one more model."""
+    """Further ones for one more model."""
 
 
 def measure_demand(op: Op) -> tuple[str, Demand]:

@@ -29,15 +29,15 @@ from raymerge.pipeline.messages import shown
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What is merged in a whole model, or in one module."""
+    """The body of a merge, or of one of its modules."""
 
     place: Place
-    """Where `models` or `slices` stand."""
+    """Node that has `models` or `slices`."""
     models: tuple[ModelEntry, ...]
     slices: tuple[OutputSlice | None, ...]
     """None for those that could not be read."""
     parameters: Settings
-    """Of the body, and below them those of the whole merge."""
+    """Parameters of the body, and below them those of the whole merge."""
     is_copied: bool
     """Whether the only model of a module is copied, because the method has nothing to merge it with."""
 
@@ -51,14 +51,14 @@ class BodyReader:
         self.op: Op | None = None
         self.base: ModelRef | None = None
         self.mentions: dict[ModelRef, Place] = {}
-        """Where each model is named first."""
+        """First node that names each model."""
         self.uses: list[Use] = []
         """Places that use per-model parameters."""
         self.statistics: dict[ModelRef, ModelRef] = {}
         """Where the statistics of each model are."""
         self._root = root
         self._around: tuple[Place, ...] = (root,)
-        """Where parameters for all models of the body may be, the nearest first."""
+        """Nodes that may have parameters for all models of the body, the nearest first."""
         self._ops = ops
         self._find = find
         self._spellings: dict[tuple[object, ...], ModelRef] = {}

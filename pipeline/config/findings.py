@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from raymerge.pipeline.config.document import Document
 
 _MOST = 1000
-"""So many mistakes are looked for; each unknown key is compared with all that are known."""
+"""Most mistakes that are collected; each unknown key is compared with all that are known."""
 
 
 class TooManyError(Exception):
@@ -33,7 +33,7 @@ class Findings:
     warnings: list[Finding] = field(default_factory=list)
     """Mistakes that do no harm by themselves."""
     notes: list[str] = field(default_factory=list)
-    """How the config was understood where it may leave something open."""
+    """Notes on the reading of the config where it leaves something open."""
     unknown: set[str] = field(default_factory=set)
     """Paths of keys that have no meaning: one may have been meant for a key that is missed."""
 

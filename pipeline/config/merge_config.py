@@ -58,11 +58,11 @@ class ModulePart:
     slices: tuple[OutputSlice, ...]
     """Slices of the module's own layers; either these or `models` are there."""
     parameters: Settings
-    """Of the module, and below them those of the whole merge."""
+    """Parameters of the module, and below them those of the whole merge."""
     is_copied: bool
     """Whether its only model is copied, because the method has nothing to merge it with."""
     place: str
-    """Where it is written, for messages."""
+    """Its place in the YAML, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +82,10 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Which models make up a mixture of experts, and what its routers are made of."""
+    """A mixture of experts: its models, and what its routers are made of."""
 
     gate_mode: str
-    """What routers are made of: `hidden_last`, `hidden_avg`, `cheap_embed`, `random` or `uniform_random`."""
+    """Origin of the routers: `hidden_last`, `hidden_avg`, `cheap_embed`, `random` or `uniform_random`."""
     experts: tuple[Expert, ...]
     """At least one."""
     shared_experts: tuple[Expert, ...]
@@ -135,9 +135,9 @@ class MergeConfig:
     warnings: tuple[str, ...]
     """Probable mistakes; each begins with its YAML path."""
     notes: tuple[str, ...] = ()
-    """How the config was understood where it leaves something open."""
+    """Notes on the reading of the config where it leaves something open."""
     name: str | None = None
-    """What other documents call its output."""
+    """Name by which other documents use its output."""
     chat_template: TemplateChoice | None = None
     """The chat template of the output; None where it gets the donor's."""
     steps: tuple[MergeConfig, ...] = ()
@@ -147,7 +147,7 @@ class MergeConfig:
     is_run: bool = False
     """Whether the models were found by a pattern."""
     statistics: Mapping[ModelRef, ModelRef] = field(default_factory=dict)
-    """Where the statistics of each model are that the method takes besides."""
+    """References of the statistics of each model that the method takes besides."""
     vocabulary: VocabularyRule | None = None
     """The tokenizer of the output; None where it gets the donor's, and rows are merged by their numbers."""
     mixture: Mixture | None = None
@@ -155,7 +155,7 @@ class MergeConfig:
     adapter: AdapterRule | None = None
     """The adapter that is made of adapters; None where the config says nothing of one."""
     modules: tuple[ModulePart, ...] = ()
-    """Of models with several modules, those that the config names."""
+    """Modules that the config names, of models with several."""
     copy_rest_from: ModelRef | None = None
     """The model that gives config.json, tokenizer, names, and every tensor that none of the merged models has."""
 
@@ -185,7 +185,7 @@ class MergeConfig:
 
     @property
     def statistics_places(self) -> tuple[ModelRef, ...]:
-        """Where statistics of models are, those of other documents included; each once."""
+        """References of statistics of models, those of other documents included; each once."""
         configs = (*self.steps, self)
         return tuple(dict.fromkeys(place for config in configs for place in config.statistics.values()))
 

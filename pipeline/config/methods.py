@@ -114,7 +114,7 @@ class Use:
     """Something that needs values of an op's parameters: a model, or a slice, or the whole merge."""
 
     places: tuple[Place, ...]
-    """Where its `parameters` may be, the nearest first."""
+    """Nodes that may have its `parameters`, the nearest first."""
     levels: tuple[Settings, ...]
     """Parameters given there."""
     model: ModelRef | None = None

@@ -89,7 +89,7 @@ class _Reader:
 
     @property
     def mentions(self) -> Mapping[ModelRef, Place]:
-        """Where each model is named first."""
+        """First node that names each model."""
         return self._bodies.mentions
 
     def read(self, document: Document) -> MergeConfig | None:

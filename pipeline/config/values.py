@@ -13,7 +13,7 @@ from raymerge.pipeline.messages import shown, suggest
 from raymerge.pipeline.patterns import compile_pattern
 
 BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-"""What YAML and people write for true and false, in lower case."""
+"""Words for true and false in YAML and elsewhere, in lower case."""
 _PATTERN_SIGNS = set("*?[]()|^$\\")
 
 

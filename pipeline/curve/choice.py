@@ -1,4 +1,4 @@
-"""Which model of a spectrum to take, by a rule."""
+"""The choice of a model of a spectrum, by a rule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_POINTS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How to choose.
+    """A rule for the choice.
 
     `within`: the fewest tokens among the points whose accuracy is at most `limit` percentage points below that of the
     most accurate parent, or of the most accurate point where no parent was evaluated. `best_under_tokens`: the highest

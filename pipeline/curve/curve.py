@@ -24,7 +24,7 @@ from raymerge.pipeline.stores.open import Stores, open_stores
 from raymerge.pipeline.stores.settings import Library, StoreSettings
 
 FILES = ("curve.html", "curve.png", "curve.svg", "curve.csv")
-"""What is written, the page first."""
+"""Files that are written, the page first."""
 _LIBRARIES = ("altair", "vl_convert")
 
 

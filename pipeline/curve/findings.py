@@ -1,4 +1,4 @@
-"""What a view shows: the Pareto front, dominated parents, and phases."""
+"""Findings of a view: the Pareto front, dominated parents, and phases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raymerge.pipeline.evaluation.pairs import Comparison
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What the scores of one view say."""
+    """Findings from the scores of one view."""
 
     front: tuple[str, ...]
     """Points and parents that no other one matches with fewer tokens, by tokens; empty where no tokens were counted."""

@@ -29,7 +29,7 @@ _NUM_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """What was found beside the record of a spectrum."""
+    """Evaluations found beside the record of a spectrum."""
 
     evaluations: tuple[Evaluation, ...]
     """In the order of their files' names."""

@@ -1,4 +1,4 @@
-"""What `raymerge curve` prints: text, and JSON."""
+"""The report that `raymerge curve` prints: text, and JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which points of a spectrum belong on one line, and in which order."""
+"""Lines of a spectrum: the points that belong on one, in their order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which evaluations belong to one task, so that models are compared by the same items and sampling."""
+"""Evaluations by task, so that models are compared by the same items and sampling."""
 
 from __future__ import annotations
 

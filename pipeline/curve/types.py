@@ -32,7 +32,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one model reached. Figures that are missing or not finite are None."""
+    """The figures of one model. Those that are missing or not finite are None."""
 
     accuracy: Estimate | None = None
     loss: Estimate | None = None

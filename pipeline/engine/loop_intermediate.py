@@ -91,7 +91,7 @@ class LoopIntermediate:
 
     @property
     def num_passes(self) -> int:
-        """How often its sources are measured."""
+        """Measuring passes over its sources."""
         return self._decoder.num_passes
 
     def place(self, start: int, stop: int, buffer: Buffer, offset: int) -> None:

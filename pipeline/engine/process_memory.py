@@ -1,4 +1,4 @@
-"""How much memory this process has taken, as the operating system counts it."""
+"""The memory of this process, as the operating system counts it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
-"""Where Linux says what memory this process has."""
+"""File in which Linux gives the memory of this process."""
 
 
 def peak_rss() -> int:

@@ -1,4 +1,4 @@
-"""Which tensors compiled loops merge here, and what is imported and compiled before they do."""
+"""Readiness of compiled loops: which tensors they merge here, and what is imported and compiled before."""
 
 from __future__ import annotations
 

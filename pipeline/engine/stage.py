@@ -1,4 +1,4 @@
-"""Where the values of a task are: how a window gets to the processor that merges it, and how the results come back."""
+"""Stages: they bring a window to the processor that merges it, and the results back."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What models can do, and how many tokens they take for it."""
+"""Evaluation of models: their accuracy, and the tokens that they take for it."""

@@ -72,7 +72,7 @@ def evaluate(
 
 
 class _Run:
-    """What is found, and what is to be done."""
+    """Results that were found, and evaluations that are to be done."""
 
     def __init__(self, stores: Stores, out: str, tasks: Sequence[Task], on_event: OnEvaluationEvent) -> None:
         self._stores = stores

@@ -29,7 +29,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a task is given where it is run."""
+    """Options and services that a task is run with."""
 
     engine: Engine
     """Generates and measures losses, in a process of its own."""
@@ -38,7 +38,7 @@ class Place:
 
 
 class Task(ABC):
-    """What is done with each model: read and checked already, picklable.
+    """A task, done with each model: read and checked already, picklable.
 
     A worker calls `run`, once for each model, with the samples that are finished; `keep` has written a sample
     when it returns. Then it calls `summarise` with all of them.
@@ -57,7 +57,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def sampling(self) -> Mapping[str, object]:
-        """What else decides the samples: how many of each item (`samples`), temperature ...; plain JSON."""
+        """Settings that decide the samples besides: samples of each item (`samples`), temperature ...; plain JSON."""
 
     @property
     @abstractmethod
@@ -91,7 +91,7 @@ class Evaluator(ABC):
     """A kind of task: a class in a file of its own in evaluators/, which is found by being there."""
 
     prefix = ""
-    """What a task of this kind begins with, such as `loss:`; empty for the one kind that is a file."""
+    """Prefix of tasks of this kind, such as `loss:`; empty for the one kind that is a file."""
 
     @abstractmethod
     def prepare(self, name: str, options: EvaluateOptions) -> Task:

@@ -1,4 +1,4 @@
-"""What whoever watches an evaluation is told."""
+"""Events of an evaluation, for whoever watches it."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """How to evaluate: what is sampled, with which library, where, and where the results go.
+    """Options of an evaluation: what is sampled, with which library, where, and where the results go.
 
     Raises:
         ConfigError: a value is out of range.

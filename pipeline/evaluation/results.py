@@ -1,4 +1,4 @@
-"""What an evaluation found: one model, one task, one way of sampling."""
+"""Results of an evaluation: one model, one task, one way of sampling."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Evaluation:
     model: str
     """Name of the point or parent; for other models, the last part of the URL."""
     url: str
-    """Where the model is."""
+    """Directory or URL of the model."""
     digest: str
-    """Of the model's files: models with equal digests are the same."""
+    """Digest of the model's files: models with equal digests are the same."""
     task: str
     """Name of the task, such as `arithmetic` or `lm-eval:gsm8k`."""
     task_digest: str
-    """Of the task's content."""
+    """Digest of the task's content."""
     sampling: Mapping[str, object]
     """Samples per item, temperature, largest number of tokens ...; plain JSON."""
     state: Literal["complete", "failed"]

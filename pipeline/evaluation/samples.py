@@ -23,12 +23,12 @@ _UPLOAD_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What came of one item of a task, done once; the fields are the keys of a line."""
+    """The result of one item of a task, done once; the fields are the keys of a line."""
 
     item: str
     """Id of the item, unique in its task."""
     number: int
-    """Which of the item's samples it is, from 0."""
+    """Number of the sample among those of the item, from 0."""
     score: float | None
     """1 for a right answer, 0 for a wrong one; None where there is no answer to check."""
     tokens: int | None = None
@@ -40,11 +40,11 @@ class Sample:
     measures: Mapping[str, float] = field(default_factory=dict)
     """Further figures."""
     detail: Mapping[str, object] = field(default_factory=dict)
-    """What was asked and answered; written, and not kept in memory."""
+    """Question and answer; written, and not kept in memory."""
 
     @property
     def key(self) -> tuple[str, int]:
-        """Which sample of the task it is."""
+        """Key of the sample within the task."""
         return self.item, self.number
 
     def dump(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Who evaluates: processes of this machine, or the machines of a Ray cluster; and the GPUs that each model has."""
+"""Workers that evaluate: processes of this machine or of a Ray cluster, and the GPUs that each model has."""
 
 from __future__ import annotations
 

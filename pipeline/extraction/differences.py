@@ -33,7 +33,7 @@ BLOCK_ELEMENTS = 2**22
 
 
 class Kind(Enum):
-    """How a tensor that differs is extracted."""
+    """The way in which a tensor that differs is extracted."""
 
     LINEAR = "outputs x inputs"
     TURNED = "inputs x outputs"

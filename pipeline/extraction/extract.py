@@ -40,11 +40,11 @@ _COPY_NBYTES = 8 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """How one tensor that differs was extracted."""
+    """The extraction of one tensor that differs."""
 
     name: str
     rank: int
-    """Of its factors; 0 where it is stored whole."""
+    """Rank of its factors; 0 where it is stored whole."""
     error: float
     """Norm of what the factors miss, as a share of the norm of the difference."""
 

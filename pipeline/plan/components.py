@@ -1,4 +1,4 @@
-"""What is merged by itself: whole models, or each component of diffusers pipelines, by rules that the plan prints."""
+"""Units of a merge: whole models, or components of diffusers pipelines by rules that the plan prints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Part:
 
     @property
     def stem(self) -> str:
-        """What the output's files of weights are called there, before the number of a shard."""
+        """Stem of the output's files of weights there, before the number of a shard."""
         return self.checkpoints[0].stem
 
     def configure(self, config: MergeConfig) -> MergeConfig:
@@ -49,7 +49,7 @@ class Parts:
     merged: tuple[Part, ...]
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    """Which components are merged, and which are copied."""
+    """The components that are merged, and those that are copied."""
     left_out: tuple[str, ...] = ()
     """A line for each component that is not in the output."""
 

@@ -48,7 +48,7 @@ class MergedView(View):
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """What every document is planned with."""
+    """Options and services that every document is planned with."""
 
     stores: Stores
     """Of the inputs."""

@@ -61,11 +61,11 @@ class Network:
     """A network of the output, with a config.json and files of weights of its own: a model is one."""
 
     prefix: str = ""
-    """Of a pipeline's component: its directory and a slash, with which the names of its tensors and files begin."""
+    """Directory of a pipeline's component and a slash: prefix of the names of its tensors and files; else empty."""
     stem: str = "model"
-    """What its files of weights are called, before the number of a shard."""
+    """Stem of its files of weights, before the number of a shard."""
     config_name: str = CONFIG
-    """What its config is called: adapter_config.json, if it is no network but an adapter of one."""
+    """Name of its config: adapter_config.json, if it is no network but an adapter of one."""
 
     @property
     def config(self) -> str:

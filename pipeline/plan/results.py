@@ -69,7 +69,7 @@ class MergeReport:
 
     out: str
     manifest: str
-    """Where it is written down what the output was made of, and the checksum of every file."""
+    """Manifest of what the output was made of, and the checksum of every file."""
     num_tensors: int
     num_shards: int
     num_resumed: int
@@ -80,7 +80,7 @@ class MergeReport:
     written_nbytes: int
     seconds: float
     work_seconds: float
-    """Those of them in which shards were made."""
+    """Seconds of these in which shards were made."""
     slowest: ShardResult | None
     """The shard that took longest; None where none was made."""
     hosts: tuple[HostReport, ...]
@@ -92,7 +92,7 @@ class MergeReport:
     projected_mem: int
     """Memory that the plan projects for that, in bytes."""
     over_nbytes: int
-    """How much more than planned that process took, in bytes; 0 where it kept to the plan."""
+    """Excess of that process over the plan, in bytes; 0 where it kept to it."""
     faults: tuple[tuple[str, int], ...]
     """Faults of stores and workers that were recovered from, with their counts."""
     warnings: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""How well a plan uses the machine: idle workers, and GPUs that are not worth their start. Pure, without I/O."""
+"""Use of the machine by a plan: idle workers, and GPUs that are not worth their start. Pure, without I/O."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class StoredInputs:
     checkpoints: tuple[Checkpoint, ...]
     """Models in the config's order."""
     parts: Parts
-    """What is merged by itself: the models as a whole, or each component of pipelines."""
+    """Units that are merged by themselves: the models as a whole, or each component of pipelines."""
     models: tuple[tuple[Model, ...], ...]
     """The networks of each part, opened."""
     statistics: Sequence[StatisticsFiles]

@@ -28,7 +28,7 @@ Parameters = tuple[tuple[str, ParameterValue], ...]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How one output of a plan has a tensor made."""
+    """The way in which one output of a plan has a tensor made."""
 
     parameters: Parameters
     kernel: Kernel
@@ -54,7 +54,7 @@ class TensorMerge:
     variants: tuple[Variant, ...]
     """One for each output; all have one grid."""
     num_statistics: int = 0
-    """How many of the sources, the last ones, are statistics of the others."""
+    """Number of the last sources that are statistics of the others."""
     has_whole_statistics: bool = False
     """Whether all elements of these are fetched with any of the others."""
     packed: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -87,17 +87,17 @@ class TensorMerge:
 
     @property
     def num_cut(self) -> int:
-        """How many of the sources, the first ones, are fetched and merged in pieces of the same elements."""
+        """Number of the first sources that are fetched and merged in pieces of the same elements."""
         return len(self.sources) - self.num_statistics * self.has_whole_statistics
 
     @property
     def num_early_passes(self) -> int:
-        """How often sources that are merges themselves are measured before the kernels see any values."""
+        """Measuring passes of sources that are merges themselves, before the kernels see any values."""
         return max((source.decoder.num_passes for source in self.sources), default=0)
 
     @property
     def num_passes(self) -> int:
-        """How often the sources are read, or kept, before they are combined."""
+        """Passes over the sources, read or kept, before they are combined."""
         kernels = (variant.kernel.num_passes(self.site(variant)) for variant in self.variants)
         return self.num_early_passes + max(kernels)
 
@@ -162,7 +162,7 @@ class ShardTask:
     outputs: tuple[ShardOutput, ...]
     """One for each output that it writes to; all of one name and layout."""
     positions: tuple[int, ...]
-    """Of these outputs in the plan: all of them, unless an earlier run has made the shard of some."""
+    """Numbers of the outputs in the plan: all of them, unless an earlier run has made the shard of some."""
     merges: tuple[TensorMerge, ...]
     """In the order in which they are written."""
     read_nbytes: int
@@ -224,7 +224,7 @@ class InputAdapter:
     """A LoRA adapter that is applied to a model, or to several."""
 
     files: InputModel
-    """Where it lies."""
+    """The adapter's directory and files."""
     effects: tuple[str, ...]
     """A line for each of its models: how many tensors it changes, by which rank."""
 
@@ -261,7 +261,7 @@ class MergePlan:
     inputs: tuple[InputModel, ...]
     """Base first, then in order of appearance."""
     statistics: tuple[InputModel, ...]
-    """Where the models' statistics lie, for a method that needs some."""
+    """The models' statistics, for a method that needs some."""
     adapters: tuple[InputAdapter, ...]
     """Each adapter once, in order of appearance."""
     op: Op
@@ -269,7 +269,7 @@ class MergePlan:
     chosen: tuple[str, ...]
     """The models that a pattern has found, with their weights; none where they are listed."""
     notes: tuple[str, ...]
-    """How configs were understood where they leave something open, and what the method does with some tensors."""
+    """Readings of configs that leave something open, and what the method does with some tensors."""
     advice: tuple[str, ...]
     """Faster options on the machines at hand; nothing of it gets into the output."""
     dropped: tuple[str, ...]
@@ -329,7 +329,7 @@ class MergePlan:
 
     @property
     def weight_map(self) -> dict[str, str]:
-        """Which file each output tensor is in."""
+        """File of each output tensor."""
         return {name: task.file for task in self.tasks for merge in task.merges for name, _ in merge.entries}
 
     @property

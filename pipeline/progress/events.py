@@ -37,7 +37,7 @@ class SweepPlanned:
     num_models: int
     """To be made, or complete; fewer than points where some are equal."""
     num_batches: int
-    """How often the inputs are read."""
+    """Number of times that the inputs are read."""
     read_nbytes: int
     """To be read for all of them, rereads included."""
     write_nbytes: int
@@ -52,11 +52,11 @@ class SweepDone:
 
     out: str
     record: str
-    """Where the points are listed."""
+    """File that lists the points."""
     num_points: int
     """In the record, those of earlier sweeps included."""
     num_complete: int
-    """Of these, those whose model is there."""
+    """Points whose model is complete."""
     num_made: int
     """Models that this sweep made or finished."""
     seconds: float
@@ -81,7 +81,7 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """How far it is."""
+    """The progress of a merge."""
 
     num_finished: int
     """Shards, those of an earlier run included."""
@@ -110,7 +110,7 @@ class Retried:
 
     reason: str
     count: int
-    """How often, since this was last told."""
+    """Number of repetitions since this was last told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ class Narrator:
 
 
 class _Speed:
-    """How fast bytes have moved of late."""
+    """Meter of the rate at which bytes have moved of late."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, Progress]] = deque()

@@ -15,7 +15,7 @@ from raymerge.pipeline.redact import redact
 from raymerge.pipeline.sizes import format_memory, format_nbytes, format_seconds, format_speed
 
 _SHOWN = 8
-"""How many machines a report lists: the slowest."""
+"""Machines that a report lists: the slowest."""
 
 
 def make_report(

@@ -1,4 +1,4 @@
-"""Which trials are best, for several objectives at once."""
+"""The best trials, for several objectives at once."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ OBJECTIVES = (*_MAXIMISED, "tokens", "loss", "cut_off")
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """How to search: how long, how settings are proposed, and what is better.
+    """Options of a search: its length, how settings are proposed, and what is better.
 
     Raises:
         ConfigError: a value is out of range, or two exclude each other.

@@ -26,7 +26,7 @@ Config = Path | str | Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is searched."""
+    """The recipe that is searched."""
 
     contents: tuple[Mapping[str, object], ...]
     """The documents of the config, without the section."""

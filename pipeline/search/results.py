@@ -1,4 +1,4 @@
-"""What a search has come to."""
+"""Results of a search."""
 
 from __future__ import annotations
 

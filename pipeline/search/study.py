@@ -23,7 +23,7 @@ Settings = Mapping[str, object]
 _MIN_GENERATION = 8
 """Fewest trials of a generation, and fewest random ones before values are modelled: smaller batches make up several."""
 _DIGITS = 6
-"""Of a proposed number: settings that differ less make models which nobody can tell apart."""
+"""Digits of a proposed number: settings that differ less make models which nobody can tell apart."""
 
 
 @dataclass(frozen=True, slots=True)

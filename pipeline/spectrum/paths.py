@@ -61,7 +61,7 @@ class Path:
 
     @property
     def label(self) -> str:
-        """What names of points call it.
+        """The path as names of points have it.
 
         >>> [parse_path(text).label for text in ("parameters.t", "models[1].parameters.weight", "weight[1]", "t[mlp]")]
         ['t', 'weight1', 'weight1', 't.mlp']

@@ -41,7 +41,7 @@ class SweepPoint:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a sweep varies, and the points that come of it."""
+    """The values that a sweep varies, and the points that come of it."""
 
     text: str
     """The YAML as given."""

@@ -15,7 +15,7 @@ MAX_POINTS = 1000
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _MAX_DIGITS = 40
-"""Of a number in a range; so many keep decimal arithmetic exact and quick."""
+"""Digits of a number in a range; so many keep decimal arithmetic exact and quick."""
 
 
 def parse_values(where: str, text: str) -> list[object]:

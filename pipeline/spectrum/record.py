@@ -28,7 +28,7 @@ _LOCK_SECONDS, _LOCK_TRIES = 0.5, 60
 """Between tries to lock the record, and how many: it is held for a moment only."""
 
 State = Literal["planned", "complete", "failed"]
-"""Of a point: its model is yet to be made, or was deleted after it was evaluated; is there; cannot be made."""
+"""State of a point: its model is yet to be made, or was deleted after it was evaluated; is there; cannot be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Point:
     config: str
     """Its own YAML, which merges to the same bytes with its seed."""
     fingerprint: str
-    """Of its plan: equal ones are one model. Empty where it could not be planned."""
+    """Fingerprint of its plan: points with equal ones are one model. Empty where it could not be planned."""
     state: State
     error: str
     """Why it failed; empty otherwise."""

@@ -62,7 +62,7 @@ class SweepReport:
     spectrum: Spectrum
     """All points of the directory, those of earlier sweeps included."""
     reports: tuple[MergeReport, ...]
-    """Of the models that this sweep has made or found complete."""
+    """Reports of the models that this sweep has made or found complete."""
     seconds: float
 
 

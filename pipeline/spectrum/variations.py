@@ -1,4 +1,4 @@
-"""Which values a sweep gives to which paths: from `--set`, or from the config's `sweep:` section."""
+"""Values that a sweep gives to paths, from `--set` or from the config's `sweep:` section."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Variation:
-    """What one point of a sweep sets."""
+    """The settings of one point of a sweep."""
 
     name: str
     settings: Mapping[Path, object]

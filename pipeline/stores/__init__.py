@@ -1,1 +1,1 @@
-"""Where files are: a module for each kind of storage behind the seam of `raymerge.pipeline.stores.seam`."""
+"""Stores of files: a folder for each kind of storage behind the seam of `raymerge.pipeline.stores.seam`."""

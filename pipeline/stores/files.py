@@ -52,7 +52,7 @@ class ByteRange:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it spans."""
+        """Bytes that it spans."""
         return self.stop - self.start
 
     def check(self) -> None:
@@ -76,7 +76,7 @@ class ByteRows:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes all are together."""
+        """Bytes of all together."""
         return len(self.starts) * self.row_nbytes
 
     def list_runs(self) -> tuple[list[int], list[int]]:

@@ -28,13 +28,13 @@ TTL_SECONDS = 30.0
 """A lock that has not been renewed for so long, by the store's clock, may be taken."""
 
 RENEWAL_SECONDS = 10.0
-"""How often it is renewed."""
+"""Time between renewals."""
 
 _MARGIN_SECONDS = 2.0
 """The holder gives up so much earlier than others may take it: stores tell times in whole seconds."""
 
 _LEAVING_SECONDS = 5.0
-"""How long a renewal that is under way is waited for at the end."""
+"""Longest wait at the end for a renewal that is under way."""
 
 _SETTLE_SECONDS = 1.0
 """Without conditional writes: how long another run, which saw no lock either, is given to write its own."""
@@ -67,7 +67,7 @@ class LeaseStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lock: what its object says, as JSON."""
+    """The holder of a lock, as its object says in JSON."""
 
     pid: int
     host: str

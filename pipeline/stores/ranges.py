@@ -1,4 +1,4 @@
-"""Which byte ranges are read together: pure planning, no I/O."""
+"""Coalescing of byte ranges that are read together: pure planning, no I/O."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReadGroup:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it spans."""
+        """Bytes that it spans."""
         return self.stop - self.start
 
 

@@ -16,13 +16,13 @@ from raymerge.pipeline.redact import redact
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 40.0
-"""How long a store may fail without an interruption before it counts as down."""
+"""Time after which a store that fails without an interruption counts as down."""
 
 FIRST_SECONDS = 15.0
 """The same for a store that has not answered once: it is rather misspelt, or not running, than failing."""
 
 MAX_RATE_LIMIT_SECONDS = 330.0
-"""How long all the waits that a store asks for by name may take: the Hub's limits are for five minutes."""
+"""Longest total of the waits that a store asks for by name: the Hub's limits are for five minutes."""
 
 _FIRST_DELAY_SECONDS = 0.1
 _MAX_DELAY_SECONDS = 8.0
@@ -71,7 +71,7 @@ class FaultLog:
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """What stores lack, each once."""
+        """Capabilities that stores lack, each once."""
         with self._lock:
             return tuple(self._limits)
 

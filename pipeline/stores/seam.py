@@ -22,7 +22,7 @@ OUTPUT_BUFFER_NBYTES = 4 * 2**20
 
 
 class Sharing(Enum):
-    """How processes may come to use a storage together."""
+    """Ways in which processes may use a storage together."""
 
     FORK = "fork"
     """Processes may be forked from one that has used it."""
@@ -41,7 +41,7 @@ class Writer(ABC):
     buffer_nbytes = OUTPUT_BUFFER_NBYTES
     """The size of buffer that suits it best."""
     num_buffers = 2
-    """How many of these keep it busy."""
+    """Number of these that keep it busy."""
 
     def take(self, buffer: mmap, nbytes: int, release: Callable[[mmap], None]) -> None:
         """Append the first bytes of a buffer, and call `release` when it is no longer looked at.

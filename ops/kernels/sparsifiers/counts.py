@@ -28,7 +28,7 @@ _TABLES: dict[int, list[NDArray[Any]]] = defaultdict(list)
 
 
 class HighCounts:
-    """How often each number occurs among the high bits of magnitudes."""
+    """Counts of the high bits of magnitudes."""
 
     def __init__(self) -> None:
         self.table: torch.Tensor | NDArray[Any] | None = None
@@ -42,7 +42,7 @@ class HighCounts:
 
 
 class LowCounts:
-    """How often each number occurs among the low bits of the magnitudes in some bins."""
+    """Counts of the low bits of the magnitudes in some bins."""
 
     def __init__(self, bins: Sequence[int], num_users: int) -> None:
         """Count in the bin of each threshold, of which some may be one, for sparsifiers that leave in the end."""

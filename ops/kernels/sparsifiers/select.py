@@ -64,7 +64,7 @@ class MagnitudeSparsifier(Sparsifier):
         self._low: LowCounts | None = None
         """Counts of low bits that other sparsifiers of the delta use, too."""
         self._quotas = self._left = (-1, -1)
-        """How many elements on the lower and the upper threshold may be kept; -1 where all may."""
+        """Numbers of elements on the lower and the upper threshold that may be kept; -1 where all may."""
 
     def choose(self, num_kept: int) -> None:
         """Keep another number of elements, which may become known in the first pass."""

@@ -26,7 +26,7 @@ class Trim:
     word_limit: int = 0
     """Elements are kept whose random word is smaller."""
     left: tuple[int, int] = (-1, -1)
-    """How many at the lower and the upper threshold may be kept, counted from here; -1 where all may."""
+    """Numbers of elements at the lower and the upper threshold to keep, counted from here; -1 where all may be kept."""
     keys: NDArray[Any] | None = None
     """The two keys of each page of random words that the stored values touch."""
     kept: NDArray[Any] | None = None
@@ -42,7 +42,7 @@ class Sparsifier(ABC):
     """
 
     num_passes: int = 0
-    """How often the delta is measured before it can be trimmed."""
+    """Measuring passes over the delta before it can be trimmed."""
 
     def figures(self) -> Mapping[str, float]:
         """Return the figures of the measuring passes, by name, for reports."""

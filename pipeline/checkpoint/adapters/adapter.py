@@ -40,9 +40,9 @@ class Adapter:
     files: Mapping[str, StoredFile]
     """All that is in the directory, by relative name; hidden files left out."""
     components: Mapping[str, Adapter] = field(default_factory=dict)
-    """Of an adapter for a pipeline: those for its components, by their prefix."""
+    """Adapters for the components of a pipeline, by their prefix; empty for other models."""
     scales: Mapping[str, float] | None = None
-    """What the product of a module's factors is multiplied with, where that is not 1, for want of a config."""
+    """Scales of the modules' products of factors, where they are not 1, for want of a config."""
 
     def find_component(self, pipeline: Checkpoint, prefix: str) -> Adapter | None:
         """Return the adapter for a network: itself for a model, that for a component or None for a pipeline.

@@ -1,4 +1,4 @@
-"""How the factors of an adapter fit the shape of the tensor that they change."""
+"""Fits the factors of an adapter to the shape of the tensor that they change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter's tensors are for, told by their names."""
+"""The modules that an adapter's tensors change, told by their names."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What an adapter changes, under the names that its author's model had."""
+    """The content of an adapter, under the names that its author's model had."""
 
     updates: Mapping[str, list[Parts]]
     """By module."""

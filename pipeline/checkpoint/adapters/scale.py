@@ -1,4 +1,4 @@
-"""What the product of a module's factors is multiplied with, by adapter_config.json."""
+"""Scales of the products of factors, by adapter_config.json."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class UpdatedTensor(Source):
     shape: tuple[int, ...]
     below: Source
     num_rows: int
-    """Of all matrices together."""
+    """Rows of all matrices together."""
     num_matrices: int
     updates: tuple[Update, ...]
 
@@ -88,13 +88,13 @@ class UpdatedTensor(Source):
 
     @property
     def origins(self) -> tuple[StoredTensor, ...]:
-        """What is below, and the factors."""
+        """Stored tensors of the changed source, and of the factors."""
         factors = (factor for update in self.updates for factor in (update.left, update.right))
         return (*self.below.origins, *factors)
 
     @property
     def identity(self) -> Identity:
-        """That of what is below and of the updates."""
+        """Identity of the changed source, and those of the updates."""
         return ["low rank", self.below.identity, self.num_matrices, [update.identity for update in self.updates]]
 
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
@@ -136,7 +136,7 @@ class ReplacedTensor(Source):
 
     @property
     def identity(self) -> Identity:
-        """That of the adapter's tensor, and the dtype that it is taken for."""
+        """Identity of the adapter's tensor, and the dtype that it is taken for."""
         return ["replaced", self.dtype, self.stored.identity]
 
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
@@ -171,12 +171,12 @@ class RescaledTensor(Source):
 
     @property
     def origins(self) -> tuple[StoredTensor, ...]:
-        """What is below, and the norms."""
+        """Stored tensors of the changed source, and of the norms."""
         return (*self.below.origins, self.norms)
 
     @property
     def identity(self) -> Identity:
-        """That of what is below and of the norms."""
+        """Identity of the changed source, and that of the norms."""
         return ["rescaled", self.below.identity, self.norms.identity]
 
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:
@@ -219,7 +219,7 @@ class ShiftedTensor(Source):
 
     @property
     def identity(self) -> Identity:
-        """That of both, and the scale."""
+        """Identities of both, and the scale."""
         return ["shifted", self.scale.hex(), self.below.identity, self.added.identity]
 
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:

@@ -31,7 +31,7 @@ class ModuleUpdate:
     scale: float
     is_embedding: bool
     bias: StoredTensor | None
-    """What is added to the module's bias, before it is scaled."""
+    """Addend of the module's bias, before it is scaled."""
 
     @property
     def rank(self) -> int:
@@ -57,7 +57,7 @@ class ModuleUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Updates:
-    """What one adapter changes."""
+    """The changes that one adapter makes."""
 
     ref: ModelRef
     adapter: Adapter

@@ -28,7 +28,7 @@ from raymerge.pipeline.messages import counted, escaped, listing
 
 @dataclass(frozen=True, slots=True)
 class AdapterSummary:
-    """What an adapter does to its model."""
+    """The changes that an adapter makes to its model."""
 
     ref: ModelRef
     url: str

@@ -1,4 +1,4 @@
-"""Where models keep their chat templates: the files that loaders read, and how an output gets another one."""
+"""Files of chat templates: those that loaders read, and those that give an output another template."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raymerge.pipeline.errors import CheckpointError
 from raymerge.pipeline.stores.open import Stores
 
 TEMPLATE = "chat_template.jinja"
-"""Where transformers looks first."""
+"""File that transformers reads first."""
 PROCESSOR_TEMPLATE = "chat_template.json"
 OTHERS = "additional_chat_templates/"
 _KEY = "chat_template"

@@ -14,7 +14,7 @@ _SANDBOX = Path(__file__).parent / "sandbox.py"
 _PATIENCE_SECONDS = 60
 """The process has 2 s of the processor; on a machine with a lot to do they take longer."""
 _VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT")
-"""What Python needs of the environment; a template gets nothing else near it."""
+"""Environment variables that Python needs; the process of a template gets no others."""
 
 _TALK = (("user", "What is 2 + 2?"), ("assistant", "4"), ("user", "And 3 + 3?"))
 _PLAIN = [{"role": role, "content": text} for role, text in _TALK]
@@ -28,7 +28,7 @@ _CONVERSATIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """What a template came to."""
+    """The result of a template."""
 
     text: str
     """Empty where there is none."""

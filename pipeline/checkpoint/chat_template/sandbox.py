@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 _CPU_SECONDS = 2
 _MAX_NBYTES = 2**30
-"""Of address space."""
+"""Limit of the address space, in bytes."""
 _MAX_LENGTH = 2**20
 """Characters that a template may make of a conversation of a few words."""
 

@@ -1,4 +1,4 @@
-"""What a model makes of prompts: the hidden states that enter each of its layers.
+"""Hidden states of prompts: those that enter each layer of a model.
 
 They are computed by transformers, an extra that nothing else of the product imports, in a process of its own, layer by
 layer: one layer's weights are in memory at a time, read from wherever the model is.
@@ -38,7 +38,7 @@ _LARGE_NBYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be computed."""
+    """A request for hidden states."""
 
     stores: Stores
     config: Json

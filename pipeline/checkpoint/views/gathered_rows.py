@@ -12,7 +12,7 @@ from raymerge.pipeline.stores.files import ALIGNMENT, ByteRange, ByteRows
 from raymerge.pipeline.urls import scheme_of
 
 _FEW_RUNS, _LONG_RUN = 1000, 32
-"""So many runs are worth no word, nor are runs of so many rows."""
+"""Rows in so few runs, or in runs of so many rows on average, do not count as scattered."""
 
 PLACE_NBYTES = 3 * ALIGNMENT
 """Taken for each row of a window to know where it lies. Measured with 150,000 rows of two sources: 60 to 100."""

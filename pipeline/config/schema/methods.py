@@ -19,7 +19,7 @@ _FILTER = {
 }
 HAS_ADAPTER: Schema = {"required": ["adapter"], "properties": {"adapter": {"type": "object"}}}
 SCOPES = {"": False, ".model": True}
-"""Where parameters stand: for all models, or under one. By what the definitions of a method are called."""
+"""Whether parameters are those of one model, by the suffix of a method's definition."""
 
 
 def make_condition(op: Op, keys: Iterable[str]) -> Schema:

@@ -10,7 +10,7 @@ from raymerge.pipeline.checkpoint.dtypes import DTYPE_NAMES
 Schema = dict[str, Any]
 
 NUMBER = r"^[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?$"
-"""What YAML 1.1 takes for a string, and a parameter for a number: 1e-5."""
+"""Pattern of numbers that YAML 1.1 reads as strings, such as 1e-5."""
 
 
 TITLE = {"type": ["string", "null"], "pattern": r"\S", "description": "Of the merge."}

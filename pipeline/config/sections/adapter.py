@@ -49,7 +49,7 @@ NOT_OF_ADAPTERS = {
 
 @dataclass(frozen=True, slots=True)
 class AdapterRule:
-    """How adapters are merged into one."""
+    """The `adapter` section: how adapters are merged into one."""
 
     rank: int | None = None
     """The most that the output's factors have; None where the inputs decide."""

@@ -14,7 +14,7 @@ AUTO = "auto"
 _SUFFIXES = (".jinja", ".jinja2", ".j2")
 _MAX_NBYTES = 2**20
 _MIN_LENGTH = 20
-"""What is shorter is a name, as in mergekit."""
+"""Length from which a text is a template; a shorter one is a name, as in mergekit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from raymerge.pipeline.messages import shown, suggest
 
 SCHEDULES = ("uniform", "linear", "exponential", "minus-sqrt")
 RUN_KEYS = frozenset({"glob", "steps", "every", "last", "schedule", "decay"})
-"""Of a mapping under `models`."""
+"""Keys of a mapping under `models`."""
 
 _DECAY = 0.9
 _WEIGHT = "weight"

@@ -45,7 +45,7 @@ IN_PAGE = Paint(
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a chart looks."""
+    """The look of a chart."""
 
     paint: Paint
     series: tuple[str, ...]

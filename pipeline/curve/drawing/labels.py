@@ -1,4 +1,4 @@
-"""Where names are written in the chart, so that they cover neither each other nor other points."""
+"""Places of names in the chart, so that they cover neither each other nor other points."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from raymerge.pipeline.curve.types import Model
 from raymerge.pipeline.messages import counted
 
 _HEIGHTS = (440, 240)
-"""Of the main chart and of the others, in pixels."""
+"""Heights of the main chart and of the others, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What the page shows of one view."""
+    """The part of the page for one view."""
 
     title: str
     charts: tuple[Panel, ...]

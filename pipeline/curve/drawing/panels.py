@@ -1,4 +1,4 @@
-"""Which charts a view has, and what data they draw."""
+"""The charts of a view, and the data that they draw."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _own = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a task needs, in bytes."""
+    """The needs of a task, in bytes."""
 
     room_nbytes: int
     """Of the memory on the GPU that sources wait in."""

@@ -24,7 +24,7 @@ CHECKS = ("exact", "numeric", "choice", "regex")
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """How the answer is found in the text after the thinking part."""
+    """A rule that finds the answer in the text after the thinking part."""
 
     how: str
     """One of EXTRACTIONS, or `regex`, `after` or `json`."""
@@ -34,18 +34,18 @@ class Extraction:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How an answer is compared with the right one."""
+    """A comparison of an answer with the right one."""
 
     how: str
     """One of CHECKS."""
     tolerance: float = 0.0
-    """Of numbers: |a - b| <= tolerance * max(1, |b|)."""
+    """Tolerance for numbers: |a - b| <= tolerance * max(1, |b|)."""
     is_case_sensitive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Markers:
-    """What stands around the thinking part."""
+    """Marks around the thinking part."""
 
     start: str = "<think>"
     end: str = "</think>"

@@ -54,7 +54,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How answers are sampled."""
+    """Settings by which answers are sampled."""
 
     samples: int = 1
     temperature: float = 0.0

@@ -34,12 +34,12 @@ class FactorPair(Source):
 
     @property
     def origins(self) -> tuple[StoredTensor, ...]:
-        """Those of the merged update."""
+        """Stored tensors of the merged update."""
         return self.full.origins
 
     @property
     def identity(self) -> Identity:
-        """That of the merged update, and the rank."""
+        """Identity of the merged update, and the rank."""
         return ["factors", self.rank, self.full.identity]
 
     def ranges(self, start: int, stop: int) -> tuple[ByteRange, ...]:

@@ -36,9 +36,9 @@ class Model:
     quantisation: Quantisation
     """Evidence that the stored numbers are not the weights."""
     statistics: View | None = None
-    """What a method takes of it besides its tensors."""
+    """Statistics of it that a method takes besides its tensors."""
     adapter: AdapterSummary | None = None
-    """What its adapter does to it."""
+    """Changes that its adapter makes."""
     lacks: Collection[str] = frozenset()
     """Names of others that a language model need not have, because they are parts of a multimodal one."""
 

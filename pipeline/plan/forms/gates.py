@@ -45,11 +45,11 @@ class Gates:
     """The rows of routers: one for each expert, and one for each shared expert."""
 
     rows: Floats
-    """Of shape [layers, experts, hidden size]; one layer stands for all where they are the same."""
+    """Weights of shape [layers, experts, hidden size]; one layer stands for all where they are the same."""
     etag: str = ""
     """Hash of what decides the rows where they are not compared themselves; empty where they are."""
     note: str = ""
-    """How the rows are computed, for the plan; empty where that takes nothing worth a word."""
+    """Description of the computation, for the plan; empty where it takes nothing worth a word."""
 
     def make_tensor(self, name: str, layer: int, rows: slice, dtype: str) -> PlannedTensor:
         """Return some rows of a layer as a tensor that is stored in the plan, rounded to a dtype."""

@@ -65,7 +65,7 @@ class Layout:
     shared_router: str = ""
     """Name of the vector that says how much the shared expert counts; empty where it always counts in full."""
     optional: tuple[str, ...] = ()
-    """What a layer may have besides the attention of a llama."""
+    """Tensors that a layer may have besides the attention of a llama."""
     needs_biases: bool = False
     """Whether query, key and value have biases."""
     has_window_switch: bool = False

@@ -1,4 +1,4 @@
-"""What config.json says of one module: read as if the module were a model, and written back."""
+"""The part of config.json for one module: read as if the module were a model, and written back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SECTIONS = {VISION: re.compile(r"vision|visual|image|vit"), AUDIO: re.compile(r
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Where a config.json describes a module."""
+    """The place in a config.json that describes a module."""
 
     path: tuple[str, ...] = ()
     """Keys from the top; none where the module shares the top with others, or is the language model."""

@@ -59,7 +59,7 @@ _DEPTH_FIELD = re.compile(
 )
 """Fields that may tie a layer's kind to its number in a way that no rule of ours can move."""
 _STRIDE = re.compile(r"interval|_every_|_period|_step$|freq(?:uency)?$|pattern$|layer_group")
-"""Those of them that say of every n-th layer something, and nothing at 1."""
+"""Fields of these that say something of every n-th layer, and nothing at 1."""
 
 
 def set_no_prediction_layers(config: Json) -> None:

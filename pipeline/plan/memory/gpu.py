@@ -1,4 +1,4 @@
-"""How much memory a task takes where a GPU merges it: on the GPU, and of the host. Pure, without I/O.
+"""Memory of a task that a GPU merges: on the GPU, and of the host. Pure, without I/O.
 
 Sources wait on the GPU, in one of two rooms, until all passes over them are done. They get there through two small
 buffers of the host, and are merged piece by piece, so that there is scratch for a piece only.
@@ -12,7 +12,7 @@ from raymerge.pipeline.plan.memory.projection import Demand, Transfer, largest_b
 from raymerge.pipeline.stores.files import ALIGNMENT
 
 CONTEXT_NBYTES = 640 * 2**20
-"""What CUDA takes of a GPU for each process that uses it. Measured on an H200: 622 MiB."""
+"""Memory that CUDA takes of a GPU for each process that uses it. Measured on an H200: 622 MiB."""
 
 WORKERS_PER_GPU = 8
 """Workers that one GPU is fast with: more of them wait for each other. Measured on an H200 with 1, 8 and 16: linear

@@ -1,4 +1,4 @@
-"""Where inputs and outputs lie, and what reading and writing there take."""
+"""Places of inputs and outputs, and the cost of reading and writing there."""
 
 from __future__ import annotations
 

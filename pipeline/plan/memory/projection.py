@@ -1,4 +1,4 @@
-"""How much memory a task takes, added up before anything runs.
+"""Projected memory of a task, added up before anything runs.
 
 What is counted besides tensors was measured, as anonymous memory that a worker has more than before its first shard:
 
@@ -90,7 +90,7 @@ class Demand:
     num_blocks: int
     """Blocks of its grid in the whole tensor."""
     num_passes: int
-    """How often it is measured before it is combined."""
+    """Measuring passes before it is combined."""
     block_nbytes: int
     """One block of every source, as stored, and decoded where loops need that."""
     scratch_nbytes: int
@@ -102,7 +102,7 @@ class Demand:
     kept_nbytes: int
     """All of every source, as stored, where it is needed more than once; else 0."""
     fixed_nbytes: int = 0
-    """What sources take in a buffer besides, however few of their blocks are in it."""
+    """Room that sources take in a buffer besides, however few of their blocks are in it."""
 
     @property
     def least_nbytes(self) -> int:

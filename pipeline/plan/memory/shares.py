@@ -1,4 +1,4 @@
-"""How the memory is shared out: among how many workers, and which tasks get several shares.
+"""Shares of the memory: the number of workers, and the tasks that get several shares.
 
 A tensor that is measured before it is combined is read once if the buffer holds all of its sources, and once more for
 each pass if it does not. Pure, without I/O.
@@ -71,7 +71,7 @@ class Shares:
     buffer_nbytes: int
     """Size of one input buffer, for all tasks that make do with one share: a worker uses its buffers again."""
     piece_nbytes: int
-    """How much a GPU merges at once; 0 where the CPU merges."""
+    """Bytes that a GPU merges at once; 0 where the CPU merges."""
     transfer: Transfer
     task_mem: int
     """The most that a task may use to read its tensors once: that of several shares, or of its own only."""

@@ -24,7 +24,7 @@ class Window:
     start: int
     stop: int
     passes: range
-    """Which passes run over it: one of them, or all; the one after the last measuring pass combines."""
+    """Passes that run over it: one of them, or all; the one after the last measuring pass combines."""
     ranges: Sequence[tuple[ByteRange, ...]] = field(init=False, repr=False)
     """The bytes to fetch, for each source that is not read by row."""
     rows: Sequence[tuple[ByteRows, ...]] = field(init=False, repr=False)

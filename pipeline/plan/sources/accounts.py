@@ -10,7 +10,7 @@ from raymerge.pipeline.errors import TensorMismatchError
 from raymerge.pipeline.messages import counted, escaped, listing
 
 _SHOWN = 5
-"""How many cases a message lists."""
+"""Cases that a message lists."""
 
 
 class Accounts:

@@ -34,7 +34,7 @@ class Part:
     settings: tuple[Settings, ...]
     """Parameters given under this model, highest precedence first."""
     stored: Source | None = None
-    """What `source` was before its rows were brought into another order; None where they were not."""
+    """The source before its rows were brought into another order; None where they were not."""
     align: Callable[[Source], Source] | None = None
     """Brings statistics of `stored` into the order of `source`."""
 
@@ -56,7 +56,7 @@ class Scope:
     donor: ModelRef | None = None
     """The model whose config, and perhaps integers, the output gets."""
     statistics: Mapping[ModelRef, View] = field(default_factory=dict)
-    """Those of each model, for an op that takes some."""
+    """Statistics of each model, for an op that takes some."""
 
 
 def make_tensor_merge(name: str, parts: Sequence[Part], scope: Scope, position: float, seed: int) -> TensorMerge:

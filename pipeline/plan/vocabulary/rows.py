@@ -34,7 +34,7 @@ _SURE_NAMES = re.compile(
     r"(?:^|\.)(?:embed_tokens|embed_tokens_per_layer|wte|word_embeddings|lm_head|embed_out|shared_head\.head)"
     r"\.(?:weight|bias)$"
 )
-"""Those that have, within layers too, if they have enough rows: more of them are padding."""
+"""Names of tensors that have one, within layers too, if they have enough rows: further rows are padding."""
 _SHOWN = 4
 
 FindSource = Callable[[ModelRef, str], Source | None]
@@ -76,9 +76,9 @@ class Vocabulary:
         self._num_rows = num_rows
         self._ids: dict[tuple[str, int], NDArray[Any]] = {}
         self._aligned: dict[str, dict[ModelRef, tuple[NDArray[Any], list[ModelRef]]]] = {}
-        """Of each output tensor and model, which of the models each row comes from."""
+        """The model that each row comes from, for each output tensor and model."""
         self._own: dict[tuple[str, ModelRef], NDArray[Any]] = {}
-        """Of each output tensor and model, which of the model's own rows each row is, or -1."""
+        """The model's own row that each row is, or -1, for each output tensor and model."""
         self._by_number: dict[str, None] = {}
         """Output tensors with as many rows as there are tokens, and names that do not tell whether they are theirs."""
 

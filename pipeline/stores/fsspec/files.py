@@ -42,7 +42,7 @@ class FsspecFiles(RemoteStorage):
     write_nbytes = 24 * 2**20  # a part that fills up, its copy as bytes, and what is being sent
     library_nbytes = 16 * 2**20  # measured with s3fs: 6 to 10 MiB for its event loop, connections and bodies
     credentials = "with what fsspec finds"
-    """Which ones requests are made with, for messages."""
+    """Credentials that requests are made with, for messages."""
 
     def __init__(self, scheme: str, faults: FaultLog) -> None:
         super().__init__(faults)

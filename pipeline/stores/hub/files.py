@@ -24,7 +24,7 @@ _MAX_EXPIRIES = 5
 
 @dataclass(slots=True)
 class _Target:
-    """Where one file's bytes are."""
+    """The place of one file's bytes."""
 
     lock: ThreadLock = field(default_factory=ThreadLock)
     url: str | None = None

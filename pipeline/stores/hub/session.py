@@ -1,4 +1,4 @@
-"""How huggingface_hub asks the Hub for us: with time limits, faults on record, and no secret in errors or logs."""
+"""Sessions of huggingface_hub: with time limits, faults on record, and no secret in errors or logs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from raymerge.pipeline.stores.web.connection import make_tls
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError, classify_web, explain_broken
 
 _BODY_SECONDS = 60
-"""How long a store may be silent over a body, or the Hub over a commit."""
+"""Longest silence of a store over a body, or of the Hub over a commit."""
 
 _NOISE: tuple[tuple[str, type[Warning]], ...] = (
     ("It seems that you are about to commit a data file", UserWarning),  # the figures, beside the model they are of

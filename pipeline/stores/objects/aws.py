@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 DEFAULT_REGION = "us-east-1"
 
 _CREDENTIAL_MINUTES = 10
-"""How long credentials that are renewed may be kept: botocore renews them so much before they expire, if it can."""
+"""Time for which renewed credentials may be kept: botocore renews them so much before they expire, if it can."""
 
 _MAX_SWEEPS = 4
 

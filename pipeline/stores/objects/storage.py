@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _LIST_CHUNK = 1000
 _NUM_BODIES = 16
-"""Of obstore at once."""
+"""Bodies that obstore reads at once."""
 _BODY_NBYTES = 3 * 2**19
 """Held by each: buffers of its body, and the allocator's arena of its thread. Measured: 1 to 1.5 MiB."""
 _LEAVING_SECONDS = 5.0
