@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from raymerge import merge, plan, verify
 from raymerge.pipeline.errors import MemoryLimitError, OutputError
@@ -56,6 +58,45 @@ def test_the_same_bytes(name: str, tmp_path: Path) -> None:
     assert read_files(tmp_path / "one") == read_files(tmp_path / "two")
     assert (tmp_path / "one" / "tokenizer_config.json").exists()
     verify(tmp_path / "one")
+
+
+@pytest.mark.parametrize(("density", "rows"), [(0.4, 6), (1.0, 24)])
+def test_knots_of_adapters_is_the_papers(density: float, rows: int, tmp_path: Path) -> None:
+    """Stoica et al. 2025, section 4: [d_1 ... d_n] = U S [V_1 ... V_n], and TIES merges S V_1 to S V_n.
+
+    Where elements are trimmed, the updates span all rows, so that it is no question how many there are to keep.
+    """
+    adapters = write_adapters(tmp_path, 3, rows=rows)
+    weights = (0.5, 1.0, 0.8)
+    entries = [
+        {"model": str(path), "parameters": {"weight": weight}} for path, weight in zip(adapters, weights, strict=True)
+    ]
+    settings = {"density": density, "lambda": 0.7}
+    config = {"merge_method": "knots", "dtype": "float32", "adapter": {"rank": rows}, "models": entries}
+    merge({**config, "parameters": settings}, tmp_path / "out", workers=1)
+    merged = read_updates(tmp_path / "out")
+    for module in MODULES:
+        deltas = [read_updates(path)[module] for path in adapters]
+        left, singular, right = torch.linalg.svd(torch.cat(deltas, 1), full_matrices=False)
+        aligned = torch.stack((singular[:, None] * right).split(deltas[0].shape[1], 1))
+        least = aligned.abs().flatten(1).sort(descending=True).values[:, int(density * aligned[0].numel()) - 1]
+        kept = aligned * (aligned.abs() >= least[:, None, None]) * torch.tensor(weights).double()[:, None, None]
+        agrees = (kept != 0) & (kept.sign() == kept.sum(0).sign())
+        shares = (agrees * torch.tensor(weights)[:, None, None]).sum(0)
+        expected = 0.7 * left @ ((kept * agrees).sum(0) / shares.where(shares > 0, torch.ones_like(shares)))
+        torch.testing.assert_close(merged[module], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def read_updates(adapter: Path) -> dict[str, torch.Tensor]:
+    """Return what an adapter adds to each module, in float64."""
+    stored = {name: tensor.double() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    updates = {}
+    for module in MODULES:
+        right, left = (stored[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        rank = config.get("rank_pattern", {}).get(module, config["r"])
+        updates[module] = config.get("alpha_pattern", {}).get(module, config["lora_alpha"]) / rank * left @ right
+    return updates
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -16,12 +16,13 @@ from raymerge.pipeline.decoding import is_deep
 from raymerge.pipeline.errors import CheckpointError, MemoryLimitError
 from raymerge.pipeline.messages import counted, escaped, listing, shown
 from raymerge.pipeline.sizes import format_memory
-from raymerge.pipeline.stores.files import StoredFile
+from raymerge.pipeline.stores.files import ByteRange, StoredFile
 from raymerge.pipeline.stores.open import Stores
 
 SPECIAL_TOKENS = "special_tokens_map.json"
 
 _MAX_NBYTES = 512 * 2**20
+_PIECE_NBYTES = 2**22
 _PARSED = 8
 """Memory of a parsed tokenizer.json, as a multiple of its size. Measured with 150,000 and 1,000,000 tokens: 4 to 7."""
 _UNITED = 12
@@ -70,6 +71,24 @@ class TokenizerReader:
         self._allowed_mem = allowed_mem
         self._known: dict[str, Tokenizer] = {}
         self._known_nbytes: dict[str, int] = {}
+        self._digests: dict[str, bytes] = {}
+
+    def are_equal(self, first: Mapping[str, StoredFile], second: Mapping[str, StoredFile]) -> bool:
+        """Tell whether two models have tokenizers of equal files, which are read in pieces, and parsed by none.
+
+        Args:
+            first: files of a model's directory, by relative name; there is a tokenizer among them.
+            second: likewise.
+
+        Raises:
+            CheckpointError: a tokenizer_config.json is malformed.
+            FetchError: the store refuses or is down.
+        """
+        if first[TOKENIZER].nbytes != second[TOKENIZER].nbytes:
+            return False
+        if self._hash(first[TOKENIZER]) != self._hash(second[TOKENIZER]):
+            return False
+        return self._read_later(first) == self._read_later(second)
 
     def read(self, model: ModelRef, files: Mapping[str, StoredFile]) -> Tokenizer | None:
         """Return a model's tokenizer; None where it has no file of one.
@@ -95,8 +114,7 @@ class TokenizerReader:
                 f" give --memory {format_memory(needed)} or more, up to {format_memory(_PARSED * _MAX_NBYTES)}"
             )
         raw = self._read(file)
-        beside = self._read(files[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in files else b"{}"
-        more = list_later_tokens(read_object(files.get(TOKENIZER_CONFIG, file).url, beside))
+        more = self._read_later(files)
         digest = sha256(raw + json.dumps(more, sort_keys=True).encode()).hexdigest()
         if digest not in self._known:
             self._check_all_fit(file)
@@ -117,6 +135,21 @@ class TokenizerReader:
                 f" {format_memory(needed)} to compare them, and {format_memory(self._allowed_mem)} are allowed;"
                 f" give --memory {format_memory(needed)} or more"
             )
+
+    def _read_later(self, files: Mapping[str, StoredFile]) -> dict[str, Json]:
+        file = files.get(TOKENIZER_CONFIG)
+        return {} if file is None else list_later_tokens(read_object(file.url, self._read(file)))
+
+    def _hash(self, file: StoredFile) -> bytes:
+        if file.url not in self._digests:
+            found, storage = sha256(), self._stores.at(file.url)
+            buffer = memoryview(bytearray(min(file.nbytes, _PIECE_NBYTES)))
+            for start in range(0, file.nbytes, _PIECE_NBYTES):
+                stop = min(start + _PIECE_NBYTES, file.nbytes)
+                storage.read_into([ByteRange(file, start, stop)], [buffer[: stop - start]])
+                found.update(buffer[: stop - start])
+            self._digests[file.url] = found.digest()
+        return self._digests[file.url]
 
     def _read(self, file: StoredFile) -> bytes:
         return bytes(self._stores.at(file.url).read(file.url, _MAX_NBYTES))

@@ -44,7 +44,9 @@ def warn_of_tokenizers(
     warnings: list[str] = []
     for other in others:
         try:
-            if _may_differ(donor.files.get(TOKENIZER), other.files.get(TOKENIZER)):
+            if _may_differ(donor.files.get(TOKENIZER), other.files.get(TOKENIZER)) and not reader.are_equal(
+                donor.files, other.files
+            ):
                 first, second = read_first(), reader.read(other.model, other.files)
                 if first is not None and second is not None and first is not second:
                     warnings += _compare(str(donor.model), first, str(other.model), second)

@@ -61,3 +61,22 @@ def test_a_malformed_tokenizer_does_not_stop_a_merge_that_needs_none(models: lis
     (warning,) = plan(linear(*models)).warnings
     assert warning.startswith("tokenizers could not be compared: ")
     assert "not JSON" in warning
+
+
+def test_equal_copies_are_not_parsed(models: list[Path]) -> None:
+    for model in models:
+        (model / "tokenizer.json").write_text("{")
+    assert plan(linear(*models)).warnings == ()
+
+
+def test_files_of_one_size_are_compared_to_their_ends(models: list[Path]) -> None:
+    for model, last in zip(models, "{}", strict=True):
+        (model / "tokenizer.json").write_text(" " * 2**23 + last)
+    (warning,) = plan(linear(*models)).warnings
+    assert warning.startswith("tokenizers could not be compared: ")
+
+
+def test_tokens_that_loaders_add_to_equal_tokenizers_are_told(models: list[Path]) -> None:
+    write_tokenizer(models[1], byte_level(TEXTS[0]), added_tokens_decoder={"300": {"content": "<think>"}})
+    (warning,) = plan(linear(*models)).warnings
+    assert warning.startswith(f"{models[1]}: 1 token ('<think>') that {models[0]} does not have")
