@@ -84,3 +84,5 @@ def curve(
             raise OutputError(f"{options.save_yaml} could not be written: {error.strerror}") from error
     if not json:
         say_hint(f"written to {options.out or spectrum}: {', '.join(FILES)}")
+        if options.save_yaml is not None:
+            say_hint(f"written: {options.save_yaml}; `raymerge merge {options.save_yaml} OUT` makes the model")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from raymerge.pipeline.cli.console import put
+from raymerge.pipeline.cli.console import put, say_hint
 from raymerge.pipeline.cli.options import MESSAGES, takes_options
 from raymerge.pipeline.errors import ConfigError, OutputError
 from raymerge.pipeline.evaluation.options import EvaluateOptions
@@ -53,7 +53,8 @@ def evaluate(
         raise ConfigError("--log-json prints everything as JSON, a line for each event; leave --json and -q out")
     tasks = [*(task or ()), *(f"command:{each}" for each in command or ())]
     with open_json_log(verbose=False) if log_json else nullcontext():
-        show = (lambda event: put(format_event(event))) if log_json else EvaluationDisplay(quiet=quiet or json).show
+        display = EvaluationDisplay(quiet=quiet or json)
+        show = (lambda event: put(format_event(event))) if log_json else display.show
         found = run(models, tasks, options, only=only, on_event=show)
         if json:
             put(dumps(redact_texts([asdict(each) for each in found]), indent=1, ensure_ascii=False))
@@ -65,3 +66,6 @@ def evaluate(
                 f"{len(failed)} of {len(found)} evaluations failed; fix the cause and run the command again: only"
                 f" these are repeated:\n  {listing(failed, 20, separator=_LINE)}"
             )
+        if display.has_spectrum:
+            place = f" --evaluations {options.out}" if options.out else ""
+            say_hint(f"next: `raymerge curve {models[0]}{place}` draws the curve, and chooses a model by a rule")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from raymerge.pipeline.cli.console import put
+from raymerge.pipeline.cli.console import put, say_hint
 from raymerge.pipeline.cli.options import MESSAGES, Preset, takes_options
 from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.options import Help, MergeOptions
@@ -60,3 +60,5 @@ def search(
         on_evaluation=display.show_evaluation,
     )
     put(dumps(redact_texts(asdict(report)), indent=1) if json else format_report(report))
+    if not (quiet or json):
+        say_hint(f"next: `raymerge curve {out}` shows how certain these figures are, and chooses a model by a rule")

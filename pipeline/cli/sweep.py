@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from raymerge.pipeline.cli.console import put, say
+from raymerge.pipeline.cli.console import put, say, say_hint
 from raymerge.pipeline.cli.options import MESSAGES, ConfigFile, Preset, Verbose, takes_options
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.options import OUTPUT, Help, MergeOptions
@@ -59,3 +59,5 @@ def sweep(
 
     with open_json_log(verbose=verbose) if log_json else Display(verbose=verbose, quiet=quiet) as log:
         driver.sweep(config, out, set or (), options, materialize=materialize, on_event=log.show)
+    if not (quiet or log_json):
+        say_hint(f"next: `raymerge eval {out} --task TASK` compares the models, and their parents")

@@ -59,7 +59,7 @@ def evaluate(
         run = _Run(stores, out, prepared, on_event or (lambda event: None))
         units = run.plan(subjects.models)
         num_cached = sum(each.state == "complete" for each in run.found.values())
-        run.tell(Begun(len(subjects.models), len(prepared), num_cached, subjects.skipped))
+        run.tell(Begun(len(subjects.models), len(prepared), num_cached, subjects.skipped, subjects.has_spectrum))
         for evaluation in run.found.values():
             run.tell(Evaluated(evaluation, is_cached=evaluation.state == "complete"))
         evaluate_units = evaluate_on_ray if options.ray or options.address is not None else evaluate_here

@@ -21,6 +21,8 @@ class Begun:
     """Evaluations of an earlier run."""
     skipped: tuple[str, ...]
     """Points of a spectrum that could not be made, with the reasons."""
+    has_spectrum: bool = False
+    """Whether they are those of one spectrum."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,8 @@ class Subjects:
     out: str
     skipped: tuple[str, ...] = ()
     """Points that failed to be made, or are gone, with the reasons."""
+    has_spectrum: bool = False
+    """Whether they are those of one spectrum."""
 
 
 def find_subjects(
@@ -100,12 +102,14 @@ def find_subjects(
     models: list[Subject] = []
     skipped: list[str] = []
     outs = []
+    has_spectrum = False
     for name in dict.fromkeys(given):
         url = stores.at(name).absolute(name)
         if _is_spectrum(stores, url):
             found, failed = _list_spectrum(stores, url, read_spectrum(stores, url), only, base)
             models += found
             skipped += failed
+            has_spectrum = len(given) == 1
             outs.append(f"{url}/{EVALUATIONS}" if scheme_of(url) not in ("hf", "http", "https") else "")
         else:
             models.append(_find_model(stores, parse_ref(name), None, base))
@@ -113,7 +117,7 @@ def find_subjects(
     if not models:
         raise ConfigError(f"{', '.join(given)}: no point could be made: {listing(skipped)}")
     out = outs[0] if len(set(outs)) == 1 and outs[0] else stores.at(EVALUATIONS).absolute(EVALUATIONS)
-    return Subjects(_make_unique(models), out, tuple(skipped))
+    return Subjects(_make_unique(models), out, tuple(skipped), has_spectrum)
 
 
 def _is_spectrum(stores: Stores, url: str) -> bool:

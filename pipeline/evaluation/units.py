@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raymerge import RaymergeError, __version__
 from raymerge.cluster.runner import Progress, Report
@@ -24,6 +24,8 @@ from raymerge.pipeline.evaluation.subjects import Subject
 from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.stores.open import Stores
 
+_TELL_SECONDS = 15.0
+"""Between words on how far a task is that has no new sample: a command tells nothing before its end."""
 _WAIT_SECONDS = 1.0
 """Between looks at whether another run has finished an evaluation."""
 
@@ -159,7 +161,7 @@ def _evaluate(
     place: Place,
     tell: Callable[[Sampled | Evaluated], None],
 ) -> Evaluation:
-    start = time.perf_counter()
+    start, told_at = time.perf_counter(), time.monotonic()
     name = records.samples_name(model.digest, task)
     url = f"{records.directory}/{model.name}/{name}"
     with open_log(stores, url) as log:
@@ -168,11 +170,21 @@ def _evaluate(
         def keep(sample: Sample) -> None:
             log.add(sample)
             wanted.add(sample.key)
+            show()
+
+        def show() -> None:
+            nonlocal told_at
+            told_at = time.monotonic()
             tell(Sampled(model.name, task.name, len(wanted), task.num_samples))
+
+        def check() -> None:
+            place.check()
+            if time.monotonic() - told_at > _TELL_SECONDS:
+                show()
 
         figures, error = None, ""
         try:
-            task.run(model, place, frozenset(wanted), keep)
+            task.run(model, replace(place, check=check), frozenset(wanted), keep)
             figures = task.summarise([log.samples[key] for key in sorted(wanted)])
         except EvaluationError as failed:
             error = str(failed)

@@ -26,6 +26,8 @@ class EvaluationDisplay:
         self._quiet = quiet
         self._told_at = time.monotonic()
         self._num_done = self._num = self._num_found = 0
+        self.has_spectrum = False
+        """Whether the models are those of a spectrum; never if nothing is shown."""
 
     def show(self, event: EvaluationEvent) -> None:
         """Show one event."""
@@ -34,6 +36,7 @@ class EvaluationDisplay:
         if isinstance(event, Begun):
             self._num = event.num_models * event.num_tasks
             self._num_found = event.num_cached
+            self.has_spectrum = event.has_spectrum
             found = f"; {counted(event.num_cached, 'result')} already there" if event.num_cached else ""
             say(f"{counted(event.num_models, 'model')}, {counted(event.num_tasks, 'task')}{found}")
             for reason in event.skipped:
@@ -51,8 +54,14 @@ class EvaluationDisplay:
             say(redact(f"warning: an evaluation is begun again: {event.reason}"))
         elif isinstance(event, Sampled) and time.monotonic() - self._told_at > _LINE_SECONDS:
             self._told_at = time.monotonic()
-            of = f" of {event.num_samples:,}" if event.num_samples else ""
-            say(f"  {event.model}  {event.task}  {event.num_finished:,}{of} samples")
+            say(f"  {format_progress(event)}")
+
+
+def format_progress(event: Sampled) -> str:
+    """Return how far an evaluation is, on a line."""
+    of = f" of {event.num_samples:,}" if event.num_samples else ""
+    samples = f"{event.num_finished:,}{of} samples" if event.num_finished else "no samples yet"
+    return f"{event.model}  {event.task}  {samples}"
 
 
 def format_short(done: Evaluation) -> str:

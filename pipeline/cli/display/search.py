@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from raymerge.pipeline.cli.console import say
+from raymerge.pipeline.cli.display.evaluation import format_progress
 from raymerge.pipeline.evaluation.events import Begun, Evaluated, EvaluationEvent, Repeated, Sampled
 from raymerge.pipeline.messages import counted, listing
 from raymerge.pipeline.redact import redact
@@ -59,8 +60,7 @@ class SearchDisplay:
         elif isinstance(event, Repeated):
             self._say(f"warning: an evaluation is begun again: {event.reason}")
         elif isinstance(event, Sampled):
-            of = f" of {event.num_samples:,}" if event.num_samples else ""
-            self._show_now_and_then(f"  {event.model}  {event.task}  {event.num_finished:,}{of} samples")
+            self._show_now_and_then(f"  {format_progress(event)}")
 
     def _show_now_and_then(self, text: str) -> None:
         if time.monotonic() - self._told_at > _LINE_SECONDS:

@@ -47,6 +47,30 @@ def test_a_table_and_an_exit_code(place: Path, cli: Cli) -> None:
     assert cli("eval", "good", "bad", "other", "--command", COMMAND, "-q").code == 0
 
 
+@pytest.mark.slow
+def test_the_next_step_is_told_and_can_be_copied(place: Path, cli: Cli) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": "good"}, {"model": "other"}], "parameters": {"weight": 1}}
+    Path("merge.yml").write_text(json.dumps(recipe))
+    swept = cli("sweep", "merge.yml", "s", "--set", "weight[1]=0.5,1")
+    assert "next: `raymerge eval s --task TASK` compares" in swept.err, swept.err
+    evaluated = cli("eval", "s", "--command", COMMAND, "--out", "found")
+    assert "next: `raymerge curve s --evaluations found` draws" in evaluated.err
+    drawn = cli("curve", "s", "--evaluations", "found", "--save-yaml", "best.yml")
+    assert "written: best.yml; `raymerge merge best.yml OUT` makes the model" in drawn.err
+    assert "next:" not in cli("eval", "good", "other", "--command", COMMAND).err
+    assert cli("eval", "s", "--command", COMMAND, "--out", "found", "-q").err == ""
+
+
+def test_a_command_that_has_nothing_to_tell_is_seen_to_run(
+    place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raymerge.pipeline.evaluation.units._TELL_SECONDS", 0.0)
+    (place / "score.py").write_text(f"import time\ntime.sleep(0.3)\n{SCRIPT}")
+    outcome = cli("eval", "good", "--command", COMMAND, "--log-json")
+    told = [json.loads(line) for line in outcome.out.splitlines()]
+    assert any(each.get("num_finished") == 0 for each in told), outcome.out
+
+
 def test_what_a_command_prints_shows_no_credentials(place: Path, cli: Cli) -> None:
     (place / "score.py").write_text("import sys; sys.exit('no way to https://me:pw-of-mine@host/a')")
     outcome = cli("eval", "good", "--command", COMMAND)

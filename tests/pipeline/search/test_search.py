@@ -353,6 +353,7 @@ def test_the_command(root: Path, cli: Cli) -> None:
     assert "trials 1 to 2 of 4: merging\nevaluating 4 models\n[1/4] trial-0000  weight[0]" in found.err
     assert "[4/4] trial-0003  weight[0]" in found.err
     assert "that no other is better than:" in found.out
+    assert f"next: `raymerge curve {root}/out` shows" in found.err
     assert "\n  model1  accuracy 91.0%, tokens 1,000.0; " in found.out
     assert "\nBetter than every parent: none." in found.out, "model0 has no tokens"
 
