@@ -17,6 +17,7 @@ from raymerge import RaymergeError
 from raymerge.cluster.host import find_host
 from raymerge.cluster.runner import Progress, Report
 from raymerge.ops.errors import OpFileError, find_line
+from raymerge.ops.kernels.sparsifiers.counts import forget_tables
 from raymerge.pipeline.engine.digests import make_digests
 from raymerge.pipeline.engine.fetch import Filled, fetch_windows
 from raymerge.pipeline.engine.gpu.devices import take_gpu
@@ -144,6 +145,7 @@ def _make_shard(
             shards[-1].append_bytes(output.header)
         report(Progress(written_nbytes=sum(shard.nbytes for shard in shards)))
         with ExitStack() as stack:
+            stack.callback(forget_tables)  # that the plan of the next task does not know of
 
             def count(nbytes: int) -> None:
                 report(Progress(nbytes))

@@ -20,7 +20,7 @@ NUM_HIGH = 2**15
 _PART = 256
 """Bins that are added up together before one is looked for among them."""
 
-_NUM_KEPT, _KEPT_NBYTES = 4, 16 * 2**20
+_NUM_KEPT, KEPT_NBYTES = 4, 16 * 2**20
 """Most tables of one size that are kept, and most bytes of all sizes together: sweeps have tables of many sizes."""
 
 _TABLES: dict[int, list[NDArray[Any]]] = defaultdict(list)
@@ -84,8 +84,13 @@ def _keep_table(table: NDArray[Any]) -> None:
     """Keep a table that is no longer looked at for others."""
     kept_nbytes = sum(8 * size * len(tables) for size, tables in list(_TABLES.items()))
     kept = _TABLES[table.size]
-    if len(kept) < _NUM_KEPT and kept_nbytes + table.nbytes <= _KEPT_NBYTES:
+    if len(kept) < _NUM_KEPT and kept_nbytes + table.nbytes <= KEPT_NBYTES:
         kept.append(table.reshape(-1))  # last: another thread may take it at once
+
+
+def forget_tables() -> None:
+    """Free the tables that are kept."""
+    _TABLES.clear()
 
 
 def read_table(counts: torch.Tensor | NDArray[Any]) -> NDArray[Any]:

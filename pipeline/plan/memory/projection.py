@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
+from raymerge.ops.kernels.sparsifiers.counts import KEPT_NBYTES
+from raymerge.ops.stored import PIECE_ELEMENTS, STRIP
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
 from raymerge.pipeline.errors import MemoryLimitError
@@ -53,6 +55,10 @@ _PADDING_NBYTES = 4 * 2**20
 
 TENSOR_NBYTES = 550
 """Taken in a worker for what it tells of each tensor of its task, for each output. Measured with 20,000 in one task."""
+
+_SQUARES_NBYTES = 4 * STRIP * (2 + OUTPUT_BUFFER_NBYTES // (2 * PIECE_ELEMENTS))
+"""Sums of squares of what is written, for each output after the first, which is part of `WORKER_NBYTES`: a strip for
+each piece of a buffer, and two more."""
 
 NOTABLE_NBYTES = 32 * 2**20
 """Memory of a plan by itself that is worth a word."""
@@ -246,13 +252,23 @@ def choose_buffer_nbytes(demands: Collection[Demand], worker_mem: int, transfer:
 
 def project_mem(demands: Collection[Demand], buffer_nbytes: int, transfer: Transfer) -> int:
     """Return the peak memory of a task for tensors, scratch, transfers and threads, in bytes."""
-    working = max(demand.working_nbytes for demand in demands)
+    states = {demand.state_nbytes for demand in demands}
+    working = max(demand.working_nbytes + _count_kept(states, demand.state_nbytes) for demand in demands)
     return transfer.num_buffers * buffer_nbytes + working + project_transfer_mem(transfer)
+
+
+def _count_kept(states: Collection[int], state_nbytes: int) -> int:
+    """Return the memory for tables that tensors of a task with other states leave for the next like them.
+
+    Those of a tensor with the same state are taken again, and are part of its own.
+    """
+    return min(KEPT_NBYTES, max((nbytes for nbytes in states if nbytes != state_nbytes), default=0))
 
 
 def project_transfer_mem(transfer: Transfer) -> int:
     """Return the memory of a worker besides input buffers and arithmetic, in bytes."""
-    return 2 * transfer.num_outputs * OUTPUT_BUFFER_NBYTES + transfer.nbytes + WORKER_NBYTES
+    squares = (transfer.num_outputs - 1) * _SQUARES_NBYTES
+    return 2 * transfer.num_outputs * OUTPUT_BUFFER_NBYTES + squares + transfer.nbytes + WORKER_NBYTES
 
 
 def check_fits(demands: Mapping[str, Demand], allowed_mem: int, transfer: Transfer) -> None:

@@ -50,6 +50,7 @@ print(json.dumps({
     [
         ("linear", "weight[1]=0.1:0.6:0.1", "96MiB", [6]),
         ("linear", "weight[1]=0.1:0.6:0.1", "48MiB", [3, 3]),
+        ("linear", "weight[1]=0.02:0.5:0.02", "256MiB", [25]),
         ("ties", "density=0.1:0.6:0.1", "160MiB", [6]),
         ("breadcrumbs_ties", "density=0.05:0.5:0.05", "256MiB", [10]),
     ],

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.ops.kernel import BLOCK_ELEMENTS, Site
+from raymerge.ops.stored import PIECE_ELEMENTS, STRIP
 from raymerge.pipeline.errors import MemoryLimitError
 from raymerge.pipeline.plan.memory.projection import (
     MAX_FETCH_NBYTES,
@@ -81,7 +82,15 @@ def test_several_outputs_share_scratch_and_decoded_sources() -> None:
     several = measure_demand(replace(merge, variants=variants))
     assert several.scratch_nbytes == single.scratch_nbytes + 2 * BLOCK_ELEMENTS * 4
     one, three = (project_mem([single], 0, Transfer(num_outputs=count)) for count in (1, 3))
-    assert three == one + 2 * 2 * OUTPUT_BUFFER_NBYTES
+    squares = 4 * STRIP * (2 + OUTPUT_BUFFER_NBYTES // (2 * PIECE_ELEMENTS))
+    assert three == one + 2 * (2 * OUTPUT_BUFFER_NBYTES + squares)
+
+
+@pytest.mark.parametrize(("states", "most"), [((5, 5), 5), ((5, 0), 5), ((5, 3), 8), ((2**30, 2**29), 2**30 + 2**24)])
+def test_tables_that_tensors_leave_are_there_while_others_are_merged(states: tuple[int, ...], most: int) -> None:
+    demands = [replace(measure_demand(make_merge(num_elements=100)), state_nbytes=nbytes) for nbytes in states]
+    bare = project_mem([replace(demands[0], state_nbytes=0)], 0, Transfer())
+    assert project_mem(demands, 0, Transfer()) == bare + most
 
 
 @given(st.integers(0, 2**40))
