@@ -77,7 +77,7 @@ class RaySession:
     host: str
     """The address of this machine."""
     nodes: tuple[Node, ...]
-    """Those that have processors to offer, at least one."""
+    """Nodes that have processors to offer, at least one."""
 
     @property
     def is_elsewhere(self) -> bool:

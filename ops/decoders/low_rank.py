@@ -32,7 +32,7 @@ BAND_ROWS = 64
 all of their sums in its second."""
 
 WIDE = len(LOOP_DTYPES)
-"""How loops know float64."""
+"""Number by which loops know float64."""
 
 _GROUP = 4
 """Ranks whose products are added to each other first; ranks and rows are filled up with zeros to a multiple of it."""
@@ -44,9 +44,9 @@ _MOST_ROWS = 1024
 _PIECE_NBYTES = 400
 """Taken for what loops are told of the place of a factor, or of each rank of one."""
 _PANEL_ELEMENTS = 2**20
-"""Of right factors that loops have at hand at once, unless there are very many ranks."""
+"""Elements of right factors that loops have at hand at once, unless there are very many ranks."""
 _TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}
-"""Of a product that torch makes at once, on each kind of device."""
+"""Elements of a product that torch makes at once, on each kind of device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class LowRankUpdate(Decoder):
 
     below: Decoder
     rows: int
-    """Of each matrix."""
+    """Rows of each matrix."""
     columns: int
     terms: tuple[Term, ...]
 

@@ -71,7 +71,7 @@ class _VaryingDeltasRun(KernelRun):
         self._selection = MagnitudeSparsifier(1) if kernel.share < 1 else None
         self._num_varying = self._num_selected = 0
         self._masks: dict[int, NDArray[np.uint8]] = {}
-        """What is selected of each block, by its number, packed; nothing where loops find it again."""
+        """Elements that are selected of each block, by its number, packed; empty where loops find them again."""
         self._squares = self._weights = [0.0] * (site.num_sources - 1)
 
     def share(self, kernel: Kernel) -> KernelRun:

@@ -55,7 +55,7 @@ class BodyReader:
         self.uses: list[Use] = []
         """Places that use per-model parameters."""
         self.statistics: dict[ModelRef, ModelRef] = {}
-        """Where the statistics of each model are."""
+        """References of the statistics of each model."""
         self._root = root
         self._around: tuple[Place, ...] = (root,)
         """Nodes that may have parameters for all models of the body, the nearest first."""

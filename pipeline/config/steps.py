@@ -23,7 +23,7 @@ class Part:
     root: Place
     """All of it."""
     mentions: Mapping[ModelRef, Place]
-    """Where each model is named first."""
+    """First node that names each model."""
 
     @property
     def line(self) -> int | None:

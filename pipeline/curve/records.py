@@ -34,7 +34,7 @@ class Records:
     evaluations: tuple[Evaluation, ...]
     """In the order of their files' names."""
     damaged: tuple[str, ...]
-    """Of each file that is none, its name and what is wrong with it; and the models of which none count."""
+    """Name and fault of each file that is no evaluation; and the models of which none count."""
 
 
 def locate_evaluations(stores: Stores, directory: str) -> str:

@@ -24,7 +24,7 @@ class Curve:
     views: tuple[View, ...]
     """The first is the one that models are chosen by: the mean over tasks, or the only task."""
     findings: tuple[Findings, ...]
-    """Of each view."""
+    """Findings of each view."""
     rule: Rule
     choice: Choice | None
     """None where no point has the figures that it needs."""

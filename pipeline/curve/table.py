@@ -18,7 +18,7 @@ _FIGURES = (
 _FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
 """Text that begins with one of these is a formula to spreadsheets."""
 _MAX_LINES = 40
-"""Of the table in the terminal."""
+"""Lines of the table in the terminal."""
 
 
 def make_csv(curve: Curve) -> str:

@@ -29,7 +29,7 @@ class Tasks:
 
     chosen: tuple[Task, ...]
     notes: tuple[str, ...]
-    """What was left out, and why."""
+    """Evaluations that were left out, and why."""
 
 
 def sort_evaluations(evaluations: Iterable[Evaluation]) -> tuple[tuple[Task, ...], tuple[str, ...]]:

@@ -34,7 +34,7 @@ class Stage(ABC):
     """
 
     piece_nbytes: int
-    """How many bytes of the sources are one piece for kernels: as many whole blocks, or 0 for a block at a time."""
+    """Bytes of the sources that are one piece for kernels: as many whole blocks, or 0 for a block at a time."""
 
     def __init__(self, shards: Sequence[ShardWriter], tallies: Sequence[Tally]) -> None:
         """Write to one shard for each output."""

@@ -24,7 +24,7 @@ class Model:
     name: str
     directory: str
     digest: str
-    """Of its files."""
+    """Digest of its files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Task(ABC):
 
     name: str
     digest: str
-    """Of all that decides the samples but the model and the sampling."""
+    """Digest of all that decides the samples but the model and the sampling."""
 
     libraries: tuple[str, ...] = ()
     """Modules of extras that it needs where it is run."""

@@ -20,7 +20,7 @@ class Figures:
 
     num_items: int
     num_samples: int
-    """Of each item."""
+    """Samples of each item."""
     accuracy: Estimate | None = None
     tokens: Tokens | None = None
     loss: Estimate | None = None

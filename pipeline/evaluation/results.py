@@ -53,7 +53,7 @@ class Evaluation:
     """Why it failed; empty otherwise."""
     num_items: int
     num_samples: int
-    """Of each item."""
+    """Samples of each item."""
     accuracy: Estimate | None
     """Share of right answers, from 0 to 1: the mean over items of the mean over samples (mean@k)."""
     tokens: Tokens | None

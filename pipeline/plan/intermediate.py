@@ -51,11 +51,11 @@ class Planning:
     """Options and services that every document is planned with."""
 
     stores: Stores
-    """Of the inputs."""
+    """Stores of the inputs."""
     seed: int
-    """Of all merges."""
+    """Seed of all merges."""
     allowed_mem: int
-    """Of the merge, in bytes."""
+    """Memory for the merge, in bytes."""
     reader: TokenizerReader
     measures: bool
     """Whether what takes a pass through a model is computed."""

@@ -27,7 +27,7 @@ _CUDA_SECONDS = 4.6
 """Until torch and CUDA have started. Measured on one H200."""
 
 _COMBINE_SECONDS, _MEASURE_SECONDS = 0.3e-9, 1.5e-9
-"""Of a core, for each element of each source that is combined, and for each pass that measures it first. Measured with
+"""Time of a core for each element of each source that is combined, and for each pass that measures it. Measured with
 compiled loops: a weighted sum of three takes 0.5 ns, a histogram of one delta 1.2 to 1.5."""
 
 

@@ -31,7 +31,7 @@ class Recipe:
     contents: tuple[Mapping[str, object], ...]
     """The documents of the config, without the section."""
     position: int
-    """Of the document that had it."""
+    """Position of the document that had it."""
     space: Space
     """Empty where the recipe has no section: a soup needs none."""
     document: Document = field(compare=False, repr=False)

@@ -50,7 +50,7 @@ class SearchRecord:
     described: Mapping[str, object]
     """The same in words."""
     trials: tuple[Trial, ...]
-    """Those of whole batches, in order."""
+    """Trials of whole batches, in order."""
 
     def dump(self) -> str:
         """Return the text of the file, without credentials."""

@@ -21,7 +21,7 @@ class SearchReport:
     best: tuple[Point, ...]
     """The models that no other is better than, best first by the first objective."""
     values: tuple[Values, ...]
-    """Of each of them, by all items of the tasks."""
+    """Values of each of them, by all items of the tasks."""
     parents: Mapping[str, Values | None]
     """Values of the models that the recipe merges; None where one could not be evaluated."""
     beating: Mapping[str, tuple[str, ...]]

@@ -21,7 +21,7 @@ class Interval:
     low: float
     high: float
     step: float | None
-    """Of a grid that begins at `low`; None for every number."""
+    """Step of a grid that begins at `low`; None for every number."""
     is_log: bool
     """Whether orders of magnitude are equally likely."""
     is_whole: bool

@@ -31,7 +31,7 @@ class Direction:
     """One objective."""
 
     name: str
-    """Of a figure of evaluations, such as `accuracy`."""
+    """Name of a figure of evaluations, such as `accuracy`."""
     is_maximised: bool
 
 

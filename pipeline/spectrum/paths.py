@@ -108,7 +108,7 @@ class Methods:
     parameters: Collection[str]
     """All names that the methods' parameters have."""
     shared: Collection[str]
-    """Those that have one value for all models."""
+    """Names of parameters that have one value for all models."""
 
     def describe(self) -> str:
         """Name the methods with their parameters, for messages."""

@@ -226,7 +226,7 @@ class _Piece:
         self._doubles: list[tuple[int, Buffer]] = []
         """Views, or parts of them, whose bytes are in places as well."""
         self._number = 0
-        """Of the place that is filled next."""
+        """Number of the place that is filled next."""
         reached = start
         for first, view in targets:
             if first < reached:

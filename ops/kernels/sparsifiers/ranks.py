@@ -54,7 +54,7 @@ class RankSparsifier(Sparsifier):
         self._source = position + 1
         self._stream = RandomBits(site.seed, site.name, position)
         self._masks: dict[int, NDArray[np.uint8]] = {}
-        """Of blocks, by their number, packed; see `keep_mask`."""
+        """Masks of blocks, by their number, packed; see `keep_mask`."""
 
     def trim(self, start: int, delta: torch.Tensor, spares: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Set what the mask drops to zero; the block holds whole rows."""

@@ -24,7 +24,7 @@ class TokenRow:
     token_id: int | None = None
     """Its row in that model."""
     path: str = ""
-    """Where the YAML says so."""
+    """Its place in the YAML, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class VocabularyRule:
     source: str | ModelRef
     """`union`, `base`, or a model."""
     path: str
-    """Where the YAML says so."""
+    """Its place in the YAML, for messages."""
     tokens: tuple[tuple[str, TokenRule], ...] = ()
     """Tokens with rows of their own, in the order of the file; those that are missing are added."""
     multiple: int = 1

@@ -54,7 +54,7 @@ class Look:
     width: int | Literal["container"]
     height: int
     kinds: tuple[Kind, ...]
-    """Of the models that are no points."""
+    """Kinds of the models that are no points."""
     has_key: bool = True
 
     @property

@@ -33,7 +33,7 @@ class Cell:
 
     text: str
     key: str | float
-    """What rows are sorted by."""
+    """Key by which rows are sorted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from raymerge.pipeline.curve.drawing.rows import list_names
 from raymerge.pipeline.curve.results import Curve
 
 _WIDTH, _HEIGHTS = 760, (400, 200)
-"""Of the main chart, and of those below."""
+"""Width of all charts; heights of the main one, and of those below."""
 _GAP = 70
 """Between two charts side by side, with the axis of the second."""
 _SCALE = 2.0

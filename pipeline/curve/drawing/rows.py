@@ -29,9 +29,9 @@ _SIDES: Mapping[Side, tuple[str, int, int]] = {
 }
 """Alignment of a name on each side of its point, and the direction from the point."""
 _MAX_SIGNS = 12
-"""Of a name that is written in a narrow window as well."""
+"""Letters of a name that is written in a narrow window as well."""
 _MAX_LABELS = 16
-"""Of points; more would hide the points."""
+"""Names of points; more would hide the points."""
 
 
 def list_names(series: tuple[Series, ...]) -> list[str]:

@@ -24,13 +24,13 @@ class Sizes:
     """The needs of a task, in bytes."""
 
     room_nbytes: int
-    """Of the memory on the GPU that sources wait in."""
+    """Memory on the GPU that sources wait in."""
     num_rooms: int
     staging_nbytes: int
-    """Of each of two buffers that sources go through."""
+    """Each of two buffers that sources go through."""
     scratch_nbytes: int
     out_nbytes: int
-    """Of the results of one piece in one output, of which there are two on either side."""
+    """Results of one piece in one output, of which there are two on either side."""
     num_outputs: int
 
     def holds(self, other: Sizes) -> bool:
@@ -48,7 +48,7 @@ class Input:
 
     there: torch.Tensor
     used: Mark | None = None
-    """When the kernels that work on it are done."""
+    """Mark after the kernels that work on it."""
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class Staging:
     here: torch.Tensor
     """The same memory."""
     sent: Mark | None = None
-    """When what is in it has left."""
+    """Mark after its content has been copied out."""
 
 
 @dataclass(slots=True)

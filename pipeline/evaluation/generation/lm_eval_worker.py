@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from raymerge.pipeline.evaluation.generation.protocol import serve_requests
 
 _DEFAULT_MAX_TOKENS = 256
-"""Of lm-eval, where a task says nothing."""
+"""Default of lm-eval, where a task says nothing."""
 
 
 def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:

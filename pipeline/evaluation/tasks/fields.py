@@ -12,7 +12,7 @@ from raymerge.pipeline.messages import listing, shown
 from raymerge.pipeline.patterns import compile_pattern
 
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-"""Of choices."""
+"""Letters of choices."""
 
 
 def fill_prompt(template: str, fields: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ _FLAT = frozenset({"memory", "s3", "gs", "az", "abfs", "http", "https", "oci", "
 """Stores in which directories need not be made, and are gone with their last file."""
 
 _LISTING_TELLS_ALL = frozenset({"memory", "s3", "gs"})
-"""Where a listing is known to tell of each file what asking for the file does."""
+"""Protocols whose listings tell of each file as much as asking for it does."""
 
 _PACKAGES = {"smbclient": "smbprotocol"}
 """Package to install for a module that has another name."""

@@ -23,7 +23,7 @@ from raymerge.pipeline.stores.seam import Writer
 from raymerge.pipeline.stores.web.errors import BrokenError, RefusalError
 
 _OPEN_FILES = Path("/proc/self/fd")
-"""Where a file without a name has one, for this process; elsewhere a killed run leaves the file behind."""
+"""Names of this process's files without a name; where there are none, a killed run leaves its file behind."""
 
 
 class SpoolWriter(Writer):

@@ -32,7 +32,7 @@ _MAX_CALL_NBYTES = 2**30
 _MAX_CALL_BUFFERS = 1024
 _MAX_LOCK_TRIES = 1000
 _ADVISED_NBYTES = 2**19
-"""Which the kernel is told of at once: of a larger range it may read no more than the device's `read_ahead_kb`."""
+"""Bytes that the kernel is advised of at once: of a larger range it may read only the device's `read_ahead_kb`."""
 
 
 def local_path(url: str) -> Path:
