@@ -51,6 +51,9 @@ class Task(ABC):
     libraries: tuple[str, ...] = ()
     """Modules of extras that it needs where it is run."""
 
+    last: str = ""
+    """Item of the sample that is kept last, where all come at the end: others without it are of a killed run."""
+
     benchmark: tuple[str, str] | None = None
     """Data set and task id of the Hub's leaderboard that its results belong to."""
 

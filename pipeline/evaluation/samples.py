@@ -79,6 +79,14 @@ class SampleLog(ABC):
             self._write(sample.dump())
             self.samples[sample.key] = replace(sample, detail={})
 
+    def clear(self) -> None:
+        """Drop all samples."""
+        self._clear()
+        self.samples = {}
+
+    @abstractmethod
+    def _clear(self) -> None: ...
+
     @abstractmethod
     def _write(self, line: bytes) -> None: ...
 
@@ -98,6 +106,9 @@ class _LocalLog(SampleLog):
         whole = content.rfind(b"\n") + 1
         os.ftruncate(self._file, whole)  # the rest of the last line was never written
         super().__init__(content[:whole])
+
+    def _clear(self) -> None:
+        os.ftruncate(self._file, 0)
 
     def _write(self, line: bytes) -> None:
         try:
@@ -124,6 +135,9 @@ class _UploadedLog(SampleLog):
         super().__init__(content)
         self._lines = [content[: content.rfind(b"\n") + 1]]
         self._uploaded_at = time.monotonic()
+
+    def _clear(self) -> None:
+        self._lines = []
 
     def _write(self, line: bytes) -> None:
         self._lines.append(line)

@@ -165,6 +165,8 @@ def _evaluate(
     name = records.samples_name(model.digest, task)
     url = f"{records.directory}/{model.name}/{name}"
     with open_log(stores, url) as log:
+        if task.last and (task.last, 0) not in log.samples:
+            log.clear()
         wanted = {key for key, sample in log.samples.items() if task.is_wanted(sample)}
 
         def keep(sample: Sample) -> None:

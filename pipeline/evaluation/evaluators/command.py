@@ -41,6 +41,8 @@ _FIGURES = ("accuracy", "tokens", "loss", "thinking", "cut_off", "num_items", "n
 class CommandTask(Task):
     """A command, word by word."""
 
+    last = _WHOLE
+
     name: str
     digest: str
     words: tuple[str, ...]

@@ -31,6 +31,7 @@ class InspectTask(Task):
     """A task of Inspect, with the scorer that counts."""
 
     libraries = ("inspect_ai", "transformers", "accelerate")
+    last = _RESULTS
 
     name: str
     digest: str

@@ -40,6 +40,7 @@ class LmEvalTask(Task):
     """A task or group of lm-eval, with the metric that counts."""
 
     libraries = ("lm_eval",)
+    last = _RESULTS
 
     name: str
     digest: str

@@ -153,6 +153,25 @@ def test_models_of_one_name_are_told_apart() -> None:
     assert [each.name for each in named] == ["m", "m-2", "m-2-2"]
 
 
+def test_samples_that_a_killed_run_has_kept_of_a_command_do_not_count(tmp_path: Path) -> None:
+    """The command draws its items, so that they are other ones each time."""
+    write_tokenized(tmp_path / "model", 0, byte_level(TEXTS[0]))
+    drawn = tmp_path / "drawn"
+    (tmp_path / "draw.py").write_text(f"import json; print(json.dumps({{'samples': json.load(open({str(drawn)!r}))}}))")
+    drawn.write_text(json.dumps([{"item": item, "score": 0} for item in "abc"]))
+    command = f"command:{sys.executable} -S -E {tmp_path}/draw.py {{model}}"
+    [found] = raymerge.evaluate(tmp_path / "model", command, out=str(tmp_path / "out"))
+    samples = tmp_path / "out" / "model" / found.samples
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:2]))
+    for result in samples.parent.glob("*.json"):
+        result.unlink()
+    drawn.write_text(json.dumps([{"item": item, "score": 1} for item in "bcd"]))
+    [again] = raymerge.evaluate(tmp_path / "model", command, out=str(tmp_path / "out"))
+    assert again.accuracy
+    assert (again.num_items, again.accuracy.mean) == (3, 1.0)
+    assert len(samples.read_text().splitlines()) == 4
+
+
 def test_an_evaluation_that_another_run_is_doing_is_waited_for(tmp_path: Path, finished: Finished) -> None:
     out, task = tmp_path / "out", write_judge(tmp_path)
     found = raymerge.evaluate(finished.spectrum / "t-0", task, out=str(out))
