@@ -10,6 +10,7 @@ import torch
 
 from raymerge import merge, plan
 from raymerge.pipeline.errors import ConfigError
+from raymerge.pipeline.plan.memory import projection
 from tests.checkpoints import read_files, read_tensors, write_family
 from tests.steps import check_same, entries, merge_separately, write
 
@@ -135,7 +136,10 @@ def test_tensors_of_many_blocks_that_are_read_once_for_each_pass(
     write_family(tmp_path, 3, dtype=torch.bfloat16, num_layers=1, hidden=520, vocab=vocab)
     last = {**STEPS["ties"], "models": entries("first", "tuned3", weight=[1, 1], density=[0.5, 0.5])}
     check_same({"first": STEPS[step], "last": last}, memory="38MiB", workers=1)
-    assert sum(task.reread_nbytes for task in plan("merge.yml", memory="38MiB", workers=1).tasks) > 0
+    tasks = plan("merge.yml", memory="38MiB", workers=1).tasks
+    assert sum(task.reread_nbytes for task in tasks) > 0
+    report = merge("merge.yml", "again", memory="38MiB", workers=1)
+    assert report.read_nbytes == sum(task.read_nbytes + task.reread_nbytes for task in tasks)
     merge("merge.yml", "resident", workers=2)
     assert read_files(Path("resident")) == read_files(Path("fused"))
 
@@ -158,3 +162,8 @@ def test_passes_before_the_values_on_the_way_read_what_they_measure(
     assert all(task.reread_nbytes for task in tasks)
     report = merge("merge.yml", "again", memory="34MiB", workers=1)
     assert report.read_nbytes == sum(task.read_nbytes + task.reread_nbytes for task in tasks)
+    assert all(task.spared_nbytes for task in tasks)
+    monkeypatch.setattr(projection, "MAX_FETCH_NBYTES", 2**20)  # of larger tensors, the page cache keeps the sources
+    tasks = plan("merge.yml", memory="34MiB", workers=1).tasks
+    assert all(task.reread_nbytes for task in tasks)
+    assert not any(task.spared_nbytes for task in tasks)

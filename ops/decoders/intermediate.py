@@ -95,6 +95,14 @@ class Intermediate(Decoder):
         return self.start().decode(raw, start, stop, out)
 
 
+def has_aligned_grids(decoder: Decoder, grid: int) -> bool:
+    """Tell whether blocks of so many elements are whole blocks of a merge on the way, and of those before it."""
+    if not isinstance(decoder, Intermediate):
+        return True
+    is_whole = grid % decoder.grid == 0 or decoder.grid == decoder.site.num_elements
+    return is_whole and all(has_aligned_grids(part.decoder, decoder.grid) for part in decoder.parts)
+
+
 class _Run(Decoder):
     """One merge on the way, on one worker; what it needs for a block is taken once."""
 

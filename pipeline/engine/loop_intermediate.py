@@ -19,14 +19,6 @@ _DECODED_ELEMENTS = 2**21
 """Elements that one of several threads decodes by itself."""
 
 
-def has_aligned_grids(decoder: Decoder, grid: int) -> bool:
-    """Tell whether blocks of so many elements are whole blocks of a merge on the way, and of those before it."""
-    if not isinstance(decoder, Intermediate):
-        return True
-    is_whole = grid % decoder.grid == 0 or decoder.grid == decoder.site.num_elements
-    return is_whole and all(has_aligned_grids(part.decoder, decoder.grid) for part in decoder.parts)
-
-
 def find_loop_dtype(decoder: Decoder) -> str:
     """Return the dtype in which loops get the values of a source, by torch's word for it."""
     return decoder.dtype if isinstance(decoder, Plain | Intermediate) else "float32"

@@ -9,6 +9,7 @@ from functools import partial
 
 from raymerge.cluster.host import count_cores
 from raymerge.ops.decoders.decoder import Plain
+from raymerge.ops.decoders.intermediate import has_aligned_grids
 from raymerge.ops.kernel import Kernel, Site
 from raymerge.ops.lazy import np
 from raymerge.ops.loops.ahead import Compiling, compile_ahead
@@ -17,7 +18,7 @@ from raymerge.ops.stored import LOOP_DTYPES, STRIP, Slot, Stored
 from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
 from raymerge.pipeline.engine import digests
-from raymerge.pipeline.engine.loop_intermediate import find_loop_dtype, has_aligned_grids
+from raymerge.pipeline.engine.loop_intermediate import find_loop_dtype
 from raymerge.pipeline.engine.threads import run_in_turn
 from raymerge.pipeline.plan.sources.merged import MergedTensor, list_sources
 from raymerge.pipeline.plan.types import TensorMerge

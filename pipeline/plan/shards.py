@@ -22,7 +22,7 @@ from raymerge.pipeline.plan.memory.projection import (
     read_by_row,
 )
 from raymerge.pipeline.plan.memory.shares import Limits, Shares, share_out_memory
-from raymerge.pipeline.plan.memory.windows import count_again, count_gaps, is_resident
+from raymerge.pipeline.plan.memory.windows import count_again, count_gaps
 from raymerge.pipeline.plan.out_files import Network, SideFile
 from raymerge.pipeline.plan.types import ShardOutput, ShardTask, TensorMerge
 
@@ -182,6 +182,7 @@ def _make_task(
             for name, shape in merge.entries
         ]
     )
+    again = {merge.name: count_again(merge, buffer_nbytes, fetch_nbytes) for merge in merges}
     read = {merge.name: sum(source.nbytes for source in merge.sources) for merge in merges}
     output = ShardOutput(f"{network.prefix}{file}", header, len(header) + sum(merge.nbytes for merge in merges))
     task = ShardTask(
@@ -190,7 +191,8 @@ def _make_task(
         positions=tuple(range(transfer.num_outputs)),
         merges=ordered,
         read_nbytes=sum(read.values()),
-        reread_nbytes=sum(count_again(merge) for merge in merges if not is_resident(merge, buffer_nbytes)),
+        reread_nbytes=sum(again.values()),
+        spared_nbytes=sum(again[merge.name] for merge in merges if demands[merge.name].kept_nbytes > buffer_nbytes),
         buffer_nbytes=buffer_nbytes,
         fetch_nbytes=fetch_nbytes,
         piece_nbytes=piece,

@@ -168,7 +168,9 @@ class ShardTask:
     read_nbytes: int
     """Bytes read once for each tensor, and those between scattered rows in stores; see `reread_nbytes`."""
     reread_nbytes: int
-    """Bytes read again because a tensor does not fit in memory between its passes."""
+    """Bytes read again: of tensors that are not kept between their passes, and where windows of documents overlap."""
+    spared_nbytes: int
+    """Part of these that would be read once with more memory: not those that the page cache keeps anyway."""
     buffer_nbytes: int
     """Size of one input buffer; on a GPU, where there is one."""
     fetch_nbytes: int

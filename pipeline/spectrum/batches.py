@@ -114,7 +114,7 @@ def _plan_group(group: Sequence[SweepPoint], make: MakePlan, num_workers: int) -
 
 def _is_short_of_memory(plan: MergePlan, num_workers: int) -> bool:
     """Tell whether fewer outputs at a time might go faster."""
-    return plan.num_workers < min(num_workers, len(plan.tasks)) or any(task.reread_nbytes for task in plan.tasks)
+    return plan.num_workers < min(num_workers, len(plan.tasks)) or any(task.spared_nbytes for task in plan.tasks)
 
 
 def _choose(group: Sequence[SweepPoint], make: MakePlan) -> list[Batch]:

@@ -156,7 +156,7 @@ def explain_shares(tasks: Sequence[ShardTask], limits: Limits, num_allowed: int)
         limits: the user's.
         num_allowed: workers that the memory is for.
     """
-    is_read_again = any(task.reread_nbytes for task in tasks)
+    is_read_again = any(task.spared_nbytes for task in tasks)
     if limits.gpus is not None or limits.is_cached or (num_allowed == limits.num_workers and not is_read_again):
         return []
     advice = []

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, compress
 
+from raymerge.ops.decoders.intermediate import has_aligned_grids
 from raymerge.pipeline.checkpoint.source import Source
 from raymerge.pipeline.checkpoint.views.gathered_rows import GatheredRows
 from raymerge.pipeline.plan.memory.projection import Demand, measure_demand, measure_kept
+from raymerge.pipeline.plan.sources.merged import MergedRows, MergedTensor
 from raymerge.pipeline.plan.types import ShardTask, TensorMerge
 from raymerge.pipeline.stores.files import ByteRange, ByteRows, aligned
 from raymerge.pipeline.stores.ranges import GAP_NBYTES, coalesce
@@ -131,8 +133,23 @@ def is_resident(merge: TensorMerge, buffer_nbytes: int) -> bool:
     return measure_kept(merge) <= buffer_nbytes
 
 
-def count_again(merge: TensorMerge) -> int:
-    """Return the bytes that are read again where a tensor's sources are not kept between its passes."""
+def count_again(merge: TensorMerge, buffer_nbytes: int, fetch_nbytes: int) -> int:
+    """Return the bytes that are read more than once.
+
+    That is where a tensor's sources are not kept between its passes, and where blocks of merges on the way lie across
+    the bounds of windows: these are read for both.
+
+    Args:
+        merge: the tensor.
+        buffer_nbytes: of a buffer.
+        fetch_nbytes: as for `make_windows`.
+    """
+    demand = measure_demand(merge)
+    if not all(_is_cut_like(source, demand.block_elements) for source in merge.sources[: merge.num_cut]):
+        windows = make_windows(merge, demand, buffer_nbytes, fetch_nbytes)
+        return sum(map(_count_read, windows)) - sum(source.nbytes for source in merge.sources)
+    if is_resident(merge, buffer_nbytes):
+        return 0
     num_early, sources = merge.num_early_passes, [(source, source.num_elements) for source in merge.sources]
     early = (
         piece.nbytes
@@ -141,6 +158,19 @@ def count_again(merge: TensorMerge) -> int:
         for piece in compress(source.ranges(0, stop), source.find_early(index, 0, stop))
     )
     return sum(early) + (merge.num_passes - num_early) * sum(source.nbytes for source, _ in sources)
+
+
+def _is_cut_like(source: Source, grid: int) -> bool:
+    """Tell whether whole blocks of so many elements need no byte of a source that other blocks need, too."""
+    if isinstance(source, MergedTensor):
+        return has_aligned_grids(source.decoder, grid)
+    return not isinstance(source, MergedRows)
+
+
+def _count_read(window: Window) -> int:
+    each = zip(window.rows, window.needed, strict=True)
+    by_row = sum(part.nbytes for parts, needed in each if any(needed) for part in parts)
+    return sum(piece.nbytes for piece in window.wanted) + by_row
 
 
 def count_gaps(task: ShardTask) -> int:
