@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raymerge import merge
 from raymerge.pipeline.stores.open import open_stores
 from tests.checkpoints import read_files
 from tests.servers.s3 import Store
@@ -42,3 +43,9 @@ def download(url: str) -> dict[str, bytes]:
 def without_own(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Return the files that are the same wherever inputs and output lie."""
     return {name: content for name, content in files.items() if name not in OWN_FILES}
+
+
+def merge_locally(family: Sequence[Path], out: Path, *, shard_size: str) -> dict[str, bytes]:
+    """Merge models on local disk; return the files that the merge has wherever inputs and output lie."""
+    merge(make_config(list(map(str, family))), out, shard_size=shard_size)
+    return without_own(read_files(out))

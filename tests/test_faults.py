@@ -11,10 +11,10 @@ import torch
 
 from raymerge import merge, verify
 from raymerge.pipeline.stores.open import Stores
-from tests.checkpoints import read_files, write_family
+from tests.checkpoints import write_family
 from tests.servers.faults import Fault, FaultProxy
 from tests.servers.s3 import S3Server
-from tests.stored_models import download, make_config, upload, without_own
+from tests.stored_models import download, make_config, merge_locally, upload, without_own
 
 pytestmark = pytest.mark.slow
 
@@ -36,9 +36,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
 
 @pytest.fixture(scope="module")
 def expected(family: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("expected") / "merged"
-    merge(make_config(list(map(str, family))), out, shard_size=SHARD_SIZE)
-    return without_own(read_files(out))
+    return merge_locally(family, tmp_path_factory.mktemp("expected") / "merged", shard_size=SHARD_SIZE)
 
 
 @pytest.fixture

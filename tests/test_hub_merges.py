@@ -23,7 +23,7 @@ from tests.commands import Cli, run_command, start_command
 from tests.holding import start_held
 from tests.servers.hub import HubServer
 from tests.servers.hub_git import Commit
-from tests.stored_models import make_config, without_own
+from tests.stored_models import make_config, merge_locally, without_own
 from tests.watchers import on, stop_after
 
 SHARD_SIZE = "60kB"
@@ -39,9 +39,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
 
 @pytest.fixture(scope="module")
 def expected(family: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("expected") / "merged"
-    merge(make_config(list(map(str, family))), out, shard_size=SHARD_SIZE)
-    return without_own(read_files(out))
+    return merge_locally(family, tmp_path_factory.mktemp("expected") / "merged", shard_size=SHARD_SIZE)
 
 
 @pytest.fixture

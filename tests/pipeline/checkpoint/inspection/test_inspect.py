@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,9 +14,6 @@ from safetensors.torch import save_file
 
 from raymerge import merge
 from raymerge.pipeline.checkpoint.inspection.inspect import inspect
-from raymerge.pipeline.checkpoint.inspection.stacks import split_stacks
-from raymerge.pipeline.checkpoint.source import StoredTensor
-from raymerge.pipeline.cli.formats import format_inspection, inspection_json
 from raymerge.pipeline.errors import CheckpointError, ConfigError
 from raymerge.pipeline.stores.files import Buffer, ByteRange
 from raymerge.pipeline.stores.local.storage import LocalStorage
@@ -33,11 +28,9 @@ from tests.checkpoints import (
     write_sparse,
 )
 from tests.commands import Cli, run_command
-from tests.pipeline.plan.layouts import Layout, bare, llama, stored_tensors
 
 if TYPE_CHECKING:
-    from tests.servers.hub import HubServer
-    from tests.servers.s3 import S3Server
+    pass
 
 
 @pytest.fixture
@@ -115,47 +108,6 @@ def test_what_it_is(sharded: Path) -> None:
     ]  # fmt: skip
     assert (found.head, found.embedding, found.is_tied) == ("lm_head.weight", "model.embed_tokens.weight", False)
     assert found.made is None
-
-
-def found_tensors(layout: Layout) -> list[StoredTensor]:
-    return list(stored_tensors("m", layout).values())
-
-
-STACKS: dict[str, tuple[Layout, int | None, list[tuple[str, list[list[tuple[int, int]]]]], int]] = {
-    "llama": (llama(3), 3, [("model.layers.", [[(0, 3)]])], 3),
-    "layers past the counted ones": (llama(3, past=1), 3, [("model.layers.", [[(0, 4)]])], 3),
-    "no layers": (bare(["a", "b.weight"]), None, [], 2),
-    "one layer": (bare(["h.0.w", "wte"]), 1, [("h.", [[(0, 1)]])], 1),
-    "from the middle": (bare(["h.7.w", "h.8.w", "h.9.w"]), None, [("h.", [[(7, 10)]])], 0),
-    "with a gap": (bare(["h.0.w", "h.1.w", "h.3.w"]), None, [("h.", [[(0, 2), (3, 4)]])], 0),
-    "a sequence of modules": (bare(["mlp.0.weight", "mlp.2.weight"]), None, [], 2),
-    "dense, then experts": (
-        bare(["h.0.a", "h.1.e.0.a", "h.1.e.1.a", "h.2.e.0.a", "h.2.e.1.a", "h.3.a"]), 4,
-        [("h.", [[(0, 1), (3, 4)], [(1, 3)]])], 0,
-    ),
-    "same names, other shapes": (
-        Layout({"h.0.w": (2, 2), "h.1.w": (2, 3), "h.2.w": (2, 2)}), None,
-        [("h.", [[(0, 1), (2, 3)], [(1, 2)]])], 0,
-    ),
-    "same shapes, other dtypes": (
-        Layout({"h.0.w": (2,), "h.1.w": (2,)}, dtypes={"h.1.w": "F32"}), None, [("h.", [[(0, 1)], [(1, 2)]])], 0,
-    ),
-    "two stacks, the counted one first": (
-        bare([*(f"a.blocks.{k}.w" for k in range(2)), *(f"z.layers.{k}.w" for k in range(3))]), 3,
-        [("z.layers.", [[(0, 3)]]), ("a.blocks.", [[(0, 2)]])], 0,
-    ),
-    "numbers of two digits": (bare(f"h.{k}.w" for k in range(12)), 12, [("h.", [[(0, 12)]])], 0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", STACKS)
-def test_stacks(name: str) -> None:
-    layout, count, expected, num_outside = STACKS[name]
-    tensors = found_tensors(layout)
-    stacks, outside = split_stacks(tensors, count)
-    assert [(s.prefix, [list(kind.layers) for kind in s.kinds]) for s in stacks] == expected
-    assert len(outside) == num_outside
-    assert sum(stack.total.num_tensors for stack in stacks) + len(outside) == len(tensors)
 
 
 def test_70b_by_less_than_a_thousandth_of_a_percent_more_than_headers(
@@ -371,159 +323,10 @@ def test_directories_of_any_name(name: str, tmp_path: Path) -> None:
     assert inspect(str(model)).obstacle == ""
 
 
-def test_names_cannot_command_the_terminal(tmp_path: Path, cli: Cli) -> None:
-    tensors = {"a\x1b[31m": torch.ones(1), "h.0.b\n": torch.ones(1)}
-    write_checkpoint(tmp_path / "m", tensors, {"architectures": ["X\x1b[2J"], "model_type": 5})
-    outcome = cli("inspect", tmp_path / "m", "--tensors")
-    assert "\x1b" not in outcome.out
-    assert "'a\\x1b[31m'" in outcome.out
-
-
 @pytest.mark.parametrize("config", [{"architectures": 5}, {"architectures": None}, {"num_hidden_layers": "3"}, {}])
 def test_odd_config(config: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
     write_checkpoint(tmp_path / "m", llama_tensors(), config)
     assert cli("inspect", tmp_path / "m").code == 0
-
-
-def test_tensors(sharded: Path, cli: Cli) -> None:
-    found = inspect(sharded)
-    outcome = cli("inspect", sharded, "--tensors")
-    for tensor in found.tensors:
-        line = f"    {tensor.name}  BF16  {list(tensor.shape)}  "
-        assert any(
-            text.startswith(line) and text.endswith(f"  {tensor.file.url} {tensor.start}-{tensor.stop}")
-            for text in outcome.out.splitlines()
-        )
-    assert "start" not in cli("inspect", sharded).out
-
-
-TOP = {
-    "url", "weights_format", "architectures", "model_type", "config_num_layers", "obstacle", "num_files", "nbytes",
-    "num_tensors", "num_parameters", "tensor_nbytes", "dtypes", "stacks", "outside", "embedding", "head", "is_tied",
-    "made", "files", "tensors", "read_nbytes", "num_reads",
-}  # fmt: skip
-TOTALS = {"num_tensors", "num_parameters", "tensor_nbytes"}
-
-
-def test_json(tmp_path: Path, cli: Cli) -> None:
-    """The keys are a promise to whoever reads them: new ones may come, none may go."""
-    models = [{"model": str(write_llama(tmp_path / f"m{k}", k))} for k in range(2)]
-    out = tmp_path / "out"
-    merge({"merge_method": "linear", "models": models, "parameters": {"weight": 1}}, out, shard_size=5000)
-    outcome = cli("inspect", out, "--json")
-    assert (outcome.code, outcome.err) == (0, "")
-    value = json.loads(outcome.out)
-    found = inspect(out)
-    assert outcome.out == inspection_json(found) + "\n"
-    assert value.keys() == TOP
-    assert value["made"].keys() == {"version", "method", "models"}
-    assert value["made"]["models"] == [model["model"] for model in models]
-    assert {key for total in value["dtypes"].values() for key in total} == TOTALS
-    (stack,) = value["stacks"]
-    assert stack.keys() == {"prefix", "num_layers", "kinds"} | TOTALS
-    assert stack["kinds"] == [
-        {"layers": [[0, 2]], "each": {"num_tensors": 9, "num_parameters": 2592, "tensor_nbytes": 10368}}
-    ]
-    assert {key for file in value["files"] for key in file} == {"name", "nbytes", "role"}
-    assert len(value["tensors"]) == value["num_tensors"] == 21
-    for tensor in value["tensors"]:
-        assert tensor.keys() == {"name", "dtype", "shape", "nbytes", "file", "start", "stop"}
-        assert (out / tensor["file"]).stat().st_size >= tensor["stop"] == tensor["start"] + tensor["nbytes"]
-    assert value["nbytes"] == sum(file["nbytes"] for file in value["files"])
-
-
-def test_lines_are_of_a_width_for_people(tmp_path: Path) -> None:
-    model = write_llama(tmp_path / "m", num_shards=3)
-    for k in range(30):
-        (model / f"extra_{k}.json").write_text("{}")
-    text = format_inspection(inspect(model))
-    lines = [line for line in text.splitlines() if str(tmp_path) not in line]
-    assert max(map(len, lines)) <= 100
-    assert "and 13 more" in " ".join(text.split())
-    assert lines[-1].startswith("read ")
-
-
-def test_no_credential_is_shown(tmp_path: Path, cli: Cli) -> None:
-    model = write_llama(tmp_path / "hf_abcdefgh12345678")
-    (model / "raymerge_manifest.json").write_text('{"models": [{"model": "https://h/a?sig=abcdef"}]}')
-    for arguments in ([], ["--json"], ["--tensors"]):
-        outcome = cli("inspect", model, *arguments)
-        assert "sig=***" in outcome.out
-        assert "abcdef" not in outcome.out
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub that this process is led to, as one who may write."""
-    from tests.servers.hub import HubServer
-
-    with HubServer(tmp_path / "hub") as server:
-        server.add_token("hf_writer", user="me", can_write=["me"])
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_TOKEN", "hf_writer")
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
-        yield server
-
-
-def test_on_the_hub(hub: HubServer, sharded: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(sharded.parent)
-    hub.create_repo("me/model", private=True)
-    hub.upload("me/model", {path.name: path for path in sharded.iterdir()})
-    local, found = inspect(sharded), inspect("me/model")
-    assert re.fullmatch("hf://me/model@[0-9a-f]{40}", found.url)
-    assert found.tensors == local.tensors
-    assert found.read_nbytes == local.read_nbytes
-    hub.move_branch("me/model", "a/b", hub.get_head("me/model"))
-    branch = ("me/model@a/b", "hf://me/model@a/b", "hf://me/model@a%2Fb")
-    for url in ("hf://me/model", "me/model@main", "hf://me/model@main", found.url, *branch):
-        assert inspect(url) == found
-    name = "model-00002-of-00003.safetensors"
-    for url in (f"me/model/{name}", f"hf://me/model@main/{name}", f"{found.url}/{name}"):
-        file = inspect(url)
-        assert file.url == f"{found.url}/{name}"
-        assert file.tensors == inspect(sharded / name).tensors
-    for absent in ("me/absent", "me/model@absent", f"hf://me/model/absent-{name}", f"me/model/absent-{name}"):
-        outcome = cli("inspect", absent)
-        assert (outcome.code, outcome.out) == (2, "")
-        assert "absent" in outcome.err
-
-
-@pytest.mark.parametrize("storage", ["auto", "fsspec"])
-def test_in_a_bucket(
-    storage: Literal["auto", "fsspec"], sharded: Path, bucket: str, s3_server: S3Server, cli: Cli
-) -> None:
-    for path in sharded.iterdir():
-        s3_server.client().put_object(Bucket=bucket, Key=f"a b/{path.name}", Body=path.read_bytes())
-    url = f"s3://{bucket}/a b"
-    found, local = inspect(url, storage=storage), inspect(sharded)
-    assert found == dataclasses.replace(local, url=url)
-    file = inspect(f"{url}/model-00002-of-00003.safetensors", storage=storage)
-    assert file.tensors == tuple(t for t in local.tensors if t.file.url == "model-00002-of-00003.safetensors")
-    outcome = cli("inspect", f"{url}/", "--storage", storage)
-    assert (outcome.code, outcome.err) == (0, "")
-    assert f"  where      {url}\n" in outcome.out
-    for absent in (f"s3://{bucket}/absent", f"{url}/absent.safetensors"):
-        outcome = cli("inspect", absent, "--storage", storage)
-        assert (outcome.code, outcome.out) == (2, "")
-        assert absent in outcome.err
-
-
-def test_one_file_on_the_web(sharded: Path, cli: Cli) -> None:
-    from tests.servers.static import NginxServer
-
-    name = "model-00002-of-00003.safetensors"
-    with NginxServer(sharded.parent) as server:
-        url = f"{server.endpoint}/{sharded.name}/{name}?X-Amz-Signature=abcdef"
-        found = inspect(url)
-        assert found.tensors == inspect(sharded / name).tensors
-        assert found.files[0].name == name
-        outcome = cli("inspect", url)
-        assert outcome.code == 0
-        assert "?X-Amz-Signature=***\n" in outcome.out
-        assert "abcdef" not in outcome.out
-        outcome = cli("inspect", url.replace("00002", "00009"))
-        assert (outcome.code, outcome.out) == (2, "")
-        assert "abcdef" not in outcome.err
 
 
 def test_as_users_run_it(sharded: Path) -> None:
