@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TypeVar
 
 import yaml
@@ -11,6 +12,8 @@ import yaml
 from raymerge.pipeline.config.findings import Finding, Findings
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.messages import find_near, shown, suggest
+
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 T = TypeVar("T")
 
@@ -127,12 +130,15 @@ class Place:
             raise self.error("the string is empty")
         return self.value
 
-    def check_keys(self, allowed: Collection[str], parameters: Iterable[str] = ()) -> None:
+    def check_keys(
+        self, allowed: Collection[str], parameters: Iterable[str] = (), options: Mapping[str, str] = _NONE
+    ) -> None:
         """Warn about keys that have no meaning here.
 
         Args:
             allowed: the keys that have.
             parameters: names of parameters, which belong one level down.
+            options: options of the command, by the keys that people write for them.
 
         Raises:
             ConfigError: it is not a mapping.
@@ -140,4 +146,6 @@ class Place:
         for key in self.names():
             if key not in allowed:
                 wanted = "it is a parameter; move it under `parameters`" if key in parameters else ""
+                if key in options:
+                    wanted = f"it is an option of the command: {options[key]} {shown(self.get(key).value)}"
                 self.get(key).warn_unknown(f"unknown key, ignored; {wanted or suggest(key, allowed)}")

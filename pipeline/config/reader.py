@@ -34,6 +34,8 @@ KEYS = (
     "merge_method", "models", "slices", "base_model", "dtype", "out_dtype", "parameters", "modules", "keep_float32",
     "integers", "chat_template", "name", "tokenizer", "tokenizer_source", "adapter", "copy_rest_from",
 )  # fmt: skip
+_OPTIONS = {"random_seed": "--seed", "seed": "--seed", "out_shard_size": "--shard-size"}
+"""Options of the command by the keys that people write for them."""
 
 
 def load_config(
@@ -99,7 +101,7 @@ class _Reader:
             return None
         if is_mixture(root):
             return read_mixture(root, document, reader.parse_model)
-        root.check_keys(KEYS, reader.names)
+        root.check_keys(KEYS, reader.names, _OPTIONS)
         reader.op = root.attempt(partial(parse_method, ops=self._ops))
         places = root.attempt(find_bodies) or {WHOLE: root}
         adapter = root.get("adapter").attempt(parse_adapter)
@@ -115,7 +117,13 @@ class _Reader:
         integers = root.get("integers").attempt(parse_integers)
         name = root.get("name").attempt(parse_name)
         template = root.get("chat_template").attempt(parse_chat_template)
-        vocabulary = root.attempt(partial(parse_tokenizer, parse_model=reader.parse_model))
+        vocabulary = root.attempt(
+            partial(
+                parse_tokenizer,
+                parse_model=reader.parse_model,
+                where=lambda place: document.where(place.line, is_short=True) + place.path,
+            )
+        )
         if reader.op is not None:
             bodies = self._check_parameters(reader.op, bodies)
         if reader.op is None or root.findings.errors:

@@ -15,6 +15,7 @@ from tests.pipeline.config.samples import LINEAR, MISSING, SLERP, changed
     ("form", "change", "warning"),
     [
         ("linear", ("bogus_key", 1), "bogus_key: unknown key, ignored; Allowed: merge_method, models"),
+        ("linear", ("random_seed", 3), "random_seed: unknown key, ignored; it is an option of the command: --seed 3"),
         ("linear", ("dtpye", "float16"), "dtpye: unknown key, ignored; did you mean 'dtype'?"),
         ("linear", ("normalize", False), "normalize: unknown key, ignored; it is a parameter; move it under"),
         ("linear", ("models.0.weight", 1), "models[0].weight: unknown key, ignored; it is a parameter"),

@@ -11,6 +11,7 @@ import pytest
 
 from raymerge import plan
 from raymerge.pipeline.errors import CheckpointError, ConfigError, MemoryLimitError, TensorMismatchError
+from tests.checkpoints import write_config
 from tests.tokenized_models import TEXTS, byte_level, unigram, write_tokenized
 
 
@@ -86,6 +87,18 @@ def test_no_tokenizer_at_all_is_the_bases(model: Path, tmp_path: Path) -> None:
 def test_a_model_for_the_tokenizer_that_is_not_there(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer_source: .*no such directory"):
         plan(ask(model, tokenizer_source="./nowhere"))
+
+
+def test_the_line_of_a_token_that_its_model_has_not(model: Path, tmp_path: Path) -> None:
+    row = {"kind": "model_token", "model": str(model), "token": "<none>"}
+    file = write_config(
+        tmp_path / "merge.yml", ask(model, tokenizer_source=None, tokenizer={"tokens": {"<new>": {"source": row}}})
+    )
+    line = next(k for k, text in enumerate(file.read_text().splitlines(), 1) if text.strip() == "source:")
+    with pytest.raises(
+        ConfigError, match=rf"merge\.yml:{line}: tokenizer\.tokens\.<new>\.source: .* no token '<none>'"
+    ):
+        plan(file)
 
 
 def test_more_than_the_memory_is_for_is_refused_unread(model: Path) -> None:
