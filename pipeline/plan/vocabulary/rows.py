@@ -69,8 +69,9 @@ class Vocabulary:
             num_rows: of the models' embeddings.
         """
         self.tokens = tokens
-        self.num_tokens = tokens.num_rows
-        self.num_rows = -(-tokens.num_rows // rule.multiple) * rule.multiple
+        self._numbers = np.fromiter(tokens.vocab.values(), np.int64, len(tokens.vocab))
+        self.num_tokens = int(self._numbers.max(initial=-1)) + 1
+        self.num_rows = -(-self.num_tokens // rule.multiple) * rule.multiple
         self._rule = rule
         self._tokenizers = tokenizers
         self._num_rows = num_rows
@@ -239,11 +240,9 @@ class Vocabulary:
         key = (tokenizer.digest, num_rows)
         if key not in self._ids:
             found = np.full(self.num_tokens, -1, np.int32)
-            count = len(self.tokens.vocab)
-            numbers = np.fromiter(self.tokens.vocab.values(), np.int64, count)
             get = tokenizer.vocab.get
-            own = np.fromiter(map(get, self.tokens.vocab, repeat(-1)), np.int64, count)
-            found[numbers] = np.where(own < num_rows, own, -1)
+            own = np.fromiter(map(get, self.tokens.vocab, repeat(-1)), np.int64, len(self._numbers))
+            found[self._numbers] = np.where(own < num_rows, own, -1)
             self._ids[key] = found
         return self._ids[key]
 
