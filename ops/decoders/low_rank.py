@@ -157,13 +157,14 @@ class LowRankUpdate(Decoder):
         at_hand = min(self._step(), max(1, last - first))
         ranks = _fill(self.ranks)
         room = _zeros(_fill(at_hand) * ranks)
+        laid_out, terms = -1, np.empty((0, 9), np.int64)
         for matrix, row, end in self._tiles(start, stop, self._step()):
-            terms = self._lay_out(places, matrix, first, last)
+            if matrix != laid_out:
+                laid_out, terms = matrix, self._lay_out(places, matrix, first, last)
             low_rank_loops.add_update(
                 *memory, terms, scales, row, end - row, self.columns,
                 (matrix * self.rows + row) * self.columns - start, *stored, out, values, ranks,
-                room[: _fill(end - row) * ranks], panel,
-                totals, products,
+                room[: _fill(end - row) * ranks], panel, totals, products,
             )  # fmt: skip
 
     def compile_loops(self) -> None:
@@ -214,24 +215,23 @@ class LowRankUpdate(Decoder):
         """
         lines = []
         at = 0
+        skipped = matrix * self.rows - first
         for term in self.terms:
-            left, right = term.left, term.right
+            left, right, num_left = term.left, term.right, term.num_left
             form, item = _find_form(right.dtype)
             of_right = (right.strides[1], right.strides[2], form)
-            begin = places[at + term.num_left] // item + matrix * right.strides[0]
+            begin = places[at + num_left] // item + matrix * right.strides[0]
             form, item = _find_form(left.dtype)
-            skipped = matrix * self.rows - first
-            for number in range(term.num_left):
+            for number in range(num_left):
                 place = places[at + number] // item
                 if left.is_whole:
                     of_left = (place + matrix * left.strides[0], left.strides[1], left.strides[2])
-                elif term.num_left > 1:
+                elif num_left > 1:
                     of_left = (place + skipped, 1, last - first)
                 else:
                     of_left = (place + skipped * term.rank, term.rank, 1)
-                rank = term.rank // term.num_left
-                lines.append((rank, *of_left, form, begin + number * of_right[0], *of_right))
-            at += term.num_left + 1
+                lines.append((term.rank // num_left, *of_left, form, begin + number * of_right[0], *of_right))
+            at += num_left + 1
         return np.array(lines, np.int64)
 
     def _tiles(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int, int]]:

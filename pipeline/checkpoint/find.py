@@ -9,7 +9,7 @@ from typing import NamedTuple
 from raymerge.pipeline.checkpoint.files import CONFIG
 from raymerge.pipeline.checkpoint.names import natural_key
 from raymerge.pipeline.errors import CheckpointError
-from raymerge.pipeline.stores.local.storage import local_path
+from raymerge.pipeline.stores.local.path import local_path
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 

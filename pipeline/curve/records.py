@@ -16,7 +16,7 @@ from raymerge.pipeline.messages import shown
 from raymerge.pipeline.spectrum.places import locate_ref, parse_ref
 from raymerge.pipeline.spectrum.record import EVALUATIONS, Spectrum, locate_point
 from raymerge.pipeline.stores.files import ByteRange, StoredFile
-from raymerge.pipeline.stores.local.storage import local_path
+from raymerge.pipeline.stores.local.path import local_path
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 

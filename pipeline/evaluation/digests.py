@@ -19,7 +19,7 @@ from raymerge.pipeline.checkpoint.files import (
 from raymerge.pipeline.checkpoint.manifest import FIGURES, MANIFEST, MAX_MANIFEST_NBYTES, OutputFile, parse_manifest
 from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.stores.files import StoredFile
-from raymerge.pipeline.stores.local.storage import local_path
+from raymerge.pipeline.stores.local.path import local_path
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 

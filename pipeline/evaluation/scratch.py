@@ -26,7 +26,7 @@ from raymerge.pipeline.evaluation.subjects import Planned, Subject
 from raymerge.pipeline.options import MergeOptions
 from raymerge.pipeline.spectrum.materialise import materialised
 from raymerge.pipeline.spectrum.places import locate_ref, parse_ref
-from raymerge.pipeline.stores.local.storage import local_path
+from raymerge.pipeline.stores.local.path import local_path
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 

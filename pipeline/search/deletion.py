@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from raymerge.pipeline.checkpoint.files import CONFIG, INDEX
 from raymerge.pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST_NBYTES, parse_manifest
-from raymerge.pipeline.stores.local.storage import local_path
+from raymerge.pipeline.stores.local.path import local_path
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 

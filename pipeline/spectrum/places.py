@@ -24,7 +24,7 @@ from raymerge.pipeline.config.reader import load_config
 from raymerge.pipeline.config.reference import parse_model_ref
 from raymerge.pipeline.config.sections.chat_template import names_template_file
 from raymerge.pipeline.spectrum.record import Spectrum
-from raymerge.pipeline.stores.local.storage import local_path
+from raymerge.pipeline.stores.local.path import local_path
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 

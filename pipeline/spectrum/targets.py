@@ -10,7 +10,7 @@ from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.output.state import measure_nbytes
 from raymerge.pipeline.spectrum.batches import Batch
 from raymerge.pipeline.spectrum.record import Spectrum, locate_point
-from raymerge.pipeline.stores.local.storage import local_path
+from raymerge.pipeline.stores.local.path import local_path
 from raymerge.pipeline.stores.open import Stores
 from raymerge.pipeline.urls import scheme_of
 

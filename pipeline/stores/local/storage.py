@@ -5,27 +5,21 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import resource
 import stat as stat_mode
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from raymerge.cluster.home import expand_home
 from raymerge.pipeline.errors import ConfigError, FetchError, HeldError, OutputError
-from raymerge.pipeline.stores.files import Buffer, ByteRange, ByteRows, StoredFile, check_same
+from raymerge.pipeline.stores.files import Buffer, ByteRange, ByteRows, StoredFile
+from raymerge.pipeline.stores.local.open_files import OpenFiles, check_status
+from raymerge.pipeline.stores.local.path import local_path
 from raymerge.pipeline.stores.local.writer import LocalWriter, file_etag, is_at, make_parents, output_error
 from raymerge.pipeline.stores.ranges import coalesce
 from raymerge.pipeline.stores.seam import Lock, Storage, Writer
 
-_MAX_OPEN_FILES = 1024
-"""Kept open: all files of a merge of hundreds of adapters, each of which every window reads from."""
-_OPEN_SHARE = 4
-"""A process keeps no more than this part of the files open that its limit allows."""
 _MAX_FILES = 50_000
 """In one directory and below it: whoever gives `/` or `~` for a model is not to wait for a list of the whole disk."""
 _MAX_CALL_NBYTES = 2**30
@@ -35,22 +29,11 @@ _ADVISED_NBYTES = 2**19
 """Bytes that the kernel is advised of at once: of a larger range it may read only the device's `read_ahead_kb`."""
 
 
-def local_path(url: str) -> Path:
-    """Return the path that a plain path or a file:// URL means.
-
-    >>> local_path("file:///models/a%20b").as_posix(), local_path("models/a%20b").as_posix()
-    ('/models/a b', 'models/a%20b')
-    """
-    return Path(unquote(urlsplit(url).path)) if url.startswith("file://") else Path(url)
-
-
 class LocalStorage(Storage):
     """Local disk, or what is mounted as one."""
 
     def __init__(self) -> None:
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = limit // _OPEN_SHARE if limit != resource.RLIM_INFINITY else _MAX_OPEN_FILES
-        self._files = _OpenFiles(min(_MAX_OPEN_FILES, most))
+        self._files = OpenFiles()
 
     def absolute(self, url: str) -> str:  # noqa: D102
         return str(expand_home(local_path(url)).absolute())
@@ -128,7 +111,7 @@ class LocalStorage(Storage):
                     run.append(views[member])
                     stop = ranges[member].stop
                 _read_run(descriptor, group.file, start, run)
-                _check_same(group.file, os.fstat(descriptor))
+                check_status(group.file, os.fstat(descriptor))
 
     def read_rows(self, rows: ByteRows, buffer: Buffer) -> None:
         """Fill a buffer with rows, one after the other; neighbours in both are read together.
@@ -151,7 +134,7 @@ class LocalStorage(Storage):
                 if not is_read:  # hardly ever
                     _read_run(descriptor, file, start, [run])
                 place = stop
-            _check_same(file, os.fstat(descriptor))
+            check_status(file, os.fstat(descriptor))
 
     def will_read(self, ranges: Sequence[ByteRange]) -> None:
         """Have the kernel read ahead into the page cache, where it can be told to."""
@@ -168,7 +151,7 @@ class LocalStorage(Storage):
             status = local_path(file.url).stat()
         except OSError as error:
             raise FetchError(f"{file.url}: was there when the plan was made: {error.strerror}") from error
-        _check_same(file, status)
+        check_status(file, status)
 
     def open_writer(  # noqa: D102
         self, url: str, nbytes: int, partial_url: str | None = None, *, exclusive: bool = False
@@ -220,68 +203,6 @@ class LocalStorage(Storage):
         self._files.close()
 
 
-class _OpenFile:
-    """An open file, how many threads are reading it, and whether it is to be closed after the last."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.num_users = 0
-        self.is_evicted = False
-
-
-class _OpenFiles:
-    """Keeps the files read last open. Each was, when it was opened, the one that was planned with."""
-
-    def __init__(self, max_open: int) -> None:
-        self._max_open = max_open
-        self._lock = threading.Lock()
-        self._files: OrderedDict[StoredFile, _OpenFile] = OrderedDict()
-
-    @contextmanager
-    def opened(self, file: StoredFile) -> Iterator[int]:
-        """Lend a descriptor; it stays open at least as long as the context."""
-        with self._lock:
-            entry = self._files.get(file)
-            if entry is None:
-                entry = self._files[file] = _OpenFile(_open(file))
-            self._files.move_to_end(file)
-            entry.num_users += 1
-            while len(self._files) > self._max_open:
-                self._evict(next(iter(self._files)))
-        try:
-            yield entry.descriptor
-        finally:
-            with self._lock:
-                entry.num_users -= 1
-                if entry.is_evicted and not entry.num_users:
-                    os.close(entry.descriptor)
-
-    def close(self) -> None:
-        """Close what nobody is reading, and the rest when they are done."""
-        with self._lock:
-            for file in list(self._files):
-                self._evict(file)
-
-    def _evict(self, file: StoredFile) -> None:
-        entry = self._files.pop(file)
-        entry.is_evicted = True
-        if not entry.num_users:
-            os.close(entry.descriptor)
-
-
-def _open(file: StoredFile) -> int:
-    try:
-        descriptor = os.open(local_path(file.url), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise FetchError(f"{file.url}: cannot be opened: {error.strerror}") from error
-    try:
-        _check_same(file, os.fstat(descriptor))
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def _read_run(descriptor: int, file: StoredFile, start: int, buffers: Sequence[Buffer]) -> None:
     """Fill buffers one after the other with the bytes from `start`."""
     todo = [buffer for buffer in buffers if buffer.nbytes]
@@ -303,10 +224,6 @@ def _read_run(descriptor: int, file: StoredFile, start: int, buffers: Sequence[B
             got -= todo.pop(0).nbytes
         if got:
             todo[0] = todo[0][got:]
-
-
-def _check_same(file: StoredFile, status: os.stat_result) -> None:
-    check_same(file, status.st_size, file_etag(status))
 
 
 def _lock(path: Path) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from raymerge.pipeline.errors import FetchError, OutputError
-from raymerge.pipeline.stores.files import ByteRange
+from raymerge.pipeline.stores.files import ByteRange, StoredFile
+from raymerge.pipeline.stores.local import open_files
 from raymerge.pipeline.stores.local import storage as local_storage
 from raymerge.pipeline.stores.local import writer as local_writer
 from raymerge.pipeline.stores.local.storage import LocalStorage
@@ -161,7 +162,7 @@ def test_neighbours_are_read_in_one_call(
 
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_storage, "_MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(open_files, "_MAX_OPEN_FILES", 3)
     storage = LocalStorage()
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for number in range(10):
@@ -176,8 +177,13 @@ def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_hundred_files_that_are_read_in_turn_are_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = LocalStorage()
     opened: list[str] = []
-    open_file = local_storage._open
-    monkeypatch.setattr(local_storage, "_open", lambda file: opened.append(file.url) or open_file(file))
+    open_file = open_files._open
+
+    def note(file: StoredFile) -> int:
+        opened.append(file.url)
+        return open_file(file)
+
+    monkeypatch.setattr(open_files, "_open", note)
     for number in range(100):
         (tmp_path / str(number)).write_bytes(b"1234")
     files = [storage.stat(str(tmp_path / str(number))) for number in range(100)]
