@@ -240,7 +240,7 @@ def name_the_model(entry: dict[str, Any], directory: Path) -> None:
         ("fisher", forget, ConfigError, r"models\[1\].fisher: is missing: fisher needs the diagonal .* give its file"),
         ("fisher", misspell, ConfigError, r"models\[1\].fischer: unknown key; did you mean 'fisher'"),
         ("fisher", write_a_number, ConfigError, r"^models\[1\].fisher: 3 is given, a model's name is needed[^\n]*$"),
-        ("fisher", name_nothing, CheckpointError, "no such file or directory"),
+        ("fisher", name_nothing, CheckpointError, r"models\[[01]\]\.fisher: .*no such file or directory"),
         ("fisher", name_a_directory, CheckpointError, "there is no .safetensors file in"),
         ("fisher", name_the_model, CheckpointError, "the model .* itself, whose weights are no statistics"),
         ("fisher", lack_one, TensorMismatchError, "norm of .*model1 has no diagonal elements .* in .*changed"),

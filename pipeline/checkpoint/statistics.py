@@ -34,19 +34,27 @@ class StatisticsFiles:
         return tuple(file.url.removeprefix(f"{self.url}/") for file in self.files if file.url != self.url)
 
 
-def find_statistics(stores: Stores, refs: Sequence[ModelRef], models: Mapping[str, ModelRef]) -> list[StatisticsFiles]:
+def find_statistics(
+    stores: Stores, refs: Mapping[ModelRef, str], models: Mapping[str, ModelRef]
+) -> list[StatisticsFiles]:
     """Return the files of each reference: a safetensors file, or all those in a directory.
 
     Args:
         stores: that have them.
-        refs: what the config names, each once.
+        refs: what the config names, each with where it does, for messages.
         models: the models by their URL: statistics are not the model's own tensors.
 
     Raises:
         CheckpointError: there is no such file or directory, or it is a model of the merge.
         FetchError: the store refuses or is down.
     """
-    return [_find(stores, ref, models) for ref in refs]
+    found = []
+    for ref, where in refs.items():
+        try:
+            found.append(_find(stores, ref, models))
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}" if where else str(error)) from error
+    return found
 
 
 def index_statistics(tensors: Sequence[StoredTensor]) -> dict[str, StoredTensor]:

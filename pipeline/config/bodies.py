@@ -56,6 +56,8 @@ class BodyReader:
         """Places that use per-model parameters."""
         self.statistics: dict[ModelRef, ModelRef] = {}
         """References of the statistics of each model."""
+        self.statistics_places: dict[ModelRef, Place] = {}
+        """First node that names each of them."""
         self._root = root
         self._around: tuple[Place, ...] = (root,)
         """Nodes that may have parameters for all models of the body, the nearest first."""
@@ -186,6 +188,8 @@ class BodyReader:
         for key in self._list_statistics():
             written = place.get(key)
             found = None if written.value is None else written.attempt(parse_model_ref)
+            if found is not None:
+                self.statistics_places.setdefault(found, written)
             if found is not None and self.statistics.setdefault(model, found) != found:
                 before = self.statistics[model]
                 written.note(written.error(f"{found} is given for {model}, and {before} before; give it once"))

@@ -148,6 +148,8 @@ class MergeConfig:
     """Whether the models were found by a pattern."""
     statistics: Mapping[ModelRef, ModelRef] = field(default_factory=dict)
     """References of the statistics of each model that the method takes besides."""
+    statistics_lines: Mapping[ModelRef, str] = field(default_factory=dict, compare=False)
+    """Where the YAML names each of these references first, with file and line, for messages."""
     vocabulary: VocabularyRule | None = None
     """The tokenizer of the output; None where it gets the donor's, and rows are merged by their numbers."""
     mixture: Mixture | None = None
@@ -184,10 +186,12 @@ class MergeConfig:
         return tuple(found | dict.fromkeys(self.mixture.models if self.mixture else ()))
 
     @property
-    def statistics_places(self) -> tuple[ModelRef, ...]:
-        """References of statistics of models, those of other documents included; each once."""
+    def statistics_places(self) -> dict[ModelRef, str]:
+        """References of statistics of models, those of other documents included, and where the YAML names them."""
         configs = (*self.steps, self)
-        return tuple(dict.fromkeys(place for config in configs for place in config.statistics.values()))
+        refs = dict.fromkeys(place for config in configs for place in config.statistics.values())
+        lines = {ref: line for config in reversed(configs) for ref, line in config.statistics_lines.items()}
+        return {ref: lines.get(ref, "") for ref in refs}
 
     @property
     def needs_measures(self) -> bool:

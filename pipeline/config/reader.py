@@ -117,13 +117,11 @@ class _Reader:
         integers = root.get("integers").attempt(parse_integers)
         name = root.get("name").attempt(parse_name)
         template = root.get("chat_template").attempt(parse_chat_template)
-        vocabulary = root.attempt(
-            partial(
-                parse_tokenizer,
-                parse_model=reader.parse_model,
-                where=lambda place: document.where(place.line, is_short=True) + place.path,
-            )
-        )
+
+        def where(place: Place) -> str:
+            return document.where(place.line, is_short=True) + place.path
+
+        vocabulary = root.attempt(partial(parse_tokenizer, parse_model=reader.parse_model, where=where))
         if reader.op is not None:
             bodies = self._check_parameters(reader.op, bodies)
         if reader.op is None or root.findings.errors:
@@ -148,6 +146,7 @@ class _Reader:
             notes=tuple(dict.fromkeys(root.findings.notes)),
             is_run=whole is not None and isinstance(whole.place.get("models").value, dict),
             statistics=reader.statistics,
+            statistics_lines={ref: where(place) for ref, place in reader.statistics_places.items()},
             vocabulary=vocabulary,
             adapter=adapter,
         )
