@@ -20,7 +20,7 @@ from raymerge.pipeline.checkpoint.model_config import (
 from raymerge.pipeline.checkpoint.names import split_name
 from raymerge.pipeline.checkpoint.views.quantised import drop_quantisation
 from raymerge.pipeline.checkpoint.views.tying import find_embedding, find_head, is_headless
-from raymerge.pipeline.messages import counted
+from raymerge.pipeline.messages import counted, shown
 from raymerge.pipeline.plan.forms.form import EMBEDDING_FIELDS, Form, Model
 from raymerge.pipeline.plan.types import TensorMerge
 
@@ -115,8 +115,14 @@ def _check_embedding(model: Model) -> Iterator[str]:
     head = model.view.find(find_head(model.view.names()) or "")  # rows of the embedding alone may be for images
     for field, size in zip(EMBEDDING_FIELDS, embedding.shape, strict=True):
         stated = part.get(field)
+        if stated is not None and type(stated) is not int:
+            yield (
+                f"{model.ref}: config.json states {field} {shown(stated)}, no whole number, and {embedding.name} is"
+                f" {list(embedding.shape)}; most loaders refuse that"
+            )
+            continue
         is_of_head = head is not None and stated in head.shape
-        if isinstance(stated, int) and stated != size and size not in part.values() and not is_of_head:
+        if stated is not None and stated != size and size not in part.values() and not is_of_head:
             yield (
                 f"{model.ref}: config.json states {field} {stated}, and {embedding.name} is {list(embedding.shape)};"
                 " most loaders refuse that"

@@ -220,6 +220,15 @@ def test_a_checkpoint_with_fewer_layers_than_its_config_states() -> None:
     assert recipe.warnings == ("b: config.json states 28 layers, and the checkpoint has 3; is it complete?",)
 
 
+@pytest.mark.parametrize(
+    ("stated", "said"), [("lots", '"lots", no whole number,'), (True, "true, no whole"), (7, "7, and")]
+)
+def test_a_vocab_size_that_no_loader_takes(stated: object, said: str) -> None:
+    odd = Layout(llama().shapes, {**llama().config, "vocab_size": stated})
+    (warning,) = expand_layouts(linear("a", "b"), {"a": odd, "b": odd}).warnings[:1]
+    assert f"a: config.json states vocab_size {said}" in warning
+
+
 def test_weights_of_both_signs_are_warned_of_once() -> None:
     def warnings(method: str, weights: list[float], **parameters: object) -> tuple[str, ...]:
         config = {
