@@ -20,6 +20,7 @@ from raymerge.pipeline.evaluation.figures import Figures, summarise
 from raymerge.pipeline.evaluation.generation.engine import Engine, EngineError
 from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.evaluation.samples import Sample
+from raymerge.pipeline.evaluation.unfinished import keep_unfinished
 from raymerge.pipeline.messages import suggest
 
 _RESULTS = "results"
@@ -62,6 +63,11 @@ class InspectTask(Task):
         if (_RESULTS, 0) in finished:
             return
         place.engine.close()  # its model would share the GPU
+        with keep_unfinished("inspect", model, self) as kept:
+            self._ask(model, place, kept, keep)
+
+    def _ask(self, model: Model, place: Place, kept: str | None, keep: Callable[[Sample], None]) -> None:
+        """Keep the samples of the whole task."""
         request = {
             "kind": "evaluate",
             "model": model.directory,
@@ -69,6 +75,7 @@ class InspectTask(Task):
             "limit": self.limit,
             "dtype": self.dtype,
             "batch_size": self.batch_size,
+            "kept": kept,
             **self.arguments,
         }
         try:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from raymerge.cluster.home import make_private_cache
 from raymerge.pipeline.decoding import is_decodable
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.evaluation.evaluator import EvaluationError, Evaluator, Model, Place, Task
@@ -25,6 +21,7 @@ from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.evaluation.results import Estimate
 from raymerge.pipeline.evaluation.samples import Sample
 from raymerge.pipeline.evaluation.tasks.answers import Markers
+from raymerge.pipeline.evaluation.unfinished import keep_unfinished
 from raymerge.pipeline.messages import suggest
 
 _BACKEND = "lm-eval"
@@ -73,8 +70,8 @@ class LmEvalTask(Task):
         if (_RESULTS, 0) in finished:
             return
         place.engine.close()  # its model would share the GPU
-        with self._keep_answers(model) as answers:
-            keep(self._ask(model, place, answers, keep))
+        with keep_unfinished("lm-eval", model, self) as kept:
+            keep(self._ask(model, place, f"{kept}/answers" if kept else None, keep))
 
     def _ask(self, model: Model, place: Place, kept: str | None, keep: Callable[[Sample], None]) -> Sample:
         """Keep the samples of the whole task; return that of lm-eval's own figures."""
@@ -107,24 +104,6 @@ class LmEvalTask(Task):
         }
         known = {} if value is None or not is_decodable(value) else {_VALUE: value}
         return Sample(_RESULTS, 0, None, measures={**others, **known})
-
-    @contextmanager
-    def _keep_answers(self, model: Model) -> Iterator[str | None]:
-        """Have a place where lm-eval keeps the answers of an unfinished task: pickles, in the user's own cache."""
-        text = json.dumps([model.digest, self.digest, self.sampling], sort_keys=True)
-        directory = make_private_cache("lm-eval", hashlib.sha256(text.encode()).hexdigest()[:24])
-        if directory is None:
-            yield None
-            return
-        with ExitStack() as stack:
-            try:
-                lock = stack.enter_context((directory / "lock").open("w"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # another run is at it, or has just deleted it
-                yield None
-                return
-            yield str(directory / "answers")
-            shutil.rmtree(directory, ignore_errors=True)
 
     def summarise(self, samples: Collection[Sample]) -> Figures:
         """Return the figures of the samples; the accuracy is lm-eval's own."""

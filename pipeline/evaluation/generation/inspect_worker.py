@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import inspect_ai
 import torch
-from inspect_ai.log import EvalLog, EvalSample
+from inspect_ai.log import EvalLog, EvalSample, read_eval_log
 from inspect_ai.scorer import value_to_float
 from transformers import AutoTokenizer
 
@@ -23,12 +24,16 @@ _DEFAULT_MAX_TOKENS = 2048
 
 def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the answers to a request: what a task is called, or what a model makes of it."""
-    with tempfile.TemporaryDirectory(prefix="raymerge-") as logs:
+    with tempfile.TemporaryDirectory(prefix="raymerge-") as scratch:
         if request["kind"] == "list":
-            log = _evaluate(request["task"], logs, model="mockllm/model", run_samples=False)
+            log = _evaluate(request["task"], scratch, model="mockllm/model", run_samples=False)
             yield {"task": log.eval.task, "scorers": [scorer.name for scorer in log.eval.scorers or ()]}
             return
-        arguments: dict[str, Any] = {"model_path": request["model"], "batch_size": request["batch_size"]}
+        logs = request["kept"] or scratch
+        link = Path(logs, "model")  # the log of an interrupted run has its path, and the model may be elsewhere now
+        link.unlink(missing_ok=True)
+        link.symlink_to(request["model"])
+        arguments: dict[str, Any] = {"model_path": str(link), "batch_size": request["batch_size"]}
         on_gpus = torch.cuda.is_available()
         arguments["dtype"] = "float32" if request["dtype"] == "auto" and not on_gpus else request["dtype"]
         if torch.cuda.device_count() > 1:
@@ -40,7 +45,7 @@ def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             arguments["do_sample"] = request["temperature"] > 0
         if request["temperature"]:
             options["temperature"] = request["temperature"]
-        options["max_connections"] = request["batch_size"]
+        options["max_connections"] = options["log_buffer"] = request["batch_size"]
         log = _evaluate(request["task"], logs, model="hf/local", model_args=arguments, **options)
         tokenizer = AutoTokenizer.from_pretrained(request["model"], local_files_only=True)
         limit = request["max_tokens"] or log.plan.config.max_tokens or _DEFAULT_MAX_TOKENS
@@ -67,7 +72,13 @@ def _evaluate(task: str, logs: str, **options: Any) -> EvalLog:
     if file.endswith(".py"):  # Inspect takes no other paths than those below the working directory
         os.chdir(Path(file).absolute().parent)
         task = f"{Path(file).name}{at}{name}"
-    found = inspect_ai.eval(task, log_dir=logs, log_format="json", display="none", **options)
+    if (begun := _find_log(logs)) is None:
+        found = inspect_ai.eval(task, log_dir=logs, log_format="eval", display="none", **options)
+    elif begun.status == "success":
+        return begun
+    else:
+        again = {name: options[name] for name in ("max_connections", "log_buffer") if name in options}
+        found = inspect_ai.eval_retry(begun, log_dir=logs, display="none", **again)
     if len(found) != 1:
         names = ", ".join(log.eval.task for log in found)
         raise RuntimeError(
@@ -77,6 +88,15 @@ def _evaluate(task: str, logs: str, **options: Any) -> EvalLog:
     if log.status == "error":
         raise RuntimeError(log.error.message if log.error else "the task has failed")
     return log
+
+
+def _find_log(logs: str) -> EvalLog | None:
+    """Return the log of an interrupted run that has the most samples; None where there is none."""
+    found = []
+    for path in sorted(Path(logs).glob("*.eval")):
+        with suppress(Exception):  # it was killed before it had written anything that can be read
+            found.append(read_eval_log(str(path)))
+    return max(found, key=lambda log: len(log.samples or ()), default=None)
 
 
 def describe(sample: EvalSample, tokenizer: Any, limit: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import raymerge
 from raymerge.pipeline.errors import ConfigError
 from raymerge.pipeline.evaluation.evaluators.inspect_tasks import make_sample
+from tests.commands import start_command
 from tests.tokenized_models import TEXTS, byte_level, write_tokenized
 
 TASK = """
@@ -70,3 +72,55 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
         raymerge.evaluate(model, f"{task}:mtch", out=str(out))
     with pytest.raises(ConfigError, match=r"Inspect cannot load the task: .*No inspect tasks"):
         raymerge.evaluate(model, "inspect:nonesuch", out=str(out))
+
+
+SLOW_TASK = """
+import pathlib, anyio
+from inspect_ai import Task, task
+from inspect_ai.dataset import Sample
+from inspect_ai.scorer import match
+from inspect_ai.solver import generate, solver
+
+@solver
+def wait():
+    async def solve(state, generate):
+        with pathlib.Path(__file__).with_name("calls").open("a") as calls:
+            calls.write(state.sample_id + "\\n")
+        while pathlib.Path(__file__).with_name("hold").exists() and state.sample_id == "5":
+            await anyio.sleep(0.05)
+        return state
+    return solve
+
+@task
+def letters():
+    data = [Sample(id=str(k), input=f"say {k}", target=str(k)) for k in range(7)]
+    return Task(dataset=data, solver=[wait(), generate()], scorer=match())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("inspect_ai") is None, reason="it is an extra of many packages")
+def test_an_interrupted_task_goes_on_after_the_samples_that_inspect_has_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = write_tokenized(tmp_path / "model", 1, byte_level(TEXTS[0]))
+    (tmp_path / "letters.py").write_text(SLOW_TASK)
+    (tmp_path / "hold").touch()
+    task, out = f"inspect:{tmp_path / 'letters.py'}", str(tmp_path / "out")
+    options = ("--out", out, "--batch-size", "1", "--max-new-tokens", "4", "-q")
+    process = start_command("eval", str(model), "--task", task, *options)
+    calls = tmp_path / "calls"
+    while not (calls.exists() and "5" in calls.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.kill()
+    process.communicate()
+    (tmp_path / "hold").unlink()
+    calls.unlink()
+    model.rename(tmp_path / "moved")
+    [found] = raymerge.evaluate(tmp_path / "moved", task, out=out, batch_size=1, max_new_tokens=4)
+    assert (found.state, found.num_items) == ("complete", 7), found.error
+    assert 2 <= len(calls.read_text().split()) < 7, "the first ones are kept"
+    assert not list((tmp_path / "cache").rglob("*.eval"))
