@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from raymerge.ops.lazy import np
 from raymerge.ops.registry import Value, find_op
+from raymerge.pipeline.checkpoint.dtypes import DTYPES
 from raymerge.pipeline.checkpoint.model_config import Json
 from raymerge.pipeline.checkpoint.names import COMPUTED_BUFFER, split_name
 from raymerge.pipeline.checkpoint.reference import ModelRef
@@ -206,6 +207,9 @@ class MixtureOfExperts(Form):
                         f"{name} is {list(shape)} in {model.ref}, and {list(fits)} is needed: hidden_size is {hidden}"
                         f" in {base.ref}, and experts have {size} rows, as in {like.model}"
                     )
+            for source in filter(None, map(model.view.find, shapes)):
+                if not DTYPES[source.dtype].is_mergeable:
+                    return f"{source.name} is {source.dtype} in {model.ref}, and a floating-point dtype is needed"
             names = (f"{model.layers.main}{layer}.{rest}" for rest in rests[layer] if rest.startswith(_MLP))
             if extra := [name for name in names if name not in shapes]:
                 return f"{layout.title} has no place for {extra[0]} of {model.ref}"
