@@ -250,7 +250,7 @@ def test_experts_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(TensorMismatchError, match=rf"experts\[0\]: {name} is \[64, 40\] in .*\[64, 48\] is needed"):
         plan(make_config([models[0], models[1]], experts_per_token=1))
     save_file(tensors | {name: tensors[name] > 0}, models[1] / "model.safetensors")
-    with pytest.raises(TensorMismatchError, match=rf"experts\[0\]: {name} is BOOL in .*, and a floating-point dtype is"):
+    with pytest.raises(TensorMismatchError, match=rf"experts\[0\]: {name} is BOOL in .*, and a floating-point"):
         plan(make_config([models[0], models[1]], experts_per_token=1))
     save_file({k: v for k, v in tensors.items() if k != name}, models[1] / "model.safetensors")
     with pytest.raises(TensorMismatchError, match=f"{name} is not in "):
