@@ -57,6 +57,7 @@ def test_a_worker_that_is_stopped(
     config = make_config([str(path) for path in family])
     merge(config, tmp_path / "undisturbed", shard_size=SHARD_SIZE)
     mark, keep = tmp_path / "stopped", Keep()
+    monkeypatch.setattr("raymerge.cluster.pace._LEAST_SECONDS", 1.0)
     monkeypatch.setattr("raymerge.pipeline.execution.run_shard", partial(stop_once, mark=mark))
     out = str(tmp_path / "out") if scheme == "file" else f"s3://{bucket}/out"
     report = merge(config, out, shard_size=SHARD_SIZE, ray=True, workers=2, on_event=keep)

@@ -59,7 +59,7 @@ def shared() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def config(shared: Path) -> Path:
-    models = write_family(shared, 2, num_layers=2, dtype=torch.bfloat16, num_shards=2)
+    models = write_family(shared, 2, num_layers=12, dtype=torch.bfloat16, num_shards=2)
     document = {
         "merge_method": "linear",
         "models": [{"model": str(model), "parameters": {"weight": 0.5}} for model in models[1:]],
@@ -85,7 +85,7 @@ def write_manifest(kind: str, config: Path, out: Path, *options: str) -> str:
 
 def check_that_nothing_is_left(*hosts: Host) -> None:
     for host in hosts:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while host.pids("ray") and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not [Path(f"/proc/{pid}/cmdline").read_text() for pid in host.pids("ray")], host.name
@@ -130,10 +130,10 @@ def test_under_slurm(
             host.start(*command, log=tmp_path / host.name, env=environment | {"SLURM_NODEID": str(number)})
             for number, host in enumerate((one, two))
         ]
-        codes = [tasks[0].wait(120)]
+        codes = [tasks[0].wait(600)]
         ended = time.monotonic()
-        codes.append(tasks[1].wait(30))
-        assert time.monotonic() - ended < 15
+        codes.append(tasks[1].wait(120))
+        assert time.monotonic() - ended < 60  # and not the quarter of an hour in which nodes wait for each other
         (tmp_path / "answer").write_text(str(max(codes)))
     logs = {host.name: (tmp_path / host.name).read_text() for host in (one, two)}
     assert codes == [0, 0], logs
@@ -185,7 +185,7 @@ def test_under_batch_a_main_node_that_is_powered_off(
             assert child.poll() is None, (tmp_path / "2").read_text()
             time.sleep(0.02)
         one.power_off()
-        assert child.wait(60) == 0, (tmp_path / "2").read_text()
+        assert child.wait(300) == 0, (tmp_path / "2").read_text()
     assert not (out / "model.safetensors.index.json").exists(), "the merge was too fast for this test"
     check_that_nothing_is_left(two)
     one.power_on()
@@ -195,8 +195,8 @@ def test_under_batch_a_main_node_that_is_powered_off(
         start_batch(definition, one, tmp_path / "1", main=one, num_nodes=3, patience=5) as head,
         start_batch(definition, two, tmp_path / "2", main=one, num_nodes=3) as child,
     ):
-        assert head.wait(120) == 0, (tmp_path / "1").read_text()
-        assert child.wait(30) == 0, (tmp_path / "2").read_text()
+        assert head.wait(600) == 0, (tmp_path / "1").read_text()
+        assert child.wait(300) == 0, (tmp_path / "2").read_text()
     assert "2 of 3 nodes are there, and no more after 5 s" in (tmp_path / "1").read_text()
     assert read_files(out) == undisturbed
     verify(str(out))
@@ -214,7 +214,7 @@ def test_a_job_that_is_cancelled_ends_with_the_code_of_the_merge(
             time.sleep(0.05)
         (script,) = one.pids("export RAYMERGE_IS_HEAD=")
         os.kill(script, signal.SIGTERM)
-        assert head.wait(30) == 130, (tmp_path / "1").read_text()
+        assert head.wait(300) == 130, (tmp_path / "1").read_text()
     check_that_nothing_is_left(one)
 
 
@@ -222,5 +222,5 @@ def test_a_child_without_a_main_node(network: Network, config: Path, shared: Pat
     one, two = network.hosts
     definition = write_manifest("aws-batch", config, shared / "never")
     with start_batch(definition, two, tmp_path / "2", main=one, patience=1) as child:
-        assert child.wait(60) == 1
+        assert child.wait(300) == 1
     assert f"nobody answers at {one.address}:6379" in (tmp_path / "2").read_text()

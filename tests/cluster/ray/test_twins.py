@@ -37,7 +37,7 @@ def session() -> Iterator[RaySession]:
 
 @pytest.fixture(params=[RayRunner, partial(ActorRunner, num_sharing=1)], ids=["tasks", "actors"])
 def make_runner(request: pytest.FixtureRequest, session: RaySession, monkeypatch: pytest.MonkeyPatch) -> MakeRunner:
-    monkeypatch.setattr("raymerge.cluster.pace._LEAST_SECONDS", 2.0)  # six times what an item takes that is not slow
+    monkeypatch.setattr("raymerge.cluster.pace._LEAST_SECONDS", 1.0)
     made: MakeRunner = request.param
     return made
 

@@ -20,10 +20,10 @@ def hang_at_first(item: int, report: Report, *, directory: Path) -> int:
 
 
 def stop_at_first(item: int, report: Report, *, directory: Path) -> tuple[int, int]:
-    """Report ten bytes in a third of a second; the worker of item 0 is stopped at its first try, in the middle."""
+    """Report ten bytes in a second; the worker of item 0 is stopped at its first try, in the middle."""
     for number in range(10):
         report(Progress(read_nbytes=1))
-        time.sleep(0.03)
+        time.sleep(0.1)
         if item == 0 and number == 4 and not (directory / "stopped").exists():
             (directory / "stopped").write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -31,7 +31,7 @@ def stop_at_first(item: int, report: Report, *, directory: Path) -> tuple[int, i
 
 
 def crawl_at_first(item: int, report: Report, *, directory: Path) -> str:
-    """Report a hundred bytes in a third of a second, but of item 0 in a minute at the first try.
+    """Report a hundred bytes in a second, but of item 0 in minutes at the first try.
 
     Files tell the tries of item 0 what to do: `slow-fail` and `fast-fail` to raise an error, `slow-hurry` to be as fast
     as others, `fast-hold` to wait. They leave files that say that they have ended.
@@ -43,7 +43,7 @@ def crawl_at_first(item: int, report: Report, *, directory: Path) -> str:
     try:
         for _ in range(100):
             report(Progress(read_nbytes=1))
-            time.sleep(0.6 if is_slow and not (directory / "slow-hurry").exists() else 0.003)
+            time.sleep(1.5 if is_slow and not (directory / "slow-hurry").exists() else 0.01)
             while True:
                 if item == 0 and (directory / f"{name}-fail").exists():
                     raise OSError(f"the {name} one has failed")
