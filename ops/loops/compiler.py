@@ -47,6 +47,8 @@ _RUNTIME = (
     "numba_unpickle",
 )
 """Functions of numba that machine code refers to, for memory and errors. Loops never call them."""
+_COUNTED = ("NRT_decref", "NRT_incref")
+"""Functions of numba that machine code holds itself."""
 
 
 class Loop:
@@ -160,6 +162,12 @@ class Loop:
         compiled = numba.cfunc(numba.types.float64(*types), error_model="numpy")(space["entry"])
         entry_name: bytes = compiled.native_name.encode()
         code: bytes = compiled._library._get_compiled_object()
+        strange = sorted({name.decode() for name in re.findall(rb"\b(?:NRT|numba)_\w+", code)} - {*_RUNTIME, *_COUNTED})
+        if strange:
+            raise RuntimeError(
+                f"the loop {self.name} needs {', '.join(strange)} of numba, which is not there when its code is loaded"
+                " without numba: write it so that it makes no array and no view of another shape"
+            )
         return entry_name + b"\0" + code
 
 

@@ -6,8 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+
+from raymerge.ops.loops.compiler import Loop
+
+if TYPE_CHECKING:
+    from raymerge.ops.loops.compiler import Array1
 
 RUN = """
 import sys
@@ -73,3 +81,18 @@ def test_another_processor_has_code_of_its_own(cache: Path) -> None:
 @pytest.mark.parametrize("place", ["/proc/cache", "/dev/null"])
 def test_a_cache_that_cannot_be_written_is_done_without(place: str) -> None:
     assert run(XDG_CACHE_HOME=place) == ["16.0", "22.0", "True", "False"]
+
+
+def reshape(values: Array1[np.float32], count: int) -> None:
+    values.reshape(count, 2)[0, 1] = 1
+
+
+def make_array(values: Array1[np.float32], count: int) -> None:
+    values[0] = np.zeros(count)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [reshape, make_array])
+def test_a_loop_that_needs_numba_when_it_runs_is_refused(function: FunctionType) -> None:
+    with pytest.raises(RuntimeError, match=rf"{function.__name__} needs .* of numba, which is not there"):
+        Loop(function)(np.ones(4, np.float32), 2)
