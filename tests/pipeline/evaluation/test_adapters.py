@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_planned_adapters(place: Path) -> None:
 
 @pytest.mark.parametrize("base", [None, "base"])
 def test_planned_adapters_are_evaluated_again_with_another_base(place: Path, base: str | None) -> None:
-    options = {} if base is None else {"base": base}
+    options: dict[str, Any] = {} if base is None else {"base": base}
     sweep_adapters(materialize="none")
     events: list[EvaluationEvent] = []
     before = evaluate("s", **options)
