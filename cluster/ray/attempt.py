@@ -39,12 +39,18 @@ class Attempt:
     """Time at which the start was heard of."""
     heard_at: float = field(default_factory=time.monotonic)
     """Time of its last message."""
+    advanced_at: float = math.inf
+    """Time of the last message of bytes, or of its start: it may report for ever that it waits."""
     told: Progress = field(default_factory=Progress)
     """Progress that it has reported."""
     is_counted: bool = True
     """Whether this progress is part of the run's: not where it has a twin that began later."""
     is_beaten: bool = False
     """Whether its twin was done first, so that it is to end."""
+
+    def begin(self, begun: Begun) -> None:
+        """Take note that it has begun, as was just heard."""
+        self.begun, self.began_at, self.advanced_at = begun, self.heard_at, self.heard_at
 
     def make_next(self) -> Attempt:
         """Return another attempt at the item, on another node than the last if there is one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from raymerge.cluster.pace import Pace
@@ -69,6 +69,8 @@ class Ledger:
     def count(self, attempt: Attempt, progress: Progress) -> None:
         """Add to what an attempt has told."""
         attempt.told += progress.without_notes()
+        if _sum(progress) > 0:
+            attempt.advanced_at = attempt.heard_at
         self._on_progress(progress if attempt.is_counted else Progress())
 
     def finish(self, stream: Any) -> Attempt | None:
@@ -103,21 +105,17 @@ class Ledger:
         self.is_ending = True
         self._waiting.clear()
 
-    def find_stragglers(self, heard: Collection[Any] = ()) -> list[Any]:
-        """Return the streams of attempts that should have a twin, if there is a slot for one.
-
-        Args:
-            heard: streams that may have more to tell than was read.
-        """
+    def find_stragglers(self) -> list[Any]:
+        """Return the streams of attempts that should have a twin, if there is a slot for one, by what was read."""
         if not self.has_spare:
             return []
         now = time.monotonic()
         return [
             stream
             for stream, attempt in self.running.items()
-            if attempt.begun and attempt.item not in self._doubled and stream not in heard
+            if attempt.begun and attempt.item not in self._doubled
             if self._pace.is_straggler(
-                self._costs[attempt.item], now - attempt.began_at, _sum(attempt.told), now - attempt.heard_at
+                self._costs[attempt.item], now - attempt.began_at, _sum(attempt.told), now - attempt.advanced_at
             )
         ]
 

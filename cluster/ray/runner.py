@@ -114,8 +114,7 @@ class RayRunner(Runner):
             while ledger:
                 while attempt := ledger.take():
                     start(attempt)
-                heard = self._wait(ledger, head)
-                for stream in heard:
+                for stream in self._wait(ledger, head):
                     if (attempt := running.get(stream)) is None:
                         continue
                     attempt.heard_at = time.monotonic()
@@ -126,7 +125,7 @@ class RayRunner(Runner):
                         self._lose(ledger, stream, explain_loss(lost), more)
                         continue
                     if isinstance(message, Begun):
-                        attempt.begun, attempt.began_at = message, attempt.heard_at
+                        attempt.begin(message)
                     elif isinstance(message, Progress):
                         ledger.count(attempt, message)
                     elif attempt.is_beaten:
@@ -161,7 +160,7 @@ class RayRunner(Runner):
                     if self._on_giving_up is None:
                         raise why
                     yield self._on_giving_up(item, why)
-                for stream in ledger.find_stragglers(heard):
+                for stream in _keep_read(ledger.find_stragglers()):
                     if head.check() and ledger.take_twin(stream):
                         start(self._make_twin(running[stream]))
         except HeadLostError:  # nobody to tell, and the workers end without it
@@ -314,6 +313,11 @@ class RayRunner(Runner):
         """Tell whether a node has room on which the item was not tried."""
         others = [node for node in list_nodes() if self._is_fit(node) and node.node_id not in attempt.avoided]
         return bool(attempt.avoided) and any(has_room(node, attempt) for node in others)
+
+
+def _keep_read(streams: Sequence[Any]) -> Sequence[Any]:
+    """Return the streams that have nothing more to tell for now: another may have come far already."""
+    return ray.wait(list(streams), num_returns=len(streams), timeout=0)[1] if streams else ()
 
 
 def _stop_all(running: Mapping[Any, Attempt]) -> None:

@@ -31,7 +31,7 @@ def stop_at_first(item: int, report: Report, *, directory: Path) -> tuple[int, i
 
 
 def crawl_at_first(item: int, report: Report, *, directory: Path) -> str:
-    """Report a hundred bytes in a second, but of item 0 in minutes at the first try.
+    """Report a hundred bytes in a second, but of item 0 in minutes at the first try, and always that it is there.
 
     Files tell the tries of item 0 what to do: `slow-fail` and `fast-fail` to raise an error, `slow-hurry` to be as fast
     as others, `fast-hold` to wait. They leave files that say that they have ended.
@@ -40,15 +40,18 @@ def crawl_at_first(item: int, report: Report, *, directory: Path) -> str:
     if is_slow:
         (directory / "began").touch()
     name = "slow" if is_slow else "fast"
+
+    def is_told(what: str) -> bool:
+        return item == 0 and (directory / f"{name}-{what}").exists()
+
     try:
         for _ in range(100):
             report(Progress(read_nbytes=1))
-            time.sleep(1.5 if is_slow and not (directory / "slow-hurry").exists() else 0.01)
-            while True:
-                if item == 0 and (directory / f"{name}-fail").exists():
+            time.sleep(0.01)
+            go_on_at = time.monotonic() + (1.5 if is_slow else 0.0)
+            while is_told("hold") or (time.monotonic() < go_on_at and not is_told("hurry")):
+                if is_told("fail"):
                     raise OSError(f"the {name} one has failed")
-                if item != 0 or not (directory / f"{name}-hold").exists():
-                    break
                 report(Progress())
                 time.sleep(0.01)
     finally:
