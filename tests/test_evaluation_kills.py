@@ -79,6 +79,8 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
     assert 5 <= len(finished) < NUM_SAMPLES, "the kills struck before or after all the work"
     events: list[EvaluationEvent] = []
     found = evaluate(model, out, events)
-    assert sum(isinstance(event, Sampled) for event in events) == NUM_SAMPLES - len(finished)
+    # on a slow machine the same number is told again
+    told = {event.num_finished for event in events if isinstance(event, Sampled)}
+    assert told | {len(finished)} == set(range(len(finished), NUM_SAMPLES + 1))
     assert sorted(list_samples(out)) == sorted(list_samples(tmp_path / "undisturbed"))
     assert (found.accuracy, found.tokens, found.other) == (undisturbed.accuracy, undisturbed.tokens, undisturbed.other)

@@ -148,7 +148,7 @@ class S3Server(Store):
     def __init__(self, host: str = "127.0.0.1") -> None:
         super().__init__()
         self._host = host
-        self._directory = Path(tempfile.mkdtemp(prefix="weed-"))
+        self._directory = Path(tempfile.mkdtemp(prefix="weed-", dir="/tmp"))  # short, for the sockets in it
         identities = [
             {"name": "admin", "actions": ["Admin", "Read", "List", "Tagging", "Write"], **_credentials(self.admin)},
             {"name": "reader", "actions": ["Read", "List"], **_credentials(self.reader)},

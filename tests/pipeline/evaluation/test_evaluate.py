@@ -144,7 +144,8 @@ def test_more_samples_and_fewer_items_share_what_was_generated(finished: Finishe
     out = str(finished.spectrum / "evaluations")
     [found] = raymerge.evaluate(model, finished.root / "sums.yml", out=out, samples=6, limit=2, on_event=events.append)
     assert (found.num_items, found.num_samples, found.samples) == (2, 6, finished.found[0].samples)
-    assert sum(isinstance(event, Sampled) for event in events) == 4
+    # eight were there, which a slow machine tells before it has the first of the others
+    assert {event.num_finished for event in events if isinstance(event, Sampled)} | {8} == {8, 9, 10, 11, 12}
     assert sorted(found.other) == ["pass@2", "pass@4", "pass@6"]
 
 
