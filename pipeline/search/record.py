@@ -11,6 +11,7 @@ from raymerge.pipeline.decoding import decode, parse_json
 from raymerge.pipeline.errors import OutputError
 from raymerge.pipeline.messages import shown
 from raymerge.pipeline.redact import redact_texts
+from raymerge.pipeline.search.values import UNMEASURED
 from raymerge.pipeline.stores.open import Stores
 
 RECORD = "search.json"
@@ -36,6 +37,11 @@ class Trial:
     """Why it failed; empty otherwise."""
     told_failed: bool = False
     """Whether it had failed when the sampler was told of it, and a later run has found the values: replayed so."""
+
+    @property
+    def is_tried_again(self) -> bool:
+        """Whether the next run tries it again: it failed, and not because its model lacks a figure."""
+        return self.values is None and self.error != UNMEASURED
 
 
 @dataclass(frozen=True, slots=True)

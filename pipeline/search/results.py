@@ -34,7 +34,7 @@ class SearchReport:
 
     @property
     def failed(self) -> tuple[Trial, ...]:
-        """The trials without values, which the next run tries again."""
+        """The trials without values; the next run tries those again that `is_tried_again`."""
         return tuple(trial for trial in self.trials if trial.values is None)
 
     @property

@@ -19,7 +19,7 @@ from raymerge.pipeline.search.record import SearchRecord, Trial, read_record, wr
 from raymerge.pipeline.search.replay import check_replayed, check_same, list_batches
 from raymerge.pipeline.search.soup import Soup
 from raymerge.pipeline.search.study import Settings, Study, load_optuna
-from raymerge.pipeline.search.values import UNMEASURED, Values, explain_failure, read_values
+from raymerge.pipeline.search.values import Values, explain_failure, read_values
 from raymerge.pipeline.spectrum.record import has_spectrum
 from raymerge.pipeline.stores.seam import Lock
 
@@ -81,6 +81,8 @@ class Run:
         self._lock = Lock()
         self._num_idle = 0
         """Batches since the last that brought a better model."""
+        self._has_unrecorded = False
+        """Whether a killed run has merged models of a batch that it has not recorded."""
 
     def run(self) -> str:
         """Try settings until the budget is used up; return why it ended before, if so."""
@@ -171,7 +173,9 @@ class Run:
         if self.trials and has_spectrum(self._models.stores, self._models.out):
             tried = {trial.name for trial in self.trials}
             for point in self._models.read().points:
-                if point.name in tried and point.fingerprint:
+                if point.name not in tried:
+                    self._has_unrecorded = True
+                elif point.fingerprint:
                     self._fingerprints.setdefault(point.fingerprint, point.name)
 
     def _check_inputs(self) -> None:
@@ -185,17 +189,13 @@ class Run:
 
     def _list_failed(self) -> dict[str, Settings]:
         """Return the settings of trials that may come to values if they are tried again."""
-        return {
-            trial.name: trial.settings
-            for trial in self.trials
-            if trial.values is None and not trial.same_as and trial.error != UNMEASURED
-        }
+        return {trial.name: trial.settings for trial in self.trials if trial.is_tried_again and not trial.same_as}
 
     def _retry(self) -> bool:
         """Try failed trials of earlier runs again; return whether there were any.
 
-        The sampler is told of those of the last batch, after which nothing has been proposed yet. What it proposed
-        after earlier ones stays as it is, so that the search can be replayed.
+        The sampler is told of those of the last batch, unless a killed run has merged what it proposed after that. What
+        it proposed after earlier ones stays as it is, so that the search can be replayed.
         """
         if not (failed := self._list_failed()):
             return False
@@ -212,7 +212,7 @@ class Run:
             if again.same_as:
                 original = planned.get(again.same_as, found[again.same_as])
                 again = replace(again, values=original.values, error=original.error)
-            is_late = trial.batch < last and again.values is not None and trial.values is None
+            is_late = (trial.batch < last or self._has_unrecorded) and again.values is not None and trial.values is None
             found[trial.name] = replace(again, batch=trial.batch, told_failed=trial.told_failed or is_late)
             if found[trial.name] != trial or trial.name in failed:
                 self._telling.trial(found[trial.name], numbers[trial.name])
@@ -226,7 +226,7 @@ class Run:
             OutputError: none could be; the batch is recorded, and tried again by the next run.
         """
         own = set(self._fingerprints.values())
-        errors = [trial.error for trial in batch if trial.name in own and trial.values is None]
+        errors = [trial.error for trial in batch if trial.name in own and trial.is_tried_again]
         if len(errors) > 1 and len(errors) == sum(trial.name in own for trial in batch):
             raise OutputError(
                 f"none of the last {len(errors)} models could be evaluated; put it right and run again, which tries"

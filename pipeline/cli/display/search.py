@@ -95,9 +95,11 @@ def format_report(report: SearchReport) -> str:
         found = f"{_join(better)} better" if better else "no model is better"
         lines.append(f"  {name}  {format_values(report.objectives, own)}; {found}")
     if report.failed:
-        error = report.failed[0].error.splitlines()[0]
-        failed = counted(len(report.failed), "trial")
-        lines.append(f"{failed} failed, {report.failed[0].name} with: {error}; run the search again to retry")
+        again = [trial for trial in report.failed if trial.is_tried_again]
+        first, failed = (again or report.failed)[0], counted(len(report.failed), "trial")
+        those = "" if len(again) == len(report.failed) else f" {len(again)} of them"
+        hint = f"; run the search again to retry{those}" if again else ""
+        lines.append(f"{failed} failed, {first.name} with: {first.error.splitlines()[0]}{hint}")
     if len(report.beating) > 1:
         lines.append(f"Better than every parent: {listing(report.beating_all) if report.beating_all else 'none'}.")
     return "\n".join(lines)

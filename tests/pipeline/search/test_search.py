@@ -18,7 +18,9 @@ import torch
 import yaml
 
 import raymerge
+from raymerge.pipeline.cli.display.search import format_report
 from raymerge.pipeline.errors import ConfigError, OutputError
+from raymerge.pipeline.evaluation.events import Evaluated, EvaluationEvent
 from raymerge.pipeline.search.options import SearchOptions
 from raymerge.pipeline.search.record import RECORD, Trial
 from raymerge.pipeline.search.results import SearchReport
@@ -260,6 +262,7 @@ def test_failed_trials_are_tried_again_and_the_search_is_still_replayed(root: Pa
     (root / "bad").write_text("trial-0001 trial-0004")
     first = run(root, recipe, replace(options, budget=6))
     assert [trial.name for trial in first.failed] == ["trial-0001", "trial-0004"]
+    assert "server is down; run the search again to retry" in format_report(first)
     assert "server is down" in first.failed[0].error
     (root / "bad").write_text("trial-0001")
     retried: list[int] = []
@@ -294,6 +297,39 @@ def test_a_judge_that_dies_ends_the_search_and_the_next_run_goes_on_as_if_it_had
         run(root, recipe, options)
     (root / "bad").unlink()
     assert run(root, recipe, options).trials == whole.trials
+
+
+@pytest.mark.slow
+def test_a_retried_trial_does_not_change_what_a_killed_run_has_proposed_after_it(root: Path) -> None:
+    """The soup's second batch begins with another model if the last trial of the first has a value."""
+    (root / "judge.py").write_text(FLAKY + JUDGE)
+    recipe, options = make_recipe(root, num_models=3), SearchOptions(sampler="soup")
+    (root / "bad").write_text("trial-0002")
+
+    def stop(event: EvaluationEvent) -> None:
+        if isinstance(event, Evaluated) and event.evaluation.model == "trial-0003":
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(root, recipe, options, on_evaluation=stop)
+    (root / "bad").unlink()
+    report = run(root, recipe, options)
+    assert [trial.told_failed for trial in report.trials] == [False, False, True, False, False]
+    assert [report.trials[3].settings[f"weight[{k}]"] for k in range(3)] == [1.0, 1.0, 0.0]
+    assert run(root, recipe, options).trials == report.trials
+
+
+@pytest.mark.slow
+def test_models_that_lack_a_figure_are_not_tried_again_and_end_no_search(root: Path) -> None:
+    lacking = '**({} if directory.name in ("trial-0002", "trial-0003") else {"tokens": 1000 * t})'
+    (root / "judge.py").write_text(JUDGE.replace('"tokens": 1000 * t', lacking))
+    recipe, options, retried = make_recipe(root, WEIGHTS), SearchOptions(budget=6, batch=2), list[int]()
+    for _ in range(2):
+        report = run(root, recipe, options, on_retry=retried.append)
+        assert [trial.name for trial in report.failed] == ["trial-0002", "trial-0003"]
+    assert not retried
+    assert "2 trials failed, trial-0002 with: a task does not measure an objective" in format_report(report)
+    assert "again" not in format_report(report)
 
 
 def test_every_wrong_value_of_the_space_is_told_with_its_line_before_anything_is_merged(root: Path) -> None:
