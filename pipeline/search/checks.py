@@ -35,7 +35,8 @@ class _End:
 def find_wrong_values(space: Space, bases: Sequence[Settings], explain: Explain) -> list[tuple[str, str]]:
     """Return the values that no model can be merged with, each as its path and what is said of it.
 
-    A value is wrong if it is refused together with each of some settings of the other paths that are not.
+    A value is wrong if it is refused together with each of some settings of the other paths that are not, and with each
+    value that another path may have in one of these.
 
     Args:
         space: what may be proposed.
@@ -46,12 +47,8 @@ def find_wrong_values(space: Space, bases: Sequence[Settings], explain: Explain)
     working = [base for k, base in enumerate(bases) if not refused[f"base-{k}"]]
     if not working:
         return []
-    left = [
-        end
-        for path, dimension in space.items()
-        for end in _list_ends(path, dimension)
-        if not any(base[path] == end.values[0] for base in working)
-    ]
+    ends = [end for path, dimension in space.items() for end in _list_ends(path, dimension)]
+    left = [end for end in ends if not any(base[end.path] == end.values[0] for base in working)]
     errors: dict[str, str] = {}
     for base in working[:_MAX_TRIED]:
         for number in range(2):
@@ -61,7 +58,16 @@ def find_wrong_values(space: Space, bases: Sequence[Settings], explain: Explain)
             for label, error in said.items():
                 errors.setdefault(label, error)
             left = [end for end in left if said.get(end.label, "refused")]
+    left = [end for end in left if not _goes_with_another(end, ends, working[0], explain)]
     return [(end.path, f"{end.label}: {_drop_warnings(errors[end.label])}") for end in left]
+
+
+def _goes_with_another(end: _End, ends: Sequence[_End], base: Settings, explain: Explain) -> bool:
+    """Tell whether there is a value of another path with which a value is not refused."""
+    tried = (
+        {**base, other.path: other.values[-1], end.path: end.values[-1]} for other in ends if other.path != end.path
+    )
+    return any(not explain({"value": settings})["value"] for settings in tried)
 
 
 def _drop_warnings(error: str) -> str:
@@ -71,7 +77,7 @@ def _drop_warnings(error: str) -> str:
 def list_bases(space: Space, explain: Explain) -> list[Settings]:
     """Return a few settings that are not refused: all at their lowest, in the middle, at their highest, and mixed.
 
-    Where all of these are refused, each path in turn gets the value with which the least is said.
+    Where all of these are refused, each path in turn gets the value with the fewest lines of reasons.
     """
     ends = {path: [end.values[0] for end in _list_ends(path, dimension)] for path, dimension in space.items()}
     middles = {path: _find_middle(dimension) for path, dimension in space.items()}
@@ -92,7 +98,7 @@ def list_bases(space: Space, explain: Explain) -> list[Settings]:
 
 
 def _climb(ends: Mapping[str, Sequence[object]], base: Settings, error: str, explain: Explain) -> Settings | None:
-    """Return settings that are not refused: from others, by changes after which less is said."""
+    """Return settings that are not refused: from others, by changes that leave fewer lines of reasons."""
     for _ in range(_MAX_SWEEPS):
         before = error
         for path, own in ends.items():

@@ -29,7 +29,6 @@ from raymerge.pipeline.stores.open import Stores
 _BY_SETTINGS = (ConfigError, CheckpointError, TensorMismatchError, MemoryLimitError, OpParameterError)
 """Errors of plans that are a trial's own: what else goes wrong ends the search, and is not held against a trial."""
 
-
 _MAX_PLANNED = 4
 """Settings that are planned to check the values of a space."""
 
@@ -96,7 +95,6 @@ class Models:
             ConfigError: it names all that are wrong, with their lines.
         """
         recipe, warnings = self.recipe, dict[str, None]()
-
         own = read_own_ops(self.merging.ops) if self.merging.ops else None
         find = partial(find_models, self.stores)
 
