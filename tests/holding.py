@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -25,21 +26,28 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Held:
-    """Makes shards, but no more than a number of them before the hold is over."""
+    """Makes a number of shards; further ones wait until the hold is over."""
 
     directory: Path
-    """Has a file for each shard that was begun; and `go` when the hold is over."""
+    """Has a file for each shard that was begun or waits; and `go` when the hold is over."""
     num_shards: int
 
     def __call__(self, stores: Stores, task: ShardTask, report: Report, **more: Any) -> ShardResult:
         """Make a shard; see `run_shard`."""
-        (self.directory / f"shard-{uuid4().hex}").touch()
-        while len(list(self.directory.glob("shard-*"))) > self.num_shards:
-            if (self.directory / "go").exists():
-                break
-            time.sleep(0.01)
-            report(Progress())
+        if not self._begin():
+            (self.directory / f"held-{uuid4().hex}").touch()
+            while not (self.directory / "go").exists():
+                time.sleep(0.01)
+                report(Progress())
         return run_shard(stores, task, report, **more)
+
+    def _begin(self) -> bool:
+        """Take one of the places of shards that do not wait; of two processes only one gets it."""
+        for number in range(self.num_shards):
+            with suppress(FileExistsError):
+                (self.directory / f"shard-{number}").touch(exist_ok=False)
+                return True
+        return False
 
 
 def start_held(
@@ -50,11 +58,11 @@ def start_held(
     env: Mapping[str, str | None] | None = None,
     prefix: Sequence[str] = (),
 ) -> Popen[str]:
-    """Start a raymerge process that goes on after so many shards only when there is the file `go` in a directory.
+    """Start a raymerge process that makes so many shards, and further ones once there is the file `go` in a directory.
 
     Args:
         directory: is made where it is not there; of this process alone.
-        num_shards: that it may begin, of which those that it has not finished wait.
+        num_shards: that it makes before.
         arguments: of the command.
         cwd: where it runs.
         env: changes to the environment; None takes a variable out.
