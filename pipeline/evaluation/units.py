@@ -12,10 +12,10 @@ from raymerge.cluster.runner import Progress, Report
 from raymerge.pipeline.checkpoint.checkpoint import locate_model
 from raymerge.pipeline.errors import HeldError, MergeError
 from raymerge.pipeline.evaluation.digests import Digests
-from raymerge.pipeline.evaluation.engines import Engines
 from raymerge.pipeline.evaluation.evaluator import EvaluationError, Model, Place, Task
 from raymerge.pipeline.evaluation.events import Evaluated, Sampled
 from raymerge.pipeline.evaluation.figures import Figures
+from raymerge.pipeline.evaluation.generation.engines import Engines
 from raymerge.pipeline.evaluation.records import Records
 from raymerge.pipeline.evaluation.results import Evaluation
 from raymerge.pipeline.evaluation.samples import Sample, open_log

@@ -18,8 +18,8 @@ from raymerge.ops.own import read_own_ops
 from raymerge.pipeline.checkpoint.checkpoint import is_repository
 from raymerge.pipeline.engine.gpu.devices import list_gpus
 from raymerge.pipeline.errors import ConfigError, FetchError, MergeError, OutputError
-from raymerge.pipeline.evaluation.engines import Engines
 from raymerge.pipeline.evaluation.events import Evaluated, EvaluationEvent, Repeated
+from raymerge.pipeline.evaluation.generation.engines import Engines
 from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.evaluation.records import Records
 from raymerge.pipeline.evaluation.results import Evaluation

@@ -17,9 +17,9 @@ from typing import IO, Any
 
 from raymerge.pipeline.decoding import decode, is_decodable, parse_json
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.evaluation.child import Child
 from raymerge.pipeline.evaluation.evaluator import EvaluationError, Evaluator, Model, Place, Task
 from raymerge.pipeline.evaluation.figures import Figures, summarise
+from raymerge.pipeline.evaluation.generation.child import Child
 from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.evaluation.results import Estimate, Tokens
 from raymerge.pipeline.evaluation.samples import Sample
@@ -87,7 +87,7 @@ class CommandTask(Task):
                 child = Child(words, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, environment=environment)
             except OSError as error:
                 raise EvaluationError(
-                    f"{words[0]} cannot be run: {error.strerror}; no shell runs the command: for a shell's own"
+                    f"{error.filename} cannot be run: {error.strerror}; no shell runs the command: for a shell's own"
                     " commands, && and pipes write sh -c '...'"
                 ) from error
             try:

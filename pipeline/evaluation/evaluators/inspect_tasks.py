@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,24 +12,22 @@ from typing import Any
 
 from raymerge.pipeline.decoding import is_decodable
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.evaluation.evaluator import EvaluationError, Evaluator, Model, Place, Task
+from raymerge.pipeline.evaluation.evaluator import Evaluator, Task
 from raymerge.pipeline.evaluation.figures import Figures, summarise
-from raymerge.pipeline.evaluation.generation.engine import Engine, EngineError
+from raymerge.pipeline.evaluation.generation.engine import EngineError
+from raymerge.pipeline.evaluation.library_task import RESULTS, LibraryTask, start_library
 from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.evaluation.samples import Sample
-from raymerge.pipeline.evaluation.unfinished import keep_unfinished
 from raymerge.pipeline.messages import suggest
-
-_RESULTS = "results"
-"""Item of the sample that holds Inspect's own figures, written last."""
 
 
 @dataclass(frozen=True)
-class InspectTask(Task):
+class InspectTask(LibraryTask):
     """A task of Inspect, with the scorer that counts."""
 
     libraries = ("inspect_ai", "transformers", "accelerate")
-    last = _RESULTS
+    backend = "inspect"
+    title = "Inspect"
 
     name: str
     digest: str
@@ -51,26 +46,9 @@ class InspectTask(Task):
         shown = {"scorer": self.scorer, "arguments": dict(self.arguments), "dtype": self.dtype}
         return shown if self.limit is None else {**shown, "items": self.limit}
 
-    @property
-    def num_samples(self) -> int:
-        """Unknown before Inspect has read its data."""
-        return 0
-
-    def run(
-        self, model: Model, place: Place, finished: Collection[tuple[str, int]], keep: Callable[[Sample], None]
-    ) -> None:
-        """Have Inspect do the whole task, unless it is done."""
-        if (_RESULTS, 0) in finished:
-            return
-        place.engine.close()  # its model would share the GPU
-        with keep_unfinished("inspect", model, self) as kept:
-            self._ask(model, place, kept, keep)
-
-    def _ask(self, model: Model, place: Place, kept: str | None, keep: Callable[[Sample], None]) -> None:
-        """Keep the samples of the whole task."""
-        request = {
-            "kind": "evaluate",
-            "model": model.directory,
+    def make_request(self, kept: str | None) -> Mapping[str, object]:
+        """Return the request to the worker."""
+        return {
             "task": self.task,
             "limit": self.limit,
             "dtype": self.dtype,
@@ -78,20 +56,16 @@ class InspectTask(Task):
             "kept": kept,
             **self.arguments,
         }
-        try:
-            with _inspect(place.engine.environment, place.engine.timeout) as engine:
-                answers = list(engine.ask(request, place.check))
-        except EngineError as error:
-            raise EvaluationError(f"Inspect: {error}") from error
-        results = answers.pop()["results"]
-        for answer in answers:
-            keep(make_sample(answer["sample"], self.scorer))
-        keep(Sample(_RESULTS, 0, None, measures=_list_known(results)))
+
+    def make_samples(self, answers: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Sequence[Sample]:
+        """Return the samples of the whole task, each scored by the scorer that counts."""
+        own = Sample(RESULTS, 0, None, measures=_list_known(results))
+        return [*(make_sample(answer, self.scorer) for answer in answers), own]
 
     def summarise(self, samples: Collection[Sample]) -> Figures:
         """Return the figures of the samples; those of Inspect are among the others."""
-        [results] = [sample for sample in samples if sample.item == _RESULTS]
-        answers = [sample for sample in samples if sample.item != _RESULTS]
+        [results] = [sample for sample in samples if sample.item == RESULTS]
+        answers = [sample for sample in samples if sample.item != RESULTS]
         found = summarise(answers)
         reasoning = [sample.measures["reasoning_tokens"] for sample in answers]
         mean = {"reasoning_tokens": fmean(reasoning)} if reasoning else {}
@@ -121,7 +95,7 @@ class InspectTasks(Evaluator):
             decides = [task.partition("@")[2], hashlib.sha256(file.read_bytes()).hexdigest()]
         else:
             raise ConfigError(f"--task inspect:{name}: there is no file {file}")
-        with _inspect({}, options.timeout) as engine:
+        with start_library("inspect", {}, options.timeout) as engine:
             try:
                 [answer] = engine.ask({"kind": "list", "task": task}, lambda: None)
             except EngineError as error:
@@ -174,13 +148,3 @@ def _find_version(package: str) -> list[str]:
         return [metadata.version(package)]
     except metadata.PackageNotFoundError:
         return []
-
-
-@contextmanager
-def _inspect(environment: Mapping[str, str], timeout: float = math.inf) -> Iterator[Engine]:
-    """Have Inspect in a process of its own, which may load data sets from the Hub."""
-    engine = Engine("inspect", {**environment, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}, timeout)
-    try:
-        yield engine
-    finally:
-        engine.close()

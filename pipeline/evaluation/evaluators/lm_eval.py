@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -14,30 +11,28 @@ from typing import Any
 
 from raymerge.pipeline.decoding import is_decodable
 from raymerge.pipeline.errors import ConfigError
-from raymerge.pipeline.evaluation.evaluator import EvaluationError, Evaluator, Model, Place, Task
+from raymerge.pipeline.evaluation.evaluator import EvaluationError, Evaluator, Task
 from raymerge.pipeline.evaluation.figures import Figures, summarise
-from raymerge.pipeline.evaluation.generation.engine import Engine, EngineError
+from raymerge.pipeline.evaluation.generation.engine import EngineError
+from raymerge.pipeline.evaluation.library_task import RESULTS, LibraryTask, start_library
 from raymerge.pipeline.evaluation.options import EvaluateOptions
 from raymerge.pipeline.evaluation.results import Estimate
 from raymerge.pipeline.evaluation.samples import Sample
 from raymerge.pipeline.evaluation.tasks.answers import Markers
-from raymerge.pipeline.evaluation.unfinished import keep_unfinished
 from raymerge.pipeline.messages import suggest
 
-_BACKEND = "lm-eval"
-_RESULTS = "results"
-"""Item of the sample that holds lm-eval's own figures, written last."""
 _VALUE = "value"
-"""Measure of that sample: lm-eval's value of the metric that counts."""
+"""Measure of the last sample: lm-eval's value of the metric that counts."""
 _MAX_FILE_NBYTES, _MAX_FILES = 64 * 2**20, 2000
 
 
 @dataclass(frozen=True)
-class LmEvalTask(Task):
+class LmEvalTask(LibraryTask):
     """A task or group of lm-eval, with the metric that counts."""
 
     libraries = ("lm_eval",)
-    last = _RESULTS
+    backend = "lm-eval"
+    title = "lm-eval"
 
     name: str
     digest: str
@@ -58,26 +53,9 @@ class LmEvalTask(Task):
         shown = {"metric": self.metric, "arguments": dict(self.arguments), "seed": self.seed, "dtype": self.dtype}
         return shown if self.limit is None else {**shown, "items": self.limit}
 
-    @property
-    def num_samples(self) -> int:
-        """Unknown before lm-eval has read its data."""
-        return 0
-
-    def run(
-        self, model: Model, place: Place, finished: Collection[tuple[str, int]], keep: Callable[[Sample], None]
-    ) -> None:
-        """Have lm-eval do the whole task, unless it is done."""
-        if (_RESULTS, 0) in finished:
-            return
-        place.engine.close()  # its model would share the GPU
-        with keep_unfinished("lm-eval", model, self) as kept:
-            keep(self._ask(model, place, f"{kept}/answers" if kept else None, keep))
-
-    def _ask(self, model: Model, place: Place, kept: str | None, keep: Callable[[Sample], None]) -> Sample:
-        """Keep the samples of the whole task; return that of lm-eval's own figures."""
-        request = {
-            "kind": "evaluate",
-            "model": model.directory,
+    def make_request(self, kept: str | None) -> Mapping[str, object]:
+        """Return the request to the worker."""
+        return {
             "task": self.task,
             "include_path": self.include_path,
             "arguments": self.arguments,
@@ -85,17 +63,12 @@ class LmEvalTask(Task):
             "limit": self.limit,
             "dtype": self.dtype,
             "batch_size": self.batch_size,
-            "cache": kept,
+            "cache": f"{kept}/answers" if kept else None,
         }
-        try:
-            with _lm_eval(place.engine.environment, place.engine.timeout) as engine:
-                answers = list(engine.ask(request, place.check))
-        except EngineError as error:
-            raise EvaluationError(f"lm-eval: {error}") from error
-        results = answers.pop()["results"]
+
+    def make_samples(self, answers: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Sequence[Sample]:
+        """Return a sample for each document, scored by the metric that counts."""
         chosen, value = _choose(results, self.task, self.metric)
-        for sample in make_samples([answer["sample"] for answer in answers], chosen):
-            keep(sample)
         others = {
             name if task == self.task else f"{task}:{name}": figure
             for task, figures in results.items()
@@ -103,12 +76,12 @@ class LmEvalTask(Task):
             if "," in name and is_decodable(figure)
         }
         known = {} if value is None or not is_decodable(value) else {_VALUE: value}
-        return Sample(_RESULTS, 0, None, measures={**others, **known})
+        return [*make_samples(answers, chosen), Sample(RESULTS, 0, None, measures={**others, **known})]
 
     def summarise(self, samples: Collection[Sample]) -> Figures:
         """Return the figures of the samples; the accuracy is lm-eval's own."""
-        [results] = [sample for sample in samples if sample.item == _RESULTS]
-        found = summarise([sample for sample in samples if sample.item != _RESULTS])
+        [results] = [sample for sample in samples if sample.item == RESULTS]
+        found = summarise([sample for sample in samples if sample.item != RESULTS])
         accuracy, value = found.accuracy, results.measures.get(_VALUE, results.score)
         if value is None or not 0 <= value <= 1:
             accuracy = None
@@ -139,7 +112,7 @@ class LmEvalTasks(Evaluator):
         include = options.include_path
         if include is not None and not Path(include).is_dir():
             raise ConfigError(f"--include-path {include}: no such directory")
-        with _lm_eval({}) as engine:
+        with start_library("lm-eval", {}) as engine:
             try:
                 [answer] = engine.ask({"kind": "list", "include_path": include}, lambda: None)
             except EngineError as error:
@@ -211,16 +184,6 @@ def _choose(results: Mapping[str, Mapping[str, float]], task: str, metric: str) 
     if chosen is None:
         raise EvaluationError(f"lm-eval:{task} has no metric {metric!r}; {suggest(metric, names)}")
     return chosen, figures[chosen]
-
-
-@contextmanager
-def _lm_eval(environment: Mapping[str, str], timeout: float = math.inf) -> Iterator[Engine]:
-    """Have lm-eval in a process of its own, which may load data sets from the Hub."""
-    engine = Engine(_BACKEND, {**environment, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}, timeout)
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 def _hash_files(directory: str | None) -> list[str]:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from raymerge.pipeline.decoding import parse_json
 from raymerge.pipeline.errors import MergeError
-from raymerge.pipeline.evaluation.child import Child
+from raymerge.pipeline.evaluation.generation.child import Child
 
 _MODULES = {
     "transformers": "raymerge.pipeline.evaluation.generation.transformers_worker",

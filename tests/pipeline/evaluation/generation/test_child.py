@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PARENT = """
 import subprocess, sys, time
-from raymerge.pipeline.evaluation.child import Child
+from raymerge.pipeline.evaluation.generation.child import Child
 
 words = ["sh", "-c", "sleep 600 & echo $$ $! > pids.new; mv pids.new pids; wait"]
 with open("out", "wb") as out:
@@ -28,6 +30,8 @@ else:
 
 def list_running(pids: list[str]) -> list[str]:
     """Return the processes that run; not those that their parent has yet to collect."""
+    if not pids:
+        return []
     shown = subprocess.run(
         ["ps", "-o", "pid=,stat=", "-p", ",".join(pids)], capture_output=True, text=True, check=False
     )
@@ -64,3 +68,22 @@ def test_what_a_process_has_started_can_be_ended(tmp_path: Path) -> None:
     )
     assert done.stdout.split() == ["-9", "0"]
     wait_until_ended(wait_for(tmp_path / "pids"))
+
+
+def list_in(directory: Path) -> list[str]:
+    """Return the processes that run in a directory."""
+    found = []
+    for own in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile, or is somebody else's
+            if (own / "cwd").readlink() == directory:
+                found.append(own.name)
+    return found
+
+
+def test_a_process_that_no_shell_can_watch_is_ended_at_once(tmp_path: Path) -> None:
+    code = PARENT.replace('["sh", "-c",', f'["{shutil.which("sh")}", "-c",')
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    parent = [sys.executable, "-c", code, "wait"]
+    done = subprocess.run(parent, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "No such file or directory: 'sh'" in done.stderr
+    wait_until_ended(list_in(tmp_path))
