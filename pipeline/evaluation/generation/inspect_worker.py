@@ -72,13 +72,15 @@ def _evaluate(task: str, logs: str, **options: Any) -> EvalLog:
     if file.endswith(".py"):  # Inspect takes no other paths than those below the working directory
         os.chdir(Path(file).absolute().parent)
         task = f"{Path(file).name}{at}{name}"
-    if (begun := _find_log(logs)) is None:
-        found = inspect_ai.eval(task, log_dir=logs, log_format="eval", display="none", **options)
-    elif begun.status == "success":
-        return begun
-    else:
+    begun, found = _find_log(logs), None
+    if begun is not None:
+        if begun.status == "success":
+            return begun
         again = {name: options[name] for name in ("max_connections", "log_buffer") if name in options}
-        found = inspect_ai.eval_retry(begun, log_dir=logs, display="none", **again)
+        with suppress(Exception):  # such as of a task file that has another name now; what a task raises is in its log
+            found = inspect_ai.eval_retry(begun, log_dir=logs, display="none", **again)
+    if found is None:
+        found = inspect_ai.eval(task, log_dir=logs, log_format="eval", display="none", **options)
     if len(found) != 1:
         names = ", ".join(log.eval.task for log in found)
         raise RuntimeError(
