@@ -29,7 +29,7 @@ class Digest:
         self._digest = hashlib.sha256()
 
     def announce(self) -> None:
-        """Tell that a piece will be taken."""
+        """Tell that a piece will be taken, or just was."""
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -67,14 +67,21 @@ def list_loops() -> list[Loop]:
 @cache
 def can_share() -> bool:
     """Return whether digests of several files can be taken at once here, and are right."""
-    piece = memoryview(bytes(range(200)))
-    digest = _SharedDigest(_Group())
     with suppress(Exception):  # whatever a compiler, its cache and its libraries may raise
-        if list_loops():
-            digest.announce()
-            digest.update(piece)
-            return digest.hexdigest() == hashlib.sha256(piece).hexdigest()
+        return bool(list_loops()) and all(map(_is_right, range(1, digest_loops.MAX_MESSAGES + 1)))
     return False
+
+
+def _is_right(count: int) -> bool:
+    """Take so many digests at once, and tell whether they are those of hashlib."""
+    group = _Group()
+    pieces = {_SharedDigest(group): memoryview(bytes(range(number, number + 200))) for number in range(count)}
+    for digest, piece in pieces.items():
+        digest.offer(piece)
+    group.take(group.begin())
+    if group.error is not None:
+        raise group.error
+    return all(digest.hexdigest() == hashlib.sha256(piece).hexdigest() for digest, piece in pieces.items())
 
 
 class _Group:
@@ -91,7 +98,7 @@ class _Group:
     def can_take(self) -> bool:
         """Return whether pieces can be taken, and no further one together with those that are there."""
         return not self.is_taking and all(
-            member.piece is not None or member.is_closed or (self.num_waiting > 0 and not member.num_announced)
+            member.piece is not None or member.is_closed or (self.num_waiting > 0 and member.num_announced <= 0)
             for member in self.members
         )
 
@@ -122,7 +129,7 @@ class _SharedDigest(Digest):
         self.piece: Buffer | None = None
         """What waits to be taken, of whole blocks."""
         self.num_announced = 0
-        """Pieces that are not taken yet."""
+        """Announced pieces that are not taken yet; negative where one is taken before it is announced."""
         self.is_closed = False
         self._group = group
         self._nbytes = 0
@@ -143,12 +150,8 @@ class _SharedDigest(Digest):
 
     def update(self, piece: Buffer) -> None:
         group = self._group
-        num_whole = len(piece) // digest_loops.BLOCK_NBYTES * digest_loops.BLOCK_NBYTES
-        assert not self._rest
-        self._rest = bytes(piece[num_whole:])
-        self._nbytes += len(piece)
         with group.changed:
-            self.piece = piece[:num_whole]
+            self.offer(piece)
             group.changed.notify_all()
             group.changed.wait_for(lambda: self.piece is None or group.can_take())
             pieces = group.begin() if self.piece is not None else {}
@@ -156,6 +159,14 @@ class _SharedDigest(Digest):
             group.take(pieces)
         if group.error is not None:
             raise group.error
+
+    def offer(self, piece: Buffer) -> None:
+        """Have the whole blocks of a piece wait to be taken, and keep the rest for the end."""
+        num_whole = len(piece) // digest_loops.BLOCK_NBYTES * digest_loops.BLOCK_NBYTES
+        assert not self._rest
+        self._rest = bytes(piece[num_whole:])
+        self._nbytes += len(piece)
+        self.piece = piece[:num_whole]
 
     def close(self) -> None:
         with self._group.changed:

@@ -18,7 +18,7 @@ from raymerge.cluster.host import find_host
 from raymerge.cluster.runner import Progress, Report
 from raymerge.ops.errors import OpFileError, find_line
 from raymerge.ops.kernels.sparsifiers.counts import forget_tables
-from raymerge.pipeline.engine.digests import make_digests
+from raymerge.pipeline.engine.digests import can_share, make_digests
 from raymerge.pipeline.engine.fetch import Filled, fetch_windows
 from raymerge.pipeline.engine.gpu.devices import take_gpu
 from raymerge.pipeline.engine.merger import HostMerger
@@ -69,8 +69,10 @@ def run_shard(
     """
     journals = [journals[position] for position in task.positions]
     remark = ""
+    if len(task.outputs) > 1:
+        can_share()  # before the first measure: what is imported and compiled is not the shard's
     if not task.piece_nbytes:
-        remark = prepare(task.merges)  # before the first measure: what is imported is not the shard's
+        remark = prepare(task.merges)  # nor what this takes
     elif device == "cuda":
         take_gpu()  # nor is what CUDA takes of the host
     _connect(stores, task, journals)  # nor are clients of stores and their modules

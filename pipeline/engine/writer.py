@@ -123,10 +123,11 @@ class ShardWriter:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        if self._current is not None:
-            self._digest.announce()
-            self._full.put((self._current, self._num_used))
+        buffer, num_bytes = self._current, self._num_used
         self._current, self._num_used = None, 0
+        if buffer is not None:
+            self._full.put((buffer, num_bytes))
+            self._digest.announce()  # last: after an interrupt in between, nobody waits for a piece that never comes
 
     def _acquire(self) -> mmap.mmap:
         """Return a buffer, as soon as there may be one more.

@@ -7,10 +7,13 @@ import mmap
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from raymerge.ops.loops import digest_loops
 from raymerge.ops.loops.digest_loops import has_instructions
 from raymerge.pipeline.engine import digests
 from raymerge.pipeline.engine.digests import Digest, can_share, make_digests
@@ -114,6 +117,43 @@ def test_shards_are_given_up_while_others_have_less(tmp_path: Path) -> None:
         shard.abort()
     assert threading.active_count() == before
     assert not [*tmp_path.iterdir()]
+
+
+def test_shards_are_given_up_when_an_interrupt_comes_while_a_piece_is_handed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = threading.active_count()
+    contents = make_contents([2 * OUTPUT_BUFFER_NBYTES] * 3)
+    shared = make_digests(3)
+    announce = shared[1].announce
+
+    def interrupt() -> None:
+        announce()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shared[1], "announce", interrupt)
+    shards = open_shards(tmp_path, contents, shared)
+    shards[0].append_bytes(contents[0])
+    with pytest.raises(KeyboardInterrupt):
+        shards[1].append_bytes(contents[1])
+    for shard in shards:
+        shard.abort()
+    assert threading.active_count() == before
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(not has_instructions(), reason="no instructions for SHA")
+def test_loops_that_give_other_digests_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one file may be right while those of several are not: each number of them has code of its own."""
+    compress = digest_loops.compress
+
+    def miss_the_third(addresses: Any, states: Any, num_blocks: int) -> None:
+        compress(addresses[:2], states[:2], num_blocks)
+
+    assert can_share.__wrapped__()
+    monkeypatch.setattr(digests, "digest_loops", SimpleNamespace(**vars(digest_loops) | {"compress": miss_the_third}))
+    monkeypatch.setattr(digests, "list_loops", lambda: [miss_the_third])
+    assert not can_share.__wrapped__()
 
 
 def test_files_side_by_side_share_the_processor_where_it_has_instructions() -> None:
