@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import threading
@@ -17,7 +18,7 @@ from raymerge.pipeline.stores.local.writer import file_etag
 _MAX_OPEN_FILES = 1024
 """Kept open: all files of a merge of hundreds of adapters, each of which every window reads from."""
 _OPEN_SHARE = 4
-"""A process keeps no more than this part of the files open that its limit allows."""
+"""Part of the files that a process may have open, by its limit, of which no more are kept: one in so many."""
 
 
 class _OpenFile:
@@ -45,7 +46,7 @@ class OpenFiles:
         with self._lock:
             entry = self._files.get(file)
             if entry is None:
-                entry = self._files[file] = _OpenFile(_open(file))
+                entry = self._files[file] = _OpenFile(self._open(file))
             self._files.move_to_end(file)
             entry.num_users += 1
             while len(self._files) > self._max_open:
@@ -64,24 +65,29 @@ class OpenFiles:
             for file in list(self._files):
                 self._evict(file)
 
+    def _open(self, file: StoredFile) -> int:
+        """Return a descriptor; where the process can have no more, close the files that nobody is reading."""
+        try:
+            descriptor = os.open(local_path(file.url), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            idle = [other for other, entry in self._files.items() if not entry.num_users]
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not idle:
+                raise FetchError(f"{file.url}: cannot be opened: {error.strerror}") from error
+            for other in idle:
+                self._evict(other)
+            return self._open(file)
+        try:
+            check_status(file, os.fstat(descriptor))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
     def _evict(self, file: StoredFile) -> None:
         entry = self._files.pop(file)
         entry.is_evicted = True
         if not entry.num_users:
             os.close(entry.descriptor)
-
-
-def _open(file: StoredFile) -> int:
-    try:
-        descriptor = os.open(local_path(file.url), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise FetchError(f"{file.url}: cannot be opened: {error.strerror}") from error
-    try:
-        check_status(file, os.fstat(descriptor))
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def check_status(file: StoredFile, status: os.stat_result) -> None:

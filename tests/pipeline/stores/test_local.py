@@ -5,6 +5,7 @@ import fcntl
 import mmap
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -177,13 +178,13 @@ def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_hundred_files_that_are_read_in_turn_are_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = LocalStorage()
     opened: list[str] = []
-    open_file = open_files._open
+    open_file = open_files.OpenFiles._open
 
-    def note(file: StoredFile) -> int:
+    def note(files: open_files.OpenFiles, file: StoredFile) -> int:
         opened.append(file.url)
-        return open_file(file)
+        return open_file(files, file)
 
-    monkeypatch.setattr(open_files, "_open", note)
+    monkeypatch.setattr(open_files.OpenFiles, "_open", note)
     for number in range(100):
         (tmp_path / str(number)).write_bytes(b"1234")
     files = [storage.stat(str(tmp_path / str(number))) for number in range(100)]
@@ -191,6 +192,26 @@ def test_a_hundred_files_that_are_read_in_turn_are_opened_once(tmp_path: Path, m
         assert read_all(storage, file) == b"1234"
     storage.close()
     assert len(opened) == len(set(opened)) == 100
+
+
+def test_files_are_closed_for_others_where_the_process_can_open_no_more(tmp_path: Path) -> None:
+    storage = LocalStorage()
+    for number in range(4):
+        (tmp_path / str(number)).write_bytes(b"1234")
+    *files, last = [storage.stat(str(tmp_path / str(number))) for number in range(4)]
+    for file in files:
+        assert read_all(storage, file) == b"1234"
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = os.open(tmp_path / "0", os.O_RDONLY)
+    os.close(probe)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (probe, before[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            os.open(tmp_path / "0", os.O_RDONLY)
+        assert read_all(storage, last) == b"1234"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        storage.close()
 
 
 # writing
