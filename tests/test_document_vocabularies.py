@@ -158,5 +158,6 @@ def test_many_blocks_of_scattered_rows(tmp_path: Path, monkeypatch: pytest.Monke
     least = str(caught.value).rsplit(" ", 1)[-1]
     check_same(documents, memory=least, workers=1)
     assert sum(task.reread_nbytes for task in plan("merge.yml", memory=least, workers=1).tasks) > 0
+    assert not any(task.reread_nbytes for task in plan("merge.yml", memory="1GiB", workers=1).tasks)
     merge("merge.yml", "resident", workers=2)
     assert read_files(Path("resident")) == read_files(Path("fused"))

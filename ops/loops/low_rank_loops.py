@@ -1,4 +1,4 @@
-"""Compiled loops for low-rank updates: the same bits as `ops.low_rank` gives by torch."""
+"""Compiled loops for low-rank updates: the same bits as `ops.decoders.low_rank` gives by torch."""
 
 from __future__ import annotations
 

@@ -84,7 +84,8 @@ class TokenizerReader:
             CheckpointError: a tokenizer_config.json is malformed.
             FetchError: the store refuses or is down.
         """
-        if first[TOKENIZER].nbytes != second[TOKENIZER].nbytes:
+        nbytes = first[TOKENIZER].nbytes
+        if nbytes != second[TOKENIZER].nbytes or nbytes > _MAX_NBYTES:  # larger ones are refused unread
             return False
         if self._hash(first[TOKENIZER]) != self._hash(second[TOKENIZER]):
             return False

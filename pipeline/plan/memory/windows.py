@@ -146,8 +146,9 @@ def count_again(merge: TensorMerge, buffer_nbytes: int, fetch_nbytes: int) -> in
     """
     demand = measure_demand(merge)
     if not all(_is_cut_like(source, demand.block_elements) for source in merge.sources[: merge.num_cut]):
+        whole = Window(merge, 0, merge.num_elements, range(demand.num_passes + 1))
         windows = make_windows(merge, demand, buffer_nbytes, fetch_nbytes)
-        return sum(map(_count_read, windows)) - sum(source.nbytes for source in merge.sources)
+        return sum(map(_count_read, windows)) - _count_read(whole)  # not `nbytes`: means of padding are read before
     if is_resident(merge, buffer_nbytes):
         return 0
     num_early, sources = merge.num_early_passes, [(source, source.num_elements) for source in merge.sources]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,11 @@ def test_tokens_that_loaders_add_to_equal_tokenizers_are_told(models: list[Path]
     write_tokenizer(models[1], byte_level(TEXTS[0]), added_tokens_decoder={"300": {"content": "<think>"}})
     (warning,) = plan(linear(*models)).warnings
     assert warning.startswith(f"{models[1]}: 1 token ('<think>') that {models[0]} does not have")
+
+
+def test_files_that_are_too_large_for_tokenizers_are_not_read(models: list[Path]) -> None:
+    for model in models:
+        os.truncate(model / "tokenizer.json", 2**30)
+    (warning,) = plan(linear(*models)).warnings
+    assert warning.startswith("tokenizers could not be compared: ")
+    assert "1,073,741,824 bytes" in warning
