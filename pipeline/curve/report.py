@@ -13,6 +13,7 @@ from raymerge.pipeline.curve.table import format_table
 from raymerge.pipeline.messages import escaped
 
 _WIDTH = 118
+_NOT_KEPT = "not kept, only its YAML: give --save-yaml best.yml too, and `raymerge merge best.yml OUT` makes it"
 
 
 def format_curve(curve: Curve) -> str:
@@ -28,6 +29,7 @@ def curve_json(curve: Curve) -> str:
     if curve.choice is not None and curve.chosen is not None:
         value["choice"] |= {
             "url": curve.chosen.url,
+            "is_made": curve.chosen.is_made,
             "settings": dict(curve.chosen.settings),
             "config": curve.chosen.config,
             "sentences": list(describe_choice(curve.views[0], curve.choice)),
@@ -50,7 +52,7 @@ def _list_parts(curve: Curve) -> Iterator[str]:
         f"{'Choice' if curve.choice.is_met else 'Nearest'}: {escaped(chosen.name)}",
         *(_wrap(sentence) for sentence in describe_choice(view, curve.choice)),
         f"  settings: {escaped(format_settings(chosen.settings))}",
-        f"  model:    {escaped(chosen.url)}",
+        f"  model:    {escaped(chosen.url) if chosen.is_made else _NOT_KEPT}",
         "  YAML:",
         textwrap.indent(chosen.config.rstrip("\n"), "    "),
     ]

@@ -28,6 +28,8 @@ class Model:
     """YAML of a point; empty for others."""
     error: str
     """Why a point could not be made; empty otherwise."""
+    is_made: bool = True
+    """Whether the model is kept; points may only be planned, and those of a search are deleted but for the best."""
 
 
 @dataclass(frozen=True, slots=True)

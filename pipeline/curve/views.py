@@ -18,7 +18,15 @@ _NOT_EVALUATED = "not evaluated"
 def list_models(directory: str, spectrum: Spectrum, evaluations: Sequence[Evaluation]) -> tuple[Model, ...]:
     """Return the points by their values, the parents, and whatever else was evaluated beside them."""
     points = [
-        Model(point.name, "point", locate_point(directory, point), point.settings, point.config, point.error)
+        Model(
+            point.name,
+            "point",
+            locate_point(directory, point),
+            point.settings,
+            point.config,
+            point.error,
+            is_made=point.state == "complete",
+        )
         for point in spectrum.sorted_points
     ]
     parents = [Model(parent.name, "parent", parent.model, {}, "", "") for parent in spectrum.parents]

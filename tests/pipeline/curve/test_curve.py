@@ -228,3 +228,15 @@ def test_names_are_no_formulas_in_a_spreadsheet() -> None:
     assert "-0.5" in rows[1]
     assert "'=1+1" in rows[2]
     assert rows[-1][1] == "'=HYPERLINK()"
+
+
+def test_a_chosen_model_that_is_only_planned_is_told_with_what_makes_it(tmp_path: Path, cli: Cli) -> None:
+    spectrum = make_spectrum({"t": [0.3]})
+    planned = replace(spectrum, points=tuple(replace(point, state="planned") for point in spectrum.points))
+    write_spectrum(tmp_path, planned, [make_evaluation("t-0.3", 0.5, 100)])
+    outcome = cli("curve", tmp_path)
+    assert "model:    not kept, only its YAML: give --save-yaml best.yml too" in outcome.out
+    assert f"{tmp_path}/t-0.3" not in outcome.out
+    assert "not kept, only its YAML" in (tmp_path / "curve.html").read_text()
+    found = json.loads(cli("curve", tmp_path, "--json").out)
+    assert found["choice"]["is_made"] is False
