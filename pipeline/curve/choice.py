@@ -77,8 +77,18 @@ def choose(
 
 
 def overlaps(one: Estimate, other: Estimate) -> bool:
-    """Tell whether two intervals have a value in common."""
-    return one.low <= other.high and other.low <= one.high
+    """Tell whether two intervals are known, and have a value in common."""
+    return one.has_interval and other.has_interval and one.low <= other.high and other.low <= one.high
+
+
+def have_intervals(view: View, *names: str) -> bool:
+    """Tell whether the intervals of models are known."""
+    return all(view.estimate(name).has_interval for name in names)
+
+
+def are_apart(one: Estimate, other: Estimate) -> bool:
+    """Tell whether two intervals are known, and have no value in common."""
+    return one.has_interval and other.has_interval and not overlaps(one, other)
 
 
 def _list_candidates(view: View, names: Sequence[str], rule: Rule) -> list[str]:
@@ -114,8 +124,10 @@ def _choose_within(view: View, points: list[str], parents: list[str], rule: Rule
         is_met,
         reference,
         bool(parents),
-        is_told_apart=comparison.is_told_apart if comparison else not overlaps(mine, view.estimate(reference)),
-        is_sure=comparison.accuracy.low >= -allowed if comparison else model == reference or mine.low >= limit,
+        is_told_apart=comparison.is_told_apart if comparison else are_apart(mine, view.estimate(reference)),
+        is_sure=comparison.accuracy.low >= -allowed
+        if comparison
+        else model == reference or (mine.has_interval and mine.low >= limit),
         contenders=tuple(contenders),
         parents=tuple(matching),
         comparison=comparison,
@@ -151,7 +163,7 @@ def _choose_best(view: View, points: list[str], parents: list[str], rule: Rule, 
     )
     reference = _most_accurate(view, parents) if parents else ""
     comparison = pairs.compare(view, model, reference) if reference else None
-    is_apart = bool(reference) and not overlaps(mine, view.estimate(reference))
+    is_apart = bool(reference) and are_apart(mine, view.estimate(reference))
     return Choice(
         rule,
         model,
@@ -159,7 +171,7 @@ def _choose_best(view: View, points: list[str], parents: list[str], rule: Rule, 
         reference,
         bool(parents),
         is_told_apart=comparison.is_told_apart if comparison else is_apart,
-        is_sure=not contenders,
+        is_sure=not contenders and have_intervals(view, *points),
         contenders=contenders,
         parents=tuple(name for name in parents if view.quality(name) >= view.quality(model)),
         comparison=comparison,

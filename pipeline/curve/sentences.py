@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from raymerge.pipeline.curve.choice import Choice, Rule, lowest_accuracy, overlaps
+from raymerge.pipeline.curve.choice import Choice, Rule, have_intervals, lowest_accuracy, overlaps
 from raymerge.pipeline.curve.findings import Findings
 from raymerge.pipeline.curve.phases import Jump
 from raymerge.pipeline.curve.types import Measure, Model, Score, View
@@ -31,6 +31,7 @@ def describe_findings(view: View, found: Findings, models: Sequence[Model]) -> t
         ),
         *_describe_jumps(view, found.jumps),
         *_describe_cut_off(view),
+        *_describe_unknown(view),
     )
 
 
@@ -97,7 +98,7 @@ def format_estimate(estimate: Estimate, measure: Measure) -> str:
         value, interval = f"loss {estimate.mean:.3f}", f" ({estimate.low:.3f} to {estimate.high:.3f})"
     else:
         value, interval = format_share(estimate.mean), f" ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
-    return value if estimate.low == estimate.high else value + interval
+    return value + interval if estimate.has_interval else value
 
 
 def format_share(share: float) -> str:
@@ -229,15 +230,18 @@ def _describe_cut_off(view: View) -> Iterator[str]:
         name: score.cut_off for name, score in view.scores.items() if score.cut_off and score.cut_off >= _MUCH_CUT_OFF
     }
     if much:
-        names = listing(f"{escaped(name)} ({100 * share:.0f}%)" for name, share in _by_share(much))
+        names = listing(
+            f"{escaped(name)} ({100 * share:.0f}%)" for name, share in sorted(much.items(), key=lambda item: -item[1])
+        )
         yield (
             f"Many answers were cut off at the largest number of tokens: {names}. With a higher limit these models"
             " would take more tokens, and may be more accurate."
         )
 
 
-def _by_share(shares: Mapping[str, float]) -> list[tuple[str, float]]:
-    return sorted(shares.items(), key=lambda item: -item[1])
+def _describe_unknown(view: View) -> Iterator[str]:
+    if names := [escaped(name) for name in view.scores if not have_intervals(view, name)]:
+        yield f"No interval: the evaluation gave none of {listing(names, 6)}, so chance may explain their differences."
 
 
 def _explain(view: View, choice: Choice) -> str:
@@ -272,12 +276,17 @@ def _doubt(view: View, choice: Choice) -> Iterator[str]:
     comparison = choice.comparison
     if comparison is not None:
         yield _describe_comparison(choice, comparison)
-    elif choice.reference and choice.reference != choice.model:
+    elif choice.reference and choice.reference != choice.model and have_intervals(view, choice.model, choice.reference):
         verb = "do not overlap" if choice.is_told_apart else "overlap: the evaluation does not tell the two apart"
         yield f"The 95% intervals of {escaped(choice.model)} and {escaped(choice.reference)} {verb}."
     if comparison is not None and choice.rule.name == "within" and choice.is_met and not choice.is_sure:
         yield f"The difference may be more than the {_format_limit(choice.rule.limit or 0.0)} that the rule allows."
-    elif choice.rule.name == "within" and choice.is_met and not choice.is_sure:
+    elif (
+        choice.rule.name == "within"
+        and choice.is_met
+        and not choice.is_sure
+        and have_intervals(view, choice.model, choice.reference)
+    ):
         limit = lowest_accuracy(view.estimate(choice.reference), choice.rule)
         low = format_share(view.estimate(choice.model).low)
         yield f"Its interval reaches down to {low}, below the limit of {format_share(limit)}: it may miss the rule."

@@ -51,7 +51,8 @@ def _list_figures(score: Score | None) -> list[object]:
     if score is None:
         return [""] * len(_FIGURES)
     intervals = [
-        ("", "", "") if each is None else (each.mean, each.low, each.high) for each in (score.accuracy, score.loss)
+        ("", "", "") if each is None else (each.mean, each.low, each.high) if each.has_interval else (each.mean, "", "")
+        for each in (score.accuracy, score.loss)
     ]
     counts = (score.tokens, score.tokens_low, score.tokens_high, score.median_tokens, score.p95_tokens)
     return [*intervals[0], *intervals[1], *counts, score.thinking, score.cut_off, score.num_items]
@@ -90,11 +91,14 @@ def _list_columns(curve: Curve, models: Sequence[Model]) -> Iterator[list[str]]:
     yield ["model", *(escaped(model.name) for model in models)]
     if view.measure == "accuracy":
         yield ["accuracy", *(format_share(each.mean) for each in estimates)]
-        yield ["95% interval", *(f"{100 * each.low:.1f} to {100 * each.high:.1f}" for each in estimates)]
+        intervals = [
+            f"{100 * each.low:.1f} to {100 * each.high:.1f}" if each.has_interval else "" for each in estimates
+        ]
     else:
         yield ["loss", *(f"{each.mean:.4f}" for each in estimates)]
-        yield ["95% interval", *(f"{each.low:.4f} to {each.high:.4f}" for each in estimates)]
+        intervals = [f"{each.low:.4f} to {each.high:.4f}" if each.has_interval else "" for each in estimates]
     for title, texts in (
+        ("95% interval", intervals),
         ("tokens", [format_count(score.tokens) for score in scores]),
         ("95% interval", [_format_interval(score) for score in scores]),
         ("p95", [format_count(score.p95_tokens) for score in scores]),

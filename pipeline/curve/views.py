@@ -108,7 +108,8 @@ def _list_counted(views: Sequence[View]) -> dict[str, list[int]]:
 def average_scores(scores: Sequence[Score], counted_in: Mapping[str, Sequence[int]]) -> Score:
     """Return the unweighted mean of a model's scores in several tasks.
 
-    The interval's half-widths are sqrt(sum h_i^2) / n on either side, as the tasks are independent samples. A figure
+    The interval's half-widths are sqrt(sum h_i^2) / n on either side, as the tasks are independent samples; it is known
+    where that of each task is. A figure
     that one of its tasks lacks is None; medians and percentiles have no mean.
 
     Args:
@@ -122,6 +123,8 @@ def average_scores(scores: Sequence[Score], counted_in: Mapping[str, Sequence[in
 
     estimates = [score.accuracy for score in scores if score.accuracy is not None]
     centre = sum(each.mean for each in estimates) / len(estimates)
+    if not all(each.has_interval for each in estimates):
+        estimates = [Estimate(each.mean, each.mean, each.mean) for each in estimates]
     below = sqrt(sum((each.mean - each.low) ** 2 for each in estimates)) / len(estimates)
     above = sqrt(sum((each.high - each.mean) ** 2 for each in estimates)) / len(estimates)
     return Score(

@@ -13,11 +13,16 @@ from raymerge.pipeline.redact import redact_texts
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with its confidence interval of 95%."""
+    """A mean with its confidence interval of 95%, whose ends are the mean where none is known."""
 
     mean: float
     low: float
     high: float
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether the interval is known."""
+        return self.low < self.high
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ def _percent(estimate: Estimate) -> str:
     >>> _percent(Estimate(0.8, 0.5, 0.95)), _percent(Estimate(0.5, 0.5, 0.5))
     ('80.0 (50.0 to 95.0)', '50.0')
     """
-    if estimate.low == estimate.high:
+    if not estimate.has_interval:
         return f"{100 * estimate.mean:.1f}"
     return f"{100 * estimate.mean:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
 

@@ -127,7 +127,7 @@ def _make_line(curve: Curve, index: int, model: Model) -> Line:
         (
             *(_make_setting(model, path) for path in curve.paths),
             Cell(texts[0], estimate.mean),
-            Cell(texts[1], estimate.low),
+            Cell(texts[1] if estimate.has_interval else "", estimate.low),
             *(Cell(format_count(count), -1.0 if count is None else count) for count in counts),
             *(Cell("" if share is None else format_share(share), -1.0 if share is None else share) for share in shares),
         ),

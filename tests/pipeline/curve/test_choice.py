@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.pipeline.curve.choice import Choice, Rule, choose
-from raymerge.pipeline.curve.sentences import describe_choice
-from raymerge.pipeline.curve.types import Measure, Score, View
+from raymerge.pipeline.curve.findings import find
+from raymerge.pipeline.curve.sentences import describe_choice, describe_findings
+from raymerge.pipeline.curve.types import Measure, Model, Score, View
+from raymerge.pipeline.curve.views import average_scores
 from raymerge.pipeline.evaluation.results import Estimate
 
 Figures = tuple[float, float | None]
@@ -148,3 +150,19 @@ def test_best_under_tokens_by_brute_force(figures: dict[str, Figures], limit: in
     best = max(allowed, key=lambda pair: (pair[0], -(pair[1] or 0))) if allowed else None
     cheapest = min(points.values(), key=lambda pair: (pair[1] or 0, -pair[0]))
     assert points[choice.model] == (best or cheapest)
+
+
+def test_what_has_no_interval_is_not_compared_by_one() -> None:
+    scores = {"t-0.1": Score(accuracy=Estimate(0.7, 0.7, 0.7), tokens=90.0)}
+    scores["thinking"] = Score(accuracy=Estimate(0.7, 0.6, 0.8), tokens=100.0)
+    view = View("a", ("a",), "accuracy", scores, {})
+    choice = choose(view, ["t-0.1"], ["thinking"], Rule("within", 1.0))
+    assert choice is not None
+    assert (choice.is_told_apart, choice.is_sure) == (False, False)
+    assert not [said for said in describe_choice(view, choice) if "interval" in said]
+    models = [Model("t-0.1", "point", "", {}, "", ""), Model("thinking", "parent", "", {}, "", "")]
+    told = [said for said in describe_findings(view, find(view, models, ()), models) if "interval" in said]
+    assert told == ["No interval: the evaluation gave none of t-0.1, so chance may explain their differences."]
+    mean = average_scores(list(scores.values()), {"tokens": [0, 1], "thinking": [], "cut_off": []}).accuracy
+    assert mean is not None
+    assert not mean.has_interval
