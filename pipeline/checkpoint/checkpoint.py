@@ -298,6 +298,9 @@ def nothing_there(storage: Storage, url: str) -> CheckpointError:
         return CheckpointError(
             f"{url}: a file, not a directory; give the directory that holds {CONFIG} and the weights"
         )
+    with suppress(FileNotFoundError, FetchError, CheckpointError):
+        storage.stat(f"{url}/.raymerge/plan.json")
+        return CheckpointError(f"{url}: an unfinished merge; run it again to finish it")
     revision = "" if scheme_of(url) == "hf" else url.rpartition("/")[2].partition("@")[2]
     hint = f", and leave `@{revision}` out: only a Hub repository has revisions" if revision else ""
     return CheckpointError(f"{url}: nothing is there; check the name{hint}, and that you may list it")

@@ -14,6 +14,7 @@ MAX_POINTS = 1000
 """Most models of one sweep."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_ENDLESS = re.compile(r"[+-]?\.?(inf|infinity|nan)", re.IGNORECASE)
 _MAX_DIGITS = 40
 """Digits of a number in a range; so many keep decimal arithmetic exact and quick."""
 
@@ -52,7 +53,7 @@ def is_range(text: str) -> bool:
     (True, True, False, False)
     """
     parts = [part.strip() for part in text.split(":")]
-    return len(parts) > 1 and all(_NUMBER.fullmatch(part) for part in parts)
+    return len(parts) > 1 and all(_NUMBER.fullmatch(part) or _ENDLESS.fullmatch(part) for part in parts)
 
 
 def expand_range(where: str, text: str) -> list[object]:
@@ -67,6 +68,8 @@ def expand_range(where: str, text: str) -> list[object]:
         raise ConfigError(
             f"{where}: {text} is no range; write start:stop:step, such as {parts[0]}:{parts[1]}:{example}"
         )
+    if endless := [part for part in parts if _ENDLESS.fullmatch(part)]:
+        raise ConfigError(f"{where}: the range {text} has {endless[0]}, and would never end; give a finite number")
     if any(len(part) > _MAX_DIGITS or abs(Decimal(part).adjusted()) > _MAX_DIGITS for part in parts):
         raise ConfigError(f"{where}: {text} has a number out of reason")
     start, stop, step = (Decimal(part) for part in parts)

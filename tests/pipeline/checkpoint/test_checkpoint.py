@@ -194,6 +194,12 @@ def test_an_empty_directory(tmp_path: Path) -> None:
     refuse(tmp_path, "nothing is there")
 
 
+def test_an_unfinished_merge(tmp_path: Path) -> None:
+    (tmp_path / ".raymerge").mkdir()
+    (tmp_path / ".raymerge/plan.json").write_text("{}")
+    refuse(tmp_path, "an unfinished merge; run it again to finish it")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize(
     ("content", "message"),

@@ -33,6 +33,7 @@ def test_values_are_what_is_written(text: str, values: list[object]) -> None:
     ("text", "said"),
     [
         ("0:1:0", "step 0, and would never end"),
+        ("0:inf:1", "has inf, and would never end; give a finite number"),
         ("0:1:-0.1", "never end; write 0:1:0.1"),
         ("1:0:0.1", "never end; write 1:0:-0.1"),
         ("0:1:0.000001", "1,000,001 values, and a sweep at most 1,000"),
