@@ -247,7 +247,10 @@ def test_what_another_plan_has_left_is_not_reused(
     ):
         outcome = cli("merge", *arguments)
         assert outcome.code == 2
-        assert "unfinished merge of another config, seed, set of inputs, file of --ops or version" in outcome.err
+        assert (
+            "unfinished merge of another config, seed, --shard-size, set of inputs, file of --ops or version"
+            in outcome.err
+        )
         assert "--overwrite" in outcome.err
     assert read_files(half) == before
     outcome = cli("merge", same, half, *MANY, "--seed", "1", "--overwrite")

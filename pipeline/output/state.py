@@ -185,8 +185,9 @@ def _inspect(stores: Stores, out: str, fingerprint: str) -> OutputState | str:
         if begun.fingerprint == fingerprint:
             return OutputState.UNFINISHED
         return (
-            f"{out} holds an unfinished merge of another config, seed, set of inputs, file of --ops or version; "
-            f"choose another directory{_advise_overwrite(stores, out, 'start over')}"
+            f"{out} holds an unfinished merge of another config, seed, --shard-size, set of inputs, file of --ops or "
+            f"version; give what it was begun with to go on, choose another directory"
+            f"{_advise_overwrite(stores, out, 'start over')}"
         )
     files = {name: file for name, file in stores.at(out).list(out).items() if not name.startswith(f"{DIRECTORY}/")}
     if not files:

@@ -99,7 +99,8 @@ class SpoolWriter(Writer):
     def _no_room(self, why: str) -> OutputError:
         return OutputError(
             f"{self.url}: a file for the Hub waits in {self._directory} until it is uploaded, and that cannot be"
-            f" written: {why}; free space there, set TMPDIR to another directory, or choose a smaller --shard-size"
+            f" written: {why}; free space there, set TMPDIR to another directory, or choose a smaller"
+            " --shard-size, with --overwrite, as that begins anew"
         )
 
 

@@ -27,7 +27,8 @@ _NEXT_STEP = {
     errno.EEXIST: "a part of the path is a file: choose another directory",
     errno.EISDIR: "a directory has this name: choose another directory",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EFBIG: "the file system or a limit (`ulimit -f`) forbids files of this size: choose a smaller --shard-size",
+    errno.EFBIG: "the file system or a limit (`ulimit -f`) forbids files of this size: choose a smaller"
+    " --shard-size, with --overwrite, as that begins anew",
     errno.EXDEV: "the unfinished file must be on the same file system",
     errno.EIO: "the disk reports an error: choose another one",
 }
