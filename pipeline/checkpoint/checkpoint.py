@@ -261,7 +261,14 @@ def locate_model(stores: Stores, model: ModelRef) -> str:
             f"{model}: a file, not a directory; give the directory that holds {CONFIG} and the weights"
         )
     if HUB_NAME.fullmatch(model.path):
-        return stores.at(f"hf://{model.path}").pin(f"hf://{model.path}", model.revision)
+        try:
+            return stores.at(f"hf://{model.path}").pin(f"hf://{model.path}", model.revision)
+        except FetchError as error:
+            if not path.parent.is_dir():
+                raise
+            raise FetchError(
+                f"{model}: no such directory{suggest_directory(path)}; nor from the Hub: {error}"
+            ) from error
     is_path = model.path.startswith((".", "/", "~"))
     hint = "" if is_path else "; and no repository of the Hub: those are called owner/name, as Qwen/Qwen2.5-0.5B is"
     where = "" if str(path) == model.path else f" ({path})"
