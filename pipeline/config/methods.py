@@ -145,9 +145,9 @@ def check_given(op: Op, uses: Sequence[Use], *, per_model: bool) -> None:
             place.note(place.error(f"{problem} `parameters`, or at the top for all models"))
         elif lacking:
             place = lacking[0].places[-1].get("parameters")
-            place.note(
-                place.error(f"{op.name} needs {name!r}, and nothing gives it; add it to the top-level `parameters`")
-            )
+            cause = lacking[0].places[-1].misspelt("parameters")
+            advice = str(cause) if cause else "add it to the top-level `parameters`"
+            place.note(place.error(f"{op.name} needs {name!r}, and nothing gives it; {advice}"))
 
 
 def check_statistics(

@@ -305,6 +305,14 @@ def test_what_is_missing_or_not_there_yet_is_told_once(form: str, change: tuple[
     assert told.startswith(message)
 
 
+def test_a_lacking_parameter_below_a_mistyped_key_names_the_key() -> None:
+    mistyped = changed("slerp", ("parameters", MISSING), ("paramters", {"t": 0.5}))
+    with pytest.raises(
+        ConfigError, match=r"needs 't', and nothing gives it; paramters: unknown key; did you mean 'par"
+    ):
+        load_config(mistyped)
+
+
 @pytest.mark.parametrize(("value", "hint"), [(50, "; did you mean 0.5?"), (2, ""), (-0.5, "")])
 def test_an_interpolation_outside_of_0_to_1_is_doubtful(value: float, hint: str) -> None:
     (warning,) = load_config(changed("slerp", ("parameters.t", value))).warnings
