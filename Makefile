@@ -31,6 +31,7 @@ help:
 	@echo "make clean   remove the environments, caches and build outputs"
 
 install: $(VENV)/stamp
+	@echo "raymerge is installed: $(VENV)/bin/raymerge --help"
 
 demo: $(VENV)/stamp
 	$(VENV)/bin/python docs/demo/demo.py build/demo
