@@ -77,7 +77,8 @@ def test_output_below_a_file(below: str, config: Path, tmp_path: Path, cli: Cli)
     (tmp_path / "file").write_text("content")
     out = Path(f"{tmp_path}/file{below}")
     outcome = cli("merge", config, out, "-q")
-    assert_refused(outcome, out, out, "a part of the path is a file: choose another directory")
+    reason = "a part of the path is a file: choose another directory" if below else "is a file; choose a directory"
+    assert_refused(outcome, out, out, reason)
     assert (tmp_path / "file").read_text() == "content"
 
 
@@ -209,7 +210,7 @@ def test_input_that_changes_during_the_merge(models: list[Path], tmp_path: Path)
     assert 0 < len(keep.list(ShardResult)) < len(keep.plan.tasks)
     assert not (out / "config.json").exists()
     assert not (out / INDEX).exists()
-    with pytest.raises(OSError, match="unfinished merge of another config, seed, set of inputs, file of"):
+    with pytest.raises(OSError, match="unfinished merge of another config, seed, --shard-size, set of inputs, file of"):
         merge(linear(models), out, shard_size=1)
     merge(linear(models), out, shard_size=1, overwrite=True)
     merge(linear(models), tmp_path / "fresh" / "out", shard_size=1)

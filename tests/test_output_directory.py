@@ -275,3 +275,24 @@ def test_overwrite_where_there_is_nothing(models: list[Path], tmp_path: Path, cl
     config = write_config(tmp_path / "merge.yml", make_config(models))
     assert cli("merge", config, tmp_path / "new", "-q", "--overwrite").code == 0
     assert cli("verify", tmp_path / "new").code == 0
+
+
+def test_a_file_in_the_output_s_place_is_told_by_plan_and_merge(models: list[Path], tmp_path: Path, cli: Cli) -> None:
+    config, out = write_config(tmp_path / "merge.yml", make_config(models)), tmp_path / "taken"
+    out.write_text("mine")
+    planned, merged = cli("plan", config, out), cli("merge", config, out)
+    assert (planned.code, merged.code) == (0, 2)
+    assert f"warning: `raymerge merge` refuses this output: {out} is a file; choose a directory" in planned.err
+    assert merged.err.splitlines() == [f"Error: {out} is a file; choose a directory"]
+    assert out.read_text() == "mine"
+
+
+def test_a_mistyped_directory_is_suggested_where_the_hub_cannot_be_asked(
+    models: list[Path], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://no-such-host.invalid")
+    monkeypatch.chdir(tmp_path)
+    outcome = cli("inspect", "in/m0x")
+    assert outcome.code == 2
+    assert "no such directory; did you mean" in outcome.err
+    assert "there is no host no-such-host.invalid" in outcome.err

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.main import get_command
 
-from raymerge import __version__
+from raymerge import RaymergeError, __version__
 from raymerge.pipeline.cli.advice import advise, describe_mistake, is_in_other_order
 from raymerge.pipeline.cli.console import put, say, say_hint
 from raymerge.pipeline.cli.curve import curve
@@ -126,8 +126,13 @@ def plan(
         save_table(result, save)
     if json:
         put(plan_json(result))
-        return
-    _print_plan(result, verbose=verbose)
+    else:
+        _print_plan(result, verbose=verbose)
+    if out is not None:
+        try:
+            driver.check_output(result, out, storage=options.storage)
+        except RaymergeError as error:
+            say(redact(f"warning: `raymerge merge` refuses this output: {error}"))
 
 
 def _print_plan(plan: MergePlan, *, verbose: bool) -> None:

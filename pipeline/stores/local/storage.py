@@ -163,6 +163,8 @@ class LocalStorage(Storage):
     def check_space(self, url: str, nbytes: int) -> None:
         """Compare with what is free in the directory, or in the one that it will be made in."""
         path = local_path(url).absolute()
+        if path.is_file():
+            raise OutputError(f"{url} is a file; choose a directory")
         try:
             directory = next(parent for parent in (path, *path.parents) if parent.is_dir())
             status = os.statvfs(directory)
