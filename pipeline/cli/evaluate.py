@@ -70,6 +70,4 @@ def evaluate(
             place = f" --evaluations {options.out}" if options.out else ""
             say_hint(f"next: `raymerge curve {models[0]}{place}` draws the curve, and chooses a model by a rule")
         elif not (quiet or json or log_json):
-            say_hint(
-                f"results, with every answer, are in {options.out or './evaluations'}; --out DIR puts them elsewhere"
-            )
+            say_hint(f"results are in {options.out or './evaluations'}; --out DIR puts them elsewhere")

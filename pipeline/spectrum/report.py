@@ -31,6 +31,7 @@ def format_sweep(plan: SweepPlan, *, makes_models: bool = True, verbose: bool = 
         f"sweep of {', '.join(plan.recipe.paths)}: {counted(len(points), 'point')}{equal}",
         f"  points   {listing(names, len(names) if verbose else _SHOWN)}",
     ]
+    lines += _list_equal(plan, verbose=verbose)
     if makes_models:
         lines += [
             f"  read     {format_nbytes(plan.read_nbytes)}: the inputs {times}",
@@ -55,6 +56,17 @@ def format_sweep(plan: SweepPlan, *, makes_models: bool = True, verbose: bool = 
             for point in points
         ]
     return redact("\n".join(lines))
+
+
+def _list_equal(plan: SweepPlan, *, verbose: bool) -> list[str]:
+    """Return a line for each point that is the same model as one before it, of this sweep or an earlier one."""
+    owners: dict[str, str] = {}
+    for point in plan.spectrum.points:
+        owners.setdefault(point.url, point.name)
+    urls = {point.name: point.url for point in plan.spectrum.points}
+    names = [point.name for point in plan.recipe.points if owners[urls[point.name]] != point.name]
+    lines = [f"  equal    {name} is the same model as {owners[urls[name]]}" for name in names]
+    return lines if verbose or len(lines) <= _SHOWN else [*lines[:_SHOWN], f"  equal    and {len(lines) - _SHOWN} more"]
 
 
 def _describe(batch: Batch) -> list[str]:

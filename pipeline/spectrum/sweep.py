@@ -191,7 +191,18 @@ def _prepare(config: Config, out: str, sets: Sets, options: MergeOptions) -> Ite
         check_no_model(stores, directory)
         find = partial(find_models, stores)
         recipe = make_points(config, sets, options.seed, strict=options.strict, own=own, find=find)
-        yield _Prepared(stores, recipe, directory, options, stack)
+        prepared = _Prepared(stores, recipe, directory, options, stack)
+        if sets:
+            _check_filters(prepared.plan)
+        yield prepared
+
+
+def _check_filters(planned: SweepPlan) -> None:
+    """Refuse a sweep of one filter that matches no tensor: all its points are one model."""
+    points, paths = planned.recipe.points, planned.recipe.paths
+    idle = [warning for warning in planned.warnings if "matches no tensor" in warning]
+    if len(points) > 1 and len(paths) == 1 and paths[0].endswith("]") and planned.num_models == 1 and idle:
+        raise ConfigError(f"{paths[0]}: all its values give one model; {idle[0]}")
 
 
 def _make_spectrum(recipe: Recipe, batches: Sequence[Batch], directory: str, options: MergeOptions) -> Spectrum:

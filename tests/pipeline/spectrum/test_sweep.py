@@ -15,6 +15,7 @@ import raymerge
 from raymerge.pipeline.errors import ConfigError, OutputError, TensorMismatchError
 from raymerge.pipeline.progress.events import Warned
 from raymerge.pipeline.spectrum.record import RECORD, TABLE
+from raymerge.pipeline.spectrum.report import format_sweep
 from raymerge.pipeline.spectrum.sweep import plan_sweep, sweep
 from raymerge.pipeline.spectrum.verify import verify_all
 from tests.checkpoints import read_tensors, write_family
@@ -253,3 +254,16 @@ def test_the_command(family: tuple[Path, ...], tmp_path: Path, cli: Cli) -> None
     assert f"2 of 3 models of {out} cannot be used" in found.err
     assert "t-0.8 is not what was written:\n  model.safetensors: missing" in found.err
     assert cli("sweep", config, out / "t-0.5", "--set", "t=0.2").err.startswith(f"Error: {out}/t-0.5 holds a model")
+
+
+def test_values_of_a_filter_that_matches_nothing_are_refused(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("slerp", family, parameters={"t": 0.5})
+    with pytest.raises(ConfigError, match=r"t\[nothing\]: all its values give one model; .* matches no tensor"):
+        plan_sweep(config, tmp_path / "s", ["t[nothing]=0.1,0.5"])
+
+
+def test_a_plan_names_what_a_point_is_equal_to(family: tuple[Path, ...], tmp_path: Path) -> None:
+    config = make_config("slerp", family, parameters={"t": 0.5})
+    sweep(config, tmp_path / "s", ["t[nothing]=0.1"], materialize="none")
+    said = format_sweep(plan_sweep(config, tmp_path / "s", ["t=0.2,0.5"]))
+    assert "t-0.5 is the same model as t.nothing-0.1" in said
