@@ -31,6 +31,8 @@ class SearchReport:
     stopped: str
     """Why the search ended before its budget was used up; empty otherwise."""
     seconds: float
+    parent_errors: Mapping[str, str]
+    """Why parents could not be evaluated."""
 
     @property
     def failed(self) -> tuple[Trial, ...]:

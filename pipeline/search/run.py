@@ -49,6 +49,8 @@ class Outcome:
     """The models that no other is better than, best first by the first objective."""
     parents: Mapping[str, Values | None]
     """None where one could not be evaluated."""
+    errors: Mapping[str, str]
+    """Why, for those."""
 
 
 class Run:
@@ -134,6 +136,7 @@ class Run:
         names = self._models.list_parents()
         found = self._models.evaluate([*self._list_best(), *names], self._evaluating)
         parents = {name: read_values(found[name], self._directions) for name in names}
+        errors = {name: explain_failure(found[name]) for name in names if parents[name] is None}
         failures: list[str] = []
 
         def judge(names: Sequence[str]) -> dict[str, Values | None]:
@@ -149,7 +152,9 @@ class Run:
         self._restore(list(best))
         self._clean(list(best))
         sign = -1 if self._directions[0].is_maximised else 1
-        return Outcome({name: best[name] for name in sorted(best, key=lambda name: sign * best[name][0])}, parents)
+        return Outcome(
+            {name: best[name] for name in sorted(best, key=lambda name: sign * best[name][0])}, parents, errors
+        )
 
     def _replay(self, trials: Sequence[Trial], record: SearchRecord | None) -> Study | Grid | Soup:
         """Take note of the trials of earlier runs; return what proposes the next ones."""

@@ -118,4 +118,5 @@ def search(
         {name: names for name, names in beaten.items() if names},
         stopped,
         time.perf_counter() - start,
+        outcome.errors,
     )

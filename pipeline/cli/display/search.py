@@ -87,9 +87,7 @@ def format_report(report: SearchReport) -> str:
     lines.append("Parents:")
     for name, own in report.parents.items():
         if own is None:
-            lines.append(
-                f"  {name}  could not be evaluated; `raymerge eval {report.out} --only {name}` with the task says why"
-            )
+            lines.append(f"  {name}  could not be evaluated: {report.parent_errors[name].splitlines()[0]}")
             continue
         better = report.beating[name]
         found = f"{_join(better)} better" if better else "no model is better"
