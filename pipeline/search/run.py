@@ -136,7 +136,7 @@ class Run:
         names = self._models.list_parents()
         found = self._models.evaluate([*self._list_best(), *names], self._evaluating)
         parents = {name: read_values(found[name], self._directions) for name in names}
-        errors = {name: explain_failure(found[name]) for name in names if parents[name] is None}
+        reasons = {name: explain_failure(found[name]) for name in names if parents[name] is None}
         failures: list[str] = []
 
         def judge(names: Sequence[str]) -> dict[str, Values | None]:
@@ -153,7 +153,7 @@ class Run:
         self._clean(list(best))
         sign = -1 if self._directions[0].is_maximised else 1
         return Outcome(
-            {name: best[name] for name in sorted(best, key=lambda name: sign * best[name][0])}, parents, errors
+            {name: best[name] for name in sorted(best, key=lambda name: sign * best[name][0])}, parents, reasons
         )
 
     def _replay(self, trials: Sequence[Trial], record: SearchRecord | None) -> Study | Grid | Soup:
