@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from raymerge.pipeline.curve.formats import format_settings
 from raymerge.pipeline.curve.results import Curve
-from raymerge.pipeline.curve.sentences import describe_choice, describe_findings, describe_gaps, format_settings
+from raymerge.pipeline.curve.sentences import describe_choice, describe_findings, describe_gaps
 from raymerge.pipeline.curve.table import format_table
 from raymerge.pipeline.messages import escaped
 

@@ -6,8 +6,8 @@ import csv
 from collections.abc import Iterator, Sequence
 from io import StringIO
 
+from raymerge.pipeline.curve.formats import format_count, format_setting, format_share
 from raymerge.pipeline.curve.results import Curve
-from raymerge.pipeline.curve.sentences import format_count, format_setting, format_share
 from raymerge.pipeline.curve.types import Model, Score
 from raymerge.pipeline.messages import counted, escaped
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from raymerge.pipeline.cli.console import say
-from raymerge.pipeline.curve.sentences import format_count, format_tokens
+from raymerge.pipeline.curve.formats import format_count, format_tokens
 from raymerge.pipeline.evaluation.evaluators.loss import BITS
 from raymerge.pipeline.evaluation.events import Begun, Evaluated, EvaluationEvent, Repeated, Sampled
 from raymerge.pipeline.evaluation.results import Estimate, Evaluation

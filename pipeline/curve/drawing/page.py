@@ -11,15 +11,9 @@ from importlib.resources import files
 
 from raymerge.pipeline.curve.drawing.panels import Panel, list_kinds, list_panels, make_data
 from raymerge.pipeline.curve.drawing.rows import list_names
+from raymerge.pipeline.curve.formats import format_count, format_setting, format_share
 from raymerge.pipeline.curve.results import Curve
-from raymerge.pipeline.curve.sentences import (
-    describe_choice,
-    describe_findings,
-    describe_gaps,
-    format_count,
-    format_setting,
-    format_share,
-)
+from raymerge.pipeline.curve.sentences import describe_choice, describe_findings, describe_gaps
 from raymerge.pipeline.curve.types import Model
 from raymerge.pipeline.messages import counted
 

@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from raymerge.pipeline.curve.drawing.labels import Label, Side, Spot, place_labels
+from raymerge.pipeline.curve.formats import format_count, format_estimate, format_settings, format_share, format_tokens
 from raymerge.pipeline.curve.results import Curve
-from raymerge.pipeline.curve.sentences import (
-    describe_score,
-    format_count,
-    format_estimate,
-    format_settings,
-    format_share,
-    format_tokens,
-)
+from raymerge.pipeline.curve.sentences import describe_score
 from raymerge.pipeline.curve.series import Series
 from raymerge.pipeline.curve.types import Kind, Model, View
 
