@@ -43,6 +43,7 @@ class RayHead:
             **os.environ,
             "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
             "RAY_TMPDIR": str(self._directory),
+            "TMPDIR": str(self._directory),  # short, for the sockets in it
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_worker_niceness": "0",
