@@ -119,13 +119,15 @@ def shared(family: tuple[Path, ...]) -> Iterator[Path]:
         pytest.skip("needs root, and a Python that other users may run")
     directory = Path(tempfile.mkdtemp(prefix="raymerge-users-", dir="/tmp"))
     directory.chmod(0o777)
+    before = os.umask(0o022)  # others read what tests write
     try:
         names = [shutil.copytree(model, directory / model.name) for model in family]
-        for file in directory.rglob("*.safetensors"):
-            file.chmod(0o644)
+        for path in directory.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         write_config(directory / "merge.yml", make_config(list(map(str, names))))
         yield directory
     finally:
+        os.umask(before)
         shutil.rmtree(directory)
 
 
