@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BLOCK_NBYTES = 64
 MAX_MESSAGES = 3
 ORDER = (3, 2, 7, 6, 1, 0, 5, 4)
-"""Where the words A to H of a state are."""
+"""Places of the words A to H in a state."""
 _NUM_ROUNDS = 64
 _MASK = 2**32 - 1
 

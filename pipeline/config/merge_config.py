@@ -149,7 +149,7 @@ class MergeConfig:
     statistics: Mapping[ModelRef, ModelRef] = field(default_factory=dict)
     """References of the statistics of each model that the method takes besides."""
     statistics_lines: Mapping[ModelRef, str] = field(default_factory=dict, compare=False)
-    """Where the YAML names each of these references first, with file and line, for messages."""
+    """The first place in the YAML of each of these references, with file and line, for messages."""
     vocabulary: VocabularyRule | None = None
     """The tokenizer of the output; None where it gets the donor's, and rows are merged by their numbers."""
     mixture: Mixture | None = None

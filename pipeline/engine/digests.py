@@ -127,7 +127,7 @@ class _SharedDigest(Digest):
     def __init__(self, group: _Group) -> None:
         self.state: NDArray[np.uint32] = np.array(digest_loops.FIRST_STATE, np.uint32)
         self.piece: Buffer | None = None
-        """What waits to be taken, of whole blocks."""
+        """A piece of whole blocks that waits to be taken."""
         self.num_announced = 0
         """Announced pieces that are not taken yet; negative where one is taken before it is announced."""
         self.is_closed = False

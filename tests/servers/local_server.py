@@ -16,7 +16,7 @@ OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def answers(url: str) -> bool:
-    """Say whether a server answers a GET."""
+    """Return whether a server answers a GET."""
     try:
         OPENER.open(url, timeout=5).close()
     except urllib.error.URLError:

@@ -124,7 +124,7 @@ def summarise(
 
 
 def _name_format(weights: Sequence[str]) -> str:
-    """Say of what kind files of weights are."""
+    """Return the kind of the files of weights."""
     if SINGLE not in weights and any(name.startswith("adapter_model.") for name in weights):
         return "LoRA adapter"
     for suffixes, what in (

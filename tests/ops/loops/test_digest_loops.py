@@ -25,7 +25,7 @@ COMPILED = pytest.param(compress, marks=pytest.mark.skipif(not has_instructions(
 @pytest.mark.parametrize("function", [COMPILED, take_blocks])
 @pytest.mark.parametrize("num_messages", range(1, MAX_MESSAGES + 1))
 def test_digests_are_those_of_hashlib(function: Callable[..., Any], num_messages: int) -> None:
-    """Of whole blocks, of which the last one is padding, in several calls."""
+    """The message has whole blocks, the last of them padding, and is taken in several calls."""
     generator = np.random.default_rng(num_messages)
     num_blocks = 6
     length = num_blocks * BLOCK_NBYTES - 9

@@ -1,4 +1,4 @@
-"""What `raymerge inspect` prints: text for people, and JSON."""
+"""The output of `raymerge inspect`: text for people, and JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task leaves to the next one in its process."""
+"""Leftovers of a task in its process, which the next one finds."""
 
 from __future__ import annotations
 

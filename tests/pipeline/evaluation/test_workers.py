@@ -1,4 +1,4 @@
-"""What machines of a cluster have to reach."""
+"""The inputs that machines of a cluster have to reach."""
 
 from __future__ import annotations
 
