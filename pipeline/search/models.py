@@ -169,7 +169,7 @@ class Models:
 
 
 def _drop_name(error: str, name: str) -> str:
-    """Return what is wrong with one point, without its name and settings: whoever reads it knows them."""
+    """Return the problem of one point, without its name and settings, which its reader knows."""
     if error.startswith(f"{name} ("):
         return error.partition("): ")[2]
     return error.removeprefix(f"{name}: ")

@@ -88,7 +88,7 @@ def test_knots_of_adapters_is_the_papers(density: float, rows: int, tmp_path: Pa
 
 
 def read_updates(adapter: Path) -> dict[str, torch.Tensor]:
-    """Return what an adapter adds to each module, in float64."""
+    """Return the update of each module by an adapter, in float64."""
     stored = {name: tensor.double() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
     config = json.loads((adapter / "adapter_config.json").read_text())
     updates = {}

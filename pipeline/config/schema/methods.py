@@ -23,7 +23,7 @@ SCOPES = {"": False, ".model": True}
 
 
 def make_condition(op: Op, keys: Iterable[str]) -> Schema:
-    """Return what holds where this op is the method; `keys` are those of all methods' statistics."""
+    """Return the schema of configs whose method is this op; `keys` are those of all methods' statistics."""
     everywhere = {"parameters": refer(op.name)}
     not_taken = {key: False for key in keys if op.statistics is None or key != op.statistics.key}
     of_model = {"items": {"properties": {"parameters": refer(f"{op.name}.model"), **not_taken}}}
